@@ -1,0 +1,36 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout: the folder that holds pyproject.toml."""
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """Numbers of the official implementation: M2_PARITY_DIR, or shared/parity beside the checkout."""
+    configured = os.environ.get("M2_PARITY_DIR")
+    folder = Path(configured) if configured else REPO_ROOT.parent / "shared" / "parity"
+    if folder.is_dir():
+        return folder
+    if configured:
+        # Whoever names a folder wants these tests to run: a typing error must not turn into a skip.
+        pytest.fail(f"M2_PARITY_DIR={configured} is not a folder")
+    pytest.skip(f"no parity data: set M2_PARITY_DIR, or put it in {folder}")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same torch seed, whatever ran before it."""
+    torch.manual_seed(20240126)
