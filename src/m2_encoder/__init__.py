@@ -1,0 +1,13 @@
+"""M2-Encoder: bilingual (Chinese/English) image-text encoders in PyTorch.
+
+>>> from m2_encoder import load
+>>> model, preprocess, tokenizer = load("outputs/emoji/export")          # doctest: +SKIP
+>>> model.encode_text(tokenizer(["一只猫", "a cat"])).shape                # doctest: +SKIP
+torch.Size([2, 128])
+"""
+
+from m2_encoder.errors import CheckpointError, ImageError, UserError
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.models.m2_encoder import M2Encoder
+
+__all__ = ["CheckpointError", "ImageError", "M2Encoder", "M2EncoderConfig", "UserError"]

@@ -1,0 +1,252 @@
+"""Architecture of the M2-Encoder family: one frozen dataclass, one table of names.
+
+The numbers live here and nowhere else: a configuration file or a command line names a row of `NAME_TO_CONFIG` and may
+override single fields; an exported model stores the dataclass as JSON.
+
+Reference: M2-Encoder (arXiv:2401.15896) and its released inference configurations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m2_encoder.errors import UserError
+
+NUM_RESERVED_POSITIONS = 2
+"""Rows 0 and 1 of both position tables are never read: token t uses row t + 2."""
+
+_POSITIVE_FIELDS = (
+    "embed_dim", "num_heads", "num_layers", "num_vl_layers", "feature_dim", "image_size", "patch_size",
+    "vocab_size", "context_length", "num_text_positions", "ffn_ratio",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class M2EncoderConfig:
+    """Shape of one M2-Encoder.
+
+    Attributes:
+        name: what the model is called in exports and logs.
+        embed_dim: width D of both encoders.
+        num_heads: attention heads H; D must be a multiple of it.
+        num_layers: layers of the multiway backbone.
+        num_vl_layers: layers of the vision-language encoder on top, shared by both modalities.
+        feature_dim: width E of the contrastive features.
+        image_size: side S of the square input, pixels; a multiple of `patch_size`.
+        patch_size: side P of a patch, pixels.
+        vocab_size: rows of the token table.
+        context_length: longest text in tokens, special tokens included.
+        num_text_positions: rows of the text position table, the two reserved ones included.
+        ffn_ratio: hidden width of the feed-forward network over D.
+        drop_path_rate: stochastic depth of the last layer of each encoder (linear from 0); training only.
+        layer_norm_eps: epsilon of every LayerNorm in the encoders.
+
+    Raises:
+        UserError: if a value is impossible; all of them are listed at once.
+    """
+
+    name: str = "custom"
+    embed_dim: int = 768
+    num_heads: int = 12
+    num_layers: int = 12
+    num_vl_layers: int = 3
+    feature_dim: int = 768
+    image_size: int = 224
+    patch_size: int = 16
+    vocab_size: int = 21128
+    context_length: int = 52
+    num_text_positions: int = 1024
+    ffn_ratio: int = 4
+    drop_path_rate: float = 0.0
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{field}={getattr(self, field)!r} must be a positive whole number"
+            for field in _POSITIVE_FIELDS
+            if not _is_whole(getattr(self, field)) or getattr(self, field) < 1
+        ]
+        if not problems:
+            problems += self._relations()
+        if not _is_number(self.drop_path_rate) or not 0 <= self.drop_path_rate < 1:
+            problems.append(f"drop_path_rate={self.drop_path_rate!r} must be in [0, 1)")
+        if not _is_number(self.layer_norm_eps) or not 0 < self.layer_norm_eps < 1:
+            problems.append(f"layer_norm_eps={self.layer_norm_eps!r} must be in (0, 1)")
+        if problems:
+            raise UserError(f"impossible model configuration {self.name!r}: " + "; ".join(problems))
+
+    def _relations(self) -> list[str]:
+        problems = []
+        if self.embed_dim % self.num_heads:
+            problems.append(f"embed_dim={self.embed_dim} must be a multiple of num_heads={self.num_heads}")
+        if self.image_size % self.patch_size:
+            below = max(1, self.image_size // self.patch_size) * self.patch_size
+            problems.append(
+                f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}, "
+                f"e.g. {below} or {below + self.patch_size}"
+            )
+        longest = self.num_text_positions - NUM_RESERVED_POSITIONS
+        if not 2 <= self.context_length <= longest:
+            problems.append(
+                f"context_length={self.context_length} must be in 2..{longest} (num_text_positions - 2)"
+            )
+        return problems
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        """N: the cls token and one token per patch."""
+        return self.grid_size**2 + 1
+
+    @property
+    def num_image_positions(self) -> int:
+        """Rows of the image position table: two reserved ones, cls and the patches."""
+        return self.num_image_tokens + NUM_RESERVED_POSITIONS
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.embed_dim // self.num_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> M2EncoderConfig:
+        """Rebuild from `to_dict`; unknown fields are an error that lists the known ones."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"unknown model field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> M2EncoderConfig:
+        """Look a published (or our tiny) size up by name and override single fields.
+
+        Raises:
+            UserError: for an unknown name or field; the message lists the known ones.
+        """
+        if name not in NAME_TO_CONFIG:
+            raise UserError(f"unknown model {name!r}; known: {', '.join(NAME_TO_CONFIG)}")
+        return cls.from_dict({**NAME_TO_CONFIG[name].to_dict(), **overrides})
+
+    @classmethod
+    def from_official(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> M2EncoderConfig:
+        """Read a configuration of the official release.
+
+        Args:
+            source: its JSON as a mapping, a path, or the text itself.
+
+        Returns:
+            The same architecture. `drop_path_rate` is 0, as in the released code, which never hands its value over.
+
+        Raises:
+            UserError: for a file that is no such JSON, or a switch that no published model uses.
+        """
+        official = _read_official(source)
+        _refuse_unsupported(official)
+        size = str(official.get("beit_version", "base"))
+        if size not in _OFFICIAL_HEADS:
+            raise UserError(f"beit_version={size!r} is not one of {', '.join(_OFFICIAL_HEADS)}")
+        fields = {ours: official[theirs] for theirs, ours in _OFFICIAL_FIELDS.items() if theirs in official}
+        fields["num_heads"] = official.get("encoder_attention_heads") or _OFFICIAL_HEADS[size]
+        config = cls(**{"name": "official", **fields})
+        return dataclasses.replace(config, name=_published_name(config) or "official")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+NAME_TO_CONFIG: dict[str, M2EncoderConfig] = {
+    config.name: config
+    for config in (
+        # Ours: trains from scratch on two cores in minutes (see conf/experiment/emoji.yaml).
+        M2EncoderConfig(
+            name="tiny", embed_dim=128, num_heads=4, num_layers=3, num_vl_layers=1, feature_dim=128,
+            image_size=64, patch_size=8, vocab_size=4000, context_length=24, num_text_positions=128,
+        ),
+        # "0.4B", "1B" and "10B" of the paper (263 M, 730 M and 10.2 G parameters as built for inference).
+        M2EncoderConfig(
+            name="m2-encoder-0.4b", embed_dim=768, num_heads=12, num_layers=9, feature_dim=768, vocab_size=115244,
+        ),
+        M2EncoderConfig(
+            name="m2-encoder-1b", embed_dim=1024, num_heads=16, num_layers=21, feature_dim=1024, vocab_size=115244,
+        ),
+        M2EncoderConfig(
+            name="m2-encoder-10b", embed_dim=4096, num_heads=32, num_layers=21, feature_dim=1024, vocab_size=115244,
+        ),
+    )
+}  # fmt: skip
+"""Every model that `load` and `model=` know by name."""
+
+_OFFICIAL_FIELDS = {
+    "encoder_embed_dim": "embed_dim",
+    "encoder_layers": "num_layers",
+    "beit3_vl_layers": "num_vl_layers",
+    "out_embed_dim": "feature_dim",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "vocab_size": "vocab_size",
+    "max_text_len": "context_length",
+}
+_OFFICIAL_HEADS = {"base": 12, "large": 16, "huge": 32}
+_OFFICIAL_OFF_SWITCHES = (
+    "share_layer", "share_attn", "one_attn", "deepnorm", "mask_ratio", "xpos_rel_pos", "rel_pos_buckets", "moe_freq",
+)  # fmt: skip
+
+
+def _read_official(source: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+    if isinstance(source, Mapping):
+        return source
+    text = os.fspath(source)
+    if not text.lstrip().startswith("{"):
+        path = Path(text)
+        if not path.is_file():
+            raise UserError(f"official configuration {text!r}: no such file")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        official = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"official configuration {str(source)[:80]!r} is not JSON: {error}") from error
+    if not isinstance(official, dict):
+        raise UserError(f"official configuration {str(source)[:80]!r} must be a JSON object")
+    return official
+
+
+def _refuse_unsupported(official: Mapping[str, Any]) -> None:
+    switched_on = [f"{key}={official[key]!r}" for key in _OFFICIAL_OFF_SWITCHES if official.get(key)]
+    if switched_on:
+        raise UserError(
+            f"official configuration switches on {', '.join(switched_on)}; no published model does, set to 0 or false"
+        )
+    losses = official.get("loss_names")
+    if isinstance(losses, Mapping) and not losses.get("itc", 1):
+        raise UserError("official configuration sets loss_names.itc=0: such a model has no contrastive heads, set it to 1")
+    if not any(key in official for key in _OFFICIAL_FIELDS):
+        raise UserError(
+            f"not an official M2-Encoder configuration: none of the keys {', '.join(_OFFICIAL_FIELDS)} is present"
+        )
+
+
+def _published_name(config: M2EncoderConfig) -> str | None:
+    """Name of the published row with exactly this shape, if there is one."""
+    for name, known in NAME_TO_CONFIG.items():
+        if dataclasses.replace(config, name=name) == known:
+            return name
+    return None

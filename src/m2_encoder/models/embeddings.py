@@ -1,0 +1,69 @@
+"""From pixels and token ids to the first hidden states. Letters are explained in `m2_encoder.types`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from m2_encoder.errors import UserError
+from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
+
+
+class ImageEmbedding(nn.Module):
+    """Patch projection, cls token, mask token and learned positions of images."""
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.proj = nn.Conv2d(3, config.embed_dim, kernel_size=config.patch_size, stride=config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.positions = nn.Embedding(config.num_image_positions, config.embed_dim)
+
+    def forward(self, images: Tensor, *, patch_mask: Tensor | None = None) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1. Normalised here: (x - 0.5) / 0.5.
+            patch_mask: True where a patch is replaced by the mask token, (B, patches) bool, row by row.
+
+        Returns:
+            (B, N, D): cls, then the patches row by row, positions added.
+
+        Raises:
+            UserError: for another shape or dtype.
+        """
+        self._check(images)
+        pixels = images.to(self.proj.weight.dtype)
+        pixels = pixels / 127.5 - 1 if images.dtype == torch.uint8 else (pixels - 0.5) / 0.5
+        patches = self.proj(pixels).flatten(2).transpose(1, 2)
+        if patch_mask is not None:
+            if patch_mask.shape != patches.shape[:2]:
+                raise UserError(f"patch_mask has shape {tuple(patch_mask.shape)}, expected {tuple(patches.shape[:2])}")
+            patches = torch.where(patch_mask.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        cls = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        return torch.cat([cls, patches], dim=1) + self.positions.weight[NUM_RESERVED_POSITIONS:]
+
+    def _check(self, images: Tensor) -> None:
+        side = self.image_size
+        if images.dim() != 4 or images.shape[1:] != (3, side, side):
+            raise UserError(
+                f"images have shape {tuple(images.shape)}, expected (B, 3, {side}, {side}); use the preprocess "
+                "function that belongs to the model, or build the model with another image_size"
+            )
+        if not (images.is_floating_point() or images.dtype == torch.uint8):
+            raise UserError(f"images are {images.dtype}, expected uint8 in 0..255 or floating point in 0..1")
+
+
+class TextEmbedding(nn.Module):
+    """Token table and learned positions of texts; positions restart for a text behind an image."""
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.positions = nn.Embedding(config.num_text_positions, config.embed_dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embed token ids (B, T) int64 to (B, T, D)."""
+        stop = NUM_RESERVED_POSITIONS + ids.shape[1]
+        return self.tokens(ids) + self.positions.weight[NUM_RESERVED_POSITIONS:stop]

@@ -1,0 +1,314 @@
+"""The bilingual image-text encoder, in plain torch.
+
+Images and texts pass a multiway *backbone* (vision or text experts), then a *vision-language encoder* whose vision
+experts serve both modalities. Token 0 of the result, projected and normalised, is the feature. Letters in shapes are
+explained in `m2_encoder.types`.
+
+Reference: M2-Encoder (arXiv:2401.15896).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from m2_encoder.errors import UserError
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
+from m2_encoder.models.init import INITIAL_LOGIT_SCALE, init_embedding_tables, init_encoder, init_heads
+from m2_encoder.models.multiway import MultiwayEncoder
+from m2_encoder.types import EncoderOutput, FusionOutput, TextTokens
+
+_UNUSED_NORM_EPS = 1e-6
+
+
+class ModelPart(NamedTuple):
+    """A named set of parameters that a pass needs or does not need."""
+
+    name: str
+    prefixes: tuple[str, ...]
+
+
+# Parameters that only some passes touch. Everything else is needed by the features themselves.
+OPTIONAL_PARTS = (
+    ModelPart("backbone_heads", ("image_proj.", "text_proj.", "logit_vl_scale")),
+    ModelPart("mask_token", ("image_embed.mask_token",)),
+    ModelPart(
+        "vl_text_expert",
+        ("vl_encoder.text_expert.",),
+    ),
+    ModelPart("official_leftovers", ("pooler.", "norm.")),
+)
+"""Parts that may stay without a gradient; training freezes those that no objective asks for."""
+
+
+class M2Encoder(nn.Module):
+    """M2-Encoder of any size.
+
+    The published checkpoints also hold a pooler, a norm and text experts in the vision-language encoder that no
+    released entry point uses. They are kept, so that a checkpoint survives a round trip unchanged.
+
+    Args:
+        config: the architecture. Build under `torch.device("meta")` for a model without memory.
+    """
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, features = config.embed_dim, config.feature_dim
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_vl_scale = nn.Parameter(torch.empty(()))
+        self.image_embed = ImageEmbedding(config)
+        self.text_embed = TextEmbedding(config)
+        self.backbone = MultiwayEncoder(config, num_layers=config.num_layers)
+        self.vl_encoder = MultiwayEncoder(config, num_layers=config.num_vl_layers)
+        self.norm = nn.LayerNorm(width, eps=_UNUSED_NORM_EPS)
+        self.pooler = nn.Linear(width, width)
+        self.text_proj = nn.Linear(width, features, bias=False)
+        self.image_proj = nn.Linear(width, features, bias=False)
+        self.vl_text_proj = nn.Linear(width, features, bias=False)
+        self.vl_image_proj = nn.Linear(width, features, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all parameters anew; also gives values to a model built on `meta` and materialised by `to_empty`."""
+        nn.init.constant_(self.logit_scale, INITIAL_LOGIT_SCALE)
+        nn.init.constant_(self.logit_vl_scale, INITIAL_LOGIT_SCALE)
+        self.image_embed.proj.reset_parameters()
+        nn.init.zeros_(self.image_embed.cls_token)
+        nn.init.zeros_(self.image_embed.mask_token)
+        init_embedding_tables(self.text_embed.tokens, self.image_embed.positions, self.text_embed.positions)
+        init_encoder(self.backbone)
+        init_encoder(self.vl_encoder)
+        self.norm.reset_parameters()
+        init_heads(self.pooler, self.text_proj, self.image_proj, self.vl_text_proj, self.vl_image_proj)
+
+    # ------------------------------------------------------------------------------------------------- features
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: (B, 3, S, S), floating in 0..1 or uint8 in 0..255; normalisation happens here.
+
+        Returns:
+            L2-normalised features, (B, E).
+
+        Raises:
+            UserError: for another shape or dtype.
+        """
+        tokens = self.image_embed(images)
+        hidden = self.backbone(tokens, num_image_tokens=tokens.shape[1])
+        hidden = self.vl_encoder(hidden, num_image_tokens=tokens.shape[1], first_token_only=True)
+        return _normalize(self.vl_image_proj(hidden[:, 0]))
+
+    def encode_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features of texts; padding beyond the longest text of the batch costs nothing.
+
+        Args:
+            text: what the tokenizer returns, or the ids alone, (B, T) int64.
+            mask: with ids alone: non-zero on tokens, zero on padding, (B, T); None means no padding.
+
+        Returns:
+            L2-normalised features, (B, E).
+
+        Raises:
+            UserError: for ids outside the token table, a text without tokens, or a text beyond the position table.
+        """
+        tokens = self.trim_text(text, mask)
+        if tokens.ids.shape[0] == 0:
+            return self.vl_text_proj.weight.new_zeros((0, self.config.feature_dim))
+        hidden, token_mask = self._text_backbone(tokens)
+        # The released model sends texts, too, through the *vision* experts of the vision-language encoder.
+        hidden = self.vl_encoder(
+            hidden, num_image_tokens=hidden.shape[1], token_mask=token_mask, first_token_only=True
+        )
+        return _normalize(self.vl_text_proj(hidden[:, 0]))
+
+    def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Scaled cosine similarities, (B_image, B_text): features times features times exp(logit_scale).
+
+        Computed in fp32 at least. `logit_scale` belongs to these features, as in the released model;
+        `logit_vl_scale` belongs to `backbone_features`.
+        """
+        dtype = torch.promote_types(image_features.dtype, torch.float32)
+        return self.logit_scale.to(dtype).exp() * image_features.to(dtype) @ text_features.to(dtype).t()
+
+    # -------------------------------------------------------------------------------------------- whole outputs
+
+    def forward_image(self, images: Tensor, *, patch_mask: Tensor | None = None) -> EncoderOutput:
+        """Both feature pairs and all hidden states of images; `patch_mask` as in `ImageEmbedding`."""
+        tokens = self.image_embed(images, patch_mask=patch_mask)
+        length = tokens.shape[1]
+        backbone_hidden = self.backbone(tokens, num_image_tokens=length)
+        hidden = self.vl_encoder(backbone_hidden, num_image_tokens=length)
+        return EncoderOutput(
+            features=_normalize(self.vl_image_proj(hidden[:, 0])),
+            backbone_features=_normalize(self.image_proj(backbone_hidden[:, 0])),
+            hidden=hidden,
+            backbone_hidden=backbone_hidden,
+        )
+
+    def forward_text(
+        self, text: TextTokens | Tensor, mask: Tensor | None = None, *, attention_mask: Tensor | None = None
+    ) -> EncoderOutput:
+        """Both feature pairs and all hidden states of texts, trimmed to the longest text of the batch.
+
+        Args:
+            text: as in `encode_text`.
+            mask: as in `encode_text`.
+            attention_mask: True where token i may look at token j, (T, T) or (B, T, T) bool; e.g. causal.
+
+        Returns:
+            Hidden states have the trimmed length; those of padded tokens are meaningless.
+        """
+        tokens = self.trim_text(text, mask)
+        length = tokens.ids.shape[1]
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()[..., :length, :length]
+        backbone_hidden, token_mask = self._text_backbone(tokens, attention_mask=attention_mask)
+        hidden = self.vl_encoder(
+            backbone_hidden, num_image_tokens=length, token_mask=token_mask, attention_mask=attention_mask
+        )
+        return EncoderOutput(
+            features=_normalize(self.vl_text_proj(hidden[:, 0])),
+            backbone_features=_normalize(self.text_proj(backbone_hidden[:, 0])),
+            hidden=hidden,
+            backbone_hidden=backbone_hidden,
+        )
+
+    def forward_fusion(
+        self,
+        images: Tensor,
+        text: TextTokens | Tensor,
+        mask: Tensor | None = None,
+        *,
+        patch_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        vl_text_expert: bool = False,
+    ) -> FusionOutput:
+        """Encode image and text as one sequence, so that each attends to the other.
+
+        Args:
+            images: as in `encode_image`, (B, 3, S, S). With k times as many images as texts, text row i goes with
+                images k*i … k*i + k - 1.
+            text: as in `encode_text`, (B / k, T).
+            mask: as in `encode_text`.
+            patch_mask: as in `ImageEmbedding`.
+            attention_mask: True where token i may look at token j, (N + T, N + T) or (B, N + T, N + T) bool, for the
+                untrimmed T.
+            vl_text_expert: send text tokens through the text experts of the vision-language encoder, which the
+                released features never use; otherwise everything goes through its vision experts.
+
+        Returns:
+            Hidden states of the whole sequence, text trimmed to the longest of the batch.
+
+        Raises:
+            UserError: if the number of images is no multiple of the number of texts.
+        """
+        tokens = self.trim_text(text, mask)
+        image = self.image_embed(images, patch_mask=patch_mask)
+        if tokens.ids.shape[0] == 0 or image.shape[0] % tokens.ids.shape[0]:
+            raise UserError(f"{image.shape[0]} images cannot be divided among {tokens.ids.shape[0]} texts")
+        repeats = image.shape[0] // tokens.ids.shape[0]
+        embedded = self.text_embed(tokens.ids).repeat_interleave(repeats, dim=0)
+        num_image_tokens = image.shape[1]
+        length = num_image_tokens + embedded.shape[1]
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()[..., :length, :length]
+        token_mask = torch.cat(
+            [
+                tokens.mask.new_ones((image.shape[0], num_image_tokens)),
+                tokens.mask.repeat_interleave(repeats, dim=0),
+            ],
+            dim=1,
+        )
+        backbone_hidden = self.backbone(
+            torch.cat([image, embedded], dim=1),
+            num_image_tokens=num_image_tokens,
+            token_mask=token_mask,
+            attention_mask=attention_mask,
+        )
+        hidden = self.vl_encoder(
+            backbone_hidden,
+            num_image_tokens=num_image_tokens if vl_text_expert else length,
+            token_mask=token_mask,
+            attention_mask=attention_mask,
+        )
+        return FusionOutput(hidden, backbone_hidden, token_mask, num_image_tokens)
+
+    # --------------------------------------------------------------------------------------------------- pieces
+
+    def trim_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> TextTokens:
+        """Check texts and cut padding beyond the longest of the batch.
+
+        Args:
+            text: tokens, or ids alone, (B, T).
+            mask: with ids alone: non-zero on tokens, (B, T), any dtype; None means no padding.
+
+        Returns:
+            ids int64 and mask bool, (B, longest).
+
+        Raises:
+            UserError: see `encode_text`. On an accelerator the check costs one synchronisation.
+        """
+        if isinstance(text, tuple):
+            if mask is not None:
+                raise UserError("give the mask inside TextTokens or beside the ids, not both")
+            ids, mask = text
+        else:
+            ids = text
+        if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise UserError(f"text ids are {ids.dtype} of shape {tuple(ids.shape)}, expected whole numbers (B, T)")
+        if mask is None:
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        mask = mask.bool()
+        if mask.shape != ids.shape:
+            raise UserError(f"text mask has shape {tuple(mask.shape)}, the ids have {tuple(ids.shape)}")
+        if ids.numel() == 0 and ids.shape[0] == 0:
+            return TextTokens(ids.long(), mask)
+        if ids.device.type == "meta":
+            return TextTokens(ids, mask)
+        longest = self._check_text(ids, mask)
+        return TextTokens(ids[:, :longest].long(), mask[:, :longest])
+
+    def _check_text(self, ids: Tensor, mask: Tensor) -> int:
+        """Length of the longest text; refuses what the tables cannot represent."""
+        if ids.shape[1] == 0:
+            raise UserError("texts have no tokens at all; the tokenizer always adds two special ones")
+        place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        lengths = (place * mask).amax(dim=1)
+        longest, shortest, highest, lowest = torch.stack(
+            [lengths.amax(), lengths.amin(), ids.amax(), ids.amin()]
+        ).tolist()
+        if shortest == 0:
+            raise UserError("a text of the batch is all padding; every text needs at least one token in its mask")
+        if lowest < 0 or highest >= self.config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise UserError(
+                f"token id {wrong} is outside 0..{self.config.vocab_size - 1}; "
+                "was the text tokenized with the tokenizer of another model?"
+            )
+        limit = self.config.num_text_positions - 2
+        if longest > limit:
+            raise UserError(f"a text has {longest} tokens, the position table holds {limit}; truncate it")
+        return int(longest)
+
+    def _text_backbone(
+        self, tokens: TextTokens, *, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden = self.backbone(
+            self.text_embed(tokens.ids),
+            num_image_tokens=0,
+            token_mask=tokens.mask,
+            attention_mask=attention_mask,
+        )
+        return hidden, tokens.mask
+
+
+def _normalize(features: Tensor) -> Tensor:
+    """Divide by the L2 norm; no epsilon, as released."""
+    return features / features.norm(dim=-1, keepdim=True)

@@ -1,0 +1,199 @@
+"""Multiway transformer: two experts per layer that meet in one attention.
+
+A layer holds a *vision expert* and a *text expert*. An expert is everything of a transformer layer but the attention
+itself, which has no parameters: norms, q/k/v/output projections and the feed-forward network. Which expert sees a token
+is decided by its place in the sequence: the first `num_image_tokens` go to the vision expert, the others to the text
+expert. The number is an argument of every call, never state of a module, so one model may serve several threads.
+
+Reference: BEiT-3 (arXiv:2208.10442), multiway transformers; sub-LayerNorm: Magneto (arXiv:2210.06423);
+stochastic depth: arXiv:1603.09382.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from m2_encoder.models.config import M2EncoderConfig
+
+EXPERTS = ("vision_expert", "text_expert")
+"""Names of the two branches (`A` and `B` in the official checkpoints)."""
+
+
+class TransformerExpert(nn.Module):
+    """All parameters of one pre-norm, sub-LN transformer layer for one kind of token."""
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        super().__init__()
+        width, hidden, eps = config.embed_dim, config.ffn_ratio * config.embed_dim, config.layer_norm_eps
+        self.num_heads = config.num_heads
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.attention_inner_norm = nn.LayerNorm(width, eps=eps)
+        self.out_proj = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, hidden)
+        self.ffn_inner_norm = nn.LayerNorm(hidden, eps=eps)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def project(self, x: Tensor, *, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first `num_queries` tokens, keys and values of all.
+
+        Args:
+            x: (B, N, D).
+            num_queries: how many leading tokens attend.
+
+        Returns:
+            q (B, H, num_queries, D/H), k and v (B, H, N, D/H).
+        """
+        x = self.attention_norm(x)
+        return (
+            self._heads(self.q_proj(x[:, :num_queries])),
+            self._heads(self.k_proj(x)),
+            self._heads(self.v_proj(x)),
+        )
+
+    def attention_output(self, attended: Tensor) -> Tensor:
+        """Merge heads, normalise (sub-LN) and project: (B, H, N, D/H) -> (B, N, D)."""
+        return self.out_proj(self.attention_inner_norm(attended.transpose(1, 2).flatten(2)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Feed-forward branch without its residual: (B, N, D) -> (B, N, D). GELU is the exact (erf) one."""
+        x = functional.gelu(self.fc1(self.ffn_norm(x)))
+        return self.fc2(self.ffn_inner_norm(x))
+
+
+class MultiwayLayer(nn.Module):
+    """One layer: two experts, one attention over the whole sequence, stochastic depth on both residuals."""
+
+    def __init__(self, config: M2EncoderConfig, *, drop_path: float) -> None:
+        super().__init__()
+        self.vision_expert = TransformerExpert(config)
+        self.text_expert = TransformerExpert(config)
+        self.drop_path = drop_path
+
+    def forward(
+        self, x: Tensor, *, num_image_tokens: int, mask: Tensor | None = None, first_token_only: bool = False
+    ) -> Tensor:
+        """Run the layer.
+
+        Args:
+            x: (B, N, D).
+            num_image_tokens: how many leading tokens the vision expert sees; the text expert sees the others.
+            mask: True where a query may look at a key, broadcastable to (B, H, N, N) bool.
+            first_token_only: compute the output of token 0 alone (all tokens still serve as keys). The last layer
+                before a head that reads token 0 needs no more, and most of its cost is saved.
+
+        Returns:
+            (B, N, D), or (B, 1, D) with `first_token_only`.
+        """
+        routes = self._routes(x.shape[1], num_image_tokens)
+        num_outputs = 1 if first_token_only else x.shape[1]
+        parts = [
+            expert.project(x[:, start:stop], num_queries=max(0, min(stop, num_outputs) - start))
+            for expert, start, stop in routes
+        ]
+        q, k, v = (_join(heads, dim=2) for heads in zip(*parts, strict=True))
+        if mask is not None and first_token_only and mask.shape[-2] > 1:
+            mask = mask[..., :1, :]
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        x = x[:, :num_outputs]
+        routes = [(expert, start, min(stop, num_outputs)) for expert, start, stop in routes if start < num_outputs]
+        x = x + self._drop(_join([e.attention_output(attended[:, :, a:b]) for e, a, b in routes], dim=1))
+        return x + self._drop(_join([e.feed_forward(x[:, a:b]) for e, a, b in routes], dim=1))
+
+    def _routes(self, length: int, num_image_tokens: int) -> list[tuple[TransformerExpert, int, int]]:
+        split = (
+            (self.vision_expert, 0, min(num_image_tokens, length)),
+            (self.text_expert, num_image_tokens, length),
+        )
+        return [(expert, start, stop) for expert, start, stop in split if start < stop]
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Stochastic depth: drop a sample's branch with probability p, scale the others by 1/(1-p)."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        kept = torch.empty((branch.shape[0], 1, 1), dtype=branch.dtype, device=branch.device).bernoulli_(keep)
+        return branch * (kept / keep)
+
+
+class MultiwayNorm(nn.Module):
+    """LayerNorm with one set of parameters per expert."""
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        super().__init__()
+        self.vision_expert = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.text_expert = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, *, num_image_tokens: int) -> Tensor:
+        """Normalise (B, N, D); the first `num_image_tokens` tokens with the vision expert's parameters."""
+        if num_image_tokens >= x.shape[1]:
+            return self.vision_expert(x)
+        if num_image_tokens == 0:
+            return self.text_expert(x)
+        image, text = x[:, :num_image_tokens], x[:, num_image_tokens:]
+        return torch.cat([self.vision_expert(image), self.text_expert(text)], dim=1)
+
+
+class MultiwayEncoder(nn.Module):
+    """A stack of multiway layers and a final norm."""
+
+    def __init__(self, config: M2EncoderConfig, *, num_layers: int) -> None:
+        super().__init__()
+        last = max(1, num_layers - 1)
+        self.layers = nn.ModuleList(
+            MultiwayLayer(config, drop_path=config.drop_path_rate * i / last) for i in range(num_layers)
+        )
+        self.norm = MultiwayNorm(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        num_image_tokens: int,
+        token_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        first_token_only: bool = False,
+    ) -> Tensor:
+        """Encode a sequence.
+
+        Args:
+            x: (B, N, D), positions already added.
+            num_image_tokens: how many leading tokens the vision experts see: N for an image (or for any sequence that
+                is to go through the vision experts), 0 for a text, the image's length for image + text.
+            token_mask: True on tokens, False on padding, (B, N) bool. Padded tokens are zeroed at entry and hidden as
+                keys; their own outputs are meaningless. None means that there is no padding.
+            attention_mask: True where query i may look at key j, (N, N) or (B, N, N) bool.
+            first_token_only: return token 0 alone, at a lower cost.
+
+        Returns:
+            Normalised hidden states, (B, N, D) or (B, 1, D).
+        """
+        mask = None
+        if token_mask is not None:
+            x = x * token_mask.unsqueeze(-1).to(x.dtype)
+            mask = token_mask[:, None, None, :]
+        if attention_mask is not None:
+            allowed = attention_mask if attention_mask.dim() == 2 else attention_mask[:, None]
+            mask = allowed if mask is None else mask & allowed
+        for i, layer in enumerate(self.layers):
+            x = layer(
+                x,
+                num_image_tokens=num_image_tokens,
+                mask=mask,
+                first_token_only=first_token_only and i == len(self.layers) - 1,
+            )
+        return self.norm(x, num_image_tokens=num_image_tokens)
+
+
+def _join(parts: list[Tensor] | tuple[Tensor, ...], *, dim: int) -> Tensor:
+    """Concatenate, without a copy where one expert saw everything."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=dim)

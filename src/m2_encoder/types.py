@@ -1,0 +1,80 @@
+"""Containers that travel between data, models and objectives.
+
+Letters in shapes, everywhere in this package::
+
+    B local batch · G ranks in a contrastive group · W world size · N image tokens · T text tokens
+    D width · H heads · E feature dim · V vocabulary · S image side in pixels · P patch side in pixels
+
+They are NamedTuples because Lightning moves those between devices leaf by leaf; a frozen dataclass it cannot.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+LANGUAGES = ("en", "zh")
+"""Caption languages; a batch stores indices into this tuple."""
+
+
+class TextTokens(NamedTuple):
+    """A batch of tokenized texts, padded on the right.
+
+    Attributes:
+        ids: token ids, (B, T) int64.
+        mask: True where there is a token, False on padding, (B, T) bool.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+
+class ImageTextBatch(NamedTuple):
+    """Pairs of images and captions, as a DataModule yields them.
+
+    Attributes:
+        images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1; normalisation is the model's.
+        text: one caption per image.
+        language: index into `LANGUAGES` of each caption, (B,) int64.
+        keys: sample keys, length B.
+        sources: name of the mixture part each sample comes from, length B.
+    """
+
+    images: Tensor
+    text: TextTokens
+    language: Tensor
+    keys: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+class EncoderOutput(NamedTuple):
+    """Everything one modality's pass through both encoders yields.
+
+    Attributes:
+        features: normalised output of the vision-language head, (B, E): the embedding of M2-Encoder.
+        backbone_features: normalised output of the head on the backbone, (B, E).
+        hidden: last hidden states after the vision-language layers, (B, N or T, D).
+        backbone_hidden: last hidden states of the backbone, (B, N or T, D).
+    """
+
+    features: Tensor
+    backbone_features: Tensor
+    hidden: Tensor
+    backbone_hidden: Tensor
+
+
+class FusionOutput(NamedTuple):
+    """Image and text encoded as one sequence, image tokens first.
+
+    Attributes:
+        hidden: after the vision-language layers, (B, N + T, D).
+        backbone_hidden: after the backbone, (B, N + T, D).
+        mask: True where there is an image or text token, (B, N + T) bool.
+        num_image_tokens: N; text starts there.
+    """
+
+    hidden: Tensor
+    backbone_hidden: Tensor
+    mask: Tensor
+    num_image_tokens: int
