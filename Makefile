@@ -1,0 +1,82 @@
+# `make` alone lists the targets. All of them work in a bare clone where only python3 is present.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON  ?= python3
+VENV    ?= .venv
+THREADS ?= 2
+TRAIN   ?= m2-train +experiment=emoji
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST    := OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -q
+BENCHES   := $(patsubst benchmarks/%.py,benchmark-%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+
+##@ Start here
+
+.PHONY: help
+help: ## list the targets
+	@awk 'BEGIN { FS = ":.*## "; print "\nM2-Encoder on Lightning: a bilingual zh/en image-text encoder\n"; \
+	              print "  make TARGET [PYTHON=python3] [VENV=.venv] [THREADS=2]" } \
+	      /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	      /^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 } \
+	      END { print "" }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: install
+install: $(INSTALLED) ## .venv with the project and its tools, at the tested versions
+
+.PHONY: train
+train: install ## build the embedded zh/en data, train on it, evaluate, show the table
+	$(BIN)/$(TRAIN)
+
+.PHONY: test
+test: install ## all tests that need neither a GPU, the network nor much patience
+	$(PYTEST)
+
+##@ Develop
+
+.PHONY: check
+check: lint typecheck validate-config test ## exactly what CI runs
+
+.PHONY: format
+format: install ## sort imports, mend what can be mended, lay out the code
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+.PHONY: lint
+lint: install ## ruff: rules and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: typecheck
+typecheck: install ## mypy, strict, on all of src
+	$(BIN)/mypy
+
+.PHONY: validate-config
+validate-config: install ## compose and validate every experiment; touches no data
+	$(BIN)/python -m m2_encoder.cli.validate
+
+.PHONY: test-slow
+test-slow: install ## the tests that take minutes
+	$(PYTEST) -m "slow and not gpu and not multi_gpu and not network"
+
+##@ Measure and tidy
+
+.PHONY: benchmark
+benchmark: $(BENCHES) ## every benchmark, quickly; benchmark-NAME runs one
+
+benchmark-%: install
+	$(BIN)/python benchmarks/$*.py --quick --threads $(THREADS)
+
+.PHONY: clean
+clean: ## remove caches and builds; keeps .venv and outputs
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests scripts benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is newer than what decides its content, so a second install costs nothing.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): a few minutes the first time."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $@

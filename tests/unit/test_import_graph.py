@@ -1,0 +1,181 @@
+"""Who may import whom: the layers of the package, and which of them may reach which third party."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = "m2_encoder"
+
+# Leaves that everybody may import; they may import each other.
+SHARED = {"types", "errors", "utils"}
+
+# layer -> what it may import besides itself and SHARED; a dotted entry allows that module alone.
+LAYERS: dict[str, set[str]] = {
+    "types": set(),
+    "errors": set(),
+    "utils": set(),
+    "assets": set(),
+    "distributed": set(),
+    "models": set(),
+    "tokenizers": set(),
+    "evaluation": set(),
+    "checkpoints": {"models"},
+    "data": {"tokenizers", "assets"},
+    "objectives": {"distributed"},
+    "strategies": {"distributed"},
+    "training": {"objectives", "evaluation", "models"},
+    "hub": {"checkpoints", "models", "tokenizers", "data.transforms"},
+    "export": {"hub", "checkpoints", "models", "tokenizers"},
+    "__init__": {"hub", "models", "objectives", "tokenizers", "data.transforms"},
+}
+UNRESTRICTED = "cli"  # wires everything; nothing imports it
+
+# third party -> where it may be imported; what is not listed may be imported nowhere.
+EVERYWHERE = {"torch", "numpy", "PIL", "safetensors"}
+THIRD_PARTY: dict[str, set[str]] = {
+    "lightning": {"training", "strategies", "data.datamodule", "cli"},
+    "hydra": {"cli"},
+    "omegaconf": {"cli"},
+    "wandb": {"cli"},
+    "webdataset": {"data"},
+    "sentencepiece": {"tokenizers"},
+    "jieba": {"tokenizers"},
+    "torchmetrics": {"evaluation", "training"},
+    "rich": {"cli", "training"},
+    "pyarrow": {"cli", "data"},
+    "yaml": {"cli"},
+}
+
+
+class Import(NamedTuple):
+    """One import statement: where it stands and the dotted name it asks for."""
+
+    line: int
+    target: str
+
+
+def _imports(path: Path, module: str, root: Path) -> Iterator[Import]:
+    """Every import of a file, at any depth, as absolute names; `from a import b` is a.b where that is a module."""
+    is_package = path.name == "__init__.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.Import):
+            yield from (Import(node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".") if is_package else module.split(".")[:-1]
+            base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+            source = base if node.level else node.module or ""
+            for alias in node.names:
+                inner = root.parent.joinpath(*source.split("."), alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                yield Import(node.lineno, f"{source}.{alias.name}" if is_module else source)
+
+
+def _within(name: str, allowed: set[str]) -> bool:
+    return any(name == entry or name.startswith(f"{entry}.") for entry in allowed)
+
+
+def _reason_against(own: str, target: str) -> str | None:
+    """Why the module `own` (without the package's name) may not import `target`, or None."""
+    layer, (top, _, inner) = own.split(".")[0], target.partition(".")
+    if top == PACKAGE:
+        if inner.split(".")[0] == UNRESTRICTED != layer:
+            return "nothing imports cli"
+        if layer in {UNRESTRICTED, inner.split(".")[0]}:
+            return None
+        allowed = SHARED | LAYERS[layer]
+        return None if _within(inner, allowed) else f"{layer} may import only {', '.join(sorted(allowed))}"
+    if top in sys.stdlib_module_names or top in EVERYWHERE:
+        return None
+    if top not in THIRD_PARTY:
+        return f"{top} is in no rule: declare it in pyproject.toml and in this test's THIRD_PARTY"
+    return None if _within(own, THIRD_PARTY[top]) else f"only in {', '.join(sorted(THIRD_PARTY[top]))}"
+
+
+def find_violations(root: Path) -> list[str]:
+    """All imports of a package folder that break the graph, as `file:line: what: why`."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root).with_suffix("")
+        own = ".".join(relative.parts)
+        if relative.parts[0] not in {*LAYERS, UNRESTRICTED}:
+            found.append(f"{path.relative_to(root.parent)}:1: layer {relative.parts[0]!r}: add it to LAYERS")
+            continue
+        module = ".".join([PACKAGE, *relative.parts]).removesuffix(".__init__")
+        for line, target in _imports(path, module, root):
+            if reason := _reason_against(own, target):
+                found.append(f"{path.relative_to(root.parent)}:{line}: imports {target}: {reason}")
+    return found
+
+
+def test_package_keeps_the_import_graph(repo_root: Path) -> None:
+    root = repo_root / "src" / PACKAGE
+    assert list(root.rglob("*.py")), f"no source under {root}"
+    assert not (violations := find_violations(root)), "\n" + "\n".join(violations)
+
+
+def test_graph_has_no_cycles() -> None:
+    edges = {layer: {entry.split(".")[0] for entry in allowed} for layer, allowed in LAYERS.items()}
+    settled: set[str] = set()
+    while ready := {layer for layer, below in edges.items() if layer not in settled and below <= settled}:
+        settled |= ready
+    assert settled == set(edges), f"cycle among {sorted(set(edges) - settled)}"
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "message"),
+    [
+        ("models/block.py", "import lightning.pytorch as pl", "imports lightning.pytorch: only in"),
+        (
+            "models/block.py",
+            "def f():\n    from m2_encoder.training import module",
+            ":2: imports m2_encoder.training",
+        ),
+        ("models/block.py", "from ..cli import train", "nothing imports cli"),
+        ("models/block.py", "from m2_encoder import load", "models may import only"),
+        (
+            "data/pipeline.py",
+            "from lightning.pytorch import LightningDataModule",
+            "only in cli, data.datamodule",
+        ),
+        ("evaluation/metrics.py", "import webdataset", "only in data"),
+        ("hub.py", "from m2_encoder.data import emoji", "imports m2_encoder.data"),
+        ("utils/io.py", "import requests", "requests is in no rule"),
+        ("extras/new.py", "", "add it to LAYERS"),
+    ],
+)
+def test_planted_violation_is_found(tmp_path: Path, file: str, source: str, message: str) -> None:
+    path = tmp_path / PACKAGE / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    violations = find_violations(tmp_path / PACKAGE)
+    assert len(violations) == 1
+    assert message in violations[0]
+    assert violations[0].startswith(f"{PACKAGE}/{file}:")
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("hub.py", "from m2_encoder.data.transforms import EvalTransform"),
+        (
+            "data/datamodule.py",
+            "import lightning.pytorch as pl\nfrom .shards import read\nfrom ..types import X",
+        ),
+        ("cli/train.py", "import hydra, wandb\nfrom m2_encoder import load"),
+        (
+            "models/attention.py",
+            "import json\nfrom torch.nn import functional\nfrom m2_encoder.errors import UserError",
+        ),
+    ],
+)
+def test_allowed_import_passes(tmp_path: Path, file: str, source: str) -> None:
+    path = tmp_path / PACKAGE / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    assert find_violations(tmp_path / PACKAGE) == []
