@@ -1,0 +1,387 @@
+"""The embedded bilingual set: emoji drawn in four styles, with human Chinese and English captions.
+
+The package carries the drawings as one blob per style and the captions as one JSON line per concept (see
+`assets/emoji/ATTRIBUTION.md`; `scripts/build_emoji_data.py` made them). `write_emoji_shards` unpacks ordinary WebDataset
+tars from them, so that training reads the embedded set exactly as it reads any other.
+
+Words used here: a *concept* is one emoji without skin tone; its *family* are the concepts that share the part before
+the first joiner; a *style* is the artist's set a drawing comes from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m2_encoder.errors import UserError
+from m2_encoder.types import LANGUAGES
+
+EMOJI_STYLES = ("noto", "twemoji", "fluent", "openmoji")
+"""Every drawing style of the package, in the order of `EmojiConcept.styles`."""
+
+EMOJI_SPLITS = ("train", "val", "val_style", "heldout_style", "heldout_families")
+"""Folders that `write_emoji_shards` writes; `write_emoji_shards` says what each holds."""
+
+EMOJI_MARKER = "emoji.json"
+"""File whose presence says that a folder was unpacked completely, and from what."""
+
+IMAGE_SIZE_PX = 64
+"""Side of every shipped drawing."""
+
+_LAYOUT_VERSION = 1  # part of the fingerprint: raise it when the written files change for the same assets
+_STALE_PARTIAL_S = 3600.0  # an unpack takes seconds; an older partial folder belongs to a process that died
+
+
+class EmojiCaptions(NamedTuple):
+    """What one language says about a concept.
+
+    Attributes:
+        name: the CLDR short name.
+        aliases: other names, from the `emoji` package.
+        keywords: CLDR search keywords, without those that repeat a name.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    keywords: tuple[str, ...]
+
+    def texts(self) -> tuple[str, ...]:
+        """All captions: the name, then the aliases, then the keywords."""
+        return (self.name, *self.aliases, *self.keywords)
+
+    def roles(self) -> tuple[str, ...]:
+        """The role of each of `texts()`: "name", "alias" or "keyword"."""
+        return ("name", *("alias" for _ in self.aliases), *("keyword" for _ in self.keywords))
+
+
+class EmojiConcept(NamedTuple):
+    """One emoji without skin tone.
+
+    Attributes:
+        key: its code points without U+FE0F in lower-case hex, joined by "-".
+        family: key of the part before the first joiner; whole flags are their own family. Splits never cut a family.
+        group: Unicode's chapter, such as "Food & Drink".
+        split: "train", "val" or "heldout".
+        styles: the styles that draw it, a subset of `EMOJI_STYLES` in that order.
+        captions: by language, with the keys of `LANGUAGES`.
+    """
+
+    key: str
+    family: str
+    group: str
+    split: str
+    styles: tuple[str, ...]
+    captions: Mapping[str, EmojiCaptions]
+
+    @property
+    def character(self) -> str:
+        """The emoji itself, without U+FE0F."""
+        return "".join(chr(int(code, 16)) for code in self.key.split("-"))
+
+
+class _Sample(NamedTuple):
+    concept: EmojiConcept
+    style: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.style}-{self.concept.key}"
+
+
+def load_emoji_concepts() -> list[EmojiConcept]:
+    """Reads every concept of the package, ordered by code points.
+
+    Source: CLDR annotations and the `emoji` package, joined by `scripts/build_emoji_data.py`.
+    """
+    return [_parse_concept(json.loads(line)) for line in _read_asset("concepts.jsonl").splitlines()]
+
+
+def load_emoji_images(style: str) -> dict[str, bytes]:
+    """Reads the drawings of one style.
+
+    Args:
+        style: one of `EMOJI_STYLES`.
+
+    Returns:
+        WebP files by concept key; each decodes to `IMAGE_SIZE_PX` squared, RGB on white.
+
+    Raises:
+        UserError: if the style is unknown.
+    """
+    _check_styles([style])
+    keys = [concept.key for concept in load_emoji_concepts() if style in concept.styles]
+    images = list(_split_riff(_read_asset(f"{style}.webps")))
+    assert len(images) == len(keys), f"{style}.webps holds {len(images)} images for {len(keys)} concepts"
+    return dict(zip(keys, images, strict=True))
+
+
+def load_emoji_tokenizer_model() -> bytes:
+    """Reads the SentencePiece model that `scripts/train_tokenizer.py` trained on the training captions."""
+    return _read_asset("tokenizer.model")
+
+
+def write_emoji_shards(
+    folder: str | os.PathLike[str],
+    *,
+    heldout_style: str = "openmoji",
+    styles: Sequence[str] = EMOJI_STYLES,
+    samples_per_shard: int = 500,
+) -> Path:
+    """Unpacks the embedded set to WebDataset tars, unless the folder already holds exactly that.
+
+    One sub-folder per split, each with `000000.tar`, … and an `index.json`:
+
+    ==================  =================  ===============  =====================================
+    split               concepts           styles           what for
+    ==================  =================  ===============  =====================================
+    `train`             train              all but one      training
+    `val`               val                all but one      choosing: unseen families
+    `val_style`         val                the held-out     choosing: unseen families and style
+    `heldout_style`     train              the held-out     reporting: unseen style
+    `heldout_families`  heldout            the held-out     reporting: unseen families and style
+    ==================  =================  ===============  =====================================
+
+    With the default arguments only the first two may be used for choosing anything; to choose by an unseen style, leave
+    the reported one out (`styles=("noto", "twemoji", "fluent"), heldout_style="noto"`) and read `val_style`.
+    Concepts that no training style draws are left out of `heldout_style`.
+
+    A sample is `<style>-<key>.webp` and `.json`: key, style, family, group, `captions` (by language: name, aliases,
+    keywords) and `caption_roles` (parallel to it). Training samples come in a fixed shuffled order.
+    The bytes depend on the package and the arguments alone. The folder appears by one rename; a folder from another
+    version or other arguments, or one with files missing, is replaced.
+
+    Args:
+        folder: where to unpack; its parents are made.
+        heldout_style: the style that is kept from `train` and `val`.
+        styles: the styles to use at all, the held-out one included.
+        samples_per_shard: samples per tar; the last one holds the rest.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        UserError: for an unknown style, too few of them, a shard size below 1, or a folder that holds something else.
+    """
+    folder = Path(folder)
+    styles = tuple(style for style in EMOJI_STYLES if style in _check_styles(styles))
+    if heldout_style not in styles or len(styles) < 2:
+        raise UserError(
+            f"heldout_style={heldout_style!r} must be one of styles={styles}, which must leave at least one other to train on"
+        )
+    if samples_per_shard < 1:
+        raise UserError(f"samples_per_shard={samples_per_shard} must be at least 1")
+    wanted = _fingerprint(styles, heldout_style, samples_per_shard)
+    if _is_complete(folder, wanted):
+        return folder
+    _check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale_partials(folder)
+    partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))
+    try:
+        partial.chmod(0o755)  # mkdtemp makes folders private; shared data is not
+        _write_splits(partial, wanted, styles, heldout_style, samples_per_shard)
+        _publish(partial, folder, wanted)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write_splits(
+    target: Path, fingerprint: str, styles: Sequence[str], heldout_style: str, samples_per_shard: int
+) -> None:
+    images = {style: load_emoji_images(style) for style in styles}
+    splits = {}
+    for split, samples in _select_samples(styles, heldout_style).items():
+        (target / split).mkdir()
+        shards = _write_tars(target / split, samples, images, samples_per_shard)
+        splits[split] = {
+            "split": split,
+            "samples": len(samples),
+            "concepts": len({sample.concept.key for sample in samples}),
+            "families": len({sample.concept.family for sample in samples}),
+            "styles": sorted({sample.style for sample in samples}, key=EMOJI_STYLES.index),
+            "languages": list(LANGUAGES),
+            "shards": shards,
+            "fingerprint": fingerprint,
+        }
+        _write_json(target / split / "index.json", splits[split])
+    marker = {
+        "fingerprint": fingerprint,
+        "heldout_style": heldout_style,
+        "styles": list(styles),
+        "samples_per_shard": samples_per_shard,
+        "splits": splits,
+    }
+    _write_json(target / EMOJI_MARKER, marker)
+
+
+def _select_samples(styles: Sequence[str], heldout_style: str) -> dict[str, list[_Sample]]:
+    concepts = load_emoji_concepts()
+    training_styles = [style for style in styles if style != heldout_style]
+
+    def pick(split: str, from_styles: Iterable[str]) -> list[_Sample]:
+        chosen = set(from_styles)
+        return [
+            _Sample(c, style) for c in concepts if c.split == split for style in c.styles if style in chosen
+        ]
+
+    train = pick("train", training_styles)
+    seen = {sample.concept.key for sample in train}
+    return {
+        "train": sorted(train, key=lambda sample: hashlib.sha256(sample.key.encode()).digest()),
+        "val": pick("val", training_styles),
+        "val_style": pick("val", [heldout_style]),
+        "heldout_style": [s for s in pick("train", [heldout_style]) if s.concept.key in seen],
+        "heldout_families": pick("heldout", [heldout_style]),
+    }
+
+
+def _write_tars(
+    target: Path,
+    samples: Sequence[_Sample],
+    images: Mapping[str, Mapping[str, bytes]],
+    samples_per_shard: int,
+) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = []
+    for start in range(0, len(samples), samples_per_shard):
+        part = samples[start : start + samples_per_shard]
+        path = target / f"{len(shards):06d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in part:
+                _add_file(tar, f"{sample.key}.webp", images[sample.style][sample.concept.key])
+                _add_file(tar, f"{sample.key}.json", _dump_json(_describe(sample)).encode())
+        shards.append({"name": path.name, "samples": len(part), "bytes": path.stat().st_size})
+    return shards
+
+
+def _describe(sample: _Sample) -> dict[str, Any]:
+    concept = sample.concept
+    return {
+        "key": concept.key,
+        "style": sample.style,
+        "family": concept.family,
+        "group": concept.group,
+        "captions": {language: concept.captions[language].texts() for language in LANGUAGES},
+        "caption_roles": {language: concept.captions[language].roles() for language in LANGUAGES},
+    }
+
+
+def _add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)  # its defaults are fixed: mtime 0, uid 0, mode 0644, no user names
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def _is_complete(folder: Path, fingerprint: str) -> bool:
+    try:
+        marker = json.loads((folder / EMOJI_MARKER).read_bytes())
+        if marker["fingerprint"] != fingerprint:
+            return False
+        return all(
+            (folder / split / shard["name"]).stat().st_size == shard["bytes"]
+            for split, index in marker["splits"].items()
+            for shard in index["shards"]
+        ) and all((folder / split / "index.json").is_file() for split in marker["splits"])
+    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or another program's marker
+        return False
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuses to replace what this module did not write."""
+    if folder.is_dir():
+        foreign = sorted({entry.name for entry in folder.iterdir()} - {EMOJI_MARKER, *EMOJI_SPLITS})
+        if not foreign:
+            return
+        raise UserError(f"{folder} holds other files ({', '.join(foreign[:5])}); give an empty or new folder")
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder} is not a folder; give an empty or new folder")
+
+
+def _publish(partial: Path, folder: Path, fingerprint: str) -> None:
+    if folder.exists():
+        # Renaming over a folder works only when it is empty, so the old one steps aside first.
+        old = Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))
+        try:
+            folder.rename(old / "replaced")
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    try:
+        partial.rename(folder)
+    except OSError:
+        # Another process, such as another rank, was faster; what it wrote is as good as ours.
+        if not _is_complete(folder, fingerprint):
+            raise
+
+
+def _partial_prefix(folder: Path) -> str:
+    return f".{folder.name}.partial-"
+
+
+def _remove_stale_partials(folder: Path) -> None:
+    for path in folder.parent.glob(f"{_partial_prefix(folder)}*"):
+        if path.is_dir() and time.time() - path.stat().st_mtime > _STALE_PARTIAL_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _fingerprint(styles: Sequence[str], heldout_style: str, samples_per_shard: int) -> str:
+    digest = hashlib.sha256()
+    for name in ("concepts.jsonl", *(f"{style}.webps" for style in styles)):
+        digest.update(hashlib.sha256(_read_asset(name)).digest())
+    arguments = [_LAYOUT_VERSION, list(styles), heldout_style, samples_per_shard]
+    digest.update(_dump_json(arguments).encode())
+    return digest.hexdigest()
+
+
+def _check_styles(styles: Sequence[str]) -> Sequence[str]:
+    if isinstance(styles, str):
+        raise UserError(f"styles={styles!r} must be a list of styles, such as {list(EMOJI_STYLES)}")
+    unknown = [style for style in styles if style not in EMOJI_STYLES]
+    if unknown:
+        raise UserError(f"unknown emoji style {unknown[0]!r}; choose from {', '.join(EMOJI_STYLES)}")
+    return styles
+
+
+def _parse_concept(record: Mapping[str, Any]) -> EmojiConcept:
+    captions = {
+        language: EmojiCaptions(
+            record[language]["name"], tuple(record[language]["aliases"]), tuple(record[language]["keywords"])
+        )
+        for language in LANGUAGES
+    }
+    return EmojiConcept(
+        record["key"], record["family"], record["group"], record["split"], tuple(record["styles"]), captions
+    )
+
+
+def _split_riff(blob: bytes) -> Iterator[bytes]:
+    """Cuts a concatenation of RIFF files (WebP is one): each says its own length in its second word."""
+    start = 0
+    while start < len(blob):
+        tag, length = struct.unpack_from("<4sI", blob, start)
+        assert tag == b"RIFF", f"no RIFF file at byte {start}"
+        end = start + 8 + length + length % 2
+        yield blob[start:end]
+        start = end
+
+
+def _read_asset(name: str) -> bytes:
+    return files("m2_encoder").joinpath("assets", "emoji", name).read_bytes()
+
+
+def _dump_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
