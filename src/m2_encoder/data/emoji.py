@@ -1,11 +1,30 @@
 """The embedded bilingual set: emoji drawn in four styles, with human Chinese and English captions.
 
 The package carries the drawings as one blob per style and the captions as one JSON line per concept (see
-`assets/emoji/ATTRIBUTION.md`; `scripts/build_emoji_data.py` made them). `write_emoji_shards` unpacks ordinary WebDataset
-tars from them, so that training reads the embedded set exactly as it reads any other.
+`assets/emoji/ATTRIBUTION.md`; `scripts/build_emoji_data.py` made them). `write_emoji_shards` unpacks ordinary
+WebDataset tars from them, so that training reads the embedded set exactly as it reads any other.
 
-Words used here: a *concept* is one emoji without skin tone; its *family* are the concepts that share the part before
-the first joiner; a *style* is the artist's set a drawing comes from.
+Words used here: a *concept* is one emoji without skin tone; its *family* are the concepts that share the part
+before the first joiner; a *style* is the artist's set a drawing comes from.
+
+One folder per split, each with `000000.tar`, … and an `index.json`:
+
+==================  ==========  ==============  ================================================
+split               concepts    styles          what for
+==================  ==========  ==============  ================================================
+`train`             train       all but one     training
+`val`               val         all but one     choosing: unseen families
+`val_style`         val         the held-out    choosing, see below: unseen families and style
+`heldout_style`     train       the held-out    reporting: unseen style
+`heldout_families`  heldout     the held-out    reporting: unseen families and style
+==================  ==========  ==============  ================================================
+
+With the default arguments only the first two may be used to choose anything. To choose by an unseen style,
+leave the reported one out, `styles=("noto", "twemoji", "fluent"), heldout_style="noto"`, and read `val_style`.
+Concepts that no training style draws are left out of `heldout_style`.
+
+A sample is `<style>-<key>.webp` and `.json`: key, style, family, group, `captions` (by language: the name,
+aliases, keywords) and `caption_roles` (parallel to it). Training samples come in a fixed shuffled order.
 """
 
 from __future__ import annotations
@@ -31,7 +50,7 @@ EMOJI_STYLES = ("noto", "twemoji", "fluent", "openmoji")
 """Every drawing style of the package, in the order of `EmojiConcept.styles`."""
 
 EMOJI_SPLITS = ("train", "val", "val_style", "heldout_style", "heldout_families")
-"""Folders that `write_emoji_shards` writes; `write_emoji_shards` says what each holds."""
+"""Folders that `write_emoji_shards` writes; the module's head says what each holds."""
 
 EMOJI_MARKER = "emoji.json"
 """File whose presence says that a folder was unpacked completely, and from what."""
@@ -70,7 +89,7 @@ class EmojiConcept(NamedTuple):
 
     Attributes:
         key: its code points without U+FE0F in lower-case hex, joined by "-".
-        family: key of the part before the first joiner; whole flags are their own family. Splits never cut a family.
+        family: key of the part before the first joiner; a flag is its own family. Splits never cut families.
         group: Unicode's chapter, such as "Food & Drink".
         split: "train", "val" or "heldout".
         styles: the styles that draw it, a subset of `EMOJI_STYLES` in that order.
@@ -140,26 +159,8 @@ def write_emoji_shards(
 ) -> Path:
     """Unpacks the embedded set to WebDataset tars, unless the folder already holds exactly that.
 
-    One sub-folder per split, each with `000000.tar`, … and an `index.json`:
-
-    ==================  =================  ===============  =====================================
-    split               concepts           styles           what for
-    ==================  =================  ===============  =====================================
-    `train`             train              all but one      training
-    `val`               val                all but one      choosing: unseen families
-    `val_style`         val                the held-out     choosing: unseen families and style
-    `heldout_style`     train              the held-out     reporting: unseen style
-    `heldout_families`  heldout            the held-out     reporting: unseen families and style
-    ==================  =================  ===============  =====================================
-
-    With the default arguments only the first two may be used for choosing anything; to choose by an unseen style, leave
-    the reported one out (`styles=("noto", "twemoji", "fluent"), heldout_style="noto"`) and read `val_style`.
-    Concepts that no training style draws are left out of `heldout_style`.
-
-    A sample is `<style>-<key>.webp` and `.json`: key, style, family, group, `captions` (by language: name, aliases,
-    keywords) and `caption_roles` (parallel to it). Training samples come in a fixed shuffled order.
-    The bytes depend on the package and the arguments alone. The folder appears by one rename; a folder from another
-    version or other arguments, or one with files missing, is replaced.
+    The module's head describes splits and samples. The bytes depend on the package and the arguments alone.
+    The folder appears by one rename; one from another version or arguments, or with files missing, is replaced.
 
     Args:
         folder: where to unpack; its parents are made.
@@ -171,13 +172,13 @@ def write_emoji_shards(
         `folder`.
 
     Raises:
-        UserError: for an unknown style, too few of them, a shard size below 1, or a folder that holds something else.
+        UserError: for an unknown style, too few styles, a shard size below 1, or a folder with other files.
     """
     folder = Path(folder)
     styles = tuple(style for style in EMOJI_STYLES if style in _check_styles(styles))
     if heldout_style not in styles or len(styles) < 2:
         raise UserError(
-            f"heldout_style={heldout_style!r} must be one of styles={styles}, which must leave at least one other to train on"
+            f"heldout_style={heldout_style!r} must be one of styles={styles}, with another left to train on"
         )
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard={samples_per_shard} must be at least 1")
