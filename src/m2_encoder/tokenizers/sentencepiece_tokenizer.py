@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import sentencepiece
 import torch
 from torch import Tensor
@@ -145,10 +146,12 @@ class SentencePieceTokenizer:
             rows.append([self.cls_id, *pieces, self.end_id])
         if not rows:
             return TextTokens(torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.bool))
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [self.end_id] * (longest - len(row)) for row in rows], dtype=torch.int64)
-        lengths = torch.tensor([len(row) for row in rows])
-        return TextTokens(ids, torch.arange(longest) < lengths[:, None])
+        lengths = np.array([len(row) for row in rows])
+        longest = int(lengths.max())
+        # NumPy turns nested lists into an array several times faster than torch does.
+        ids = np.array([row + [self.end_id] * (longest - len(row)) for row in rows], dtype=np.int64)
+        mask = np.arange(longest) < lengths[:, None]
+        return TextTokens(torch.from_numpy(ids), torch.from_numpy(mask))
 
     def encode(self, text: str) -> list[int]:
         """Ids of all pieces of a text: no template, no truncation.
