@@ -11,9 +11,9 @@ Inputs, pinned (another version builds another set, and the tests of the set say
 The same inputs give the same bytes; it takes about a minute on one core.
 
 A concept is a fully-qualified emoji without skin tone that CLDR names in both languages and that both Twemoji
-and OpenMoji draw: 1,914 of 1,923 (Twemoji lacks the nine newest). Those two are the complete sets. Noto's icons
-have no country flags; Fluent's have no flags, hardly any couples and families, and no emoji of the last years,
-so 1,594 concepts exist in all four styles.
+and OpenMoji draw: 1,914 of 1,923 (Twemoji lacks the nine newest). Those two are the complete sets. Noto's
+icons have no country flags; Fluent's have no flags, hardly any couples and families, and no emoji of the last
+years, so 1,594 concepts exist in all four styles.
 """
 
 from __future__ import annotations

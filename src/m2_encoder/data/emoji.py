@@ -20,8 +20,8 @@ split               concepts    styles          what for
 ==================  ==========  ==============  ================================================
 
 With the default arguments only the first two may be used to choose anything. To choose by an unseen style,
-leave the reported one out, `styles=("noto", "twemoji", "fluent"), heldout_style="noto"`, and read `val_style`.
-Concepts that no training style draws are left out of `heldout_style`.
+leave the reported one out, `styles=("noto", "twemoji", "fluent"), heldout_style="noto"`, and read
+`val_style`. Concepts that no training style draws are left out of `heldout_style`.
 
 A sample is `<style>-<key>.webp` and `.json`: key, style, family, group, `captions` (by language: the name,
 aliases, keywords) and `caption_roles` (parallel to it). Training samples come in a fixed shuffled order.
@@ -160,7 +160,7 @@ def write_emoji_shards(
     """Unpacks the embedded set to WebDataset tars, unless the folder already holds exactly that.
 
     The module's head describes splits and samples. The bytes depend on the package and the arguments alone.
-    The folder appears by one rename; one from another version or arguments, or with files missing, is replaced.
+    The folder appears by one rename; one from another version or arguments, or a damaged one, is replaced.
 
     Args:
         folder: where to unpack; its parents are made.
