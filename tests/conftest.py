@@ -34,3 +34,10 @@ def parity_dir() -> Path:
 def _seeded() -> None:
     """Every test starts from the same torch seed, whatever ran before it."""
     torch.manual_seed(20240126)
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test, nor a command it starts, uploads to the developer's W&B account."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")

@@ -61,7 +61,7 @@ class Import(NamedTuple):
 
 
 def _imports(path: Path, module: str, root: Path) -> Iterator[Import]:
-    """Every import of a file, at any depth, as absolute names; `from a import b` is a.b if that is a module."""
+    """Every import at any depth, as absolute names; `from a import b` is a.b if that is a module."""
     is_package = path.name == "__init__.py"
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
         if isinstance(node, ast.Import):
