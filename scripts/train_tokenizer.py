@@ -2,16 +2,17 @@
 
     python scripts/train_tokenizer.py
 
-A SentencePiece unigram model on the captions of the training concepts alone, so that held-out words meet it as
-unseen as a user's do. The same captions and version (sentencepiece 0.2.3) give the same bytes, in seconds.
+A SentencePiece unigram model on the captions of the training concepts alone, so that held-out words meet it
+as unseen as a user's do. The same captions and version (sentencepiece 0.2.3) give the same bytes, in seconds.
 
 The choices, which differ from the official model for the sake of a small one:
 
-- Case is folded (`nmt_nfkc_cf`; the official model keeps it): with 5,000 English captions, "Dog" should be "dog".
-- Chinese is cut into characters. A word piece such as 海豚 would hide from an unseen 海龟 what the two share, and
+- Case is folded (`nmt_nfkc_cf`; the official model keeps it): 5,000 English captions cannot teach that "Dog"
+  is "dog".
+- Chinese is cut into characters. A word piece such as 海豚 would hide what an unseen 海龟 shares with it, and
   SentencePiece would otherwise also learn a second piece "▁海" for every frequent first character.
-- Coverage is below 1: characters seen once become their UTF-8 bytes. They teach one concept little, and the byte
-  pieces, on which every unseen character falls back, are trained instead of random.
+- Coverage is below 1: characters seen once become their UTF-8 bytes. They teach one concept little, and the
+  byte pieces, on which every unseen character falls back, are trained instead of random.
 - 3,500 pieces leave about 1,400 for English: common words whole, rarer ones in parts that other words share.
 """
 
