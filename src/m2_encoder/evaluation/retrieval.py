@@ -1,0 +1,175 @@
+"""Image-text retrieval of a model on a set, one language at a time.
+
+Legend: n images · m distinct captions · E feature dim · S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from m2_encoder.evaluation.encode import (
+    DEFAULT_BATCH_SIZE,
+    FeatureModel,
+    Tokenize,
+    encode_images,
+    encode_texts,
+)
+from m2_encoder.evaluation.metrics import RECALL_KS, retrieval_metrics
+
+
+class CaptionedImages(Protocol):
+    """What evaluation needs of a set; `m2_encoder.data.evaluation_set.RetrievalSet` is one."""
+
+    @property
+    def name(self) -> str:
+        """Name in metric names."""
+        ...
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What each image shows; images with the same key are equally right for a caption, length n."""
+        ...
+
+    @property
+    def images(self) -> Tensor:
+        """(n, 3, S, S), uint8 or floating in 0..1."""
+        ...
+
+    @property
+    def captions(self) -> Mapping[str, tuple[str, ...]]:
+        """By language: row i describes image i, length n."""
+        ...
+
+
+class TextFeatures(NamedTuple):
+    """Captions of one language, each (key, caption) once.
+
+    Attributes:
+        texts: captions, length m.
+        ids: which key each describes, (m,) int64.
+        features: (m, E) fp32.
+    """
+
+    texts: tuple[str, ...]
+    ids: Tensor
+    features: Tensor
+
+
+class SetFeatures(NamedTuple):
+    """A set, encoded.
+
+    Attributes:
+        image_features: (n, E) fp32.
+        image_ids: number of each image's key in the order of first appearance, (n,) int64.
+        texts: by language.
+    """
+
+    image_features: Tensor
+    image_ids: Tensor
+    texts: dict[str, TextFeatures]
+
+
+def encode_set(
+    model: FeatureModel,
+    dataset: CaptionedImages,
+    tokenizer: Tokenize,
+    *,
+    languages: Sequence[str] | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+) -> SetFeatures:
+    """Encodes every image once and every distinct caption of every language once.
+
+    Several drawings of one concept carry the same key and caption: that caption is one query, and each of
+    the drawings is right for it. The same words for two keys stay two queries, each right for its own key
+    alone.
+
+    Args:
+        model: on any device; its mode is restored.
+        dataset: images and captions.
+        tokenizer: the model's own.
+        languages: which of the set's languages; None for all.
+        batch_size: items per forward pass.
+
+    Raises:
+        ValueError: for an empty set, one whose parts differ in length, or a language that it lacks.
+    """
+    chosen = tuple(dataset.captions) if languages is None else tuple(languages)
+    _check_set(dataset, chosen)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(dataset.keys))}
+    ids = [numbers[key] for key in dataset.keys]
+    encoded = {}
+    for language in chosen:
+        distinct = tuple(dict.fromkeys(zip(ids, dataset.captions[language], strict=True)))
+        texts = tuple(text for _, text in distinct)
+        features = encode_texts(model, texts, tokenizer, batch_size=batch_size)
+        encoded[language] = TextFeatures(texts, torch.tensor([number for number, _ in distinct]), features)
+    image_features = encode_images(model, dataset.images, batch_size=batch_size)
+    return SetFeatures(image_features, torch.tensor(ids), encoded)
+
+
+def evaluate_features(features: SetFeatures, *, ks: Sequence[int] = RECALL_KS) -> dict[str, dict[str, float]]:
+    """`retrieval_metrics` of an encoded set, by language.
+
+    Raises:
+        ValueError: if a feature is not finite; a model that makes such is broken, and a table would hide it.
+    """
+    results = {}
+    for language, texts in features.texts.items():
+        for side, values in (("image", features.image_features), (f"{language} text", texts.features)):
+            broken = int((~values.isfinite()).any(dim=1).sum())
+            if broken:
+                raise ValueError(
+                    f"{broken} of {len(values)} {side} features are not finite: the model is broken"
+                )
+        results[language] = retrieval_metrics(
+            features.image_features, features.image_ids, texts.features, texts.ids, ks=ks
+        )
+    return results
+
+
+def evaluate_retrieval(
+    model: FeatureModel,
+    dataset: CaptionedImages,
+    tokenizer: Tokenize,
+    *,
+    languages: Sequence[str] | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    ks: Sequence[int] = RECALL_KS,
+) -> dict[str, dict[str, float]]:
+    """Recalls of a model on a set: the standard protocol, one query per distinct caption.
+
+    Args:
+        model: on any device; its mode is restored.
+        dataset: images and captions.
+        tokenizer: the model's own.
+        languages: which of the set's languages; None for all.
+        batch_size: items per forward pass.
+        ks: cut-offs.
+
+    Returns:
+        By language, what `retrieval_metrics` returns: percent, chance beside it.
+
+    Raises:
+        ValueError: as `encode_set` and `evaluate_features`.
+    """
+    encoded = encode_set(model, dataset, tokenizer, languages=languages, batch_size=batch_size)
+    return evaluate_features(encoded, ks=ks)
+
+
+def _check_set(dataset: CaptionedImages, languages: Sequence[str]) -> None:
+    if not dataset.keys or not languages:
+        raise ValueError(f"retrieval set {dataset.name!r} is empty")
+    missing = [language for language in languages if language not in dataset.captions]
+    if missing:
+        raise ValueError(
+            f"retrieval set {dataset.name!r} has no captions in {', '.join(missing)}, "
+            f"only in {', '.join(dataset.captions)}"
+        )
+    lengths = {"images": len(dataset.images), **{name: len(dataset.captions[name]) for name in languages}}
+    wrong = {name: length for name, length in lengths.items() if length != len(dataset.keys)}
+    if wrong:
+        raise ValueError(f"retrieval set {dataset.name!r} has {len(dataset.keys)} keys but {wrong}")
