@@ -1,7 +1,8 @@
 """Names of the official checkpoints and ours: one table, read in both directions.
 
-Official names put the expert's letter after a projection or norm (`q_proj.A.weight`) but before the parts of the
-feed-forward network (`ffn.A.fc1.weight`); ours group everything of one expert (`vision_expert.q_proj.weight`).
+Official names put the expert's letter after a projection or norm (`q_proj.A.weight`) but before the parts of
+the feed-forward network (`ffn.A.fc1.weight`); ours group everything of one expert
+(`vision_expert.q_proj.weight`).
 """
 
 from __future__ import annotations
@@ -29,9 +30,18 @@ NAME_TABLE: tuple[tuple[str, str], ...] = (
     ("backbone.vision_embed.proj.{kind}", "image_embed.proj.{kind}"),
     ("backbone.encoder.embed_positions.A.weight", "image_embed.positions.weight"),
     ("backbone.encoder.embed_positions.B.weight", "text_embed.positions.weight"),
-    ("{encoder}.layers.{layer}.self_attn.k_proj.{expert}.{kind}", "{encoder}.layers.{layer}.{expert}.k_proj.{kind}"),
-    ("{encoder}.layers.{layer}.self_attn.v_proj.{expert}.{kind}", "{encoder}.layers.{layer}.{expert}.v_proj.{kind}"),
-    ("{encoder}.layers.{layer}.self_attn.q_proj.{expert}.{kind}", "{encoder}.layers.{layer}.{expert}.q_proj.{kind}"),
+    (
+        "{encoder}.layers.{layer}.self_attn.k_proj.{expert}.{kind}",
+        "{encoder}.layers.{layer}.{expert}.k_proj.{kind}",
+    ),
+    (
+        "{encoder}.layers.{layer}.self_attn.v_proj.{expert}.{kind}",
+        "{encoder}.layers.{layer}.{expert}.v_proj.{kind}",
+    ),
+    (
+        "{encoder}.layers.{layer}.self_attn.q_proj.{expert}.{kind}",
+        "{encoder}.layers.{layer}.{expert}.q_proj.{kind}",
+    ),
     (
         "{encoder}.layers.{layer}.self_attn.out_proj.{expert}.{kind}",
         "{encoder}.layers.{layer}.{expert}.out_proj.{kind}",
@@ -50,7 +60,10 @@ NAME_TABLE: tuple[tuple[str, str], ...] = (
         "{encoder}.layers.{layer}.ffn.{expert}.ffn_layernorm.{kind}",
         "{encoder}.layers.{layer}.{expert}.ffn_inner_norm.{kind}",
     ),
-    ("{encoder}.layers.{layer}.final_layer_norm.{expert}.{kind}", "{encoder}.layers.{layer}.{expert}.ffn_norm.{kind}"),
+    (
+        "{encoder}.layers.{layer}.final_layer_norm.{expert}.{kind}",
+        "{encoder}.layers.{layer}.{expert}.ffn_norm.{kind}",
+    ),
     ("{encoder}.layer_norm.{expert}.{kind}", "{encoder}.norm.{expert}.{kind}"),
     ("norm.{kind}", "norm.{kind}"),
     ("pooler.dense.{kind}", "pooler.{kind}"),
@@ -60,6 +73,13 @@ NAME_TABLE: tuple[tuple[str, str], ...] = (
     ("itc_vl_image_proj.fc.weight", "vl_image_proj.weight"),
 )
 """(official, ours). `{...}` stand for the same thing on both sides; see `_PLACEHOLDERS`."""
+
+
+IGNORED_NAMES: dict[str, str] = {
+    "visual_tokenizer.": "gave targets for masked image modelling; released checkpoints carry it",
+    "objectives.": "heads of objectives in our own training checkpoints; features do not need them",
+}
+"""Documented extras, part of a name -> why it is dropped. Everything else that is unknown is an error."""
 
 
 class _Renamer:

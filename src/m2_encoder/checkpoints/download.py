@@ -1,0 +1,169 @@
+"""Weights behind a URL: fetched once into a cache folder, resumable, verified.
+
+The only module of the package that touches the network, and only when somebody gives a URL.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import http
+import http.client
+import logging
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urldefrag, urlsplit
+
+from m2_encoder.errors import CheckpointError
+
+CACHE_VARIABLE = "M2_ENCODER_CACHE"
+"""Environment variable that names the cache folder; `~/.cache/m2_encoder` otherwise."""
+
+_CHUNK_BYTES = 1 << 20
+_LOGGER = logging.getLogger(__name__)
+
+
+def is_url(source: str | os.PathLike[str]) -> bool:
+    """True for http(s) addresses; everything else is a path."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+
+
+def cache_folder() -> Path:
+    """Where downloads live; it need not exist yet."""
+    configured = os.environ.get(CACHE_VARIABLE)
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "m2_encoder"
+
+
+def download(url: str, *, folder: str | os.PathLike[str] | None = None, timeout_s: float = 30.0) -> Path:
+    """Fetch a file, or find it in the cache.
+
+    An interrupted download leaves a `.part` file, and the next call continues there if the server can. The
+    final name appears only once the length, and the hash if one is given, are right. Two processes that want
+    the same file wait for each other.
+
+    Args:
+        url: http(s) address; a fragment `#sha256=<64 hex digits>` is verified.
+        folder: cache folder; None for `cache_folder()`.
+        timeout_s: longest silence of the server, seconds.
+
+    Returns:
+        The complete file.
+
+    Raises:
+        CheckpointError: if the server cannot be reached or refuses, the connection breaks, the hash is
+            another one, or the disk refuses.
+    """
+    address, fragment = urldefrag(url)
+    sha256 = _expected_sha256(fragment, url)
+    name = Path(unquote(urlsplit(address).path)).name or "weights"
+    # The address (with the hash, which is part of what was asked for) is in the name: other files never
+    # collide.
+    target = Path(folder or cache_folder()) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _exclusive(target.with_name(f"{target.name}.lock")):
+            if not target.is_file():
+                _LOGGER.info("downloading %s to %s", address, target)
+                _fetch(address, target, sha256=sha256, timeout_s=timeout_s)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise CheckpointError(
+            f"cannot download {address}: the server says {error.code} {error.reason}"
+        ) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = getattr(error, "reason", None) or error
+        raise CheckpointError(f"cannot download {address}: {reason}") from error
+    return target
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _expected_sha256(fragment: str, url: str) -> str | None:
+    if not fragment:
+        return None
+    match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    if not match:
+        raise CheckpointError(f"{url}: cannot verify {fragment!r}; append #sha256=<64 hex digits> or nothing")
+    return match.group(1).lower()
+
+
+def _fetch(address: str, target: Path, *, sha256: str | None, timeout_s: float) -> None:
+    """Download into `.part`, continuing an earlier one, check it and rename it."""
+    part = target.with_name(f"{target.name}.part")
+    offset = part.stat().st_size if part.is_file() else 0
+    try:
+        response = _open(address, offset, timeout_s)
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        # The earlier part is not a beginning of what the server has now.
+        error.close()
+        part.unlink()
+        offset, response = 0, _open(address, 0, timeout_s)
+    with response:
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            offset = 0
+        total = _total_bytes(response, offset)
+        with part.open("r+b" if offset else "wb") as file:
+            file.seek(offset)
+            while chunk := response.read(_CHUNK_BYTES):
+                file.write(chunk)
+            received = file.tell()
+    if total is not None and received != total:
+        raise CheckpointError(
+            f"cannot download {address}: the connection ended after {received:,} of {total:,} bytes; "
+            "run it again to continue"
+        )
+    if received == 0:
+        raise CheckpointError(f"cannot download {address}: the server sent an empty file")
+    _verify(part, sha256, address)
+    os.replace(part, target)
+
+
+def _open(address: str, offset: int, timeout_s: float) -> Any:
+    headers = {"User-Agent": "m2-encoder", "Accept-Encoding": "identity"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+    return urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=timeout_s)
+
+
+def _total_bytes(response: Any, offset: int) -> int | None:
+    """Length of the whole file, if the server tells; refuses a range that starts elsewhere."""
+    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if not match or int(match.group(1)) != offset:
+            raise CheckpointError(
+                f"cannot download {response.url}: the server sent another range than asked for"
+            )
+        if match.group(2) != "*":
+            return int(match.group(2))
+    length = response.headers.get("Content-Length")
+    return None if length is None else offset + int(length)
+
+
+def _verify(part: Path, sha256: str | None, address: str) -> None:
+    if sha256 is None:
+        return
+    digest = hashlib.sha256()
+    with part.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    found = digest.hexdigest()
+    if found != sha256:
+        part.unlink()
+        raise CheckpointError(
+            f"cannot use {address}: its sha256 is {found}, expected {sha256}; the file was deleted"
+        )

@@ -1,0 +1,129 @@
+"""Layout of an exported model: a folder with configuration, weights, tokenizer and model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from m2_encoder.checkpoints.formats import read_safetensors_metadata
+from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.models.config import M2EncoderConfig
+
+FORMAT = "m2-encoder"
+FORMAT_VERSION = 1
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.model"
+CARD_FILE = "README.md"
+
+CONFIG_METADATA_KEY = "m2_encoder_config"
+"""The weights carry the architecture, too, or an edit of `config.json` that fits all shapes would pass."""
+
+
+class ExportedFolder(NamedTuple):
+    """What an exported folder holds, checked but not loaded.
+
+    Attributes:
+        config: the architecture.
+        weights: safetensors file under our names.
+        tokenizer: SentencePiece file.
+        context_length: most tokens of a text, template included.
+        truncation_side: where a longer text is cut.
+    """
+
+    config: M2EncoderConfig
+    weights: Path
+    tokenizer: Path
+    context_length: int
+    truncation_side: Literal["left", "right"]
+
+
+def config_text(config: M2EncoderConfig) -> str:
+    """The architecture as canonical JSON."""
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
+    """Read and check a folder written by `m2_encoder.export.export_model`.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The architecture and where everything lies.
+
+    Raises:
+        CheckpointError: if a file is missing, or the files contradict each other.
+    """
+    folder = Path(folder)
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is not a complete exported model: {', '.join(missing)} missing; write it with "
+            "m2-export"
+        )
+    content = _read_json(folder / CONFIG_FILE)
+    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: format {content.get('format')!r} version "
+            f"{content.get('format_version')!r}, "
+            f"this package reads {FORMAT!r} version {FORMAT_VERSION}; export the model again"
+        )
+    try:
+        config = M2EncoderConfig.from_dict(content["model"])
+        facts = content["tokenizer"]
+        exported = ExportedFolder(
+            config=config,
+            weights=folder / WEIGHTS_FILE,
+            tokenizer=folder / TOKENIZER_FILE,
+            context_length=facts["context_length"],
+            truncation_side=facts["truncation_side"],
+        )
+        tokenizer_sha256 = facts["sha256"]
+    except (KeyError, TypeError, UserError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: damaged or edited ({_reason(error)}); export the model again"
+        ) from error
+    _check_consistent(exported, tokenizer_sha256)
+    return exported
+
+
+def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:
+    folder = exported.weights.parent
+    stored = read_safetensors_metadata(exported.weights).get(CONFIG_METADATA_KEY)
+    if stored != config_text(exported.config):
+        raise CheckpointError(
+            f"{folder}: {CONFIG_FILE} describes another architecture than {WEIGHTS_FILE} was exported with; "
+            "restore it or export the model again (load takes image_size as an argument)"
+        )
+    if file_sha256(exported.tokenizer) != tokenizer_sha256:
+        raise CheckpointError(
+            f"{folder}: {TOKENIZER_FILE} is not the file that was exported; restore it or export the model "
+            "again"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a small file, as 64 hex digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); export the model again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, expected an object; export it again"
+        )
+    return content
+
+
+def _reason(error: Exception) -> str:
+    return f"no entry {error}" if isinstance(error, KeyError) else str(error)

@@ -1,0 +1,180 @@
+"""Files of tensors, told apart by their first bytes and read without ever executing what they hold.
+
+Two containers exist: what `torch.save` writes (a zip archive, or a bare pickle from old versions) and
+safetensors. Whatever is wrong with a file - foreign, truncated, unsafe - becomes one `CheckpointError` of one
+line with its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import torch
+from torch import Tensor
+
+from m2_encoder.errors import CheckpointError
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_PROTOCOL = b"\x80"
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def file_kind(path: str | os.PathLike[str]) -> str:
+    """What a file contains, by its first bytes.
+
+    Args:
+        path: any file.
+
+    Returns:
+        "zip" or "pickle" (both written by `torch.save`), or "safetensors".
+
+    Raises:
+        CheckpointError: for a missing, empty or foreign file, or a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, expected a checkpoint file; give a file inside it")
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such checkpoint file; check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty; copy or download it again")
+    if head.startswith(_ZIP_MAGIC):
+        return "zip"
+    # A safetensors file starts with the length of its header (8 bytes), and the header is JSON.
+    if head[8:9] == b"{":
+        return "safetensors"
+    if head.startswith(_PICKLE_PROTOCOL):
+        return "pickle"
+    raise CheckpointError(
+        f"{path}: not a checkpoint; expected a file written by torch.save (.ckpt, .pt, .pth, .bin) or "
+        ".safetensors"
+    )
+
+
+def read_torch(path: str | os.PathLike[str], *, mapped: bool = False) -> object:
+    """Read what `torch.save` wrote, tensors on the CPU; code in it is refused, never executed.
+
+    Args:
+        path: a file of kind "zip" or "pickle".
+        mapped: let tensors point into the file instead of memory, so that what nobody touches is never read.
+            Only zips can be mapped.
+
+    Returns:
+        The saved object, as untrusted as the file.
+
+    Raises:
+        CheckpointError: if the file is truncated or holds anything but tensors and plain containers.
+    """
+    try:
+        with warnings.catch_warnings(), Path(path).open("rb") as file:
+            # torch warns about old storage formats and archives of code; neither helps whoever loads the
+            # file.
+            warnings.simplefilter("ignore")
+            source: Any = os.fspath(path) if mapped else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises a dozen unrelated types for broken and hostile input
+        raise CheckpointError(f"{os.fspath(path)}: {_torch_reason(error)}") from error
+
+
+def _torch_reason(error: Exception) -> str:
+    """One line for whatever torch said in twenty."""
+    text = str(error)
+    unsafe = re.search(r"GLOBAL (\S+)|\bblocklisted global\b|\bblocked\b", text)
+    if unsafe or "Unsupported" in text or "TorchScript" in text:
+        what = f" ({unsafe.group(1)})" if unsafe and unsafe.group(1) else ""
+        return (
+            f"refused, it holds more than tensors and plain containers{what} and reading that could execute "
+            "code; "
+            "if you trust its source, save its state dict alone"
+        )
+    return "damaged or not a checkpoint (torch cannot read it); copy or download it again"
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file into memory of their own.
+
+    The library would map the file instead: then the pages count twice once a copy is made, and a file that is
+    overwritten later would change or crash the model.
+
+    Args:
+        path: a file of kind "safetensors".
+
+    Returns:
+        Tensors on the CPU, in the order of the file.
+
+    Raises:
+        CheckpointError: if the file is truncated, inconsistent, or has a dtype that no checkpoint uses.
+    """
+    name = os.fspath(path)
+    try:
+        # The library validates everything: header size, JSON, offsets without holes, the length of the file.
+        with safetensors.safe_open(name, framework="pt"):
+            pass
+        with Path(path).open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_size))
+            header.pop("__metadata__", None)
+            return {key: _read_tensor(file, 8 + header_size, entry) for key, entry in header.items()}
+    except KeyError as error:
+        raise CheckpointError(
+            f"{name}: unsupported safetensors dtype {error}; save the weights as F32"
+        ) from error
+    except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"{name}: damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
+        ) from error
+
+
+def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The free text that a safetensors file carries beside its tensors.
+
+    Raises:
+        CheckpointError: if the file is truncated or inconsistent.
+    """
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{os.fspath(path)}: damaged or not a safetensors file ({_first_line(error)}); copy or download "
+            "it again"
+        ) from error
+
+
+def _read_tensor(file: BinaryIO, data_start: int, entry: dict[str, Any]) -> Tensor:
+    tensor = torch.empty(entry["shape"], dtype=_SAFETENSORS_DTYPES[entry["dtype"]])
+    start, stop = entry["data_offsets"]
+    file.seek(data_start + start)
+    buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    if file.readinto(buffer) != stop - start:  # type: ignore[attr-defined]  # BinaryIO from open("rb") has it
+        raise ValueError("the file ends early")
+    return tensor
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:200]
