@@ -1,0 +1,223 @@
+"""One call from a name, a configuration or an exported folder to a model that is ready to use."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from m2_encoder.checkpoints.download import download, is_url
+from m2_encoder.checkpoints.exported import ExportedFolder, read_exported
+from m2_encoder.checkpoints.io import load_model
+from m2_encoder.data.transforms import EvalTransform
+from m2_encoder.errors import UserError
+from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+_LOGGER = logging.getLogger(__name__)
+
+_OFFICIAL_FILES: Mapping[str, str] = {
+    "m2-encoder-0.4b": "m2_encoder_0.4B.ckpt",
+    "m2-encoder-1b": "m2_encoder_1B.ckpt",
+    "m2-encoder-10b": "m2_encoder_10B.ckpt",
+}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class MissingTokenizer:
+    """Stands where `load` was given no tokenizer: images work, texts say what to do."""
+
+    def __call__(self, *_args: object, **_kwargs: object) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "no tokenizer was given; pass the SentencePiece file that belongs to the weights: "
+            'load(..., tokenizer="sp.model")'
+        )
+
+    def __repr__(self) -> str:
+        return "MissingTokenizer()"
+
+
+class LoadedModel(NamedTuple):
+    """What `load` returns; unpacks as `model, preprocess, tokenizer`.
+
+    Attributes:
+        model: in eval mode, on the device that was asked for.
+        preprocess: a PIL image, array or path to (3, S, S) float32 in 0..1.
+        tokenizer: texts to token ids and mask.
+    """
+
+    model: M2Encoder
+    preprocess: EvalTransform
+    tokenizer: SentencePieceTokenizer | MissingTokenizer
+
+
+def list_models() -> list[str]:
+    """Names that `load` and `M2EncoderConfig.from_name` know, smallest first."""
+    return list(NAME_TO_CONFIG)
+
+
+def load(
+    model: str | os.PathLike[str] | M2EncoderConfig,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    tokenizer: SentencePieceTokenizer | str | os.PathLike[str] | bytes | None = None,
+    image_size: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+) -> LoadedModel:
+    """Load a model with everything needed to use it.
+
+    Args:
+        model: a name of `list_models()` (underscores work, too), a configuration, or a folder written by
+            `m2-export`, which brings its own weights and tokenizer. A name wins over a folder of that name;
+            write `./name` then.
+        weights: a checkpoint: any wrapper of the official format, safetensors, or one of our training
+            checkpoints; a path or an http(s) URL. A URL is downloaded once to `~/.cache/m2_encoder` (or
+            `M2_ENCODER_CACHE`) and may end in `#sha256=...`. The network is never used otherwise.
+        tokenizer: a SentencePiece file, its bytes, or a tokenizer. None is allowed when only images are
+            encoded.
+        image_size: pixels; another one than the model's resizes its position table, and `preprocess` follows.
+        device: where the model shall live.
+        dtype: of all parameters; weights in half precision become fp32 by default.
+        trainable: let parameters require gradients. By default they do not, so features carry no autograd
+            graph.
+
+    Returns:
+        Model (eval mode), preprocess function and tokenizer.
+
+    Raises:
+        UserError: for an unknown name, a missing or unusable file, or an impossible option. Random weights
+            are never returned silently: `M2Encoder(config)` builds those.
+    """
+    config, exported = _resolve(model)
+    if image_size is not None:
+        config = dataclasses.replace(config, image_size=image_size)
+    weights_path = _weights_path(config, weights, exported)
+    device, dtype = _checked_device(device), _checked_dtype(dtype)
+    text = _build_tokenizer(config, tokenizer, exported)
+    encoder = load_model(config, weights_path, device=device, dtype=dtype)
+    encoder.requires_grad_(trainable)
+    return LoadedModel(encoder, EvalTransform(config.image_size), text)
+
+
+def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
+    """The architecture, and the export it came from if there is one."""
+    if isinstance(model, M2EncoderConfig):
+        return model, None
+    if not isinstance(model, str | os.PathLike):
+        raise UserError(
+            f"model={model!r:.80} is no model; expected a name ({', '.join(NAME_TO_CONFIG)}), an "
+            "M2EncoderConfig, "
+            "or a folder written by m2-export"
+        )
+    name = os.fspath(model)
+    known = {_canonical(known): config for known, config in NAME_TO_CONFIG.items()}
+    if isinstance(model, str) and _canonical(name) in known:
+        return known[_canonical(name)], None
+    path = Path(name)
+    if path.is_dir():
+        exported = read_exported(path)
+        return exported.config, exported
+    if path.is_file():
+        raise UserError(
+            f"{name} is a file; name its architecture and pass it as weights, e.g. load('tiny', "
+            f"weights={name!r})"
+        )
+    if os.sep in name:
+        raise UserError(
+            f"no such folder: {name}; expected one written by m2-export (config.json, model.safetensors)"
+        )
+    raise UserError(
+        f"unknown model {name!r}; known: {', '.join(NAME_TO_CONFIG)}; or give a folder written by m2-export"
+    )
+
+
+def _canonical(name: str) -> str:
+    """Spelling-free form: configuration files cannot write `m2-encoder-0.4b` and say `m2_encoder_0_4b`."""
+    return re.sub(r"[-_.]+", "_", name.lower())
+
+
+def _weights_path(
+    config: M2EncoderConfig, weights: str | os.PathLike[str] | None, exported: ExportedFolder | None
+) -> Path:
+    if weights is not None:
+        if not isinstance(weights, str | os.PathLike):
+            raise UserError(f"weights={weights!r:.80} is no file; expected a path or a URL")
+        if isinstance(weights, str) and is_url(weights):
+            return download(weights)
+        return Path(weights)
+    if exported is not None:
+        return exported.weights
+    official = _OFFICIAL_FILES.get(config.name)
+    what = (
+        f"download {official} from the official M2-Encoder release and pass weights={official!r}"
+        if official
+        else "pass weights=<checkpoint>, or load the folder of a trained model"
+    )
+    raise UserError(
+        f"no weights given for {config.name!r}: {what}. A model with random weights is M2Encoder(config)"
+    )
+
+
+def _build_tokenizer(
+    config: M2EncoderConfig, tokenizer: Any, exported: ExportedFolder | None
+) -> SentencePieceTokenizer | MissingTokenizer:
+    if tokenizer is None and exported is None:
+        return MissingTokenizer()
+    built: SentencePieceTokenizer
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        built = tokenizer
+    elif tokenizer is not None:
+        built = SentencePieceTokenizer(tokenizer, context_length=config.context_length)
+    else:
+        assert exported is not None
+        built = SentencePieceTokenizer(
+            exported.tokenizer,
+            context_length=exported.context_length,
+            truncation_side=exported.truncation_side,
+        )
+    if built.vocab_size > config.vocab_size:
+        _LOGGER.warning(
+            "the tokenizer has %d pieces, the token table of %r has %d rows; texts that need the others will "
+            "be "
+            "refused. Is it the tokenizer of another model?",
+            built.vocab_size,
+            config.name,
+            config.vocab_size,
+        )
+    return built
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        checked = torch.device(device)
+        if checked.type == "meta":
+            raise UserError(
+                "device='meta' holds no weights; build M2Encoder(config) under torch.device('meta')"
+            )
+        torch.empty(0, device=checked)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise UserError(f"device={device!r} cannot be used: {reason}; try 'cpu'") from error
+    return checked
+
+
+def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(map(str, _DTYPES))}")
+    return dtype
