@@ -57,6 +57,7 @@ SPLIT_SHARES = (("heldout", 0.08), ("val", 0.14))  # the rest is "train"
 JOINER, VARIATION = "\u200d", "\ufe0f"
 SKIN_TONES = tuple(chr(code) for code in range(0x1F3FB, 0x1F400))
 HAN = re.compile(r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
+SHORT_CODE = re.compile(r"[A-Za-z]\d")  # "clock530", "u7a7a" and "dog2" are for typing, not words
 KANA = re.compile(r"[\u3040-\u30ff]")
 
 
@@ -180,7 +181,7 @@ def make_captions(
                 kept.append(text)
         return kept
 
-    aliases = distinct(variants)
+    aliases = distinct([variant for variant in variants if not SHORT_CODE.search(variant)])
     return {"name": name, "aliases": aliases, "keywords": distinct(annotation["default"])}
 
 
