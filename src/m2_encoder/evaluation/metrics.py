@@ -226,7 +226,7 @@ class RetrievalRecall(Metric):
         for name, (features, ids) in sides.items():
             if ids.dim() != 1 or features.dim() != 2 or len(ids) != len(features):
                 raise ValueError(
-                    f"{name} features {tuple(features.shape)} and ids {tuple(ids.shape)} must be (n, E) and (n,)"
+                    f"{name} features {tuple(features.shape)}, ids {tuple(ids.shape)}: must be (n, E), (n,)"
                 )
         for name, (features, ids) in sides.items():
             getattr(self, f"{name}_features").append(features.detach().float().flatten())

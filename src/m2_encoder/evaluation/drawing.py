@@ -1,0 +1,184 @@
+"""A small canvas on Pillow: smooth boxes, ticks, pictures and bilingual text, measured in points.
+
+A point is `SCALE` pixels, so that pages are sharp on screens of high density. Pillow's shapes have hard
+edges; here each is drawn larger and reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+SCALE = 2
+"""Pixels per point."""
+
+_SMOOTHING = 4  # shapes are drawn this much larger, then reduced
+_BOLD_STROKE_PX = 0.6  # the shipped font has one weight; headings get a thin outline of their own colour
+
+Color = tuple[int, int, int]
+
+
+class Canvas:
+    """A page that is drawn from the top left, in points.
+
+    Args:
+        width: of the page.
+        height: of the page.
+        background: its colour.
+    """
+
+    def __init__(self, width: float, height: float, *, background: Color) -> None:
+        self._image = Image.new("RGB", (round(width * SCALE), round(height * SCALE)), background)
+        self._draw = ImageDraw.Draw(self._image)
+
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        *,
+        fill: Color,
+        outline: Color | None = None,
+        line: float = 1.0,
+        radius: float = 0.0,
+    ) -> None:
+        """A rectangle with round corners, its outline inside."""
+        factor = SCALE * _SMOOTHING
+        size = (round(width * factor), round(height * factor))
+        sprite = Image.new("RGBA", size, (*(outline or fill), 0))
+        ImageDraw.Draw(sprite).rounded_rectangle(
+            (0, 0, size[0] - 1, size[1] - 1),
+            radius=radius * factor,
+            fill=(*fill, 255),
+            outline=None if outline is None else (*outline, 255),
+            width=round(line * factor),
+        )
+        self._paste_smooth(sprite, x, y)
+
+    def badge(self, x: float, y: float, diameter: float, *, fill: Color) -> None:
+        """A disc with a white tick."""
+        side = round(diameter * SCALE * _SMOOTHING)
+        sprite = Image.new("RGBA", (side, side), (*fill, 0))
+        pen = ImageDraw.Draw(sprite)
+        pen.ellipse((0, 0, side - 1, side - 1), fill=(*fill, 255))
+        tick = [(0.27 * side, 0.52 * side), (0.44 * side, 0.68 * side), (0.74 * side, 0.35 * side)]
+        pen.line(tick, fill=(255, 255, 255, 255), width=round(0.12 * side), joint="curve")
+        self._paste_smooth(sprite, x, y)
+
+    def picture(self, pixels: Tensor, x: float, y: float, side: float) -> None:
+        """A square picture.
+
+        Args:
+            pixels: (3, S, S) uint8.
+            x: left edge.
+            y: upper edge.
+            side: of the square on the page.
+        """
+        array = np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy())
+        size = round(side * SCALE)
+        resized = Image.fromarray(array).resize((size, size), Image.Resampling.LANCZOS)
+        self._image.paste(resized, (round(x * SCALE), round(y * SCALE)))
+
+    def text(
+        self,
+        content: str,
+        x: float,
+        y: float,
+        size: float,
+        *,
+        color: Color,
+        anchor: str = "ls",
+        bold: bool = False,
+    ) -> float:
+        """One line of text.
+
+        Args:
+            content: Chinese, English or both.
+            x: of the anchor.
+            y: of the anchor.
+            size: of the font.
+            color: of the text.
+            anchor: Pillow's: horizontally l, m or r, vertically s (baseline), m or a.
+            bold: thicker strokes.
+
+        Returns:
+            Where the text ends, for what follows on the line.
+        """
+        stroke = _BOLD_STROKE_PX * SCALE / 2 if bold else 0
+        position = (x * SCALE, y * SCALE)
+        self._draw.text(
+            position,
+            content,
+            font=_font(size),
+            fill=color,
+            anchor=anchor,
+            stroke_width=stroke,
+            stroke_fill=color,
+        )
+        return x + text_width(content, size)
+
+    def save(self, path: Path) -> None:
+        """Write a PNG, whole or not at all."""
+        partial = path.with_name(f".{path.name}.partial")
+        self._image.save(partial, format="PNG", optimize=True)
+        partial.replace(path)
+
+    def _paste_smooth(self, sprite: Image.Image, x: float, y: float) -> None:
+        reduced = sprite.reduce(_SMOOTHING)
+        self._image.paste(reduced, (round(x * SCALE), round(y * SCALE)), reduced)
+
+
+def text_width(content: str, size: float) -> float:
+    """Width of one line, in points."""
+    return _font(size).getlength(content) / SCALE
+
+
+def wrap_text(content: str, size: float, width: float, *, max_lines: int) -> list[str]:
+    """Break a text into lines: at spaces where there are any, else between characters; the rest becomes "…".
+
+    Args:
+        content: the text.
+        size: of the font.
+        width: of the longest line, in points.
+        max_lines: at least 1.
+    """
+    lines, current = [], ""
+    for token in _breakable(content):
+        if current and text_width((current + token).rstrip(), size) > width:
+            lines.append(current.rstrip())
+            current = token.lstrip()
+        else:
+            current += token
+    lines.append(current.rstrip())
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        while last and text_width(last + "…", size) > width:
+            last = last[:-1]
+        lines = [*lines[: max_lines - 1], last.rstrip() + "…"]
+    return lines
+
+
+def _breakable(content: str) -> Sequence[str]:
+    """Pieces that stay together: words with the space after them, or single Chinese characters."""
+    pieces: list[str] = []
+    for character in content:
+        joins = pieces and character.isascii() and pieces[-1][-1].isascii() and pieces[-1][-1] != " "
+        if joins:
+            pieces[-1] += character
+        else:
+            pieces.append(character)
+    return pieces
+
+
+@lru_cache(maxsize=32)
+def _font(size: float) -> ImageFont.FreeTypeFont:
+    resource = files("m2_encoder").joinpath("assets", "fonts", "NotoSansSC-subset.ttf")
+    with as_file(resource) as path:
+        return ImageFont.truetype(str(path), round(size * SCALE))
