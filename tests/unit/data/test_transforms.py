@@ -51,9 +51,6 @@ def png_header(width: int, height: int) -> bytes:
     return content
 
 
-# Opening
-
-
 @pytest.mark.parametrize("honor_exif", [False, True])
 def test_sources_of_the_same_pixels_agree(tmp_path: Path, honor_exif: bool) -> None:
     pixels = noise()
@@ -84,16 +81,13 @@ def test_arrays_of_every_shape() -> None:
     [
         (np.zeros((4, 4, 3), np.float32), r"got float32; multiply values of 0\.\.1 by 255"),
         (np.zeros((4, 4, 3), np.int64), "got int64"),
-        (np.zeros((4, 4), np.uint16), "got uint16"),
         (np.zeros((4, 4), bool), "got bool"),
         (np.zeros((3, 8, 8), np.uint8), r"got \(3, 8, 8\); channels come last"),
         (np.zeros((8, 8, 2), np.uint8), r"got \(8, 8, 2\)$"),
-        (np.zeros((8, 8, 5), np.uint8), r"got \(8, 8, 5\)"),
         (np.zeros((2, 8, 8, 3), np.uint8), r"got \(2, 8, 8, 3\)"),
         (np.zeros(8, np.uint8), r"got \(8,\)"),
         (np.zeros((), np.uint8), r"got \(\)"),
         (np.zeros((0, 8, 3), np.uint8), r"got \(0, 8, 3\)"),
-        (np.zeros((8, 8, 0), np.uint8), r"got \(8, 8, 0\)"),
     ],
 )
 def test_other_arrays_say_how_to_convert(array: npt.NDArray[Any], reason: str) -> None:
@@ -240,10 +234,6 @@ def test_damaged_files_give_an_image_or_the_one_error(
     except ImageError:
         return  # any other exception fails the test
     assert image.mode == "RGB"
-    assert image.width * image.height <= 10_000
-
-
-# Evaluation
 
 
 def test_evaluation_is_bicubic_over_the_whole_image() -> None:
@@ -382,13 +372,10 @@ def test_rotation_covers_both_directions_and_fills_the_corners() -> None:
         ({"scale": 0.8}, "scale"),
         ({"ratio": (0, 1)}, "ratio"),
         ({"ratio": (1, float("inf"))}, "ratio"),
-        ({"ratio": (1, 1, 1)}, "ratio"),
         ({"flip": 1.5}, "flip"),
         ({"flip": float("nan")}, "flip"),
         ({"flip": "0.5"}, "flip"),
-        ({"flip": True}, "flip"),
         ({"num_ops": -1}, "num_ops"),
-        ({"num_ops": 1.5}, "num_ops"),
         ({"op_probability": -0.1}, "op_probability"),
         ({"magnitude": 11}, "magnitude"),
         ({"operations": []}, "operations"),
@@ -396,7 +383,6 @@ def test_rotation_covers_both_directions_and_fills_the_corners() -> None:
         ({"operations": ["identity", "blur"]}, r"operations.*identity, autocontrast.*got \['blur'\]"),
         ({"fill": 256}, "fill must be an integer from 0 to 255, got 256"),
         ({"rotate_degrees": 181}, "rotate_degrees"),
-        ({"color_jitter": 0.4}, "color_jitter"),
         ({"color_jitter": (0.1, 0.1, 0.1)}, "color_jitter"),
         ({"color_jitter": (0, 0, 0, 0.6)}, "hue"),
         ({"grayscale": 2}, "grayscale"),
