@@ -10,7 +10,7 @@ TRAIN   ?= m2-train +experiment=emoji
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST    := OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -q
-BENCHES   := $(patsubst benchmarks/%.py,benchmark-%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+BENCHES   := benchmark-encode
 
 ##@ Start here
 
