@@ -1,0 +1,309 @@
+"""Composition that reports every wrong override at once, in words, before Hydra runs anything.
+
+Hydra stops at the first mistake and explains it in terms of its own machinery. Here each override is parsed
+and looked up on its own, what is wrong is collected, and the rest is composed, so that its values can be
+validated too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from m2_encoder.errors import UserError
+
+HYDRA_VERSION_BASE: Final = "1.3"
+
+
+class Unset:
+    """Stands for a value that is missing or unresolvable; that is reported once, other rules skip it."""
+
+    def __repr__(self) -> str:
+        return "???"
+
+
+UNSET: Final = Unset()
+
+
+class Composition(NamedTuple):
+    """What a command line composes to.
+
+    Attributes:
+        cfg: the configuration as plain containers; values that are missing or unresolvable are `UNSET`.
+        problems: everything that is wrong so far, one line each.
+        hydra: Hydra's own settings for the run.
+    """
+
+    cfg: dict[str, Any]
+    problems: list[str]
+    hydra: DictConfig
+
+
+class Composer:
+    """Composes one primary configuration; use `open_composer`.
+
+    Attributes:
+        folder: where the configurations are.
+    """
+
+    def __init__(self, loader: ConfigLoader, folder: Path, config_name: str, fixed: Sequence[str]) -> None:
+        self._loader = loader
+        self.folder = folder
+        self._config_name = config_name
+        self._fixed = list(fixed)
+
+    def groups(self) -> dict[str, list[str]]:
+        """Every group of the configuration folder with its options."""
+        names = [name for name in self._loader.list_groups("") if name != "hydra"]
+        return {name: self.options(name) for name in sorted(names)}
+
+    def options(self, group: str) -> list[str]:
+        """Options of a group; `base` files are shared parts, not choices."""
+        found = self._loader.get_group_options(group, results_filter=ObjectType.CONFIG)
+        return sorted(name for name in found if name != "base")
+
+    def compose(self, lines: Sequence[str]) -> Composition:
+        """Composes with all overrides that make sense and says what is wrong with the others.
+
+        Raises:
+            UserError: if nothing can be composed at all; the message says why.
+        """
+        overrides, problems = parse_overrides(lines)
+        problems += refuse_sweeps(overrides)
+        overrides = [override for override in overrides if not override.is_sweep_override()]
+        default = self._load([])
+        selected = {
+            *default.hydra.runtime.choices,
+            *default,
+        }  # a group chosen as a list is only in the latter
+        groups = [override for override in overrides if self._is_group(override)]
+        reasons = {id(override): self._group_problem(override, selected) for override in groups}
+        choices = [override for override in groups if reasons[id(override)] is None]
+        try:
+            base = self._load(choices)
+        except UserError as error:
+            problems.append(str(error))
+            base, choices = default, []
+        for override in overrides:
+            if override not in groups:
+                reasons[id(override)] = _key_problem(override, base)
+        problems += [reason for override in overrides if (reason := reasons[id(override)])]
+        good = [override for override in overrides if reasons[id(override)] is None]
+        good = [override for override in good if override in choices or override not in groups]
+        cfg = self._load_leniently(good, base) if problems else self._load(good)
+        hydra = cfg.pop("hydra")
+        values, unresolved = to_plain(cfg)
+        return Composition(values, problems + unresolved, hydra)
+
+    def _load_leniently(self, good: Sequence[Override], base: DictConfig) -> DictConfig:
+        # Something is wrong already: what else Hydra dislikes will come out in the next attempt.
+        try:
+            return self._load(good)
+        except UserError:
+            return base
+
+    def _load(self, overrides: Sequence[Override]) -> DictConfig:
+        lines = [line for override in overrides if (line := override.input_line)]
+        try:
+            cfg = compose(self._config_name, overrides=[*self._fixed, *lines], return_hydra_config=True)
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.folder}: a file is not valid YAML: {flatten(error)}") from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(self._explain(error)) from error
+        OmegaConf.set_struct(cfg, False)
+        return cfg
+
+    def _explain(self, error: Exception) -> str:
+        text = flatten(error)
+        if "submitit" in text and "launcher" in text:
+            return "cluster=slurm: needs an extra; install it with pip install 'm2-encoder[slurm]'"
+        if f"primary config '{self._config_name}'" in text:
+            known = ", ".join(sorted(path.stem for path in self.folder.glob("*.yaml"))) or "none"
+            return f"--config-name {self._config_name}: no such file in {self.folder}; there is: {known}"
+        cause = f" ({flatten(error.__cause__)})" if error.__cause__ else ""
+        return f"cannot compose {self._config_name}: {text}{cause}"
+
+    def _is_group(self, override: Override) -> bool:
+        key = override.key_or_group
+        return key.startswith("hydra/") or "/" in key or bool(self.options(key))
+
+    def _group_problem(self, override: Override, selected: Collection[Any]) -> str | None:
+        group, line = override.key_or_group, override.input_line
+        options = self.options(group)
+        if not options:
+            known = ", ".join(self.groups())
+            near = nearest(group, self.groups())
+            return f"{line}: there is no group {group!r}{near}; the groups are {known}"
+        if override.is_add() and group in selected:
+            return f"{line}: {group} is chosen already; leave out the +"
+        if not _adds(override) and group not in selected:
+            return f"{line}: {group} is not chosen by default; add it with +{line}"
+        if override.is_delete():
+            return f"{line}: a group cannot be taken away; choose one of {', '.join(options)}"
+        value = override.value()
+        chosen = value if isinstance(value, list) else [value]
+        for name in chosen:
+            if name is not None and name not in options:
+                near = nearest(str(name), options)
+                return f"{group}={name}: no such option{near}; choose from {', '.join(options)}"
+        return None
+
+
+@contextlib.contextmanager
+def open_composer(folder: Path, config_name: str, fixed: Sequence[str] = ()) -> Iterator[Composer]:
+    """A composer for `folder/config_name.yaml`, closed when the block ends.
+
+    Args:
+        folder: where the configurations are.
+        config_name: the primary one, without suffix.
+        fixed: overrides of Hydra's own settings that hold for every composition.
+
+    Raises:
+        UserError: if the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"--config-path {folder}: no such folder; give the folder that holds {config_name}.yaml"
+        )
+    with initialize_config_dir(str(folder), version_base=HYDRA_VERSION_BASE, job_name=config_name):
+        hydra = GlobalHydra.instance()
+        yield Composer(hydra.config_loader(), folder, config_name, fixed)
+
+
+def parse_overrides(lines: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """Parses each override on its own.
+
+    Returns:
+        The ones that can be read, and one problem per other line.
+    """
+    parsed = [(line, parse_override(line)) for line in lines]
+    problems = [
+        f"{line}: cannot be read; write key=value, and quote special characters for both the shell and "
+        "Hydra, "
+        "as in 'key=\"a b\"'"
+        for line, override in parsed
+        if override is None
+    ]
+    return [override for _, override in parsed if override is not None], problems
+
+
+def parse_override(line: str) -> Override | None:
+    """Parses one override; None if it cannot be read."""
+    try:
+        return OverridesParser.create().parse_override(line)
+    except HydraException:
+        return None
+
+
+def refuse_sweeps(overrides: Sequence[Override]) -> list[str]:
+    """Problems of overrides that hold several values although one run was asked for."""
+    problems = []
+    for override in overrides:
+        if override.is_sweep_override():
+            several = override.value_type == ValueType.SIMPLE_CHOICE_SWEEP
+            value = str(override.input_line).partition("=")[2]
+            hint = f"for a list write {override.key_or_group}=[{value}]; " if several else ""
+            problems.append(
+                f"{override.input_line}: holds several values; {hint}to run them all add --multirun"
+            )
+    return problems
+
+
+def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
+    """Resolves a configuration leaf by leaf.
+
+    Returns:
+        Plain containers with `UNSET` where there is no value, and a problem for each of those.
+    """
+    problems: list[str] = []
+
+    def plain(node: Any, path: str) -> Any:
+        if isinstance(node, DictConfig):
+            if node._is_none():
+                return None
+            return {str(key): item(node, key, f"{path}.{key}" if path else str(key)) for key in node}
+        if isinstance(node, ListConfig):
+            return [item(node, index, f"{path}[{index}]") for index in range(len(node))]
+        return node
+
+    def item(parent: Any, key: Any, path: str) -> Any:
+        if OmegaConf.is_missing(parent, key):
+            problems.append(f"{path}=???: must be given; add {path}=VALUE")
+            return UNSET
+        try:
+            value = parent[key]
+        except OmegaConfBaseException as error:
+            raw: Any = OmegaConf.to_container(parent, resolve=False)
+            problems.append(f"{path}={raw[key]}: cannot be resolved; {flatten(error)}")
+            return UNSET
+        return plain(value, path)
+
+    return plain(cfg, ""), problems
+
+
+def _key_problem(override: Override, base: DictConfig) -> str | None:
+    """What is wrong with the key of a value override, or None."""
+    key = override.key_or_group
+    line = override.input_line
+    if key == "hydra" or key.startswith("hydra."):
+        return None
+    node: Any = base
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        above = ".".join(parts[:depth])
+        if not isinstance(node, DictConfig):
+            return (
+                None if _adds(override) and node is None else f"{line}: {above} is a value and holds no keys"
+            )
+        if part not in node:
+            return None if _adds(override) else _unknown_key(override, part, above, node)
+        node = node._get_node(part) if OmegaConf.is_interpolation(node, part) else _peek(node, part)
+    if override.is_add() and node is not None and not isinstance(node, DictConfig | ListConfig):
+        return f"{line}: {key} exists; leave out the +"
+    return None
+
+
+def _adds(override: Override) -> bool:
+    return override.is_add() or override.is_force_add()
+
+
+def _peek(node: DictConfig, part: str) -> Any:
+    return None if OmegaConf.is_missing(node, part) else node[part]
+
+
+def _unknown_key(override: Override, part: str, above: str, node: DictConfig) -> str:
+    names = [str(key) for key in node.keys()]  # noqa: SIM118 - a DictConfig's own iterator is typed as bytes too
+    known = [name for name in names if not name.startswith("_") and (above or name != "hydra")]
+    near, line = nearest(part, known), override.input_line
+    where = above or "the configuration"
+    hint = ""
+    if "_target_" in node and not near:
+        target = str(node["_target_"])
+        hint = f"; other arguments of {target} take a +, as in +{line}"
+    return f"{line}: {where} has no key {part!r}{near}; it has {', '.join(known) or 'none'}{hint}"
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """A hint with the most similar known names, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
+
+
+def flatten(error: BaseException) -> str:
+    """The message of an exception on one line."""
+    text = " ".join(str(error).split())
+    return text.partition(" full_key:")[0]  # the key is in every message already
