@@ -29,6 +29,7 @@ aliases, keywords) and `caption_roles` (parallel to it). Training samples come i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -172,9 +173,9 @@ def write_emoji_shards(
         `folder`.
 
     Raises:
-        UserError: for an unknown style, too few styles, a shard size below 1, or a folder with other files.
+        UserError: for an unknown style, too few styles, a shard size below 1, or a folder that holds other
+            files or cannot be written.
     """
-    folder = Path(folder)
     styles = tuple(style for style in EMOJI_STYLES if style in _check_styles(styles))
     if heldout_style not in styles or len(styles) < 2:
         raise UserError(
@@ -183,19 +184,18 @@ def write_emoji_shards(
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard={samples_per_shard} must be at least 1")
     wanted = _fingerprint(styles, heldout_style, samples_per_shard)
-    if _is_complete(folder, wanted):
-        return folder
-    _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale_partials(folder)
-    partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp makes folders private; shared data is not
-        _write_splits(partial, wanted, styles, heldout_style, samples_per_shard)
-        _publish(partial, folder, wanted)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    target = Path(folder).resolve()
+    if not _is_complete(target, wanted):
+        try:
+            _check_replaceable(target)
+            with _partial_folder(target) as partial:
+                _write_splits(partial, wanted, styles, heldout_style, samples_per_shard)
+                _publish(partial, target, wanted)
+        except OSError as error:
+            raise UserError(
+                f"cannot unpack to {folder}: {error}; give a folder that can be written"
+            ) from error
+    return Path(folder)
 
 
 def _write_splits(
@@ -305,34 +305,39 @@ def _check_replaceable(folder: Path) -> None:
         if not foreign:
             return
         raise UserError(f"{folder} holds other files ({', '.join(foreign[:5])}); give an empty or new folder")
-    if folder.exists() or folder.is_symlink():
+    if folder.exists():
         raise UserError(f"{folder} is not a folder; give an empty or new folder")
 
 
 def _publish(partial: Path, folder: Path, fingerprint: str) -> None:
-    if folder.exists():
-        # Renaming over a folder works only when it is empty, so the old one steps aside first.
-        old = Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))
-        try:
-            folder.rename(old / "replaced")
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+    """Puts `partial` in the place of `folder`, unless another process, such as a rank, was faster."""
+    if _is_complete(folder, fingerprint):
+        return
+    with contextlib.suppress(FileNotFoundError), _partial_folder(folder) as aside:
+        # Renaming over a folder works only when that is empty, so the old one steps aside and is removed.
+        folder.rename(aside / "replaced")
     try:
         partial.rename(folder)
     except OSError:
-        # Another process, such as another rank, was faster; what it wrote is as good as ours.
         if not _is_complete(folder, fingerprint):
             raise
 
 
-def _partial_prefix(folder: Path) -> str:
-    return f".{folder.name}.partial-"
-
-
-def _remove_stale_partials(folder: Path) -> None:
-    for path in folder.parent.glob(f"{_partial_prefix(folder)}*"):
-        if path.is_dir() and time.time() - path.stat().st_mtime > _STALE_PARTIAL_S:
-            shutil.rmtree(path, ignore_errors=True)
+@contextlib.contextmanager
+def _partial_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, on the same disk; removes those that dead processes left."""
+    prefix = f".{folder.name}.partial-"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in folder.parent.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.name.startswith(prefix) and time.time() - path.stat().st_mtime > _STALE_PARTIAL_S:
+                shutil.rmtree(path, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        partial.chmod(0o755)  # mkdtemp makes folders private; shared data is not
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _fingerprint(styles: Sequence[str], heldout_style: str, samples_per_shard: int) -> str:
