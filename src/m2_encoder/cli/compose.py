@@ -27,6 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from m2_encoder.errors import UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
+# Folders of conf/ that offer no choice: Hydra's settings, and configurations of commands without groups.
+_NO_GROUPS: Final = ("hydra", "commands")
 
 
 class Unset:
@@ -68,7 +70,7 @@ class Composer:
 
     def groups(self) -> dict[str, list[str]]:
         """Every group of the configuration folder with its options."""
-        names = [name for name in self._loader.list_groups("") if name != "hydra"]
+        names = [name for name in self._loader.list_groups("") if name not in _NO_GROUPS]
         return {name: self.options(name) for name in sorted(names)}
 
     def options(self, group: str) -> list[str]:
@@ -235,7 +237,7 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
         if isinstance(node, DictConfig):
             if node._is_none():
                 return None
-            return {str(key): item(node, key, f"{path}.{key}" if path else str(key)) for key in node}
+            return {str(key): item(node, key, f"{path}.{key!s}".lstrip(".")) for key in node}
         if isinstance(node, ListConfig):
             return [item(node, index, f"{path}[{index}]") for index in range(len(node))]
         return node
@@ -286,7 +288,7 @@ def _peek(node: DictConfig, part: str) -> Any:
 
 
 def _unknown_key(override: Override, part: str, above: str, node: DictConfig) -> str:
-    names = [str(key) for key in node.keys()]  # noqa: SIM118 - a DictConfig's own iterator is typed as bytes too
+    names = [str(key) for key in node]
     known = [name for name in names if not name.startswith("_") and (above or name != "hydra")]
     near, line = nearest(part, known), override.input_line
     where = above or "the configuration"

@@ -77,6 +77,8 @@ class Command:
         complete: more overrides that follow from the configuration and the folder it was read from; only
             asked for when this process is the only rank so far.
         notes: more lines for `--help`, such as exit codes of its own.
+        config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it,
+            `model=PATH` is a plain value, although `conf/` has a group of that name.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Command:
     run_folder: Callable[[dict[str, Any]], Path] | None = None
     complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | None = None
     notes: tuple[str, ...] = ()
+    config_folder: str = ""
 
 
 class _Plan(NamedTuple):
@@ -138,7 +141,7 @@ def _is_only_rank() -> bool:
 
 def _run(command: Command, argv: Sequence[str]) -> int:
     arguments = parse_arguments(command.name, argv)
-    folder = arguments.config_path or find_conf()
+    folder = arguments.config_path or find_conf() / command.config_folder
     config_name = arguments.config_name or command.config_name
     fixed = [f'hydra.searchpath=["file://{arguments.config_dir}"]'] if arguments.config_dir else []
     with open_composer(folder, config_name, fixed) as composer:
