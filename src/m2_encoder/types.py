@@ -10,8 +10,9 @@ They are NamedTuples because Lightning moves those between devices leaf by leaf;
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch.distributed as dist
 from torch import Tensor
 
 LANGUAGES = ("en", "zh")
@@ -37,6 +38,7 @@ class ImageTextBatch(NamedTuple):
         images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1; normalisation is the model's.
         text: one caption per image.
         language: index into `LANGUAGES` of each caption, (B,) int64.
+        identity: equal numbers mark the same content (the same picture, or the same concept drawn twice), (B,) int64.
         keys: sample keys, length B.
         sources: name of the mixture part each sample comes from, length B.
     """
@@ -44,8 +46,23 @@ class ImageTextBatch(NamedTuple):
     images: Tensor
     text: TextTokens
     language: Tensor
+    identity: Tensor
     keys: tuple[str, ...]
     sources: tuple[str, ...]
+
+
+class RetrievalBatch(NamedTuple):
+    """Images and their captions in every language, for validation.
+
+    Attributes:
+        images: (B, 3, S, S), uint8 or floating.
+        identity: equal numbers mark the same content, (B,) int64.
+        texts: by language; row i describes image i.
+    """
+
+    images: Tensor
+    identity: Tensor
+    texts: dict[str, TextTokens]
 
 
 class EncoderOutput(NamedTuple):
@@ -78,3 +95,13 @@ class FusionOutput(NamedTuple):
     backbone_hidden: Tensor
     mask: Tensor
     num_image_tokens: int
+
+
+@runtime_checkable
+class ContrastiveTopology(Protocol):
+    """What objectives need of a strategy: the ranks whose rows serve as negatives."""
+
+    @property
+    def contrastive_group(self) -> dist.ProcessGroup | None:
+        """Process group that holds this rank; None for a group of one."""
+        ...

@@ -45,6 +45,8 @@ class M2EncoderConfig:
         ffn_ratio: hidden width of the feed-forward network over D.
         drop_path_rate: stochastic depth of the last layer of each encoder (linear from 0); training only.
         layer_norm_eps: epsilon of every LayerNorm in the encoders.
+        position_init_std: standard deviation that both position tables are drawn with. The released constructor takes
+            1; from scratch on little data such positions drown the content, and the loss stays at chance.
 
     Raises:
         UserError: if a value is impossible; all of them are listed at once.
@@ -64,6 +66,7 @@ class M2EncoderConfig:
     ffn_ratio: int = 4
     drop_path_rate: float = 0.0
     layer_norm_eps: float = 1e-5
+    position_init_std: float = 1.0
 
     def __post_init__(self) -> None:
         problems = [
@@ -77,6 +80,8 @@ class M2EncoderConfig:
             problems.append(f"drop_path_rate={self.drop_path_rate!r} must be in [0, 1)")
         if not _is_number(self.layer_norm_eps) or not 0 < self.layer_norm_eps < 1:
             problems.append(f"layer_norm_eps={self.layer_norm_eps!r} must be in (0, 1)")
+        if not _is_number(self.position_init_std) or not self.position_init_std > 0:
+            problems.append(f"position_init_std={self.position_init_std!r} must be above 0")
         if problems:
             raise UserError(f"impossible model configuration {self.name!r}: " + "; ".join(problems))
 
@@ -92,9 +97,7 @@ class M2EncoderConfig:
             )
         longest = self.num_text_positions - NUM_RESERVED_POSITIONS
         if not 2 <= self.context_length <= longest:
-            problems.append(
-                f"context_length={self.context_length} must be in 2..{longest} (num_text_positions - 2)"
-            )
+            problems.append(f"context_length={self.context_length} must be in 2..{longest} (num_text_positions - 2)")
         return problems
 
     @property
@@ -180,6 +183,7 @@ NAME_TO_CONFIG: dict[str, M2EncoderConfig] = {
         M2EncoderConfig(
             name="tiny", embed_dim=128, num_heads=4, num_layers=3, num_vl_layers=1, feature_dim=128,
             image_size=64, patch_size=8, vocab_size=4000, context_length=24, num_text_positions=128,
+            position_init_std=0.02,
         ),
         # "0.4B", "1B" and "10B" of the paper (263 M, 730 M and 10.2 G parameters as built for inference).
         M2EncoderConfig(
@@ -237,7 +241,9 @@ def _refuse_unsupported(official: Mapping[str, Any]) -> None:
         )
     losses = official.get("loss_names")
     if isinstance(losses, Mapping) and not losses.get("itc", 1):
-        raise UserError("official configuration sets loss_names.itc=0: such a model has no contrastive heads, set it to 1")
+        raise UserError(
+            "official configuration sets loss_names.itc=0: such a model has no contrastive heads, set it to 1"
+        )
     if not any(key in official for key in _OFFICIAL_FIELDS):
         raise UserError(
             f"not an official M2-Encoder configuration: none of the keys {', '.join(_OFFICIAL_FIELDS)} is present"

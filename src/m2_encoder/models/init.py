@@ -37,11 +37,11 @@ def init_encoder(encoder: MultiwayEncoder) -> None:
 
 
 @torch.no_grad()
-def init_embedding_tables(tokens: nn.Embedding, *positions: nn.Embedding) -> None:
-    """Token table: normal with standard deviation D^-0.5. Position tables: standard normal."""
+def init_embedding_tables(tokens: nn.Embedding, *positions: nn.Embedding, position_std: float) -> None:
+    """Token table: normal with standard deviation D^-0.5. Position tables: normal with `position_std`."""
     nn.init.normal_(tokens.weight, std=tokens.embedding_dim**-0.5)
     for table in positions:
-        nn.init.normal_(table.weight)
+        nn.init.normal_(table.weight, std=position_std)
 
 
 @torch.no_grad()

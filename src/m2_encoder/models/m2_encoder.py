@@ -9,7 +9,8 @@ Reference: M2-Encoder (arXiv:2401.15896).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +25,14 @@ from m2_encoder.types import EncoderOutput, FusionOutput, TextTokens
 _UNUSED_NORM_EPS = 1e-6
 
 
-class ModelPart(NamedTuple):
-    """A named set of parameters that a pass needs or does not need."""
-
-    name: str
-    prefixes: tuple[str, ...]
-
-
-# Parameters that only some passes touch. Everything else is needed by the features themselves.
-OPTIONAL_PARTS = (
-    ModelPart("backbone_heads", ("image_proj.", "text_proj.", "logit_vl_scale")),
-    ModelPart("mask_token", ("image_embed.mask_token",)),
-    ModelPart(
-        "vl_text_expert",
-        ("vl_encoder.text_expert.",),
-    ),
-    ModelPart("official_leftovers", ("pooler.", "norm.")),
-)
-"""Parts that may stay without a gradient; training freezes those that no objective asks for."""
+OPTIONAL_PARTS: dict[str, tuple[str, ...]] = {
+    "backbone_features": ("image_proj.*", "text_proj.*", "logit_vl_scale"),
+    "mask_token": ("image_embed.mask_token",),
+    "vl_text_expert": ("vl_encoder.*.text_expert.*",),
+    "official_leftovers": ("pooler.*", "norm.*"),
+}
+"""Parameters, as name patterns, that the features do not depend on. Training freezes the parts that no objective names:
+a parameter without a gradient would stall DDP and be decayed for nothing."""
 
 
 class M2Encoder(nn.Module):
@@ -80,11 +71,30 @@ class M2Encoder(nn.Module):
         self.image_embed.proj.reset_parameters()
         nn.init.zeros_(self.image_embed.cls_token)
         nn.init.zeros_(self.image_embed.mask_token)
-        init_embedding_tables(self.text_embed.tokens, self.image_embed.positions, self.text_embed.positions)
+        init_embedding_tables(
+            self.text_embed.tokens,
+            self.image_embed.positions,
+            self.text_embed.positions,
+            position_std=self.config.position_init_std,
+        )
         init_encoder(self.backbone)
         init_encoder(self.vl_encoder)
         self.norm.reset_parameters()
         init_heads(self.pooler, self.text_proj, self.image_proj, self.vl_text_proj, self.vl_image_proj)
+
+    def freeze_parts(self, names: Iterable[str]) -> int:
+        """Stop training some of `OPTIONAL_PARTS`.
+
+        Returns:
+            How many parameters (scalars) were frozen.
+        """
+        patterns = [pattern for name in names for pattern in OPTIONAL_PARTS[name]]
+        frozen = 0
+        for name, parameter in self.named_parameters():
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                parameter.requires_grad_(False)
+                frozen += parameter.numel()
+        return frozen
 
     # ------------------------------------------------------------------------------------------------- features
 
@@ -123,9 +133,7 @@ class M2Encoder(nn.Module):
             return self.vl_text_proj.weight.new_zeros((0, self.config.feature_dim))
         hidden, token_mask = self._text_backbone(tokens)
         # The released model sends texts, too, through the *vision* experts of the vision-language encoder.
-        hidden = self.vl_encoder(
-            hidden, num_image_tokens=hidden.shape[1], token_mask=token_mask, first_token_only=True
-        )
+        hidden = self.vl_encoder(hidden, num_image_tokens=hidden.shape[1], token_mask=token_mask, first_token_only=True)
         return _normalize(self.vl_text_proj(hidden[:, 0]))
 
     def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -297,9 +305,7 @@ class M2Encoder(nn.Module):
             raise UserError(f"a text has {longest} tokens, the position table holds {limit}; truncate it")
         return int(longest)
 
-    def _text_backbone(
-        self, tokens: TextTokens, *, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _text_backbone(self, tokens: TextTokens, *, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         hidden = self.backbone(
             self.text_embed(tokens.ids),
             num_image_tokens=0,

@@ -1,0 +1,121 @@
+"""Which of a sample's captions a step trains on.
+
+A sample carries several captions in several languages, each with a role: its name, an alias, a keyword. Training draws
+a language, then a way to speak: one caption of a role, or a list of keywords such as people type into a search box.
+
+Reference: sampling among several captions per image, LaCLIP (arXiv:2305.20088).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m2_encoder.errors import UserError
+from m2_encoder.types import LANGUAGES
+
+CAPTION_ROLES = ("name", "alias", "keyword", "mixed")
+"""One caption of a role; or, for "mixed", several keywords as a list, sometimes with the name among them."""
+
+_SEPARATOR = {"en": ", ", "zh": "，"}
+
+
+class Caption(NamedTuple):
+    """A drawn caption.
+
+    Attributes:
+        text: what the tokenizer gets.
+        language: one of `LANGUAGES`.
+    """
+
+    text: str
+    language: str
+
+
+class CaptionSampler:
+    """Draws one caption of a sample.
+
+    Args:
+        language_weights: relative frequency of each language, e.g. {"zh": 0.5, "en": 0.5}.
+        role_weights: relative frequency of each of `CAPTION_ROLES`; a role that a sample lacks passes its share to the
+            others.
+        max_keywords: longest list of keywords.
+
+    Raises:
+        UserError: for unknown languages or roles, negative weights or weights that are all zero.
+    """
+
+    def __init__(
+        self,
+        *,
+        language_weights: Mapping[str, float],
+        role_weights: Mapping[str, float],
+        max_keywords: int = 4,
+    ) -> None:
+        self.language_weights = _check_weights("language_weights", language_weights, LANGUAGES)
+        self.role_weights = _check_weights("role_weights", role_weights, CAPTION_ROLES)
+        if max_keywords < 1:
+            raise UserError(f"max_keywords={max_keywords!r} must be 1 or more")
+        self.max_keywords = max_keywords
+
+    def __call__(self, metadata: Mapping[str, Any], *, rng: np.random.Generator) -> Caption:
+        """Draw a caption.
+
+        Args:
+            metadata: a sample's JSON: `captions` {language: [text, ...]} and, optionally, `caption_roles` of the same
+                shape; a source without roles gives names only.
+            rng: the only source of randomness.
+
+        Raises:
+            UserError: if the sample has no caption in any language with a weight.
+        """
+        available = {
+            language: weight
+            for language, weight in self.language_weights.items()
+            if weight > 0 and metadata["captions"].get(language)
+        }
+        if not available:
+            raise UserError(f"no caption in {', '.join(self.language_weights)}")
+        language = _draw(available, rng)
+        texts = metadata["captions"][language]
+        roles = metadata.get("caption_roles", {}).get(language) or ["name"] * len(texts)
+        by_role: dict[str, list[str]] = {}
+        for text, role in zip(texts, roles, strict=True):
+            by_role.setdefault(role, []).append(text)
+        return Caption(self._speak(by_role, language, rng), language)
+
+    def _speak(self, by_role: Mapping[str, Sequence[str]], language: str, rng: np.random.Generator) -> str:
+        choices = {
+            role: weight
+            for role, weight in self.role_weights.items()
+            if weight > 0 and by_role.get("keyword" if role == "mixed" else role)
+        }
+        if not choices:
+            every = [text for texts in by_role.values() for text in texts]
+            return every[int(rng.integers(len(every)))]
+        role = _draw(choices, rng)
+        if role != "mixed":
+            return by_role[role][int(rng.integers(len(by_role[role])))]
+        words = by_role["keyword"]
+        count = 1 + int(rng.integers(min(self.max_keywords, len(words))))
+        chosen = [words[i] for i in rng.permutation(len(words))[:count]]
+        if by_role.get("name") and rng.random() < 0.5:
+            chosen.insert(int(rng.integers(len(chosen) + 1)), by_role["name"][0])
+        return _SEPARATOR[language].join(chosen)
+
+
+def _check_weights(name: str, weights: Mapping[str, float], known: Sequence[str]) -> dict[str, float]:
+    unknown = sorted(set(weights) - set(known))
+    if unknown:
+        raise UserError(f"{name} has unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    if any(not weight >= 0 for weight in weights.values()) or not any(weights.values()):
+        raise UserError(f"{name}={dict(weights)} must be 0 or more each, and not all 0")
+    return {key: float(weights[key]) for key in known if key in weights}
+
+
+def _draw(weights: Mapping[str, float], rng: np.random.Generator) -> str:
+    names = list(weights)
+    share = np.cumsum([weights[name] for name in names])
+    return names[int(np.searchsorted(share, rng.random() * share[-1], side="right"))]

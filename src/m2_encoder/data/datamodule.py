@@ -1,0 +1,245 @@
+"""LightningDataModule over WebDataset tars; the embedded emoji set is one source of such tars."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from m2_encoder.data.captions import CaptionSampler
+from m2_encoder.data.emoji import EMOJI_MARKER, write_emoji_shards
+from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
+from m2_encoder.data.loader import PositionLoader
+from m2_encoder.data.order import SampleOrder
+from m2_encoder.data.shards import SampleLocation, index_shards, read_sample
+from m2_encoder.data.transforms import EvalTransform, TrainTransform
+from m2_encoder.errors import ImageError, UserError
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.types import LANGUAGES, ImageTextBatch, RetrievalBatch
+
+REPORTED_SPLITS = ("heldout_style", "heldout_families")
+"""Splits of the embedded set that are for reporting; nothing is chosen by them."""
+
+VALIDATION_SPLIT = "val"
+
+
+class TrainingSample(NamedTuple):
+    """A decoded, augmented sample with one drawn caption."""
+
+    image: Tensor
+    text: str
+    language: str
+    key: str
+    source: str
+    identity: int
+
+
+class TrainingSamples(Dataset[TrainingSample]):
+    """Samples by position: which one, which caption and which augmentation are a pure function of it.
+
+    Args:
+        locations: samples of an epoch.
+        source: name of the source.
+        seed: chooses order and randomness.
+        captions: draws a caption.
+        transform: augments an image.
+    """
+
+    def __init__(
+        self,
+        locations: list[SampleLocation],
+        *,
+        source: str,
+        seed: int,
+        captions: CaptionSampler,
+        transform: TrainTransform,
+    ) -> None:
+        self._locations = locations
+        self._source = source
+        self._order = SampleOrder(len(locations), seed)
+        self._captions = captions
+        self._transform = transform
+
+    def __getitem__(self, position: int) -> TrainingSample:
+        raw = read_sample(self._locations[self._order.index(position)])
+        rng = self._order.rng(position)
+        caption = self._captions(raw.metadata, rng=rng)
+        try:
+            image = self._transform(raw.image, rng=rng)
+        except ImageError as error:
+            raise ImageError(f"{raw.origin}: {error}") from error
+        content = str(raw.metadata.get("key", raw.key))
+        return TrainingSample(
+            image, caption.text, caption.language, raw.key, self._source, zlib.crc32(content.encode())
+        )
+
+
+def collate_samples(samples: list[TrainingSample], *, tokenizer: SentencePieceTokenizer) -> ImageTextBatch:
+    """Stack samples to a batch; texts are padded to the longest."""
+    return ImageTextBatch(
+        images=torch.stack([sample.image for sample in samples]),
+        text=tokenizer([sample.text for sample in samples]),
+        language=torch.tensor([LANGUAGES.index(sample.language) for sample in samples]),
+        identity=torch.tensor([sample.identity for sample in samples]),
+        keys=tuple(sample.key for sample in samples),
+        sources=tuple(sample.source for sample in samples),
+    )
+
+
+class ValidationChunks(Dataset[RetrievalBatch]):
+    """One rank's share of a retrieval set, in chunks that are encoded together.
+
+    Args:
+        retrieval_set: what is split.
+        tokenizer: makes ids of captions.
+        chunk_size: images per chunk.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        retrieval_set: RetrievalSet,
+        *,
+        tokenizer: SentencePieceTokenizer,
+        chunk_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._set = retrieval_set
+        self._tokenizer = tokenizer
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(retrieval_set.keys))}
+        self._identity = torch.tensor([numbers[key] for key in retrieval_set.keys])
+        own = range(rank, len(retrieval_set.keys), world_size)
+        self._chunks = [list(own[start : start + chunk_size]) for start in range(0, len(own), chunk_size)]
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, index: int) -> RetrievalBatch:
+        rows = self._chunks[index]
+        return RetrievalBatch(
+            images=self._set.images[rows],
+            identity=self._identity[rows],
+            texts={
+                language: self._tokenizer([captions[row] for row in rows])
+                for language, captions in self._set.captions.items()
+            },
+        )
+
+
+class EmojiDataModule(lightning.LightningDataModule):
+    """The embedded bilingual set: training batches, a validation split, two splits for reporting.
+
+    Args:
+        tokenizer: makes ids of captions.
+        image_size: side of the images the model takes, pixels.
+        seed: chooses order, captions and augmentation.
+        max_steps: optimizer steps of the whole run.
+        folder: where the tars are unpacked, once.
+        global_batch_size: samples per step over all ranks.
+        num_workers: loader processes per rank.
+        heldout_style: drawing style that is never trained on.
+        captions: draws a caption of a sample.
+        transform: builds the augmentation for an image size.
+        eval_batch_size: images or texts per forward in validation.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: SentencePieceTokenizer,
+        image_size: int,
+        seed: int,
+        max_steps: int,
+        folder: str,
+        global_batch_size: int,
+        num_workers: int,
+        heldout_style: str,
+        captions: CaptionSampler,
+        transform: Callable[[int], TrainTransform],
+        eval_batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.global_batch_size = global_batch_size
+        self._image_size = image_size
+        self._seed = seed
+        self._max_steps = max_steps
+        self._folder = Path(folder)
+        self._num_workers = num_workers
+        self._heldout_style = heldout_style
+        self._captions = captions
+        self._transform = transform(image_size)
+        self._eval_batch_size = eval_batch_size
+
+    def prepare_data(self) -> None:
+        """Unpack the tars (one process per machine; does nothing when they are there)."""
+        write_emoji_shards(self._folder, heldout_style=self._heldout_style)
+
+    def train_dataloader(self) -> PositionLoader:
+        """Batches of this rank; see `PositionLoader`."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        if self.global_batch_size % world_size:
+            raise UserError(
+                f"data.global_batch_size={self.global_batch_size} must be a multiple of the {world_size} ranks"
+            )
+        locations = index_shards(self._folder / "train")
+        if len(locations) < self.global_batch_size:
+            raise UserError(
+                f"data.global_batch_size={self.global_batch_size} exceeds the {len(locations)} training samples"
+            )
+        samples = TrainingSamples(
+            locations, source="emoji", seed=self._seed, captions=self._captions, transform=self._transform
+        )
+        return PositionLoader(
+            samples,
+            collate=partial(collate_samples, tokenizer=self.tokenizer),
+            num_steps=self._max_steps,
+            global_batch_size=self.global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+            fingerprint=self._fingerprint(len(locations)),
+        )
+
+    def val_dataloader(self) -> DataLoader[RetrievalBatch]:
+        """This rank's share of the validation split: items rank, rank + world size, ..."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        items = ValidationChunks(
+            self.retrieval_set(VALIDATION_SPLIT),
+            tokenizer=self.tokenizer,
+            chunk_size=self._eval_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        return DataLoader(items, batch_size=None)
+
+    def retrieval_set(self, split: str) -> RetrievalSet:
+        """One split as images and captions, decoded once."""
+        return read_retrieval_set(
+            self._folder / split, name=f"emoji_{split}", transform=EvalTransform(self._image_size)
+        )
+
+    def retrieval_sets(self) -> dict[str, RetrievalSet]:
+        """The splits that a report shows, by name."""
+        return {split: self.retrieval_set(split) for split in (VALIDATION_SPLIT, *REPORTED_SPLITS)}
+
+    def _fingerprint(self, num_samples: int) -> Mapping[str, Any]:
+        marker = (self._folder / EMOJI_MARKER).read_bytes()
+        return {
+            "data": f"{zlib.crc32(marker):08x}",
+            "num_samples": num_samples,
+            "seed": self._seed,
+            "global_batch_size": self.global_batch_size,
+        }

@@ -1,0 +1,68 @@
+"""What an objective is: a loss on the passes it names, with a weight.
+
+To add one: write a subclass in a file of this folder and a YAML file in `conf/objective/` that names it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from m2_encoder.errors import UserError
+
+
+class ObjectiveInputs(NamedTuple):
+    """What the training module hands to every objective.
+
+    Attributes:
+        image_features: (B, E), L2-normalised.
+        text_features: (B, E), L2-normalised; row i describes image i.
+        logit_scale: log of the inverse temperature, ().
+        identity: equal numbers mark the same content, (B,) int64.
+        group: ranks whose rows serve as negatives; None for this rank alone.
+    """
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+    identity: Tensor
+    group: dist.ProcessGroup | None
+
+
+class ObjectiveOutput(NamedTuple):
+    """A loss and its parts.
+
+    Attributes:
+        loss: mean over the local rows, (), fp32, unweighted.
+        per_sample: loss of each local row, (B,) fp32, detached; logged per language.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+
+
+class Objective(nn.Module, ABC):
+    """A loss of one optimizer step.
+
+    Args:
+        weight: factor in the sum of objectives; not negative.
+
+    Attributes:
+        optional_parts: names of `m2_encoder.models.m2_encoder.OPTIONAL_PARTS` that this objective trains. Parts that no
+            objective of a run names are frozen, so that no rank waits for a gradient that never comes.
+    """
+
+    optional_parts: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        super().__init__()
+        if not weight >= 0:
+            raise UserError(f"objective weight={weight!r} must be 0 or more")
+        self.weight = weight
+
+    @abstractmethod
+    def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+        """Compute the loss of the local rows."""

@@ -1,0 +1,130 @@
+"""Image-text contrastive learning (ITC). Letters in shapes are explained in `m2_encoder.types`."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from m2_encoder.distributed.collectives import gather_rows, gather_rows_without_grad
+from m2_encoder.errors import UserError
+from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+
+
+def image_text_contrastive(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    identity: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Symmetric InfoNCE over the contrastive group.
+
+    Args:
+        image_features: L2-normalised, (B, E).
+        text_features: L2-normalised, (B, E); row i describes image i.
+        logit_scale: log of the inverse temperature, ().
+        group: ranks whose features serve as negatives, the same B on each; None for this rank alone.
+        identity: equal numbers mark rows with the same content, (B,) int64; all of them are positives of each other,
+            with equal shares. None: only row i matches row i.
+        label_smoothing: share of the target spread evenly over all rows of the group, in [0, 1).
+
+    Returns:
+        Mean loss over the local rows, (), fp32 (fp64 for fp64 features). Its gradient, averaged over the ranks of the
+        group as DDP does, is that of the mean loss over all rows of the group.
+
+    Raises:
+        UserError: if shapes differ or are not (B, E).
+
+    Reference: CLIP (arXiv:2103.00020), Fig. 3; several positives: UniCL (arXiv:2204.03610), Eq. 3-5.
+    """
+    return contrastive_row_losses(
+        image_features,
+        text_features,
+        logit_scale,
+        group=group,
+        identity=identity,
+        label_smoothing=label_smoothing,
+    ).mean()
+
+
+def contrastive_row_losses(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    identity: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of each local row, half image-to-text and half text-to-image, (B,); see `image_text_contrastive`."""
+    _check(image_features, text_features, identity)
+    dtype = torch.promote_types(image_features.dtype, torch.float32)
+    images, texts = image_features.to(dtype), text_features.to(dtype)
+    all_images, all_texts = (
+        (images, texts) if group is None else (gather_rows(images, group), gather_rows(texts, group))
+    )
+    scale = logit_scale.to(dtype).exp()
+    targets = _targets(images.shape[0], group=group, identity=identity, device=images.device)
+    image_to_text = _soft_cross_entropy(scale * images @ all_texts.t(), targets, label_smoothing)
+    text_to_image = _soft_cross_entropy(scale * texts @ all_images.t(), targets, label_smoothing)
+    return (image_to_text + text_to_image) / 2
+
+
+class ImageTextContrastive(Objective):
+    """ITC over the features of the vision-language encoder and the ranks of the strategy's contrastive group.
+
+    Args:
+        weight: factor in the sum of objectives.
+        label_smoothing: share of the target spread evenly over all rows, in [0, 1).
+        multi_positive: treat rows with the same identity (the same picture or concept drawn twice) as positives of
+            each other instead of as false negatives.
+    """
+
+    def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0, multi_positive: bool = True) -> None:
+        super().__init__(weight=weight)
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing={label_smoothing!r} must be in [0, 1)")
+        self.label_smoothing = label_smoothing
+        self.multi_positive = multi_positive
+
+    def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+        """Loss of the local rows against all rows of the group."""
+        losses = contrastive_row_losses(
+            inputs.image_features,
+            inputs.text_features,
+            inputs.logit_scale,
+            group=inputs.group,
+            identity=inputs.identity if self.multi_positive else None,
+            label_smoothing=self.label_smoothing,
+        )
+        return ObjectiveOutput(loss=losses.mean(), per_sample=losses.detach())
+
+
+def _check(image_features: Tensor, text_features: Tensor, identity: Tensor | None) -> None:
+    if image_features.dim() != 2 or image_features.shape != text_features.shape:
+        raise UserError(
+            f"image_features {tuple(image_features.shape)} and text_features {tuple(text_features.shape)} "
+            "must both be (B, E), row i of one describing row i of the other"
+        )
+    if identity is not None and identity.shape != image_features.shape[:1]:
+        raise UserError(f"identity has shape {tuple(identity.shape)}, expected ({image_features.shape[0]},)")
+
+
+def _targets(rows: int, *, group: dist.ProcessGroup | None, identity: Tensor | None, device: torch.device) -> Tensor:
+    """Column of the positive of each local row, (B,) int64, or the share of each column, (B, G * B) fp32."""
+    if identity is None:
+        offset = 0 if group is None else dist.get_rank(group) * rows
+        return torch.arange(offset, offset + rows, device=device)
+    identities = identity if group is None else gather_rows_without_grad(identity, group)
+    same = (identity[:, None] == identities[None, :]).float()
+    return same / same.sum(dim=1, keepdim=True)
+
+
+def _soft_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    if targets.dim() == 2:
+        targets = targets.to(logits.dtype)
+    return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")

@@ -1,0 +1,110 @@
+"""The scalars of a run as JSON lines, beside whatever other logger there is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+_NOT_METRICS = ("epoch",)  # Lightning adds it; steps decide here, so it is always 0
+
+
+class JsonlLogger(Logger):
+    """Writes `metrics.jsonl`: one object per logged step with `step`, `samples_seen`, then scalars by name.
+
+    Values logged at the same step share a line. A resumed run appends after dropping what a crash left behind the
+    checkpoint: lines of later steps, and a half-written last line.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._file: TextIO | None = None
+        self._step: int | None = None
+        self._pending: dict[str, float | int | None] = {}
+
+    @property
+    def name(self) -> str:
+        """Fixed: there is one such file per run."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """None of its own."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` stands beside this file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Collect scalars of a step; the step before is written when a new one begins."""
+        step = 0 if step is None else step
+        if step != self._step:
+            self._flush()
+            self._step = step
+        self._pending.update({k: _plain(v) for k, v in metrics.items() if k not in _NOT_METRICS})
+
+    @rank_zero_only
+    def resume_at(self, step: int) -> None:
+        """Drop lines of steps after `step`, which a resumed run will write again."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if 0 <= _step_of(line) <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Hand finished lines to the operating system."""
+        if self._file is not None:
+            self._file.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write the last line and close."""
+        self._flush()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _flush(self) -> None:
+        if self._step is None or not self._pending:
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        head = {"step": self._step, "samples_seen": self._pending.pop("samples_seen", None)}
+        record = {key: value for key, value in {**head, **self._pending}.items() if value is not None}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._pending = {}
+
+
+def _step_of(line: str) -> int:
+    """Step of a written line, -1 for one that a crash cut in half."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return -1
+
+
+def _plain(value: Any) -> float | int | None:
+    """A JSON number: whole floats as integers; what JSON cannot say (nan, inf) as None."""
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number

@@ -1,0 +1,82 @@
+"""What happens when a gradient is not finite: the step is skipped and counted; a run of them ends training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_NAMED_PARAMETERS = 5
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient; the message holds the diagnosis."""
+
+
+class NonFiniteGuard:
+    """Counts steps whose gradient norm is not finite.
+
+    A non-finite loss has a non-finite gradient, and gradients are averaged over ranks before they are looked at, so the
+    norm alone decides, and every rank decides the same.
+
+    Args:
+        max_in_a_row: after this many such steps in a row training aborts.
+
+    Attributes:
+        total: skipped steps of this process's life.
+        in_a_row: skipped steps since the last good one.
+    """
+
+    def __init__(self, *, max_in_a_row: int) -> None:
+        self.max_in_a_row = max_in_a_row
+        self.total = 0
+        self.in_a_row = 0
+
+    def observe(
+        self,
+        norm: Tensor,
+        *,
+        step: int,
+        losses: Mapping[str, Tensor],
+        parameters: Iterable[tuple[str, nn.Parameter]],
+    ) -> bool:
+        """Look at a step's gradient norm.
+
+        Args:
+            norm: total gradient norm, ().
+            step: optimizer step, for the diagnosis.
+            losses: last losses by objective, for the diagnosis.
+            parameters: by name, with their gradients, for the diagnosis.
+
+        Returns:
+            True if the step must be skipped.
+
+        Raises:
+            NonFiniteError: after `max_in_a_row` such steps in a row.
+        """
+        if bool(torch.isfinite(norm)):
+            self.in_a_row = 0
+            return False
+        self.total += 1
+        self.in_a_row += 1
+        diagnosis = _diagnose(step, losses, parameters)
+        logger.warning("skipped: %s (%d in a row, %d in all)", diagnosis, self.in_a_row, self.total)
+        if self.in_a_row >= self.max_in_a_row:
+            raise NonFiniteError(
+                f"{self.in_a_row} steps in a row had a non-finite gradient; the last one: {diagnosis}. "
+                "Lower optimizer.lr, lengthen scheduler.warmup_steps, or set trainer.precision=32-true"
+            )
+        return True
+
+
+def _diagnose(step: int, losses: Mapping[str, Tensor], parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    bad = [name for name, p in parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    shown = ", ".join(bad[:_NAMED_PARAMETERS]) + (
+        f" and {len(bad) - _NAMED_PARAMETERS} more" if len(bad) > _NAMED_PARAMETERS else ""
+    )
+    values = ", ".join(f"{name}={float(loss):.4g}" for name, loss in losses.items())
+    return f"step {step}, losses {values or 'none'}, non-finite gradients in {shown or 'no single parameter'}"
