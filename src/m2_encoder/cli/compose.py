@@ -271,7 +271,7 @@ def _key_problem(override: Override, base: DictConfig) -> str | None:
             return (
                 None if _adds(override) and node is None else f"{line}: {above} is a value and holds no keys"
             )
-        if part not in node:
+        if part not in {str(name) for name in node}:  # `in` denies keys that are ???
             return None if _adds(override) else _unknown_key(override, part, above, node)
         node = node._get_node(part) if OmegaConf.is_interpolation(node, part) else _peek(node, part)
     if override.is_add() and node is not None and not isinstance(node, DictConfig | ListConfig):
