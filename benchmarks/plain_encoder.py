@@ -42,9 +42,7 @@ class PlainEncoder:
         self.eps = eps
 
     def _layers(self, encoder: str) -> int:
-        return len(
-            {name.split("layers.")[1].split(".")[0] for name in self.weights if f"{encoder}.layers." in name}
-        )
+        return len({name.split("layers.")[1].split(".")[0] for name in self.weights if f"{encoder}.layers." in name})
 
     # --------------------------------------------------------------------------------------------- primitives
 
@@ -69,15 +67,11 @@ class PlainEncoder:
             return operation(x, f"{before}.A{after}")
         if not bool(is_image.any()):
             return operation(x, f"{before}.B{after}")
-        return torch.where(
-            is_image[:, None], operation(x, f"{before}.A{after}"), operation(x, f"{before}.B{after}")
-        )
+        return torch.where(is_image[:, None], operation(x, f"{before}.A{after}"), operation(x, f"{before}.B{after}"))
 
     # ------------------------------------------------------------------------------------------------ encoder
 
-    def _attention(
-        self, x: Tensor, layer: str, is_image: Tensor, padding: Tensor, blocked: Tensor | None
-    ) -> Tensor:
+    def _attention(self, x: Tensor, layer: str, is_image: Tensor, padding: Tensor, blocked: Tensor | None) -> Tensor:
         batch, length, width = x.shape
 
         def heads(kind: str) -> Tensor:
@@ -151,9 +145,7 @@ class PlainEncoder:
         x, padding = self.embed_text(ids), mask == 0
         nothing = torch.zeros(x.shape[1], dtype=torch.bool)
         backbone = self.encode("backbone.encoder", x, nothing, padding, blocked)
-        return self._output(
-            backbone, self.encode("backbone_vl", backbone, ~nothing, padding, blocked), "text"
-        )
+        return self._output(backbone, self.encode("backbone_vl", backbone, ~nothing, padding, blocked), "text")
 
     def fusion(
         self,

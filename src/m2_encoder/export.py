@@ -107,8 +107,7 @@ def export_model(
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the token table {config.vocab_size} rows; "
-            "export "
-            "the model with the tokenizer it was trained with"
+            "export the model with the tokenizer it was trained with"
         )
     card = card or CardInfo()
     folder = Path(folder)
@@ -233,9 +232,7 @@ def _metrics_section(metrics: Metrics) -> str:
     for split, languages in metrics.items():
         names = list(dict.fromkeys(name for values in languages.values() for name in values))
         order = sorted(languages, key=lambda language: language == CHANCE)
-        rows = [
-            (language, *(_percent(languages[language].get(name)) for name in names)) for language in order
-        ]
+        rows = [(language, *(_percent(languages[language].get(name)) for name in names)) for language in order]
         parts.append(f"### {split}\n\n" + _table(("", *names), rows))
     return "\n\n".join(["## Results", "Percent.", *parts]) if parts else ""
 

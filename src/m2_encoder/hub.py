@@ -105,9 +105,10 @@ def load(
     config, exported = _resolve(model)
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
-    weights_path = _weights_path(config, weights, exported)
+    # Everything that can be refused at once comes before what takes time: weights may be a download.
     device, dtype = _checked_device(device), _checked_dtype(dtype)
     text = _build_tokenizer(config, tokenizer, exported)
+    weights_path = _weights_path(config, weights, exported)
     encoder = load_model(config, weights_path, device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
     return LoadedModel(encoder, EvalTransform(config.image_size), text)
@@ -120,8 +121,7 @@ def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
     if not isinstance(model, str | os.PathLike):
         raise UserError(
             f"model={model!r:.80} is no model; expected a name ({', '.join(NAME_TO_CONFIG)}), an "
-            "M2EncoderConfig, "
-            "or a folder written by m2-export"
+            "M2EncoderConfig, or a folder written by m2-export"
         )
     name = os.fspath(model)
     known = {_canonical(known): config for known, config in NAME_TO_CONFIG.items()}
@@ -133,13 +133,10 @@ def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
         return exported.config, exported
     if path.is_file():
         raise UserError(
-            f"{name} is a file; name its architecture and pass it as weights, e.g. load('tiny', "
-            f"weights={name!r})"
+            f"{name} is a file; name its architecture and pass it as weights, e.g. load('tiny', weights={name!r})"
         )
     if os.sep in name:
-        raise UserError(
-            f"no such folder: {name}; expected one written by m2-export (config.json, model.safetensors)"
-        )
+        raise UserError(f"no such folder: {name}; expected one written by m2-export (config.json, model.safetensors)")
     raise UserError(
         f"unknown model {name!r}; known: {', '.join(NAME_TO_CONFIG)}; or give a folder written by m2-export"
     )
@@ -167,9 +164,7 @@ def _weights_path(
         if official
         else "pass weights=<checkpoint>, or load the folder of a trained model"
     )
-    raise UserError(
-        f"no weights given for {config.name!r}: {what}. A model with random weights is M2Encoder(config)"
-    )
+    raise UserError(f"no weights given for {config.name!r}: {what}. A model with random weights is M2Encoder(config)")
 
 
 def _build_tokenizer(
@@ -192,8 +187,7 @@ def _build_tokenizer(
     if built.vocab_size > config.vocab_size:
         _LOGGER.warning(
             "the tokenizer has %d pieces, the token table of %r has %d rows; texts that need the others will "
-            "be "
-            "refused. Is it the tokenizer of another model?",
+            "be refused. Is it the tokenizer of another model?",
             built.vocab_size,
             config.name,
             config.vocab_size,
@@ -205,9 +199,7 @@ def _checked_device(device: str | torch.device) -> torch.device:
     try:
         checked = torch.device(device)
         if checked.type == "meta":
-            raise UserError(
-                "device='meta' holds no weights; build M2Encoder(config) under torch.device('meta')"
-            )
+            raise UserError("device='meta' holds no weights; build M2Encoder(config) under torch.device('meta')")
         torch.empty(0, device=checked)
     except UserError:
         raise

@@ -88,9 +88,7 @@ def test_resize_goldens(folder: Path) -> None:
     assert compared == 15
 
 
-def test_round_trip_gives_the_official_file_back(
-    folder: Path, config: M2EncoderConfig, tmp_path: Path
-) -> None:
+def test_round_trip_gives_the_official_file_back(folder: Path, config: M2EncoderConfig, tmp_path: Path) -> None:
     source = folder / "pl_state_dict.ckpt"
     save_official(load_model(config, source), tmp_path / "again.ckpt")
     official = torch.load(source, weights_only=True)["state_dict"]

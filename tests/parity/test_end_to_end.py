@@ -47,9 +47,7 @@ def loaded(parity_dir: Path, inputs: dict[str, Any], tmp_path_factory: pytest.Te
     return load(config, weights=path, tokenizer=parity_dir / "tokenizer" / "sp.model")
 
 
-def test_images(
-    loaded: LoadedModel, parity_dir: Path, inputs: dict[str, Any], expected: dict[str, Tensor]
-) -> None:
+def test_images(loaded: LoadedModel, parity_dir: Path, inputs: dict[str, Any], expected: dict[str, Tensor]) -> None:
     images = torch.stack([loaded.preprocess(parity_dir / "images" / name) for name in inputs["images"]])
     features = loaded.model.encode_image(images)
     torch.testing.assert_close(features, expected["image_features"], rtol=0, atol=FEATURES)

@@ -185,14 +185,10 @@ def test_masked_patches_matter(golden: Golden) -> None:
 def test_yardstick_agrees_with_the_official_outputs(golden: Golden, parity_dir: Path) -> None:
     """What unit tests and benchmarks compare with in every clone is itself held to the official numbers."""
     name = {64: "tiny_base", 80: "tiny_large"}[golden.model.config.embed_dim]
-    plain = PlainEncoder(
-        load_file(parity_dir / name / "weights.safetensors"), num_heads=golden.model.config.num_heads
-    )
+    plain = PlainEncoder(load_file(parity_dir / name / "weights.safetensors"), num_heads=golden.model.config.num_heads)
     inputs, outputs = golden.inputs, golden.outputs
     image, text = plain.image(inputs["image"]), plain.text(inputs["text_ids"], inputs["text_masks"])
-    fusion, joint = plain.fusion(
-        inputs["image"], inputs["text_ids"][:4], inputs["text_masks"][:4], vl_text_expert=True
-    )
+    fusion, joint = plain.fusion(inputs["image"], inputs["text_ids"][:4], inputs["text_masks"][:4], vl_text_expert=True)
     for ours, key, tolerance in (
         (image.vl, "image.backbone_vl.out", HIDDEN),
         (image.cls_feats, "image.cls_feats", FEATURES),

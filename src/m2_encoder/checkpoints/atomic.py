@@ -31,9 +31,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.is_dir():
             raise CheckpointError(f"cannot write {path}: it is a folder; give the name of a file")
         if not path.parent.is_dir():
-            raise CheckpointError(
-                f"cannot write {path}: the folder {path.parent} does not exist; create it first"
-            )
+            raise CheckpointError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -63,13 +61,9 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     previous = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
     try:
         if path.exists() and not path.is_dir():
-            raise CheckpointError(
-                f"cannot write the folder {path}: a file of that name exists; choose another name"
-            )
+            raise CheckpointError(f"cannot write the folder {path}: a file of that name exists; choose another name")
         if path.exists() and not overwrite:
-            raise CheckpointError(
-                f"{path} already exists; choose another folder, or pass overwrite=True to replace it"
-            )
+            raise CheckpointError(f"{path} already exists; choose another folder, or pass overwrite=True to replace it")
         temporary.mkdir(parents=True)
         yield temporary
         if path.exists():

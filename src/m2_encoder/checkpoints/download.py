@@ -73,9 +73,7 @@ def download(url: str, *, folder: str | os.PathLike[str] | None = None, timeout_
                 _fetch(address, target, sha256=sha256, timeout_s=timeout_s)
     except urllib.error.HTTPError as error:
         error.close()
-        raise CheckpointError(
-            f"cannot download {address}: the server says {error.code} {error.reason}"
-        ) from error
+        raise CheckpointError(f"cannot download {address}: the server says {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -145,9 +143,7 @@ def _total_bytes(response: Any, offset: int) -> int | None:
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if not match or int(match.group(1)) != offset:
-            raise CheckpointError(
-                f"cannot download {response.url}: the server sent another range than asked for"
-            )
+            raise CheckpointError(f"cannot download {response.url}: the server sent another range than asked for")
         if match.group(2) != "*":
             return int(match.group(2))
     length = response.headers.get("Content-Length")
@@ -164,6 +160,4 @@ def _verify(part: Path, sha256: str | None, address: str) -> None:
     found = digest.hexdigest()
     if found != sha256:
         part.unlink()
-        raise CheckpointError(
-            f"cannot use {address}: its sha256 is {found}, expected {sha256}; the file was deleted"
-        )
+        raise CheckpointError(f"cannot use {address}: its sha256 is {found}, expected {sha256}; the file was deleted")

@@ -64,14 +64,12 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder} is not a complete exported model: {', '.join(missing)} missing; write it with "
-            "m2-export"
+            f"{folder} is not a complete exported model: {', '.join(missing)} missing; write it with m2-export"
         )
     content = _read_json(folder / CONFIG_FILE)
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: format {content.get('format')!r} version "
-            f"{content.get('format_version')!r}, "
+            f"{folder / CONFIG_FILE}: format {content.get('format')!r} version {content.get('format_version')!r}, "
             f"this package reads {FORMAT!r} version {FORMAT_VERSION}; export the model again"
         )
     try:
@@ -103,8 +101,7 @@ def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:
         )
     if file_sha256(exported.tokenizer) != tokenizer_sha256:
         raise CheckpointError(
-            f"{folder}: {TOKENIZER_FILE} is not the file that was exported; restore it or export the model "
-            "again"
+            f"{folder}: {TOKENIZER_FILE} is not the file that was exported; restore it or export the model again"
         )
 
 
@@ -119,9 +116,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); export the model again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path}: holds a {type(content).__name__}, expected an object; export it again"
-        )
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object; export it again")
     return content
 
 

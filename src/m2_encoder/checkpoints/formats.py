@@ -71,8 +71,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     if head.startswith(_PICKLE_PROTOCOL):
         return "pickle"
     raise CheckpointError(
-        f"{path}: not a checkpoint; expected a file written by torch.save (.ckpt, .pt, .pth, .bin) or "
-        ".safetensors"
+        f"{path}: not a checkpoint; expected a file written by torch.save (.ckpt, .pt, .pth, .bin) or .safetensors"
     )
 
 
@@ -104,13 +103,13 @@ def read_torch(path: str | os.PathLike[str], *, mapped: bool = False) -> object:
 def _torch_reason(error: Exception) -> str:
     """One line for whatever torch said in twenty."""
     text = str(error)
-    unsafe = re.search(r"GLOBAL (\S+)|\bblocklisted global\b|\bblocked\b", text)
-    if unsafe or "Unsupported" in text or "TorchScript" in text:
-        what = f" ({unsafe.group(1)})" if unsafe and unsafe.group(1) else ""
+    # The name of what the pickle asked for; a file that ends inside such a name gives an empty one.
+    named = re.search(r"GLOBAL (\S*)", text)
+    what = named.group(1).strip(".") if named else ""
+    if what or (not named and ("Unsupported" in text or "TorchScript" in text)):
         return (
-            f"refused, it holds more than tensors and plain containers{what} and reading that could execute "
-            "code; "
-            "if you trust its source, save its state dict alone"
+            f"refused, it holds more than tensors and plain containers{what and f' ({what})'}, and reading that "
+            "could execute code; if you trust its source, save its state dict alone"
         )
     return "damaged or not a checkpoint (torch cannot read it); copy or download it again"
 
@@ -141,9 +140,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             header.pop("__metadata__", None)
             return {key: _read_tensor(file, 8 + header_size, entry) for key, entry in header.items()}
     except KeyError as error:
-        raise CheckpointError(
-            f"{name}: unsupported safetensors dtype {error}; save the weights as F32"
-        ) from error
+        raise CheckpointError(f"{name}: unsupported safetensors dtype {error}; save the weights as F32") from error
     except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
         raise CheckpointError(
             f"{name}: damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
@@ -161,8 +158,7 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{os.fspath(path)}: damaged or not a safetensors file ({_first_line(error)}); copy or download "
-            "it again"
+            f"{os.fspath(path)}: damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
         ) from error
 
 

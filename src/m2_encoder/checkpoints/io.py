@@ -107,14 +107,11 @@ def _to_our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         num_known += ours is not None
         ours = ours or bare
         if ours in renamed:
-            raise CheckpointError(
-                f"{path}: two of its entries mean {ours!r} (one is {name!r}); keep one of them"
-            )
+            raise CheckpointError(f"{path}: two of its entries mean {ours!r} (one is {name!r}); keep one of them")
         renamed[ours] = tensor
     if not num_known:
         raise CheckpointError(
-            f"{path}: not an M2-Encoder checkpoint: none of its {len(state)} names is known "
-            f"({_listed(state)})"
+            f"{path}: not an M2-Encoder checkpoint: none of its {len(state)} names is known ({_listed(state)})"
         )
     return renamed
 
@@ -200,12 +197,7 @@ def load_model(
 
 def _fit_image_positions(state: dict[str, Tensor], expected: Tensor, source: str) -> None:
     table = state.get(IMAGE_POSITIONS)
-    if (
-        table is None
-        or table.dim() != 2
-        or table.shape[1] != expected.shape[1]
-        or not table.is_floating_point()
-    ):
+    if table is None or table.dim() != 2 or table.shape[1] != expected.shape[1] or not table.is_floating_point():
         return  # left for the comparison of names and shapes to report
     try:
         state[IMAGE_POSITIONS] = resize_image_positions(table, expected.shape[0])
@@ -213,9 +205,7 @@ def _fit_image_positions(state: dict[str, Tensor], expected: Tensor, source: str
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def _check_match(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, model_name: str
-) -> None:
+def _check_match(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, model_name: str) -> None:
     """One error for everything that keeps a state dict from being this model's."""
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
@@ -225,9 +215,7 @@ def _check_match(
         if name in state and state[name].shape != expected[name].shape
     ]
     unusable = [
-        f"{name} is {_unusable_kind(state[name])}"
-        for name in expected
-        if name in state and _unusable_kind(state[name])
+        f"{name} is {_unusable_kind(state[name])}" for name in expected if name in state and _unusable_kind(state[name])
     ]
     problems = [
         f"{len(found)} {what} ({_listed(found, separator=separator)})"
@@ -241,8 +229,7 @@ def _check_match(
     ]
     if problems:
         raise CheckpointError(
-            f"{source}: does not fit model {model_name!r} of {len(expected)} parameters: "
-            f"{', '.join(problems)}"
+            f"{source}: does not fit model {model_name!r} of {len(expected)} parameters: {', '.join(problems)}"
         )
 
 
@@ -320,11 +307,9 @@ def _portable_state(model: M2Encoder) -> dict[str, Tensor]:
     if empty:
         raise CheckpointError(
             f"cannot save a model without data: {len(empty)} parameters are on the meta device; call "
-            "to_empty() "
-            "and init_weights(), or load a checkpoint"
+            "to_empty() and init_weights(), or load a checkpoint"
         )
     taken: set[int] = set()
     return {
-        name: _owned(tensor, taken, device=torch.device("cpu"), dtype=tensor.dtype)
-        for name, tensor in state.items()
+        name: _owned(tensor, taken, device=torch.device("cpu"), dtype=tensor.dtype) for name, tensor in state.items()
     }
