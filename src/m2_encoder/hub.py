@@ -128,7 +128,7 @@ def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
     if isinstance(model, str) and _canonical(name) in known:
         return known[_canonical(name)], None
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():  # the empty name would be the current folder
         exported = read_exported(path)
         return exported.config, exported
     if path.is_file():

@@ -59,9 +59,12 @@ def download(url: str, *, folder: str | os.PathLike[str] | None = None, timeout_
         CheckpointError: if the server cannot be reached or refuses, the connection breaks, the hash is
             another one, or the disk refuses.
     """
-    address, fragment = urldefrag(url)
+    try:
+        address, fragment = urldefrag(url)
+        name = Path(unquote(urlsplit(address).path)).name or "weights"
+    except ValueError as error:
+        raise CheckpointError(f"cannot download {url}: {error}") from error
     sha256 = _expected_sha256(fragment, url)
-    name = Path(unquote(urlsplit(address).path)).name or "weights"
     # The address (with the hash, which is part of what was asked for) is in the name: other files never
     # collide.
     target = Path(folder or cache_folder()) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"

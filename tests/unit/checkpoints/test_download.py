@@ -1,0 +1,174 @@
+"""Weights behind a URL, from a local server with every fault."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from m2_encoder import CheckpointError
+from m2_encoder.checkpoints.download import cache_folder, download, is_url
+from tests.support.file_server import FileServer, serve
+
+CONTENT = bytes(range(256)) * 12_000  # three chunks
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with serve(CONTENT) as running:
+        yield running
+
+
+def _part(folder: Path) -> Path:
+    (part,) = folder.glob("*.part")
+    return part
+
+
+def test_file_is_fetched_once(server: FileServer, tmp_path: Path) -> None:
+    path = download(server.url(), folder=tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert path.name.endswith("-weights.ckpt")
+    assert download(server.url(), folder=tmp_path) == path
+    assert len(server.requested_ranges) == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_addresses_do_not_collide(server: FileServer, tmp_path: Path) -> None:
+    first = download(server.url("a/weights.ckpt"), folder=tmp_path)
+    server.content = b"other"
+    assert download(server.url("b/weights.ckpt"), folder=tmp_path).read_bytes() == b"other"
+    assert first.read_bytes() == CONTENT
+
+
+def test_interrupted_download_is_continued(server: FileServer, tmp_path: Path) -> None:
+    server.stop_after = 1_000_000
+    with pytest.raises(CheckpointError, match=r"ended after 1,000,000 of 3,072,000 bytes; run it again"):
+        download(server.url(), folder=tmp_path)
+    assert _part(tmp_path).stat().st_size == 1_000_000
+    with pytest.raises(CheckpointError, match="ended after 2,000,000 of 3,072,000"):
+        download(server.url(), folder=tmp_path)
+    server.stop_after = None
+    assert download(f"{server.url()}", folder=tmp_path).read_bytes() == CONTENT
+    assert server.requested_ranges == [None, "bytes=1000000-", "bytes=2000000-"]
+
+
+def test_server_that_cannot_continue_starts_again(server: FileServer, tmp_path: Path) -> None:
+    server.stop_after, server.ranges = 1_000_000, False
+    with pytest.raises(CheckpointError, match="ended after 1,000,000"):
+        download(server.url(), folder=tmp_path)
+    server.stop_after = None
+    assert download(server.url(), folder=tmp_path).read_bytes() == CONTENT
+
+
+def test_part_that_is_longer_than_the_file_is_dropped(server: FileServer, tmp_path: Path) -> None:
+    server.stop_after = 1_000_000
+    with pytest.raises(CheckpointError):
+        download(server.url(), folder=tmp_path)
+    server.stop_after, server.content = None, b"shorter now"
+    assert download(server.url(), folder=tmp_path).read_bytes() == b"shorter now"
+
+
+def test_server_that_tells_no_length(server: FileServer, tmp_path: Path) -> None:
+    server.with_length = False
+    assert download(server.url(), folder=tmp_path).read_bytes() == CONTENT
+
+
+def test_hash(server: FileServer, tmp_path: Path) -> None:
+    path = download(f"{server.url()}#sha256={SHA256.upper()}", folder=tmp_path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_wrong_hash_is_refused_and_leaves_nothing(server: FileServer, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"its sha256 is {SHA256}, expected {'0' * 64}"):
+        download(f"{server.url()}#sha256={'0' * 64}", folder=tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+def test_hash_covers_what_an_earlier_call_fetched(server: FileServer, tmp_path: Path) -> None:
+    server.stop_after = 1_000_000
+    url = f"{server.url()}#sha256={SHA256}"
+    with pytest.raises(CheckpointError, match="ended after"):
+        download(url, folder=tmp_path)
+    _part(tmp_path).write_bytes(b"x" * 1_000_000)
+    server.stop_after = None
+    with pytest.raises(CheckpointError, match="its sha256 is"):
+        download(url, folder=tmp_path)
+    assert download(url, folder=tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("fragment", ["sha256=abc", "md5=0", "anything"])
+def test_fragment_that_cannot_be_verified(server: FileServer, tmp_path: Path, fragment: str) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot verify '{fragment}'"):
+        download(f"{server.url()}#{fragment}", folder=tmp_path)
+    assert not server.requested_ranges
+
+
+@pytest.mark.parametrize("status", [403, 404, 500])
+def test_server_refuses(server: FileServer, tmp_path: Path, status: int) -> None:
+    server.status = status
+    with pytest.raises(CheckpointError, match=f"the server says {status}") as caught:
+        download(server.url(), folder=tmp_path)
+    assert server.url() in str(caught.value)
+
+
+def test_empty_answer(server: FileServer, tmp_path: Path) -> None:
+    server.stop_after, server.with_length = 0, False
+    with pytest.raises(CheckpointError, match="the server sent an empty file"):
+        download(server.url(), folder=tmp_path)
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(CheckpointError, match=f"cannot download http://127.0.0.1:{port}/w: .*refused"):
+            download(f"http://127.0.0.1:{port}/w", folder=tmp_path)
+
+
+def test_silent_server_times_out(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/w"
+        with pytest.raises(CheckpointError, match="timed out"):
+            download(url, folder=tmp_path, timeout_s=0.1)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://host:port/w"])
+def test_malformed_address(tmp_path: Path, url: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot download"):
+        download(url, folder=tmp_path)
+
+
+def test_callers_wait_for_each_other(server: FileServer, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: download(server.url(), folder=tmp_path), range(4)))
+    assert len(set(paths)) == 1
+    assert paths[0].read_bytes() == CONTENT
+    assert len(server.requested_ranges) == 1
+
+
+def test_folder_that_cannot_be_written(server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot download"):
+        download(server.url(), folder=tmp_path / "file")
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("M2_ENCODER_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("M2_ENCODER_CACHE")
+    assert cache_folder() == Path.home() / ".cache" / "m2_encoder"
+
+
+def test_what_is_a_url() -> None:
+    assert is_url("https://host/file")
+    assert is_url("HTTP://host/file")
+    assert not is_url("file:///etc/passwd")
+    assert not is_url("weights/http.ckpt")
+    assert not is_url(Path("http://host"))
