@@ -48,7 +48,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "jieba": {"tokenizers"},
     "torchmetrics": {"evaluation", "training"},
     "rich": {"cli", "training"},
-    "pyarrow": {"cli", "data"},
+    "pyarrow": {"cli", "data", "evaluation.feature_file"},
     "yaml": {"cli"},
 }
 

@@ -40,9 +40,7 @@ class RetrievalSet(NamedTuple):
     captions: dict[str, tuple[str, ...]]
 
 
-def read_retrieval_set(
-    folder: str | os.PathLike[str], *, name: str, transform: EvalTransform
-) -> RetrievalSet:
+def read_retrieval_set(folder: str | os.PathLike[str], *, name: str, transform: EvalTransform) -> RetrievalSet:
     """Reads all tars of a folder, in the order of their names.
 
     A sample is an image (see `IMAGE_SUFFIXES`) and a `.json` with `captions`, lists by language: the first
@@ -126,7 +124,5 @@ def _decode(members: Mapping[str, bytes], transform: EvalTransform, where: str) 
 def _first_caption(record: Mapping[str, Any], language: str, where: str) -> str:
     texts = record["captions"].get(language)
     if not isinstance(texts, list) or not texts or not isinstance(texts[0], str) or not texts[0].strip():
-        raise UserError(
-            f"{where}: no caption in {language!r}; `captions` must have a list for each of {LANGUAGES}"
-        )
+        raise UserError(f"{where}: no caption in {language!r}; `captions` must have a list for each of {LANGUAGES}")
     return texts[0]

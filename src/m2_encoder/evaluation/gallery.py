@@ -7,7 +7,7 @@ Legend: n images · E feature dim · S image side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,9 +112,7 @@ def find_concepts(
             number = features.image_ids[dataset.keys.index(key)]
             index = int((texts.ids == number).nonzero()[0])
             right = features.image_ids == number
-            rows.append(
-                _search(texts.texts[index], texts.features[index], dataset, features, right, num_hits)
-            )
+            rows.append(_search(texts.texts[index], texts.features[index], dataset, features, right, num_hits))
         columns[language] = tuple(rows)
     return columns
 
@@ -124,7 +122,7 @@ def find_freely(
     tokenizer: Tokenize,
     dataset: CaptionedImages,
     features: SetFeatures,
-    queries: dict[str, tuple[str, ...]],
+    queries: Mapping[str, tuple[str, ...]],
     *,
     num_hits: int = NUM_HITS,
 ) -> dict[str, tuple[GalleryRow, ...]]:
@@ -167,9 +165,7 @@ def draw_gallery(path: Path, sections: Sequence[GallerySection], *, title: str, 
         raise ValueError("a gallery needs at least one section")
     for section in sections:
         if len({len(rows) for rows in section.columns.values()}) != 1:
-            raise ValueError(
-                f"section {section.title!r}: every language needs the same number of rows, at least one"
-            )
+            raise ValueError(f"section {section.title!r}: every language needs the same number of rows, at least one")
     num_columns = max(len(section.columns) for section in sections)
     width = 2 * (_MARGIN + _PADDING) + num_columns * _COLUMN_WIDTH + (num_columns - 1) * _COLUMN_GAP
     height = _HEADER_HEIGHT + sum(_section_height(s) + _SECTION_GAP for s in sections) + _FOOTER_HEIGHT
@@ -198,9 +194,7 @@ def _search(
     is_right = torch.zeros(len(scores), dtype=torch.bool) if right is None else right
     wrong_first = is_right.long().argsort(stable=True)
     order = wrong_first[scores[wrong_first].argsort(stable=True, descending=True)]
-    hits = tuple(
-        Hit(dataset.images[i], float(scores[i]), bool(is_right[i])) for i in order[:num_hits].tolist()
-    )
+    hits = tuple(Hit(dataset.images[i], float(scores[i]), bool(is_right[i])) for i in order[:num_hits].tolist())
     rank = None if right is None else int(is_right[order].nonzero()[0]) + 1
     return GalleryRow(query, hits, rank)
 

@@ -121,9 +121,7 @@ def chance_recall(num_gallery: int, k: int, *, num_positives: int = 1) -> float:
         raise ValueError(f"num_positives={num_positives} must be in 1..{num_gallery}, the gallery's size")
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
-    misses = (
-        math.comb(num_gallery - num_positives, k) / math.comb(num_gallery, k) if k <= num_gallery else 0.0
-    )
+    misses = math.comb(num_gallery - num_positives, k) / math.comb(num_gallery, k) if k <= num_gallery else 0.0
     return 100.0 * (1.0 - misses)
 
 
@@ -162,9 +160,7 @@ def retrieval_metrics(
     for direction, (queries, query_ids, gallery, gallery_ids) in sides.items():
         usable = torch.isin(query_ids, gallery_ids)
         if not usable.any():
-            raise ValueError(
-                f"none of {len(image_ids)} images shares an id with one of {len(text_ids)} texts"
-            )
+            raise ValueError(f"none of {len(image_ids)} images shares an id with one of {len(text_ids)} texts")
         pairs = pairs_of_equal_ids(query_ids[usable], gallery_ids)
         result = recall_at_k(queries[usable], gallery, pairs, ks, chunk_size=chunk_size)
         numbers, queries_with = torch.bincount(pairs[:, 0]).unique(return_counts=True)
@@ -208,9 +204,7 @@ class RetrievalRecall(Metric):
         for name in ("image_features", "image_ids", "text_features", "text_ids"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(
-        self, image_features: Tensor, image_ids: Tensor, text_features: Tensor, text_ids: Tensor
-    ) -> None:
+    def update(self, image_features: Tensor, image_ids: Tensor, text_features: Tensor, text_ids: Tensor) -> None:
         """Add a batch; the two sides may differ in length, and either may be empty.
 
         Args:
@@ -277,13 +271,9 @@ def _concatenated(state: list[Tensor] | Tensor) -> Tensor:
 
 def _check_features(queries: Tensor, gallery: Tensor) -> None:
     if queries.dim() != 2 or gallery.dim() != 2 or queries.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"features must be (Q, E) and (M, E), got {tuple(queries.shape)} and {tuple(gallery.shape)}"
-        )
+        raise ValueError(f"features must be (Q, E) and (M, E), got {tuple(queries.shape)} and {tuple(gallery.shape)}")
     if not len(queries) or not len(gallery):
-        raise ValueError(
-            f"{len(queries)} queries and {len(gallery)} gallery items: both sides need at least one"
-        )
+        raise ValueError(f"{len(queries)} queries and {len(gallery)} gallery items: both sides need at least one")
 
 
 def _checked_pairs(pairs: Tensor, num_queries: int, num_gallery: int) -> Tensor:
@@ -299,9 +289,7 @@ def _checked_pairs(pairs: Tensor, num_queries: int, num_gallery: int) -> Tensor:
     counts = torch.bincount(pairs[:, 0], minlength=num_queries)
     if (counts == 0).any():
         row = int((counts == 0).nonzero()[0])
-        raise ValueError(
-            f"query {row} has no right item; leave it out of the queries (it may stay in the gallery)"
-        )
+        raise ValueError(f"query {row} has no right item; leave it out of the queries (it may stay in the gallery)")
     return pairs[pairs[:, 0].argsort(stable=True)]
 
 
@@ -331,9 +319,7 @@ def _count_wrong_ahead(
         for column in range(0, len(gallery), chunk_size):
             scores = part @ gallery[column : column + chunk_size].double().t()
             inside = own[(own[:, 1] >= column) & (own[:, 1] < column + chunk_size)]
-            scores[inside[:, 0] - start, inside[:, 1] - column] = (
-                math.nan
-            )  # right items never stand in the way
+            scores[inside[:, 0] - start, inside[:, 1] - column] = math.nan  # right items never stand in the way
             distance = scores - best[rows, None]
             ahead[rows] += (distance >= -tolerance[:, None]).sum(dim=1)
             tied[rows] |= (distance.abs() <= tolerance[:, None]).any(dim=1)

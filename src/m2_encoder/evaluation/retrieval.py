@@ -122,9 +122,7 @@ def evaluate_features(features: SetFeatures, *, ks: Sequence[int] = RECALL_KS) -
         for side, values in (("image", features.image_features), (f"{language} text", texts.features)):
             broken = int((~values.isfinite()).any(dim=1).sum())
             if broken:
-                raise ValueError(
-                    f"{broken} of {len(values)} {side} features are not finite: the model is broken"
-                )
+                raise ValueError(f"{broken} of {len(values)} {side} features are not finite: the model is broken")
         results[language] = retrieval_metrics(
             features.image_features, features.image_ids, texts.features, texts.ids, ks=ks
         )

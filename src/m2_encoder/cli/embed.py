@@ -1,0 +1,215 @@
+"""`m2-embed`: features of a folder of images or of a text file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from m2_encoder.checkpoints.exported import WEIGHTS_FILE, file_sha256
+from m2_encoder.cli.compose import Unset
+from m2_encoder.cli.inputs import IMAGE_SUFFIXES, list_images, read_lines
+from m2_encoder.cli.main import Command, run_command
+from m2_encoder.cli.path_values import (
+    find_path,
+    flag_problems,
+    load_from,
+    model_problems,
+    number_problems,
+    protect_paths,
+)
+from m2_encoder.errors import UserError
+from m2_encoder.evaluation.embedding import EmbeddedBatch, Item, Skipped, embed_images, embed_texts
+from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
+from m2_encoder.hub import LoadedModel
+
+PATH_KEYS = ("model", "weights", "tokenizer", "images", "texts", "output")
+EXIT_SKIPPED = 1
+
+
+def check_embed(cfg: dict[str, Any]) -> list[str]:
+    """What is wrong with a configuration of m2-embed, before the model is loaded."""
+    problems = [
+        *model_problems(cfg),
+        *number_problems(cfg, batch_size=1, num_workers=0),
+        *flag_problems(cfg, "overwrite"),
+    ]
+    images, texts, output = cfg["images"], cfg["texts"], cfg["output"]
+    if (images is None) == (texts is None):
+        given = "neither" if images is None else "both"
+        problems.append(f"images, texts: {given} given; give images=FOLDER or texts=FILE")
+    if images is not None and not Path(str(images)).expanduser().is_dir():
+        problems.append(f"images={images}: no such folder")
+    if texts is not None and not Path(str(texts)).expanduser().is_file():
+        problems.append(f"texts={texts}: no such file; give a UTF-8 file with one text per line")
+    if texts is not None and _needs_tokenizer(cfg):
+        problems.append("tokenizer=null: texts need the SentencePiece file of a named model; add tokenizer=FILE")
+    if not isinstance(output, Unset):
+        path = Path(str(output)).expanduser()
+        problems += [f"output={why}" for why in check_feature_path(path, overwrite=cfg["overwrite"] is True)]
+    return problems
+
+
+def run_embed(cfg: dict[str, Any]) -> int:
+    """Writes the features; returns 1 if something had to be skipped.
+
+    Raises:
+        UserError: if nothing can be used at all.
+    """
+    items, total = _list_items(cfg)
+    loaded = load_from(cfg)
+    output = Path(cfg["output"]).expanduser()
+    skipped: list[Skipped] = []
+    done = 0
+    with (
+        _progress() as progress,
+        open_feature_file(
+            output,
+            feature_dim=loaded.model.config.feature_dim,
+            provenance=_provenance(cfg, loaded),
+            overwrite=cfg["overwrite"],
+        ) as writer,
+    ):
+        task = progress.add_task("images" if cfg["images"] else "texts", total=total, skipped="")
+        for batch in _embed(cfg, loaded, items):
+            if batch.names:
+                writer.add(batch.places, batch.names, batch.features)
+            done += len(batch.names)
+            skipped += batch.skipped
+            note = f"[yellow]{len(skipped):,} skipped" if skipped else ""
+            progress.update(task, advance=len(batch.names) + len(batch.skipped), skipped=note)
+        if not done:
+            raise UserError(_nothing_usable(cfg, skipped))
+    print(f"{done:,} features of {loaded.model.config.feature_dim} numbers: {output}")
+    if skipped:
+        _report_skipped(skipped)
+    return EXIT_SKIPPED if skipped else 0
+
+
+def _embed(cfg: dict[str, Any], loaded: LoadedModel, items: Iterator[Item]) -> Iterator[EmbeddedBatch]:
+    if cfg["texts"] is not None:
+        return embed_texts(loaded.model, items, loaded.tokenizer, batch_size=cfg["batch_size"])
+    return embed_images(
+        loaded.model,
+        items,
+        loaded.preprocess.to_uint8,
+        batch_size=cfg["batch_size"],
+        num_workers=cfg["num_workers"],
+    )
+
+
+def _list_items(cfg: dict[str, Any]) -> tuple[Iterator[Item], int]:
+    """The inputs and their number.
+
+    Raises:
+        UserError: if there are none, or too many names for the kind of output.
+    """
+    if cfg["images"] is not None:
+        folder = Path(cfg["images"]).expanduser()
+        images = list_images(folder)
+        if not images:
+            raise UserError(f"images={cfg['images']}: no image in it; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
+        _check_names_fit(cfg["output"], sum(len(item.name.encode()) for item in images))
+        return iter(images), len(images)
+    path = Path(cfg["texts"]).expanduser()
+    _check_names_fit(cfg["output"], path.stat().st_size)
+    total = sum(1 for _ in read_lines(path))
+    if not total:
+        raise UserError(f"texts={cfg['texts']}: the file is empty; write one text per line")
+    return read_lines(path), total
+
+
+def _check_names_fit(output: str, num_bytes: int) -> None:
+    if output.endswith(".safetensors") and num_bytes > MAX_NAMES_BYTES:
+        raise UserError(
+            f"output={output}: {num_bytes / 2**20:,.0f} MiB of names do not fit the header of safetensors; "
+            "write .parquet instead"
+        )
+
+
+def _nothing_usable(cfg: dict[str, Any], skipped: list[Skipped]) -> str:
+    key = "images" if cfg["images"] is not None else "texts"
+    first = "; ".join(f"{item.name}: {item.reason}" for item in skipped[:3])
+    more = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
+    return f"{key}={cfg[key]}: nothing could be used: {first}{more}"
+
+
+def _needs_tokenizer(cfg: dict[str, Any]) -> bool:
+    model = cfg["model"]
+    if cfg["tokenizer"] is not None or not isinstance(model, str):
+        return False
+    return not find_path(model).is_dir()
+
+
+def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
+    """Where the features come from; no times or machines, so the same input gives the same bytes."""
+    weights = cfg["weights"] or find_path(cfg["model"]) / WEIGHTS_FILE
+    path = find_path(str(weights))
+    return {
+        "model": cfg["model"],
+        "weights": str(weights),
+        "weights_sha256": file_sha256(path) if path.is_file() else None,
+        "config": loaded.model.config.to_dict(),
+        "images": cfg["images"],
+        "texts": cfg["texts"],
+        "m2_encoder": importlib.metadata.version("m2-encoder"),
+    }
+
+
+def _report_skipped(skipped: list[Skipped]) -> None:
+    print(f"m2-embed: {len(skipped):,} skipped:", file=sys.stderr)
+    for item in skipped:
+        print(f"  {item.name}: {item.reason}", file=sys.stderr)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(show_speed=True),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[skipped]}"),
+        console=Console(stderr=True),
+    )
+
+
+COMMAND = Command(
+    name="m2-embed",
+    config_name="embed",
+    config_folder="commands",
+    summary="Write features of a folder of images, or of a text file.",
+    examples=(
+        "m2-embed model=outputs/emoji/export images=photos output=photos.safetensors",
+        "m2-embed model=outputs/emoji/export texts=captions.txt output=captions.parquet",
+        "m2-embed model=m2-encoder-0.4b weights=m2_encoder_0.4B.ckpt tokenizer=sp.model images=photos "
+        "output=photos.parquet",
+    ),
+    check=check_embed,
+    run=run_embed,
+    notes=(
+        "Images are found in all sub-folders, by suffix, in sorted order; a text file is UTF-8, one text per line.",
+        "What cannot be used (a damaged image, a blank line) is listed on stderr and skipped; the column `index` says",
+        "which place in the input a row has. m2_encoder.evaluation.feature_file.read_features reads both formats.",
+        "",
+        "Exit codes: 0 everything embedded, 1 something was skipped, 2 nothing written: the message says what to mend.",
+    ),
+)
+
+
+def main() -> int:
+    """Entry point of `m2-embed`."""
+    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
+    return run_command(COMMAND)

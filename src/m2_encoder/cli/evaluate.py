@@ -1,0 +1,128 @@
+"""`m2-evaluate`: the table of a finished model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from m2_encoder.cli.compose import Unset
+from m2_encoder.cli.main import Command, run_command
+from m2_encoder.cli.path_values import (
+    find_path,
+    flag_problems,
+    load_from,
+    model_problems,
+    number_problems,
+    output_problems,
+    protect_paths,
+)
+from m2_encoder.cli.paths import anchor
+from m2_encoder.cli.provenance import command_line, git_revision, machine, versions
+from m2_encoder.cli.report import evaluate_sets
+from m2_encoder.cli.showcase import SPLIT_TITLES
+from m2_encoder.cli.tables import open_console, results_table
+from m2_encoder.data.emoji import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
+from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
+from m2_encoder.data.transforms import EvalTransform
+
+PATH_KEYS = ("model", "weights", "tokenizer", "data", "folder", "output")
+EMBEDDED = "emoji"
+PROTOCOL = "standard"
+"""Every distinct caption is a query, positives are by key; see `evaluation.retrieval.encode_set`."""
+
+
+def check_evaluate(cfg: dict[str, Any]) -> list[str]:
+    """What is wrong with a configuration of m2-evaluate, before the model is loaded."""
+    problems = [
+        *model_problems(cfg),
+        *number_problems(cfg, batch_size=1),
+        *flag_problems(cfg, "overwrite"),
+        *output_problems(cfg["output"], overwrite=cfg["overwrite"]),
+    ]
+    data = cfg["data"]
+    if isinstance(data, Unset):
+        return problems
+    if data != EMBEDDED and not find_path(str(data)).is_dir():
+        problems.append(f"data={data}: no such folder; give {EMBEDDED} or a folder of WebDataset tars")
+    if cfg["heldout_style"] not in EMOJI_STYLES:
+        problems.append(f"heldout_style={cfg['heldout_style']}: choose from {', '.join(EMOJI_STYLES)}")
+    splits = cfg["splits"]
+    unknown = [name for name in splits if name not in EMOJI_SPLITS] if isinstance(splits, list) else [splits]
+    if unknown or not splits:
+        problems.append(f"splits={splits}: must be a list of {', '.join(EMOJI_SPLITS)}")
+    return problems
+
+
+def run_evaluate(cfg: dict[str, Any]) -> None:
+    """Prints the table and writes the numbers.
+
+    Raises:
+        UserError: for a model or a set that cannot be used.
+    """
+    started = time.time()
+    console = open_console()
+    loaded = load_from(cfg)
+    with console.status("evaluating"):
+        sets = _read_sets(cfg, EvalTransform(loaded.model.config.image_size))
+        evaluation = evaluate_sets(loaded.model, sets, loaded.tokenizer, batch_size=cfg["batch_size"])
+    console.print(results_table(evaluation.results, titles=SPLIT_TITLES))
+    if cfg["output"] is None:
+        return
+    report = {
+        "model": cfg["model"],
+        "data": cfg["data"],
+        "protocol": PROTOCOL,
+        "metrics": evaluation.metrics(),
+        "table": evaluation.table(),
+        "evaluation": evaluation.results,
+        "seconds": round(time.time() - started, 3),
+        "git_revision": git_revision(),
+        "versions": versions(),
+        "machine": machine(),
+        "command": command_line(),
+    }
+    path = Path(cfg["output"]).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
+
+
+def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, RetrievalSet]:
+    if cfg["data"] != EMBEDDED:
+        folder = find_path(cfg["data"])
+        name = folder.resolve().name
+        return {name: read_retrieval_set(folder, name=name, transform=transform)}
+    folder = write_emoji_shards(anchor(cfg["folder"]), heldout_style=cfg["heldout_style"])
+    return {
+        split: read_retrieval_set(folder / split, name=f"{EMBEDDED}_{split}", transform=transform)
+        for split in cfg["splits"]
+    }
+
+
+COMMAND = Command(
+    name="m2-evaluate",
+    config_name="evaluate",
+    config_folder="commands",
+    summary="Measure how well a model retrieves images and texts in both languages.",
+    examples=(
+        "m2-evaluate model=outputs/emoji/export data=emoji",
+        "m2-evaluate model=outputs/emoji/export data=my_tars output=results.json",
+    ),
+    check=check_evaluate,
+    run=run_evaluate,
+    notes=(
+        "Recall at k in percent, ranks as pessimistic as can be: equal scores count against the right item. The chance",
+        "row is what a random order would reach. Each caption is a query once; images with its key are all right.",
+    ),
+)
+
+
+def main() -> int:
+    """Entry point of `m2-evaluate`."""
+    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
+    return run_command(COMMAND)

@@ -1,0 +1,93 @@
+"""What m2-embed reads: image files of a folder, lines of a text file. Nothing is decoded here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from m2_encoder.errors import UserError
+from m2_encoder.evaluation.embedding import Item
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Files that count as images, in lower or upper case."""
+
+MAX_LINE_BYTES = 2**20
+"""A longer line is no text that an encoder could use; it is skipped."""
+
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF8_MARK = b"\xef\xbb\xbf"
+
+
+def list_images(folder: Path) -> list[Item]:
+    """All image files below a folder, sorted by their path in it; hidden files and folders are left out.
+
+    Links to files are followed, links to folders are not. What cannot be opened at all carries its problem.
+
+    Args:
+        folder: exists.
+    """
+    found: list[tuple[str, str]] = []
+
+    def note_unreadable(error: OSError) -> None:
+        found.append((str(error.filename), f"the folder cannot be read: {error.strerror}"))
+
+    for parent, folders, files in os.walk(folder, onerror=note_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+                continue
+            path = os.path.join(parent, name)
+            found.append((path, _problem_of(path)))
+    relative = sorted((os.path.relpath(path, folder).replace(os.sep, "/"), path, why) for path, why in found)
+    return [Item(place, _printable(name), Path(path), why) for place, (name, path, why) in enumerate(relative)]
+
+
+def read_lines(path: Path) -> Iterator[Item]:
+    """Lines of a text file; a text is its own name, a line without a usable text has its number as name.
+
+    Lines end with a line feed, a carriage return before it is dropped, and a byte order mark is no text.
+    Blank lines keep their place and are skipped: no text is meant by them.
+
+    Raises:
+        UserError: if the file cannot be read, or is UTF-16.
+    """
+    try:
+        with path.open("rb") as file:
+            place = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                if place == 0:
+                    if line.startswith(_UTF16_MARKS):
+                        raise UserError(f"{path} is UTF-16; convert it with: iconv -f utf-16 -t utf-8")
+                    line = line.removeprefix(_UTF8_MARK)
+                yield _line_item(place, line)
+                while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE_BYTES + 1)
+                place += 1
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _line_item(place: int, line: bytes) -> Item:
+    name = f"line {place + 1}"
+    if len(line) > MAX_LINE_BYTES:
+        return Item(place, name, "", f"longer than {MAX_LINE_BYTES:,} bytes")
+    try:
+        text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        hint = "convert the file, for example with: iconv -f gb18030 -t utf-8"
+        return Item(place, name, "", f"not UTF-8 at byte {error.start + 1}; {hint}")
+    if not text.strip():
+        return Item(place, name, "", "blank")
+    return Item(place, text, text)
+
+
+def _problem_of(path: str) -> str:
+    if os.path.isfile(path):
+        return ""
+    return "a link to nothing" if os.path.islink(path) else "not a regular file"
+
+
+def _printable(name: str) -> str:
+    """File names need not be text; what is not becomes an escape."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

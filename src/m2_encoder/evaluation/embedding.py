@@ -1,0 +1,183 @@
+"""Features of streams of image files or lines of text, with what could not be used and why.
+
+Nothing is kept but one batch and the images being decoded for the next, so that a folder of any size fits.
+
+Legend: B batch · E feature dim · S image side in pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from m2_encoder.errors import UserError
+from m2_encoder.evaluation.encode import FeatureModel, Tokenize, encode_texts, evaluation_mode
+
+_TEXT_WINDOW = 16  # batches of texts that are sorted by length together
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Item(NamedTuple):
+    """One input.
+
+    Attributes:
+        place: in the input, from 0.
+        name: what it is called in the output and in messages.
+        content: a file to decode, or a text.
+        problem: why it cannot be used, found while listing; empty if nothing is wrong so far.
+    """
+
+    place: int
+    name: str
+    content: Path | str
+    problem: str = ""
+
+
+class Skipped(NamedTuple):
+    """An input that could not be used.
+
+    Attributes:
+        name: of the item.
+        reason: in words.
+    """
+
+    name: str
+    reason: str
+
+
+class EmbeddedBatch(NamedTuple):
+    """Some inputs, done.
+
+    Attributes:
+        places: of the items in the input, (B,) int64.
+        names: length B.
+        features: (B, E) fp32 on the CPU.
+        skipped: inputs met on the way that have no feature.
+    """
+
+    places: Tensor
+    names: tuple[str, ...]
+    features: Tensor
+    skipped: tuple[Skipped, ...]
+
+
+def embed_images(
+    model: FeatureModel,
+    items: Iterable[Item],
+    decode: Callable[[Path], Tensor],
+    *,
+    batch_size: int,
+    num_workers: int,
+) -> Iterator[EmbeddedBatch]:
+    """Encode image files in the order given.
+
+    Args:
+        model: on any device.
+        items: whose contents are files.
+        decode: a file to (3, S, S); raises `UserError` for one that is no image.
+        batch_size: images per forward pass.
+        num_workers: threads that decode ahead; 0 decodes in this one.
+
+    Yields:
+        Batches; the last one may be smaller.
+    """
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(f"batch_size={batch_size} must be at least 1, num_workers={num_workers} at least 0")
+    decoded = _map_ahead(partial(_decode_item, decode), items, num_workers=num_workers, ahead=batch_size)
+    with evaluation_mode(model) as device:
+        while batch := _take_batch(decoded, batch_size):
+            good = [(item, result) for item, result in batch if isinstance(result, Tensor)]
+            skipped = [Skipped(item.name, reason) for item, reason in batch if isinstance(reason, str)]
+            features = torch.empty((0, 0))
+            if good:
+                images = torch.stack([image for _, image in good]).to(device)
+                features = model.encode_image(images).float().cpu()
+            yield _finish([item for item, _ in good], features, skipped)
+
+
+def embed_texts(
+    model: FeatureModel, items: Iterable[Item], tokenizer: Tokenize, *, batch_size: int
+) -> Iterator[EmbeddedBatch]:
+    """Encode texts in the order given; texts of similar length share a forward pass.
+
+    Args:
+        model: on any device.
+        items: whose contents are texts.
+        tokenizer: the model's own.
+        batch_size: texts per forward pass.
+
+    Yields:
+        Batches of several forward passes.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    stream = iter(items)
+    while window := list(itertools.islice(stream, batch_size * _TEXT_WINDOW)):
+        good = [item for item in window if not item.problem]
+        skipped = [Skipped(item.name, item.problem) for item in window if item.problem]
+        features = torch.empty((0, 0))
+        if good:
+            texts = [str(item.content) for item in good]
+            features = encode_texts(model, texts, tokenizer, batch_size=batch_size)
+        yield _finish(good, features, skipped)
+
+
+def _decode_item(decode: Callable[[Path], Tensor], item: Item) -> tuple[Item, Tensor | str]:
+    if item.problem:
+        return item, item.problem
+    try:
+        return item, decode(Path(item.content))
+    except (UserError, OSError) as error:
+        reason = " ".join(str(error).split())
+        return item, reason.removeprefix(f"{item.content}: ")  # the name is said anyway
+
+
+def _take_batch(decoded: Iterator[tuple[Item, Tensor | str]], batch_size: int) -> list[tuple[Item, Tensor | str]]:
+    """The next items. Failures count, so that a long run of them does not look like a halt."""
+    return list(itertools.islice(decoded, batch_size))
+
+
+def _finish(items: list[Item], features: Tensor, skipped: list[Skipped]) -> EmbeddedBatch:
+    finite = features.isfinite().all(dim=1).tolist() if items else []
+    skipped += [
+        Skipped(item.name, "its feature is not finite: the model is broken")
+        for item, usable in zip(items, finite, strict=True)
+        if not usable
+    ]
+    kept = [number for number, usable in enumerate(finite) if usable]
+    return EmbeddedBatch(
+        places=torch.tensor([items[number].place for number in kept], dtype=torch.long),
+        names=tuple(items[number].name for number in kept),
+        features=features[kept],
+        skipped=tuple(skipped),
+    )
+
+
+def _map_ahead(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], *, num_workers: int, ahead: int
+) -> Iterator[_Result]:
+    """`map` on threads, in order, with at most `ahead` results waiting."""
+    if num_workers == 0:
+        yield from map(function, items)
+        return
+    stream = iter(items)
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="decode") as pool:
+        waiting = deque(pool.submit(function, item) for item in itertools.islice(stream, ahead))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in itertools.islice(stream, 1))
+                yield result
+        finally:
+            for future in waiting:  # nobody will read them: the reader stopped
+                future.cancel()
