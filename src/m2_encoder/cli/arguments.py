@@ -54,9 +54,7 @@ def parse_arguments(command_name: str, argv: Sequence[str]) -> Arguments:
     # argparse stops collecting overrides at the first flag after them; what follows comes back as the rest.
     unknown = [item for item in rest if item.startswith("-")]
     if unknown:
-        raise UserError(
-            f"{unknown[0]}: unknown flag; options are written key=value, see {command_name} --help"
-        )
+        raise UserError(f"{unknown[0]}: unknown flag; options are written key=value, see {command_name} --help")
     if found.experimental_rerun is not None:
         raise UserError(
             "--experimental-rerun: reads a pickle, which could run code; use --config-path and --config-name"
@@ -88,6 +86,10 @@ def _flags(found: argparse.Namespace) -> list[str]:
     for name in ("cfg", "info", "package"):
         if getattr(found, name) is not None:
             flags += [f"--{name}", getattr(found, name)]
+    for name in ("config_path", "config_name"):
+        if getattr(found, name) is not None:
+            value = getattr(found, name)
+            flags += [f"--{name.replace('_', '-')}", str(_absolute(value)) if name == "config_path" else value]
     return flags
 
 

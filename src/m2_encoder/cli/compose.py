@@ -178,9 +178,7 @@ def open_composer(folder: Path, config_name: str, fixed: Sequence[str] = ()) -> 
         UserError: if the folder does not exist.
     """
     if not folder.is_dir():
-        raise UserError(
-            f"--config-path {folder}: no such folder; give the folder that holds {config_name}.yaml"
-        )
+        raise UserError(f"--config-path {folder}: no such folder; give the folder that holds {config_name}.yaml")
     with initialize_config_dir(str(folder), version_base=HYDRA_VERSION_BASE, job_name=config_name):
         hydra = GlobalHydra.instance()
         yield Composer(hydra.config_loader(), folder, config_name, fixed)
@@ -219,9 +217,7 @@ def refuse_sweeps(overrides: Sequence[Override]) -> list[str]:
             several = override.value_type == ValueType.SIMPLE_CHOICE_SWEEP
             value = str(override.input_line).partition("=")[2]
             hint = f"for a list write {override.key_or_group}=[{value}]; " if several else ""
-            problems.append(
-                f"{override.input_line}: holds several values; {hint}to run them all add --multirun"
-            )
+            problems.append(f"{override.input_line}: holds several values; {hint}to run them all add --multirun")
     return problems
 
 
@@ -268,9 +264,7 @@ def _key_problem(override: Override, base: DictConfig) -> str | None:
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
         if not isinstance(node, DictConfig):
-            return (
-                None if _adds(override) and node is None else f"{line}: {above} is a value and holds no keys"
-            )
+            return None if _adds(override) and node is None else f"{line}: {above} is a value and holds no keys"
         if part not in {str(name) for name in node}:  # `in` denies keys that are ???
             return None if _adds(override) else _unknown_key(override, part, above, node)
         node = node._get_node(part) if OmegaConf.is_interpolation(node, part) else _peek(node, part)

@@ -100,11 +100,16 @@ class _Plan(NamedTuple):
     constant_lines: list[str]
 
 
-def run_command(command: Command) -> int:
-    """Runs a command on `sys.argv` and returns its exit code."""
+def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+        command: what to run.
+        argv: its arguments; those of `sys.argv` by default.
+    """
     started_argv = sys.argv
     try:
-        return _run(command, sys.argv[1:])
+        return _run(command, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         _say(f"\n{command.name}: interrupted")
         return EXIT_INTERRUPTED
@@ -149,12 +154,9 @@ def _run(command: Command, argv: Sequence[str]) -> int:
             print(render_help(command, composer.groups()))
             return 0
         plan = _plan(command, arguments, composer)
-    sys.argv = [
-        sys.argv[0], *arguments.flags, "--config-path", str(folder), "--config-name", config_name,
-        *fixed, *plan.argv,
-    ]  # fmt: skip
-    job = _Job(command, plan.constant_lines)
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
+    sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
+    job = _Job(command, plan.constant_lines)
     hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
     return job.exit_code
 
@@ -176,13 +178,13 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
     if arguments.multirun or mode == RunMode.MULTIRUN:
         _check_sweep(command, composer, lines, constant, first)
         folder = f"{anchor('outputs')}/multirun/${{now:%Y-%m-%d_%H-%M-%S}}"
-        return _Plan([*_quiet(lines), _hydra_line("hydra.sweep.dir", folder), *lines], constant)
+        return _Plan([*lines, *_quiet(lines), _hydra_line("hydra.sweep.dir", folder)], constant)
     composition = first if constant == lines else composer.compose(lines)
     if command.complete is not None and not composition.problems and _is_only_rank():
         more = command.complete(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
     _raise_if_any([*composition.problems, *command.check(composition.cfg)])
-    return _Plan([*_quiet(lines), *_folder_lines(command, composition.cfg, lines), *lines], lines)
+    return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
 
 
 def _check_sweep(

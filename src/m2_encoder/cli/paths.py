@@ -41,9 +41,7 @@ def find_conf(start: Path | None = None) -> Path:
     for folder in candidates:
         if (folder / "train.yaml").is_file():
             return folder
-    raise FileNotFoundError(
-        f"no configurations in {' or '.join(map(str, candidates))}: install m2-encoder again"
-    )
+    raise FileNotFoundError(f"no configurations in {' or '.join(map(str, candidates))}: install m2-encoder again")
 
 
 def anchor(path: str | Path, start: Path | None = None) -> Path:

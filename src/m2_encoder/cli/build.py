@@ -1,0 +1,60 @@
+"""From plain values of a configuration to the objects of a run that Hydra does not build itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from torch import Tensor
+
+from m2_encoder.cli.paths import anchor
+from m2_encoder.cli.schema import MODEL_FIELDS
+from m2_encoder.data.emoji import load_emoji_tokenizer_model
+from m2_encoder.errors import UserError
+from m2_encoder.hub import load
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+EMBEDDED_TOKENIZER: Final = "emoji"
+
+
+def build_model_config(model: Mapping[str, Any]) -> M2EncoderConfig:
+    """The architecture that `model` names, with the fields that are not null on top.
+
+    Raises:
+        UserError: for an unknown name or an impossible combination.
+    """
+    overrides = {field: model[field] for field in MODEL_FIELDS if model.get(field) is not None}
+    return M2EncoderConfig.from_name(model["name"], **overrides)
+
+
+def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig) -> SentencePieceTokenizer:
+    """The tokenizer that `model.tokenizer` names, cutting texts at the model's context length.
+
+    Raises:
+        UserError: if the file is missing or no SentencePiece model.
+    """
+    name = str(model["tokenizer"])
+    if name == EMBEDDED_TOKENIZER:
+        return SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=config.context_length)
+    path = anchor(name)
+    if not path.is_file():
+        raise UserError(
+            f"model.tokenizer={name}: no such file; give `{EMBEDDED_TOKENIZER}` or the path of a "
+            "SentencePiece model, "
+            "such as the official sp.model"
+        )
+    return SentencePieceTokenizer(path, context_length=config.context_length)
+
+
+def build_initial_state(model: Mapping[str, Any], config: M2EncoderConfig) -> dict[str, Tensor] | None:
+    """Parameters to start from, or None to train from scratch.
+
+    Raises:
+        UserError: if the file is missing, no checkpoint, or of another shape.
+    """
+    weights = model.get("weights")
+    if weights is None:
+        return None
+    source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
+    return dict(load(config, weights=source, trainable=True).model.state_dict())

@@ -1,0 +1,69 @@
+"""`m2-data`: prepare data; one sub-command per task."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+from m2_encoder.cli.main import EXIT_USER_ERROR, Command, run_command
+from m2_encoder.cli.paths import anchor
+from m2_encoder.cli.rules import Rule, check_rules, choice, text, whole
+from m2_encoder.data.emoji import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
+
+_EMOJI_RULES: Final[tuple[Rule, ...]] = (
+    text("folder", "outputs/data/emoji"),
+    choice("heldout_style", EMOJI_STYLES, example="openmoji"),
+    whole("samples_per_shard", 1, "500"),
+)
+
+
+def check_emoji(cfg: dict[str, Any]) -> list[str]:
+    """What is wrong with a configuration of `m2-data emoji`."""
+    known = [rule.key for rule in _EMOJI_RULES]
+    problems = [problem.text for problem in check_rules(cfg, _EMOJI_RULES)]
+    return problems + [f"{key}: unknown; known: {', '.join(known)}" for key in cfg if key not in known]
+
+
+def _run_emoji(cfg: dict[str, Any]) -> int:
+    folder = write_emoji_shards(
+        anchor(cfg["folder"]), heldout_style=cfg["heldout_style"], samples_per_shard=cfg["samples_per_shard"]
+    )
+    print(f"{folder}")
+    for split in EMOJI_SPLITS:
+        shards = sorted((folder / split).glob("*.tar"))
+        print(f"  {split:<17} {len(shards):>2} tars, {sum(path.stat().st_size for path in shards) / 1e6:5.1f} MB")
+    return 0
+
+
+SUB_COMMANDS: Final[dict[str, Command]] = {
+    "emoji": Command(
+        name="m2-data emoji",
+        config_name="data_emoji",
+        config_folder="commands",
+        summary="Unpack the embedded bilingual emoji set to WebDataset tars, one folder per split.",
+        examples=("m2-data emoji", "m2-data emoji folder=emoji-tars heldout_style=noto"),
+        check=check_emoji,
+        run=_run_emoji,
+    ),
+}
+
+
+def main() -> int:
+    """Entry point of `m2-data`: the first argument names the sub-command."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in {"--help", "-h"}:
+        width = max(map(len, SUB_COMMANDS))
+        print("m2-data: prepare data\n\nSub-commands (each has its own --help):")
+        print("\n".join(f"  {name:<{width}}  {command.summary}" for name, command in SUB_COMMANDS.items()))
+        print("\nExample:\n  m2-data emoji folder=outputs/data/emoji")
+        return 0 if arguments else EXIT_USER_ERROR
+    command = SUB_COMMANDS.get(arguments[0])
+    if command is None:
+        known = ", ".join(SUB_COMMANDS)
+        print(f"m2-data: {arguments[0]}: no such sub-command; choose from {known}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return run_command(command, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Rules between values, and between values and this machine: ranks, shapes, files, run folders.
+
+Each check asks `Known` for the values it needs and is left out as soon as one of them is missing or already
+reported: one mistake, one line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from m2_encoder.cli.build import EMBEDDED_TOKENIZER, build_model_config, build_tokenizer
+from m2_encoder.cli.compose import UNSET
+from m2_encoder.cli.main import default_run_folder, is_first_rank
+from m2_encoder.cli.paths import anchor
+from m2_encoder.cli.rules import Problem
+from m2_encoder.data.emoji import load_emoji_concepts
+from m2_encoder.errors import UserError
+from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
+
+MAX_CPU_RANKS: Final = 8
+_EMOJI_TARGET: Final = "m2_encoder.data.datamodule.EmojiDataModule"
+_SINGLE_TARGET: Final = "m2_encoder.strategies.single.LocalStrategy"
+_GPU_PRECISIONS: Final = ("16-mixed", "16-true", "16", 16)
+_MISSING: Final = object()
+
+
+class _UnknownError(Exception):
+    """A value that a check needs is missing or wrong already."""
+
+
+class Known:
+    """The values of a configuration that are known to be fine on their own.
+
+    Args:
+        cfg: plain containers.
+        reported: keys with problems.
+    """
+
+    def __init__(self, cfg: Mapping[str, Any], reported: set[str]) -> None:
+        self._cfg = cfg
+        self._reported = reported
+
+    def __call__(self, key: str, default: Any = _MISSING) -> Any:
+        """The value of a dotted key; without a default the calling check ends where there is none."""
+        node: Any = self._cfg
+        for part in key.split("."):
+            node = node.get(part, UNSET) if isinstance(node, Mapping) else UNSET
+        if key in self._reported or node is UNSET:
+            if default is _MISSING:
+                raise _UnknownError(key)
+            return default
+        return node
+
+
+def check_relations(cfg: Mapping[str, Any], reported: set[str]) -> list[Problem]:
+    """Every rule that looks at more than one value.
+
+    Args:
+        cfg: plain containers.
+        reported: keys with problems; what depends on them is left out.
+    """
+    known = Known(cfg, reported)
+    problems: list[Problem] = []
+    for check in _CHECKS:
+        problems += _run_check(check, known)
+    return problems
+
+
+def _run_check(check: Callable[[Known], Iterator[Problem]], known: Known) -> list[Problem]:
+    found: list[Problem] = []
+    try:
+        for problem in check(known):
+            found.append(problem)  # noqa: PERF402 - what was found before the check ends early counts
+    except _UnknownError:
+        pass
+    return found
+
+
+def _problem(key: str, value: Any, rule: str, fix: str) -> Problem:
+    return Problem(key, f"{key}={value}: {rule}; {fix}")
+
+
+def _check_model(known: Known) -> Iterator[Problem]:
+    model, size = _merged_model(known)
+    if size["embed_dim"] % size["num_heads"]:
+        fix = f"for example model.embed_dim={_multiple(size['embed_dim'], size['num_heads'])}"
+        rule = f"must be a multiple of model.num_heads={size['num_heads']}"
+        yield _problem("model.embed_dim", size["embed_dim"], rule, fix)
+    if size["image_size"] % size["patch_size"]:
+        fix = f"for example model.image_size={_multiple(size['image_size'], size['patch_size'])}"
+        rule = f"must be a multiple of model.patch_size={size['patch_size']}"
+        yield _problem("model.image_size", size["image_size"], rule, fix)
+    longest = size["num_text_positions"] - NUM_RESERVED_POSITIONS
+    if not 2 <= size["context_length"] <= longest:
+        rule = f"must be in 2..{longest} (model.num_text_positions - {NUM_RESERVED_POSITIONS})"
+        fix = f"for example model.context_length={max(2, longest)}"
+        yield _problem("model.context_length", size["context_length"], rule, fix)
+    if model.get("weights") is not None and not _is_url(model["weights"]) and not anchor(model["weights"]).is_file():
+        fix = "give the path of a checkpoint, or null to train from scratch"
+        yield _problem("model.weights", model["weights"], "no such file", fix)
+
+
+def _check_tokenizer(known: Known) -> Iterator[Problem]:
+    model, _ = _merged_model(known)
+    name, config = known("model.tokenizer"), _model_config(known)
+    try:
+        tokenizer = build_tokenizer(model, config)
+    except UserError as error:
+        text = " ".join(str(error).split())
+        yield Problem("model.tokenizer", text if "model.tokenizer=" in text else f"model.tokenizer={name}: {text}")
+        return
+    if tokenizer.vocab_size > config.vocab_size:
+        key = "model.vocab_size"
+        rule = f"must be at least {tokenizer.vocab_size}, the pieces of model.tokenizer={name}"
+        hint = "" if name == EMBEDDED_TOKENIZER else ", or give another tokenizer"
+        yield _problem(key, config.vocab_size, rule, f"for example {key}={tokenizer.vocab_size}{hint}")
+
+
+def _check_steps(known: Known) -> Iterator[Problem]:
+    warmup, steps = known("scheduler.warmup_steps"), known("trainer.max_steps")
+    if warmup > steps:
+        fix = f"for example scheduler.warmup_steps={steps // 10}"
+        yield _problem("scheduler.warmup_steps", warmup, f"must be in 0..trainer.max_steps={steps}", fix)
+
+
+def _check_objectives(known: Known) -> Iterator[Problem]:
+    objectives = known("objective")
+    weights = [known(f"objective.{name}.weight", 1.0) for name in objectives]
+    if weights and not any(weights):
+        names = ", ".join(objectives)
+        fix = f"for example objective.{next(iter(objectives))}.weight=1.0"
+        yield Problem("objective", f"objective.*.weight=0: must be above 0 for at least one of {names}; {fix}")
+
+
+def _check_devices(known: Known) -> Iterator[Problem]:
+    if known("cluster.name", "local") == "slurm":
+        return  # the machine that trains is another one
+    accelerator, devices = known("trainer.accelerator"), known("trainer.devices")
+    gpus = torch.cuda.device_count()
+    if accelerator in {"gpu", "cuda"} and not gpus:
+        fix = "use trainer.accelerator=cpu or auto"
+        yield _problem("trainer.accelerator", accelerator, "must be a device of this machine, which has no GPU", fix)
+        return
+    on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0)
+    available = gpus if on_gpu else max(MAX_CPU_RANKS, os.cpu_count() or 1)
+    wanted = max(devices) + 1 if isinstance(devices, list) else _count_devices(devices, available)
+    if wanted > available:
+        what = f"the {available} GPU(s) of this machine" if on_gpu else f"{available} processes on this machine's CPU"
+        yield _problem(
+            "trainer.devices", devices, f"must not exceed {what}", f"for example trainer.devices={available}"
+        )
+    if not on_gpu and known("trainer.precision", None) in _GPU_PRECISIONS:
+        fix = "use trainer.precision=bf16-mixed or 32-true"
+        yield _problem("trainer.precision", known("trainer.precision"), "must be one that the CPU can compute", fix)
+
+
+def _check_ranks(known: Known) -> Iterator[Problem]:
+    ranks = _count_ranks(known)
+    if ranks > 1 and known("strategy._target_", None) == _SINGLE_TARGET:
+        rule = f"must be one that lets ranks cooperate: there are {ranks} (trainer.devices x trainer.num_nodes)"
+        yield _problem("strategy", "single", rule, "use strategy=ddp, or trainer.devices=1")
+    batch = known("data.global_batch_size")
+    if batch % ranks:
+        fix = f"for example data.global_batch_size={_multiple(batch, ranks)}"
+        yield _problem("data.global_batch_size", batch, f"must be a multiple of the {ranks} ranks", fix)
+
+
+def _check_cluster(known: Known) -> Iterator[Problem]:
+    cluster, nodes = known("cluster.name"), known("trainer.num_nodes")
+    if cluster == "local" and nodes > 1:
+        fix = "use cluster=slurm or cluster=torchrun, or trainer.num_nodes=1"
+        yield _problem("trainer.num_nodes", nodes, "must be 1 with cluster=local, which is this machine", fix)
+    if cluster != "torchrun":
+        return
+    started = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if started is None:
+        fix = "torchrun --nproc-per-node=N -m m2_encoder.cli.train ..., or cluster=local"
+        yield _problem("cluster", "torchrun", "must be started by torchrun", fix)
+    elif started != str(_count_ranks(known)):
+        rule = f"must give the {started} ranks that torchrun started, times trainer.num_nodes={nodes}"
+        yield _problem("trainer.devices", known("trainer.devices"), rule, "make both the same")
+
+
+def _check_training_set(known: Known) -> Iterator[Problem]:
+    batch, heldout = known("data.global_batch_size"), known("data.heldout_style")
+    if known("data._target_", None) != _EMOJI_TARGET:
+        return
+    concepts = [concept for concept in load_emoji_concepts() if concept.split == "train"]
+    size = sum(style != heldout for concept in concepts for style in concept.styles)
+    if batch > size:
+        fix = "for example data.global_batch_size=256"
+        yield _problem("data.global_batch_size", batch, f"must not exceed the {size} training samples", fix)
+
+
+def _check_folders(known: Known) -> Iterator[Problem]:
+    for key in ("run.folder", "data.folder"):
+        if (value := known(key, None)) is not None and (reason := _unusable(anchor(value))):
+            yield _problem(key, value, reason, "give a folder that you may write to")
+    name, resume = known("run.name"), known("run.resume")
+    folder = default_run_folder({"run": {"name": name, "folder": known("run.folder")}})
+    if not is_first_rank() or _unusable(folder):
+        return  # the first rank decides, before the others start
+    if resume == "never" and _has_run(folder):
+        fix = f"continue it with run.resume=auto, give another run.name, or delete {folder}"
+        yield _problem("run.name", name, f"{folder} holds a run already", fix)
+    if resume == "must" and not (folder / "checkpoints" / "last.ckpt").is_file():
+        fix = "give the run.name of a run with a checkpoint, or run.resume=auto to start it if there is none"
+        yield _problem("run.resume", resume, f"there is no {folder / 'checkpoints' / 'last.ckpt'}", fix)
+
+
+_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
+    _check_model,
+    _check_tokenizer,
+    _check_steps,
+    _check_objectives,
+    _check_devices,
+    _check_ranks,
+    _check_cluster,
+    _check_training_set,
+    _check_folders,
+)
+
+
+def _merged_model(known: Known) -> tuple[dict[str, Any], dict[str, int]]:
+    """The model node, and the sizes that follow from its name and overrides."""
+    name = known("model.name")
+    size = {field: value for field, value in NAME_TO_CONFIG[name].to_dict().items() if field != "name"}
+    model: dict[str, Any] = {"name": name}
+    for key in ("weights", "tokenizer", *size):
+        model[key] = known(f"model.{key}", None)
+        if key in size and model[key] is not None:
+            size[key] = model[key]
+    return model, size
+
+
+def _model_config(known: Known) -> M2EncoderConfig:
+    try:
+        return build_model_config(_merged_model(known)[0])
+    except UserError as error:
+        raise _UnknownError("model") from error  # reported by _check_model
+
+
+def _count_devices(devices: Any, available: int) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    return available if devices in ("auto", -1) else int(devices)
+
+
+def _count_ranks(known: Known) -> int:
+    accelerator, gpus = known("trainer.accelerator"), torch.cuda.device_count()
+    on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0)
+    return _count_devices(known("trainer.devices"), gpus if on_gpu else 1) * int(known("trainer.num_nodes"))
+
+
+def _multiple(value: int, of: int) -> int:
+    return max(1, value // of) * of
+
+
+def _is_url(text: Any) -> bool:
+    return isinstance(text, str) and text.startswith(("http://", "https://"))
+
+
+def _has_run(folder: Path) -> bool:
+    # Hydra's records alone are the trace of a start that failed before it trained anything.
+    return folder.is_dir() and any(entry.name != ".hydra" for entry in folder.iterdir())
+
+
+def _unusable(folder: Path) -> str | None:
+    """Why a folder cannot be made or written, or None."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} may not be written"
+    return None

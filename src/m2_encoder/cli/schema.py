@@ -1,0 +1,207 @@
+"""The shape of `m2-train`'s configuration: its top level, and the rules of single values.
+
+The constructors are the schema of everything with a `_target_` (`signatures.py`). This file holds what has
+none, and bounds that a signature cannot say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from m2_encoder.cli.compose import UNSET, nearest
+from m2_encoder.cli.rules import (
+    RESERVED_NAMES,
+    SAFE_NAME,
+    Problem,
+    Rule,
+    choice,
+    flag,
+    is_number,
+    is_whole,
+    number,
+    show,
+    text,
+    whole,
+)
+from m2_encoder.data.captions import CAPTION_ROLES
+from m2_encoder.data.emoji import EMOJI_STYLES
+from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
+from m2_encoder.types import LANGUAGES
+
+RUN_KEYS: Final = ("name", "folder", "resume", "checkpoint_every", "export")
+MODEL_FIELDS: Final = tuple(field.name for field in dataclasses.fields(M2EncoderConfig) if field.name != "name")
+MODEL_KEYS: Final = ("name", "weights", "tokenizer", *MODEL_FIELDS)
+CLUSTER_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "local": ("name",),
+    "torchrun": ("name",),
+    "slurm": (
+        "name", "partition", "account", "timeout_min", "cpus_per_task", "mem_gb", "gpus_per_node", "max_requeues",
+    ),
+}  # fmt: skip
+ROOT_KEYS: Final = (
+    "seed", "run", "model", "data", "objective", "optimizer", "scheduler", "trainer", "strategy", "cluster", "logger",
+    "callbacks",
+)  # fmt: skip
+TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
+KEYED_GROUPS: Final = ("objective", "callbacks")
+
+_ACCELERATORS: Final = ("auto", "cpu", "gpu", "cuda")
+_PRECISIONS: Final = (
+    "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64", 32, 16, 64,
+)  # fmt: skip
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(is_number(x) and 0 <= x < 1 for x in value)
+
+
+def _is_devices(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(is_whole(x) and x >= 0 for x in value) and len(set(value)) == len(value)
+    return value == "auto" or (is_whole(value) and (value >= 1 or value == -1))
+
+
+def _is_interval(value: Any) -> bool:
+    if isinstance(value, float):
+        return 0 < value <= 1
+    return is_whole(value) and value >= 1
+
+
+def _is_share_or_count(value: Any) -> bool:
+    return value is None or (is_number(value) and value >= 0 and (is_whole(value) or value <= 1))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(SAFE_NAME.fullmatch(value)) and value not in RESERVED_NAMES
+
+
+def _weights_rule(key: str, names: tuple[str, ...], example: str) -> Rule:
+    def holds(value: Any) -> bool:
+        if not isinstance(value, dict) or not value or not set(value) <= set(names):
+            return False
+        weights = list(value.values())
+        return all(is_number(x) and x >= 0 for x in weights) and any(weights)
+
+    return Rule(key, holds, f"numbers, 0 or more and not all 0, for some of {', '.join(names)}", example)
+
+
+def _is_steps(value: Any) -> bool:
+    return is_whole(value) and value >= 1
+
+
+TRAIN_RULES: Final[tuple[Rule, ...]] = (
+    whole("seed", 0, "0", most=2**32 - 1),
+    Rule(
+        "run.name",
+        _is_name,
+        "a folder name of letters, digits and . _ = + -, at most 100 characters, "
+        f"starting with a letter or digit, and none of {', '.join(RESERVED_NAMES)}",
+        "my-run",
+    ),
+    text("run.folder", "outputs"),
+    choice("run.resume", ("never", "auto", "must")),
+    whole("run.checkpoint_every", 1, "500", note=" (steps)"),
+    flag("run.export"),
+    choice("model.name", tuple(NAME_TO_CONFIG), example="tiny"),
+    text("model.weights", "m2_encoder_0.4B.ckpt", optional=True),
+    text("model.tokenizer", "emoji"),
+    *(
+        whole(f"model.{field}", 1, "64" if field == "image_size" else "8", optional=True)
+        for field in MODEL_FIELDS
+        if field not in {"drop_path_rate", "layer_norm_eps"}
+    ),
+    number("model.drop_path_rate", "0.1", least=0, below=1, optional=True),
+    number("model.layer_norm_eps", "1e-5", above=0, below=1, optional=True),
+    text("data.folder", "outputs/data/emoji"),
+    choice("data.heldout_style", EMOJI_STYLES, example="openmoji"),
+    whole("data.global_batch_size", 2, "256", note=" (over all ranks)"),
+    whole("data.eval_batch_size", 1, "256"),
+    whole("data.num_workers", 0, "0"),
+    _weights_rule("data.captions.language_weights", LANGUAGES, "{zh: 0.5, en: 0.5}"),
+    _weights_rule("data.captions.role_weights", CAPTION_ROLES, "{name: 0.5, keyword: 0.5}"),
+    whole("data.captions.max_keywords", 1, "4"),
+    number("objective.*.weight", "1.0", least=0),
+    number("objective.*.label_smoothing", "0.1", least=0, below=1),
+    flag("objective.*.multi_positive"),
+    number("optimizer.lr", "1e-3", above=0, most=10),
+    Rule("optimizer.betas", _is_pair, "two numbers in [0, 1)", "[0.9, 0.98]"),
+    number("optimizer.eps", "1e-6", above=0, most=1),
+    number("optimizer.weight_decay", "0.2", least=0),
+    whole("scheduler.warmup_steps", 0, "100"),
+    whole("scheduler.max_steps", 1, "1000"),
+    number("scheduler.min_lr_ratio", "0.1", least=0, most=1),
+    choice("trainer.accelerator", _ACCELERATORS),
+    Rule("trainer.devices", _is_devices, "a whole number, 1 or more (-1: all), auto, or a list of indices", "1"),
+    whole("trainer.num_nodes", 1, "1"),
+    Rule(
+        "trainer.precision",
+        lambda value: not isinstance(value, bool | list | dict) and value in _PRECISIONS,
+        f"one of {', '.join(str(item) for item in _PRECISIONS[:6])}",
+        "bf16-mixed",
+    ),
+    whole("trainer.max_steps", 1, "1000"),
+    whole("trainer.max_epochs", -1, "-1", optional=True),
+    number("trainer.gradient_clip_val", "1.0", above=0, optional=True),
+    choice("trainer.gradient_clip_algorithm", ("norm", "value")),
+    Rule("trainer.val_check_interval", _is_interval, "a number of steps, 1 or more, or a share in (0, 1]", "500"),
+    whole("trainer.check_val_every_n_epoch", 1, "null", optional=True),
+    Rule("trainer.limit_val_batches", _is_share_or_count, "a number of batches, or a share in 0..1", "1.0"),
+    Rule("trainer.limit_train_batches", _is_share_or_count, "a number of batches, or a share in 0..1", "1.0"),
+    Rule("trainer.log_every_n_steps", _is_steps, "a whole number, 1 or more", "10"),
+    whole("trainer.accumulate_grad_batches", 1, "1"),
+    whole("trainer.num_sanity_val_steps", -1, "0"),
+    choice("logger.mode", ("auto", "online", "offline", "disabled")),
+    text("logger.project", "m2-encoder"),
+    text("logger.entity", "my-team", optional=True),
+    text("logger.group", "my-sweep", optional=True),
+    whole("logger.flush_every_n_steps", 1, "100"),
+    choice("cluster.name", tuple(CLUSTER_KEYS)),
+    whole("cluster.timeout_min", 1, "1440"),
+    whole("cluster.cpus_per_task", 1, "8", optional=True),
+    whole("cluster.mem_gb", 1, "64", optional=True),
+    whole("cluster.max_requeues", 0, "10"),
+    whole("callbacks.checkpoint.every_n_steps", 1, "500"),
+)
+
+
+def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
+    """Names at the levels that have no `_target_`, and that every group is there at all."""
+    problems = _check_keys("", cfg, ROOT_KEYS, required=ROOT_KEYS)
+    for group in (*TARGET_GROUPS, *KEYED_GROUPS, "run", "model", "cluster"):
+        node = cfg.get(group, UNSET)
+        if node is not UNSET and not isinstance(node, Mapping):
+            fix = "choose an option with group=option when composing from conf/, or set single keys"
+            problems.append(Problem(group, f"{group}={show(node)}: must be a mapping of keys; {fix}"))
+    run, model, cluster = (cfg.get(name) for name in ("run", "model", "cluster"))
+    if isinstance(run, Mapping):
+        problems += _check_keys("run", run, RUN_KEYS, required=RUN_KEYS)
+    if isinstance(model, Mapping):
+        problems += _check_keys("model", model, MODEL_KEYS, required=("name", "tokenizer"))
+    if isinstance(cluster, Mapping):
+        name = cluster.get("name")
+        allowed = CLUSTER_KEYS.get(name, CLUSTER_KEYS["slurm"]) if isinstance(name, str) else CLUSTER_KEYS["slurm"]
+        problems += _check_keys("cluster", cluster, allowed, required=("name",))
+    objectives = cfg.get("objective")
+    if isinstance(objectives, Mapping) and not objectives:
+        problems.append(Problem("objective", "objective=[]: must name at least one; for example objective=[itc]"))
+    return problems
+
+
+def _check_keys(
+    path: str, node: Mapping[str, Any], allowed: tuple[str, ...], *, required: tuple[str, ...]
+) -> list[Problem]:
+    where = path or "the configuration"
+    problems = []
+    for key, value in node.items():
+        if key not in allowed:
+            full = f"{path}.{key}".lstrip(".")
+            known = ", ".join(allowed)
+            near = nearest(key, allowed)
+            problems.append(Problem(full, f"{full}={show(value)}: {where} has no key {key!r}{near}; it has {known}"))
+    for key in required:
+        if key not in node:
+            full = f"{path}.{key}".lstrip(".")
+            problems.append(Problem(full, f"{full}: is missing; add {full}=VALUE or choose its group again"))
+    return problems

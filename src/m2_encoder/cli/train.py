@@ -1,0 +1,219 @@
+"""`m2-train`: one run, from a configuration to a trained, evaluated and exported model."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import lightning
+from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.loggers import Logger
+
+from m2_encoder.cli.build import build_initial_state, build_model_config, build_tokenizer
+from m2_encoder.cli.export import export_run
+from m2_encoder.cli.main import Command, default_run_folder, run_command
+from m2_encoder.cli.paths import anchor
+from m2_encoder.cli.report import EvaluatedData, report_run
+from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
+from m2_encoder.cli.validate import validate_train
+from m2_encoder.training.loggers import JsonlLogger
+from m2_encoder.training.module import PretrainModule
+
+METRICS_FILE: Final = "metrics.jsonl"
+
+
+class Run(NamedTuple):
+    """The objects of one run.
+
+    Attributes:
+        module: model, objectives, optimizer.
+        datamodule: training and evaluation data.
+        trainer: Lightning's.
+        metrics: the logger behind `metrics.jsonl`.
+    """
+
+    module: PretrainModule
+    datamodule: lightning.LightningDataModule
+    trainer: lightning.Trainer
+    metrics: JsonlLogger
+
+
+def train(cfg: dict[str, Any]) -> dict[str, float]:
+    """Trains, evaluates and exports one run.
+
+    Args:
+        cfg: the resolved configuration of `m2-train`, plain containers.
+
+    Returns:
+        Final metrics by name; empty on all ranks but the first.
+
+    Raises:
+        UserError: for data, weights or a checkpoint that cannot be used.
+    """
+    started = time.time()
+    folder = default_run_folder(cfg)
+    _quieten()
+    lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
+    run = build_run(cfg, folder)
+    checkpoint = folder / LAST_CHECKPOINT
+    resumes = cfg["run"]["resume"] != "never" and checkpoint.is_file()
+    if run.trainer.is_global_zero:
+        write_config(folder / CONFIG_FILE, cfg)
+        _announce(cfg, folder, checkpoint if resumes else None, run.metrics)
+    _fit(run, checkpoint if resumes else None)
+    if not run.trainer.is_global_zero:
+        return {}
+    metrics = report_run(module=run.module, datamodule=run.datamodule, run_folder=folder, cfg=cfg, started=started)
+    if cfg["run"]["export"]:
+        exported = export_run(folder, model=run.module.model, cfg=cfg, overwrite=True)
+        print(f"exported to {exported}")
+    return metrics
+
+
+def build_run(cfg: dict[str, Any], folder: Path) -> Run:
+    """Builds everything a run needs; nothing is read from the training data yet.
+
+    Args:
+        cfg: the resolved configuration.
+        folder: the run's.
+    """
+    model = build_model_config(cfg["model"])
+    tokenizer = build_tokenizer(cfg["model"], model)
+    datamodule = instantiate(
+        {**cfg["data"], "folder": str(anchor(cfg["data"]["folder"]))},
+        tokenizer=tokenizer,
+        image_size=model.image_size,
+        seed=cfg["seed"],
+        max_steps=cfg["trainer"]["max_steps"],
+    )
+    module = PretrainModule(
+        model=model,
+        objectives=instantiate(cfg["objective"]),
+        optimizer=instantiate(cfg["optimizer"]),
+        scheduler=instantiate(cfg["scheduler"]),
+        initial_state=build_initial_state(cfg["model"], model),
+    )
+    metrics = JsonlLogger(folder / METRICS_FILE)
+    trainer = instantiate(
+        cfg["trainer"],
+        strategy=instantiate(cfg["strategy"]),
+        logger=[metrics, *_build_logger(cfg, folder)],
+        callbacks=_build_callbacks(cfg, folder),
+        plugins=_build_plugins(cfg["cluster"]["name"]),
+        default_root_dir=str(folder),
+    )
+    return Run(module, datamodule, trainer, metrics)
+
+
+def _build_logger(cfg: dict[str, Any], folder: Path) -> list[Logger]:
+    given: dict[str, Any] = {"folder": folder}
+    if cfg["logger"]["_target_"].endswith(".build_wandb_logger"):
+        given |= {"run_name": cfg["run"]["name"], "cfg": cfg}
+    logger = instantiate(cfg["logger"], _recursive_=False, **given)  # the configuration in it is a value
+    return [] if logger is None else [logger]
+
+
+def _build_callbacks(cfg: dict[str, Any], folder: Path) -> list[lightning.Callback]:
+    given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
+    return [instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()]
+
+
+def _build_plugins(cluster: str) -> list[ClusterEnvironment]:
+    """The environment that `cluster` names, so that no variable left over from elsewhere decides it."""
+    if cluster == "slurm":
+        return [SLURMEnvironment(auto_requeue=False)]  # submitit owns preemption
+    if cluster == "torchrun" or TorchElasticEnvironment.detect():
+        return [TorchElasticEnvironment()]
+    return [LightningEnvironment()]
+
+
+def _announce(cfg: dict[str, Any], folder: Path, checkpoint: Path | None, metrics: JsonlLogger) -> None:
+    steps = cfg["trainer"]["max_steps"]
+    if checkpoint is None:
+        print(f"run {cfg['run']['name']}: {steps} steps, everything in {folder}")
+        return
+    done = read_step(checkpoint)
+    metrics.resume_at(done)
+    if done >= steps:
+        print(f"run {cfg['run']['name']}: all {done} steps are done already; evaluating again")
+    else:
+        print(f"run {cfg['run']['name']}: continuing at step {done} of {steps}, in {folder}")
+
+
+def _fit(run: Run, checkpoint: Path | None) -> None:
+    try:
+        run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:
+        if run.trainer.interrupted:
+            raise KeyboardInterrupt from stop  # Lightning turns one into an exit code of its own
+        raise
+
+
+def _quieten() -> None:
+    """Lightning's remarks about its own settings; real warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for remark in (
+        ".*does not have many workers.*",  # measured: more workers than cores slow this reader down
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+        ".*GPU available but not used.*",  # the configuration says so
+    ):
+        warnings.filterwarnings("ignore", message=remark)
+
+
+def _run(cfg: dict[str, Any]) -> int:
+    train(cfg)
+    return 0
+
+
+def _name_repetition(cfg: dict[str, Any], folder: Path, lines: Sequence[str]) -> list[str]:
+    """A free name for `--config-path outputs/<name> --config-name config`, which repeats a run beside itself."""
+    original = default_run_folder(cfg)
+    named = any(line.startswith(("run.name=", "run.resume=")) for line in lines)
+    if named or folder != original or cfg["run"]["resume"] != "never":
+        return []
+    number = 2
+    while (name := f"{original.name}-{number}") and (original.parent / name).exists():
+        number += 1
+    print(f"m2-train: repeating {original.name} as {name}", file=sys.stderr)
+    return [f"run.name={name}"]
+
+
+COMMAND: Final = Command(
+    name="m2-train",
+    config_name="train",
+    summary="Train, evaluate and export an image-text encoder; one folder in outputs/ per run.",
+    examples=(
+        "m2-train +experiment=emoji",
+        "m2-train +experiment=emoji run.name=wide model.embed_dim=256 optimizer.lr=5e-4",
+        "m2-train +experiment=emoji run.name=two strategy=ddp trainer.devices=2",
+        "m2-train -m +experiment=smoke optimizer.lr=1e-3,2e-3      # smoke-lr=1e-3, smoke-lr=2e-3",
+        "m2-train --config-path outputs/emoji --config-name config   # repeats a run",
+    ),
+    check=validate_train,
+    run=_run,
+    run_folder=default_run_folder,
+    complete=_name_repetition,
+    notes=(
+        "A run's folder must not exist; run.resume=auto continues one, run.resume=must insists on a checkpoint.",
+        "Exit codes: 0 done, 2 something to mend (listed on stderr before anything starts), 130 interrupted.",
+    ),
+)
+
+
+def main() -> int:
+    """Entry point of `m2-train`."""
+    return run_command(COMMAND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
