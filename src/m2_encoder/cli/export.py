@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,6 @@ from m2_encoder.models.m2_encoder import M2Encoder
 
 EXPORT_FOLDER: Final = "export"
 SUMMARY_FILE: Final = "summary.json"
-_METRIC: Final = re.compile(r"val/(?P<split>\w+)_(?P<language>zh|en|chance)/(?P<name>.+)")
 _RULES: Final[tuple[Rule, ...]] = (
     text("run.name", "emoji"),
     text("run.folder", "outputs"),
@@ -58,7 +56,7 @@ def export_run(
             "run": cfg["run"]["name"],
             "git_revision": git_revision(),
             "command": command_line(),
-            "versions": versions(),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         },
         card=build_card(cfg),
         overwrite=overwrite,
@@ -74,15 +72,16 @@ def read_metrics(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     if not path.is_file():
         return {}
     try:
-        flat = json.loads(path.read_text(encoding="utf-8"))["metrics"].items()
-    except (ValueError, KeyError, AttributeError) as error:
+        table = json.loads(path.read_text(encoding="utf-8"))["table"]
+        return {
+            split: {
+                language: {name: float(value) for name, value in values.items()}
+                for language, values in languages.items()
+            }
+            for split, languages in table.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is damaged; evaluate again with m2-train ... run.resume=auto") from error
-    nested: dict[str, dict[str, dict[str, float]]] = {}
-    for name, value in flat:
-        if match := _METRIC.fullmatch(name):
-            languages = nested.setdefault(match["split"], {})
-            languages.setdefault(match["language"], {})[match["name"]] = float(value)
-    return nested
 
 
 def check_export(cfg: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlparse
@@ -21,17 +21,33 @@ _WANDB_MODES: Final = ("online", "offline", "disabled")
 
 
 class QuietWandbLogger(WandbLogger):
-    """Lightning's W&B logger, which gives up with one line instead of stopping the run when W&B fails."""
+    """Lightning's W&B logger, which gives up with one line instead of stopping the run when W&B fails.
 
-    _has_failed = False
+    Args:
+        **settings: those of `WandbLogger`, the others go to `wandb.init`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it always; W&B warns that it is gone
+        self._has_failed = False
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Hand scalars to W&B; after a failure only `metrics.jsonl` goes on."""
+        self._try(lambda: super(QuietWandbLogger, self).log_metrics(dict(metrics), step))
+
+    @rank_zero_only
+    def close(self, summary: Mapping[str, float]) -> None:
+        """Add the final metrics and end the W&B run, so that the next run of this process gets its own."""
+        self._try(lambda: self.experiment.summary.update(dict(summary)))
+        self._try(self.experiment.finish)
+
+    def _try(self, action: Callable[[], object]) -> None:
         if self._has_failed:
             return
         try:
-            super().log_metrics(dict(metrics), step)
+            action()
         except Exception as error:  # whatever breaks there, the training it reports on is worth more
             self._has_failed = True
             _say(f"W&B: stopped ({_first_line(error)}); metrics.jsonl goes on")
@@ -78,6 +94,7 @@ def build_wandb_logger(
     mode = resolve_mode(mode)
     if mode == "disabled" or not is_first_rank():
         return None
+    os.environ.setdefault("WANDB_SILENT", "true")  # its own remarks come before its settings are read
     try:
         import wandb  # a second, which runs without it need not wait
 

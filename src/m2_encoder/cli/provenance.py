@@ -45,8 +45,9 @@ def machine() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as it was typed, ready for a shell."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as it was typed, ready for a shell; without the settings that commands add for Hydra."""
+    typed = [argument for argument in sys.argv[1:] if not argument.startswith(("hydra.", "hydra/"))]
+    return shlex.join([Path(sys.argv[0]).name, *typed])
 
 
 def peak_memory_bytes() -> dict[str, int]:

@@ -7,6 +7,7 @@ reported: one mistake, one line.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ from m2_encoder.cli.compose import UNSET
 from m2_encoder.cli.main import default_run_folder, is_first_rank
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.rules import Problem
+from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.data.emoji import load_emoji_concepts
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
@@ -27,6 +29,7 @@ _EMOJI_TARGET: Final = "m2_encoder.data.datamodule.EmojiDataModule"
 _SINGLE_TARGET: Final = "m2_encoder.strategies.single.LocalStrategy"
 _GPU_PRECISIONS: Final = ("16-mixed", "16-true", "16", 16)
 _MISSING: Final = object()
+_MAY_CHANGE: Final = ("drop_path_rate",)  # not part of any tensor
 
 
 class _UnknownError(Exception):
@@ -175,6 +178,8 @@ def _check_cluster(known: Known) -> Iterator[Problem]:
     if cluster == "local" and nodes > 1:
         fix = "use cluster=slurm or cluster=torchrun, or trainer.num_nodes=1"
         yield _problem("trainer.num_nodes", nodes, "must be 1 with cluster=local, which is this machine", fix)
+    if cluster == "slurm" and shutil.which("srun") is None:
+        yield _problem("cluster", "slurm", "there is no srun on this machine", "start from a SLURM login node")
     if cluster != "torchrun":
         return
     started = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -208,9 +213,28 @@ def _check_folders(known: Known) -> Iterator[Problem]:
     if resume == "never" and _has_run(folder):
         fix = f"continue it with run.resume=auto, give another run.name, or delete {folder}"
         yield _problem("run.name", name, f"{folder} holds a run already", fix)
-    if resume == "must" and not (folder / "checkpoints" / "last.ckpt").is_file():
+    if resume == "must" and not (folder / LAST_CHECKPOINT).is_file():
         fix = "give the run.name of a run with a checkpoint, or run.resume=auto to start it if there is none"
-        yield _problem("run.resume", resume, f"there is no {folder / 'checkpoints' / 'last.ckpt'}", fix)
+        yield _problem("run.resume", resume, f"there is no {folder / LAST_CHECKPOINT}", fix)
+
+
+def _check_resumed_model(known: Known) -> Iterator[Problem]:
+    if known("run.resume") == "never":
+        return
+    folder = default_run_folder({"run": {"name": known("run.name"), "folder": known("run.folder")}})
+    if not (folder / CONFIG_FILE).is_file() or not (folder / LAST_CHECKPOINT).is_file():
+        return
+    try:
+        before = build_model_config(read_config(folder / CONFIG_FILE)["model"]).to_dict()
+    except (UserError, KeyError, TypeError) as error:
+        fix = "restore the file, or start again with another run.name"
+        yield _problem("run.resume", known("run.resume"), f"cannot read {folder / CONFIG_FILE} ({error})", fix)
+        return
+    for field, value in _model_config(known).to_dict().items():
+        if value != before[field] and field not in _MAY_CHANGE:
+            key = f"model.{field}"
+            fix = "leave it out, or give another run.name"
+            yield _problem(key, value, f"must be {before[field]}, as in the run that is continued", fix)
 
 
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
@@ -223,6 +247,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_cluster,
     _check_training_set,
     _check_folders,
+    _check_resumed_model,
 )
 
 

@@ -117,7 +117,8 @@ def _parameters(called: Any) -> dict[str, inspect.Parameter]:
             return found
         for module, name, further in _PASSED_ON:
             if (owner.__module__, owner.__name__) == (module, name):
-                found = {**_parameters(pkgutil.resolve_name(further)), **found}
+                options = _parameters(pkgutil.resolve_name(further)).items()
+                found = {**{key: item for key, item in options if item.default is not item.empty}, **found}
     found["kwargs"] = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     return found
 

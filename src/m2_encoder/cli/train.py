@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import lightning
 from hydra.utils import instantiate
@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 
 from m2_encoder.cli.build import build_initial_state, build_model_config, build_tokenizer
 from m2_encoder.cli.export import export_run
+from m2_encoder.cli.loggers import QuietWandbLogger
 from m2_encoder.cli.main import Command, default_run_folder, run_command
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.report import EvaluatedData, report_run
@@ -72,7 +73,11 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     _fit(run, checkpoint if resumes else None)
     if not run.trainer.is_global_zero:
         return {}
-    metrics = report_run(module=run.module, datamodule=run.datamodule, run_folder=folder, cfg=cfg, started=started)
+    data = cast(EvaluatedData, run.datamodule)
+    metrics = report_run(module=run.module, datamodule=data, run_folder=folder, cfg=cfg, started=started)
+    for logger in run.trainer.loggers:
+        if isinstance(logger, QuietWandbLogger):
+            logger.close(metrics)
     if cfg["run"]["export"]:
         exported = export_run(folder, model=run.module.model, cfg=cfg, overwrite=True)
         print(f"exported to {exported}")
@@ -101,6 +106,7 @@ def build_run(cfg: dict[str, Any], folder: Path) -> Run:
         optimizer=instantiate(cfg["optimizer"]),
         scheduler=instantiate(cfg["scheduler"]),
         initial_state=build_initial_state(cfg["model"], model),
+        validation_name="emoji_val",
     )
     metrics = JsonlLogger(folder / METRICS_FILE)
     trainer = instantiate(
@@ -166,6 +172,8 @@ def _quieten() -> None:
         ".*does not have many workers.*",  # measured: more workers than cores slow this reader down
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
         ".*GPU available but not used.*",  # the configuration says so
+        r".*self\.log\('val/.*sync_dist=True.*",  # recalls are over all ranks already
+        ".*LeafSpec.*is deprecated.*",  # Lightning's use of a newer torch
     ):
         warnings.filterwarnings("ignore", message=remark)
 
