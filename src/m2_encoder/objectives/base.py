@@ -5,6 +5,7 @@ To add one: write a subclass in a file of this folder and a YAML file in `conf/o
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
@@ -48,7 +49,7 @@ class Objective(nn.Module, ABC):
     """A loss of one optimizer step.
 
     Args:
-        weight: factor in the sum of objectives; not negative.
+        weight: factor in the sum of objectives; finite, not negative. With 0 the objective is left out of a run.
 
     Attributes:
         optional_parts: names of `m2_encoder.models.m2_encoder.OPTIONAL_PARTS` that this objective trains. Parts that no
@@ -59,8 +60,8 @@ class Objective(nn.Module, ABC):
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()
-        if not weight >= 0:
-            raise UserError(f"objective weight={weight!r} must be 0 or more")
+        if not 0 <= weight < math.inf:
+            raise UserError(f"objective weight={weight!r} must be 0 or more, and finite")
         self.weight = weight
 
     @abstractmethod

@@ -37,7 +37,7 @@ def image_text_contrastive(
         group as DDP does, is that of the mean loss over all rows of the group.
 
     Raises:
-        UserError: if shapes differ or are not (B, E).
+        UserError: if shapes differ or are not (B, E), if there are no rows, or for a smoothing outside [0, 1).
 
     Reference: CLIP (arXiv:2103.00020), Fig. 3; several positives: UniCL (arXiv:2204.03610), Eq. 3-5.
     """
@@ -61,16 +61,22 @@ def contrastive_row_losses(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of each local row, half image-to-text and half text-to-image, (B,); see `image_text_contrastive`."""
-    _check(image_features, text_features, identity)
-    dtype = torch.promote_types(image_features.dtype, torch.float32)
-    images, texts = image_features.to(dtype), text_features.to(dtype)
-    all_images, all_texts = (
-        (images, texts) if group is None else (gather_rows(images, group), gather_rows(texts, group))
-    )
-    scale = logit_scale.to(dtype).exp()
-    targets = _targets(images.shape[0], group=group, identity=identity, device=images.device)
-    image_to_text = _soft_cross_entropy(scale * images @ all_texts.t(), targets, label_smoothing)
-    text_to_image = _soft_cross_entropy(scale * texts @ all_images.t(), targets, label_smoothing)
+    _check(image_features, text_features, identity, label_smoothing)
+    dtype = torch.promote_types(torch.promote_types(image_features.dtype, text_features.dtype), torch.float32)
+    # Mixed precision would multiply even fp32 features in half precision: at scale 100 logits would be off by tenths.
+    with torch.autocast(image_features.device.type, enabled=False):
+        images, texts = image_features.to(dtype), text_features.to(dtype)
+        all_images, all_texts = (
+            (images, texts) if group is None else (gather_rows(images, group), gather_rows(texts, group))
+        )
+        scale = logit_scale.to(dtype).exp()
+        targets = _targets(images, group=group, identity=identity)
+        image_to_text = functional.cross_entropy(
+            scale * images @ all_texts.t(), targets, label_smoothing=label_smoothing, reduction="none"
+        )
+        text_to_image = functional.cross_entropy(
+            scale * texts @ all_images.t(), targets, label_smoothing=label_smoothing, reduction="none"
+        )
     return (image_to_text + text_to_image) / 2
 
 
@@ -86,8 +92,7 @@ class ImageTextContrastive(Objective):
 
     def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0, multi_positive: bool = True) -> None:
         super().__init__(weight=weight)
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"label_smoothing={label_smoothing!r} must be in [0, 1)")
+        _check_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
         self.multi_positive = multi_positive
 
@@ -104,27 +109,30 @@ class ImageTextContrastive(Objective):
         return ObjectiveOutput(loss=losses.mean(), per_sample=losses.detach())
 
 
-def _check(image_features: Tensor, text_features: Tensor, identity: Tensor | None) -> None:
+def _check(image_features: Tensor, text_features: Tensor, identity: Tensor | None, label_smoothing: float) -> None:
     if image_features.dim() != 2 or image_features.shape != text_features.shape:
         raise UserError(
             f"image_features {tuple(image_features.shape)} and text_features {tuple(text_features.shape)} "
             "must both be (B, E), row i of one describing row i of the other"
         )
+    if not image_features.shape[0]:
+        raise UserError(f"features {tuple(image_features.shape)} have no rows; a mean needs at least one")
     if identity is not None and identity.shape != image_features.shape[:1]:
         raise UserError(f"identity has shape {tuple(identity.shape)}, expected ({image_features.shape[0]},)")
+    _check_smoothing(label_smoothing)
 
 
-def _targets(rows: int, *, group: dist.ProcessGroup | None, identity: Tensor | None, device: torch.device) -> Tensor:
-    """Column of the positive of each local row, (B,) int64, or the share of each column, (B, G * B) fp32."""
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise UserError(f"label_smoothing={label_smoothing!r} must be in [0, 1)")
+
+
+def _targets(images: Tensor, *, group: dist.ProcessGroup | None, identity: Tensor | None) -> Tensor:
+    """Column of the positive of each local row, (B,) int64, or the share of each column, (B, G * B) as `images`."""
+    rows = images.shape[0]
     if identity is None:
         offset = 0 if group is None else dist.get_rank(group) * rows
-        return torch.arange(offset, offset + rows, device=device)
+        return torch.arange(offset, offset + rows, device=images.device)
     identities = identity if group is None else gather_rows_without_grad(identity, group)
-    same = (identity[:, None] == identities[None, :]).float()
+    same = (identity[:, None] == identities[None, :]).to(images.dtype)
     return same / same.sum(dim=1, keepdim=True)
-
-
-def _soft_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    if targets.dim() == 2:
-        targets = targets.to(logits.dtype)
-    return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
