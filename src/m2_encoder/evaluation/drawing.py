@@ -141,7 +141,9 @@ def text_width(content: str, size: float) -> float:
 
 
 def wrap_text(content: str, size: float, width: float, *, max_lines: int) -> list[str]:
-    """Break a text into lines: at spaces where there are any, else between characters; the rest becomes "…".
+    """Break a text into lines: at spaces, between Chinese characters, or inside a word that fits no line.
+
+    What does not fit into the lines becomes "…".
 
     Args:
         content: the text.
@@ -150,7 +152,9 @@ def wrap_text(content: str, size: float, width: float, *, max_lines: int) -> lis
         max_lines: at least 1.
     """
     lines, current = [], ""
-    for token in _breakable(content):
+    tokens = _breakable(content)
+    fitting = (part for token in tokens for part in ([token] if text_width(token, size) <= width else token))
+    for token in fitting:
         if current and text_width((current + token).rstrip(), size) > width:
             lines.append(current.rstrip())
             current = token.lstrip()
