@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from m2_encoder.data.emoji import write_emoji_shards
+
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,6 +30,12 @@ def parity_dir() -> Path:
         # Whoever names a folder wants these tests to run: a typing error must not turn into a skip.
         pytest.fail(f"M2_PARITY_DIR={configured} is not a folder")
     pytest.skip(f"no parity data: set M2_PARITY_DIR, or put it in {folder}")
+
+
+@pytest.fixture(scope="session")
+def emoji_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded set, unpacked once for all tests; read-only by agreement."""
+    return write_emoji_shards(tmp_path_factory.mktemp("emoji") / "unpacked")
 
 
 @pytest.fixture(autouse=True)

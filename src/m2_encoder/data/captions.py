@@ -8,6 +8,7 @@ Reference: sampling among several captions per image, LaCLIP (arXiv:2305.20088).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from m2_encoder.types import LANGUAGES
 CAPTION_ROLES = ("name", "alias", "keyword", "mixed")
 """One caption of a role; or, for "mixed", several keywords as a list, sometimes with the name among them."""
 
+_STORED_ROLES = ("name", "alias", "keyword")
 _SEPARATOR = {"en": ", ", "zh": "，"}
 
 
@@ -69,7 +71,7 @@ class CaptionSampler:
             rng: the only source of randomness.
 
         Raises:
-            UserError: if the sample has no caption in any language with a weight.
+            UserError: if the sample has no caption in any language with a weight, or captions or roles of another form.
         """
         available = {
             language: weight
@@ -79,11 +81,7 @@ class CaptionSampler:
         if not available:
             raise UserError(f"no caption in {', '.join(self.language_weights)}")
         language = _draw(available, rng)
-        texts = metadata["captions"][language]
-        roles = metadata.get("caption_roles", {}).get(language) or ["name"] * len(texts)
-        by_role: dict[str, list[str]] = {}
-        for text, role in zip(texts, roles, strict=True):
-            by_role.setdefault(role, []).append(text)
+        by_role = _group_by_role(metadata, language)
         return Caption(self._speak(by_role, language, rng), language)
 
     def _speak(self, by_role: Mapping[str, Sequence[str]], language: str, rng: np.random.Generator) -> str:
@@ -106,12 +104,29 @@ class CaptionSampler:
         return _SEPARATOR[language].join(chosen)
 
 
-def _check_weights(name: str, weights: Mapping[str, float], known: Sequence[str]) -> dict[str, float]:
+def _group_by_role(metadata: Mapping[str, Any], language: str) -> dict[str, list[str]]:
+    texts = metadata["captions"][language]
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"captions of {language!r}, {str(texts)[:80]!r}, must be a list of texts, none of them empty")
+    roles = metadata.get("caption_roles", {}).get(language) or ["name"] * len(texts)
+    if len(roles) != len(texts):
+        raise UserError(f"{len(texts)} captions and {len(roles)} caption_roles of {language!r}: each caption has one")
+    unknown = sorted(set(map(str, roles)) - set(_STORED_ROLES))
+    if unknown:
+        raise UserError(f"unknown role {', '.join(unknown)} of {language!r}; known: {', '.join(_STORED_ROLES)}")
+    by_role: dict[str, list[str]] = {}
+    for text, role in zip(texts, roles, strict=True):
+        by_role.setdefault(role, []).append(text)
+    return by_role
+
+
+def _check_weights(name: str, weights: Mapping[str, Any], known: Sequence[str]) -> dict[str, float]:
     unknown = sorted(set(weights) - set(known))
     if unknown:
         raise UserError(f"{name} has unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    if any(not weight >= 0 for weight in weights.values()) or not any(weights.values()):
-        raise UserError(f"{name}={dict(weights)} must be 0 or more each, and not all 0")
+    are_shares = all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights.values())
+    if not are_shares or not any(weights.values()):
+        raise UserError(f"{name}={dict(weights)} must be finite numbers, 0 or more each, and not all 0")
     return {key: float(weights[key]) for key in known if key in weights}
 
 

@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from m2_encoder.errors import UserError
+
 _ORDER_STREAM, _SAMPLE_STREAM = 0, 1
 
 
@@ -23,11 +25,20 @@ class SampleOrder:
 
     Attributes:
         num_samples: samples of an epoch.
-        seed: chooses all permutations and all randomness of samples.
+        seed: chooses all permutations and all randomness of samples; not negative.
+
+    Raises:
+        UserError: if there are no samples, or the seed is negative.
     """
 
     num_samples: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise UserError(f"num_samples={self.num_samples!r} must be 1 or more; there is nothing to train on")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed!r} must be 0 or more")
 
     def index(self, position: int) -> int:
         """Which sample stands at a position; every epoch holds each sample once."""
