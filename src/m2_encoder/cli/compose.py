@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -31,6 +32,9 @@ HYDRA_VERSION_BASE: Final = "1.3"
 _NO_GROUPS: Final = ("hydra", "commands")
 
 
+_REFERENCE: Final = re.compile(r"\$\{([\w.]+)\}")
+
+
 class Unset:
     """Stands for a value that is missing or unresolvable; that is reported once, other rules skip it."""
 
@@ -47,12 +51,19 @@ class Composition(NamedTuple):
     Attributes:
         cfg: the configuration as plain containers; values that are missing or unresolvable are `UNSET`.
         problems: everything that is wrong so far, one line each.
+        references: keys that take their value from another key, with that key.
         hydra: Hydra's own settings for the run.
     """
 
     cfg: dict[str, Any]
     problems: list[str]
+    references: dict[str, str]
     hydra: DictConfig
+
+    def without_echoes(self, problems: Sequence[str]) -> list[str]:
+        """Leaves out problems of a key that only repeats the wrong value of another."""
+        wrong = {problem.partition("=")[0] for problem in problems}
+        return [text for text in problems if self.references.get(text.partition("=")[0]) not in wrong]
 
 
 class Composer:
@@ -67,6 +78,7 @@ class Composer:
         self.folder = folder
         self._config_name = config_name
         self._fixed = list(fixed)
+        self._default: DictConfig | None = None
 
     def groups(self) -> dict[str, list[str]]:
         """Every group of the configuration folder with its options."""
@@ -75,7 +87,9 @@ class Composer:
 
     def options(self, group: str) -> list[str]:
         """Options of a group; `base` files are shared parts, not choices."""
-        found = self._loader.get_group_options(group, results_filter=ObjectType.CONFIG)
+        found = self._loader.get_group_options(
+            group, results_filter=ObjectType.CONFIG, config_name=self._config_name, overrides=self._fixed
+        )
         return sorted(name for name in found if name != "base")
 
     def compose(self, lines: Sequence[str]) -> Composition:
@@ -87,16 +101,15 @@ class Composer:
         overrides, problems = parse_overrides(lines)
         problems += refuse_sweeps(overrides)
         overrides = [override for override in overrides if not override.is_sweep_override()]
-        default = self._load([])
-        selected = {
-            *default.hydra.runtime.choices,
-            *default,
-        }  # a group chosen as a list is only in the latter
+        if self._default is None:
+            self._default = self._load([])
+        default = self._default
+        selected = {*default.hydra.runtime.choices, *default}  # a group chosen as a list is only in the latter
         groups = [override for override in overrides if self._is_group(override)]
         reasons = {id(override): self._group_problem(override, selected) for override in groups}
         choices = [override for override in groups if reasons[id(override)] is None]
         try:
-            base = self._load(choices)
+            base = self._load(choices) if choices else default
         except UserError as error:
             problems.append(str(error))
             base, choices = default, []
@@ -107,9 +120,8 @@ class Composer:
         good = [override for override in overrides if reasons[id(override)] is None]
         good = [override for override in good if override in choices or override not in groups]
         cfg = self._load_leniently(good, base) if problems else self._load(good)
-        hydra = cfg.pop("hydra")
-        values, unresolved = to_plain(cfg)
-        return Composition(values, problems + unresolved, hydra)
+        values, unresolved, references = to_plain(cfg)
+        return Composition(values, problems + unresolved, references, cfg.hydra)
 
     def _load_leniently(self, good: Sequence[Override], base: DictConfig) -> DictConfig:
         # Something is wrong already: what else Hydra dislikes will come out in the next attempt.
@@ -221,19 +233,22 @@ def refuse_sweeps(overrides: Sequence[Override]) -> list[str]:
     return problems
 
 
-def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
-    """Resolves a configuration leaf by leaf.
+def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """Resolves a configuration leaf by leaf, Hydra's own part left out.
 
     Returns:
-        Plain containers with `UNSET` where there is no value, and a problem for each of those.
+        Plain containers with `UNSET` where there is no value; a problem for each of those; and which keys refer to
+        which others.
     """
     problems: list[str] = []
+    references: dict[str, str] = {}
 
     def plain(node: Any, path: str) -> Any:
         if isinstance(node, DictConfig):
             if node._is_none():
                 return None
-            return {str(key): item(node, key, f"{path}.{key!s}".lstrip(".")) for key in node}
+            keys = [key for key in node if path or key != "hydra"]
+            return {str(key): item(node, key, f"{path}.{key!s}".lstrip(".")) for key in keys}
         if isinstance(node, ListConfig):
             return [item(node, index, f"{path}[{index}]") for index in range(len(node))]
         return node
@@ -242,6 +257,10 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
         if OmegaConf.is_missing(parent, key):
             problems.append(f"{path}=???: must be given; add {path}=VALUE")
             return UNSET
+        if isinstance(parent, DictConfig) and OmegaConf.is_interpolation(parent, key):
+            text = str(OmegaConf.to_container(parent, resolve=False)[key])  # type: ignore[index]
+            if match := _REFERENCE.fullmatch(text):
+                references[path] = match[1]
         try:
             value = parent[key]
         except OmegaConfBaseException as error:
@@ -250,7 +269,7 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
             return UNSET
         return plain(value, path)
 
-    return plain(cfg, ""), problems
+    return plain(cfg, ""), problems, references
 
 
 def _key_problem(override: Override, base: DictConfig) -> str | None:
@@ -270,6 +289,18 @@ def _key_problem(override: Override, base: DictConfig) -> str | None:
         node = node._get_node(part) if OmegaConf.is_interpolation(node, part) else _peek(node, part)
     if override.is_add() and node is not None and not isinstance(node, DictConfig | ListConfig):
         return f"{line}: {key} exists; leave out the +"
+    return None if _adds(override) or override.is_delete() else _unknown_inside(override, override.value(), key, node)
+
+
+def _unknown_inside(override: Override, value: Any, path: str, node: Any) -> str | None:
+    """What is wrong with the keys of a mapping that is given as a value, or None."""
+    if not isinstance(value, dict) or not isinstance(node, DictConfig):
+        return None
+    for name, item in value.items():
+        if name not in node:
+            return _unknown_key(override, str(name), path, node)
+        if reason := _unknown_inside(override, item, f"{path}.{name}", _peek(node, name)):
+            return reason
     return None
 
 

@@ -183,7 +183,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
     if command.complete is not None and not composition.problems and _is_only_rank():
         more = command.complete(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
-    _raise_if_any([*composition.problems, *command.check(composition.cfg)])
+    _raise_if_any(_find_problems(command, composition))
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
 
 
@@ -197,11 +197,15 @@ def _check_sweep(
     for job in jobs:
         composition = composer.compose(job)
         name = _rename(command, composition.cfg, job, constant)
-        problems += [*composition.problems, *command.check(composition.cfg)]
+        problems += _find_problems(command, composition)
         if name is not None and name in names:
             problems.append(f"run.name={name}: two jobs of the sweep have this name; sweep distinct values")
         names.add(name or "")
     _raise_if_any([*problems, *sweep_problems(first.cfg, first.hydra)])
+
+
+def _find_problems(command: Command, composition: Composition) -> list[str]:
+    return composition.without_echoes([*composition.problems, *command.check(composition.cfg)])
 
 
 def _rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:

@@ -14,12 +14,13 @@ from typing import Any, Final
 
 import torch
 
-from m2_encoder.cli.build import EMBEDDED_TOKENIZER, build_model_config, build_tokenizer
+from m2_encoder.cli.build import build_model_config, build_tokenizer
 from m2_encoder.cli.compose import UNSET
 from m2_encoder.cli.main import default_run_folder, is_first_rank
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.rules import Problem
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
+from m2_encoder.cli.schema import MODEL_FIELDS
 from m2_encoder.data.emoji import load_emoji_concepts
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
@@ -29,7 +30,7 @@ _EMOJI_TARGET: Final = "m2_encoder.data.datamodule.EmojiDataModule"
 _SINGLE_TARGET: Final = "m2_encoder.strategies.single.LocalStrategy"
 _GPU_PRECISIONS: Final = ("16-mixed", "16-true", "16", 16)
 _MISSING: Final = object()
-_MAY_CHANGE: Final = ("drop_path_rate",)  # not part of any tensor
+_SHAPE_FIELDS: Final = tuple(field for field in MODEL_FIELDS if field not in {"drop_path_rate", "layer_norm_eps"})
 
 
 class _UnknownError(Exception):
@@ -59,6 +60,13 @@ class Known:
             return default
         return node
 
+    def has(self, key: str) -> bool:
+        """Whether the key is there at all, right or wrong."""
+        node: Any = self._cfg
+        for part in key.split("."):
+            node = node.get(part, _MISSING) if isinstance(node, Mapping) else _MISSING
+        return node is not _MISSING
+
 
 def check_relations(cfg: Mapping[str, Any], reported: set[str]) -> list[Problem]:
     """Every rule that looks at more than one value.
@@ -67,10 +75,13 @@ def check_relations(cfg: Mapping[str, Any], reported: set[str]) -> list[Problem]
         cfg: plain containers.
         reported: keys with problems; what depends on them is left out.
     """
+    reported = set(reported)  # grows, so that one mistake does not come up again in a later check
     known = Known(cfg, reported)
     problems: list[Problem] = []
     for check in _CHECKS:
-        problems += _run_check(check, known)
+        found = _run_check(check, known)
+        reported |= {problem.key for problem in found}
+        problems += found
     return problems
 
 
@@ -88,40 +99,48 @@ def _problem(key: str, value: Any, rule: str, fix: str) -> Problem:
     return Problem(key, f"{key}={value}: {rule}; {fix}")
 
 
-def _check_model(known: Known) -> Iterator[Problem]:
-    model, size = _merged_model(known)
-    if size["embed_dim"] % size["num_heads"]:
-        fix = f"for example model.embed_dim={_multiple(size['embed_dim'], size['num_heads'])}"
-        rule = f"must be a multiple of model.num_heads={size['num_heads']}"
-        yield _problem("model.embed_dim", size["embed_dim"], rule, fix)
-    if size["image_size"] % size["patch_size"]:
-        fix = f"for example model.image_size={_multiple(size['image_size'], size['patch_size'])}"
-        rule = f"must be a multiple of model.patch_size={size['patch_size']}"
-        yield _problem("model.image_size", size["image_size"], rule, fix)
-    longest = size["num_text_positions"] - NUM_RESERVED_POSITIONS
-    if not 2 <= size["context_length"] <= longest:
+def _check_heads(known: Known) -> Iterator[Problem]:
+    width, heads = _size(known, "embed_dim"), _size(known, "num_heads")
+    if width % heads:
+        fix = f"for example model.embed_dim={_multiple(width, heads)}"
+        yield _problem("model.embed_dim", width, f"must be a multiple of model.num_heads={heads}", fix)
+
+
+def _check_patches(known: Known) -> Iterator[Problem]:
+    image, patch = _size(known, "image_size"), _size(known, "patch_size")
+    if image % patch:
+        fix = f"for example model.image_size={_multiple(image, patch)}"
+        yield _problem("model.image_size", image, f"must be a multiple of model.patch_size={patch}", fix)
+
+
+def _check_context(known: Known) -> Iterator[Problem]:
+    context, longest = _size(known, "context_length"), _size(known, "num_text_positions") - NUM_RESERVED_POSITIONS
+    if not 2 <= context <= longest:
         rule = f"must be in 2..{longest} (model.num_text_positions - {NUM_RESERVED_POSITIONS})"
         fix = f"for example model.context_length={max(2, longest)}"
-        yield _problem("model.context_length", size["context_length"], rule, fix)
-    if model.get("weights") is not None and not _is_url(model["weights"]) and not anchor(model["weights"]).is_file():
+        yield _problem("model.context_length", context, rule, fix)
+
+
+def _check_weights(known: Known) -> Iterator[Problem]:
+    weights = known("model.weights", None)
+    if weights is not None and not weights.startswith(("http://", "https://")) and not anchor(weights).is_file():
         fix = "give the path of a checkpoint, or null to train from scratch"
-        yield _problem("model.weights", model["weights"], "no such file", fix)
+        yield _problem("model.weights", weights, "no such file", fix)
 
 
 def _check_tokenizer(known: Known) -> Iterator[Problem]:
-    model, _ = _merged_model(known)
-    name, config = known("model.tokenizer"), _model_config(known)
+    name = known("model.tokenizer")
     try:
-        tokenizer = build_tokenizer(model, config)
+        tokenizer = build_tokenizer({"tokenizer": name}, M2EncoderConfig())
     except UserError as error:
         text = " ".join(str(error).split())
         yield Problem("model.tokenizer", text if "model.tokenizer=" in text else f"model.tokenizer={name}: {text}")
         return
-    if tokenizer.vocab_size > config.vocab_size:
-        key = "model.vocab_size"
+    vocab_size = _size(known, "vocab_size")
+    if tokenizer.vocab_size > vocab_size:
         rule = f"must be at least {tokenizer.vocab_size}, the pieces of model.tokenizer={name}"
-        hint = "" if name == EMBEDDED_TOKENIZER else ", or give another tokenizer"
-        yield _problem(key, config.vocab_size, rule, f"for example {key}={tokenizer.vocab_size}{hint}")
+        fix = f"for example model.vocab_size={tokenizer.vocab_size}, or give another tokenizer"
+        yield _problem("model.vocab_size", vocab_size, rule, fix)
 
 
 def _check_steps(known: Known) -> Iterator[Problem]:
@@ -230,15 +249,17 @@ def _check_resumed_model(known: Known) -> Iterator[Problem]:
         fix = "restore the file, or start again with another run.name"
         yield _problem("run.resume", known("run.resume"), f"cannot read {folder / CONFIG_FILE} ({error})", fix)
         return
-    for field, value in _model_config(known).to_dict().items():
-        if value != before[field] and field not in _MAY_CHANGE:
-            key = f"model.{field}"
+    for field in _SHAPE_FIELDS:
+        if (value := _size(known, field)) != before[field]:
             fix = "leave it out, or give another run.name"
-            yield _problem(key, value, f"must be {before[field]}, as in the run that is continued", fix)
+            yield _problem(f"model.{field}", value, f"must be {before[field]}, as in the run that is continued", fix)
 
 
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
-    _check_model,
+    _check_heads,
+    _check_patches,
+    _check_context,
+    _check_weights,
     _check_tokenizer,
     _check_steps,
     _check_objectives,
@@ -251,23 +272,11 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
 )
 
 
-def _merged_model(known: Known) -> tuple[dict[str, Any], dict[str, int]]:
-    """The model node, and the sizes that follow from its name and overrides."""
-    name = known("model.name")
-    size = {field: value for field, value in NAME_TO_CONFIG[name].to_dict().items() if field != "name"}
-    model: dict[str, Any] = {"name": name}
-    for key in ("weights", "tokenizer", *size):
-        model[key] = known(f"model.{key}", None)
-        if key in size and model[key] is not None:
-            size[key] = model[key]
-    return model, size
-
-
-def _model_config(known: Known) -> M2EncoderConfig:
-    try:
-        return build_model_config(_merged_model(known)[0])
-    except UserError as error:
-        raise _UnknownError("model") from error  # reported by _check_model
+def _size(known: Known, field: str) -> int:
+    """A size of the model: what the configuration says, or what the model's name says where that is null."""
+    default = getattr(NAME_TO_CONFIG[known("model.name")], field)
+    value = known(f"model.{field}") if known.has(f"model.{field}") else None
+    return int(default if value is None else value)
 
 
 def _count_devices(devices: Any, available: int) -> int:
@@ -284,10 +293,6 @@ def _count_ranks(known: Known) -> int:
 
 def _multiple(value: int, of: int) -> int:
     return max(1, value // of) * of
-
-
-def _is_url(text: Any) -> bool:
-    return isinstance(text, str) and text.startswith(("http://", "https://"))
 
 
 def _has_run(folder: Path) -> bool:

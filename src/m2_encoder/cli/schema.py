@@ -44,6 +44,14 @@ ROOT_KEYS: Final = (
     "seed", "run", "model", "data", "objective", "optimizer", "scheduler", "trainer", "strategy", "cluster", "logger",
     "callbacks",
 )  # fmt: skip
+_FIXES: Final = {
+    "objective": "name at least one, for example objective=[itc]",
+    **{
+        group: f"choose an option with {group}=OPTION"
+        for group in ROOT_KEYS
+        if group not in {"seed", "run", "objective"}
+    },
+}
 TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
 KEYED_GROUPS: Final = ("objective", "callbacks")
 
@@ -183,9 +191,6 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
         name = cluster.get("name")
         allowed = CLUSTER_KEYS.get(name, CLUSTER_KEYS["slurm"]) if isinstance(name, str) else CLUSTER_KEYS["slurm"]
         problems += _check_keys("cluster", cluster, allowed, required=("name",))
-    objectives = cfg.get("objective")
-    if isinstance(objectives, Mapping) and not objectives:
-        problems.append(Problem("objective", "objective=[]: must name at least one; for example objective=[itc]"))
     return problems
 
 
@@ -203,5 +208,5 @@ def _check_keys(
     for key in required:
         if key not in node:
             full = f"{path}.{key}".lstrip(".")
-            problems.append(Problem(full, f"{full}: is missing; add {full}=VALUE or choose its group again"))
+            problems.append(Problem(full, f"{full}: is missing; {_FIXES.get(full, f'add {full}=VALUE')}"))
     return problems

@@ -185,9 +185,12 @@ def _run(cfg: dict[str, Any]) -> int:
 
 def _name_repetition(cfg: dict[str, Any], folder: Path, lines: Sequence[str]) -> list[str]:
     """A free name for `--config-path outputs/<name> --config-name config`, which repeats a run beside itself."""
+    run = cfg.get("run")
+    if not isinstance(run, dict) or not all(isinstance(run.get(key), str) for key in ("name", "folder")):
+        return []  # something is missing, which validation will say
     original = default_run_folder(cfg)
     named = any(line.startswith(("run.name=", "run.resume=")) for line in lines)
-    if named or folder != original or cfg["run"]["resume"] != "never":
+    if named or folder != original or run.get("resume") != "never":
         return []
     number = 2
     while (name := f"{original.name}-{number}") and (original.parent / name).exists():

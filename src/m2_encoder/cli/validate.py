@@ -87,7 +87,7 @@ def validate_experiments() -> dict[str, list[str]]:
             # A run of that name may lie in outputs; that says nothing about the configuration.
             lines = ["run.resume=auto", *([f"+experiment={name}"] if name else [])]
             composition = composer.compose(lines)
-            found[name] = [*composition.problems, *validate_train(composition.cfg)]
+            found[name] = composition.without_echoes([*composition.problems, *validate_train(composition.cfg)])
     return found
 
 
