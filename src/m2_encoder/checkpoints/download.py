@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
 
+from m2_encoder.checkpoints.exported import file_sha256
 from m2_encoder.errors import CheckpointError
 
 CACHE_VARIABLE = "M2_ENCODER_CACHE"
@@ -156,11 +157,7 @@ def _total_bytes(response: Any, offset: int) -> int | None:
 def _verify(part: Path, sha256: str | None, address: str) -> None:
     if sha256 is None:
         return
-    digest = hashlib.sha256()
-    with part.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    found = digest.hexdigest()
+    found = file_sha256(part)
     if found != sha256:
         part.unlink()
         raise CheckpointError(f"cannot use {address}: its sha256 is {found}, expected {sha256}; the file was deleted")

@@ -24,6 +24,8 @@ CARD_FILE = "README.md"
 CONFIG_METADATA_KEY = "m2_encoder_config"
 """The weights carry the architecture, too, or an edit of `config.json` that fits all shapes would pass."""
 
+_CHUNK_BYTES = 1 << 20
+
 
 class ExportedFolder(NamedTuple):
     """What an exported folder holds, checked but not loaded.
@@ -106,8 +108,12 @@ def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a small file, as 64 hex digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hash of a file of any size, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
