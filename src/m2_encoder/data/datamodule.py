@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from m2_encoder.data.captions import CaptionSampler
 from m2_encoder.data.emoji import EMOJI_MARKER, write_emoji_shards
@@ -20,7 +21,7 @@ from m2_encoder.data.loader import PositionLoader
 from m2_encoder.data.order import SampleOrder
 from m2_encoder.data.shards import SampleLocation, index_shards, read_sample
 from m2_encoder.data.transforms import EvalTransform, TrainTransform
-from m2_encoder.errors import ImageError, UserError
+from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES, ImageTextBatch, RetrievalBatch
 
@@ -70,15 +71,21 @@ class TrainingSamples(Dataset[TrainingSample]):
     def __getitem__(self, position: int) -> TrainingSample:
         raw = read_sample(self._locations[self._order.index(position)])
         rng = self._order.rng(position)
-        caption = self._captions(raw.metadata, rng=rng)
         try:
+            caption = self._captions(raw.metadata, rng=rng)
             image = self._transform(raw.image, rng=rng)
-        except ImageError as error:
-            raise ImageError(f"{raw.origin}: {error}") from error
-        content = str(raw.metadata.get("key", raw.key))
-        return TrainingSample(
-            image, caption.text, caption.language, raw.key, self._source, zlib.crc32(content.encode())
-        )
+        except UserError as error:
+            raise type(error)(f"{raw.origin}: {error}") from error
+        identity = content_identity(str(raw.metadata.get("key", raw.key)))
+        return TrainingSample(image, caption.text, caption.language, raw.key, self._source, identity)
+
+
+def content_identity(content: str) -> int:
+    """A number for what a sample shows, 0..2^63 - 1: equal for equal names, and practically never otherwise.
+
+    32 bits would make strangers positives of each other in every eighth batch of 32,768.
+    """
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def collate_samples(samples: list[TrainingSample], *, tokenizer: SentencePieceTokenizer) -> ImageTextBatch:
@@ -93,8 +100,11 @@ def collate_samples(samples: list[TrainingSample], *, tokenizer: SentencePieceTo
     )
 
 
-class ValidationChunks(Dataset[RetrievalBatch]):
-    """One rank's share of a retrieval set, in chunks that are encoded together.
+class ValidationChunks:
+    """One rank's share of a retrieval set, in chunks that are encoded together: items rank, rank + world size, ...
+
+    No DataLoader: all of it is in memory, and a DataLoader would draw from torch's global generator, which a resumed
+    run must find as an uninterrupted one does.
 
     Args:
         retrieval_set: what is split.
@@ -123,8 +133,10 @@ class ValidationChunks(Dataset[RetrievalBatch]):
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def __getitem__(self, index: int) -> RetrievalBatch:
-        rows = self._chunks[index]
+    def __iter__(self) -> Iterator[RetrievalBatch]:
+        return map(self._read, self._chunks)
+
+    def _read(self, rows: list[int]) -> RetrievalBatch:
         return RetrievalBatch(
             images=self._set.images[rows],
             identity=self._identity[rows],
@@ -150,6 +162,9 @@ class EmojiDataModule(lightning.LightningDataModule):
         captions: draws a caption of a sample.
         transform: builds the augmentation for an image size.
         eval_batch_size: images or texts per forward in validation.
+
+    Raises:
+        UserError: for numbers that are too small.
     """
 
     def __init__(
@@ -168,6 +183,10 @@ class EmojiDataModule(lightning.LightningDataModule):
         eval_batch_size: int = 256,
     ) -> None:
         super().__init__()
+        _check_least("max_steps", max_steps, 1)
+        _check_least("global_batch_size", global_batch_size, 1)
+        _check_least("num_workers", num_workers, 0)
+        _check_least("eval_batch_size", eval_batch_size, 1)
         self.tokenizer = tokenizer
         self.global_batch_size = global_batch_size
         self._image_size = image_size
@@ -185,9 +204,15 @@ class EmojiDataModule(lightning.LightningDataModule):
         write_emoji_shards(self._folder, heldout_style=self._heldout_style)
 
     def train_dataloader(self) -> PositionLoader:
-        """Batches of this rank; see `PositionLoader`."""
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        """Batches of this rank; see `PositionLoader`.
+
+        Raises:
+            UserError: if batches cannot be divided among the ranks, or the trainer will want more of them than there
+                are.
+        """
+        rank, world_size = self._place()
+        if (trainer := self.trainer) is not None:
+            self._check_trainer(trainer)
         if self.global_batch_size % world_size:
             raise UserError(
                 f"data.global_batch_size={self.global_batch_size} must be a multiple of the {world_size} ranks"
@@ -212,18 +237,16 @@ class EmojiDataModule(lightning.LightningDataModule):
             fingerprint=self._fingerprint(len(locations)),
         )
 
-    def val_dataloader(self) -> DataLoader[RetrievalBatch]:
-        """This rank's share of the validation split: items rank, rank + world size, ..."""
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        items = ValidationChunks(
+    def val_dataloader(self) -> ValidationChunks:
+        """This rank's share of the validation split."""
+        rank, world_size = self._place()
+        return ValidationChunks(
             self.retrieval_set(VALIDATION_SPLIT),
             tokenizer=self.tokenizer,
             chunk_size=self._eval_batch_size,
             rank=rank,
             world_size=world_size,
         )
-        return DataLoader(items, batch_size=None)
 
     def retrieval_set(self, split: str) -> RetrievalSet:
         """One split as images and captions, decoded once."""
@@ -235,6 +258,23 @@ class EmojiDataModule(lightning.LightningDataModule):
         """The splits that a report shows, by name."""
         return {split: self.retrieval_set(split) for split in (VALIDATION_SPLIT, *REPORTED_SPLITS)}
 
+    def _place(self) -> tuple[int, int]:
+        """This process's rank, and how many there are; without a trainer it is alone."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _check_trainer(self, trainer: lightning.Trainer) -> None:
+        if trainer.accumulate_grad_batches != 1:
+            raise UserError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: the negatives of a step "
+                "are one batch; raise data.global_batch_size instead"
+            )
+        if trainer.max_steps > self._max_steps:
+            raise UserError(
+                f"trainer.max_steps={trainer.max_steps} exceeds the {self._max_steps} steps of the data module; "
+                "give both the same number"
+            )
+
     def _fingerprint(self, num_samples: int) -> Mapping[str, Any]:
         marker = (self._folder / EMOJI_MARKER).read_bytes()
         return {
@@ -243,3 +283,8 @@ class EmojiDataModule(lightning.LightningDataModule):
             "seed": self._seed,
             "global_batch_size": self.global_batch_size,
         }
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name}={value!r} must be {least} or more")
