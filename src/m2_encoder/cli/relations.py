@@ -20,7 +20,7 @@ from m2_encoder.cli.main import default_run_folder, is_first_rank
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.rules import Problem
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
-from m2_encoder.cli.schema import MODEL_FIELDS
+from m2_encoder.cli.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
 from m2_encoder.data.emoji import load_emoji_concepts
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
@@ -30,7 +30,7 @@ _EMOJI_TARGET: Final = "m2_encoder.data.datamodule.EmojiDataModule"
 _SINGLE_TARGET: Final = "m2_encoder.strategies.single.LocalStrategy"
 _GPU_PRECISIONS: Final = ("16-mixed", "16-true", "16", 16)
 _MISSING: Final = object()
-_SHAPE_FIELDS: Final = tuple(field for field in MODEL_FIELDS if field not in {"drop_path_rate", "layer_norm_eps"})
+_SHAPE_FIELDS: Final = tuple(field for field in MODEL_FIELDS if field not in REAL_MODEL_FIELDS)
 
 
 class _UnknownError(Exception):

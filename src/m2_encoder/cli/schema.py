@@ -32,6 +32,8 @@ from m2_encoder.types import LANGUAGES
 
 RUN_KEYS: Final = ("name", "folder", "resume", "checkpoint_every", "export")
 MODEL_FIELDS: Final = tuple(field.name for field in dataclasses.fields(M2EncoderConfig) if field.name != "name")
+REAL_MODEL_FIELDS: Final = ("drop_path_rate", "layer_norm_eps", "position_init_std")
+"""Fields of the model that are no sizes: they change no tensor's shape."""
 MODEL_KEYS: Final = ("name", "weights", "tokenizer", *MODEL_FIELDS)
 CLUSTER_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "local": ("name",),
@@ -118,10 +120,11 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     *(
         whole(f"model.{field}", 1, "64" if field == "image_size" else "8", optional=True)
         for field in MODEL_FIELDS
-        if field not in {"drop_path_rate", "layer_norm_eps"}
+        if field not in REAL_MODEL_FIELDS
     ),
     number("model.drop_path_rate", "0.1", least=0, below=1, optional=True),
     number("model.layer_norm_eps", "1e-5", above=0, below=1, optional=True),
+    number("model.position_init_std", "0.02", above=0, optional=True),
     text("data.folder", "outputs/data/emoji"),
     choice("data.heldout_style", EMOJI_STYLES, example="openmoji"),
     whole("data.global_batch_size", 2, "256", note=" (over all ranks)"),
