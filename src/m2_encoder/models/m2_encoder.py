@@ -19,12 +19,11 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
 from m2_encoder.models.init import INITIAL_LOGIT_SCALE, init_embedding_tables, init_encoder, init_heads
-from m2_encoder.models.length_buckets import length_buckets
 from m2_encoder.models.multiway import MultiwayEncoder
+from m2_encoder.models.packing import Packing
 from m2_encoder.types import EncoderOutput, FusionOutput, TextTokens
 
 _UNUSED_NORM_EPS = 1e-6
-_CPU_LENGTH_BUCKETS = 4
 
 
 OPTIONAL_PARTS: dict[str, tuple[str, ...]] = {
@@ -117,16 +116,12 @@ class M2Encoder(nn.Module):
         hidden = self.vl_encoder(hidden, num_image_tokens=tokens.shape[1], first_token_only=True)
         return _normalize(self.vl_image_proj(hidden[:, 0]))
 
-    def encode_text(
-        self, text: TextTokens | Tensor, mask: Tensor | None = None, *, max_buckets: int | None = None
-    ) -> Tensor:
-        """Features of texts; padding beyond the longest text of the batch costs nothing.
+    def encode_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features of texts; padding costs nothing.
 
         Args:
             text: what the tokenizer returns, or the ids alone, (B, T) int64.
             mask: with ids alone: non-zero on tokens, zero on padding, (B, T); None means no padding.
-            max_buckets: most groups of similar length that the batch may be encoded in, each padded to its own longest
-                text (see `length_buckets`); the features are the same. None: 4 on a CPU, where it pays, else 1.
 
         Returns:
             L2-normalised features, (B, E).
@@ -137,21 +132,14 @@ class M2Encoder(nn.Module):
         tokens = self.trim_text(text, mask)
         if tokens.ids.shape[0] == 0:
             return self.vl_text_proj.weight.new_zeros((0, self.config.feature_dim))
-        if max_buckets is None:
-            max_buckets = _CPU_LENGTH_BUCKETS if tokens.ids.device.type == "cpu" else 1
-        if max_buckets <= 1 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or tokens.ids.is_meta or bool(tokens.mask.all()):
+            # Packing has data-dependent shapes, which compiled graphs cannot have; without padding it gains nothing.
             return self._text_features(tokens)
-        groups = length_buckets(_last_token(tokens.mask).tolist(), max_buckets=max_buckets)
-        if len(groups) == 1:
-            return self._text_features(tokens)
-        order = torch.tensor([row for _, rows in groups for row in rows], device=tokens.ids.device)
-        ids, masks = tokens.ids[order], tokens.mask[order]
-        features, start = [], 0
-        for longest, rows in groups:
-            stop = start + len(rows)
-            features.append(self._text_features(TextTokens(ids[start:stop, :longest], masks[start:stop, :longest])))
-            start = stop
-        return torch.cat(features)[torch.argsort(order)]
+        packing = Packing(tokens.mask)
+        packed = packing.pack(self.text_embed(tokens.ids))
+        hidden = self.backbone(packed, num_image_tokens=0, packing=packing)
+        hidden = self.vl_encoder(hidden, num_image_tokens=hidden.shape[1], packing=packing, first_token_only=True)
+        return _normalize(self.vl_text_proj(hidden[0]))
 
     def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Scaled cosine similarities, (B_image, B_text): features times features times exp(logit_scale).

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.models.packing import Packing
 
 EXPERTS = ("vision_expert", "text_expert")
 """Names of the two branches (`A` and `B` in the official checkpoints)."""
@@ -79,7 +80,13 @@ class MultiwayLayer(nn.Module):
         self.drop_path = drop_path
 
     def forward(
-        self, x: Tensor, *, num_image_tokens: int, mask: Tensor | None = None, first_token_only: bool = False
+        self,
+        x: Tensor,
+        *,
+        num_image_tokens: int,
+        mask: Tensor | None = None,
+        packing: Packing | None = None,
+        first_token_only: bool = False,
     ) -> Tensor:
         """Run the layer.
 
@@ -87,6 +94,7 @@ class MultiwayLayer(nn.Module):
             x: (B, N, D).
             num_image_tokens: how many leading tokens the vision expert sees; the text expert sees the others.
             mask: True where a query may look at a key, broadcastable to (B, H, N, N) bool.
+            packing: given if x holds the tokens of several texts in one row, (1, M, D); then there is no mask.
             first_token_only: compute the output of token 0 alone (all tokens still serve as keys). The last layer
                 before a head that reads token 0 needs no more, and most of its cost is saved.
 
@@ -94,7 +102,8 @@ class MultiwayLayer(nn.Module):
             (B, N, D), or (B, 1, D) with `first_token_only`.
         """
         routes = self._routes(x.shape[1], num_image_tokens)
-        num_outputs = 1 if first_token_only else x.shape[1]
+        num_first = 1 if packing is None else packing.batch_size
+        num_outputs = num_first if first_token_only else x.shape[1]
         parts = [
             expert.project(x[:, start:stop], num_queries=max(0, min(stop, num_outputs) - start))
             for expert, start, stop in routes
@@ -102,12 +111,15 @@ class MultiwayLayer(nn.Module):
         q, k, v = (_join(heads, dim=2) for heads in zip(*parts, strict=True))
         if mask is not None and first_token_only and mask.shape[-2] > 1:
             mask = mask[..., :1, :]
-        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if packing is None:
+            attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            attended = packing.attend(q, k, v)
 
         x = x[:, :num_outputs]
         routes = [(expert, start, min(stop, num_outputs)) for expert, start, stop in routes if start < num_outputs]
-        x = x + self._drop(_join([e.attention_output(attended[:, :, a:b]) for e, a, b in routes], dim=1))
-        return x + self._drop(_join([e.feed_forward(x[:, a:b]) for e, a, b in routes], dim=1))
+        x = x + self._drop(_join([e.attention_output(attended[:, :, a:b]) for e, a, b in routes], dim=1), packing)
+        return x + self._drop(_join([e.feed_forward(x[:, a:b]) for e, a, b in routes], dim=1), packing)
 
     def _routes(self, length: int, num_image_tokens: int) -> list[tuple[TransformerExpert, int, int]]:
         split = (
@@ -116,13 +128,16 @@ class MultiwayLayer(nn.Module):
         )
         return [(expert, start, stop) for expert, start, stop in split if start < stop]
 
-    def _drop(self, branch: Tensor) -> Tensor:
+    def _drop(self, branch: Tensor, packing: Packing | None) -> Tensor:
         """Stochastic depth: drop a sample's branch with probability p, scale the others by 1/(1-p)."""
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
-        kept = torch.empty((branch.shape[0], 1, 1), dtype=branch.dtype, device=branch.device).bernoulli_(keep)
-        return branch * (kept / keep)
+        samples = branch.shape[0] if packing is None else packing.batch_size
+        kept = torch.empty((samples, 1, 1), dtype=branch.dtype, device=branch.device).bernoulli_(keep) / keep
+        if packing is not None:
+            kept = kept[packing.texts[: branch.shape[1]]].transpose(0, 1)
+        return branch * kept
 
 
 class MultiwayNorm(nn.Module):
@@ -161,6 +176,7 @@ class MultiwayEncoder(nn.Module):
         num_image_tokens: int,
         token_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        packing: Packing | None = None,
         first_token_only: bool = False,
     ) -> Tensor:
         """Encode a sequence.
@@ -172,12 +188,15 @@ class MultiwayEncoder(nn.Module):
             token_mask: True on tokens, False on padding, (B, N) bool. Padded tokens are zeroed at entry and hidden as
                 keys; their own outputs are meaningless. None means that there is no padding.
             attention_mask: True where query i may look at key j, (N, N) or (B, N, N) bool.
-            first_token_only: return token 0 alone, at a lower cost.
+            packing: given if x is packed, (1, M, D); it replaces both masks, and all tokens go to one expert.
+            first_token_only: return token 0 alone, at a lower cost; of every text if packed.
 
         Returns:
             Normalised hidden states, (B, N, D) or (B, 1, D).
         """
         mask = None
+        if packing is not None:
+            x = x * packing.token_mask.unsqueeze(-1).to(x.dtype)
         if token_mask is not None:
             x = x * token_mask.unsqueeze(-1).to(x.dtype)
             mask = token_mask[:, None, None, :]
@@ -189,6 +208,7 @@ class MultiwayEncoder(nn.Module):
                 x,
                 num_image_tokens=num_image_tokens,
                 mask=mask,
+                packing=packing,
                 first_token_only=first_token_only and i == len(self.layers) - 1,
             )
         return self.norm(x, num_image_tokens=num_image_tokens)

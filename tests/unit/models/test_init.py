@@ -189,6 +189,6 @@ def test_expectation_of_a_branch_is_kept() -> None:
     layer: MultiwayLayer = random_model(small_config()).backbone.layers[0]
     layer.drop_path = 0.5
     branch = torch.ones(20_000, 1, 1)
-    dropped = layer.train()._drop(branch)
+    dropped = layer.train()._drop(branch, None)
     assert set(dropped.flatten().tolist()) == {0.0, 2.0}
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)

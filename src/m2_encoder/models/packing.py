@@ -1,0 +1,69 @@
+"""Texts of a batch as one row of tokens, so that nothing is computed for padding.
+
+Only attention needs a rectangle; norms, projections and feed-forward networks, which cost nearly everything, see each
+token on its own. A batch of captions of 6 to 24 tokens then costs its 15 tokens on average, not the 24 of the longest.
+
+Legend: B texts · T tokens of the longest · M tokens in all · H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Packing:
+    """Where each packed token belongs. The first tokens of all texts come first, then the second ones, and so on.
+
+    Args:
+        token_mask: True on tokens, (B, T) bool.
+
+    Attributes:
+        batch_size: B.
+        token_mask: the mask in packed order, (1, M). First tokens are packed even where they are masked, because the
+            heads read them.
+        texts: which text each packed token belongs to, (M,) int64; the first B of them are 0, 1, ..., B - 1.
+    """
+
+    def __init__(self, token_mask: Tensor) -> None:
+        self.batch_size, self.length = token_mask.shape
+        self.key_mask = token_mask[:, None, None, :]
+        # (T, B) order: the first B packed tokens are the ones that the heads read
+        kept = token_mask.t().clone()
+        kept[0] = True
+        position, self.texts = kept.nonzero(as_tuple=True)
+        self.places = self.texts * self.length + position
+        self.slots = torch.zeros(token_mask.numel(), dtype=torch.int64, device=token_mask.device)
+        self.slots[self.places] = torch.arange(len(self.places), device=token_mask.device)
+        self.token_mask = token_mask.flatten()[self.places].unsqueeze(0)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (1, M, D)."""
+        return x.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within each text.
+
+        Args:
+            q: (1, H, M, head_dim), or (1, H, B, head_dim) to attend from the first tokens alone.
+            k: (1, H, M, head_dim).
+            v: (1, H, M, head_dim).
+
+        Returns:
+            The shape of q.
+        """
+        if q.shape[2] == self.batch_size:
+            first = functional.scaled_dot_product_attention(
+                q.transpose(0, 2), self._unpack(k), self._unpack(v), attn_mask=self.key_mask
+            )
+            return first.transpose(0, 2)
+        attended = functional.scaled_dot_product_attention(
+            self._unpack(q), self._unpack(k), self._unpack(v), attn_mask=self.key_mask
+        )
+        return attended.transpose(1, 2).flatten(0, 1).index_select(0, self.places).transpose(0, 1).unsqueeze(0)
+
+    def _unpack(self, heads: Tensor) -> Tensor:
+        """(1, H, M, head_dim) to (B, H, T, head_dim); padding holds some token's values, which the mask hides."""
+        rectangle = heads[0].transpose(0, 1).index_select(0, self.slots)
+        return rectangle.unflatten(0, (self.batch_size, self.length)).transpose(1, 2)
