@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.pytorch.callbacks import Checkpoint
 
 from m2_encoder.data.captions import CaptionSampler
 from m2_encoder.data.datamodule import EmojiDataModule
@@ -99,7 +100,7 @@ def make_trainer(
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": False,
-        "enable_checkpointing": any(isinstance(c, lightning.pytorch.callbacks.ModelCheckpoint) for c in callbacks),
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
         "logger": list(loggers) or False,
         "callbacks": list(callbacks),
         "default_root_dir": str(folder),

@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "data": {"tokenizers", "assets"},
     "objectives": {"distributed"},
     "strategies": {"distributed"},
-    "training": {"objectives", "evaluation", "models"},
+    "training": {"objectives", "evaluation", "models", "checkpoints.atomic"},
     "hub": {"checkpoints", "models", "tokenizers", "data.transforms"},
     "export": {"hub", "checkpoints", "models", "tokenizers"},
     "__init__": {"hub", "models", "objectives", "tokenizers", "data.transforms"},

@@ -8,7 +8,7 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,8 +19,9 @@ _NOT_METRICS = ("epoch",)  # Lightning adds it; steps decide here, so it is alwa
 class JsonlLogger(Logger):
     """Writes `metrics.jsonl`: one object per logged step with `step`, `samples_seen`, then scalars by name.
 
-    Values logged at the same step share a line. A resumed run appends after dropping what a crash left behind the
-    checkpoint: lines of later steps, and a half-written last line.
+    Values logged at the same step share a line, which is written at once and again when more values arrive: a process
+    that is killed loses nothing. Values that are not finite are left out. A resumed run appends after dropping what a
+    crash left behind the checkpoint: lines of later steps, and a half-written last line.
 
     Args:
         path: the file.
@@ -29,9 +30,10 @@ class JsonlLogger(Logger):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
         self.path = Path(path)
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         self._step: int | None = None
-        self._pending: dict[str, float | int | None] = {}
+        self._record: dict[str, float | int | None] = {}
+        self._line_start = 0
 
     @property
     def name(self) -> str:
@@ -49,56 +51,45 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Collect scalars of a step; the step before is written when a new one begins."""
+        """Write scalars of a step, beside those that its line has already."""
         step = 0 if step is None else step
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
         if step != self._step:
-            self._flush()
-            self._step = step
-        self._pending.update({k: _plain(v) for k, v in metrics.items() if k not in _NOT_METRICS})
+            self._step, self._record = step, {}
+            self._line_start = self._file.seek(0, os.SEEK_END)
+        self._record.update({k: _plain(v) for k, v in metrics.items() if k not in _NOT_METRICS})
+        head = {"step": step, "samples_seen": self._record.get("samples_seen")}
+        line = {key: value for key, value in {**head, **self._record}.items() if value is not None}
+        self._file.truncate(self._line_start)
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
 
     @rank_zero_only
     def resume_at(self, step: int) -> None:
         """Drop lines of steps after `step`, which a resumed run will write again."""
         if not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if 0 <= _step_of(line) <= step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
 
     @rank_zero_only
-    def save(self) -> None:
-        """Hand finished lines to the operating system."""
-        if self._file is not None:
-            self._file.flush()
-
-    @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the last line and close."""
-        self._flush()
+        """Close the file."""
         if self._file is not None:
             self._file.close()
-            self._file = None
-
-    def _flush(self) -> None:
-        if self._step is None or not self._pending:
-            return
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        head = {"step": self._step, "samples_seen": self._pending.pop("samples_seen", None)}
-        record = {key: value for key, value in {**head, **self._pending}.items() if value is not None}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        self._pending = {}
+            self._file, self._step = None, None
 
 
 def _step_of(line: str) -> int:
     """Step of a written line, -1 for one that a crash cut in half."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return -1
 
 

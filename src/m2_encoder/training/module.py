@@ -14,10 +14,12 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from m2_encoder.errors import UserError
 from m2_encoder.evaluation.metrics import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import OPTIONAL_PARTS, M2Encoder
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.report import mean_losses
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory
 from m2_encoder.types import LANGUAGES, ContrastiveTopology, ImageTextBatch, RetrievalBatch
@@ -37,6 +39,9 @@ class PretrainModule(lightning.LightningModule):
         max_logit_scale: upper bound of exp(logit_scale), applied after every step (CLIP, arXiv:2103.00020, uses 100).
         max_skipped_in_a_row: steps with a non-finite gradient in a row after which training aborts.
         validation_name: name of the validation set in metric names.
+
+    Raises:
+        UserError: if no objective has a weight, or `max_logit_scale` is below 1.
     """
 
     def __init__(
@@ -52,6 +57,10 @@ class PretrainModule(lightning.LightningModule):
         validation_name: str = "val",
     ) -> None:
         super().__init__()
+        if not any(objective.weight > 0 for objective in objectives.values()):
+            raise UserError(f"objectives {', '.join(objectives) or 'none'}: at least one needs a weight above 0")
+        if not 1 <= max_logit_scale < math.inf:
+            raise UserError(f"max_logit_scale={max_logit_scale!r} must be 1 or more")
         self.config = model
         self.objectives = nn.ModuleDict({name: o for name, o in objectives.items() if o.weight > 0})
         self.validation_recall = nn.ModuleDict({language: RetrievalRecall() for language in LANGUAGES})
@@ -76,7 +85,7 @@ class PretrainModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimizer over what is trainable, and its schedule per step."""
-        optimizer = self._build_optimizer(self.model)
+        optimizer = self._build_optimizer(self)  # objectives may have parameters of their own
         schedule = LRSchedulerConfigType(scheduler=self._build_scheduler(optimizer), interval="step")
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=schedule)
 
@@ -89,19 +98,24 @@ class PretrainModule(lightning.LightningModule):
             identity=batch.identity,
             group=self._contrastive_group(),
         )
-        total = inputs.logit_scale.new_zeros(())
-        for name, objective in self._objectives().items():
-            output: ObjectiveOutput = objective(inputs)
-            total = total + objective.weight * output.loss
-            self._log_loss(name, output.loss, output.per_sample, batch.language)
+        objectives = self._objectives()
+        outputs: dict[str, ObjectiveOutput] = {name: objective(inputs) for name, objective in objectives.items()}
+        self._last_losses = mean_losses(outputs, batch.language)
+        self._log_step(self.global_step + 1)
+        self.log_dict({f"train/loss/{name}": loss for name, loss in self._last_losses.items()})
+        total = sum(objectives[name].weight * self._last_losses[name] for name in objectives)
+        self.log("train/loss/total", total, prog_bar=True)
         self.log("train/logit_scale", self.model.logit_scale.detach().exp())
-        self.log("train/loss/total", total.detach(), prog_bar=True)
-        return total
+        return torch.stack([objectives[name].weight * output.loss for name, output in outputs.items()]).sum()
 
-    def on_train_batch_end(self, outputs: Any, batch: ImageTextBatch, batch_idx: int) -> None:
-        """Keep the temperature in its bounds; publish the counters."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the temperature in its bounds, before anything (such as a checkpoint) sees the new parameters."""
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, self._max_log_scale)
+
+    def on_train_batch_end(self, outputs: Any, batch: ImageTextBatch, batch_idx: int) -> None:
+        """Publish the counter of skipped steps."""
         self.log("train/skipped_steps", float(self.non_finite.total))
 
     def configure_gradient_clipping(
@@ -110,15 +124,29 @@ class PretrainModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm; a step whose gradient is not finite is skipped and counted."""
+        """Clip by the global norm; a step whose gradient is not finite is skipped and counted.
+
+        Raises:
+            NonFiniteError: after too many such steps in a row.
+            UserError: for another way of clipping.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm} must be norm")
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        self.log("train/grad_norm", norm)
         if self.non_finite.observe(
-            norm, step=self.global_step, losses=self._last_losses, parameters=self.model.named_parameters()
+            norm, step=self.global_step + 1, losses=self._last_losses, parameters=self.named_parameters()
         ):
             optimizer.zero_grad(set_to_none=True)  # an optimizer leaves parameters without a gradient alone
-        else:
-            self.log("train/grad_norm", norm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters of skipped steps."""
+        checkpoint["non_finite"] = self.non_finite.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.non_finite.load_state_dict(checkpoint["non_finite"])
 
     def validation_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
         """Encode a chunk of the validation set in every language."""
@@ -129,6 +157,7 @@ class PretrainModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log recalls per language."""
+        self._log_step(self.global_step)
         for language in LANGUAGES:
             recall = self._recall(language)
             for name, value in recall.compute().items():
@@ -149,10 +178,9 @@ class PretrainModule(lightning.LightningModule):
         assert isinstance(strategy, ContrastiveTopology), f"{type(strategy).__name__} has no contrastive_group"
         return strategy.contrastive_group
 
-    def _log_loss(self, name: str, loss: Tensor, per_sample: Tensor, language: Tensor) -> None:
-        self._last_losses[name] = loss.detach()
-        self.log(f"train/loss/{name}", loss.detach(), sync_dist=self.trainer.world_size > 1)
-        for index, code in enumerate(LANGUAGES):
-            rows = per_sample[language == index]
-            if len(rows):
-                self.log(f"train/loss/{name}_{code}", rows.mean(), batch_size=len(rows))
+    def _log_step(self, step: int) -> None:
+        """The step that loggers write: updates done, so that `samples_seen` is a multiple of it. Lightning's is less.
+
+        fp64, because fp32 counts no further than 16.7 million.
+        """
+        self.log("step", torch.tensor(float(step), dtype=torch.float64))

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from m2_encoder.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 _NAMED_PARAMETERS = 5
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """Too many steps in a row had a non-finite loss or gradient; the message holds the diagnosis."""
 
 
@@ -27,11 +29,16 @@ class NonFiniteGuard:
         max_in_a_row: after this many such steps in a row training aborts.
 
     Attributes:
-        total: skipped steps of this process's life.
+        total: skipped steps of the run, resumed parts included.
         in_a_row: skipped steps since the last good one.
+
+    Raises:
+        UserError: if `max_in_a_row` is below 1.
     """
 
     def __init__(self, *, max_in_a_row: int) -> None:
+        if max_in_a_row < 1:
+            raise UserError(f"max_skipped_in_a_row={max_in_a_row!r} must be 1 or more")
         self.max_in_a_row = max_in_a_row
         self.total = 0
         self.in_a_row = 0
@@ -71,6 +78,14 @@ class NonFiniteGuard:
                 "Lower optimizer.lr, lengthen scheduler.warmup_steps, or set trainer.precision=32-true"
             )
         return True
+
+    def state_dict(self) -> dict[str, int]:
+        """Both counters."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting."""
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
 def _diagnose(step: int, losses: Mapping[str, Tensor], parameters: Iterable[tuple[str, nn.Parameter]]) -> str:

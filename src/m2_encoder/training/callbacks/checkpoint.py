@@ -1,28 +1,163 @@
-"""When and where training states are saved."""
+"""When, where and how training states are saved."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+import lightning
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from m2_encoder.checkpoints.atomic import atomic_file
+from m2_encoder.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_RANDOM_STATES = "random_states"
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """Keeps `step=<n>.ckpt` every so many steps and `last.ckpt` beside them.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file and renames, so that a file of that name is always a whole one.
+
+    Lightning writes to the temporary folder of the machine and moves; where that is another disk, moving is copying,
+    and whatever ends the process in between leaves a broken `last.ckpt`.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Write a training state.
+
+        Raises:
+            CheckpointError: if the disk refuses.
+        """
+        assert storage_options is None, f"nothing gives storage_options, got {storage_options!r}"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+class RunCheckpoint(Checkpoint):
+    """Keeps `step=<n>.ckpt` every so many steps and after the last one; `last.ckpt` is the newest of them.
+
+    Besides what Lightning saves (weights, optimizer, schedule, loops, the place in the data) a state holds the random
+    state of every rank, so that stochastic depth goes on as in an uninterrupted run.
 
     Args:
         folder: where; usually `outputs/<run.name>/checkpoints`.
         every_n_steps: optimizer steps between two checkpoints; the last step is always saved.
+
+    Raises:
+        UserError: if `every_n_steps` is below 1.
     """
 
     def __init__(self, *, folder: str | os.PathLike[str], every_n_steps: int) -> None:
-        super().__init__(
-            dirpath=Path(folder),
-            filename="{step}",
-            every_n_train_steps=every_n_steps,
-            save_top_k=-1,
-            save_last=True,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+        if every_n_steps < 1:
+            raise UserError(f"every_n_steps={every_n_steps!r} must be 1 or more")
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self._saved_step = 0
+        self._random_states: list[Mapping[str, Tensor]] = []
+
+    @property
+    def last(self) -> Path:
+        """The newest state, whether it exists already or not."""
+        return self.folder / "last.ckpt"
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Make saving atomic, and remove what a killed process left half-written."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.is_global_zero and stage == "fit":
+            for partial in self.folder.glob(".*.ckpt.*.tmp"):
+                partial.unlink(missing_ok=True)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the random state of every rank."""
+        states: list[Any] = [_random_state()]
+        if trainer.world_size > 1:
+            own = states[0]
+            states = [None] * trainer.world_size
+            dist.all_gather_object(states, own)
+        checkpoint[_RANDOM_STATES] = states
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the random states until training starts: what is built until then may draw, too."""
+        self._random_states = checkpoint.get(_RANDOM_STATES, [])
+        self._saved_step = int(checkpoint["global_step"])
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Go on with the random state of the checkpoint."""
+        if len(self._random_states) == trainer.world_size:
+            _restore_random_state(self._random_states[trainer.global_rank])
+        elif self._random_states:
+            logger.warning(
+                "saved by %d ranks, continued by %d: the data go on exactly, stochastic depth is drawn anew",
+                len(self._random_states),
+                trainer.world_size,
+            )
+        self._random_states = []
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save when it is time, and when this step is the last."""
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save the last step of a run that ended for another reason than its number of steps."""
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        step = trainer.global_step
+        if step == self._saved_step or getattr(trainer, "fast_dev_run", False):  # which keeps nothing
+            return
+        path = self.folder / f"step={step}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            with atomic_file(self.last) as temporary:
+                _link_or_copy(path, temporary)
+        trainer.strategy.barrier("last.ckpt")
+        self._saved_step = step
+
+
+def _link_or_copy(path: Path, other: Path) -> None:
+    """A second name for a file; where the disk knows no links, a copy. Neither file is ever changed in place."""
+    with contextlib.suppress(OSError):
+        os.link(path, other)
+        return
+    shutil.copyfile(path, other)
+
+
+def _random_state() -> dict[str, Tensor]:
+    """The generators that layers draw from."""
+    state = {"cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.random.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -125,7 +126,7 @@ class TrainingProgress(ProgressBar):
             by_language = [
                 f"{language} {float(metrics[f'train/loss/itc_{language}']):.2f}"
                 for language in reversed(LANGUAGES)
-                if f"train/loss/itc_{language}" in metrics
+                if math.isfinite(metrics.get(f"train/loss/itc_{language}", math.nan))
             ]
             detail = f" ({' '.join(by_language)})" if by_language else ""
             parts.append(f"loss {float(metrics['train/loss/total']):.3f}{detail}")

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 
 
@@ -65,11 +66,18 @@ class Throughput(Callback):
             self.samples += batch_size
             self.seconds += spent
         self._batch_ended = now
-        pl_module.log("samples_seen", float(trainer.global_step * batch_size))
+        # fp64, because fp32 counts no further than 16.7 million.
+        pl_module.log("samples_seen", torch.tensor(float(trainer.global_step * batch_size), dtype=torch.float64))
         if trainer.global_step % self._window_steps == 0 and self._window_seconds:
             pl_module.log("perf/samples_per_s", self._window_samples / self._window_seconds)
             pl_module.log("perf/data_wait", self._window_waited / self._window_seconds)
             self._window_samples, self._window_seconds, self._window_waited = 0, 0.0, 0.0
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Forget the clock: saving is not training, nor waiting for data."""
+        self._batch_ended = None
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Forget the clock: validation is not training."""
