@@ -8,7 +8,7 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,7 +30,6 @@ class JsonlLogger(Logger):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
         self.path = Path(path)
-        self._file: BinaryIO | None = None
         self._step: int | None = None
         self._record: dict[str, float | int | None] = {}
         self._line_start = 0
@@ -53,18 +52,16 @@ class JsonlLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write scalars of a step, beside those that its line has already."""
         step = 0 if step is None else step
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-        if step != self._step:
-            self._step, self._record = step, {}
-            self._line_start = self._file.seek(0, os.SEEK_END)
-        self._record.update({k: _plain(v) for k, v in metrics.items() if k not in _NOT_METRICS})
-        head = {"step": step, "samples_seen": self._record.get("samples_seen")}
-        line = {key: value for key, value in {**head, **self._record}.items() if value is not None}
-        self._file.truncate(self._line_start)
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            if step != self._step:
+                self._step, self._record = step, {}
+                self._line_start = file.seek(0, os.SEEK_END)
+            self._record.update({k: _plain(v) for k, v in metrics.items() if k not in _NOT_METRICS})
+            head = {"step": step, "samples_seen": self._record.get("samples_seen")}
+            line = {key: value for key, value in {**head, **self._record}.items() if value is not None}
+            file.truncate(self._line_start)
+            file.write(json.dumps(line).encode() + b"\n")
 
     @rank_zero_only
     def resume_at(self, step: int) -> None:
@@ -76,13 +73,6 @@ class JsonlLogger(Logger):
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file, self._step = None, None
 
 
 def _step_of(line: str) -> int:

@@ -135,9 +135,9 @@ class PretrainModule(lightning.LightningModule):
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
-        if self.non_finite.observe(
-            norm, step=self.global_step + 1, losses=self._last_losses, parameters=self.named_parameters()
-        ):
+        losses = {name: self._last_losses[name] for name in self.objectives}
+        step = self.global_step + 1
+        if self.non_finite.observe(norm, step=step, losses=losses, parameters=self.named_parameters()):
             optimizer.zero_grad(set_to_none=True)  # an optimizer leaves parameters without a gradient alone
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -63,13 +63,18 @@ def build_optimizer(
         weight_decay: decoupled decay, on matrices and convolutions only (`is_decayed`).
 
     Raises:
-        UserError: if nothing is trainable.
+        UserError: if nothing is trainable, or a number is impossible.
 
     Reference: AdamW (arXiv:1711.05101); values of CLIP (arXiv:2103.00020), Table 19-20.
     """
     groups = parameter_groups(module, weight_decay=weight_decay)
     if not groups:
         raise UserError("no parameter wants a gradient; there is nothing to train")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"betas={list(betas)} must be two numbers in [0, 1)")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name}={value!r} must be 0 or more, and finite")
     first, second = betas
     return AdamW(groups, lr=lr, betas=(first, second), eps=eps)
 
@@ -81,10 +86,17 @@ def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, max_steps: int, mi
         optimizer: its learning rates are the peaks.
         warmup_steps: steps until the peak; step t (from 0) of the warm-up runs at (t + 1) / warmup_steps of it.
         max_steps: step at which the cosine ends.
-        min_lr_ratio: learning rate at the end over the peak.
+        min_lr_ratio: learning rate at the end over the peak, 0..1.
+
+    Raises:
+        UserError: if the warm-up does not fit into the steps, or the ratio is no share.
 
     Reference: SGDR (arXiv:1608.03983), one cycle.
     """
+    if not 0 <= warmup_steps <= max_steps:
+        raise UserError(f"warmup_steps={warmup_steps!r} must be in 0..max_steps={max_steps!r}")
+    if not 0 <= min_lr_ratio <= 1:
+        raise UserError(f"min_lr_ratio={min_lr_ratio!r} must be in 0..1")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -96,5 +108,11 @@ def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, max_steps: int, mi
 
 
 def warmup_constant(optimizer: Optimizer, *, warmup_steps: int) -> LambdaLR:
-    """Linear warm-up to the peak, which then stays."""
+    """Linear warm-up to the peak, which then stays.
+
+    Raises:
+        UserError: if `warmup_steps` is negative.
+    """
+    if warmup_steps < 0:
+        raise UserError(f"warmup_steps={warmup_steps!r} must be 0 or more")
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
