@@ -25,6 +25,10 @@ _MAX_ROTATION_DEGREES = 30.0
 _MAX_LOST_BITS = 4
 _CROP_ATTEMPTS = 10
 
+# NTSC colour space (FCC 1953): luma, and a chroma plane in which a rotation is a change of hue
+_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+_YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
+
 
 def _signed(value: float, rng: np.random.Generator) -> float:
     """The value or its negative, with equal probability."""
@@ -42,34 +46,40 @@ def _affine(image: Image.Image, matrix: tuple[float, ...], fill: int) -> Image.I
     )
 
 
-def rotate(image: Image.Image, degrees: float, *, fill: int) -> Image.Image:
-    """Rotate about the centre, keeping the size.
+def random_affine(
+    image: Image.Image,
+    *,
+    degrees: float,
+    zoom: tuple[float, float],
+    translate: float,
+    shear: float,
+    fill: int,
+    rng: np.random.Generator,
+) -> Image.Image:
+    """Turn, zoom, shift and shear at random about the centre, in one bilinear resampling.
 
     Args:
         image: RGB.
-        degrees: counter-clockwise.
-        fill: grey level of the corners that the image no longer covers, 0..255.
+        degrees: the angle is uniform in -degrees..degrees.
+        zoom: least and most size of the content over its old size, log-uniform.
+        translate: the shift in x and in y is uniform in -translate..translate of the side.
+        shear: the shear in x is uniform in -shear..shear.
+        fill: grey level of pixels that the image no longer covers, 0..255.
+        rng: the only source of randomness.
 
     Returns:
-        A new RGB image.
+        A new RGB image of the same size.
     """
-    return image.rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=(fill, fill, fill))
-
-
-def shift_hue(image: Image.Image, turn: float) -> Image.Image:
-    """Turn the hue of every pixel.
-
-    Args:
-        image: RGB.
-        turn: part of the colour circle, -0.5..0.5.
-
-    Returns:
-        A new RGB image.
-    """
-    hue, saturation, value = image.convert("HSV").split()
-    offset = round(turn * 256)
-    hue = hue.point([(level + offset) % 256 for level in range(256)])
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    angle = math.radians(rng.uniform(-degrees, degrees))
+    inverse_zoom = math.exp(-rng.uniform(math.log(zoom[0]), math.log(zoom[1])))
+    slant = rng.uniform(-shear, shear)
+    shift_x, shift_y = (side * rng.uniform(-translate, translate) for side in image.size)
+    cos, sin = inverse_zoom * math.cos(angle), inverse_zoom * math.sin(angle)
+    a, b, d, e = cos, slant * cos - sin, sin, slant * sin + cos
+    centre_x, centre_y = (side / 2 for side in image.size)
+    out_x, out_y = centre_x + shift_x, centre_y + shift_y
+    matrix = (a, b, centre_x - a * out_x - b * out_y, d, e, centre_y - d * out_x - e * out_y)
+    return _affine(image, matrix, fill)
 
 
 def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
@@ -98,7 +108,8 @@ def _translate_y(image: Image.Image, strength: float, rng: np.random.Generator, 
 
 
 def _rotate(image: Image.Image, strength: float, rng: np.random.Generator, fill: int) -> Image.Image:
-    return rotate(image, _signed(_MAX_ROTATION_DEGREES * strength, rng), fill=fill)
+    degrees = _signed(_MAX_ROTATION_DEGREES * strength, rng)
+    return image.rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=(fill, fill, fill))
 
 
 def _solarize(image: Image.Image, strength: float, _rng: np.random.Generator, _fill: int) -> Image.Image:
@@ -138,7 +149,7 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         # Beyond the official ten, for those who name them.
         "contrast": _enhance(ImageEnhance.Contrast),
         "saturation": _enhance(ImageEnhance.Color),
-        "hue": lambda image, strength, rng, _fill: shift_hue(image, _signed(0.5 * strength, rng)),
+        "hue": lambda image, strength, rng, _fill: color_jitter(image, (0.0, 0.0, 0.0, 0.5 * strength), rng),
         "grayscale": lambda image, _strength, _rng, _fill: image.convert("L").convert("RGB"),
         "invert": lambda image, _strength, _rng, _fill: ImageOps.invert(image),
         "solarize": _solarize,
@@ -182,28 +193,27 @@ def random_operations(
 def color_jitter(
     image: Image.Image, ranges: tuple[float, float, float, float], rng: np.random.Generator
 ) -> Image.Image:
-    """Change brightness, contrast, saturation and hue at random, in random order.
+    """Change brightness, contrast, saturation and hue at random, as one linear map of the colours.
+
+    Contrast scales the distance from middle grey. Hue turns and saturation scales the chroma plane of YIQ, which keeps
+    the luma of every pixel.
 
     Args:
         image: RGB.
-        ranges: (brightness, contrast, saturation, hue). The first three scale by a factor from
-            1 - range..1 + range (never below 0), hue turns by -range..range of the colour circle; 0 leaves
-            out.
+        ranges: (brightness, contrast, saturation, hue). The first three scale by a factor from 1 - range..1 + range
+            (never below 0), hue turns by -range..range of the colour circle.
         rng: the only source of randomness.
 
     Returns:
-        An RGB image of the same size.
+        A new RGB image of the same size.
     """
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for index in rng.permutation(len(ranges)):
-        extent = ranges[index]
-        if extent == 0:
-            continue
-        if index < len(enhancers):
-            image = enhancers[index](image).enhance(rng.uniform(max(0.0, 1 - extent), 1 + extent))
-        else:
-            image = shift_hue(image, rng.uniform(-extent, extent))
-    return image
+    brightness, contrast, saturation = (rng.uniform(max(0.0, 1 - extent), 1 + extent) for extent in ranges[:3])
+    angle = 2 * math.pi * rng.uniform(-ranges[3], ranges[3])
+    cos, sin = saturation * math.cos(angle), saturation * math.sin(angle)
+    chroma = np.array([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+    colors = brightness * contrast * (_YIQ_TO_RGB @ chroma @ _RGB_TO_YIQ)
+    offset = brightness * (1 - contrast) * 127.5
+    return image.convert("RGB", tuple(np.column_stack([colors, np.full(3, offset)]).flatten().tolist()))
 
 
 def random_crop_box(

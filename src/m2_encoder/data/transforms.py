@@ -27,9 +27,9 @@ from m2_encoder.data.augmentation import (
     OFFICIAL_OPERATIONS,
     OPERATIONS,
     color_jitter,
+    random_affine,
     random_crop_box,
     random_operations,
-    rotate,
 )
 from m2_encoder.errors import ImageError, UserError
 
@@ -143,8 +143,8 @@ class TrainTransform:
     """The training variant that the official configuration names, with more for small data, off by default.
 
     Random resized crop (bicubic) → horizontal flip → `num_ops` random operations, each applied with
-    `op_probability`. Then, where switched on: rotation, colour jitter, greyscale, inversion. Options that are
-    off draw nothing.
+    `op_probability`. Then, where switched on: an affine map (rotation, zoom, shift, shear), colour jitter, greyscale,
+    inversion. Options that are off draw nothing.
 
     Args:
         image_size: S.
@@ -156,7 +156,10 @@ class TrainTransform:
         magnitude: strength of the operations, 0..10.
         operations: names in `augmentation.OPERATIONS` to draw from.
         fill: grey level of pixels that shear, translation or rotation leave uncovered, 0..255.
-        rotate_degrees: the image is rotated by a uniform angle up to this, in both directions.
+        rotate_degrees: the image is turned by a uniform angle up to this, in both directions.
+        zoom: least and most size of the content over its size in the crop; below 1 a margin of `fill` appears.
+        translate: largest shift in each direction, as a part of the side.
+        shear: largest shear in x.
         color_jitter: ranges of (brightness, contrast, saturation, hue); see `augmentation.color_jitter`.
         grayscale: probability of losing all colour.
         invert: probability of becoming a negative.
@@ -183,6 +186,9 @@ class TrainTransform:
         operations: Sequence[str] = OFFICIAL_OPERATIONS,
         fill: int = 128,
         rotate_degrees: float = 0.0,
+        zoom: Sequence[float] = (1.0, 1.0),
+        translate: float = 0.0,
+        shear: float = 0.0,
         color_jitter: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
         grayscale: float = 0.0,
         invert: float = 0.0,
@@ -199,6 +205,9 @@ class TrainTransform:
         self.operations = _operation_names(operations)
         self.fill = _integer("fill", fill, least=0, most=255)
         self.rotate_degrees = _number("rotate_degrees", rotate_degrees, most=180)
+        self.zoom = _range("zoom", zoom, most=10)
+        self.translate = _number("translate", translate, most=1)
+        self.shear = _number("shear", shear, most=1)
         self.color_jitter = _jitter_ranges(color_jitter)
         self.grayscale = _number("grayscale", grayscale, most=1)
         self.invert = _number("invert", invert, most=1)
@@ -241,8 +250,16 @@ class TrainTransform:
 
     def _more(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The options beyond the official variant."""
-        if self.rotate_degrees > 0:
-            image = rotate(image, rng.uniform(-self.rotate_degrees, self.rotate_degrees), fill=self.fill)
+        if self.rotate_degrees or self.translate or self.shear or self.zoom != (1.0, 1.0):
+            image = random_affine(
+                image,
+                degrees=self.rotate_degrees,
+                zoom=self.zoom,
+                translate=self.translate,
+                shear=self.shear,
+                fill=self.fill,
+                rng=rng,
+            )
         if any(self.color_jitter):
             image = color_jitter(image, self.color_jitter, rng)
         if self.grayscale > 0 and rng.random() < self.grayscale:
@@ -307,9 +324,7 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     """PIL image of a uint8 array."""
     if array.dtype != np.uint8:
         scaling = "multiply values of 0..1 by 255" if array.dtype.kind == "f" else "bring values to 0..255"
-        raise ImageError(
-            f"array: dtype must be uint8, got {array.dtype}; {scaling}, then .astype(numpy.uint8)"
-        )
+        raise ImageError(f"array: dtype must be uint8, got {array.dtype}; {scaling}, then .astype(numpy.uint8)")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):

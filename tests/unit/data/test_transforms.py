@@ -284,6 +284,9 @@ def test_transforms_pickle_and_describe_themselves() -> None:
 
 EVERYTHING = {
     "rotate_degrees": 20,
+    "zoom": (0.7, 1.2),
+    "translate": 0.1,
+    "shear": 0.1,
     "color_jitter": (0.4, 0.4, 0.4, 0.1),
     "grayscale": 0.5,
     "invert": 0.5,
@@ -383,6 +386,10 @@ def test_rotation_covers_both_directions_and_fills_the_corners() -> None:
         ({"operations": ["identity", "blur"]}, r"operations.*identity, autocontrast.*got \['blur'\]"),
         ({"fill": 256}, "fill must be an integer from 0 to 255, got 256"),
         ({"rotate_degrees": 181}, "rotate_degrees"),
+        ({"zoom": (0, 1)}, "zoom"),
+        ({"zoom": (1.2, 0.8)}, "zoom"),
+        ({"translate": 1.5}, "translate"),
+        ({"shear": -0.1}, "shear"),
         ({"color_jitter": (0.1, 0.1, 0.1)}, "color_jitter"),
         ({"color_jitter": (0, 0, 0, 0.6)}, "hue"),
         ({"grayscale": 2}, "grayscale"),
