@@ -47,6 +47,7 @@ def parse_arguments(command_name: str, argv: Sequence[str]) -> Arguments:
     parser = get_args_parser()
     parser.prog = command_name
     parser.exit_on_error = False
+    parser.allow_abbrev = False  # --experiment must not become --experimental-rerun
     try:
         found, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:

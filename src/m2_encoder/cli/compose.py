@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -85,6 +85,15 @@ class Composer:
         names = [name for name in self._loader.list_groups("") if name not in _NO_GROUPS]
         return {name: self.options(name) for name in sorted(names)}
 
+    def chosen(self) -> dict[str, list[str]]:
+        """By group, the options that are the default."""
+        default = self._load_default()
+        choices = default.hydra.runtime.choices
+        found = {group: [choices[group]] for group in self.groups() if isinstance(choices.get(group), str)}
+        # A group chosen as a list is missing there: its options are the keys of its node.
+        lists = [group for group in self.groups() if group not in found and isinstance(default.get(group), DictConfig)]
+        return found | {group: [str(key) for key in default[group]] for group in lists}
+
     def options(self, group: str) -> list[str]:
         """Options of a group; `base` files are shared parts, not choices."""
         found = self._loader.get_group_options(
@@ -98,12 +107,10 @@ class Composer:
         Raises:
             UserError: if nothing can be composed at all; the message says why.
         """
-        overrides, problems = parse_overrides(lines)
+        overrides, problems = parse_overrides(lines, self._suggest)
         problems += refuse_sweeps(overrides)
         overrides = [override for override in overrides if not override.is_sweep_override()]
-        if self._default is None:
-            self._default = self._load([])
-        default = self._default
+        default = self._load_default()
         selected = {*default.hydra.runtime.choices, *default}  # a group chosen as a list is only in the latter
         groups = [override for override in overrides if self._is_group(override)]
         reasons = {id(override): self._group_problem(override, selected) for override in groups}
@@ -122,6 +129,11 @@ class Composer:
         cfg = self._load_leniently(good, base) if problems else self._load(good)
         values, unresolved, references = to_plain(cfg)
         return Composition(values, problems + unresolved, references, cfg.hydra)
+
+    def _load_default(self) -> DictConfig:
+        if self._default is None:
+            self._default = self._load([])
+        return self._default
 
     def _load_leniently(self, good: Sequence[Override], base: DictConfig) -> DictConfig:
         # Something is wrong already: what else Hydra dislikes will come out in the next attempt.
@@ -154,6 +166,14 @@ class Composer:
     def _is_group(self, override: Override) -> bool:
         key = override.key_or_group
         return key.startswith("hydra/") or "/" in key or bool(self.options(key))
+
+    def _suggest(self, word: str) -> str:
+        """What a word without a value may have meant: an option of a group."""
+        for group, options in self.groups().items():
+            if word.lstrip("+-") in options:
+                added = "" if group in self._load_default().hydra.runtime.choices else "+"
+                return f" (did you mean {added}{group}={word.lstrip('+-')}?)"
+        return ""
 
     def _group_problem(self, override: Override, selected: Collection[Any]) -> str | None:
         group, line = override.key_or_group, override.input_line
@@ -196,17 +216,24 @@ def open_composer(folder: Path, config_name: str, fixed: Sequence[str] = ()) -> 
         yield Composer(hydra.config_loader(), folder, config_name, fixed)
 
 
-def parse_overrides(lines: Sequence[str]) -> tuple[list[Override], list[str]]:
+def parse_overrides(
+    lines: Sequence[str], suggest: Callable[[str], str] = lambda _: ""
+) -> tuple[list[Override], list[str]]:
     """Parses each override on its own.
+
+    Args:
+        lines: as typed.
+        suggest: gives a hint for a word that is no `key=value`.
 
     Returns:
         The ones that can be read, and one problem per other line.
     """
     parsed = [(line, parse_override(line)) for line in lines]
     problems = [
-        f"{line}: cannot be read; write key=value, and quote special characters for both the shell and "
-        "Hydra, "
-        "as in 'key=\"a b\"'"
+        f"{line}: cannot be read; write key=value, and quote special characters for both the shell and Hydra, as in "
+        "'key=\"a b\"'"
+        if "=" in line
+        else f"{line}: has no value{suggest(line)}; write key=value"
         for line, override in parsed
         if override is None
     ]

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from m2_encoder.cli.build import build_model_config, build_tokenizer
 from m2_encoder.cli.card import build_card
+from m2_encoder.cli.compose import UNSET
 from m2_encoder.cli.main import Command, default_run_folder, run_command
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.provenance import command_line, git_revision, versions
@@ -88,8 +89,8 @@ def check_export(cfg: dict[str, Any]) -> list[str]:
     """What is wrong with a configuration of `m2-export`."""
     problems = [problem.text for problem in check_rules(cfg, _RULES)]
     problems += [f"{key}: unknown; known: {', '.join(_KEYS)}" for key in cfg if key not in _KEYS]
-    if problems:
-        return problems
+    if problems or UNSET in (cfg["run"]["name"], cfg["run"]["folder"]):
+        return problems  # what is missing has been reported
     folder = default_run_folder(cfg)
     if not (folder / CONFIG_FILE).is_file():
         names = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}"))

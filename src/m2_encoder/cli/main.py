@@ -40,7 +40,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.cli.arguments import Arguments, parse_arguments
 from m2_encoder.cli.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
-from m2_encoder.cli.help import render_help
+from m2_encoder.cli.help import read_values, render_help
 from m2_encoder.cli.paths import anchor, find_conf
 from m2_encoder.cli.sweeps import expand_sweep, is_sweep_line, job_name, sweep_problems
 from m2_encoder.errors import UserError
@@ -151,7 +151,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     fixed = [f'hydra.searchpath=["file://{arguments.config_dir}"]'] if arguments.config_dir else []
     with open_composer(folder, config_name, fixed) as composer:
         if arguments.help:
-            print(render_help(command, composer.groups()))
+            values = read_values(find_conf() / command.config_folder / f"{command.config_name}.yaml")
+            print(render_help(command, composer.groups(), chosen=composer.chosen(), values=values))
             return 0
         plan = _plan(command, arguments, composer)
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.

@@ -1,7 +1,7 @@
 """Sweeps: which jobs a command line stands for, and what each is called.
 
 Each job of `m2-train -m optimizer.lr=1e-3,2e-3 +experiment=smoke` is a run of its own. Its name is `run.name`
-with what is swept behind it (`smoke-lr=1e-3`, `smoke-lr=2e-3`), so the folders never collide, and the same
+with what is swept behind it (`smoke-lr=0.001`, `smoke-lr=0.002`), so the folders never collide, and the same
 sweep started again with `run.resume=auto` continues every job where it was. Hydra's records of the sweep go
 to `outputs/multirun/`.
 """

@@ -190,7 +190,7 @@ def _name_repetition(cfg: dict[str, Any], folder: Path, lines: Sequence[str]) ->
         return []  # something is missing, which validation will say
     original = default_run_folder(cfg)
     named = any(line.startswith(("run.name=", "run.resume=")) for line in lines)
-    if named or folder != original or run.get("resume") != "never":
+    if named or folder != original:
         return []
     number = 2
     while (name := f"{original.name}-{number}") and (original.parent / name).exists():
@@ -207,8 +207,8 @@ COMMAND: Final = Command(
         "m2-train +experiment=emoji",
         "m2-train +experiment=emoji run.name=wide model.embed_dim=256 optimizer.lr=5e-4",
         "m2-train +experiment=emoji run.name=two strategy=ddp trainer.devices=2",
-        "m2-train -m +experiment=smoke optimizer.lr=1e-3,2e-3      # smoke-lr=1e-3, smoke-lr=2e-3",
-        "m2-train --config-path outputs/emoji --config-name config   # repeats a run",
+        "m2-train -m +experiment=smoke optimizer.lr=1e-3,2e-3      # smoke-lr=0.001, smoke-lr=0.002",
+        "m2-train --config-path outputs/emoji --config-name config  # repeats a run",
     ),
     check=validate_train,
     run=_run,

@@ -144,7 +144,7 @@ def test_only_the_first_rank_speaks(
 def test_help(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert start(_never, "--help") == 0
     text = capsys.readouterr().out
-    for part in ("Test things.", "m2-tool size=2", "one | two", "--multirun", "A note."):
+    for part in ("Test things.", "m2-tool size=2", "one* | two", "--multirun", "A note."):
         assert part in text
 
 

@@ -1,0 +1,39 @@
+"""What people type before they have read the help: each command says what was meant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from m2_encoder.cli import data, export, train
+
+
+@pytest.mark.parametrize(
+    ("main", "line", "answers"),
+    [
+        (train.main, "m2-train smoke", ["smoke: has no value (did you mean +experiment=smoke?)"]),
+        (train.main, "m2-train tiny", ["tiny: has no value (did you mean model=tiny?)"]),
+        (train.main, "m2-train --experiment smoke", ["--experiment: unknown flag; options are written key=value"]),
+        (train.main, "m2-train experiment=smoke", ["add it with +experiment=smoke"]),
+        (export.main, "m2-export emoji", ["emoji: has no value", "run.name=???: must be given"]),
+        (export.main, "m2-export", ["run.name=???: must be given"]),
+        (data.main, "m2-data emojis", ["emojis: no such sub-command; choose from emoji"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_answer(
+    main: Callable[[], int],
+    line: str,
+    answers: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", line.split())
+    assert main() == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    problems = said if len(said) == 1 else said[1:]
+    assert len(problems) == len(answers), said
+    for problem, answer in zip(problems, answers, strict=True):
+        assert answer in problem
