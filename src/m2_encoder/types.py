@@ -36,8 +36,8 @@ class ImageTextBatch(NamedTuple):
 
     Attributes:
         images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1; normalisation is the model's.
-        text: one caption per image.
-        language: index into `LANGUAGES` of each caption, (B,) int64.
+        text: k captions per image, (k * B, T); row j describes image j // k. Usually k is 1.
+        language: index into `LANGUAGES` of each caption, (k * B,) int64.
         identity: equal numbers mark the same content (the same picture, or the same concept drawn twice), (B,) int64.
         keys: sample keys, length B.
         sources: name of the mixture part each sample comes from, length B.

@@ -32,7 +32,7 @@ from m2_encoder.types import LANGUAGES
 
 RUN_KEYS: Final = ("name", "folder", "resume", "checkpoint_every", "export")
 MODEL_FIELDS: Final = tuple(field.name for field in dataclasses.fields(M2EncoderConfig) if field.name != "name")
-REAL_MODEL_FIELDS: Final = ("drop_path_rate", "layer_norm_eps", "position_init_std")
+REAL_MODEL_FIELDS: Final = ("drop_path_rate", "layer_norm_eps", "position_init_std", "initial_temperature")
 """Fields of the model that are no sizes: they change no tensor's shape."""
 MODEL_KEYS: Final = ("name", "weights", "tokenizer", *MODEL_FIELDS)
 CLUSTER_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -125,6 +125,7 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     number("model.drop_path_rate", "0.1", least=0, below=1, optional=True),
     number("model.layer_norm_eps", "1e-5", above=0, below=1, optional=True),
     number("model.position_init_std", "0.02", above=0, optional=True),
+    number("model.initial_temperature", "0.07", least=0.01, most=1, optional=True),
     text("data.folder", "outputs/data/emoji"),
     choice("data.heldout_style", EMOJI_STYLES, example="openmoji"),
     whole("data.global_batch_size", 2, "256", note=" (over all ranks)"),
@@ -133,6 +134,7 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     _weights_rule("data.captions.language_weights", LANGUAGES, "{zh: 0.5, en: 0.5}"),
     _weights_rule("data.captions.role_weights", CAPTION_ROLES, "{name: 0.5, keyword: 0.5}"),
     whole("data.captions.max_keywords", 1, "4"),
+    flag("data.captions.every_language"),
     number("objective.*.weight", "1.0", least=0),
     number("objective.*.label_smoothing", "0.1", least=0, below=1),
     flag("objective.*.multi_positive"),
@@ -140,6 +142,9 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     Rule("optimizer.betas", _is_pair, "two numbers in [0, 1)", "[0.9, 0.98]"),
     number("optimizer.eps", "1e-6", above=0, most=1),
     number("optimizer.weight_decay", "0.2", least=0),
+    number("optimizer.logit_scale_lr_ratio", "20", above=0, most=1000),
+    number("optimizer.matrix_lr", "2e-3", above=0, most=10),
+    number("optimizer.momentum", "0.95", least=0, below=1),
     whole("scheduler.warmup_steps", 0, "100"),
     whole("scheduler.max_steps", 1, "1000"),
     number("scheduler.min_lr_ratio", "0.1", least=0, most=1),

@@ -37,13 +37,19 @@ class Caption(NamedTuple):
 
 
 class CaptionSampler:
-    """Draws one caption of a sample.
+    """Draws the captions of a sample for one step.
 
     Args:
         language_weights: relative frequency of each language, e.g. {"zh": 0.5, "en": 0.5}.
         role_weights: relative frequency of each of `CAPTION_ROLES`; a role that a sample lacks passes its share to the
             others.
         max_keywords: longest list of keywords.
+        every_language: draw one caption in each language with a weight, in the order of `LANGUAGES`, instead of one in
+            all. A step then learns from several captions of an image at the cost of encoding the image once. A language
+            that a sample lacks is replaced by a draw from the others.
+
+    Attributes:
+        captions_per_image: how many are drawn.
 
     Raises:
         UserError: for unknown languages or roles, negative weights or weights that are all zero.
@@ -55,15 +61,19 @@ class CaptionSampler:
         language_weights: Mapping[str, float],
         role_weights: Mapping[str, float],
         max_keywords: int = 4,
+        every_language: bool = False,
     ) -> None:
         self.language_weights = _check_weights("language_weights", language_weights, LANGUAGES)
         self.role_weights = _check_weights("role_weights", role_weights, CAPTION_ROLES)
         if max_keywords < 1:
             raise UserError(f"max_keywords={max_keywords!r} must be 1 or more")
         self.max_keywords = max_keywords
+        self.every_language = every_language
+        self._languages = [language for language, weight in self.language_weights.items() if weight > 0]
+        self.captions_per_image = len(self._languages) if every_language else 1
 
-    def __call__(self, metadata: Mapping[str, Any], *, rng: np.random.Generator) -> Caption:
-        """Draw a caption.
+    def __call__(self, metadata: Mapping[str, Any], *, rng: np.random.Generator) -> tuple[Caption, ...]:
+        """Draw `captions_per_image` captions.
 
         Args:
             metadata: a sample's JSON: `captions` {language: [text, ...]} and, optionally, `caption_roles` of the same
@@ -80,9 +90,13 @@ class CaptionSampler:
         }
         if not available:
             raise UserError(f"no caption in {', '.join(self.language_weights)}")
-        language = _draw(available, rng)
-        by_role = _group_by_role(metadata, language)
-        return Caption(self._speak(by_role, language, rng), language)
+        if self.every_language:
+            languages = [name if name in available else _draw(available, rng) for name in self._languages]
+        else:
+            languages = [_draw(available, rng)]
+        return tuple(
+            Caption(self._speak(_group_by_role(metadata, language), language, rng), language) for language in languages
+        )
 
     def _speak(self, by_role: Mapping[str, Sequence[str]], language: str, rng: np.random.Generator) -> str:
         choices = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from m2_encoder.data.captions import CaptionSampler
+from m2_encoder.data.captions import Caption, CaptionSampler
 from m2_encoder.data.emoji import EMOJI_MARKER, write_emoji_shards
 from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.loader import PositionLoader
@@ -32,11 +32,10 @@ VALIDATION_SPLIT = "val"
 
 
 class TrainingSample(NamedTuple):
-    """A decoded, augmented sample with one drawn caption."""
+    """A decoded, augmented sample with its drawn captions."""
 
     image: Tensor
-    text: str
-    language: str
+    captions: tuple[Caption, ...]
     key: str
     source: str
     identity: int
@@ -49,7 +48,7 @@ class TrainingSamples(Dataset[TrainingSample]):
         locations: samples of an epoch.
         source: name of the source.
         seed: chooses order and randomness.
-        captions: draws a caption.
+        captions: draws the captions of a step.
         transform: augments an image.
     """
 
@@ -72,12 +71,12 @@ class TrainingSamples(Dataset[TrainingSample]):
         raw = read_sample(self._locations[self._order.index(position)])
         rng = self._order.rng(position)
         try:
-            caption = self._captions(raw.metadata, rng=rng)
+            captions = self._captions(raw.metadata, rng=rng)
             image = self._transform(raw.image, rng=rng)
         except UserError as error:
             raise type(error)(f"{raw.origin}: {error}") from error
         identity = content_identity(str(raw.metadata.get("key", raw.key)))
-        return TrainingSample(image, caption.text, caption.language, raw.key, self._source, identity)
+        return TrainingSample(image, captions, raw.key, self._source, identity)
 
 
 def content_identity(content: str) -> int:
@@ -90,10 +89,11 @@ def content_identity(content: str) -> int:
 
 def collate_samples(samples: list[TrainingSample], *, tokenizer: SentencePieceTokenizer) -> ImageTextBatch:
     """Stack samples to a batch; texts are padded to the longest."""
+    captions = [caption for sample in samples for caption in sample.captions]
     return ImageTextBatch(
         images=torch.stack([sample.image for sample in samples]),
-        text=tokenizer([sample.text for sample in samples]),
-        language=torch.tensor([LANGUAGES.index(sample.language) for sample in samples]),
+        text=tokenizer([caption.text for caption in captions]),
+        language=torch.tensor([LANGUAGES.index(caption.language) for caption in captions]),
         identity=torch.tensor([sample.identity for sample in samples]),
         keys=tuple(sample.key for sample in samples),
         sources=tuple(sample.source for sample in samples),
@@ -159,7 +159,7 @@ class EmojiDataModule(lightning.LightningDataModule):
         global_batch_size: samples per step over all ranks.
         num_workers: loader processes per rank.
         heldout_style: drawing style that is never trained on.
-        captions: draws a caption of a sample.
+        captions: draws the captions of a sample.
         transform: builds the augmentation for an image size.
         eval_batch_size: images or texts per forward in validation.
 

@@ -47,6 +47,8 @@ class M2EncoderConfig:
         layer_norm_eps: epsilon of every LayerNorm in the encoders.
         position_init_std: standard deviation that both position tables are drawn with. The released constructor takes
             1; from scratch on little data such positions drown the content, and the loss stays at chance.
+        initial_temperature: 1 / exp(logit_scale) at the start. CLIP and the released constructor take 0.07; a short run
+            from scratch starts better warmer: while features are random, a sharp softmax only makes them all alike.
 
     Raises:
         UserError: if a value is impossible; all of them are listed at once.
@@ -67,6 +69,7 @@ class M2EncoderConfig:
     drop_path_rate: float = 0.0
     layer_norm_eps: float = 1e-5
     position_init_std: float = 1.0
+    initial_temperature: float = 0.07
 
     def __post_init__(self) -> None:
         problems = [
@@ -82,6 +85,8 @@ class M2EncoderConfig:
             problems.append(f"layer_norm_eps={self.layer_norm_eps!r} must be in (0, 1)")
         if not _is_number(self.position_init_std) or not self.position_init_std > 0:
             problems.append(f"position_init_std={self.position_init_std!r} must be above 0")
+        if not _is_number(self.initial_temperature) or not 0.01 <= self.initial_temperature <= 1:
+            problems.append(f"initial_temperature={self.initial_temperature!r} must be in 0.01..1")
         if problems:
             raise UserError(f"impossible model configuration {self.name!r}: " + "; ".join(problems))
 

@@ -13,9 +13,6 @@ from torch import nn
 
 from m2_encoder.models.multiway import MultiwayEncoder, TransformerExpert
 
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
-"""Log of the inverse temperature at the start (CLIP, arXiv:2103.00020)."""
-
 _HEAD_STD = 0.02
 
 

@@ -9,6 +9,7 @@ Reference: M2-Encoder (arXiv:2401.15896).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
-from m2_encoder.models.init import INITIAL_LOGIT_SCALE, init_embedding_tables, init_encoder, init_heads
+from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
 from m2_encoder.models.multiway import MultiwayEncoder
 from m2_encoder.models.packing import Packing
 from m2_encoder.types import EncoderOutput, FusionOutput, TextTokens
@@ -67,8 +68,8 @@ class M2Encoder(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw all parameters anew; also gives values to a model built on `meta` and materialised by `to_empty`."""
-        nn.init.constant_(self.logit_scale, INITIAL_LOGIT_SCALE)
-        nn.init.constant_(self.logit_vl_scale, INITIAL_LOGIT_SCALE)
+        for scale in (self.logit_scale, self.logit_vl_scale):
+            nn.init.constant_(scale, -math.log(self.config.initial_temperature))
         self.image_embed.proj.reset_parameters()
         nn.init.zeros_(self.image_embed.cls_token)
         nn.init.zeros_(self.image_embed.mask_token)

@@ -20,7 +20,7 @@ class ObjectiveInputs(NamedTuple):
 
     Attributes:
         image_features: (B, E), L2-normalised.
-        text_features: (B, E), L2-normalised; row i describes image i.
+        text_features: (k * B, E), L2-normalised; k captions per image, row j describes image j // k.
         logit_scale: log of the inverse temperature, ().
         identity: equal numbers mark the same content, (B,) int64.
         group: ranks whose rows serve as negatives; None for this rank alone.
@@ -38,7 +38,7 @@ class ObjectiveOutput(NamedTuple):
 
     Attributes:
         loss: mean over the local rows, (), fp32, unweighted.
-        per_sample: loss of each local row, (B,) fp32, detached; logged per language.
+        per_sample: loss of each local caption, (k * B,) fp32, detached; logged per language.
     """
 
     loss: Tensor

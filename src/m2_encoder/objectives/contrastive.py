@@ -19,21 +19,24 @@ def image_text_contrastive(
     *,
     group: dist.ProcessGroup | None = None,
     identity: Tensor | None = None,
+    captions_per_image: int = 1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Symmetric InfoNCE over the contrastive group.
 
     Args:
         image_features: L2-normalised, (B, E).
-        text_features: L2-normalised, (B, E); row i describes image i.
+        text_features: L2-normalised, (k * B, E) with k `captions_per_image`; row j describes image j // k.
         logit_scale: log of the inverse temperature, ().
         group: ranks whose features serve as negatives, the same B on each; None for this rank alone.
-        identity: equal numbers mark rows with the same content, (B,) int64; all of them are positives of each other,
-            with equal shares. None: only row i matches row i.
+        identity: equal numbers mark images with the same content, (B,) int64; they and all their captions are positives
+            of each other, with equal shares. None: only an image and its own captions match.
+        captions_per_image: k.
         label_smoothing: share of the target spread evenly over all rows of the group, in [0, 1).
 
     Returns:
-        Mean loss over the local rows, (), fp32 (fp64 for fp64 features). Its gradient, averaged over the ranks of the
+        Mean loss over the local rows (the mean over images of image-to-text and the mean over texts of text-to-image,
+        halved), (), fp32 (fp64 for fp64 features). Its gradient, averaged over the ranks of the
         group as DDP does, is that of the mean loss over all rows of the group.
 
     Raises:
@@ -47,6 +50,7 @@ def image_text_contrastive(
         logit_scale,
         group=group,
         identity=identity,
+        captions_per_image=captions_per_image,
         label_smoothing=label_smoothing,
     ).mean()
 
@@ -58,10 +62,11 @@ def contrastive_row_losses(
     *,
     group: dist.ProcessGroup | None = None,
     identity: Tensor | None = None,
+    captions_per_image: int = 1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss of each local row, half image-to-text and half text-to-image, (B,); see `image_text_contrastive`."""
-    _check(image_features, text_features, identity, label_smoothing)
+    """The loss of each local text, half its image's and half its own, (k * B,); see `image_text_contrastive`."""
+    _check(image_features, text_features, identity, captions_per_image, label_smoothing)
     dtype = torch.promote_types(torch.promote_types(image_features.dtype, text_features.dtype), torch.float32)
     # Mixed precision would multiply even fp32 features in half precision: at scale 100 logits would be off by tenths.
     with torch.autocast(image_features.device.type, enabled=False):
@@ -70,14 +75,14 @@ def contrastive_row_losses(
             (images, texts) if group is None else (gather_rows(images, group), gather_rows(texts, group))
         )
         scale = logit_scale.to(dtype).exp()
-        targets = _targets(images, group=group, identity=identity)
+        to_texts, to_images = _targets(images, group=group, identity=identity, captions_per_image=captions_per_image)
         image_to_text = functional.cross_entropy(
-            scale * images @ all_texts.t(), targets, label_smoothing=label_smoothing, reduction="none"
+            scale * images @ all_texts.t(), to_texts, label_smoothing=label_smoothing, reduction="none"
         )
         text_to_image = functional.cross_entropy(
-            scale * texts @ all_images.t(), targets, label_smoothing=label_smoothing, reduction="none"
+            scale * texts @ all_images.t(), to_images, label_smoothing=label_smoothing, reduction="none"
         )
-    return (image_to_text + text_to_image) / 2
+    return (image_to_text.repeat_interleave(captions_per_image) + text_to_image) / 2
 
 
 class ImageTextContrastive(Objective):
@@ -104,22 +109,26 @@ class ImageTextContrastive(Objective):
             inputs.logit_scale,
             group=inputs.group,
             identity=inputs.identity if self.multi_positive else None,
+            captions_per_image=inputs.text_features.shape[0] // max(1, inputs.image_features.shape[0]),
             label_smoothing=self.label_smoothing,
         )
         return ObjectiveOutput(loss=losses.mean(), per_sample=losses.detach())
 
 
-def _check(image_features: Tensor, text_features: Tensor, identity: Tensor | None, label_smoothing: float) -> None:
-    if image_features.dim() != 2 or image_features.shape != text_features.shape:
+def _check(
+    image_features: Tensor, text_features: Tensor, identity: Tensor | None, captions_per_image: int, smoothing: float
+) -> None:
+    images, texts = tuple(image_features.shape), tuple(text_features.shape)
+    if len(images) != 2 or texts != (images[0] * captions_per_image, images[1]):
         raise UserError(
-            f"image_features {tuple(image_features.shape)} and text_features {tuple(text_features.shape)} "
-            "must both be (B, E), row i of one describing row i of the other"
+            f"image_features {images} and text_features {texts} must be (B, E) and (k * B, E), "
+            f"text j describing image j // k, with k = captions_per_image = {captions_per_image}"
         )
     if not image_features.shape[0]:
         raise UserError(f"features {tuple(image_features.shape)} have no rows; a mean needs at least one")
     if identity is not None and identity.shape != image_features.shape[:1]:
         raise UserError(f"identity has shape {tuple(identity.shape)}, expected ({image_features.shape[0]},)")
-    _check_smoothing(label_smoothing)
+    _check_smoothing(smoothing)
 
 
 def _check_smoothing(label_smoothing: float) -> None:
@@ -127,12 +136,26 @@ def _check_smoothing(label_smoothing: float) -> None:
         raise UserError(f"label_smoothing={label_smoothing!r} must be in [0, 1)")
 
 
-def _targets(images: Tensor, *, group: dist.ProcessGroup | None, identity: Tensor | None) -> Tensor:
-    """Column of the positive of each local row, (B,) int64, or the share of each column, (B, G * B) as `images`."""
+def _targets(
+    images: Tensor, *, group: dist.ProcessGroup | None, identity: Tensor | None, captions_per_image: int
+) -> tuple[Tensor, Tensor]:
+    """Targets over all texts for the local images, and over all images for the local texts.
+
+    Returns:
+        Columns of the only positives, twice (B,) int64; or shares of the columns, (B, G * k * B) and (k * B, G * B).
+    """
     rows = images.shape[0]
-    if identity is None:
-        offset = 0 if group is None else dist.get_rank(group) * rows
-        return torch.arange(offset, offset + rows, device=images.device)
+    offset = 0 if group is None else dist.get_rank(group) * rows
+    own = torch.arange(offset, offset + rows, device=images.device)
+    if identity is None and captions_per_image == 1:
+        return own, own
+    identity = own if identity is None else identity
     identities = identity if group is None else gather_rows_without_grad(identity, group)
-    same = (identity[:, None] == identities[None, :]).to(images.dtype)
+    to_texts = _shares(identity, identities.repeat_interleave(captions_per_image), images.dtype)
+    to_images = _shares(identity.repeat_interleave(captions_per_image), identities, images.dtype)
+    return to_texts, to_images
+
+
+def _shares(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    same = (rows[:, None] == columns[None, :]).to(dtype)
     return same / same.sum(dim=1, keepdim=True)

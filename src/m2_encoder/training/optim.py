@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from m2_encoder.errors import UserError
+from m2_encoder.training.muon import MuonWithAdamW
 
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LambdaLR]
 
-_NO_DECAY_SUFFIXES = ("bias", "positions.weight", "cls_token", "mask_token", "logit_scale", "logit_vl_scale")
+_SCALES = ("logit_scale", "logit_vl_scale")
+_NO_DECAY_SUFFIXES = ("bias", "positions.weight", "cls_token", "mask_token", *_SCALES)
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -22,27 +25,30 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith(_NO_DECAY_SUFFIXES)
 
 
-def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups of the parameters that want a gradient: with and without decay.
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix inside a transformer layer: not an embedding, a head or a convolution."""
+    return parameter.ndim == 2 and ".layers." in name
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, logit_scale_lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """AdamW's groups of the parameters that want a gradient: with decay, without, and the logit scales.
 
     Returns:
-        Groups with `params`, `weight_decay` and the parameters' `names` (so that a log can say what is where).
+        Groups with `params`, `lr`, `weight_decay` and the parameters' `names` (so that a log can say what is where).
     """
-    decayed: list[tuple[str, nn.Parameter]] = []
-    plain: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in _trainable(module):
-        (decayed if is_decayed(name, parameter) else plain).append((name, parameter))
-    return [
-        {"params": [p for _, p in rows], "names": [n for n, _ in rows], "weight_decay": decay}
-        for rows, decay in ((decayed, weight_decay), (plain, 0.0))
-        if rows
-    ]
-
-
-def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in module.named_parameters():
+    groups: dict[str, dict[str, Any]] = {
+        "decayed": {"params": [], "names": [], "lr": lr, "weight_decay": weight_decay},
+        "plain": {"params": [], "names": [], "lr": lr, "weight_decay": 0.0},
+        "scales": {"params": [], "names": [], "lr": lr * logit_scale_lr_ratio, "weight_decay": 0.0},
+    }
+    for name, parameter in parameters:
         if parameter.requires_grad:
-            yield name, parameter
+            kind = "scales" if name.endswith(_SCALES) else "decayed" if is_decayed(name, parameter) else "plain"
+            groups[kind]["params"].append(parameter)
+            groups[kind]["names"].append(name)
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_optimizer(
@@ -52,6 +58,7 @@ def build_optimizer(
     betas: Sequence[float] = (0.9, 0.98),
     eps: float = 1e-6,
     weight_decay: float = 0.2,
+    logit_scale_lr_ratio: float = 1.0,
 ) -> AdamW:
     """AdamW with the field's parameter groups.
 
@@ -61,22 +68,82 @@ def build_optimizer(
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, on matrices and convolutions only (`is_decayed`).
+        logit_scale_lr_ratio: learning rate of the logit scales over `lr`. Short runs want more than 1: at the peak
+            rate of the others a scale moves by less than a tenth in a hundred steps.
 
     Raises:
         UserError: if nothing is trainable, or a number is impossible.
 
     Reference: AdamW (arXiv:1711.05101); values of CLIP (arXiv:2103.00020), Table 19-20.
     """
-    groups = parameter_groups(module, weight_decay=weight_decay)
+    groups = parameter_groups(
+        module.named_parameters(), lr=lr, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio
+    )
     if not groups:
         raise UserError("no parameter wants a gradient; there is nothing to train")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"betas={list(betas)} must be two numbers in [0, 1)")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0 <= value < math.inf:
-            raise UserError(f"{name}={value!r} must be 0 or more, and finite")
+    _check_numbers(betas, lr=lr, eps=eps, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio)
     first, second = betas
     return AdamW(groups, lr=lr, betas=(first, second), eps=eps)
+
+
+def build_muon(
+    module: nn.Module,
+    *,
+    lr: float,
+    matrix_lr: float,
+    momentum: float = 0.95,
+    betas: Sequence[float] = (0.9, 0.98),
+    eps: float = 1e-6,
+    weight_decay: float = 0.2,
+    logit_scale_lr_ratio: float = 1.0,
+) -> MuonWithAdamW:
+    """Muon for the matrices inside the layers, AdamW as in `build_optimizer` for everything else.
+
+    Args:
+        module: its parameters with `requires_grad` are trained.
+        lr: peak learning rate of AdamW's parameters; the scheduler multiplies it.
+        matrix_lr: peak learning rate of Muon's matrices (`is_hidden_matrix`).
+        momentum: Muon's.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: decoupled decay, on Muon's matrices and on AdamW's (`is_decayed`).
+        logit_scale_lr_ratio: as in `build_optimizer`.
+
+    Raises:
+        UserError: if there is nothing for one of the two, or a number is impossible.
+    """
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    hidden = [(name, parameter) for name, parameter in named if is_hidden_matrix(name, parameter)]
+    others = [(name, parameter) for name, parameter in named if not is_hidden_matrix(name, parameter)]
+    adamw = parameter_groups(others, lr=lr, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio)
+    if not hidden or not adamw:
+        raise UserError("Muon needs trainable matrices inside layers and other parameters; use optimizer=adamw")
+    _check_numbers(
+        betas,
+        lr=lr,
+        matrix_lr=matrix_lr,
+        eps=eps,
+        weight_decay=weight_decay,
+        logit_scale_lr_ratio=logit_scale_lr_ratio,
+    )
+    if not 0 <= momentum < 1:
+        raise UserError(f"momentum={momentum!r} must be in [0, 1)")
+    first, second = betas
+    return MuonWithAdamW(
+        muon=parameter_groups(hidden, lr=matrix_lr, weight_decay=weight_decay),
+        adamw=adamw,
+        betas=(first, second),
+        eps=eps,
+        momentum=momentum,
+    )
+
+
+def _check_numbers(betas: Sequence[float], **others: float) -> None:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"betas={list(betas)} must be two numbers in [0, 1)")
+    for name, value in others.items():
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name}={value!r} must be 0 or more, and finite")
 
 
 def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, max_steps: int, min_lr_ratio: float = 0.0) -> LambdaLR:

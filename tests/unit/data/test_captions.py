@@ -27,7 +27,7 @@ DRAWS = 4000
 
 def draws(sampler: CaptionSampler, metadata: dict[str, Any], number: int = DRAWS) -> list[Caption]:
     rng = np.random.default_rng(3)
-    return [sampler(metadata, rng=rng) for _ in range(number)]
+    return [caption for _ in range(number) for caption in sampler(metadata, rng=rng)]
 
 
 def assert_shares(counts: Counter[str], shares: dict[str, float]) -> None:
@@ -115,8 +115,9 @@ def test_draws_are_a_function_of_the_generator(seed: int, concept: Any) -> None:
     again = CaptionSampler(language_weights=dict(reversed(EVEN.items())), role_weights=dict(reversed(ROLES.items())))
     first = sampler(metadata, rng=np.random.default_rng(seed))
     assert first == again(metadata, rng=np.random.default_rng(seed)), "the order of a mapping must not matter"
-    assert first.text.strip()
-    assert first.language in LANGUAGES
+    (caption,) = first
+    assert caption.text.strip()
+    assert caption.language in LANGUAGES
 
 
 @pytest.mark.parametrize(
@@ -158,3 +159,15 @@ def test_unusable_metadata_is_named(metadata: dict[str, Any], message: str) -> N
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CaptionSampler(**{"language_weights": EVEN, "role_weights": ROLES, **arguments})
+
+
+def test_every_language_speaks_once_per_image() -> None:
+    sampler = CaptionSampler(language_weights={"zh": 0.1, "en": 0.9}, role_weights=ROLES, every_language=True)
+    assert sampler.captions_per_image == 2
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        assert [caption.language for caption in sampler(CAT, rng=rng)] == ["en", "zh"]
+    lone = {"captions": {"zh": ["猫"]}}
+    assert [caption.language for caption in sampler(lone, rng=rng)] == ["zh", "zh"]
+    one = CaptionSampler(language_weights={"zh": 1, "en": 0}, role_weights=ROLES, every_language=True)
+    assert one.captions_per_image == 1

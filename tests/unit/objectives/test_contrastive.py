@@ -174,7 +174,7 @@ def test_mixed_precisions_of_the_two_sides_meet_in_the_wider_one() -> None:
     ("images", "texts", "identity", "smoothing", "message"),
     [
         ((3, 4), (2, 4), None, 0.0, r"image_features \(3, 4\) and text_features \(2, 4\)"),
-        ((3, 4), (3, 5), None, 0.0, r"must both be \(B, E\)"),
+        ((3, 4), (3, 5), None, 0.0, r"must be \(B, E\)"),
         ((12,), (12,), None, 0.0, r"\(12,\)"),
         ((3, 4), (3, 4), (2,), 0.0, r"identity has shape \(2,\), expected \(3,\)"),
         ((0, 4), (0, 4), None, 0.0, "no rows"),
@@ -235,3 +235,41 @@ class TestObjective:
     def test_itc_trains_no_optional_part(self) -> None:
         assert issubclass(ImageTextContrastive, Objective)
         assert not ImageTextContrastive.optional_parts
+
+
+@pytest.mark.parametrize("identity", [None, [4, 4, 1]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_several_captions_per_image_equal_the_plain_implementation(
+    identity: list[int] | None, smoothing: float
+) -> None:
+    images, texts, scale = features(3, 4, seed=1), features(6, 4, seed=2), torch.tensor(1.7, dtype=torch.float64)
+    ids = identity or [0, 1, 2]
+    image_rows = []
+    for i in range(3):
+        partners = [j for j in range(6) if ids[j // 2] == ids[i]]
+        log_probabilities = (scale.exp() * images[i] @ texts.t()).log_softmax(0)
+        shares = torch.full((6,), smoothing / 6, dtype=torch.float64)
+        shares[partners] += (1 - smoothing) / len(partners)
+        image_rows.append(-(shares * log_probabilities).sum())
+    text_rows = []
+    for j in range(6):
+        partners = [i for i in range(3) if ids[i] == ids[j // 2]]
+        log_probabilities = (scale.exp() * texts[j] @ images.t()).log_softmax(0)
+        shares = torch.full((3,), smoothing / 3, dtype=torch.float64)
+        shares[partners] += (1 - smoothing) / len(partners)
+        text_rows.append(-(shares * log_probabilities).sum())
+    options = {
+        "identity": None if identity is None else torch.tensor(identity),
+        "captions_per_image": 2,
+        "label_smoothing": smoothing,
+    }
+    rows = contrastive_row_losses(images, texts, scale, **options)
+    expected = torch.stack([(image_rows[j // 2] + text_rows[j]) / 2 for j in range(6)])
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-13)
+    loss = image_text_contrastive(images, texts, scale, **options)
+    torch.testing.assert_close(loss, (torch.stack(image_rows).mean() + torch.stack(text_rows).mean()) / 2)
+
+
+def test_the_number_of_captions_must_be_said() -> None:
+    with pytest.raises(UserError, match="captions_per_image = 1"):
+        image_text_contrastive(features(2, 4), features(4, 4), torch.tensor(1.0))

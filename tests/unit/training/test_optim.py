@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,11 +42,20 @@ def decayed_names() -> set[str]:
     return names
 
 
+def groups_of(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    return parameter_groups(module.named_parameters(), lr=1e-3, weight_decay=weight_decay, logit_scale_lr_ratio=20)
+
+
+def test_the_scales_have_their_own_learning_rate(model: M2Encoder) -> None:
+    assert [group["lr"] for group in groups_of(model, weight_decay=0.1)] == pytest.approx([1e-3, 1e-3, 2e-2])
+
+
 def test_exactly_the_matrices_and_convolutions_are_decayed(model: M2Encoder) -> None:
-    decayed, plain = parameter_groups(model, weight_decay=0.3)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    decayed, plain, scales = groups_of(model, weight_decay=0.3)
+    assert [group["weight_decay"] for group in (decayed, plain, scales)] == [0.3, 0.0, 0.0]
+    assert set(scales["names"]) == {"logit_scale", "logit_vl_scale"}
     assert set(decayed["names"]) == decayed_names()
-    kept = set(plain["names"])
+    kept = {*plain["names"], *scales["names"]}
     for name in (
         "logit_scale", "logit_vl_scale", "image_embed.cls_token", "image_embed.mask_token",
         "image_embed.positions.weight", "text_embed.positions.weight", "image_embed.proj.bias", "norm.weight",
@@ -55,7 +65,7 @@ def test_exactly_the_matrices_and_convolutions_are_decayed(model: M2Encoder) -> 
 
 
 def test_every_parameter_is_in_exactly_one_group_under_its_name(model: M2Encoder) -> None:
-    groups = parameter_groups(model, weight_decay=0.1)
+    groups = groups_of(model, weight_decay=0.1)
     placed = [(name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)]
     own = dict(model.named_parameters())
     assert len(placed) == len(own)
@@ -65,7 +75,7 @@ def test_every_parameter_is_in_exactly_one_group_under_its_name(model: M2Encoder
 def test_frozen_parameters_are_left_out() -> None:
     model = M2Encoder(tiny_config())
     frozen = model.freeze_parts(OPTIONAL_PARTS)
-    names = {name for group in parameter_groups(model, weight_decay=0.1) for name in group["names"]}
+    names = {name for group in groups_of(model, weight_decay=0.1) for name in group["names"]}
     assert names == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not names & {"pooler.weight", "norm.weight", "logit_vl_scale", "image_embed.mask_token"}
     assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == frozen > 0
@@ -73,13 +83,13 @@ def test_frozen_parameters_are_left_out() -> None:
 
 def test_names_with_prefixes_of_wrappers_are_told_apart_all_the_same() -> None:
     wrapped = nn.ModuleDict({"model": M2Encoder(tiny_config())})
-    decayed, _ = parameter_groups(wrapped, weight_decay=0.1)
+    decayed, *_ = groups_of(wrapped, weight_decay=0.1)
     assert set(decayed["names"]) == {f"model.{name}" for name in decayed_names()}
 
 
 def test_the_optimizer_takes_its_arguments(model: M2Encoder) -> None:
     optimizer = build_optimizer(model, lr=3e-4, betas=[0.8, 0.9], eps=1e-7, weight_decay=0.05)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0, 0.0]
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.9), 1e-7)
 
