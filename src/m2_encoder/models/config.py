@@ -187,8 +187,8 @@ NAME_TO_CONFIG: dict[str, M2EncoderConfig] = {
         # Ours: trains from scratch on two cores in minutes (see conf/experiment/emoji.yaml).
         M2EncoderConfig(
             name="tiny", embed_dim=128, num_heads=4, num_layers=3, num_vl_layers=1, feature_dim=128,
-            image_size=64, patch_size=8, vocab_size=4000, context_length=24, num_text_positions=128,
-            position_init_std=0.02,
+            image_size=32, patch_size=8, vocab_size=3500, context_length=24, num_text_positions=128,
+            position_init_std=0.02, initial_temperature=0.25,
         ),
         # "0.4B", "1B" and "10B" of the paper (263 M, 730 M and 10.2 G parameters as built for inference).
         M2EncoderConfig(
