@@ -6,6 +6,7 @@ import sys
 from typing import Any, Final
 
 from m2_encoder.cli.main import EXIT_USER_ERROR, Command, run_command
+from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.rules import Rule, check_rules, choice, text, whole
 from m2_encoder.data.emoji import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
@@ -62,7 +63,7 @@ def main() -> int:
         known = ", ".join(SUB_COMMANDS)
         print(f"m2-data: {arguments[0]}: no such sub-command; choose from {known}", file=sys.stderr)
         return EXIT_USER_ERROR
-    return run_command(command, sys.argv[2:])
+    return run_command(command, protect_paths(arguments[1:], ("folder",)))
 
 
 if __name__ == "__main__":

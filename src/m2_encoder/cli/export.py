@@ -12,6 +12,7 @@ from m2_encoder.cli.build import build_model_config, build_tokenizer
 from m2_encoder.cli.card import build_card
 from m2_encoder.cli.compose import UNSET
 from m2_encoder.cli.main import Command, default_run_folder, run_command
+from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.provenance import command_line, git_revision, versions
 from m2_encoder.cli.rules import Rule, check_rules, flag, text
@@ -30,6 +31,7 @@ _RULES: Final[tuple[Rule, ...]] = (
     text("output", "outputs/emoji/export", optional=True),
     flag("overwrite"),
 )
+_PATH_KEYS: Final = ("run.folder", "checkpoint", "output")
 _KEYS: Final = ("run", "checkpoint", "output", "overwrite")
 
 
@@ -145,7 +147,7 @@ COMMAND: Final = Command(
 
 def main() -> int:
     """Entry point of `m2-export`."""
-    return run_command(COMMAND)
+    return run_command(COMMAND, protect_paths(sys.argv[1:], _PATH_KEYS))
 
 
 if __name__ == "__main__":

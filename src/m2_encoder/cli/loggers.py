@@ -41,7 +41,7 @@ class QuietWandbLogger(WandbLogger):
     def close(self, summary: Mapping[str, float]) -> None:
         """Add the final metrics and end the W&B run, so that the next run of this process gets its own."""
         self._try(lambda: self.experiment.summary.update(dict(summary)))
-        self._try(lambda: self.experiment.finish())
+        self._try(lambda: self.experiment.finish())  # noqa: PLW0108 - looking it up may fail too
 
     def _try(self, action: Callable[[], object]) -> None:
         if self._has_failed:

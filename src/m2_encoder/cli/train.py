@@ -22,6 +22,7 @@ from m2_encoder.cli.build import build_initial_state, build_model_config, build_
 from m2_encoder.cli.export import export_run
 from m2_encoder.cli.loggers import QuietWandbLogger
 from m2_encoder.cli.main import Command, default_run_folder, run_command
+from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.report import EvaluatedData, report_run
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
@@ -30,6 +31,7 @@ from m2_encoder.training.loggers import JsonlLogger
 from m2_encoder.training.module import PretrainModule
 
 METRICS_FILE: Final = "metrics.jsonl"
+_PATH_KEYS: Final = ("run.folder", "data.folder", "model.weights", "model.tokenizer")
 
 
 class Run(NamedTuple):
@@ -223,7 +225,7 @@ COMMAND: Final = Command(
 
 def main() -> int:
     """Entry point of `m2-train`."""
-    return run_command(COMMAND)
+    return run_command(COMMAND, protect_paths(sys.argv[1:], _PATH_KEYS))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m2_encoder import M2Encoder, M2EncoderConfig, load
+from m2_encoder.cli import export
+from m2_encoder.cli.compose import open_composer
+from m2_encoder.cli.run_folder import write_config
+from m2_encoder.errors import UserError
+
+Start = Callable[..., int]
+RECALLS = {"i2t_r@1": 12.5, "mean_recall": 20.0}
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, repo_root: Path) -> Path:
+    """What m2-train leaves behind, of a small random model."""
+    folder = tmp_path / "outputs" / "try"
+    with open_composer(repo_root / "conf", "train") as composer:
+        cfg: dict[str, Any] = composer.compose(
+            ["+experiment=smoke", "run.name=try", f"run.folder={tmp_path / 'outputs'}"]
+        ).cfg
+    write_config(folder / "config.yaml", cfg)
+    model = M2Encoder(export.build_model_config(cfg["model"]))
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    (folder / "checkpoints").mkdir()
+    for name in ("last.ckpt", "step=3.ckpt"):
+        torch.save({"global_step": 3, "state_dict": state}, folder / "checkpoints" / name)
+    summary = {"table": {"heldout_style": {"zh": RECALLS, "chance": {"i2t_r@1": 0.1}}}}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def start(run_folder: Path, monkeypatch: pytest.MonkeyPatch, repo_root: Path) -> Start:
+    monkeypatch.chdir(repo_root)
+
+    def run(*argv: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["m2-export", f"run.folder={run_folder.parent}", *argv])
+        return export.main()
+
+    return run
+
+
+def test_export_loads_with_the_same_weights(start: Start, run_folder: Path) -> None:
+    assert start("run.name=try") == 0
+    loaded = load(run_folder / "export")
+    trained = torch.load(run_folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, trained[f"model.{name}"]), name
+    assert loaded.model.encode_text(loaded.tokenizer(["一只猫"])).shape == (1, 64)
+
+
+def test_card_says_data_licences_metrics_and_origin(start: Start, run_folder: Path) -> None:
+    assert start("run.name=try") == 0
+    card = (run_folder / "export" / "README.md").read_text(encoding="utf-8")
+    for part in ("Noto Emoji", "CC BY 4.0", "Unicode-3.0", "12.5", "heldout_style", "chance", "m2-export"):
+        assert part in card
+    assert "OpenMoji" not in card, "the held-out style is no training data"
+
+
+@pytest.mark.parametrize("named", ["step=3.ckpt", "{folder}/checkpoints/step=3.ckpt"])
+def test_another_checkpoint_and_output(start: Start, run_folder: Path, named: str) -> None:
+    output = run_folder / "a=b"
+    assert start("run.name=try", f"checkpoint={named.format(folder=run_folder)}", f"output={output}") == 0
+    assert load(output).model.config == M2EncoderConfig.from_dict(
+        json.loads((run_folder / "a=b" / "config.json").read_text(encoding="utf-8"))["model"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["run.name=tri"], "there is: try"),
+        ([], "run.name=???"),
+        (["run.name=try", "checkpoint=step=9.ckpt"], "step=9.ckpt"),
+        (["run.name=try", "+format=onnx"], "format"),
+        (["run.name=try", "overwrite=1"], "true or false"),
+    ],
+)
+def test_mistakes(start: Start, capsys: pytest.CaptureFixture[str], argv: list[str], named: str) -> None:
+    assert start(*argv) == 2
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_existing_export_needs_overwrite(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("run.name=try") == 0
+    assert start("run.name=try") == 2
+    assert "overwrite=true" in capsys.readouterr().err
+    assert start("run.name=try", "overwrite=true") == 0
+
+
+def test_damaged_summary_is_named(run_folder: Path) -> None:
+    (run_folder / "summary.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"summary\.json"):
+        export.read_metrics(run_folder / "summary.json")
+
+
+def test_no_summary_gives_no_metrics(tmp_path: Path) -> None:
+    assert export.read_metrics(tmp_path / "summary.json") == {}
