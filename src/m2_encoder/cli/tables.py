@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import textwrap
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from m2_encoder.evaluation.table import CHANCE, DIRECTIONS, Results, format_percent, table_rows
+from m2_encoder.evaluation.table import CHANCE, DIRECTIONS, Results, TableRow, format_percent, table_rows
 
 _WIDTH_WITHOUT_TERMINAL = 110
+_TITLE_WIDTH = 18  # of a line of a split's title: the table must fit a terminal of 80 columns
 
 
 def open_console() -> Console:
@@ -29,25 +32,42 @@ def results_table(results: Results, *, titles: Mapping[str, str]) -> Table:
     """
     rows = table_rows(results)
     table = Table(
-        title="Retrieval, percent", title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD
+        title="Retrieval, percent",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("\nsplit", no_wrap=True)
-    table.add_column("\nlanguage")
-    for name in rows[0].values:
-        direction, _, k = name.partition("_r@")
-        heading = DIRECTIONS[direction] if k == "1" else ""
-        table.add_column("\nmean" if name == "mean_recall" else f"{heading}\nR@{k}", justify="right")
-    previous = None
-    notes: list[str] = []
-    for row in rows:
-        if row.split != previous:
-            if previous is not None:
-                table.add_section()
-            notes = [titles.get(row.split, row.split), f"{row.num_images:,} images"]
-        previous = row.split
-        note = notes.pop(0) if notes else ""
-        style = "dim" if row.language == CHANCE else ""
-        first = Text(note, style="bold" if notes else "dim")
-        numbers = [Text(format_percent(value), style=style) for value in row.values.values()]
-        table.add_row(first, Text(row.language, style=style), *numbers)
+    table.add_column("\n")
+    for heading in _headings(list(rows[0].values)):
+        table.add_column(heading, justify="right")
+    for split, group in itertools.groupby(rows, key=lambda row: row.split):
+        numbers = list(group)
+        title = [Text(line, style="bold") for line in textwrap.wrap(titles.get(split, split), _TITLE_WIDTH)]
+        notes = [*title, Text(f"{numbers[0].num_images:,} images", style="dim")]
+        for note, row in itertools.zip_longest(notes, numbers):
+            table.add_row(note, *(_cells(row) if row else []))
+        table.add_section()
     return table
+
+
+def _headings(names: Sequence[str]) -> list[str]:
+    """Two lines over each number: a direction, whose words spread over its columns, and the cut-off."""
+    words: dict[str, list[str]] = {}
+    for direction, title in DIRECTIONS.items():
+        before, arrow, after = title.partition(" → ")
+        words[direction] = [before + arrow.rstrip(), after]
+    headings = []
+    for name in names:
+        direction, separator, k = name.partition("_r@")
+        left = words.get(direction, [])
+        headings.append(f"{left.pop(0) if left else ''}\nR@{k}" if separator else "\nmean")
+    return headings
+
+
+def _cells(row: TableRow) -> list[Text]:
+    style = "dim" if row.language == CHANCE else ""
+    return [Text(text, style=style) for text in (row.language, *map(format_percent, row.values.values()))]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from m2_encoder.types import LANGUAGES
 
@@ -25,7 +27,7 @@ _PLAIN_LINES = 20  # lines over a whole run where there is no terminal
 
 
 class TrainingProgress(ProgressBar):
-    """One live line in a terminal; about twenty plain lines over the run in a log file.
+    """A live bar with its numbers below in a terminal; about twenty plain lines over the run in a log file.
 
     Shows the step, elapsed and remaining time, samples per second, the loss per language and the last validation
     recalls (text to image, R@10, percent).
@@ -34,7 +36,7 @@ class TrainingProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._console = Console()
-        self._progress: Progress | None = None
+        self._progress: _TwoLines | None = None
         self._task = TaskID(0)
         self._recalls = ""
         self._started = 0.0
@@ -55,18 +57,18 @@ class TrainingProgress(ProgressBar):
         self._first_step = trainer.global_step
         if not self._enabled or not self._console.is_terminal:
             return
-        self._progress = Progress(
+        self._progress = _TwoLines(
             TextColumn("[bold]training"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("<"),
+            TextColumn("·"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("left"),
             console=self._console,
             expand=True,
         )
-        self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, status="")
+        self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step)
         self._progress.start()
 
     def on_train_batch_end(
@@ -82,12 +84,15 @@ class TrainingProgress(ProgressBar):
             return
         step = trainer.global_step
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, status=self._status(trainer))
+            self._progress.status = self._status(trainer)
+            self._progress.update(self._task, completed=step)
         elif step % max(1, trainer.max_steps // _PLAIN_LINES) == 0 or step == trainer.max_steps:
             elapsed = time.monotonic() - self._started
             left = elapsed / max(1, step - self._first_step) * (trainer.max_steps - step)
+            width = len(str(trainer.max_steps))
             self._console.print(
-                f"step {step}/{trainer.max_steps} · {_clock(elapsed)} < {_clock(left)} · {self._status(trainer)}",
+                f"step {step:>{width}}/{trainer.max_steps} · {_clock(elapsed)}, {_clock(left)} left · "
+                f"{self._status(trainer)}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -133,6 +138,17 @@ class TrainingProgress(ProgressBar):
         if self._recalls:
             parts.append(self._recalls)
         return " · ".join(parts)
+
+
+class _TwoLines(Progress):
+    """The bar, and the numbers below it: together they do not fit a terminal of 80 columns."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What is drawn at every refresh."""
+        yield from super().get_renderables()
+        yield Text(self.status, no_wrap=True, overflow="ellipsis")
 
 
 def _clock(seconds: float) -> str:
