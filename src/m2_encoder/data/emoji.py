@@ -31,12 +31,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
 import struct
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -59,7 +57,7 @@ EMOJI_MARKER = "emoji.json"
 IMAGE_SIZE_PX = 64
 """Side of every shipped drawing."""
 
-_LAYOUT_VERSION = 1  # part of the fingerprint: raise it when the written files change for the same assets
+_LAYOUT_VERSION = 2  # part of the fingerprint: raise it when the written files change for the same assets
 _STALE_PARTIAL_S = 3600.0  # an unpack takes seconds; an older partial folder belongs to a process that died
 
 
@@ -192,9 +190,7 @@ def write_emoji_shards(
                 _write_splits(partial, wanted, styles, heldout_style, samples_per_shard)
                 _publish(partial, target, wanted)
         except OSError as error:
-            raise UserError(
-                f"cannot unpack to {folder}: {error}; give a folder that can be written"
-            ) from error
+            raise UserError(f"cannot unpack to {folder}: {error}; give a folder that can be written") from error
     return Path(folder)
 
 
@@ -233,9 +229,7 @@ def _select_samples(styles: Sequence[str], heldout_style: str) -> dict[str, list
 
     def pick(split: str, from_styles: Iterable[str]) -> list[_Sample]:
         chosen = set(from_styles)
-        return [
-            _Sample(c, style) for c in concepts if c.split == split for style in c.styles if style in chosen
-        ]
+        return [_Sample(c, style) for c in concepts if c.split == split for style in c.styles if style in chosen]
 
     train = pick("train", training_styles)
     seen = {sample.concept.key for sample in train}
@@ -254,14 +248,22 @@ def _write_tars(
     images: Mapping[str, Mapping[str, bytes]],
     samples_per_shard: int,
 ) -> list[dict[str, Any]]:
+    import webdataset  # slow to import, and only who unpacks needs it
+
     shards: list[dict[str, Any]] = []
     for start in range(0, len(samples), samples_per_shard):
         part = samples[start : start + samples_per_shard]
         path = target / f"{len(shards):06d}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        # A fixed time makes the bytes a function of the samples alone; the last block lets readers see a cut.
+        with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="", mode=0o644) as writer:
             for sample in part:
-                _add_file(tar, f"{sample.key}.webp", images[sample.style][sample.concept.key])
-                _add_file(tar, f"{sample.key}.json", _dump_json(_describe(sample)).encode())
+                writer.write(
+                    {
+                        "__key__": sample.key,
+                        "webp": images[sample.style][sample.concept.key],
+                        "json": _dump_json(_describe(sample)).encode(),
+                    }
+                )
         shards.append({"name": path.name, "samples": len(part), "bytes": path.stat().st_size})
     return shards
 
@@ -276,12 +278,6 @@ def _describe(sample: _Sample) -> dict[str, Any]:
         "captions": {language: concept.captions[language].texts() for language in LANGUAGES},
         "caption_roles": {language: concept.captions[language].roles() for language in LANGUAGES},
     }
-
-
-def _add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)  # its defaults are fixed: mtime 0, uid 0, mode 0644, no user names
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
 
 
 def _is_complete(folder: Path, fingerprint: str) -> bool:

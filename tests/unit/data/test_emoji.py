@@ -75,9 +75,7 @@ def test_assets_are_small_and_attributed() -> None:
 def test_there_are_1914_concepts_in_the_announced_splits() -> None:
     concepts = load_emoji_concepts()
     assert len({concept.key for concept in concepts}) == len(concepts) == 1914
-    counts = {
-        split: sum(concept.split == split for concept in concepts) for split in ("train", "val", "heldout")
-    }
+    counts = {split: sum(concept.split == split for concept in concepts) for split in ("train", "val", "heldout")}
     assert counts == {"train": 1494, "val": 267, "heldout": 153}
     assert sum(concept.styles == EMOJI_STYLES for concept in concepts) == 1594
     assert all({"twemoji", "openmoji"} <= set(concept.styles) <= set(EMOJI_STYLES) for concept in concepts)
@@ -172,9 +170,7 @@ def test_splits_hold_what_they_announce(unpacked: Path) -> None:
     for name, (split, styles, samples) in expected.items():
         records = _records(unpacked / name)
         index = json.loads((unpacked / name / "index.json").read_bytes())
-        assert (
-            len(records) == index["samples"] == sum(shard["samples"] for shard in index["shards"]) == samples
-        )
+        assert len(records) == index["samples"] == sum(shard["samples"] for shard in index["shards"]) == samples
         assert {record["style"] for record in records} == set(index["styles"]) == styles
         assert {splits[record["key"]] for record in records} == {split}
         assert index["concepts"] == len({record["key"] for record in records})
@@ -186,7 +182,7 @@ def test_samples_carry_the_image_and_captions_of_the_package(unpacked: Path) -> 
     images = {style: load_emoji_images(style) for style in EMOJI_STYLES}
     for split in EMOJI_SPLITS:
         members = list(_members(unpacked / split))
-        for (image, webp), (description, text) in zip(members[::2], members[1::2], strict=True):
+        for (description, text), (image, webp) in zip(members[::2], members[1::2], strict=True):
             record = json.loads(text)
             concept = by_key[record["key"]]
             stem = f"{record['style']}-{record['key']}"

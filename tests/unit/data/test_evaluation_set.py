@@ -65,15 +65,15 @@ def test_equals_the_transform(tmp_path: Path) -> None:
 
 
 BAD = {
-    "no json": ({"a.png": image_bytes(1)}, "no .json with its captions, only png"),
-    "broken json": ({**sample("a", 1), "a.json": b"{"}, "cannot be parsed"),
-    "json without captions": ({**sample("a", 1), "a.json": b"[]"}, "object with `captions`"),
-    "no image": ({"a.json": sample("a", 1)["a.json"]}, "no image; known suffixes: webp, png"),
-    "broken image": ({**sample("a", 1), "a.png": image_bytes(1)[:40]}, "sample 'a': .*"),
+    "no json": ({"a.png": image_bytes(1)}, "needs a .json"),
+    "broken json": ({**sample("a", 1), "a.json": b"{"}, "unreadable sample"),
+    "json without captions": ({**sample("a", 1), "a.json": b"[]"}, "no `captions` by language"),
+    "no image": ({"a.json": sample("a", 1)["a.json"]}, "one of .webp, .png"),
+    "broken image": ({**sample("a", 1), "a.png": image_bytes(1)[:40]}, "a.tar:a: .*"),
     "missing language": (sample("a", 1, captions={"en": ["x"]}), "no caption in 'zh'"),
     "empty caption": (sample("a", 1, captions={"en": [" "], "zh": ["猫"]}), "no caption in 'en'"),
     "caption as a string": (sample("a", 1, captions={"en": "cat", "zh": "猫"}), "no caption in 'en'"),
-    "empty tar": ({}, "without a sample"),
+    "empty tar": ({}, "no samples"),
 }
 
 
@@ -86,7 +86,7 @@ def test_gaps_are_refused(tmp_path: Path, kind: str) -> None:
 
 
 def test_damaged_tars_and_empty_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no \.tar file"):
+    with pytest.raises(UserError, match=r"no \*\.tar shards"):
         read(tmp_path)
     write_tar(tmp_path / "a.tar", {**sample("a", 1), **sample("b", 2)})
     whole = (tmp_path / "a.tar").read_bytes()
