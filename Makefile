@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON  ?= python3
 VENV    ?= .venv
 THREADS ?= 2
-TRAIN   ?= m2-train +experiment=emoji
+TRAIN   ?= m2-train +experiment=emoji run.resume=auto
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
