@@ -27,7 +27,7 @@ class _Report(NamedTuple):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, folder: Path, timeout_s: float = 60.0
+    function: Callable[..., Any], world_size: int, *args: Any, folder: Path, timeout_s: float = 180.0
 ) -> list[Any]:
     """Call `function(rank, *args)` in `world_size` processes that share a gloo process group.
 
@@ -45,7 +45,7 @@ def run_ranks(
 
 
 def run_lightning_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 90.0
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0
 ) -> list[Any]:
     """The same for a function that builds a Lightning Trainer, which makes its own process group."""
     with socket.socket() as probe:
@@ -92,7 +92,7 @@ def _in_group(
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=30),
+            timeout=datetime.timedelta(seconds=120),
         )
         try:
             return function(rank, *args)

@@ -70,7 +70,7 @@ def make_module(*, max_steps: int = 12, lr: float = 1e-3, **overrides: Any) -> P
         "model": tiny_config(),
         "objectives": objectives,
         "optimizer": partial(build_optimizer, lr=lr),
-        "scheduler": partial(warmup_cosine, warmup_steps=2, max_steps=max_steps),
+        "scheduler": partial(warmup_cosine, warmup_steps=min(2, max_steps), max_steps=max_steps),
         "validation_name": "emoji_val",
     }
     return PretrainModule(**{**values, **overrides})

@@ -131,7 +131,8 @@ class PretrainModule(lightning.LightningModule):
             UserError: for another way of clipping.
         """
         if gradient_clip_algorithm not in (None, "norm"):
-            raise UserError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm} must be norm")
+            given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)  # Lightning makes it an enum
+            raise UserError(f"trainer.gradient_clip_algorithm={given} must be norm")
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
