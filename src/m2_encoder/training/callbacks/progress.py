@@ -31,11 +31,14 @@ class TrainingProgress(ProgressBar):
 
     Shows the step, elapsed and remaining time, samples per second, the loss per language and the last validation
     recalls (text to image, R@10, percent).
+
+    Args:
+        console: where to write; None writes to standard output.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, console: Console | None = None) -> None:
         super().__init__()
-        self._console = Console()
+        self._console = console or Console()
         self._progress: _TwoLines | None = None
         self._task = TaskID(0)
         self._recalls = ""
@@ -106,6 +109,10 @@ class TrainingProgress(ProgressBar):
                 if name.startswith("val/") and name.endswith(f"_{language}/t2i_r@10"):
                     shown.append(f"{language} {float(value):.1f}")
         self._recalls = f"val R@10 {' '.join(shown)}" if shown else ""
+        if self._progress is not None:
+            self._progress.status = self._status(trainer)
+        elif self._enabled and self._recalls and trainer.global_step == trainer.max_steps:
+            self._console.print(self._recalls, highlight=False, soft_wrap=True)  # no later line would show it
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Take the live line down."""
