@@ -118,13 +118,20 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
-    assert {words[0] for words in COMMANDS} <= {"make", "pip", "m2-train", *QUICK}
+    assert {words[0] for words in COMMANDS} <= {"make", "pip", "source", "m2-train", *QUICK}
 
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "make"], ids=" ".join)
 def test_make_targets_exist(words: list[str]) -> None:
     done = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_environment_is_where_make_puts_it() -> None:
+    sourced = [words for words in COMMANDS if words[0] == "source"]
+    venv = re.search(r"^VENV +\?= (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert venv
+    assert sourced == [["source", f"{venv[1]}/bin/activate"]]
 
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "pip"], ids=" ".join)
@@ -218,16 +225,16 @@ def test_the_new_objective_is_what_it_says(workspace: Path) -> None:
     (name,) = (name for name in FILES if name.endswith(".py"))
     objective = _import_file(workspace / name).HardestNegative(margin=0.3)
     torch.manual_seed(0)
-    images, texts = (torch.nn.functional.normalize(torch.randn(5, 8), dim=1).requires_grad_() for _ in range(2))
+    images, texts = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1).requires_grad_() for n in (5, 10))
     identity = torch.tensor([0, 1, 2, 1, 3])
     output = objective(ObjectiveInputs(images, texts, torch.tensor(0.0), identity, None))
     cosines = (images @ texts.t()).tolist()
     expected = []
-    for row in range(5):
-        others = [column for column in range(5) if identity[column] != identity[row]]
-        texts_beside = max(cosines[row][column] for column in others)
-        images_beside = max(cosines[column][row] for column in others)
-        expected.append(sum(max(0.0, 0.3 + best - cosines[row][row]) for best in (texts_beside, images_beside)))
+    for text in range(10):  # captions 2 i and 2 i + 1 describe image i
+        image = text // 2
+        other_texts = max(cosines[image][j] for j in range(10) if identity[j // 2] != identity[image])
+        other_images = max(cosines[j][text] for j in range(5) if identity[j] != identity[image])
+        expected.append(sum(max(0.0, 0.3 + best - cosines[image][text]) for best in (other_texts, other_images)))
     torch.testing.assert_close(output.per_sample, torch.tensor(expected))
     output.loss.backward()
     assert images.grad is not None
