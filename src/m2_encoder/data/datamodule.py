@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,8 +21,8 @@ from m2_encoder.data.emoji import EMOJI_MARKER, write_emoji_shards
 from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.loader import PositionLoader
 from m2_encoder.data.order import SampleOrder
-from m2_encoder.data.shards import SampleLocation, index_shards, read_sample
-from m2_encoder.data.transforms import EvalTransform, TrainTransform
+from m2_encoder.data.shards import RawSample, SampleLocation, index_shards, read_sample
+from m2_encoder.data.transforms import EvalTransform, TrainTransform, open_image
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES, ImageTextBatch, RetrievalBatch
@@ -50,6 +52,7 @@ class TrainingSamples(Dataset[TrainingSample]):
         seed: chooses order and randomness.
         captions: draws the captions of a step.
         transform: augments an image.
+        keep_decoded: decode each image once and keep it; for small sources (emoji: 50 MB per process).
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class TrainingSamples(Dataset[TrainingSample]):
         seed: int,
         captions: CaptionSampler,
         transform: TrainTransform,
+        keep_decoded: bool = False,
     ) -> None:
+        self._decoded: dict[int, tuple[RawSample, Image.Image]] | None = {} if keep_decoded else None
         self._locations = locations
         self._source = source
         self._order = SampleOrder(len(locations), seed)
@@ -68,15 +73,33 @@ class TrainingSamples(Dataset[TrainingSample]):
         self._transform = transform
 
     def __getitem__(self, position: int) -> TrainingSample:
-        raw = read_sample(self._locations[self._order.index(position)])
+        index = self._order.index(position)
         rng = self._order.rng(position)
-        try:
+        raw, image = self._decode(index)
+        with _errors_name(raw.origin):
             captions = self._captions(raw.metadata, rng=rng)
-            image = self._transform(raw.image, rng=rng)
-        except UserError as error:
-            raise type(error)(f"{raw.origin}: {error}") from error
+            pixels = self._transform(image, rng=rng)
         identity = content_identity(str(raw.metadata.get("key", raw.key)))
-        return TrainingSample(image, captions, raw.key, self._source, identity)
+        return TrainingSample(pixels, captions, raw.key, self._source, identity)
+
+    def _decode(self, index: int) -> tuple[RawSample, Image.Image]:
+        if self._decoded is not None and index in self._decoded:
+            return self._decoded[index]
+        raw = read_sample(self._locations[index])
+        with _errors_name(raw.origin):
+            decoded = raw, open_image(raw.image)
+        if self._decoded is not None:
+            self._decoded[index] = decoded
+        return decoded
+
+
+@contextmanager
+def _errors_name(origin: str) -> Iterator[None]:
+    """Put the sample's place before the message of a user error."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{origin}: {error}") from error
 
 
 def content_identity(content: str) -> int:
@@ -223,7 +246,12 @@ class EmojiDataModule(lightning.LightningDataModule):
                 f"data.global_batch_size={self.global_batch_size} exceeds the {len(locations)} training samples"
             )
         samples = TrainingSamples(
-            locations, source="emoji", seed=self._seed, captions=self._captions, transform=self._transform
+            locations,
+            source="emoji",
+            seed=self._seed,
+            captions=self._captions,
+            transform=self._transform,
+            keep_decoded=True,
         )
         return PositionLoader(
             samples,
