@@ -90,9 +90,7 @@ def check_versions(modules: Path) -> None:
     for name, wanted in VERSIONS.items():
         path = modules / name / "package.json"
         if not path.is_file():
-            sys.exit(
-                f"{path} is missing; the head of {Path(__file__).name} has the npm line that installs it"
-            )
+            sys.exit(f"{path} is missing; the head of {Path(__file__).name} has the npm line that installs it")
         found = read_json(path)["version"]
         if found != wanted:
             sys.exit(f"{name} is {found}, but the set is built from {wanted}; install that version")
@@ -130,14 +128,11 @@ def read_icons(modules: Path, style: str) -> dict[str, str]:
 def read_groups(modules: Path) -> dict[str, str]:
     folder = modules / ICON_PACKAGES["twemoji"]
     names = {
-        name: group
-        for group, members in read_json(folder / "metadata.json")["categories"].items()
-        for name in members
+        name: group for group, members in read_json(folder / "metadata.json")["categories"].items() for name in members
     }
     characters = read_json(folder / "chars.json")
     return {
-        to_key("".join(chr(int(c, 16)) for c in codes.split("-"))): names[name]
-        for codes, name in characters.items()
+        to_key("".join(chr(int(c, 16)) for c in codes.split("-"))): names[name] for codes, name in characters.items()
     }
 
 
@@ -192,8 +187,7 @@ def build_concepts(modules: Path, icons: Mapping[str, Mapping[str, str]]) -> lis
     qualified = {
         to_key(character): record
         for character, record in emoji.EMOJI_DATA.items()
-        if record["status"] == emoji.STATUS["fully_qualified"]
-        and not any(tone in character for tone in SKIN_TONES)
+        if record["status"] == emoji.STATUS["fully_qualified"] and not any(tone in character for tone in SKIN_TONES)
     }
     annotations = {language: read_annotations(modules, language) for language in ("en", "zh")}
     groups = read_groups(modules)
@@ -226,9 +220,7 @@ def rasterise(document: str) -> bytes:
     import resvg_py
 
     drawn = Image.open(
-        io.BytesIO(
-            bytes(resvg_py.svg_to_bytes(svg_string=document, background="#ffffff", skip_system_fonts=True))
-        )
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=document, background="#ffffff", skip_system_fonts=True)))
     )
     image = drawn.convert("RGB").resize((IMAGE_SIZE_PX, IMAGE_SIZE_PX), Image.Resampling.LANCZOS)
     if np.asarray(image).std() < 1.0:
@@ -239,12 +231,8 @@ def rasterise(document: str) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--node-modules", type=Path, required=True, help="folder in which npm installed the inputs"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--node-modules", type=Path, required=True, help="folder in which npm installed the inputs")
     root = Path(__file__).resolve().parents[1]
     parser.add_argument(
         "--output", type=Path, default=root / "src/m2_encoder/assets/emoji", help="default: %(default)s"

@@ -33,10 +33,7 @@ def wanted_characters() -> set[str]:
     # Rows 16 to 55 of GB 2312 are its level 1; the last five cells of row 55 are empty.
     level_1 = bytes(byte for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF) for byte in (row, cell))
     captions = "".join(
-        text
-        for concept in load_emoji_concepts()
-        for spoken in concept.captions.values()
-        for text in spoken.texts()
+        text for concept in load_emoji_concepts() for spoken in concept.captions.values() for text in spoken.texts()
     )
     return latin | set(PUNCTUATION) | set(level_1.decode("gb2312", errors="ignore")) | set(captions)
 
@@ -93,12 +90,8 @@ def build(folder: Path) -> tuple[bytes, set[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--node-modules", type=Path, required=True, help="folder in which npm installed the font"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--node-modules", type=Path, required=True, help="folder in which npm installed the font")
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("--output", type=Path, default=root / "src/m2_encoder/assets/fonts")
     arguments = parser.parse_args()

@@ -94,9 +94,7 @@ def report(model: bytes) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parents[1] / "src/m2_encoder/assets/emoji/tokenizer.model"
     parser.add_argument("--output", type=Path, default=default, help="default: %(default)s")
     arguments = parser.parse_args()

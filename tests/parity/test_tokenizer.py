@@ -52,9 +52,7 @@ def test_each_golden_alone_padded_to_the_context(
         assert [1] * ids.shape[1] + [0] * missing == golden["attention_mask"], golden["text"]
 
 
-def test_untruncated_lengths_and_pieces(
-    tokenizer: SentencePieceTokenizer, goldens: list[dict[str, Any]]
-) -> None:
+def test_untruncated_lengths_and_pieces(tokenizer: SentencePieceTokenizer, goldens: list[dict[str, Any]]) -> None:
     for golden in goldens:
         encoded = tokenizer.encode(golden["text"])
         assert len(encoded) + 2 == golden["n_tokens"], golden["text"]

@@ -32,19 +32,14 @@ def _functions(repo_root: Path) -> Iterator[tuple[str, Function]]:
 
 
 def test_files_are_short(repo_root: Path) -> None:
-    lines = {
-        path: len(path.read_text(encoding="utf-8").splitlines())
-        for path in _code_files(repo_root, *CODE_FOLDERS)
-    }
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in _code_files(repo_root, *CODE_FOLDERS)}
     too_long = [f"{path.relative_to(repo_root)}: {n}" for path, n in lines.items() if n > MAX_FILE_LINES]
     assert lines
     assert not too_long, f"more than {MAX_FILE_LINES} lines: {too_long}"
 
 
 def test_functions_are_short(repo_root: Path) -> None:
-    lengths = {
-        where: (node.end_lineno or node.lineno) - node.lineno + 1 for where, node in _functions(repo_root)
-    }
+    lengths = {where: (node.end_lineno or node.lineno) - node.lineno + 1 for where, node in _functions(repo_root)}
     too_long = [f"{where}, {n} lines" for where, n in lengths.items() if n > MAX_FUNCTION_LINES]
     assert lengths
     assert not too_long, f"more than {MAX_FUNCTION_LINES} lines: {too_long}"
@@ -76,16 +71,12 @@ def test_every_package_folder_has_an_init(repo_root: Path) -> None:
 def test_no_committed_file_names_a_machine_path(repo_root: Path) -> None:
     if not (repo_root / ".git").exists():
         pytest.skip("not a git checkout: which files belong to the project is unknown")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=repo_root, capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=repo_root, capture_output=True, text=True, check=True)
     found = []
     for name in filter(None, listed.stdout.split("\0")):
         path = repo_root / name
         if path.suffix in TEXT_SUFFIXES and path.is_file():
-            for number, line in enumerate(
-                path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
-            ):
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
                 if match := MACHINE_PATH.search(line):
                     found.append(f"{name}:{number}: {match[0]}")
     assert not found, f"paths of one machine: {found}"

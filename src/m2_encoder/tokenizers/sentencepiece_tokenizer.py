@@ -102,9 +102,7 @@ class SentencePieceTokenizer:
         self.end_id = self._literal_ids[END_PIECE]
         self.mask_id = self._literal_ids[MASK_PIECE]
         blanks = [(" " * length, f"<|blank_{length}|>") for length in range(_LONGEST_BLANK, 1, -1)]
-        self._blanks = [
-            (spaces, piece) for spaces, piece in blanks if _piece_id(self._processor, piece) is not None
-        ]
+        self._blanks = [(spaces, piece) for spaces, piece in blanks if _piece_id(self._processor, piece) is not None]
 
     @property
     def vocab_size(self) -> int:
@@ -316,8 +314,7 @@ def _read_model(path_or_bytes: str | os.PathLike[str] | bytes) -> tuple[bytes, s
             raise UserError(f"{name}: cannot read the tokenizer file: {error}") from error
     else:
         raise UserError(
-            f"the tokenizer must be the path or the bytes of a SentencePiece .model, "
-            f"got {type(path_or_bytes).__name__}"
+            f"the tokenizer must be the path or the bytes of a SentencePiece .model, got {type(path_or_bytes).__name__}"
         )
     if not content:
         raise UserError(f"{name}: the tokenizer file is empty; copy the SentencePiece .model again")

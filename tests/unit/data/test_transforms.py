@@ -223,9 +223,7 @@ def test_pixel_limit_is_an_argument(tmp_path: Path) -> None:
     cut=st.integers(0, 4000),
     flips=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=8),
 )
-def test_damaged_files_give_an_image_or_the_one_error(
-    kind: str, cut: int, flips: list[tuple[int, int]]
-) -> None:
+def test_damaged_files_give_an_image_or_the_one_error(kind: str, cut: int, flips: list[tuple[int, int]]) -> None:
     content = bytearray(encoded(kind))
     for position, value in flips:
         content[position % len(content)] = value
@@ -297,9 +295,7 @@ EVERYTHING = {
 @pytest.mark.parametrize("options", [{}, EVERYTHING])
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32), width=st.integers(1, 60), height=st.integers(1, 60))
-def test_the_generator_decides_everything(
-    options: dict[str, Any], seed: int, width: int, height: int
-) -> None:
+def test_the_generator_decides_everything(options: dict[str, Any], seed: int, width: int, height: int) -> None:
     transform = TrainTransform(12, **options)
     pixels = noise(height, width)
     first = transform(pixels, rng=np.random.default_rng(seed))

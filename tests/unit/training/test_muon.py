@@ -38,9 +38,7 @@ def test_it_is_the_rule_of_torch() -> None:
     ours = [nn.Parameter(torch.randn(shape)) for shape in [(12, 12), (48, 12), (12, 48), (12, 12)]]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     a = Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
-    b = torch.optim.Muon(
-        theirs, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True, adjust_lr_fn="match_rms_adamw"
-    )
+    b = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True, adjust_lr_fn="match_rms_adamw")
     for _ in range(6):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)
