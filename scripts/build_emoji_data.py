@@ -140,10 +140,7 @@ def clean_caption(text: str, language: str) -> str:
     """One caption as people write it: straight quotes in English, full-width colons in Chinese."""
     text = re.sub(r"^:(.+):$", r"\1", text.strip()).replace("_", " " if language == "en" else "：")
     text = text.replace("’", "'").replace("‘", "'")
-    if language == "zh":
-        text = re.sub(r"\s*[:：]\s*", "：", text)
-    else:
-        text = text.replace("“", '"').replace("”", '"')
+    text = re.sub(r"\s*[:：]\s*", "：", text) if language == "zh" else text.replace("“", '"').replace("”", '"')
     return re.sub(r"\s+", " ", text).strip()
 
 

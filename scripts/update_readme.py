@@ -79,9 +79,17 @@ def results_section(run: Path) -> str:
 
     Args:
         run: its folder, with `summary.json` and `export/`.
+
+    Raises:
+        ValueError: if `summary.json` does not tell how long all of the run took.
     """
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     done = summary["throughput"]
+    if done["samples_seen"] > summary["wall_time_s"] * done.get("samples_per_s", math.inf):
+        raise ValueError(
+            f"{run}: its wall time of {summary['wall_time_s']:.0f} s is shorter than its training, so the run was "
+            "continued or reported again; repeat it in one go"
+        )
     minutes, seconds = divmod(round(summary["wall_time_s"]), 60)
     machine = summary["machine"]
     device = ", ".join(machine["gpus"]) or f"{machine['threads']} CPU threads, no GPU"

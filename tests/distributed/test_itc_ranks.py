@@ -39,7 +39,7 @@ class TwoTowers(nn.Module):
         objective = ImageTextContrastive(label_smoothing=SMOOTHING)
         inputs = ObjectiveInputs(
             nn.functional.normalize(images @ self.image, dim=1),
-            nn.functional.normalize(texts @ self.text, dim=1),
+            nn.functional.normalize(texts.flatten(0, 1) @ self.text, dim=1),
             self.logit_scale,
             identity,
             group,
@@ -47,35 +47,35 @@ class TwoTowers(nn.Module):
         return objective(inputs).loss
 
 
-def data(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of all ranks; some identities repeat within a rank, others across ranks."""
+def data(ranks: int, captions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of all ranks; some identities repeat within a rank, others across ranks. Texts: (images, captions, width)."""
     generator = torch.Generator().manual_seed(11)
     images = torch.randn(ranks * ROWS, WIDTH, dtype=torch.float64, generator=generator)
-    texts = torch.randn(ranks * ROWS, WIDTH, dtype=torch.float64, generator=generator)
+    texts = torch.randn(ranks * ROWS, captions, WIDTH, dtype=torch.float64, generator=generator)
     identity = torch.tensor([4, 1, 4, 2, 1, 3, 5, 6, 1, 4, 8, 8][: ranks * ROWS])
     return images, texts, identity
 
 
-def train_rank(rank: int, world_size: int, group_size: int) -> Result:
+def train_rank(rank: int, world_size: int, group_size: int, captions: int) -> Result:
     """One backward of a rank under DDP, whose contrastive group is `group_size` neighbouring ranks."""
     groups = [dist.new_group(list(range(g, g + group_size))) for g in range(0, world_size, group_size)]
     group = groups[rank // group_size]
     model = nn.parallel.DistributedDataParallel(TwoTowers())
     rows = slice(rank * ROWS, (rank + 1) * ROWS)
-    images, texts, identity = (side[rows] for side in data(world_size))
+    images, texts, identity = (side[rows] for side in data(world_size, captions))
     loss = model(images, texts, identity, group)
     loss.backward()
     gradients = {name: p.grad.numpy() for name, p in model.module.named_parameters() if p.grad is not None}
     return {"loss": loss.detach().numpy(), **gradients}
 
 
-def alone(world_size: int, group_size: int) -> Result:
+def alone(world_size: int, group_size: int, captions: int) -> Result:
     """The same in one process: the mean over groups of the loss of all rows of a group."""
     model = TwoTowers()
     losses = []
     for start in range(0, world_size * ROWS, group_size * ROWS):
         rows = slice(start, start + group_size * ROWS)
-        images, texts, identity = (side[rows] for side in data(world_size))
+        images, texts, identity = (side[rows] for side in data(world_size, captions))
         losses.append(model(images, texts, identity, None))
     loss = torch.stack(losses).mean()
     loss.backward()
@@ -83,10 +83,10 @@ def alone(world_size: int, group_size: int) -> Result:
     return {"loss": loss.detach().numpy(), **gradients}
 
 
-@pytest.mark.parametrize(("world_size", "group_size"), [(2, 2), (4, 4), (4, 2)])
-def test_ranks_equal_one_process(world_size: int, group_size: int, tmp_path: Path) -> None:
-    results = run_ranks(train_rank, world_size, world_size, group_size, folder=tmp_path)
-    expected = alone(world_size, group_size)
+@pytest.mark.parametrize(("world_size", "group_size", "captions"), [(2, 2, 1), (4, 4, 2), (4, 2, 1), (2, 1, 2)])
+def test_ranks_equal_one_process(world_size: int, group_size: int, captions: int, tmp_path: Path) -> None:
+    results = run_ranks(train_rank, world_size, world_size, group_size, captions, folder=tmp_path)
+    expected = alone(world_size, group_size, captions)
     assert set(expected) == {"loss", "image", "text", "logit_scale"}
     mean_loss = np.mean([result["loss"] for result in results])
     np.testing.assert_allclose(mean_loss, expected["loss"], rtol=0, atol=TOLERANCE)

@@ -18,7 +18,7 @@ from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.throughput import Throughput
 from m2_encoder.training.loggers import JsonlLogger
 from tests.support.ranks import run_lightning_ranks
-from tests.support.training import LIGHTNING_WARNINGS, make_datamodule, make_module, make_trainer
+from tests.support.training import LIGHTNING_WARNINGS, make_captions, make_datamodule, make_module, make_trainer
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
 
@@ -42,7 +42,12 @@ def train(rank: int, world_size: int, emoji_folder: str, folder: str) -> dict[st
         val_check_interval=STEPS,
         **(many if world_size > 1 else {}),
     )
-    datamodule = make_datamodule(Path(emoji_folder), max_steps=STEPS, eval_batch_size=EVAL_BATCH_SIZE)
+    datamodule = make_datamodule(
+        Path(emoji_folder),
+        max_steps=STEPS,
+        eval_batch_size=EVAL_BATCH_SIZE,
+        captions=make_captions(every_language=True),
+    )
     trainer.fit(module, datamodule=datamodule)
     losses = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/loss")}
     weights = {name: value.numpy() for name, value in module.model.state_dict().items()}

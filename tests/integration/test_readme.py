@@ -346,6 +346,21 @@ def test_results_are_written_by_the_script(trained: Path, tmp_path: Path, update
     assert copy.read_text(encoding="utf-8") == text, "a second update changes nothing"
 
 
+def test_the_script_refuses_times_of_a_part_of_a_run(
+    trained: Path, tmp_path: Path, update: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained / "outputs" / "emoji", tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary["throughput"] |= {"samples_seen": 1000, "samples_per_s": 10.0}
+    summary["wall_time_s"] = 99.0
+    (run / "summary.json").write_text(json.dumps(summary))
+    copy = tmp_path / "README.md"
+    copy.write_text(README, encoding="utf-8")
+    assert update(run, "--readme", copy) == 2
+    assert "shorter than its training" in capsys.readouterr().err
+    assert copy.read_text(encoding="utf-8") == README
+
+
 def test_the_script_refuses_a_readme_without_markers(
     tmp_path: Path, update: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,15 @@ from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.throughput import Throughput
 from m2_encoder.training.loggers import JsonlLogger
 from m2_encoder.training.module import PretrainModule
-from tests.support.training import LIGHTNING_WARNINGS, make_datamodule, make_module, make_trainer, tiny_config
+from m2_encoder.training.optim import build_muon
+from tests.support.training import (
+    LIGHTNING_WARNINGS,
+    make_captions,
+    make_datamodule,
+    make_module,
+    make_trainer,
+    tiny_config,
+)
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
 
@@ -63,7 +72,12 @@ def run(
         RunCheckpoint(folder=folder / "checkpoints", every_n_steps=every_n_steps),
         JsonlLogger(folder / "metrics.jsonl"),
     )
-    module = make_module(model=tiny_config(num_layers=2, drop_path_rate=0.3), max_steps=STEPS)
+    # Muon and a caption per language, as the shipped experiment has them.
+    module = make_module(
+        model=tiny_config(num_layers=2, drop_path_rate=0.3),
+        max_steps=STEPS,
+        optimizer=partial(build_muon, lr=1e-3, matrix_lr=2e-3, logit_scale_lr_ratio=20),
+    )
     trainer = make_trainer(
         folder,
         max_steps=max_steps,
@@ -77,7 +91,13 @@ def run(
         metrics.resume_at(resume_at)
     trainer.fit(
         module,
-        datamodule=make_datamodule(emoji_folder, max_steps=STEPS, num_workers=num_workers, eval_batch_size=400),
+        datamodule=make_datamodule(
+            emoji_folder,
+            max_steps=STEPS,
+            num_workers=num_workers,
+            eval_batch_size=400,
+            captions=make_captions(every_language=True),
+        ),
         ckpt_path=None if resume_at is None else checkpoint.last,
         weights_only=True,
     )

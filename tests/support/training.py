@@ -45,6 +45,14 @@ def make_tokenizer() -> SentencePieceTokenizer:
     return SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=24)
 
 
+def make_captions(*, every_language: bool = False) -> CaptionSampler:
+    return CaptionSampler(
+        language_weights={"zh": 1, "en": 1},
+        role_weights={"name": 2, "alias": 1, "keyword": 1, "mixed": 1},
+        every_language=every_language,
+    )
+
+
 def make_datamodule(folder: Path, **overrides: Any) -> EmojiDataModule:
     """The embedded set with flips, crops and both languages, so that every random choice shows."""
     values: dict[str, Any] = {
@@ -56,9 +64,7 @@ def make_datamodule(folder: Path, **overrides: Any) -> EmojiDataModule:
         "global_batch_size": 32,
         "num_workers": 0,
         "heldout_style": "openmoji",
-        "captions": CaptionSampler(
-            language_weights={"zh": 1, "en": 1}, role_weights={"name": 2, "alias": 1, "keyword": 1, "mixed": 1}
-        ),
+        "captions": make_captions(),
         "transform": partial(TrainTransform, scale=(0.6, 1.0), flip=0.5, num_ops=1),
     }
     return EmojiDataModule(**{**values, **overrides})

@@ -213,10 +213,11 @@ def _places(run_folder: Path, picture: Path, cfg: Mapping[str, Any]) -> list[tup
     found = [(what, path) for what, path in places if path.exists()]
     if _section(cfg, "run").get("export"):
         found.append(("export", run_folder / "export"))
-    return [(what, _short(path)) for what, path in found]
+    return [(what, short_path(path)) for what, path in found]
 
 
-def _short(path: Path) -> Path:
+def short_path(path: Path) -> Path:
+    """As seen from the working directory, if it lies below that."""
     try:
         return path.resolve().relative_to(Path.cwd())
     except ValueError:

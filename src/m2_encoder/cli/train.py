@@ -24,7 +24,7 @@ from m2_encoder.cli.loggers import QuietWandbLogger
 from m2_encoder.cli.main import Command, default_run_folder, run_command
 from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
-from m2_encoder.cli.report import EvaluatedData, report_run
+from m2_encoder.cli.report import EvaluatedData, report_run, short_path
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.cli.validate import validate_train
 from m2_encoder.training.loggers import JsonlLogger
@@ -82,7 +82,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
             logger.close(metrics)
     if cfg["run"]["export"]:
         exported = export_run(folder, model=run.module.model, cfg=cfg, overwrite=True)
-        print(f"exported to {exported}")
+        print(f'  use it       m2_encoder.load("{short_path(exported)}")')
     return metrics
 
 

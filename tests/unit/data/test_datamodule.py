@@ -23,7 +23,7 @@ from m2_encoder.data.shards import index_shards, read_sample
 from m2_encoder.data.transforms import EvalTransform, TrainTransform
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES, ImageTextBatch
-from tests.support.training import IMAGE_SIZE, make_datamodule, make_tokenizer
+from tests.support.training import IMAGE_SIZE, make_captions, make_datamodule, make_tokenizer
 
 
 def as_rank(datamodule: EmojiDataModule, rank: int, world_size: int, **settings: Any) -> EmojiDataModule:
@@ -127,6 +127,39 @@ def test_the_same_sample_differs_from_epoch_to_epoch(emoji_folder: Path, metadat
     assert np.mean(same) < 0.2
     languages = [epochs[0][key][1] == epochs[1][key][1] for key in epochs[0]]
     assert 0.4 < np.mean(languages) < 0.6
+
+
+def test_a_sample_is_the_same_whether_it_was_decoded_before_or_not(emoji_folder: Path) -> None:
+    # A resumed run decodes anew what an uninterrupted one has kept; three epochs of six samples.
+    def samples(*, keep_decoded: bool) -> TrainingSamples:
+        return TrainingSamples(
+            index_shards(emoji_folder / "train")[:6],
+            source="emoji",
+            seed=2,
+            captions=make_captions(),
+            transform=TrainTransform(IMAGE_SIZE, num_ops=3, color_jitter=(0.3, 0.3, 0.3, 0.1), rotate_degrees=20),
+            keep_decoded=keep_decoded,
+        )
+
+    kept, fresh = samples(keep_decoded=True), samples(keep_decoded=False)
+    for position in range(18):
+        mine, theirs = kept[position], fresh[position]
+        assert torch.equal(mine.image, theirs.image), position
+        assert mine[1:] == theirs[1:]
+
+
+def test_a_caption_in_every_language_follows_its_image(emoji_folder: Path, metadata: dict[str, dict[str, Any]]) -> None:
+    datamodule = make_datamodule(emoji_folder, max_steps=2, captions=make_captions(every_language=True))
+    tokenizer = make_tokenizer()
+    for batch in datamodule.train_dataloader():
+        assert len(batch.images) == len(batch.identity) == len(batch.keys) == 32
+        assert batch.language.tolist() == [0, 1] * 32
+        assert len(batch.text.ids) == 64
+        found = 0
+        for row, (ids, mask) in enumerate(zip(*batch.text, strict=True)):
+            captions = metadata[batch.keys[row // 2]]["captions"][LANGUAGES[row % 2]]
+            found += any(tokenizer([caption]).ids[0].tolist() == ids[mask].tolist() for caption in captions)
+        assert found > 40
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
