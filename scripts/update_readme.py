@@ -85,7 +85,8 @@ def results_section(run: Path) -> str:
     """
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     done = summary["throughput"]
-    if done["samples_seen"] > summary["wall_time_s"] * done.get("samples_per_s", math.inf):
+    # The rate is a median: a tenth is left to the others.
+    if done["samples_seen"] > 1.1 * summary["wall_time_s"] * done.get("samples_per_s", math.inf):
         raise ValueError(
             f"{run}: its wall time of {summary['wall_time_s']:.0f} s is shorter than its training, so the run was "
             "continued or reported again; repeat it in one go"
