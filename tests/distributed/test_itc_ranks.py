@@ -48,7 +48,7 @@ class TwoTowers(nn.Module):
 
 
 def data(ranks: int, captions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of all ranks; some identities repeat within a rank, others across ranks. Texts: (images, captions, width)."""
+    """Rows of all ranks, texts (images, captions, width); some identities repeat within a rank, others across ranks."""
     generator = torch.Generator().manual_seed(11)
     images = torch.randn(ranks * ROWS, WIDTH, dtype=torch.float64, generator=generator)
     texts = torch.randn(ranks * ROWS, captions, WIDTH, dtype=torch.float64, generator=generator)

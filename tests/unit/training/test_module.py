@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from m2_encoder.strategies.single import LocalStrategy
 from m2_encoder.training.loggers import JsonlLogger
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.non_finite import NonFiniteError
+from m2_encoder.training.optim import OptimizerFactory, build_muon, build_optimizer
 from m2_encoder.types import LANGUAGES
 from tests.support.training import LIGHTNING_WARNINGS, make_datamodule, make_module, make_trainer, tiny_config
 
@@ -61,7 +63,9 @@ class Watch(Callback):
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.weights.append(copy.deepcopy(pl_module.model.state_dict()))
-        self.states.append(copy.deepcopy(trainer.optimizers[0].state_dict()["state"]))
+        state = trainer.optimizers[0].state_dict()
+        parts = [state] if "state" in state else list(state.values())  # Muon's and AdamW's
+        self.states.append({index: copy.deepcopy(part["state"]) for index, part in enumerate(parts)})
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
@@ -84,15 +88,23 @@ def fit(
     return built, [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("how", ["weights", "nan", "inf"])
+@pytest.mark.parametrize(
+    ("how", "build"),
+    [
+        ("weights", partial(build_optimizer, lr=1e-3)),
+        ("nan", partial(build_optimizer, lr=1e-3)),
+        ("inf", partial(build_muon, lr=1e-3, matrix_lr=1e-3)),
+    ],
+    ids=["loss", "gradient", "gradient-muon"],
+)
 def test_a_step_that_is_not_finite_changes_nothing_and_training_goes_on(
-    emoji_folder: Path, tmp_path: Path, how: str
+    emoji_folder: Path, tmp_path: Path, how: str, build: OptimizerFactory
 ) -> None:
     watch = Watch()
-    module, records = fit(emoji_folder, tmp_path, Poison({1}, how), watch, max_steps=4)
+    module, records = fit(emoji_folder, tmp_path, Poison({1}, how), watch, max_steps=4, optimizer=build)
     assert is_same(watch.weights[1], watch.weights[0]), "the step was taken"
     assert is_same(watch.states[1], watch.states[0]), "moments or counters of the optimizer moved"
-    assert watch.states[0], "no optimizer state: nothing was tested"
+    assert all(watch.states[0].values()), "no optimizer state: nothing was tested"
     assert not is_same(watch.weights[2], watch.weights[1])
     assert all(value.isfinite().all() for value in watch.weights[3].values())
     assert [record["train/skipped_steps"] for record in records] == [0, 1, 1, 1]
