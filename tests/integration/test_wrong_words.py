@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from m2_encoder.cli import data, export, train
+from m2_encoder.cli import data, embed, export, train
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,16 @@ from m2_encoder.cli import data, export, train
         (train.main, "m2-train experiment=smoke", ["add it with +experiment=smoke"]),
         (export.main, "m2-export emoji", ["emoji: has no value", "run.name=???: must be given"]),
         (export.main, "m2-export", ["run.name=???: must be given"]),
+        (
+            train.main,
+            "m2-train model=m2_encoder_0_4b run.name=new",
+            ["add model.tokenizer=FILE (the SentencePiece"],
+        ),
+        (
+            embed.main,
+            "m2-embed model=runs/a images=pictures/cat.png output=x.safetensors",
+            ["model=runs/a: is a run's folder; its model is in model=runs/a/export", "is a file; give the folder"],
+        ),
         (data.main, "m2-data emojis", ["emojis: no such sub-command; choose from emoji"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -27,9 +38,14 @@ def test_answer(
     main: Callable[[], int],
     line: str,
     answers: list[str],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "runs" / "a" / "export").mkdir(parents=True)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", line.split())
     assert main() == 2
     said = capsys.readouterr().err.strip().splitlines()

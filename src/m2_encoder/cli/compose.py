@@ -30,7 +30,13 @@ from m2_encoder.errors import UserError
 HYDRA_VERSION_BASE: Final = "1.3"
 # Folders of conf/ that offer no choice: Hydra's settings, and configurations of commands without groups.
 _NO_GROUPS: Final = ("hydra", "commands")
-
+# What to write for a missing value, by the last part of its key.
+_PLACEHOLDERS: Final = {
+    "model": "FOLDER",
+    "name": "NAME",
+    "output": "FILE",
+    "tokenizer": "FILE (the SentencePiece model of the weights, such as the official sp.model)",
+}
 
 _REFERENCE: Final = re.compile(r"\$\{([\w.]+)\}")
 
@@ -282,7 +288,8 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
 
     def item(parent: Any, key: Any, path: str) -> Any:
         if OmegaConf.is_missing(parent, key):
-            problems.append(f"{path}=???: must be given; add {path}=VALUE")
+            what = _PLACEHOLDERS.get(path.rpartition(".")[2], "VALUE")
+            problems.append(f"{path}=???: must be given; add {path}={what}")
             return UNSET
         if isinstance(parent, DictConfig) and OmegaConf.is_interpolation(parent, key):
             text = str(OmegaConf.to_container(parent, resolve=False)[key])  # type: ignore[index]

@@ -51,7 +51,8 @@ def check_embed(cfg: dict[str, Any]) -> list[str]:
         given = "neither" if images is None else "both"
         problems.append(f"images, texts: {given} given; give images=FOLDER or texts=FILE")
     if images is not None and not Path(str(images)).expanduser().is_dir():
-        problems.append(f"images={images}: no such folder")
+        is_file = Path(str(images)).expanduser().is_file()
+        problems.append(f"images={images}: {'is a file; give the folder it is in' if is_file else 'no such folder'}")
     if texts is not None and not Path(str(texts)).expanduser().is_file():
         problems.append(f"texts={texts}: no such file; give a UTF-8 file with one text per line")
     if texts is not None and _needs_tokenizer(cfg):

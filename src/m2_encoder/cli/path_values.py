@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.cli.compose import Unset
 from m2_encoder.cli.paths import anchor
 from m2_encoder.hub import LoadedModel, list_models, load
@@ -60,6 +61,8 @@ def model_problems(cfg: dict[str, Any]) -> list[str]:
             problems.append(
                 f"model={model}: no such folder; give one that m2-export wrote, or one of {known} with weights="
             )
+        elif not (find_path(model) / CONFIG_FILE).is_file() and (find_path(model) / "export").is_dir():
+            problems.append(f"model={model}: is a run's folder; its model is in model={model.rstrip('/')}/export")
     for key in ("weights", "tokenizer"):
         value = cfg[key]
         is_url = key == "weights" and str(value).startswith(("http://", "https://"))
