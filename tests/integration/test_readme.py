@@ -296,8 +296,8 @@ def test_links_lead_somewhere() -> None:
 
 def test_numbers_of_the_data() -> None:
     concepts = [concept for concept in load_emoji_concepts() if concept.split == "train"]
-    drawings = [style for concept in concepts for style in concept.styles if style != "openmoji"]
-    seen = [concept for concept in concepts if set(concept.styles) - {"openmoji"}]
+    drawings = [style for concept in concepts for style in concept.styles if style != "twemoji"]
+    seen = [concept for concept in concepts if set(concept.styles) - {"twemoji"}]
     assert f"{len(drawings):,} training drawings of {len(seen):,} emoji" in PROSE
 
 

@@ -20,7 +20,7 @@ split               concepts    styles          what for
 ==================  ==========  ==============  ================================================
 
 With the default arguments only the first two may be used to choose anything. To choose by an unseen style,
-leave the reported one out, `styles=("noto", "twemoji", "fluent"), heldout_style="noto"`, and read
+leave the reported one out, `styles=("noto", "fluent", "openmoji"), heldout_style="noto"`, and read
 `val_style`. Concepts that no training style draws are left out of `heldout_style`.
 
 A sample is `<style>-<key>.webp` and `.json`: key, style, family, group, `captions` (by language: the name,
@@ -57,7 +57,7 @@ EMOJI_MARKER = "emoji.json"
 IMAGE_SIZE_PX = 64
 """Side of every shipped drawing."""
 
-_LAYOUT_VERSION = 2  # part of the fingerprint: raise it when the written files change for the same assets
+_LAYOUT_VERSION = 3  # part of the fingerprint: raise it when the written files change for the same assets
 _STALE_PARTIAL_S = 3600.0  # an unpack takes seconds; an older partial folder belongs to a process that died
 
 
@@ -152,7 +152,7 @@ def load_emoji_tokenizer_model() -> bytes:
 def write_emoji_shards(
     folder: str | os.PathLike[str],
     *,
-    heldout_style: str = "openmoji",
+    heldout_style: str = "twemoji",
     styles: Sequence[str] = EMOJI_STYLES,
     samples_per_shard: int = 500,
 ) -> Path:

@@ -63,7 +63,7 @@ def test_card_says_data_licences_metrics_and_origin(start: Start, run_folder: Pa
     card = (run_folder / "export" / "README.md").read_text(encoding="utf-8")
     for part in ("Noto Emoji", "CC BY 4.0", "Unicode-3.0", "12.5", "heldout_style", "chance", "m2-export"):
         assert part in card
-    assert "OpenMoji" not in card, "the held-out style is no training data"
+    assert "Twemoji" not in card, "the held-out style is no training data"
 
 
 @pytest.mark.parametrize("named", ["step=3.ckpt", "{folder}/checkpoints/step=3.ckpt"])

@@ -161,9 +161,9 @@ def test_splits_hold_what_they_announce(unpacked: Path) -> None:
     expected = {
         "train": ("train", training, 4034),
         "val": ("val", training, 721),
-        "val_style": ("val", {"openmoji"}, 267),
-        "heldout_style": ("train", {"openmoji"}, 1494),
-        "heldout_families": ("heldout", {"openmoji"}, 153),
+        "val_style": ("val", {"twemoji"}, 267),
+        "heldout_style": ("train", {"twemoji"}, 1494),
+        "heldout_families": ("heldout", {"twemoji"}, 153),
     }
     splits = {concept.key: concept.split for concept in load_emoji_concepts()}
     assert sorted(path.name for path in unpacked.iterdir()) == sorted([*EMOJI_SPLITS, "emoji.json"])
@@ -312,7 +312,7 @@ def test_other_peoples_files_are_never_replaced(tmp_path: Path) -> None:
         ({"styles": ("noto", "apple")}, "unknown emoji style 'apple'"),
         ({"styles": "noto"}, "must be a list of styles"),
         ({"styles": ("openmoji",)}, "another left to train on"),
-        ({"styles": ("noto", "twemoji")}, "heldout_style='openmoji' must be one of"),
+        ({"styles": ("noto", "openmoji")}, "heldout_style='twemoji' must be one of"),
         ({"samples_per_shard": 0}, "samples_per_shard=0"),
     ],
 )
