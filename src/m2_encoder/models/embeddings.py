@@ -46,6 +46,11 @@ class ImageEmbedding(nn.Module):
 
     def _check(self, images: Tensor) -> None:
         side = self.image_size
+        if not isinstance(images, Tensor):
+            raise UserError(
+                f"images are {type(images).__name__}, expected a tensor (B, 3, {side}, {side}): "
+                "encode_image(torch.stack([preprocess(image) for image in images]))"
+            )
         if images.dim() != 4 or images.shape[1:] != (3, side, side):
             raise UserError(
                 f"images have shape {tuple(images.shape)}, expected (B, 3, {side}, {side}); use the preprocess "

@@ -149,7 +149,8 @@ class M2Encoder(nn.Module):
         `logit_vl_scale` belongs to `backbone_features`.
         """
         dtype = torch.promote_types(image_features.dtype, torch.float32)
-        return self.logit_scale.to(dtype).exp() * image_features.to(dtype) @ text_features.to(dtype).t()
+        with torch.autocast(image_features.device.type, enabled=False):  # it would multiply in half precision
+            return self.logit_scale.to(dtype).exp() * image_features.to(dtype) @ text_features.to(dtype).t()
 
     # -------------------------------------------------------------------------------------------- whole outputs
 
@@ -275,6 +276,8 @@ class M2Encoder(nn.Module):
             ids, mask = text
         else:
             ids = text
+        if not isinstance(ids, Tensor):
+            raise UserError(f"texts are {type(ids).__name__}, expected token ids: encode_text(tokenizer(texts))")
         if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise UserError(f"text ids are {ids.dtype} of shape {tuple(ids.shape)}, expected whole numbers (B, T)")
         if mask is None:

@@ -210,3 +210,23 @@ def test_fusion_needs_matching_numbers(model: M2Encoder) -> None:
 def test_patch_mask_must_cover_the_grid(model: M2Encoder) -> None:
     with pytest.raises(UserError, match=r"patch_mask has shape \(2, 15\), expected \(2, 16\)"):
         model.forward_image(random_images(CONFIG, 2), patch_mask=torch.zeros(2, 15).bool())
+
+
+@pytest.mark.parametrize("texts", ["a cat", ["a cat"], None])
+def test_raw_texts_are_sent_to_the_tokenizer(model: M2Encoder, texts: object) -> None:
+    with pytest.raises(UserError, match=r"encode_text\(tokenizer\(texts\)\)"):
+        model.encode_text(texts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("images", ["a.png", ["a.png"], None])
+def test_raw_images_are_sent_to_preprocess(model: M2Encoder, images: object) -> None:
+    with pytest.raises(UserError, match="preprocess"):
+        model.encode_image(images)  # type: ignore[arg-type]
+
+
+def test_similarity_stays_in_fp32_under_mixed_precision(model: M2Encoder) -> None:
+    images, text = model.encode_image(random_images(CONFIG, 3)), model.encode_text(random_text(CONFIG, [4, 9]))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.similarity(images, text)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, model.similarity(images, text))
