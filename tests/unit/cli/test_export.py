@@ -61,7 +61,7 @@ def test_export_loads_with_the_same_weights(start: Start, run_folder: Path) -> N
 def test_card_says_data_licences_metrics_and_origin(start: Start, run_folder: Path) -> None:
     assert start("run.name=try") == 0
     card = (run_folder / "export" / "README.md").read_text(encoding="utf-8")
-    for part in ("Noto Emoji", "CC BY 4.0", "Unicode-3.0", "12.5", "heldout_style", "chance", "m2-export"):
+    for part in ("Noto Emoji", "CC BY-SA 4.0", "Unicode-3.0", "12.5", "heldout_style", "chance", "m2-export"):
         assert part in card
     assert "Twemoji" not in card, "the held-out style is no training data"
 

@@ -157,7 +157,7 @@ def test_unknown_style_is_named() -> None:
 
 
 def test_splits_hold_what_they_announce(unpacked: Path) -> None:
-    training = {"noto", "twemoji", "fluent"}
+    training = {"noto", "fluent", "openmoji"}
     expected = {
         "train": ("train", training, 4034),
         "val": ("val", training, 721),
