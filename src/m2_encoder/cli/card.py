@@ -33,7 +33,7 @@ _CAPTIONS: Final = (
 _EMOJI_LIMITS: Final = (
     "Trained on drawings of emoji alone: it knows nothing of photographs.",
     "Captions are names and keywords, not sentences.",
-    "Held-out style and families are for reporting; nothing was chosen by them.",
+    "Held-out style and families are for reporting; no training setting was chosen by them.",
 )
 
 
