@@ -99,9 +99,19 @@ class FusionOutput(NamedTuple):
 
 @runtime_checkable
 class ContrastiveTopology(Protocol):
-    """What objectives need of a strategy: the ranks whose rows serve as negatives."""
+    """What training needs of a strategy: whose rows serve as negatives, and in how many pieces a rank's are encoded."""
 
     @property
     def contrastive_group(self) -> dist.ProcessGroup | None:
         """Process group that holds this rank; None for a group of one."""
+        ...
+
+    @property
+    def micro_batches(self) -> int:
+        """k: how many pieces of a rank's rows are encoded one after the other, with one loss over all of them."""
+        ...
+
+    @property
+    def recompute(self) -> bool:
+        """Whether a micro-batch is encoded again in backward, so that one alone keeps its activations."""
         ...
