@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "checkpoints": {"models"},
     "data": {"tokenizers", "assets"},
     "objectives": {"distributed"},
+    "planning": {"models", "distributed"},
     "strategies": {"distributed"},
     "training": {"objectives", "evaluation", "models", "checkpoints.atomic"},
     "hub": {"checkpoints", "models", "tokenizers", "data.transforms"},
