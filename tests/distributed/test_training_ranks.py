@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
-from m2_encoder.strategies.ddp import WorldDDPStrategy
+from m2_encoder.strategies.grouped_ddp import GroupedDDPStrategy
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.throughput import Throughput
 from m2_encoder.training.loggers import JsonlLogger
@@ -32,7 +32,8 @@ def train(rank: int, world_size: int, emoji_folder: str, folder: str) -> dict[st
     warnings.simplefilter("ignore")
     lightning.seed_everything(3, workers=True, verbose=False)
     module = make_module(max_steps=STEPS)
-    many: dict[str, Any] = {"strategy": WorldDDPStrategy(), "devices": world_size, "plugins": [LightningEnvironment()]}
+    strategy = GroupedDDPStrategy()
+    many: dict[str, Any] = {"strategy": strategy, "devices": world_size, "plugins": [LightningEnvironment()]}
     trainer = make_trainer(
         Path(folder),
         max_steps=STEPS,

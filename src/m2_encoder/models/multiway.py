@@ -11,9 +11,12 @@ stochastic depth: arXiv:1603.09382.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.packing import Packing
@@ -159,10 +162,15 @@ class MultiwayNorm(nn.Module):
 
 
 class MultiwayEncoder(nn.Module):
-    """A stack of multiway layers and a final norm."""
+    """A stack of multiway layers and a final norm.
+
+    Attributes:
+        recompute_layers: in training keep the input of a layer alone, and run the layer again in backward.
+    """
 
     def __init__(self, config: M2EncoderConfig, *, num_layers: int) -> None:
         super().__init__()
+        self.recompute_layers = False
         last = max(1, num_layers - 1)
         self.layers = nn.ModuleList(
             MultiwayLayer(config, drop_path=config.drop_path_rate * i / last) for i in range(num_layers)
@@ -204,7 +212,8 @@ class MultiwayEncoder(nn.Module):
             allowed = attention_mask if attention_mask.dim() == 2 else attention_mask[:, None]
             mask = allowed if mask is None else mask & allowed
         for i, layer in enumerate(self.layers):
-            x = layer(
+            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute_layers and self.training else layer
+            x = run(
                 x,
                 num_image_tokens=num_image_tokens,
                 mask=mask,

@@ -6,19 +6,43 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.parallelize import checkpoint_layers
+from m2_encoder.strategies.groups import check_micro_batches
+
 
 class LocalStrategy(SingleDeviceStrategy):
     """The first accelerator if there is one and it is wanted, else the CPU; no process groups.
 
     Args:
         accelerator: "auto", "cpu" or "cuda"/"gpu".
+        micro_batches: k: a step's rows are encoded in so many pieces, with one loss over all of them.
+        recompute: encode a micro-batch again in backward instead of keeping its activations.
+        activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
+
+    Raises:
+        UserError: for an impossible k.
     """
 
-    def __init__(self, accelerator: str = "auto") -> None:
+    def __init__(
+        self,
+        accelerator: str = "auto",
+        micro_batches: int = 1,
+        recompute: bool = True,
+        activation_checkpointing: bool = False,
+    ) -> None:
         wants_cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
         super().__init__(device="cuda:0" if wants_cuda else "cpu")
+        self.micro_batches = check_micro_batches(micro_batches)
+        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
 
     @property
     def contrastive_group(self) -> dist.ProcessGroup | None:
         """None: this rank's rows are all there are."""
         return None
+
+    def parallelize(self, model: M2Encoder) -> None:
+        """Prepare a freshly built model."""
+        if self.activation_checkpointing:
+            checkpoint_layers(model)

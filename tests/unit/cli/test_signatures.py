@@ -113,7 +113,7 @@ def test_nested_targets_are_found() -> None:
 
 
 def test_data_parallel_options_pass_through() -> None:
-    node = {"_target_": "m2_encoder.strategies.ddp.WorldDDPStrategy", "find_unused_parameters": True}
+    node = {"_target_": "m2_encoder.strategies.grouped_ddp.GroupedDDPStrategy", "find_unused_parameters": True}
     assert check_targets({"strategy": node}, given={}, skip=lambda _: False) == []
     node["find_unused_parameter"] = node.pop("find_unused_parameters")
     (problem,) = check_targets({"strategy": node}, given={}, skip=lambda _: False)

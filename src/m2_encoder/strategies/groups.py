@@ -1,0 +1,101 @@
+"""What every strategy of this project shares: contrastive process groups, and batch accumulation."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
+from m2_encoder.errors import UserError
+
+
+def check_micro_batches(micro_batches: object) -> int:
+    """k, if it is a count.
+
+    Raises:
+        UserError: if it is no whole number, 1 or more.
+    """
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+        raise UserError(
+            f"strategy.micro_batches={micro_batches!r}: must be a whole number, 1 or more; "
+            "for example strategy.micro_batches=1"
+        )
+    return micro_batches
+
+
+class ContrastiveGroups:
+    """The process groups of one run, from the moment the processes know each other until the run ends.
+
+    Args:
+        group_size: ranks per group; None leaves it to `group_nodes`.
+        group_nodes: whole nodes per group. With both None the world is one group.
+
+    Raises:
+        UserError: if both are given.
+    """
+
+    def __init__(self, *, group_size: int | None, group_nodes: int | None) -> None:
+        if group_size is not None and group_nodes is not None:
+            resolve_group_size(world_size=1, ranks_per_node=1, group_size=group_size, group_nodes=group_nodes)
+        self._group_size = group_size
+        self._group_nodes = group_nodes
+        self._topology: GroupTopology | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._owns_group = False
+
+    @property
+    def topology(self) -> GroupTopology:
+        """How the ranks are grouped.
+
+        Raises:
+            RuntimeError: if read before the processes know each other.
+        """
+        if self._topology is None:
+            raise RuntimeError("contrastive groups exist only after the strategy has set up the processes")
+        return self._topology
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group that holds this rank; None for a group of one.
+
+        Raises:
+            RuntimeError: if read before the processes know each other.
+        """
+        return self._group if self.topology.group_size > 1 else None
+
+    def create(self, *, ranks_per_node: int, timeout: timedelta | None) -> None:
+        """Make the groups; every rank of the world must call this at the same point.
+
+        All ranks ask for all groups, in one order: NCCL splits its communicator for that, which takes everybody.
+
+        Args:
+            ranks_per_node: m.
+            timeout: of a collective in a group; None is torch's own.
+
+        Raises:
+            UserError: if the ranks cannot be grouped as wanted.
+        """
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        group_size = resolve_group_size(
+            world_size=world_size,
+            ranks_per_node=ranks_per_node,
+            group_size=self._group_size,
+            group_nodes=self._group_nodes,
+        )
+        self.destroy()
+        topology = GroupTopology(world_size, group_size)
+        if group_size == world_size:
+            self._group = dist.group.WORLD
+        elif group_size > 1:
+            groups = [dist.new_group(list(members), timeout=timeout) for members in topology.groups()]
+            own = groups[topology.group_index(rank)]
+            assert isinstance(own, dist.ProcessGroup), f"rank {rank} is not in its own group"
+            self._group, self._owns_group = own, True
+        self._topology = topology
+
+    def destroy(self) -> None:
+        """Forget the groups, and free the one that was made here."""
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._topology, self._group, self._owns_group = None, None, False
