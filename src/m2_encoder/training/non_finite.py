@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from m2_encoder.distributed.gradients import whole_tensor
 from m2_encoder.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,9 @@ class NonFiniteGuard:
 
 
 def _diagnose(step: int, losses: Mapping[str, Tensor], parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
-    bad = [name for name, p in parameters if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    bad = [
+        name for name, p in parameters if p.grad is not None and not bool(torch.isfinite(whole_tensor(p.grad)).all())
+    ]
     shown = ", ".join(bad[:_NAMED_PARAMETERS]) + (
         f" and {len(bad) - _NAMED_PARAMETERS} more" if len(bad) > _NAMED_PARAMETERS else ""
     )
