@@ -1,0 +1,268 @@
+"""Training in groups over a slow network: four ranks, links of limited bandwidth and added latency.
+
+Each rank is a process in a network namespace of its own (see _network.py); latency is one way, from rank to rank, and
+bandwidth is a rank's, in each direction. Round trip and throughput are measured on the shaped links before anything
+else and stand beside the nominal values. Needs root, `ip` and `tc`.
+
+Compared on the tiny model, with the same rows per rank and optimizer step, DDP's gradient mean over all ranks, AdamW:
+
+- full logits: open_clip's ClipLoss(local_loss=False, gather_with_grad=True), every rank computes all logits;
+- local loss: ClipLoss(local_loss=True, gather_with_grad=True);
+- local loss, fused gather: the same formula with one all-gather forward and one reduce-scatter backward, the best that
+  a gather with gradient can do: the backward of torch's own costs one scatter per rank on gloo, which is not the
+  loss's fault;
+- ours for g = 4 (the same loss), 2 and 1 (fewer negatives: another objective), with k = 1, and with k = 4 pieces that
+  are encoded twice, one of them alive at a time.
+
+Candidates take turns within one set of processes; a step's time is that of the slowest rank, from a common start. The
+loss alone, on given features, is timed as well: in training, every candidate sends the same gradients too, and on a
+slow link these dominate. Four ranks share the processors of one machine: computing takes longer than on four machines,
+for all candidates alike, and communication weighs less than it would beside faster computing.
+
+An interrupted run with `--json PATH` goes on where it stopped: finished settings are kept in PATH.partial.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _candidates import Candidate, list_candidates
+from _common import Report, Timing, parse_arguments, speedup
+from _network import Link, Network, NetworkError
+from _ranks import RankError, Ranks
+
+WORLD_SIZE = 4
+BANDWIDTHS_MBIT = (None, 1000.0, 100.0)
+LATENCIES_MS = (0.0, 1.0, 5.0, 20.0)
+QUICK_LINKS = (Link(0.0, None), Link(5.0, 1000.0))
+# Rows per rank and feature width of the loss alone: the tiny model's own, and those of the 0.4B model at a usual batch.
+LOSS_SHAPES = ((64, 128), (256, 768))
+BASELINES = {"full": "full_logits", "local": "local_loss", "local_fused": "local_loss_fused"}
+# Largest difference between two candidates that compute the same objective, relative to the gradient's norm.
+AGREEMENT = 1e-4
+
+
+class PerSetting(dict[str, Any]):
+    """A figure with one value per setting: whole in JSON, counted on the terminal, where the tables show it."""
+
+    def __str__(self) -> str:
+        return f"{len(self)} values, in the tables above"
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def check_agreement(ranks: Ranks, candidates: Sequence[Candidate]) -> None:
+    """Refuse to compare what does not compute the same: loss and gradient per objective (per g)."""
+    reference: dict[int, tuple[str, float, dict[str, Any]]] = {}
+    for candidate in candidates:
+        answers = ranks.each([{"do": "gradient", "candidate": candidate.label}] * WORLD_SIZE)
+        loss = statistics.fmean(answer["loss"] for answer in answers)
+        label, first_loss, first = reference.setdefault(candidate.group_size, (candidate.label, loss, answers[0]))
+        difference = max(abs(a - b) for a, b in zip(first["sums"], answers[0]["sums"], strict=True)) / first["norm"]
+        if not max(abs(loss - first_loss) / first_loss, difference) < AGREEMENT:
+            raise SystemExit(
+                f"{candidate.label} and {label} disagree (loss {loss:.6f} and {first_loss:.6f}, gradients by "
+                f"{difference:.1e} of their norm): the comparison means nothing"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def take_turns(work: Mapping[str, Callable[[], dict[str, float]]], *, rounds: int) -> dict[str, dict[str, Any]]:
+    """Each candidate once per round, every second round backwards, after one round that is not counted.
+
+    Returns:
+        By label: `timing`, and the median bytes that a rank has sent as `sent`.
+    """
+    results: dict[str, list[dict[str, float]]] = {label: [] for label in work}
+    order = list(work)
+    for i in range(-1, rounds):
+        for label in order if i % 2 == 0 else reversed(order):
+            result = work[label]()
+            if i >= 0:
+                results[label].append(result)
+    return {
+        label: {
+            "timing": Timing(tuple(result["seconds"] for result in found)),
+            "sent": statistics.median(result["sent"] for result in found),
+        }
+        for label, found in results.items()
+    }
+
+
+def measure_network(network: Network, ranks: Ranks, link: Link, *, rounds: int) -> dict[str, Any]:
+    """Shape the links, and find out what they really do."""
+    refused = network.shape(link)
+    num_bytes = 100_000_000 if link.bandwidth_mbit is None else int(link.bandwidth_mbit * 1e6 / 8 * 0.3)
+    orders: list[dict[str, Any]] = [{"do": "nothing"} for _ in range(WORLD_SIZE)]
+    orders[0] = {"do": "probe", "peer": network.address(1), "bytes": num_bytes}
+    orders[1] = {"do": "probe", "peer": "serve"}
+    measured = ranks.each(orders)[0]
+    reduced = take_turns({"all_reduce": partial(ranks.together, do="all_reduce")}, rounds=rounds)["all_reduce"]
+    return {
+        "what": f"{link.label}: the link itself",
+        "round_trip_ms": round(measured["round_trip_ms"], 3),
+        "mbit_per_s": round(measured["mbit_per_s"]),
+        "gradient_all_reduce_ms": round(1e3 * reduced["timing"].median, 1),
+        "frames_refused": refused,
+    }
+
+
+def measure_training(ranks: Ranks, link: Link, candidates: Sequence[Candidate], *, rows: int, rounds: int) -> list[Any]:
+    """Whole optimizer steps."""
+    work = {c.label: partial(ranks.together, do="train", candidate=c.label) for c in candidates}
+    return _rows(take_turns(work, rounds=rounds), candidates, where=f"{link.label}: step", rows=rows)
+
+
+def measure_losses(ranks: Ranks, link: Link, candidates: Sequence[Candidate], *, rounds: int) -> list[Any]:
+    """Forward and backward of the loss on given features: what is left when encoder and gradients cost nothing."""
+    found = []
+    for shape in LOSS_SHAPES:
+        # Pieces are the encoder's matter: the loss sees all rows at once whatever k is.
+        chosen = [c for c in candidates if c.micro_batches == 1]
+        work = {c.label: partial(ranks.together, do="loss", candidate=c.label, shape=shape) for c in chosen}
+        where = f"{link.label}: loss, {shape[0]} x {shape[1]}"
+        found += _rows(take_turns(work, rounds=rounds), chosen, where=where, rows=shape[0])
+    return found
+
+
+def _rows(results: Mapping[str, Any], candidates: Sequence[Candidate], *, where: str, rows: int) -> list[Any]:
+    baselines = {BASELINES[c.method]: results[c.label]["timing"] for c in candidates if c.method in BASELINES}
+    return [
+        {
+            "what": f"{where}, {candidate.label}",
+            **results[candidate.label]["timing"].row(),
+            "samples_per_s": round(WORLD_SIZE * rows / results[candidate.label]["timing"].median, 1),
+            "sent_mb": round(results[candidate.label]["sent"] / 1e6, 3),
+            **{
+                f"over_{name}": round(speedup(timing, results[candidate.label]["timing"]), 3)
+                for name, timing in baselines.items()
+            },
+        }
+        for candidate in candidates
+    ]
+
+
+def count_retransmissions(ranks: Ranks) -> int:
+    """TCP segments sent twice, by all ranks since the start."""
+    return sum(answer["retransmitted"] for answer in ranks.each([{"do": "nothing"}] * WORLD_SIZE))
+
+
+# ------------------------------------------------------------------------------------------------------------ journal
+
+
+class Journal:
+    """Settings that are measured already, one line of JSON each, so that an interrupted run can go on.
+
+    Args:
+        path: file to append to; None keeps nothing.
+        identity: what was measured how; a journal of another measurement is started anew.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+        self._path = path
+        self.found: dict[str, Any] = {}
+        if path is None:
+            return
+        header, *lines = path.read_text().splitlines() if path.exists() else [""]
+        if header == (own := json.dumps(identity)):
+            self.found = {entry["link"]: entry for entry in map(json.loads, lines)}
+        else:
+            path.write_text(own + "\n")
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Keep one setting."""
+        self.found[entry["link"]] = entry
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def remove(self) -> None:
+        """The report is written; the journal has served."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def measure(arguments: Any, journal: Journal, candidates: Sequence[Candidate], links: Sequence[Link]) -> None:
+    """Every setting that the journal lacks."""
+    missing = [link for link in links if link.label not in journal.found]
+    if not missing:
+        return
+    threads = max(1, arguments.threads // WORLD_SIZE)
+    with (
+        Network(WORLD_SIZE) as network,
+        Ranks(network, num_ranks=WORLD_SIZE, rows=arguments.rows, threads=threads) as ranks,
+    ):
+        check_agreement(ranks, candidates)
+        for link in missing:
+            print(f"measuring {link.label} …", file=sys.stderr, flush=True)
+            before = count_retransmissions(ranks)
+            entry = {
+                "link": link.label,
+                "network": measure_network(network, ranks, link, rounds=arguments.rounds),
+                "training": measure_training(ranks, link, candidates, rows=arguments.rows, rounds=arguments.rounds),
+                "loss": measure_losses(ranks, link, candidates, rounds=arguments.rounds),
+            }
+            entry["network"]["segments_sent_twice"] = count_retransmissions(ranks) - before
+            journal.add(entry)
+
+
+def fill(report: Report, journal: Journal, candidates: Sequence[Candidate], links: Sequence[Link]) -> None:
+    """Rows in the order of the settings, and the figures."""
+    entries = [journal.found[link.label] for link in links]
+    for part in ("network", "training", "loss"):
+        for entry in entries:
+            report.rows += [entry[part]] if part == "network" else entry[part]
+    figures = {name: PerSetting() for name in ("speedup", "loss_speedup")}
+    for entry in entries:
+        for candidate in candidates:
+            for figure, part in (("speedup", "training"), ("loss_speedup", "loss")):
+                for row in entry[part]:
+                    where, _, label = row["what"].rpartition(", ")
+                    if candidate.method == "grouped" and label == candidate.label:
+                        key = f"{where}, g={candidate.group_size}, k={candidate.micro_batches}"
+                        figures[figure][key] = {name: row[f"over_{name}"] for name in BASELINES.values()}
+    report.figures.update(figures)
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="per rank and step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="turns of each candidate (default: 5; quick: 3)")
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, configure=add_arguments)
+    arguments.rounds = arguments.rounds or (3 if arguments.quick else 5)
+    if importlib.util.find_spec("open_clip") is None:
+        print("the baselines need open_clip: pip install '.[benchmark]'", file=sys.stderr)
+        raise SystemExit(2)
+    candidates = list_candidates(WORLD_SIZE)
+    links = QUICK_LINKS if arguments.quick else [Link(la, bw) for bw in BANDWIDTHS_MBIT for la in LATENCIES_MS]
+    report = Report(f"training in groups, {WORLD_SIZE} ranks", distributions=("open_clip_torch",))
+    unfinished = None if arguments.json is None else arguments.json.with_name(arguments.json.name + ".partial")
+    identity = {"rows": arguments.rows, "rounds": arguments.rounds, "threads": arguments.threads}
+    journal = Journal(unfinished, {**identity, **report.versions, "cpu": report.machine["cpu"]})
+    try:
+        measure(arguments, journal, candidates, links)
+    except (NetworkError, RankError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    fill(report, journal, candidates, links)
+    report.finish(json_path=arguments.json)
+    journal.remove()
+
+
+if __name__ == "__main__":
+    main()
