@@ -65,6 +65,18 @@ class RetrievalBatch(NamedTuple):
     texts: dict[str, TextTokens]
 
 
+class HeadFeatures(NamedTuple):
+    """One modality's features, L2-normalised.
+
+    Attributes:
+        features: of the vision-language head, (B, E): the embedding of M2-Encoder.
+        backbone_features: of the head on the backbone, (B, E); None if they were not asked for.
+    """
+
+    features: Tensor
+    backbone_features: Tensor | None
+
+
 class EncoderOutput(NamedTuple):
     """Everything one modality's pass through both encoders yields.
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from m2_encoder.distributed.collectives import gather_rows, gather_rows_without_grad
-from m2_encoder.objectives.base import ObjectiveInputs
+from m2_encoder.objectives.base import FeaturePair, ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from tests.support.ranks import run_ranks
 
@@ -38,9 +38,13 @@ class TwoTowers(nn.Module):
     def forward(self, images: Tensor, texts: Tensor, identity: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         objective = ImageTextContrastive(label_smoothing=SMOOTHING)
         inputs = ObjectiveInputs(
-            nn.functional.normalize(images @ self.image, dim=1),
-            nn.functional.normalize(texts.flatten(0, 1) @ self.text, dim=1),
-            self.logit_scale,
+            {
+                "features": FeaturePair(
+                    nn.functional.normalize(images @ self.image, dim=1),
+                    nn.functional.normalize(texts.flatten(0, 1) @ self.text, dim=1),
+                    self.logit_scale,
+                )
+            },
             identity,
             group,
         )
@@ -105,8 +109,8 @@ def gather_in_groups(rank: int, members: list[list[int]]) -> dict[str, Any]:
     # Every rank weighs every gathered entry differently, so that a wrong order or a missing sum shows.
     weights = torch.arange(gathered.numel(), dtype=torch.float64).reshape(gathered.shape) + 1000 * rank
     (gathered * weights).sum().backward()
-    transposed = gather_rows_without_grad(rows.t(), groups[own])  # not contiguous
-    keys = gather_rows_without_grad(torch.tensor([rank, -(2**60) - rank]), groups[own])
+    transposed = torch.cat(gather_rows_without_grad(rows.t(), groups[own], counts=[2, 2]))  # not contiguous
+    keys = torch.cat(gather_rows_without_grad(torch.tensor([rank, -(2**60) - rank]), groups[own], counts=[2, 2]))
     assert rows.grad is not None
     assert not transposed.requires_grad
     return {

@@ -1,4 +1,4 @@
-"""Collectives that autograd understands.
+"""Collectives that this package needs and torch does not have.
 
 `torch.distributed.nn.all_gather` fails in backward on gloo sub-groups that do not start at rank 0, and a CPU test of
 this project needs such groups; so the differentiable gather is our own, on the two tensor collectives.
@@ -6,6 +6,7 @@ this project needs such groups; so the differentiable gather is our own, on the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return gather_rows_without_grad(rows, group)
+        gathered = rows.new_empty((dist.get_world_size(group) * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.detach().contiguous(), group=group)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -41,8 +44,28 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered
 
 
-def gather_rows_without_grad(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of every rank of the group, (B, ...) -> (G * B, ...), as constants."""
-    gathered = rows.new_empty((dist.get_world_size(group) * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.detach().contiguous(), group=group)
-    return gathered
+def gather_rows_without_grad(rows: Tensor, group: dist.ProcessGroup, *, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    """Rows of every rank of the group as constants, by one collective.
+
+    Args:
+        rows: (B, ...).
+        group: process group that holds this rank.
+        counts: rows of each rank of the group; where they differ, ranks send as many as the one with the most.
+
+    Returns:
+        One (count, ...) per rank, in group-rank order.
+    """
+    most = max(counts)
+    padded = rows.detach()
+    if rows.shape[0] < most:
+        padded = torch.cat([padded, padded.new_zeros((most - rows.shape[0], *rows.shape[1:]))])
+    gathered = rows.new_empty((len(counts) * most, *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, padded.contiguous(), group=group)
+    return tuple(block[:count] for block, count in zip(gathered.split(most), counts, strict=True))
+
+
+def gather_counts(count: int, group: dist.ProcessGroup, *, device: torch.device) -> list[int]:
+    """A number of every rank of the group, 8 bytes each; one synchronisation with the device."""
+    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([count], device=device), group=group)
+    return [int(number) for number in counts.tolist()]

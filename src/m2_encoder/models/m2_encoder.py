@@ -22,7 +22,7 @@ from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
 from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
 from m2_encoder.models.multiway import MultiwayEncoder
 from m2_encoder.models.packing import Packing
-from m2_encoder.types import EncoderOutput, FusionOutput, TextTokens
+from m2_encoder.types import EncoderOutput, FusionOutput, HeadFeatures, TextTokens
 
 _UNUSED_NORM_EPS = 1e-6
 
@@ -112,10 +112,7 @@ class M2Encoder(nn.Module):
         Raises:
             UserError: for another shape or dtype.
         """
-        tokens = self.image_embed(images)
-        hidden = self.backbone(tokens, num_image_tokens=tokens.shape[1])
-        hidden = self.vl_encoder(hidden, num_image_tokens=tokens.shape[1], first_token_only=True)
-        return _normalize(self.vl_image_proj(hidden[:, 0]))
+        return self._image_heads(images, backbone=False).features
 
     def encode_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> Tensor:
         """Features of texts; padding costs nothing.
@@ -130,17 +127,15 @@ class M2Encoder(nn.Module):
         Raises:
             UserError: for ids outside the token table, a text without tokens, or a text beyond the position table.
         """
-        tokens = self.trim_text(text, mask)
-        if tokens.ids.shape[0] == 0:
-            return self.vl_text_proj.weight.new_zeros((0, self.config.feature_dim))
-        if torch.compiler.is_compiling() or tokens.ids.is_meta or bool(tokens.mask.all()):
-            # Packing has data-dependent shapes, which compiled graphs cannot have; without padding it gains nothing.
-            return self._text_features(tokens)
-        packing = Packing(tokens.mask)
-        packed = packing.pack(self.text_embed(tokens.ids))
-        hidden = self.backbone(packed, num_image_tokens=0, packing=packing)
-        hidden = self.vl_encoder(hidden, num_image_tokens=hidden.shape[1], packing=packing, first_token_only=True)
-        return _normalize(self.vl_text_proj(hidden[0]))
+        return self._text_heads(self.trim_text(text, mask), backbone=False).features
+
+    def encode_image_heads(self, images: Tensor) -> HeadFeatures:
+        """Features of images from both heads; arguments and errors as in `encode_image`."""
+        return self._image_heads(images, backbone=True)
+
+    def encode_text_heads(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> HeadFeatures:
+        """Features of texts from both heads; arguments and errors as in `encode_text`."""
+        return self._text_heads(self.trim_text(text, mask), backbone=True)
 
     def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Scaled cosine similarities, (B_image, B_text): features times features times exp(logit_scale).
@@ -313,11 +308,37 @@ class M2Encoder(nn.Module):
             raise UserError(f"a text has {longest} tokens, the position table holds {limit}; truncate it")
         return int(longest)
 
-    def _text_features(self, tokens: TextTokens) -> Tensor:
-        hidden, token_mask = self._text_backbone(tokens)
-        # The released model sends texts, too, through the *vision* experts of the vision-language encoder.
-        hidden = self.vl_encoder(hidden, num_image_tokens=hidden.shape[1], token_mask=token_mask, first_token_only=True)
-        return _normalize(self.vl_text_proj(hidden[:, 0]))
+    def _image_heads(self, images: Tensor, *, backbone: bool) -> HeadFeatures:
+        tokens = self.image_embed(images)
+        lower = self.backbone(tokens, num_image_tokens=tokens.shape[1])
+        hidden = self.vl_encoder(lower, num_image_tokens=tokens.shape[1], first_token_only=True)
+        return HeadFeatures(
+            features=_normalize(self.vl_image_proj(hidden[:, 0])),
+            backbone_features=_normalize(self.image_proj(lower[:, 0])) if backbone else None,
+        )
+
+    def _text_heads(self, tokens: TextTokens, *, backbone: bool) -> HeadFeatures:
+        if tokens.ids.shape[0] == 0:
+            empty = self.vl_text_proj.weight.new_zeros((0, self.config.feature_dim))
+            return HeadFeatures(empty, empty if backbone else None)
+        if torch.compiler.is_compiling() or tokens.ids.is_meta or bool(tokens.mask.all()):
+            # Packing has data-dependent shapes, which compiled graphs cannot have; without padding it gains nothing.
+            lower, token_mask = self._text_backbone(tokens)
+            # The released model sends texts, too, through the *vision* experts of the vision-language encoder.
+            hidden = self.vl_encoder(
+                lower, num_image_tokens=lower.shape[1], token_mask=token_mask, first_token_only=True
+            )[:, 0]
+            first = lower[:, 0]
+        else:
+            packing = Packing(tokens.mask)
+            packed = packing.pack(self.text_embed(tokens.ids))
+            lower = self.backbone(packed, num_image_tokens=0, packing=packing)
+            hidden = self.vl_encoder(lower, num_image_tokens=lower.shape[1], packing=packing, first_token_only=True)[0]
+            first = lower[0, : packing.batch_size]
+        return HeadFeatures(
+            features=_normalize(self.vl_text_proj(hidden)),
+            backbone_features=_normalize(self.text_proj(first)) if backbone else None,
+        )
 
     def _text_backbone(self, tokens: TextTokens, *, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         hidden = self.backbone(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,22 +16,47 @@ from torch import Tensor, nn
 from m2_encoder.errors import UserError
 
 
-class ObjectiveInputs(NamedTuple):
-    """What the training module hands to every objective.
+class FeaturePair(NamedTuple):
+    """Features of one head of the model, and their temperature.
 
     Attributes:
         image_features: (B, E), L2-normalised.
         text_features: (k * B, E), L2-normalised; k captions per image, row j describes image j // k.
         logit_scale: log of the inverse temperature, ().
-        identity: equal numbers mark the same content, (B,) int64.
-        group: ranks whose rows serve as negatives; None for this rank alone.
     """
 
     image_features: Tensor
     text_features: Tensor
     logit_scale: Tensor
+
+
+class ObjectiveInputs(NamedTuple):
+    """What the training module hands to every objective.
+
+    Attributes:
+        heads: by name of `EncoderOutput`: "features", and "backbone_features" if an objective trains that part.
+        identity: equal numbers mark the same content, (B,) int64.
+        group: ranks whose rows serve as negatives; None for this rank alone.
+    """
+
+    heads: Mapping[str, FeaturePair]
     identity: Tensor
     group: dist.ProcessGroup | None
+
+    @property
+    def image_features(self) -> Tensor:
+        """The embedding of the images, (B, E), L2-normalised."""
+        return self.heads["features"].image_features
+
+    @property
+    def text_features(self) -> Tensor:
+        """The embedding of the texts, (k * B, E), L2-normalised; row j describes image j // k."""
+        return self.heads["features"].text_features
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Log of the inverse temperature of both, ()."""
+        return self.heads["features"].logit_scale
 
 
 class ObjectiveOutput(NamedTuple):
@@ -56,7 +82,7 @@ class Objective(nn.Module, ABC):
             objective of a run names are frozen, so that no rank waits for a gradient that never comes.
     """
 
-    optional_parts: ClassVar[frozenset[str]] = frozenset()
+    optional_parts: frozenset[str] = frozenset()
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()

@@ -1,50 +1,67 @@
-"""Image-text contrastive learning (ITC). Letters in shapes are explained in `m2_encoder.types`."""
+"""Image-text contrastive learning (ITC) over grouped ranks. Letters in shapes are explained in `m2_encoder.types`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
-from m2_encoder.distributed.collectives import gather_rows, gather_rows_without_grad
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.contrastive_op import NO_GROUP, contrastive_forward
+
+HEADS: Final = ("features", "backbone_features")
+"""Feature pairs of the model: after the vision-language encoder, and after the backbone."""
+
+_NORM_TOLERANCE: Final = 0.02  # bf16 rounds a norm by up to 0.004
 
 
 def image_text_contrastive(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
+    image_features: Tensor | Sequence[Tensor],
+    text_features: Tensor | Sequence[Tensor],
+    logit_scale: Tensor | Sequence[Tensor],
     *,
     group: dist.ProcessGroup | None = None,
     identity: Tensor | None = None,
     captions_per_image: int = 1,
     label_smoothing: float = 0.0,
+    equal_rows: bool = False,
+    debug: bool = False,
 ) -> Tensor:
-    """Symmetric InfoNCE over the contrastive group.
+    """Symmetric InfoNCE over the contrastive group: GBA-ITC of M2-Encoder.
+
+    Features are gathered once and logsumexps once, backward sends nothing, and no (B, G * B) matrix exists: logits are
+    made, used and forgotten tile by tile. Features of any floating dtype; all sums are in fp32 (fp64 for fp64).
 
     Args:
-        image_features: L2-normalised, (B, E).
-        text_features: L2-normalised, (k * B, E) with k `captions_per_image`; row j describes image j // k.
-        logit_scale: log of the inverse temperature, ().
-        group: ranks whose features serve as negatives, the same B on each; None for this rank alone.
+        image_features: L2-normalised, (B, E); or one such tensor per head.
+        text_features: L2-normalised, (k * B, E) with k `captions_per_image`; row j describes image j // k. As many.
+        logit_scale: log of the inverse temperature, (). As many.
+        group: ranks whose features serve as negatives; None for this rank alone. All its ranks call this together.
         identity: equal numbers mark images with the same content, (B,) int64; they and all their captions are positives
-            of each other, with equal shares. None: only an image and its own captions match.
-        captions_per_image: k.
+            of each other, with equal shares. None: only an image and its own captions match. On all ranks or none.
+        captions_per_image: k, the same on all ranks.
         label_smoothing: share of the target spread evenly over all rows of the group, in [0, 1).
+        equal_rows: promise that all ranks of the group have the same B. Otherwise 8 bytes per rank are exchanged first.
+        debug: refuse features that are not normalised (a synchronisation); always on while torch's anomaly
+            detection is (`trainer.detect_anomaly=true`).
 
     Returns:
         Mean loss over the local rows (the mean over images of image-to-text and the mean over texts of text-to-image,
-        halved), (), fp32 (fp64 for fp64 features). Its gradient, averaged over the ranks of the
-        group as DDP does, is that of the mean loss over all rows of the group.
+        halved), and over the heads if there are several, (), fp32 (fp64 for fp64 features). Its gradient, averaged over
+        all ranks as DDP and FSDP do, is that of the mean of all ranks' losses; `logit_scale` counts once.
 
     Raises:
-        UserError: if shapes differ or are not (B, E), if there are no rows, or for a smoothing outside [0, 1).
+        UserError: for shapes, dtypes or devices that do not fit, no rows, a smoothing outside [0, 1), a group that does
+            not hold this rank, or (in debug) features that are not normalised.
 
-    Reference: CLIP (arXiv:2103.00020), Fig. 3; several positives: UniCL (arXiv:2204.03610), Eq. 3-5.
+    Reference: M2-Encoder (arXiv:2401.15896), grouped aggregation (the formulas are derived here, see
+        `contrastive_op`); CLIP (arXiv:2103.00020), Fig. 3; several positives: UniCL (arXiv:2204.03610), Eq. 3-5.
     """
-    return contrastive_row_losses(
+    losses, _ = contrastive_losses(
         image_features,
         text_features,
         logit_scale,
@@ -52,82 +69,175 @@ def image_text_contrastive(
         identity=identity,
         captions_per_image=captions_per_image,
         label_smoothing=label_smoothing,
-    ).mean()
+        equal_rows=equal_rows,
+        debug=debug,
+    )
+    return losses.mean()
 
 
-def contrastive_row_losses(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
+class ContrastiveLosses(NamedTuple):
+    """Losses of several heads.
+
+    Attributes:
+        loss: mean over the local rows, (H,), differentiable.
+        per_sample: loss of each local text, half its image's and half its own, (k * B, H), detached.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+
+
+def contrastive_losses(
+    image_features: Tensor | Sequence[Tensor],
+    text_features: Tensor | Sequence[Tensor],
+    logit_scale: Tensor | Sequence[Tensor],
     *,
     group: dist.ProcessGroup | None = None,
     identity: Tensor | None = None,
     captions_per_image: int = 1,
     label_smoothing: float = 0.0,
-) -> Tensor:
-    """The loss of each local text, half its image's and half its own, (k * B,); see `image_text_contrastive`."""
-    _check(image_features, text_features, identity, captions_per_image, label_smoothing)
-    dtype = torch.promote_types(torch.promote_types(image_features.dtype, text_features.dtype), torch.float32)
-    # Mixed precision would multiply even fp32 features in half precision: at scale 100 logits would be off by tenths.
-    with torch.autocast(image_features.device.type, enabled=False):
-        images, texts = image_features.to(dtype), text_features.to(dtype)
-        all_images, all_texts = (
-            (images, texts) if group is None else (gather_rows(images, group), gather_rows(texts, group))
-        )
-        scale = logit_scale.to(dtype).exp()
-        to_texts, to_images = _targets(images, group=group, identity=identity, captions_per_image=captions_per_image)
-        image_to_text = functional.cross_entropy(
-            scale * images @ all_texts.t(), to_texts, label_smoothing=label_smoothing, reduction="none"
-        )
-        text_to_image = functional.cross_entropy(
-            scale * texts @ all_images.t(), to_images, label_smoothing=label_smoothing, reduction="none"
-        )
-    return (image_to_text.repeat_interleave(captions_per_image) + text_to_image) / 2
+    equal_rows: bool = False,
+    debug: bool = False,
+) -> ContrastiveLosses:
+    """The losses of every head, and of every local text; arguments and errors as in `image_text_contrastive`."""
+    images, texts, scales = (_as_heads(given) for given in (image_features, text_features, logit_scale))
+    _check_heads(images, texts, scales)
+    for pair in zip(images, texts, strict=True):
+        _check_features(*pair, captions_per_image)
+    _check_options(images[0], identity, label_smoothing)
+    if debug or torch.is_anomaly_enabled():
+        for name, features in (("image_features", images), ("text_features", texts)):
+            _check_norms(name, features)
+    wire = torch.promote_types(images[0].dtype, texts[0].dtype)
+    sums = torch.promote_types(wire, torch.float32)
+    loss, rows, *_ = contrastive_forward(
+        _stack(images, dim=1).to(wire),
+        _stack(texts, dim=1).to(wire),
+        _stack([scale.reshape(()) for scale in scales], dim=0).to(sums),
+        identity,
+        _group_name(group),
+        equal_rows,
+        label_smoothing,
+    )
+    return ContrastiveLosses(loss, rows.detach())
 
 
 class ImageTextContrastive(Objective):
-    """ITC over the features of the vision-language encoder and the ranks of the strategy's contrastive group.
+    """ITC over the ranks of the strategy's contrastive group.
 
     Args:
         weight: factor in the sum of objectives.
         label_smoothing: share of the target spread evenly over all rows, in [0, 1).
         multi_positive: treat rows with the same identity (the same picture or concept drawn twice) as positives of
             each other instead of as false negatives.
+        heads: feature pairs that are trained, of `HEADS`; the loss is the mean over them.
+        equal_rows: all ranks have the same number of rows in every step, which the data modules here guarantee.
+
+    Raises:
+        UserError: for heads that the model does not have, or a smoothing outside [0, 1).
     """
 
-    def __init__(self, *, weight: float = 1.0, label_smoothing: float = 0.0, multi_positive: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        multi_positive: bool = True,
+        heads: Sequence[str] = ("features",),
+        equal_rows: bool = True,
+    ) -> None:
         super().__init__(weight=weight)
         _check_smoothing(label_smoothing)
+        if not heads or len(set(heads)) != len(heads) or not set(heads) <= set(HEADS):
+            raise UserError(f"heads={list(heads)} must be one or both of {', '.join(HEADS)}, each once")
         self.label_smoothing = label_smoothing
         self.multi_positive = multi_positive
+        self.heads = tuple(heads)
+        self.equal_rows = equal_rows
+        self.optional_parts = frozenset(heads) - {"features"}
 
     def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Loss of the local rows against all rows of the group."""
-        losses = contrastive_row_losses(
-            inputs.image_features,
-            inputs.text_features,
-            inputs.logit_scale,
+        pairs = [inputs.heads[name] for name in self.heads]
+        losses, per_sample = contrastive_losses(
+            [pair.image_features for pair in pairs],
+            [pair.text_features for pair in pairs],
+            [pair.logit_scale for pair in pairs],
             group=inputs.group,
             identity=inputs.identity if self.multi_positive else None,
             captions_per_image=inputs.text_features.shape[0] // max(1, inputs.image_features.shape[0]),
             label_smoothing=self.label_smoothing,
+            equal_rows=self.equal_rows,
         )
-        return ObjectiveOutput(loss=losses.mean(), per_sample=losses.detach())
+        return ObjectiveOutput(loss=losses.mean(), per_sample=per_sample.mean(dim=1))
 
 
-def _check(
-    image_features: Tensor, text_features: Tensor, identity: Tensor | None, captions_per_image: int, smoothing: float
-) -> None:
-    images, texts = tuple(image_features.shape), tuple(text_features.shape)
-    if len(images) != 2 or texts != (images[0] * captions_per_image, images[1]):
+def _as_heads(given: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [given] if isinstance(given, Tensor) else list(given)
+
+
+def _stack(parts: list[Tensor], *, dim: int) -> Tensor:
+    return parts[0].unsqueeze(dim) if len(parts) == 1 else torch.stack(parts, dim=dim)
+
+
+def _group_name(group: dist.ProcessGroup | None) -> str:
+    if group is None:
+        return NO_GROUP
+    if not isinstance(group, dist.ProcessGroup):
         raise UserError(
-            f"image_features {images} and text_features {texts} must be (B, E) and (k * B, E), "
+            f"group={group!r} does not hold this rank; every rank must pass the group that new_group made with it"
+        )
+    if dist.get_rank(group) < 0:
+        raise UserError(
+            f"group {group.group_name} does not hold this rank ({dist.get_rank()} of {dist.get_world_size()}); "
+            "every rank must pass the group that it is a member of"
+        )
+    return str(group.group_name)
+
+
+def _check_heads(images: list[Tensor], texts: list[Tensor], scales: list[Tensor]) -> None:
+    if not images or not len(images) == len(texts) == len(scales):
+        raise UserError(
+            f"{len(images)} image_features, {len(texts)} text_features and {len(scales)} logit_scale: "
+            "must be as many of each, one per head"
+        )
+    for name, tensors in (("image_features", images), ("text_features", texts)):
+        for other in tensors[1:]:
+            if (other.shape, other.dtype, other.device) != (tensors[0].shape, tensors[0].dtype, tensors[0].device):
+                raise UserError(
+                    f"{name} of the heads are {tuple(tensors[0].shape)} {tensors[0].dtype} and {tuple(other.shape)} "
+                    f"{other.dtype}; heads that are gathered together must agree"
+                )
+    for scale in scales:
+        if scale.numel() != 1 or not scale.is_floating_point() or scale.device != images[0].device:
+            raise UserError(
+                f"logit_scale is {scale.dtype} {tuple(scale.shape)} on {scale.device}; it must be one floating number "
+                f"on {images[0].device}, the log of the inverse temperature"
+            )
+
+
+def _check_features(images: Tensor, texts: Tensor, captions_per_image: int) -> None:
+    shapes = tuple(images.shape), tuple(texts.shape)
+    if len(shapes[0]) != 2 or captions_per_image < 1 or shapes[1] != (shapes[0][0] * captions_per_image, shapes[0][1]):
+        raise UserError(
+            f"image_features {shapes[0]} and text_features {shapes[1]} must be (B, E) and (k * B, E), "
             f"text j describing image j // k, with k = captions_per_image = {captions_per_image}"
         )
-    if not image_features.shape[0]:
-        raise UserError(f"features {tuple(image_features.shape)} have no rows; a mean needs at least one")
-    if identity is not None and identity.shape != image_features.shape[:1]:
-        raise UserError(f"identity has shape {tuple(identity.shape)}, expected ({image_features.shape[0]},)")
+    if not images.shape[0]:
+        raise UserError(f"features {shapes[0]} have no rows; a mean needs at least one")
+    if not images.is_floating_point() or not texts.is_floating_point():
+        raise UserError(f"features are {images.dtype} and {texts.dtype}; they must be floating numbers")
+    if images.device != texts.device:
+        raise UserError(f"image_features are on {images.device}, text_features on {texts.device}; move one of them")
+
+
+def _check_options(images: Tensor, identity: Tensor | None, smoothing: float) -> None:
+    if identity is not None and (identity.shape != images.shape[:1] or identity.dtype != torch.int64):
+        raise UserError(
+            f"identity is {identity.dtype} {tuple(identity.shape)}, expected torch.int64 ({images.shape[0]},)"
+        )
+    if identity is not None and identity.device != images.device:
+        raise UserError(f"identity is on {identity.device}, the features on {images.device}; move one of them")
     _check_smoothing(smoothing)
 
 
@@ -136,26 +246,13 @@ def _check_smoothing(label_smoothing: float) -> None:
         raise UserError(f"label_smoothing={label_smoothing!r} must be in [0, 1)")
 
 
-def _targets(
-    images: Tensor, *, group: dist.ProcessGroup | None, identity: Tensor | None, captions_per_image: int
-) -> tuple[Tensor, Tensor]:
-    """Targets over all texts for the local images, and over all images for the local texts.
-
-    Returns:
-        Columns of the only positives, twice (B,) int64; or shares of the columns, (B, G * k * B) and (k * B, G * B).
-    """
-    rows = images.shape[0]
-    offset = 0 if group is None else dist.get_rank(group) * rows
-    own = torch.arange(offset, offset + rows, device=images.device)
-    if identity is None and captions_per_image == 1:
-        return own, own
-    identity = own if identity is None else identity
-    identities = identity if group is None else gather_rows_without_grad(identity, group)
-    to_texts = _shares(identity, identities.repeat_interleave(captions_per_image), images.dtype)
-    to_images = _shares(identity.repeat_interleave(captions_per_image), identities, images.dtype)
-    return to_texts, to_images
-
-
-def _shares(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    same = (rows[:, None] == columns[None, :]).to(dtype)
-    return same / same.sum(dim=1, keepdim=True)
+def _check_norms(name: str, heads: list[Tensor]) -> None:
+    for features in heads:
+        norms = features.detach().float().norm(dim=1)
+        off = (norms - 1).abs()
+        worst = int(off.argmax())
+        if off[worst] > _NORM_TOLERANCE:  # NaN is another mistake, which training counts and skips
+            raise UserError(
+                f"{name} must be L2-normalised, row {worst} has norm {norms[worst]:.4g}; "
+                f"use torch.nn.functional.normalize({name}, dim=-1)"
+            )

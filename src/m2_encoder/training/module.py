@@ -9,20 +9,21 @@ from typing import Any
 
 import lightning
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from m2_encoder.distributed.gradients import clip_gradients
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.metrics import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import OPTIONAL_PARTS, M2Encoder
-from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.report import mean_losses
+from m2_encoder.training.micro_batches import encode_pieces, split_batch
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory
-from m2_encoder.types import LANGUAGES, ContrastiveTopology, ImageTextBatch, RetrievalBatch
+from m2_encoder.types import LANGUAGES, ContrastiveTopology, HeadFeatures, ImageTextBatch, RetrievalBatch
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,12 @@ class PretrainModule(lightning.LightningModule):
         if self._initial_state is not None:
             self.model.load_state_dict(self._initial_state)
             self._initial_state = None
-        wanted = frozenset().union(*(objective.optional_parts for objective in self._objectives().values()))
-        frozen = self.model.freeze_parts(OPTIONAL_PARTS.keys() - wanted)
+        frozen = self.model.freeze_parts(OPTIONAL_PARTS.keys() - self._trained_parts())
         logger.info("%s parameters that no objective trains are frozen", f"{frozen:,}")
+        strategy = None if self._trainer is None else self._trainer.strategy
+        prepare = getattr(strategy, "parallelize", None)  # a strategy from elsewhere takes the model as it is
+        if prepare is not None:
+            prepare(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimizer over what is trainable, and its schedule per step."""
@@ -92,11 +96,7 @@ class PretrainModule(lightning.LightningModule):
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the objectives on one batch."""
         inputs = ObjectiveInputs(
-            image_features=self.model.encode_image(batch.images),
-            text_features=self.model.encode_text(batch.text),
-            logit_scale=self.model.logit_scale,
-            identity=batch.identity,
-            group=self._contrastive_group(),
+            heads=self._encode(batch), identity=batch.identity, group=self._topology().contrastive_group
         )
         objectives = self._objectives()
         outputs: dict[str, ObjectiveOutput] = {name: objective(inputs) for name, objective in objectives.items()}
@@ -113,6 +113,8 @@ class PretrainModule(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, self._max_log_scale)
+            if self.model.logit_vl_scale.requires_grad:
+                self.model.logit_vl_scale.clamp_(0, self._max_log_scale)
 
     def on_train_batch_end(self, outputs: Any, batch: ImageTextBatch, batch_idx: int) -> None:
         """Publish the counter of skipped steps."""
@@ -134,7 +136,7 @@ class PretrainModule(lightning.LightningModule):
             given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)  # Lightning makes it an enum
             raise UserError(f"trainer.gradient_clip_algorithm={given} must be norm")
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        norm = clip_gradients(parameters, gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
         losses = {name: self._last_losses[name] for name in self.objectives}
         step = self.global_step + 1
@@ -174,10 +176,27 @@ class PretrainModule(lightning.LightningModule):
         assert isinstance(recall, RetrievalRecall)
         return recall
 
-    def _contrastive_group(self) -> dist.ProcessGroup | None:
+    def _encode(self, batch: ImageTextBatch) -> dict[str, FeaturePair]:
+        """Features of all rows of this rank, from every head that an objective trains."""
+        model, recompute = self.model, self._topology().recompute
+        images, texts = split_batch(batch, self._topology().micro_batches)
+        if "backbone_features" in self._trained_parts():
+            image = encode_pieces(lambda piece: _tensors(model.encode_image_heads(piece)), images, recompute=recompute)
+            text = encode_pieces(lambda piece: _tensors(model.encode_text_heads(piece)), texts, recompute=recompute)
+        else:
+            image = encode_pieces(lambda piece: (model.encode_image(piece),), images, recompute=recompute)
+            text = encode_pieces(lambda piece: (model.encode_text(piece),), texts, recompute=recompute)
+        scales = (model.logit_scale, model.logit_vl_scale)
+        return dict(zip(HeadFeatures._fields, map(FeaturePair, image, text, scales), strict=False))
+
+    def _trained_parts(self) -> frozenset[str]:
+        """Names of `OPTIONAL_PARTS` that objectives train."""
+        return frozenset().union(*(objective.optional_parts for objective in self._objectives().values()))
+
+    def _topology(self) -> ContrastiveTopology:
         strategy = self.trainer.strategy
         assert isinstance(strategy, ContrastiveTopology), f"{type(strategy).__name__} has no contrastive_group"
-        return strategy.contrastive_group
+        return strategy
 
     def _log_step(self, step: int) -> None:
         """The step that loggers write: updates done, so that `samples_seen` is a multiple of it. Lightning's is less.
@@ -185,3 +204,7 @@ class PretrainModule(lightning.LightningModule):
         fp64, because fp32 counts no further than 16.7 million.
         """
         self.log("step", torch.tensor(float(step), dtype=torch.float64))
+
+
+def _tensors(heads: HeadFeatures) -> tuple[Tensor, ...]:
+    return tuple(features for features in heads if features is not None)

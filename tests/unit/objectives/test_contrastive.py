@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m2_encoder.errors import UserError
-from m2_encoder.objectives.base import Objective, ObjectiveInputs
+from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs
 from m2_encoder.objectives.contrastive import (
+    HEADS,
     ImageTextContrastive,
-    contrastive_row_losses,
+    contrastive_losses,
     image_text_contrastive,
 )
 
@@ -38,6 +40,11 @@ def plain_row_losses(
                 loss = loss - share * torch.log(torch.exp(logits[j]) / total) / 2
         losses.append(loss)
     return torch.stack(losses)
+
+
+def row_losses(*features: Tensor, **options: Any) -> Tensor:
+    """The loss of each text, without a graph."""
+    return contrastive_losses(*features, **options).per_sample[:, 0]
 
 
 def features(number: int, width: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -81,7 +88,7 @@ def test_loss_and_gradients_equal_the_plain_implementation(identity: list[int] |
 def test_row_losses_are_those_of_each_row(identity: list[int] | None, smoothing: float) -> None:
     images, texts, scale = features(7, 3, seed=3), features(7, 3, seed=4), torch.tensor(1.1, dtype=torch.float64)
     group_ids = None if identity is None else torch.tensor(identity)
-    rows = contrastive_row_losses(images, texts, scale, identity=group_ids, label_smoothing=smoothing)
+    rows = row_losses(images, texts, scale, identity=group_ids, label_smoothing=smoothing)
     expected = plain_row_losses(images, texts, scale, identity=identity, smoothing=smoothing)
     torch.testing.assert_close(rows, expected, rtol=0, atol=1e-13)
 
@@ -109,13 +116,11 @@ def test_order_of_rows_and_exchange_of_sides_change_nothing(
     number = len(identity)
     images, texts, ids = features(number, 6, seed=seed), features(number, 6, seed=seed + 1), torch.tensor(identity)
     log_scale = torch.tensor(scale, dtype=torch.float64)
-    rows = contrastive_row_losses(images, texts, log_scale, identity=ids, label_smoothing=smoothing)
+    rows = row_losses(images, texts, log_scale, identity=ids, label_smoothing=smoothing)
 
     order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
-    moved = contrastive_row_losses(
-        images[order], texts[order], log_scale, identity=ids[order] * 7 - 2, label_smoothing=smoothing
-    )
-    swapped = contrastive_row_losses(texts, images, log_scale, identity=ids, label_smoothing=smoothing)
+    moved = row_losses(images[order], texts[order], log_scale, identity=ids[order] * 7 - 2, label_smoothing=smoothing)
+    swapped = row_losses(texts, images, log_scale, identity=ids, label_smoothing=smoothing)
     torch.testing.assert_close(moved, rows[order], rtol=0, atol=1e-12)
     torch.testing.assert_close(swapped, rows, rtol=0, atol=1e-12)
     assert (rows >= 0).all()
@@ -127,8 +132,8 @@ def test_distinct_identities_are_no_identities(number: int, seed: int) -> None:
     images, texts = features(number, 4, seed=seed), features(number, 4, seed=seed + 1)
     scale, ids = torch.tensor(3.0, dtype=torch.float64), torch.arange(number) * 3 + 1
     torch.testing.assert_close(
-        contrastive_row_losses(images, texts, scale, identity=ids),
-        contrastive_row_losses(images, texts, scale),
+        row_losses(images, texts, scale, identity=ids),
+        row_losses(images, texts, scale),
         rtol=0,
         atol=1e-13,
     )
@@ -141,15 +146,16 @@ def test_the_loss_is_computed_in_fp32_whatever_the_input(dtype: torch.dtype, aut
     # Little signal, so that the losses are far from 0; scale 100, where half precision would be off by tenths.
     texts = (0.1 * images.double() + texts.double()).to(dtype)
     scale = torch.tensor(math.log(100.0)).to(dtype)
-    exact = contrastive_row_losses(images.double(), texts.double(), scale.double())
+    exact = row_losses(images.double(), texts.double(), scale.double())
 
     images.requires_grad_()
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        rows = contrastive_row_losses(images, texts, scale)
+        loss, rows = contrastive_losses(images, texts, scale)
+    rows = rows[:, 0]
     assert rows.dtype == torch.float32
     assert exact.mean() > 5
     torch.testing.assert_close(rows.double(), exact, rtol=1e-5, atol=1e-4)
-    rows.mean().backward()
+    loss.mean().backward()
     assert images.grad is not None
     assert images.grad.dtype == dtype
     assert images.grad.isfinite().all()
@@ -165,9 +171,9 @@ def test_fp64_features_keep_fp64_with_shared_identities() -> None:
 def test_mixed_precisions_of_the_two_sides_meet_in_the_wider_one() -> None:
     images, texts = features(4, 3), features(4, 3, seed=1)
     scale = torch.tensor(1.0, dtype=torch.float64)
-    exact = contrastive_row_losses(images.float().double(), texts, scale)
-    torch.testing.assert_close(contrastive_row_losses(images.float(), texts, scale), exact, rtol=0, atol=1e-13)
-    assert contrastive_row_losses(images.bfloat16(), texts.float(), scale).dtype == torch.float32
+    exact = row_losses(images.float().double(), texts, scale)
+    torch.testing.assert_close(row_losses(images.float(), texts, scale), exact, rtol=0, atol=1e-13)
+    assert row_losses(images.bfloat16(), texts.float(), scale).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_mixed_precisions_of_the_two_sides_meet_in_the_wider_one() -> None:
         ((3, 4), (2, 4), None, 0.0, r"image_features \(3, 4\) and text_features \(2, 4\)"),
         ((3, 4), (3, 5), None, 0.0, r"must be \(B, E\)"),
         ((12,), (12,), None, 0.0, r"\(12,\)"),
-        ((3, 4), (3, 4), (2,), 0.0, r"identity has shape \(2,\), expected \(3,\)"),
+        ((3, 4), (3, 4), (2,), 0.0, r"identity is torch.int64 \(2,\), expected torch.int64 \(3,\)"),
         ((0, 4), (0, 4), None, 0.0, "no rows"),
         ((3, 4), (3, 4), None, 1.0, r"label_smoothing=1.0 must be in \[0, 1\)"),
         ((3, 4), (3, 4), None, -0.1, r"label_smoothing=-0.1"),
@@ -196,9 +202,14 @@ class TestObjective:
     def inputs(self, identity: list[int]) -> ObjectiveInputs:
         number = len(identity)
         return ObjectiveInputs(
-            features(number, 4, seed=1).requires_grad_(),
-            features(number, 4, seed=2).requires_grad_(),
-            torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
+            {
+                name: FeaturePair(
+                    features(number, 4, seed=seed).requires_grad_(),
+                    features(number, 4, seed=seed + 1).requires_grad_(),
+                    torch.tensor(2.0, dtype=torch.float64, requires_grad=True),
+                )
+                for seed, name in enumerate(HEADS)
+            },
             torch.tensor(identity),
             None,
         )
@@ -234,7 +245,7 @@ class TestObjective:
 
     def test_itc_trains_no_optional_part(self) -> None:
         assert issubclass(ImageTextContrastive, Objective)
-        assert not ImageTextContrastive.optional_parts
+        assert not ImageTextContrastive().optional_parts
 
 
 @pytest.mark.parametrize("identity", [None, [4, 4, 1]])
@@ -263,7 +274,7 @@ def test_several_captions_per_image_equal_the_plain_implementation(
         "captions_per_image": 2,
         "label_smoothing": smoothing,
     }
-    rows = contrastive_row_losses(images, texts, scale, **options)
+    rows = row_losses(images, texts, scale, **options)
     expected = torch.stack([(image_rows[j // 2] + text_rows[j]) / 2 for j in range(6)])
     torch.testing.assert_close(rows, expected, rtol=0, atol=1e-13)
     loss = image_text_contrastive(images, texts, scale, **options)

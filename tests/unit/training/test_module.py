@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import OPTIONAL_PARTS
-from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.strategies.single import LocalStrategy
 from m2_encoder.training.loggers import JsonlLogger
@@ -201,7 +201,13 @@ def test_losses_by_language_are_those_of_their_rows(emoji_folder: Path, tmp_path
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             model = pl_module.model
             inputs = ObjectiveInputs(
-                model.encode_image(batch.images), model.encode_text(batch.text), model.logit_scale, batch.identity, None
+                {
+                    "features": FeaturePair(
+                        model.encode_image(batch.images), model.encode_text(batch.text), model.logit_scale
+                    )
+                },
+                batch.identity,
+                None,
             )
             rows = ImageTextContrastive()(inputs).per_sample
             values = {"itc": float(rows.mean())}
