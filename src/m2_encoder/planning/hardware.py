@@ -1,0 +1,96 @@
+"""Constants of a cluster that predictions rest on; the numbers and their sources are in `conf/cluster/hardware/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from m2_encoder.errors import UserError
+
+_WHOLE = ("devices_per_node",)
+_SHARES = ("mfu", "overlap")
+_MAY_BE_ZERO = (
+    "reserved_memory_gb", "intra_node_latency_us", "inter_node_latency_us", "collective_latency_us", "overlap",
+    "straggler_std",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Devices and links of a cluster. GB are 10^9 bytes; bandwidths count one direction.
+
+    Attributes:
+        devices_per_node: ranks of a node.
+        device_memory_gb: memory of a device.
+        reserved_memory_gb: what contexts, communication buffers and fragments take of it.
+        peak_tflops: dense matrix products in 16 bits, 10^12 operations a second.
+        peak_tflops_fp32: in fp32.
+        mfu: share of the peak that the encoder reaches, in (0, 1].
+        memory_gb_per_s: bandwidth of a device's own memory.
+        intra_node_gb_per_s: what a device sends to the others of its node.
+        intra_node_latency_us: of a ring's step inside a node.
+        inter_node_gb_per_s: what a whole node sends to other nodes.
+        inter_node_latency_us: of a ring's step between nodes.
+        collective_latency_us: of starting any collective.
+        overlap: share of the backward pass that can hide the reduction of gradients, in [0, 1].
+        straggler_std: standard deviation of a pass's time over ranks and passes, relative to the mean.
+
+    Raises:
+        UserError: if a value is impossible; all of them are listed at once.
+    """
+
+    devices_per_node: int
+    device_memory_gb: float
+    reserved_memory_gb: float
+    peak_tflops: float
+    peak_tflops_fp32: float
+    mfu: float
+    memory_gb_per_s: float
+    intra_node_gb_per_s: float
+    intra_node_latency_us: float
+    inter_node_gb_per_s: float
+    inter_node_latency_us: float
+    collective_latency_us: float
+    overlap: float
+    straggler_std: float
+
+    def __post_init__(self) -> None:
+        problems = [
+            problem
+            for field in dataclasses.fields(self)
+            if (problem := _problem(field.name, getattr(self, field.name))) is not None
+        ]
+        if problems:
+            raise UserError("; ".join(problems))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Hardware:
+        """Build from plain values.
+
+        Raises:
+            UserError: for unknown, missing or impossible values.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise UserError(f"unknown hardware constant(s) {', '.join(unknown)}; known: {', '.join(known)}")
+        if missing := [name for name in known if name not in values]:
+            raise UserError(f"missing hardware constant(s): {', '.join(missing)}")
+        return cls(**values)
+
+    @property
+    def flops_per_s(self) -> float:
+        """Operations a second that the encoder reaches."""
+        return self.peak_tflops * 1e12 * self.mfu
+
+
+def _problem(name: str, value: object) -> str | None:
+    if name in _WHOLE:
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        return None if is_whole and value >= 1 else f"{name}={value} must be a whole number, 1 or more"  # type: ignore[operator]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return f"{name}={value} must be a number"
+    if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+        return f"{name}={value} must be {'0 or more' if name in _MAY_BE_ZERO else 'above 0'}"
+    return f"{name}={value} must be at most 1" if name in _SHARES and value > 1 else None

@@ -1,0 +1,231 @@
+"""The fastest settings that fit into memory, and the step time over world sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from m2_encoder.distributed.topology import divisors
+from m2_encoder.errors import UserError
+from m2_encoder.planning.cost import ModelCost
+from m2_encoder.planning.hardware import Hardware
+from m2_encoder.planning.setting import STRATEGIES, Setting, group_sizes_of
+from m2_encoder.planning.step import Prediction, predict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is given, and what may be chosen (None).
+
+    Attributes:
+        world_size: W.
+        global_rows: rows of an optimizer step, W · k · B.
+        contrasted_rows: rows M that a row is contrasted with, at least.
+        memory_gb: what a rank may use, 10^9 bytes.
+        group_size: g.
+        micro_batches: k.
+        strategy: one of `STRATEGIES`.
+        recompute: encode micro-batches again instead of keeping their activations.
+        activation_checkpointing: compute layers again.
+        feature_bytes: of a feature element on the wire.
+    """
+
+    world_size: int
+    global_rows: int
+    contrasted_rows: int
+    memory_gb: float
+    group_size: int | None = None
+    micro_batches: int | None = None
+    strategy: str | None = None
+    recompute: bool | None = None
+    activation_checkpointing: bool | None = None
+    feature_bytes: int = 4
+
+
+def enumerate_settings(wish: Wish, hardware: Hardware) -> Iterator[Setting]:
+    """All settings of the local form that keep to a wish, whatever they need.
+
+    Raises:
+        UserError: if the numbers do not divide each other; the message says which would.
+    """
+    local_rows = _local_rows(wish)
+    sizes = group_sizes_of(wish.world_size, hardware)
+    if wish.group_size is not None and wish.group_size not in sizes:
+        raise UserError(
+            f"group_size={wish.group_size}: must divide the {wish.world_size} ranks and be node-aligned; "
+            f"use one of {', '.join(map(str, sizes))}"
+        )
+    ks = divisors(local_rows)
+    if wish.micro_batches is not None and wish.micro_batches not in ks:
+        raise UserError(
+            f"micro_batches={wish.micro_batches}: must divide the {local_rows} rows of a rank; "
+            f"use one of {', '.join(map(str, ks))}"
+        )
+    enough = [size for size in sizes if size * local_rows >= wish.contrasted_rows]
+    if wish.group_size is None and not enough:
+        raise UserError(
+            f"group_batch_size={wish.contrasted_rows}: all ranks together have {wish.global_rows} rows; "
+            f"use group_batch_size={wish.global_rows} or a larger global_batch_size"
+        )
+    for group_size in enough if wish.group_size is None else [wish.group_size]:
+        for micro_batches in ks if wish.micro_batches is None else [wish.micro_batches]:
+            for strategy in STRATEGIES if wish.strategy is None else [wish.strategy]:
+                for recompute in _either(wish.recompute, matters=micro_batches > 1):
+                    for checkpointing in _either(wish.activation_checkpointing):
+                        yield Setting(
+                            world_size=wish.world_size,
+                            group_size=group_size,
+                            rows=local_rows // micro_batches,
+                            micro_batches=micro_batches,
+                            strategy=strategy,
+                            recompute=recompute,
+                            activation_checkpointing=checkpointing,
+                            feature_bytes=wish.feature_bytes,
+                        )
+
+
+def find_best(cost: ModelCost, hardware: Hardware, wish: Wish) -> list[Prediction]:
+    """For every group size, the fastest setting that fits; the fastest first.
+
+    Raises:
+        UserError: if none fits; the message says how much the smallest needs.
+    """
+    predictions = [predict(cost, hardware, setting) for setting in enumerate_settings(wish, hardware)]
+    fitting = [item for item in predictions if item.memory.total <= wish.memory_gb * 1e9]
+    if not fitting:
+        least = min(predictions, key=lambda item: item.memory.total)
+        raise UserError(
+            f"memory_gb={wish.memory_gb:g}: no setting fits; the smallest needs {least.memory.total / 1e9:.1f} GB "
+            f"({describe(least.setting)}); use more ranks, fewer rows, or larger devices"
+        )
+    best: dict[int, Prediction] = {}
+    for item in sorted(fitting, key=_preference):
+        best.setdefault(item.setting.group_size, item)
+    return sorted(best.values(), key=_preference)
+
+
+def find_baselines(cost: ModelCost, hardware: Hardware, wish: Wish) -> list[Prediction]:
+    """The same rows with a loss over all ranks: full logits, and a good local loss.
+
+    Each takes its rows at once, so that it contrasts W · k · B of them, in the fastest way that fits; where nothing
+    fits, in the smallest way, and the prediction says by its memory that it would not run.
+    """
+    found = []
+    for method in ("local_loss", "full_logits"):
+        tried = [
+            predict(
+                cost,
+                hardware,
+                Setting(
+                    world_size=wish.world_size,
+                    group_size=wish.world_size,
+                    rows=_local_rows(wish),
+                    method=method,
+                    strategy=strategy,
+                    activation_checkpointing=checkpointing,
+                    feature_bytes=wish.feature_bytes,
+                ),
+            )
+            for strategy in (STRATEGIES if wish.strategy is None else [wish.strategy])
+            for checkpointing in _either(wish.activation_checkpointing)
+        ]
+        found.append(_choose(tried, wish))
+    return found
+
+
+class ScalingPoint(NamedTuple):
+    """Predictions of one world size; what does not fit says so by its memory.
+
+    Attributes:
+        world_size: W.
+        best: grouped, with the fastest group that contrasts enough rows.
+        fixed: grouped, with the group that was planned; None where it does not divide the world.
+        full: the local form over all ranks.
+        local_loss: the good baseline.
+        full_logits: the naive baseline.
+    """
+
+    world_size: int
+    best: Prediction
+    fixed: Prediction | None
+    full: Prediction
+    local_loss: Prediction
+    full_logits: Prediction
+
+
+def scale_worlds(
+    cost: ModelCost, hardware: Hardware, wish: Wish, planned: Setting, *, world_sizes: Sequence[int]
+) -> list[ScalingPoint]:
+    """The same rows per rank and micro-batches on other numbers of ranks.
+
+    Args:
+        cost: of the model.
+        hardware: constants of the cluster.
+        wish: what is free; a world too small for its rows contrasts all it has.
+        planned: a setting of the local form: its rows, micro-batches and fixed group.
+        world_sizes: W of each point.
+    """
+    points = []
+    for world in world_sizes:
+        rows = world * planned.local_rows
+        scaled = dataclasses.replace(
+            wish,
+            world_size=world,
+            global_rows=rows,
+            contrasted_rows=min(wish.contrasted_rows, rows),
+            group_size=None,
+            micro_batches=planned.micro_batches,
+        )
+        grouped = [predict(cost, hardware, setting) for setting in enumerate_settings(scaled, hardware)]
+        fixed = [item for item in grouped if item.setting.group_size == planned.group_size]
+        local_loss, full_logits = find_baselines(cost, hardware, scaled)
+        points.append(
+            ScalingPoint(
+                world_size=world,
+                best=_choose(grouped, scaled),
+                fixed=_choose(fixed, scaled) if fixed else None,
+                full=_choose([item for item in grouped if item.setting.group_size == world], scaled),
+                local_loss=local_loss,
+                full_logits=full_logits,
+            )
+        )
+    return points
+
+
+def describe(setting: Setting) -> str:
+    """A setting in a few words."""
+    if setting.method != "local_form":
+        words = [setting.method, setting.strategy, f"rows {setting.rows}"]
+    else:
+        words = [setting.strategy, f"g {setting.group_size}", f"k {setting.micro_batches}", f"B {setting.rows}"]
+    words += ["recompute"] * setting.encodes_again
+    words += ["activation checkpointing"] * setting.activation_checkpointing
+    return ", ".join(words)
+
+
+def _choose(predictions: Sequence[Prediction], wish: Wish) -> Prediction:
+    """The fastest that fits, or the smallest if none does."""
+    fitting = [item for item in predictions if item.memory.total <= wish.memory_gb * 1e9]
+    return min(fitting, key=_preference) if fitting else min(predictions, key=lambda item: item.memory.total)
+
+
+def _local_rows(wish: Wish) -> int:
+    if wish.global_rows % wish.world_size or wish.global_rows < wish.world_size:
+        below = max(1, wish.global_rows // wish.world_size) * wish.world_size
+        raise UserError(
+            f"global_batch_size={wish.global_rows}: must be a multiple of the {wish.world_size} ranks; "
+            f"use {below} or {below + wish.world_size}"
+        )
+    return wish.global_rows // wish.world_size
+
+
+def _preference(item: Prediction) -> tuple[float, float, int]:
+    """The fastest first; among equals the one with less memory, then with the larger group."""
+    return (-item.pairs_per_s, item.memory.total, -item.setting.group_size)
+
+
+def _either(value: bool | None, *, matters: bool = True) -> Iterable[bool]:
+    if value is not None:
+        return (value,)
+    return (False, True) if matters else (False,)
