@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from m2_encoder import M2Encoder
 from m2_encoder.models.config import NAME_TO_CONFIG
 from m2_encoder.models.m2_encoder import OPTIONAL_PARTS
 from m2_encoder.objectives import image_text_contrastive
+from m2_encoder.training.micro_batches import encode_pieces
 from m2_encoder.types import TextTokens
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -125,12 +125,10 @@ class PairEncoder(nn.Module):
 
     def forward(self, images: Tensor, text: TextTokens, micro_batches: int) -> tuple[Tensor, Tensor, Tensor]:
         """Features of all rows, (B, E) twice, and logit_scale, (); with k > 1, pieces are encoded again in backward."""
-        if micro_batches == 1:
-            return *self._encode(images, *text), self.model.logit_scale
-        pieces = zip(*(part.chunk(micro_batches) for part in (images, *text)), strict=True)
-        encoded = [checkpoint(self._encode, *piece, use_reentrant=False) for piece in pieces]
-        image_features, text_features = (torch.cat(features) for features in zip(*encoded, strict=True))
+        pieces = list(zip(*(part.chunk(micro_batches) for part in (images, *text)), strict=True))
+        image_features, text_features = encode_pieces(self._encode, pieces, recompute=True)
         return image_features, text_features, self.model.logit_scale
 
-    def _encode(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, piece: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, ids, mask = piece
         return self.model.encode_image(images), self.model.encode_text(TextTokens(ids, mask))

@@ -208,7 +208,7 @@ class Network:
             "peer", "name", port, "netns", self._hub, "address", _mac(rank, hub=True), "mtu", str(MTU),
         )  # fmt: skip
         for namespace, device in ((own, "eth0"), (self._hub, port)):
-            # The frames of a connection stay on one processor, or two of them would take each other's place in the order.
+            # The frames of a connection stay on one processor: from two of them they would arrive out of order.
             path = f"/sys/class/net/{device}/queues/rx-0/rps_cpus"
             _run("ip", "netns", "exec", namespace, "sh", "-c", f"echo 3 > {path}")
         _run("ip", "-n", self._hub, "link", "set", port, "up")

@@ -6,7 +6,9 @@
 ``{"do": "loss", "candidate": LABEL, "shape": [rows, width], "at": T}``   forward and backward of the loss on features
 ``{"do": "gradient", "candidate": LABEL}``   loss and gradient norm of a step at the first weights; no update
 ``{"do": "probe", "peer": RANK, "bytes": N}``   round trip and throughput over a plain TCP connection; peer: "serve"
-``{"do": "all_reduce", "at": T}``   one all-reduce of as many numbers as the model has gradients
+``{"do": "all_reduce", "numbers": N, "at": T}``   one all-reduce of N numbers; null: as many as the model has gradients
+``{"do": "copy", "at": T}``, ``{"do": "matmul", "at": T}``   fixed work, see `COPY_BYTES` and `MATMUL_SIDES`
+``{"do": "nothing"}``
 
 The clock is the machine's monotonic one, which all namespaces share: no message over the shaped network is needed to
 start ranks together. Ends of input end the process, whatever it is doing.
@@ -39,6 +41,8 @@ from m2_encoder.training.optim import build_optimizer
 from m2_encoder.types import TextTokens
 
 PING_ROUNDS = 15
+COPY_BYTES = 1 << 25
+MATMUL_SIDES = (1024, 768, 1024)
 _PROBE_PORT = 7001
 _RENDEZVOUS_PORT = 7000
 
@@ -64,6 +68,9 @@ class Rank:
         self.text = _captions(self.rank * rows, rows, self.encoder.model.config.context_length)
         trained = [p for p in self.encoder.parameters() if p.requires_grad]
         self.gradient = torch.zeros(sum(p.numel() for p in trained))
+        self.buffers = torch.zeros(COPY_BYTES // 4), torch.ones(COPY_BYTES // 4)
+        height, inner, width = MATMUL_SIDES
+        self.factors = torch.rand(height, inner), torch.rand(inner, width)
         self.features: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def train(self, label: str) -> float:
@@ -93,9 +100,19 @@ class Rank:
         loss.backward()
         return loss.item()
 
-    def all_reduce(self) -> float:
-        """The traffic of the gradients alone."""
-        dist.all_reduce(self.gradient)
+    def all_reduce(self, numbers: int | None) -> float:
+        """The traffic of the gradients alone, or of a part of them."""
+        dist.all_reduce(self.gradient[:numbers])
+        return 0.0
+
+    def copy(self) -> float:
+        """Read and write `COPY_BYTES` each."""
+        self.buffers[0].copy_(self.buffers[1])
+        return 0.0
+
+    def matmul(self) -> float:
+        """One product of `MATMUL_SIDES`."""
+        torch.matmul(*self.factors)
         return 0.0
 
     def _backward(self, label: str) -> float:
@@ -197,7 +214,9 @@ def obey(rank: Rank, order: dict[str, Any]) -> dict[str, Any]:
     if order["do"] == "loss":
         return timed(lambda: rank.loss_alone(order["candidate"], tuple(order["shape"])), order["at"])
     if order["do"] == "all_reduce":
-        return timed(rank.all_reduce, order["at"])
+        return timed(lambda: rank.all_reduce(order["numbers"]), order["at"])
+    if order["do"] in ("copy", "matmul"):
+        return timed(rank.copy if order["do"] == "copy" else rank.matmul, order["at"])
     if order["do"] == "gradient":
         return rank.gradient_of(order["candidate"])
     if order["do"] == "probe":
@@ -227,7 +246,8 @@ def main() -> None:
         "gloo", init_method=f"tcp://{sys.argv[5]}:{_RENDEZVOUS_PORT}", rank=number, world_size=world_size
     )
     rank = Rank(rows=rows)
-    print(json.dumps({"parameters": len(rank.gradient)}), file=answers, flush=True)
+    text_tokens = rank.text.mask.sum(dim=1).double().mean().item()
+    print(json.dumps({"text_tokens": text_tokens}), file=answers, flush=True)
     while True:
         print(json.dumps(obey(rank, json.loads(orders.get()))), file=answers, flush=True)
 

@@ -36,7 +36,7 @@ class Ranks:
         threads: of each rank.
 
     Attributes:
-        parameters: how many numbers a gradient has.
+        text_tokens: mean tokens of a caption.
     """
 
     def __init__(self, network: Network, *, num_ranks: int, rows: int, threads: int) -> None:
@@ -53,11 +53,12 @@ class Ranks:
             )
             for rank in range(num_ranks)
         ]
-        self.parameters = 0
+        self.text_tokens = 0.0
 
     def __enter__(self) -> Ranks:
         try:
-            self.parameters = self._answers(_START_TIMEOUT_S)[0]["parameters"]
+            ready = self._answers(_START_TIMEOUT_S)
+            self.text_tokens = sum(answer["text_tokens"] for answer in ready) / len(ready)
         except BaseException:
             self._stop()
             raise

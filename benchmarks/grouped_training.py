@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ from typing import Any
 from _candidates import Candidate, list_candidates
 from _common import Report, Timing, parse_arguments, speedup
 from _network import Link, Network, NetworkError
+from _planned import Planner
+from _rank import COPY_BYTES, MATMUL_SIDES
 from _ranks import RankError, Ranks
 
 WORLD_SIZE = 4
@@ -44,7 +47,9 @@ LATENCIES_MS = (0.0, 1.0, 5.0, 20.0)
 QUICK_LINKS = (Link(0.0, None), Link(5.0, 1000.0))
 # Rows per rank and feature width of the loss alone: the tiny model's own, and those of the 0.4B model at a usual batch.
 LOSS_SHAPES = ((64, 128), (256, 768))
-BASELINES = {"full": "full_logits", "local": "local_loss", "local_fused": "local_loss_fused"}
+# Measured and planned speed over the baselines, by their method. The planner knows one gather with gradient.
+COLUMNS = {"full": "over_full", "local": "over_local", "local_fused": "over_fused"}
+PLANNED_COLUMNS = {"full": "planned_over_full", "local": "planned_over_local"}
 # Largest difference between two candidates that compute the same objective, relative to the gradient's norm.
 AGREEMENT = 1e-4
 
@@ -107,49 +112,60 @@ def measure_network(network: Network, ranks: Ranks, link: Link, *, rounds: int) 
     orders[0] = {"do": "probe", "peer": network.address(1), "bytes": num_bytes}
     orders[1] = {"do": "probe", "peer": "serve"}
     measured = ranks.each(orders)[0]
-    reduced = take_turns({"all_reduce": partial(ranks.together, do="all_reduce")}, rounds=rounds)["all_reduce"]
+    work = {
+        "one": partial(ranks.together, do="all_reduce", numbers=1),
+        "gradient": partial(ranks.together, do="all_reduce", numbers=None),
+    }
+    reduced = take_turns(work, rounds=rounds)
     return {
-        "what": f"{link.label}: the link itself",
+        "what": link.label,
         "round_trip_ms": round(measured["round_trip_ms"], 3),
         "mbit_per_s": round(measured["mbit_per_s"]),
-        "gradient_all_reduce_ms": round(1e3 * reduced["timing"].median, 1),
+        "all_reduce_one_ms": round(1e3 * reduced["one"]["timing"].median, 2),
+        "gradient_all_reduce_ms": round(1e3 * reduced["gradient"]["timing"].median, 1),
         "frames_refused": refused,
     }
 
 
-def measure_training(ranks: Ranks, link: Link, candidates: Sequence[Candidate], *, rows: int, rounds: int) -> list[Any]:
-    """Whole optimizer steps."""
+def measure_constants(ranks: Ranks) -> dict[str, float]:
+    """What a rank does while all others do the same, for the planner."""
+    found = take_turns({name: partial(ranks.together, do=name) for name in ("copy", "matmul")}, rounds=7)
+    return {
+        "text_tokens": ranks.text_tokens,
+        "copy_gb_per_s": 2 * COPY_BYTES / found["copy"]["timing"].median / 1e9,
+        "matmul_tflops": 2 * math.prod(MATMUL_SIDES) / found["matmul"]["timing"].median / 1e12,
+    }
+
+
+def measure_training(ranks: Ranks, candidates: Sequence[Candidate], *, rows: int, rounds: int) -> dict[str, Any]:
+    """Whole optimizer steps; rows by candidate."""
     work = {c.label: partial(ranks.together, do="train", candidate=c.label) for c in candidates}
-    return _rows(take_turns(work, rounds=rounds), candidates, where=f"{link.label}: step", rows=rows)
+    return summarize(take_turns(work, rounds=rounds), candidates, rows=rows)
 
 
-def measure_losses(ranks: Ranks, link: Link, candidates: Sequence[Candidate], *, rounds: int) -> list[Any]:
+def measure_loss(
+    ranks: Ranks, candidates: Sequence[Candidate], *, shape: tuple[int, int], rounds: int
+) -> dict[str, Any]:
     """Forward and backward of the loss on given features: what is left when encoder and gradients cost nothing."""
-    found = []
-    for shape in LOSS_SHAPES:
-        # Pieces are the encoder's matter: the loss sees all rows at once whatever k is.
-        chosen = [c for c in candidates if c.micro_batches == 1]
-        work = {c.label: partial(ranks.together, do="loss", candidate=c.label, shape=shape) for c in chosen}
-        where = f"{link.label}: loss, {shape[0]} x {shape[1]}"
-        found += _rows(take_turns(work, rounds=rounds), chosen, where=where, rows=shape[0])
-    return found
+    # Pieces are the encoder's matter: the loss sees all rows at once whatever k is.
+    chosen = [c for c in candidates if c.micro_batches == 1]
+    work = {c.label: partial(ranks.together, do="loss", candidate=c.label, shape=shape) for c in chosen}
+    return summarize(take_turns(work, rounds=rounds), chosen, rows=shape[0])
 
 
-def _rows(results: Mapping[str, Any], candidates: Sequence[Candidate], *, where: str, rows: int) -> list[Any]:
-    baselines = {BASELINES[c.method]: results[c.label]["timing"] for c in candidates if c.method in BASELINES}
-    return [
-        {
-            "what": f"{where}, {candidate.label}",
-            **results[candidate.label]["timing"].row(),
-            "samples_per_s": round(WORLD_SIZE * rows / results[candidate.label]["timing"].median, 1),
-            "sent_mb": round(results[candidate.label]["sent"] / 1e6, 3),
-            **{
-                f"over_{name}": round(speedup(timing, results[candidate.label]["timing"]), 3)
-                for name, timing in baselines.items()
-            },
+def summarize(results: Mapping[str, Any], candidates: Sequence[Candidate], *, rows: int) -> dict[str, Any]:
+    """Times, samples per second, traffic and speed over the baselines, by candidate."""
+    timings = {label: result["timing"] for label, result in results.items()}
+    baselines = {COLUMNS[c.method]: timings[c.label] for c in candidates if c.method in COLUMNS}
+    return {
+        label: {
+            **timing.row(),
+            "samples_per_s": round(WORLD_SIZE * rows / timing.median, 1),
+            "sent_mb": round(results[label]["sent"] / 1e6, 3),
+            **{column: round(speedup(baseline, timing), 3) for column, baseline in baselines.items()},
         }
-        for candidate in candidates
-    ]
+        for label, timing in timings.items()
+    }
 
 
 def count_retransmissions(ranks: Ranks) -> int:
@@ -200,41 +216,65 @@ def measure(arguments: Any, journal: Journal, candidates: Sequence[Candidate], l
     missing = [link for link in links if link.label not in journal.found]
     if not missing:
         return
-    threads = max(1, arguments.threads // WORLD_SIZE)
-    with (
-        Network(WORLD_SIZE) as network,
-        Ranks(network, num_ranks=WORLD_SIZE, rows=arguments.rows, threads=threads) as ranks,
-    ):
+    size = {"rows": arguments.rows, "threads": max(1, arguments.threads // WORLD_SIZE)}
+    with Network(WORLD_SIZE) as network, Ranks(network, num_ranks=WORLD_SIZE, **size) as ranks:
         check_agreement(ranks, candidates)
         for link in missing:
             print(f"measuring {link.label} …", file=sys.stderr, flush=True)
             before = count_retransmissions(ranks)
+            # Links that are slow are also steady, and cost the most.
+            rounds = arguments.rounds if link.bandwidth_mbit is None else max(3, arguments.rounds - 2)
             entry = {
                 "link": link.label,
-                "network": measure_network(network, ranks, link, rounds=arguments.rounds),
-                "training": measure_training(ranks, link, candidates, rows=arguments.rows, rounds=arguments.rounds),
-                "loss": measure_losses(ranks, link, candidates, rounds=arguments.rounds),
+                "network": measure_network(network, ranks, link, rounds=rounds),
+                "constants": measure_constants(ranks),
+                "training": measure_training(ranks, candidates, rows=arguments.rows, rounds=rounds),
+                "losses": [measure_loss(ranks, candidates, shape=shape, rounds=rounds) for shape in LOSS_SHAPES],
             }
             entry["network"]["segments_sent_twice"] = count_retransmissions(ranks) - before
             journal.add(entry)
 
 
-def fill(report: Report, journal: Journal, candidates: Sequence[Candidate], links: Sequence[Link]) -> None:
-    """Rows in the order of the settings, and the figures."""
-    entries = [journal.found[link.label] for link in links]
-    for part in ("network", "training", "loss"):
+def build_planner(entry: Mapping[str, Any], *, rows: int) -> Planner:
+    """A planner that knows the machine from the setting without shaping."""
+    own = next(c.label for c in list_candidates(WORLD_SIZE) if (c.method, c.group_size) == ("grouped", 1))
+    step_s = entry["training"][own]["median_ms"] / 1e3
+    return Planner(
+        world_size=WORLD_SIZE, rows=rows, constants=entry["constants"], unshaped=entry["network"], step_s=step_s
+    )
+
+
+def add_planned(rows: dict[str, Any], candidates: Sequence[Candidate], seconds: Callable[[Candidate], float]) -> None:
+    """Predicted speed over the baselines, beside the measured one."""
+    planned = {c.method: seconds(c) for c in candidates if c.method in PLANNED_COLUMNS}
+    for candidate in candidates:
+        if candidate.label in rows:
+            for method, column in PLANNED_COLUMNS.items():
+                rows[candidate.label][column] = round(planned[method] / seconds(candidate), 3)
+
+
+def fill(report: Report, entries: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate], *, rows: int) -> None:
+    """Tables in the order of the settings, and figures by latency, bandwidth, g and k."""
+    planner = build_planner(entries[0], rows=rows)
+    report.rows += [entry["network"] for entry in entries]
+    parts: dict[str, tuple[int, int] | None] = {"step": None, **{f"loss {r} x {e}": (r, e) for r, e in LOSS_SHAPES}}
+    for i, (part, shape) in enumerate(parts.items()):
         for entry in entries:
-            report.rows += [entry[part]] if part == "network" else entry[part]
-    figures = {name: PerSetting() for name in ("speedup", "loss_speedup")}
-    for entry in entries:
-        for candidate in candidates:
-            for figure, part in (("speedup", "training"), ("loss_speedup", "loss")):
-                for row in entry[part]:
-                    where, _, label = row["what"].rpartition(", ")
-                    if candidate.method == "grouped" and label == candidate.label:
-                        key = f"{where}, g={candidate.group_size}, k={candidate.micro_batches}"
-                        figures[figure][key] = {name: row[f"over_{name}"] for name in BASELINES.values()}
-    report.figures.update(figures)
+            found = entry["training"] if shape is None else entry["losses"][i - 1]
+            if shape is None:
+                add_planned(found, candidates, partial(planner.step_s, link=entry["network"]))
+            else:
+                add_planned(found, candidates, partial(planner.loss_s, link=entry["network"], shape=shape))
+            for candidate in candidates:
+                if candidate.label in found:
+                    row = found[candidate.label]
+                    report.add(f"{entry['link']}: {part}, {candidate.label}", **row)
+                    key = f"{entry['link']}, g={candidate.group_size}, k={candidate.micro_batches}"
+                    for figure, columns in (("speedup", COLUMNS), ("planned", PLANNED_COLUMNS)):
+                        if candidate.method == "grouped":
+                            name = figure if shape is None else f"{figure} of {part}"
+                            values = {method: row[column] for method, column in columns.items()}
+                            report.figures.setdefault(name, PerSetting())[key] = values
 
 
 def add_arguments(parser: Any) -> None:
@@ -259,7 +299,7 @@ def main() -> None:
     except (NetworkError, RankError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    fill(report, journal, candidates, links)
+    fill(report, [journal.found[link.label] for link in links], candidates, rows=arguments.rows)
     report.finish(json_path=arguments.json)
     journal.remove()
 
