@@ -126,6 +126,9 @@ def collate_samples(samples: list[TrainingSample], *, tokenizer: SentencePieceTo
 class ValidationChunks:
     """One rank's share of a retrieval set, in chunks that are encoded together: items rank, rank + world size, ...
 
+    All ranks have the same number of chunks (unless a chunk is one item), because ranks that share split weights must
+    encode together.
+
     No DataLoader: all of it is in memory, and a DataLoader would draw from torch's global generator, which a resumed
     run must find as an uninterrupted one does.
 
@@ -150,8 +153,11 @@ class ValidationChunks:
         self._tokenizer = tokenizer
         numbers = {key: number for number, key in enumerate(dict.fromkeys(retrieval_set.keys))}
         self._identity = torch.tensor([numbers[key] for key in retrieval_set.keys])
-        own = range(rank, len(retrieval_set.keys), world_size)
+        own, first = (range(r, len(retrieval_set.keys), world_size) for r in (rank, 0))
         self._chunks = [list(own[start : start + chunk_size]) for start in range(0, len(own), chunk_size)]
+        if len(self._chunks) * chunk_size < len(first) and chunk_size > 1:  # the first rank has a chunk more
+            *others, last = self._chunks
+            self._chunks = [*others, last[:-1], last[-1:]]
 
     def __len__(self) -> int:
         return len(self._chunks)

@@ -199,6 +199,18 @@ def test_validation_is_divided_among_ranks_without_loss_or_repetition(emoji_fold
         assert seen[row] == seen[expected.keys.index(key)]
 
 
+@pytest.mark.parametrize(("world_size", "chunk_size"), [(2, 360), (3, 120), (4, 180), (7, 103), (2, 2)])
+def test_all_ranks_validate_in_the_same_number_of_chunks(emoji_folder: Path, world_size: int, chunk_size: int) -> None:
+    """Ranks that share split weights encode together; one that has no chunk left would let the others wait for ever."""
+    loaders = [
+        as_rank(make_datamodule(emoji_folder, eval_batch_size=chunk_size), rank, world_size).val_dataloader()
+        for rank in range(world_size)
+    ]
+    assert len({len(loader) for loader in loaders}) == 1
+    last = [list(loader)[-1] if chunk_size > 2 else None for loader in loaders]
+    assert all(chunk is None or len(chunk.images) for chunk in last)
+
+
 def test_neither_loader_touches_the_random_state_of_training(emoji_folder: Path) -> None:
     datamodule = make_datamodule(emoji_folder, max_steps=1)
     torch.manual_seed(3)
