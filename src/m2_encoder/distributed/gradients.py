@@ -41,25 +41,25 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float = math.in
     """Scale gradients down to a global norm, wherever their parts are.
 
     Args:
-        parameters: split and whole ones; those without a gradient are left out.
+        parameters: split and whole ones; at least one has a gradient, those without are left out.
         max_norm: the largest norm that stays as it is.
 
     Returns:
-        The norm before, over all ranks, (), the same on each.
+        The norm before, over all ranks, (), the same on each. If it is not finite, the gradients stay as they are, so
+        that one can see which of them it was.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     split = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    if not split:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
     shards = [gradient.to_local() for gradient in split]
-    square = _square(shards)
-    dist.all_reduce(square, group=split[0].device_mesh.get_group())
-    norm = (square + _square(whole)).sqrt() if whole else square.sqrt()
-    scale = (max_norm / (norm + _EPS)).clamp(max=1.0)
-    for gradient in (*shards, *whole):
-        gradient.mul_(scale.to(gradient.dtype))
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    square = _square(shards or whole)
+    if split:
+        dist.all_reduce(square, group=split[0].device_mesh.get_group())
+        square = square + _square(whole) if whole else square
+    norm = square.sqrt()
+    scale = torch.where(norm.isfinite(), (max_norm / (norm + _EPS)).clamp(max=1.0), torch.ones_like(norm))
+    for part in filter(None, (shards, whole)):
+        torch._foreach_mul_(part, scale)
     return norm
 
 
