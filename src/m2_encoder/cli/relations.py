@@ -22,12 +22,16 @@ from m2_encoder.cli.rules import Problem
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.cli.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
 from m2_encoder.data.emoji import load_emoji_concepts
+from m2_encoder.distributed.topology import divisors, resolve_group_size
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
 
 MAX_CPU_RANKS: Final = 8
 _EMOJI_TARGET: Final = "m2_encoder.data.datamodule.EmojiDataModule"
 _SINGLE_TARGET: Final = "m2_encoder.strategies.single.LocalStrategy"
+_FSDP_TARGET: Final = "m2_encoder.strategies.grouped_fsdp.GroupedFSDPStrategy"
+_FSDP_PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true", "16-true", "32", "bf16", 32)
+_MUON_TARGET: Final = "m2_encoder.training.optim.build_muon"
 _GPU_PRECISIONS: Final = ("16-mixed", "16-true", "16", 16)
 _MISSING: Final = object()
 _SHAPE_FIELDS: Final = tuple(field for field in MODEL_FIELDS if field not in REAL_MODEL_FIELDS)
@@ -185,11 +189,48 @@ def _check_ranks(known: Known) -> Iterator[Problem]:
     ranks = _count_ranks(known)
     if ranks > 1 and known("strategy._target_", None) == _SINGLE_TARGET:
         rule = f"must be one that lets ranks cooperate: there are {ranks} (trainer.devices x trainer.num_nodes)"
-        yield _problem("strategy", "single", rule, "use strategy=ddp, or trainer.devices=1")
+        yield _problem("strategy", "single", rule, "use strategy=ddp or grouped_ddp, or trainer.devices=1")
     batch = known("data.global_batch_size")
     if batch % ranks:
         fix = f"for example data.global_batch_size={_multiple(batch, ranks)}"
         yield _problem("data.global_batch_size", batch, f"must be a multiple of the {ranks} ranks", fix)
+
+
+def _check_groups(known: Known) -> Iterator[Problem]:
+    size, nodes = known("strategy.group_size", None), known("strategy.group_nodes", None)
+    ranks = _count_ranks(known)
+    try:
+        resolve_group_size(
+            world_size=ranks,
+            ranks_per_node=ranks // known("trainer.num_nodes"),
+            group_size=size,
+            group_nodes=nodes,
+        )
+    except UserError as error:
+        yield Problem("strategy.group_size" if nodes is None else "strategy.group_nodes", str(error))
+
+
+def _check_micro_batches(known: Known) -> Iterator[Problem]:
+    pieces, ranks, batch = known("strategy.micro_batches", 1), _count_ranks(known), known("data.global_batch_size")
+    rows = batch // ranks
+    if rows % pieces:
+        fits = max(d for d in divisors(rows) if d < pieces)
+        rule = f"must divide the {rows} rows of a rank (data.global_batch_size={batch} over {ranks} rank(s))"
+        yield _problem("strategy.micro_batches", pieces, rule, f"for example strategy.micro_batches={fits}")
+
+
+def _check_sharding(known: Known) -> Iterator[Problem]:
+    if known("strategy._target_", None) != _FSDP_TARGET:
+        return
+    if known("optimizer._target_", None) == _MUON_TARGET:
+        rule = "must be one that needs no whole matrices, which strategy=grouped_fsdp splits over ranks"
+        yield _problem("optimizer", "muon", rule, "use optimizer=adamw, or strategy=grouped_ddp")
+    if (precision := known("trainer.precision", "32-true")) not in _FSDP_PRECISIONS:
+        rule = f"must be one of {', '.join(map(str, _FSDP_PRECISIONS[:4]))} with strategy=grouped_fsdp"
+        yield _problem("trainer.precision", precision, rule, "use trainer.precision=bf16-mixed")
+    if _count_ranks(known) > 1 and (chunk := known("data.eval_batch_size", 2)) < 2:
+        rule = "must be 2 or more with strategy=grouped_fsdp, whose ranks must all encode the same number of batches"
+        yield _problem("data.eval_batch_size", chunk, rule, "for example data.eval_batch_size=256")
 
 
 def _check_cluster(known: Known) -> Iterator[Problem]:
@@ -265,6 +306,9 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_objectives,
     _check_devices,
     _check_ranks,
+    _check_groups,
+    _check_micro_batches,
+    _check_sharding,
     _check_cluster,
     _check_training_set,
     _check_folders,

@@ -27,8 +27,13 @@ from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.report import EvaluatedData, report_run, short_path
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.cli.validate import validate_train
+from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.parallelize import gather_model
 from m2_encoder.training.loggers import JsonlLogger
 from m2_encoder.training.module import PretrainModule
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE: Final = "metrics.jsonl"
 _PATH_KEYS: Final = ("run.folder", "data.folder", "model.weights", "model.tokenizer")
@@ -48,6 +53,16 @@ class Run(NamedTuple):
     datamodule: lightning.LightningDataModule
     trainer: lightning.Trainer
     metrics: JsonlLogger
+
+
+class Trained(NamedTuple):
+    """What a run ends with.
+
+    Attributes:
+        model: whole, on this rank.
+    """
+
+    model: M2Encoder
 
 
 def train(cfg: dict[str, Any]) -> dict[str, float]:
@@ -71,17 +86,18 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     resumes = cfg["run"]["resume"] != "never" and checkpoint.is_file()
     if run.trainer.is_global_zero:
         write_config(folder / CONFIG_FILE, cfg)
-        _announce(cfg, folder, checkpoint if resumes else None, run.metrics)
+        _announce(cfg, folder, checkpoint if resumes else None, run)
     _fit(run, checkpoint if resumes else None)
-    if not run.trainer.is_global_zero:
+    model = gather_model(run.module.model)  # where the weights are split, every rank takes part
+    if model is None or not run.trainer.is_global_zero:
         return {}
     data = cast(EvaluatedData, run.datamodule)
-    metrics = report_run(module=run.module, datamodule=data, run_folder=folder, cfg=cfg, started=started)
-    for logger in run.trainer.loggers:
-        if isinstance(logger, QuietWandbLogger):
-            logger.close(metrics)
+    metrics = report_run(module=Trained(model), datamodule=data, run_folder=folder, cfg=cfg, started=started)
+    for sink in run.trainer.loggers:
+        if isinstance(sink, QuietWandbLogger):
+            sink.close(metrics)
     if cfg["run"]["export"]:
-        exported = export_run(folder, model=run.module.model, cfg=cfg, overwrite=True)
+        exported = export_run(folder, model=model, cfg=cfg, overwrite=True)
         print(f'  use it       m2_encoder.load("{short_path(exported)}")')
     return metrics
 
@@ -126,8 +142,8 @@ def _build_logger(cfg: dict[str, Any], folder: Path) -> list[Logger]:
     given: dict[str, Any] = {"folder": folder}
     if cfg["logger"]["_target_"].endswith(".build_wandb_logger"):
         given |= {"run_name": cfg["run"]["name"], "cfg": cfg}
-    logger = instantiate(cfg["logger"], _recursive_=False, **given)  # the configuration in it is a value
-    return [] if logger is None else [logger]
+    built = instantiate(cfg["logger"], _recursive_=False, **given)  # the configuration in it is a value
+    return [] if built is None else [built]
 
 
 def _build_callbacks(cfg: dict[str, Any], folder: Path) -> list[lightning.Callback]:
@@ -144,17 +160,42 @@ def _build_plugins(cluster: str) -> list[ClusterEnvironment]:
     return [LightningEnvironment()]
 
 
-def _announce(cfg: dict[str, Any], folder: Path, checkpoint: Path | None, metrics: JsonlLogger) -> None:
-    steps = cfg["trainer"]["max_steps"]
+def _announce(cfg: dict[str, Any], folder: Path, checkpoint: Path | None, run: Run) -> None:
+    name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
     if checkpoint is None:
-        print(f"run {cfg['run']['name']}: {steps} steps, everything in {folder}")
-        return
-    done = read_step(checkpoint)
-    metrics.resume_at(done)
-    if done >= steps:
-        print(f"run {cfg['run']['name']}: all {done} steps are done already; evaluating again")
+        print(f"run {name}: {steps} steps, everything in {folder}")
     else:
-        print(f"run {cfg['run']['name']}: continuing at step {done} of {steps}, in {folder}")
+        done = read_step(checkpoint)
+        run.metrics.resume_at(done)
+        if done >= steps:
+            print(f"run {name}: all {done} steps are done already; evaluating again")
+            return
+        print(f"run {name}: continuing at step {done} of {steps}, in {folder}")
+    batch = describe_batch(cfg, world_size=run.trainer.world_size, ranks_per_node=run.trainer.num_devices)
+    print(f"run {name}: {batch}")
+    logger.info(batch)
+
+
+def describe_batch(cfg: dict[str, Any], *, world_size: int, ranks_per_node: int) -> str:
+    """The contrastive batch of a configuration in words.
+
+    Args:
+        cfg: the resolved configuration.
+        world_size: W.
+        ranks_per_node: processes per node.
+    """
+    strategy = cfg["strategy"]
+    group_size = resolve_group_size(
+        world_size=world_size,
+        ranks_per_node=ranks_per_node,
+        group_size=strategy.get("group_size"),
+        group_nodes=strategy.get("group_nodes"),
+    )
+    return describe_contrastive_batch(
+        GroupTopology(world_size, group_size),
+        micro_batches=strategy.get("micro_batches", 1),
+        rows_per_rank=cfg["data"]["global_batch_size"] // world_size,
+    )
 
 
 def _fit(run: Run, checkpoint: Path | None) -> None:
@@ -209,6 +250,7 @@ COMMAND: Final = Command(
         "m2-train +experiment=emoji",
         "m2-train +experiment=emoji run.name=wide model.embed_dim=256 optimizer.lr=5e-4",
         "m2-train +experiment=emoji run.name=two strategy=ddp trainer.devices=2",
+        "m2-train ... strategy=grouped_ddp strategy.group_size=8   # negatives from 8 ranks instead of from all",
         "m2-train -m +experiment=smoke optimizer.lr=1e-3,2e-3      # smoke-lr=0.001, smoke-lr=0.002",
         "m2-train --config-path outputs/emoji --config-name config  # repeats a run",
     ),
