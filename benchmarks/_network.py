@@ -24,7 +24,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PREFIX = "m2net"
 MTU = 9000
@@ -107,13 +107,13 @@ class Network:
         self._num_ranks = num_ranks
         self._hub = self._name("hub")
         self._relay: subprocess.Popen[str] | None = None
-        self._latency_s = 0.0
+        self._previous_handler: Any = None
 
     def __enter__(self) -> Network:
         check_machine()
         remove_stale()
         atexit.register(self.close)
-        signal.signal(signal.SIGTERM, _exit_on_signal)
+        self._previous_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
         try:
             self._build()
         except BaseException:
@@ -171,10 +171,13 @@ class Network:
         """Remove everything; harmless when called again."""
         if self._relay is not None:
             self._relay.kill()
-            self._relay.wait()
+            self._relay.communicate()
             self._relay = None
         _remove([self._name(part) for part in (*range(self._num_ranks), "hub")])
         atexit.unregister(self.close)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            self._previous_handler = None
 
     def _name(self, part: int | str) -> str:
         return f"{PREFIX}-{os.getpid()}-{part}"
@@ -198,6 +201,7 @@ class Network:
         self._relay = subprocess.Popen(
             [*arguments, *(f"v{rank}" for rank in range(self._num_ranks))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the relay
         )  # fmt: skip
         self._bridge(True)
 

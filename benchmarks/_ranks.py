@@ -17,7 +17,7 @@ from _network import Network
 
 _RANK = Path(__file__).with_name("_rank.py")
 # An order reaches all ranks well within this; they start together then.
-_LEAD_S = 0.004
+_LEAD_S = 0.008
 _START_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 120.0
 
@@ -50,6 +50,7 @@ class Ranks:
                 stdout=subprocess.PIPE,
                 text=True,
                 env={**os.environ, **environment},
+                start_new_session=True,  # Ctrl-C is for the process that gives the orders; it ends them
             )
             for rank in range(num_ranks)
         ]

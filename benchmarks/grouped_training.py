@@ -25,17 +25,16 @@ An interrupted run with `--json PATH` goes on where it stopped: finished setting
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from _candidates import Candidate, list_candidates
 from _common import Report, Timing, parse_arguments, speedup
+from _journal import Journal
 from _network import Link, Network, NetworkError
 from _planned import Planner
 from _rank import COPY_BYTES, MATMUL_SIDES
@@ -173,41 +172,6 @@ def count_retransmissions(ranks: Ranks) -> int:
     return sum(answer["retransmitted"] for answer in ranks.each([{"do": "nothing"}] * WORLD_SIZE))
 
 
-# ------------------------------------------------------------------------------------------------------------ journal
-
-
-class Journal:
-    """Settings that are measured already, one line of JSON each, so that an interrupted run can go on.
-
-    Args:
-        path: file to append to; None keeps nothing.
-        identity: what was measured how; a journal of another measurement is started anew.
-    """
-
-    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
-        self._path = path
-        self.found: dict[str, Any] = {}
-        if path is None:
-            return
-        header, *lines = path.read_text().splitlines() if path.exists() else [""]
-        if header == (own := json.dumps(identity)):
-            self.found = {entry["link"]: entry for entry in map(json.loads, lines)}
-        else:
-            path.write_text(own + "\n")
-
-    def add(self, entry: Mapping[str, Any]) -> None:
-        """Keep one setting."""
-        self.found[entry["link"]] = entry
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-    def remove(self) -> None:
-        """The report is written; the journal has served."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
-
 # --------------------------------------------------------------------------------------------------------------- main
 
 
@@ -232,7 +196,7 @@ def measure(arguments: Any, journal: Journal, candidates: Sequence[Candidate], l
                 "losses": [measure_loss(ranks, candidates, shape=shape, rounds=rounds) for shape in LOSS_SHAPES],
             }
             entry["network"]["segments_sent_twice"] = count_retransmissions(ranks) - before
-            journal.add(entry)
+            journal.add(link.label, entry)
 
 
 def build_planner(entry: Mapping[str, Any], *, rows: int) -> Planner:
@@ -298,7 +262,10 @@ def main() -> None:
         measure(arguments, journal, candidates, links)
     except (NetworkError, RankError) as error:
         print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, NetworkError) else 1) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command with --json goes on with the next setting", file=sys.stderr)
+        raise SystemExit(130) from None
     fill(report, [journal.found[link.label] for link in links], candidates, rows=arguments.rows)
     report.finish(json_path=arguments.json)
     journal.remove()
