@@ -51,6 +51,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "rich": {"cli", "training"},
     "pyarrow": {"cli", "data", "evaluation.feature_file"},
     "yaml": {"cli"},
+    "matplotlib": {"cli"},
 }
 
 

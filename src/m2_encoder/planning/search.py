@@ -91,7 +91,7 @@ def find_best(cost: ModelCost, hardware: Hardware, wish: Wish) -> list[Predictio
     Raises:
         UserError: if none fits; the message says how much the smallest needs.
     """
-    predictions = [predict(cost, hardware, setting) for setting in enumerate_settings(wish, hardware)]
+    predictions = _predict_all(cost, hardware, wish)
     fitting = [item for item in predictions if item.memory.total <= wish.memory_gb * 1e9]
     if not fitting:
         least = min(predictions, key=lambda item: item.memory.total)
@@ -140,7 +140,7 @@ class ScalingPoint(NamedTuple):
     Attributes:
         world_size: W.
         best: grouped, with the fastest group that contrasts enough rows.
-        fixed: grouped, with the group that was planned; None where it does not divide the world.
+        fixed: grouped, with one group size for all worlds; None where it does not divide the world.
         full: the local form over all ranks.
         local_loss: the good baseline.
         full_logits: the naive baseline.
@@ -155,7 +155,13 @@ class ScalingPoint(NamedTuple):
 
 
 def scale_worlds(
-    cost: ModelCost, hardware: Hardware, wish: Wish, planned: Setting, *, world_sizes: Sequence[int]
+    cost: ModelCost,
+    hardware: Hardware,
+    wish: Wish,
+    planned: Setting,
+    *,
+    world_sizes: Sequence[int],
+    fixed_group_size: int,
 ) -> list[ScalingPoint]:
     """The same rows per rank and micro-batches on other numbers of ranks.
 
@@ -163,8 +169,9 @@ def scale_worlds(
         cost: of the model.
         hardware: constants of the cluster.
         wish: what is free; a world too small for its rows contrasts all it has.
-        planned: a setting of the local form: its rows, micro-batches and fixed group.
+        planned: a setting of the local form: its rows and micro-batches.
         world_sizes: W of each point.
+        fixed_group_size: g of the points' `fixed`, however few rows that contrasts.
     """
     points = []
     for world in world_sizes:
@@ -177,15 +184,19 @@ def scale_worlds(
             group_size=None,
             micro_batches=planned.micro_batches,
         )
-        grouped = [predict(cost, hardware, setting) for setting in enumerate_settings(scaled, hardware)]
-        fixed = [item for item in grouped if item.setting.group_size == planned.group_size]
+        grouped = _predict_all(cost, hardware, scaled)
+        sizes = group_sizes_of(world, hardware)
+        fixed, full = (
+            _predict_all(cost, hardware, dataclasses.replace(scaled, group_size=size)) if size in sizes else []
+            for size in (fixed_group_size, world)
+        )
         local_loss, full_logits = find_baselines(cost, hardware, scaled)
         points.append(
             ScalingPoint(
                 world_size=world,
                 best=_choose(grouped, scaled),
                 fixed=_choose(fixed, scaled) if fixed else None,
-                full=_choose([item for item in grouped if item.setting.group_size == world], scaled),
+                full=_choose(full, scaled),
                 local_loss=local_loss,
                 full_logits=full_logits,
             )
@@ -202,6 +213,10 @@ def describe(setting: Setting) -> str:
     words += ["recompute"] * setting.encodes_again
     words += ["activation checkpointing"] * setting.activation_checkpointing
     return ", ".join(words)
+
+
+def _predict_all(cost: ModelCost, hardware: Hardware, wish: Wish) -> list[Prediction]:
+    return [predict(cost, hardware, setting) for setting in enumerate_settings(wish, hardware)]
 
 
 def _choose(predictions: Sequence[Prediction], wish: Wish) -> Prediction:

@@ -86,5 +86,6 @@ class Setting:
 
 
 def group_sizes_of(world_size: int, hardware: Hardware) -> list[int]:
-    """Sizes of contiguous groups that divide the world and are node-aligned: a part of a node, or whole nodes."""
-    return group_sizes(world_size=world_size, ranks_per_node=min(world_size, hardware.devices_per_node))
+    """Sizes of contiguous, node-aligned groups that divide the world; the whole world is always one of them."""
+    per_node = min(world_size, hardware.devices_per_node)
+    return sorted({*group_sizes(world_size=world_size, ranks_per_node=per_node), world_size})

@@ -51,7 +51,7 @@ def test_long_meanings_are_folded_in_their_column() -> None:
     assert "Groups" not in text
 
 
-@pytest.mark.parametrize("name", ["data_emoji", "embed", "evaluate", "export"])
+@pytest.mark.parametrize("name", ["data_emoji", "embed", "evaluate", "export", "plan"])
 def test_every_value_of_the_commands_is_explained(name: str, repo_root: Path) -> None:
     values = read_values(repo_root / "conf" / "commands" / f"{name}.yaml")
     assert values

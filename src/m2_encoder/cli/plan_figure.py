@@ -1,0 +1,178 @@
+"""Step time and throughput over world sizes as a picture; needs the extra `plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from m2_encoder.planning.cost import ModelCost
+from m2_encoder.planning.search import ScalingPoint, Wish
+from m2_encoder.planning.setting import Setting
+from m2_encoder.planning.step import Prediction
+
+_INK: Final = "#1f2933"
+_MUTED: Final = "#7b8794"
+_GRID: Final = "#e4e7eb"
+_LABEL_GAP: Final = 0.065  # of a panel's height
+_HEADROOM: Final = 1.3
+"""The naive head leaves the picture: the axis ends this far above the slowest of the others."""
+
+
+class _Line(NamedTuple):
+    """One curve: its label, colour, width, dashes, and which prediction of a point it shows."""
+
+    label: str
+    color: str
+    width: float
+    dashes: str
+    of: Callable[[ScalingPoint], Prediction | None]
+
+
+def draw_scaling(
+    path: Path, scaling: Sequence[ScalingPoint], cost: ModelCost, wish: Wish, *, cluster: str, planned: Setting
+) -> None:
+    """Draw step time, and pairs per second and device, over world sizes.
+
+    Args:
+        path: where to; the suffix says in which format.
+        scaling: the points; those that do not fit into memory are left out.
+        cost: of the model, for the caption.
+        wish: the memory limit.
+        cluster: for the caption.
+        planned: rows and micro-batches, for the caption.
+    """
+    lines = _lines(scaling)
+    with matplotlib.rc_context({"font.size": 9, "axes.edgecolor": _MUTED, "svg.fonttype": "none"}):
+        figure = Figure(figsize=(10, 4.2), dpi=160, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        time_axes, rate_axes = figure.subplots(1, 2)
+        ceiling = _HEADROOM * max(1e3 * item.time.total for item in _shown(scaling, lines[1:], wish))
+        _draw(time_axes, scaling, lines, wish, lambda item: 1e3 * item.time.total, top=ceiling)
+        _title(time_axes, "Time of a step, ms")
+        ends = _draw(rate_axes, scaling, lines, wish, lambda item: item.pairs_per_s / item.setting.world_size, top=None)
+        _title(rate_axes, "Pairs per second and device")
+        _label(rate_axes, ends)
+        figure.suptitle(_finding(scaling, wish), x=0.012, ha="left", fontsize=12, fontweight="bold", color=_INK)
+        figure.supxlabel(_caption(cost, wish, planned, cluster), x=0.012, ha="left", fontsize=7.5, color=_MUTED)
+        figure.savefig(path)
+
+
+def _lines(scaling: Sequence[ScalingPoint]) -> list[_Line]:
+    fixed = next(point.fixed for point in scaling if point.fixed is not None).setting.group_size
+    lines = [
+        _Line("full logits on every rank", "#9aa5b1", 1.4, "-", lambda point: point.full_logits),
+        _Line("local loss, all ranks", "#c05621", 1.8, "-", lambda point: point.local_loss),
+        _Line("GBA-ITC, all ranks", "#7b93ab", 1.8, "--", lambda point: point.full),
+        _Line("GBA-ITC, best group", "#0b5394", 2.6, "-", lambda point: point.best),
+        _Line(f"GBA-ITC, groups of {fixed}", "#4aa3df", 1.8, "--", lambda point: point.fixed),
+    ]
+    return lines if any(point.fixed != point.best for point in scaling if point.fixed is not None) else lines[:-1]
+
+
+def _fits(item: Prediction | None, wish: Wish) -> bool:
+    return item is not None and item.memory.total <= wish.memory_gb * 1e9
+
+
+def _shown(scaling: Sequence[ScalingPoint], lines: Sequence[_Line], wish: Wish) -> list[Prediction]:
+    """Predictions of some lines that fit; all of them if none does, so that the axes have a range."""
+    items = [item for point in scaling for line in lines if (item := line.of(point)) is not None]
+    return [item for item in items if _fits(item, wish)] or items
+
+
+def _draw(
+    axes: Axes,
+    scaling: Sequence[ScalingPoint],
+    lines: Sequence[_Line],
+    wish: Wish,
+    value: Callable[[Prediction], float],
+    *,
+    top: float | None,
+) -> list[tuple[float, _Line]]:
+    """All lines of one panel; a cross ends those that run out of memory.
+
+    Returns:
+        The height, in 0..1, at which each line reaches the right edge.
+    """
+    highest = top or 1.12 * max(value(item) for item in _shown(scaling, lines, wish))
+    ends = []
+    for line in lines:
+        items = [(point.world_size, line.of(point)) for point in scaling]
+        points = [(world, value(item)) for world, item in items if item is not None and _fits(item, wish)]
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), color=line.color, linewidth=line.width, linestyle=line.dashes)
+        world, height = points[-1]
+        if world == scaling[-1].world_size and height <= highest:
+            ends.append((height / highest, line))
+        else:
+            _end_early(axes, points, line, highest, out_of_memory=world < scaling[-1].world_size)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(scaling[0].world_size, scaling[-1].world_size)
+    axes.set_ylim(0, highest)
+    axes.xaxis.set_major_locator(FixedLocator([point.world_size for point in scaling]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("ranks", color=_MUTED)
+    axes.tick_params(colors=_MUTED, length=0)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    return ends
+
+
+def _end_early(
+    axes: Axes, points: Sequence[tuple[float, float]], line: _Line, highest: float, *, out_of_memory: bool
+) -> None:
+    """Name a line that does not reach the right edge where it ends, or leaves the picture."""
+    inside = [point for point in points if point[1] <= highest] or [(points[0][0], highest)]
+    note = line.label
+    if out_of_memory:
+        note += f"\nout of memory above {points[-1][0]:,}"
+        axes.plot(*points[-1], marker="x", color=line.color, markersize=6, markeredgewidth=1.8)
+    # Rising lines leave room above them, falling ones below.
+    rises = points[-1][1] > points[0][1]
+    axes.annotate(note, inside[-1], xytext=(4, 9 if rises else -9), textcoords="offset points", ha="right",
+                  va="bottom" if rises else "top", color=_MUTED, fontsize=8)  # fmt: skip
+
+
+def _label(axes: Axes, ends: Sequence[tuple[float, _Line]]) -> None:
+    """Names beside the lines' right ends, moved apart where they would touch."""
+    below = -1.0
+    for height, line in sorted(ends, key=lambda end: end[0]):
+        below = max(height, below + _LABEL_GAP)
+        axes.text(1.02, below, line.label, color=line.color, va="center", transform=axes.transAxes,
+                  fontweight="bold" if line.width > 2 else "normal")  # fmt: skip
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=9.5, color=_INK, pad=8)
+
+
+def _finding(scaling: Sequence[ScalingPoint], wish: Wish) -> str:
+    """What the picture says, in one sentence."""
+    last = scaling[-1]
+    if not _fits(last.best, wish):
+        return f"Nothing fits into {wish.memory_gb:g} GB on {last.world_size:,} ranks"
+    groups = f"groups of {last.best.setting.group_size:,} take a step in {1e3 * last.best.time.total:,.0f} ms"
+    if not _fits(last.local_loss, wish):
+        return f"{last.world_size:,} ranks: {groups}; a loss over all ranks does not fit"
+    gain = 100 * (last.local_loss.time.total / last.best.time.total - 1)
+    return f"{last.world_size:,} ranks: {groups}; a good loss over all ranks takes {gain:.1f} % longer"
+
+
+def _caption(cost: ModelCost, wish: Wish, planned: Setting, cluster: str) -> str:
+    rows = f"{planned.micro_batches} x {planned.rows}" if planned.micro_batches > 1 else f"{planned.rows}"
+    return (
+        f"{cost.name}, {rows} rows a rank, {wish.memory_gb:g} GB, {cluster}. The best group contrasts at least "
+        f"{wish.contrasted_rows:,} rows (or all there are), the losses over all ranks every row. Predicted by m2-plan."
+    )
