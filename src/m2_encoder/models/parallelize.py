@@ -18,7 +18,15 @@ from torch.distributed.tensor import DTensor
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.multiway import MultiwayEncoder, MultiwayLayer
 
-_ENTRY_POINTS: Final = ("encode_image", "encode_text", "forward_image", "forward_text", "forward_fusion")
+_ENTRY_POINTS: Final = (
+    "encode_image",
+    "encode_text",
+    "encode_image_heads",
+    "encode_text_heads",
+    "forward_image",
+    "forward_text",
+    "forward_fusion",
+)
 """Methods that outsiders call; FSDP2 watches `forward` alone unless it is told of them."""
 
 

@@ -96,7 +96,8 @@ class GroupedFSDPStrategy(ModelParallelStrategy):
         """Checkpoint and shard a freshly built model; the training module calls this in `configure_model`."""
         if self.activation_checkpointing:
             checkpoint_layers(model)
-        mixed = str(self.precision_plugin.precision) == "bf16-mixed"
+        # On the CPU autocast leaves layer norms alone, which then take weights of their input's dtype only.
+        mixed = self.precision_plugin.precision == "bf16-mixed" and self.root_device.type != "cpu"
         shard_model(
             model,
             mesh=self.device_mesh["data_parallel"],
