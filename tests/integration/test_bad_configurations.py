@@ -171,6 +171,14 @@ ONE_FAULT = [
     ("+model=tiny", "leave out the +"),
     ("data=bm6b", "choose from emoji"),
     ("strategy=fsdp", "single"),
+    ("strategy=groupd_ddp", "did you mean grouped_ddp"),
+    ("strategy.micro_batches=0", "a whole number, 1 or more"),
+    ("strategy.micro_batches=1.5", "a whole number, 1 or more"),
+    ("strategy.micro_batches=3", "must divide the 128 rows of a rank"),
+    ("strategy.recompute=maybe", "true or false"),
+    ("strategy.activation_checkpointing=1", "true or false"),
+    ("+strategy.group_size=2", "unknown argument"),
+    ("strategy.micro_batch=2", "did you mean micro_batches"),
     ("logger=tensorboard", "wandb"),
     # syntax and references
     ("optimizer.lr", "key=value"),
@@ -229,6 +237,48 @@ def test_every_fault_has_its_line(
     outcome = m2_train(*overrides)
     assert outcome.code == 2
     assert len(outcome.problems) == count, outcome.text
+
+
+RANKS = [
+    (["strategy=grouped_ddp", "trainer.devices=4", "strategy.group_size=3"], "use one of 1, 2, 4"),
+    (["strategy=grouped_fsdp", "trainer.devices=4", "strategy.group_size=8"], "use one of 1, 2, 4"),
+    (["strategy=grouped_ddp", "trainer.devices=2", "strategy.group_size=0"], "1 or more"),
+    (
+        ["strategy=grouped_ddp", "trainer.devices=2", "strategy.group_nodes=2"],
+        "must divide the 1 node(s); use one of 1",
+    ),
+    (["strategy=grouped_ddp", "strategy.group_size=2"], "must divide the 1 rank(s); use one of 1"),
+    (
+        ["strategy=grouped_ddp", "trainer.devices=2", "strategy.group_size=1", "strategy.group_nodes=1"],
+        "keep one of the two",
+    ),
+    (["strategy=grouped_ddp", "trainer.devices=2", "strategy.micro_batches=5"], "for example strategy.micro_batches=4"),
+    (["strategy=grouped_fsdp", "trainer.devices=2", "optimizer=muon"], "use optimizer=adamw"),
+    (["strategy=grouped_fsdp", "trainer.devices=2", "trainer.precision=64-true"], "32-true, bf16-mixed, bf16-true"),
+    (["strategy=grouped_fsdp", "trainer.devices=2", "data.eval_batch_size=1"], "must be 2 or more"),
+    (["strategy=grouped_fsdp", "strategy.reshard_after_forward=2"], "true or false"),
+    (["trainer.devices=2"], "use strategy=ddp or grouped_ddp"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), RANKS, ids=[" ".join(x) for x, _ in RANKS])
+def test_what_ranks_cannot_do_takes_one_line(
+    m2_train: Command, overrides: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    outcome = m2_train(*overrides)
+    assert outcome.code == 2
+    assert len(outcome.problems) == 1, outcome.text
+    assert named in outcome.problems[0]
+
+
+def test_groups_respect_nodes(m2_train: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    cluster = ("cluster=torchrun", "trainer.num_nodes=2", "trainer.devices=6", "data.global_batch_size=120")
+    outcome = m2_train(*cluster, "strategy=grouped_ddp", "strategy.group_size=4")
+    assert outcome.problems[0].endswith("lie in one node of 6, or be whole nodes; use one of 1, 2, 3, 6, 12")
 
 
 INDEPENDENT = [
