@@ -81,17 +81,16 @@ def contrastive_bytes(
 
     Reference: derived for this project from M2-Encoder (arXiv:2401.15896), grouped aggregation with batch accumulation.
     """
-    numbers = {
-        "world_size": world_size, "group_size": group_size, "rows": rows, "micro_batches": micro_batches,
-        "feature_dim": feature_dim, "bytes_per_element": bytes_per_element, "heads": heads,
-    }  # fmt: skip
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{name}={value} must be 1 or more")
-    if method not in METHODS:
-        raise UserError(f"method={method!r} must be one of {', '.join(METHODS)}")
-    if world_size % group_size:
-        raise UserError(f"group_size={group_size} must divide world_size={world_size}")
+    _check(
+        method,
+        world_size=world_size,
+        group_size=group_size,
+        rows=rows,
+        micro_batches=micro_batches,
+        feature_dim=feature_dim,
+        bytes_per_element=bytes_per_element,
+        heads=heads,
+    )
     ranks = group_size if method in {"grouped_local_loss", "local_form"} else world_size
     if ranks == 1:
         return CommunicationCost(0, 0)
@@ -101,3 +100,13 @@ def contrastive_bytes(
         return CommunicationCost(2 * feature_bytes + heads * _STATISTICS * _STATISTIC_BYTES * received_rows, 2)
     repeats = micro_batches if method == "repetition" else 1
     return CommunicationCost(4 * repeats * feature_bytes, 4 * micro_batches * heads)
+
+
+def _check(method: str, *, world_size: int, group_size: int, **others: int) -> None:
+    for name, value in {"world_size": world_size, "group_size": group_size, **others}.items():
+        if value < 1:
+            raise UserError(f"{name}={value} must be 1 or more")
+    if method not in METHODS:
+        raise UserError(f"method={method!r} must be one of {', '.join(METHODS)}")
+    if world_size % group_size:
+        raise UserError(f"group_size={group_size} must divide world_size={world_size}")

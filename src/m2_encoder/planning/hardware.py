@@ -35,7 +35,8 @@ class Hardware:
         inter_node_latency_us: of a ring's step between nodes.
         collective_latency_us: of starting any collective.
         overlap: share of the backward pass that can hide the reduction of gradients, in [0, 1].
-        straggler_std: standard deviation of a pass's time over ranks and passes, relative to the mean.
+        straggler_std: standard deviation, over ranks and steps, of the time of all forward passes of a step, and of all
+            backward passes, relative to their mean.
 
     Raises:
         UserError: if a value is impossible; all of them are listed at once.

@@ -235,9 +235,9 @@ def _local_rows(wish: Wish) -> int:
     return wish.global_rows // wish.world_size
 
 
-def _preference(item: Prediction) -> tuple[float, float, int]:
-    """The fastest first; among equals the one with less memory, then with the larger group."""
-    return (-item.pairs_per_s, item.memory.total, -item.setting.group_size)
+def _preference(item: Prediction) -> tuple[float, int, float]:
+    """The fastest first; among equals the one with fewer micro-batches, then with less memory."""
+    return (-round(item.pairs_per_s, 3), item.setting.micro_batches, item.memory.total)
 
 
 def _either(value: bool | None, *, matters: bool = True) -> Iterable[bool]:

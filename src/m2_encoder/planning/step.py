@@ -178,21 +178,19 @@ def _hiding_seconds(hardware: Hardware, setting: Setting, *, forward: float, bac
 
 
 def _waiting_seconds(hardware: Hardware, setting: Setting, *, forward: float, rest: float) -> float:
-    """Expected waiting, from independent errors of every pass of every micro-batch.
+    """Expected waiting, from independent errors of a step's forward and backward computation.
 
-    The local form meets once in its group, when all micro-batches are encoded, so that their errors partly cancel.
-    A loss for each micro-batch makes all ranks meet k times. FSDP2 makes all ranks meet in every layer.
+    The local form meets in its group when everything is encoded. A loss for each of k micro-batches makes all ranks
+    meet k times; a k-th of the computation has 1/sqrt(k) of the error. FSDP2 makes all ranks meet in every layer;
+    prefetching forgives most of that, so they are taken to meet as often as in one loss over all ranks.
     """
     std, k = hardware.straggler_std, setting.micro_batches
-    if setting.method == "local_form" and setting.strategy == "grouped_ddp":
-        return waiting_seconds(
-            std * forward / math.sqrt(k), std * rest / math.sqrt(k),
-            group_size=setting.group_size, world_size=setting.world_size,
-        )  # fmt: skip
     everyone = {"group_size": setting.world_size, "world_size": setting.world_size}
     if setting.strategy == "grouped_fsdp":
         return waiting_seconds(std * forward, std * rest, **everyone)
+    if setting.method == "local_form":
+        return waiting_seconds(std * forward, std * rest, group_size=setting.group_size, world_size=setting.world_size)
     # k meetings of all ranks: after a first forward, then after each backward and the next forward; at last after one.
-    between = math.hypot(std * forward / k, std * rest / k)
-    middle = (k - 1) * waiting_seconds(between, 0.0, **everyone)
-    return middle + waiting_seconds(std * forward / k, std * rest / k, **everyone)
+    root = math.sqrt(k)
+    middle = (k - 1) * waiting_seconds(math.hypot(std * forward / root, std * rest / root), 0.0, **everyone)
+    return middle + waiting_seconds(std * forward / root, std * rest / root, **everyone)

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from m2_encoder.cli import plan
+from m2_encoder.errors import UserError
+
+CONSTANTS = Path("conf") / "cluster" / "hardware"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo_root: Path) -> Callable[..., int]:
+    """Runs m2-plan in the checkout, as a user would."""
+    monkeypatch.chdir(repo_root)
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def start(*argv: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["m2-plan", *argv])
+        return plan.main()
+
+    return start
+
+
+def _report(run: Callable[..., int], path: Path, *argv: str) -> dict[str, Any]:
+    assert run(f"output={path}", "overwrite=true", *argv) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_table_says_what_was_found(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("ranks=64", "global_batch_size=8192", "group_batch_size=2048") == 0
+    out = capsys.readouterr().out
+    for words in (
+        "m2-encoder-1b: 730 M parameters",
+        "GBA-ITC",
+        "local loss",
+        "full logits",
+        "Not modelled",
+        "congestion",
+    ):
+        assert words in out
+    assert "strategy.group_size=16 strategy.micro_batches=1 data.global_batch_size=8192" in out
+    rows = [line for line in out.splitlines() if line.lstrip().startswith("GBA-ITC  ")]
+    assert [row.split()[2] for row in rows] == ["16", "32", "64"], "a line for each group size that contrasts enough"
+
+
+def test_json_holds_the_numbers_of_the_formulas(run: Callable[..., int], tmp_path: Path) -> None:
+    report = _report(
+        run, tmp_path / "plan.json", "ranks=64", "group_size=8", "micro_batches=4", "global_batch_size=8192",
+        "group_batch_size=1", "feature_bytes=2",
+    )  # fmt: skip
+    best = report["best"]
+    assert (best["group_size"], best["micro_batches"], best["rows"], best["contrasted_rows"]) == (8, 4, 32, 1024)
+    assert best["contrast_bytes_sent"] == 2 * 4 * 7 * 32 * 1024 * 2 + 8 * 4 * 7 * 32
+    assert best["contrast_collectives"] == 2
+    assert best["step_s"] == pytest.approx(sum(best["time"].values()))
+    assert best["memory_bytes"] == pytest.approx(sum(best["memory"].values()))
+    assert best["logits"] == 2 * 128 * 1024
+    assert set(report["baselines"]) == {"local_loss", "full_logits"}
+    assert [point["world_size"] for point in report["scaling"]] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    assert report["hardware"]["peak_tflops"] == 312
+    assert report["not_modelled"]
+    assert report["command"].endswith("feature_bytes=2")
+
+
+def test_every_constant_can_be_given(run: Callable[..., int], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    usual = _report(run, path, "ranks=64")
+    slow = _report(run, path, "ranks=64", "hardware.mfu=0.225", "hardware.straggler_std=0")
+    assert slow["hardware"] == {**usual["hardware"], "mfu": 0.225, "straggler_std": 0}
+    assert slow["best"]["time"]["forward"] == pytest.approx(2 * usual["best"]["time"]["forward"])
+    assert slow["best"]["time"]["waiting"] == 0
+
+
+def test_a_cluster_of_ones_own(run: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: h100_80g\ndevices_per_node: 4\n", encoding="utf-8")
+    report = _report(run, tmp_path / "plan.json", f"cluster={tmp_path / 'mine.yaml'}", "ranks=64")
+    assert (report["hardware"]["devices_per_node"], report["hardware"]["peak_tflops"]) == (4, 989)
+    assert "trainer.devices=4 trainer.num_nodes=16" in report["train"]
+
+
+def test_picture(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run(f"plot={tmp_path / 'plan.png'}") == 0
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert picture.width > 2 * picture.height
+        assert len(picture.convert("RGB").getcolors(1_000_000) or []) > 50
+    assert run(f"plot={tmp_path / 'plan.svg'}", "memory_gb=60", "cluster=a100_80g_slow") == 0
+    drawn = (tmp_path / "plan.svg").read_text(encoding="utf-8")
+    for words in ("1,024 ranks: groups of 64", "local loss, all ranks", "out of memory above", "GBA-ITC, best group"):
+        assert words in drawn
+
+
+@pytest.mark.parametrize(
+    ("argv", "messages"),
+    [
+        (["model=m2_encoder_1B"], ["model=m2_encoder_1B: must be one of tiny, m2_encoder_0_4b"]),
+        (["rank=8"], ["rank=8: the configuration has no key 'rank' (did you mean ranks?)"]),
+        (["ranks=0", "strategy=ddp"], ["ranks=0: must be a whole number, in 1..", "strategy=ddp: must be one of"]),
+        (["cluster=a100"], ["cluster=a100: no such cluster; choose from a100_80g, a100_80g_slow, h100_80g"]),
+        (["ranks=12"], ["ranks=12: must be a multiple of the 8 devices of a node; use 8 or"]),
+        (["group_size=48"], ["group_size=48: must divide the 256 ranks and be node-aligned; use one of 1, 2, 4"]),
+        (["group_batch_size=1e9"], ["group_batch_size=1000000000.0: must be a whole number"]),
+        (["memory_gb=1"], ["memory_gb=1: no setting fits; the smallest needs"]),
+        (["hardware.mfu=2"], ["hardware of cluster=a100_80g: mfu=2 must be at most 1"]),
+        (["image_size=100"], ["image_size=100 must be a multiple of patch_size=16"]),
+        (["text_tokens=60"], ["text_tokens=60 must be in 2..52"]),
+        (["feature_bytes=3"], ["feature_bytes=3: must be 2 or 4"]),
+        (["plot=plan.txt"], ["plot=plan.txt: must end in .png, .svg, .pdf"]),
+        (["output=conf"], ["output=conf: is a folder; give the name of a file"]),
+    ],
+    ids=lambda value: value[0].partition(":")[0],
+)
+def test_mistakes(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: list[str], messages: list[str]
+) -> None:
+    assert run(*argv) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    problems = said if len(said) == 1 else said[1:]
+    assert len(problems) == len(messages), said
+    for problem, message in zip(problems, messages, strict=True):
+        assert message in problem
+
+
+def test_without_matplotlib(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run("plot=plan.png") == 2
+    assert capsys.readouterr().err == (
+        "m2-plan: plot=plan.png: needs an extra; install it with pip install 'm2-encoder[plot]'\n"
+    )
+
+
+def test_nothing_is_replaced_unasked(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text("mine", encoding="utf-8")
+    assert run(f"output={tmp_path / 'plan.json'}") == 2
+    assert "exists; choose another name, or replace it with overwrite=true" in capsys.readouterr().err
+    assert (tmp_path / "plan.json").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("name", ["a100_80g", "a100_80g_slow", "h100_80g", "two_core_cpu"])
+def test_constants_say_where_they_come_from(name: str, repo_root: Path) -> None:
+    lines = (repo_root / CONSTANTS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    bare = [line for line in lines if not line.startswith("#") and len(line.partition(" # ")[2]) < 7]
+    assert not bare
+    plan.read_hardware(name, {})
+
+
+def test_every_shipped_cluster_is_tested(repo_root: Path) -> None:
+    found = {path.stem for path in (repo_root / CONSTANTS).glob("*.yaml")}
+    assert found == {"a100_80g", "a100_80g_slow", "h100_80g", "two_core_cpu"}
+    base = yaml.safe_load((repo_root / CONSTANTS / "a100_80g_slow.yaml").read_text(encoding="utf-8"))
+    assert set(base) == {"base", "inter_node_gb_per_s"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("- 1", "must hold constants as `name: number`"),
+        ("base: h100_80g\npeak: 3", r"unknown hardware constant\(s\) peak; known: devices_per_node"),
+        ("mfu: 0.3", r"missing hardware constant\(s\): devices_per_node"),
+        ("base: missing", "cluster=missing: no such cluster"),
+    ],
+)
+def test_damaged_constants(text: str, message: str, tmp_path: Path, repo_root: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        plan.read_hardware(str(tmp_path / "mine.yaml"), {})
