@@ -215,7 +215,7 @@ def _quieten() -> None:
         ".*does not have many workers.*",  # measured: more workers than cores slow this reader down
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
         ".*GPU available but not used.*",  # the configuration says so
-        r".*self\.log\('val/.*sync_dist=True.*",  # recalls are over all ranks already
+        r".*self\.log\('(val/|step).*sync_dist=True.*",  # recalls are over all ranks, the step is the same on all
         ".*LeafSpec.*is deprecated.*",  # Lightning's use of a newer torch
     ):
         warnings.filterwarnings("ignore", message=remark)
