@@ -69,3 +69,22 @@ def gather_counts(count: int, group: dist.ProcessGroup, *, device: torch.device)
     counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(counts, torch.tensor([count], device=device), group=group)
     return [int(number) for number in counts.tolist()]
+
+
+def sum_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the ranks of the group, in place."""
+    dist.all_reduce(values, group=group)
+    return values
+
+
+def max_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Maximum over the ranks of the group, in place."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
+
+
+def scatter_sums(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the group of this rank's part of the rows, (G * B, ...) -> (B, ...)."""
+    own = rows.new_empty((rows.shape[0] // dist.get_world_size(group), *rows.shape[1:]))
+    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+    return own

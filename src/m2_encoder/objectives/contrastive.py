@@ -141,7 +141,7 @@ class ImageTextContrastive(Objective):
         one_sided: see `image_text_contrastive`.
 
     Raises:
-        UserError: for heads that the model does not have, a smoothing outside [0, 1), or options that exclude each other.
+        UserError: for heads that the model does not have, a smoothing outside [0, 1), or uneven rows and one side.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ def contrastive_forward(
         (c * M, H); all identities, (M,), without rows if there are none; and on the CPU, int64: rank in the group,
         whether tiles are in range for each head, images of each rank.
     """
-    process_group = None if group == NO_GROUP else _resolve(group)
+    process_group = None if group == NO_GROUP else resolve_group(group)
     with torch.autocast(images.device.type, enabled=False):
         place = _find_place(images, process_group, equal_rows=equal_rows)
         all_images, all_texts = _gather_features(images, texts, place, process_group)
@@ -95,9 +95,9 @@ def contrastive_forward(
         for head in range(images.shape[1]):
             scale = log_scales[head].exp()
             wanted = _mean_positive(positives, keys[0][:, head], keys[1][:, head], scale.dtype, label_smoothing)
-            by_image = image_lse[own, head] - scale * _row_dots(images[:, head], wanted[0])
+            by_image = image_lse[own, head] - scale * row_dots(images[:, head], wanted[0])
             own_texts = slice(own.start * captions, own.stop * captions)
-            by_text = text_lse[own_texts, head] - scale * _row_dots(
+            by_text = text_lse[own_texts, head] - scale * row_dots(
                 texts[:, head], wanted[1].repeat_interleave(captions, dim=0) if captions > 1 else wanted[1]
             )
             losses.append((by_image.repeat_interleave(captions) + by_text) / 2)
@@ -118,7 +118,7 @@ def _(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads, captions = images.shape[1], texts.shape[0] // images.shape[0]
-    ranks = 1 if group == NO_GROUP else dist.get_world_size(_resolve(group))
+    ranks = 1 if group == NO_GROUP else dist.get_world_size(resolve_group(group))
     rows = images.shape[0] * ranks if equal_rows or group == NO_GROUP else torch.library.get_ctx().new_dynamic_size()
     gathered = 0 if group == NO_GROUP else rows
     return (
@@ -228,7 +228,7 @@ class _Side(NamedTuple):
         return self.softmax(slice(self.own.start * self.per_row, self.own.stop * self.per_row))
 
 
-def _resolve(name: str) -> dist.ProcessGroup:
+def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of a name: operators take no objects, and torch's own collectives find groups this way."""
     group: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type,unused-ignore]
     return group
@@ -366,12 +366,12 @@ def _subtract_targets(sides: tuple[_Side, _Side], positives: Positives, label_sm
             side.grad.add_(per_row @ other.all.to(side.grad.dtype), alpha=-label_smoothing)
 
 
-def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+def row_dots(left: Tensor, right: Tensor) -> Tensor:
     """Dot product of each row with its partner, (n,), in the dtype of `right`."""
-    chunks = zip(left.split(4096), right.split(4096), strict=True)  # products of all rows would be a third copy
+    chunks = zip(left.split(1024), right.split(1024), strict=True)  # products of all rows would be a third copy
     return torch.cat([(a.to(right.dtype) * b).sum(dim=1) for a, b in chunks])
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     """<left, right>, summed in fp64: the terms of a scale's gradient cancel."""
-    return _row_dots(right, left).sum(dtype=torch.float64).to(left.dtype)
+    return row_dots(right, left).sum(dtype=torch.float64).to(left.dtype)

@@ -19,7 +19,7 @@ _LARGEST_EXPONENT: Final = 70.0
 """exp(70) times 100 million columns is still an fp32 number."""
 _SMALLEST_LOG_SUM: Final = -60.0
 """Of a sum at the shift: exponentials that fp32 rounds to zero, below exp(-87), are then 1e-11 of it."""
-_TILE_CPU: Final = (2048, 1024)
+_TILE_CPU: Final = (1024, 1024)
 _TILE_GPU: Final = (8192, 4096)
 
 
@@ -33,8 +33,10 @@ class Tiles:
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale
         self.shift = (scale - _LARGEST_EXPONENT).clamp_min(0)
-        self._has_shift = scale.device.type != "cpu" or bool(self.shift > 0)  # no synchronisation with an accelerator
-        self._sides = _TILE_CPU if scale.device.type == "cpu" else _TILE_GPU
+        on_cpu = scale.device.type == "cpu"
+        self._has_shift = not on_cpu or bool(self.shift > 0)  # no synchronisation with an accelerator
+        self._known_scale = float(scale) if on_cpu else None
+        self._sides = _TILE_CPU if on_cpu else _TILE_GPU
         self._scratch: list[Tensor] = []
 
     def exp_sums(self, queries: Tensor, keys: Tensor, row_sums: Tensor, column_sums: Tensor | None = None) -> None:
@@ -100,15 +102,17 @@ class Tiles:
     def _logits(self, queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Tiles of S with their places; each is overwritten by the next."""
         for rows in _blocks(queries.shape[0], self._sides[0]):
-            own = queries[rows]
-            scaled = None if _multiplies_in_half(own) else own.to(self.scale.dtype) * self.scale
+            own = queries[rows] if _multiplies_in_half(queries) else queries[rows].to(self.scale.dtype)
             for columns in _blocks(keys.shape[0], self._sides[1]):
-                others = keys[columns]
-                if scaled is None:
-                    yield rows, columns, torch.mm(own, others.t(), out_dtype=torch.float32).mul_(self.scale)
-                else:
-                    logits = self._view(0, own.shape[0], others.shape[0])
-                    yield rows, columns, torch.mm(scaled, others.to(scaled.dtype).t(), out=logits)
+                yield rows, columns, self._product(own, keys[columns])
+
+    def _product(self, queries: Tensor, keys: Tensor) -> Tensor:
+        if _multiplies_in_half(queries):
+            return torch.mm(queries, keys.t(), out_dtype=torch.float32).mul_(self.scale)
+        logits, keys = self._view(0, queries.shape[0], keys.shape[0]), keys.to(queries.dtype).t()
+        if self._known_scale is None:
+            return torch.mm(queries, keys, out=logits).mul_(self.scale)
+        return torch.addmm(logits, queries, keys, beta=0, alpha=self._known_scale, out=logits)
 
     def _exp(self, logits: Tensor) -> Tensor:
         return (logits.sub_(self.shift) if self._has_shift else logits).exp_()

@@ -70,6 +70,24 @@ class Positives:
         sums = self._class_sums(values, per_row, weights, dtype)
         return (sums / self._sizes.unsqueeze(1))[self._class_of_local], 1 / self.captions
 
+    def add_to_texts(self, total: Tensor, images: Tensor, *, alpha: float) -> None:
+        """Add to every text of the group `alpha` times the sum of its local positives over its number of positives.
+
+        Args:
+            total: of all texts, (c * M, E); changed in place.
+            images: the local ones, (n, E).
+            alpha: factor.
+        """
+        if not self._has_classes:
+            own = total[self._own.start * self.captions : self._own.stop * self.captions]
+            own.add_(images.repeat_interleave(self.captions, dim=0) if self.captions > 1 else images, alpha=alpha)
+            return
+        sums = torch.zeros((self._sizes.shape[0], images.shape[1]), dtype=total.dtype, device=total.device)
+        sums.index_add_(0, self._class_of_local, images.to(total.dtype))
+        values = (sums / self._sizes.unsqueeze(1))[self._class_of_row]
+        for caption in range(self.captions):
+            total.index_add_(0, self._rows * self.captions + caption, values, alpha=alpha)
+
     def _class_sums(self, values: Tensor, per_row: int, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
         total = torch.zeros((self._sizes.shape[0], values.shape[1]), dtype=dtype, device=values.device)
         for caption in range(per_row):
