@@ -157,7 +157,7 @@ def test_eight_recomputed_micro_batches_take_little_more_memory_than_one() -> No
     one = step_peak(pieces=1, rows=8, recompute=True)
     eight = step_peak(pieces=8, rows=64, recompute=True)
     kept = step_peak(pieces=8, rows=64, recompute=False)
-    assert one > 10e6, "too small to tell"
+    assert one > 5e6, "too small to tell"
     assert eight <= 1.25 * one, f"{eight / one:.3f} times the memory of one micro-batch"
     assert kept > 5 * one, f"keeping all graphs took {kept / one:.2f} times one, so that nothing was measured"
 
