@@ -72,17 +72,18 @@ class Known:
         return node is not _MISSING
 
 
-def check_relations(cfg: Mapping[str, Any], reported: set[str]) -> list[Problem]:
+def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machine: bool = True) -> list[Problem]:
     """Every rule that looks at more than one value.
 
     Args:
         cfg: plain containers.
         reported: keys with problems; what depends on them is left out.
+        on_this_machine: also ask whether this machine has what the run needs.
     """
     reported = set(reported)  # grows, so that one mistake does not come up again in a later check
     known = Known(cfg, reported)
     problems: list[Problem] = []
-    for check in _CHECKS:
+    for check in _CHECKS if on_this_machine else [check for check in _CHECKS if check not in _MACHINE_CHECKS]:
         found = _run_check(check, known)
         reported |= {problem.key for problem in found}
         problems += found
@@ -314,6 +315,8 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_folders,
     _check_resumed_model,
 )
+
+_MACHINE_CHECKS: Final = (_check_devices, _check_cluster)
 
 
 def _size(known: Known, field: str) -> int:

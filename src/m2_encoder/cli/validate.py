@@ -30,11 +30,12 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
 """By node, what the command passes itself when it builds the object."""
 
 
-def validate_train(cfg: dict[str, Any]) -> list[str]:
+def validate_train(cfg: dict[str, Any], *, on_this_machine: bool = True) -> list[str]:
     """Everything that is wrong with a composed configuration of `m2-train`.
 
     Args:
         cfg: plain containers, as `cli.compose` makes them.
+        on_this_machine: also ask whether this machine has what the run needs.
 
     Returns:
         One line per problem, `key=value: rule; fix`; empty when training can start.
@@ -46,7 +47,7 @@ def validate_train(cfg: dict[str, Any]) -> list[str]:
     reported = {problem.key for problem in problems}
     problems += _try_transform(cfg, reported)
     reported = {problem.key for problem in problems}
-    problems += check_relations(cfg, reported)
+    problems += check_relations(cfg, reported, on_this_machine=on_this_machine)
     return [problem.text for problem in problems]
 
 
@@ -87,7 +88,10 @@ def validate_experiments() -> dict[str, list[str]]:
             # A run of that name may lie in outputs; that says nothing about the configuration.
             lines = ["run.resume=auto", *([f"+experiment={name}"] if name else [])]
             composition = composer.compose(lines)
-            found[name] = composition.without_echoes([*composition.problems, *validate_train(composition.cfg)])
+            if any(problem.startswith("model.tokenizer=???") for problem in composition.problems):
+                composition = composer.compose([*lines, "model.tokenizer=emoji"])  # which file, the user alone can say
+            problems = validate_train(composition.cfg, on_this_machine=False)
+            found[name] = composition.without_echoes([*composition.problems, *problems])
     return found
 
 
