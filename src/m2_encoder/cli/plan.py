@@ -35,7 +35,7 @@ _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
 _MODELS: Final = {name.replace("-", "_").replace(".", "_"): name for name in NAME_TO_CONFIG}
 """Options of m2-train's `model`, with the names of the architectures."""
 _CHOICES: Final = (
-    "group_size", "micro_batches", "strategy", "recompute", "activation_checkpointing", "feature_bytes",
+    "group_size", "micro_batches", "min_rows", "strategy", "recompute", "activation_checkpointing", "feature_bytes",
 )  # fmt: skip
 
 
@@ -55,6 +55,7 @@ _RULES: Final[tuple[Rule, ...]] = (
     whole("group_batch_size", 1, "8192", most=2**40),
     whole("group_size", 1, "32", optional=True),
     whole("micro_batches", 1, "4", optional=True),
+    whole("min_rows", 1, "8"),
     _optional(choice("strategy", STRATEGIES)),
     _optional(flag("recompute")),
     _optional(flag("activation_checkpointing")),
@@ -124,6 +125,8 @@ def build_plan(cfg: Mapping[str, Any]) -> Plan:
         UserError: for numbers that do not divide each other, or if nothing fits into memory.
     """
     hardware = read_hardware(cfg["cluster"], cfg["hardware"])
+    if cfg["precision"] == "32-true":  # torch multiplies without TF32 unless told otherwise
+        hardware = dataclasses.replace(hardware, peak_tflops=hardware.peak_tflops_fp32)
     overrides = {} if cfg["image_size"] is None else {"image_size": cfg["image_size"]}
     per_node = hardware.devices_per_node
     if cfg["ranks"] > per_node and cfg["ranks"] % per_node:
@@ -246,8 +249,8 @@ COMMAND = Command(
     run=run_plan,
     notes=(
         "Nothing is trained and no device is needed. A rank contrasts its k micro-batches of B rows with those of the",
-        "g ranks of its group; the baselines contrast the same rows over all ranks. Constants, and where they come",
-        "from, are in conf/cluster/hardware.",
+        "g ranks of its group; the baselines contrast the rows of all ranks, and may accumulate micro-batches with a",
+        "loss of their own. Constants, and where they come from, are in conf/cluster/hardware.",
         "",
         "Not modelled:",
         *(f"  {line}" for line in NOT_MODELLED),

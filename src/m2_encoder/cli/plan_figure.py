@@ -46,7 +46,7 @@ def draw_scaling(
         cost: of the model, for the caption.
         wish: the memory limit.
         cluster: for the caption.
-        planned: rows and micro-batches, for the caption.
+        planned: rows per rank, for the caption.
     """
     lines = _lines(scaling)
     with matplotlib.rc_context({"font.size": 9, "axes.edgecolor": _MUTED, "svg.fonttype": "none"}):
@@ -139,10 +139,15 @@ def _end_early(
     if out_of_memory:
         note += f"\nout of memory above {points[-1][0]:,}"
         axes.plot(*points[-1], marker="x", color=line.color, markersize=6, markeredgewidth=1.8)
-    # Rising lines leave room above them, falling ones below.
-    rises = points[-1][1] > points[0][1]
-    axes.annotate(note, inside[-1], xytext=(4, 9 if rises else -9), textcoords="offset points", ha="right",
-                  va="bottom" if rises else "top", color=_MUTED, fontsize=8)  # fmt: skip
+    left_early, above = len(inside) < len(points) or not out_of_memory, points[-1][1] > points[0][1]
+    if left_early:
+        shift, side, height = (-8.0, 0.0), "right", "center"
+    elif not above and inside[-1][1] < 0.2 * highest:  # the axis is near
+        shift, side, height = (10.0, 0.0), "left", "center"
+    else:  # rising lines leave room above them, falling ones below
+        shift, side, height = (4.0, 9.0 if above else -9.0), "right", "bottom" if above else "top"
+    axes.annotate(note, inside[-1], xytext=shift, textcoords="offset points", ha=side, va=height,
+                  color=_MUTED, fontsize=8)  # fmt: skip
 
 
 def _label(axes: Axes, ends: Sequence[tuple[float, _Line]]) -> None:
@@ -171,8 +176,7 @@ def _finding(scaling: Sequence[ScalingPoint], wish: Wish) -> str:
 
 
 def _caption(cost: ModelCost, wish: Wish, planned: Setting, cluster: str) -> str:
-    rows = f"{planned.micro_batches} x {planned.rows}" if planned.micro_batches > 1 else f"{planned.rows}"
     return (
-        f"{cost.name}, {rows} rows a rank, {wish.memory_gb:g} GB, {cluster}. The best group contrasts at least "
-        f"{wish.contrasted_rows:,} rows (or all there are), the losses over all ranks every row. Predicted by m2-plan."
+        f"{cost.name}, {planned.local_rows} rows a rank, {wish.memory_gb:g} GB, {cluster}. All lines contrast at least "
+        f"{wish.contrasted_rows:,} rows (or all there are), but for the fixed group. Predicted by m2-plan."
     )

@@ -183,8 +183,9 @@ def to_plain(item: Prediction) -> dict[str, Any]:
 
 
 def _again(setting: Setting) -> str:
-    words = ["micro-batches"] * setting.encodes_again + ["layers"] * setting.activation_checkpointing
-    return ", ".join(words) or "-"
+    if setting.encodes_again and setting.activation_checkpointing:
+        return "both"
+    return "micro-batches" if setting.encodes_again else "layers" if setting.activation_checkpointing else "-"
 
 
 def _bytes(number: float) -> str:

@@ -60,8 +60,7 @@ def contrastive_bytes(
     local_form            2k(g-1)BEb + 8k(g-1)B       2
     ====================  ==========================  ===========
 
-    The factor 4 stands for images and texts, gathered forward and reduce-scattered backward. All heads of the local
-    form travel together. A single rank sends nothing.
+    The 4 is images and texts, gathered and reduce-scattered. Heads of the local form travel together.
 
     Args:
         method: a key of `METHODS`.
@@ -81,16 +80,7 @@ def contrastive_bytes(
 
     Reference: derived for this project from M2-Encoder (arXiv:2401.15896), grouped aggregation with batch accumulation.
     """
-    _check(
-        method,
-        world_size=world_size,
-        group_size=group_size,
-        rows=rows,
-        micro_batches=micro_batches,
-        feature_dim=feature_dim,
-        bytes_per_element=bytes_per_element,
-        heads=heads,
-    )
+    _check(method, world_size, group_size, rows, micro_batches, feature_dim, bytes_per_element, heads)
     ranks = group_size if method in {"grouped_local_loss", "local_form"} else world_size
     if ranks == 1:
         return CommunicationCost(0, 0)
@@ -102,8 +92,9 @@ def contrastive_bytes(
     return CommunicationCost(4 * repeats * feature_bytes, 4 * micro_batches * heads)
 
 
-def _check(method: str, *, world_size: int, group_size: int, **others: int) -> None:
-    for name, value in {"world_size": world_size, "group_size": group_size, **others}.items():
+def _check(method: str, world_size: int, group_size: int, *others: int) -> None:
+    names = ("world_size", "group_size", "rows", "micro_batches", "feature_dim", "bytes_per_element", "heads")
+    for name, value in zip(names, (world_size, group_size, *others), strict=True):
         if value < 1:
             raise UserError(f"{name}={value} must be 1 or more")
     if method not in METHODS:

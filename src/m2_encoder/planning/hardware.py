@@ -25,7 +25,7 @@ class Hardware:
         devices_per_node: ranks of a node.
         device_memory_gb: memory of a device.
         reserved_memory_gb: what contexts, communication buffers and fragments take of it.
-        peak_tflops: dense matrix products in 16 bits, 10^12 operations a second.
+        peak_tflops: dense matrix products in the precision that the encoder trains in, 10^12 operations a second.
         peak_tflops_fp32: in fp32.
         mfu: share of the peak that the encoder reaches, in (0, 1].
         memory_gb_per_s: bandwidth of a device's own memory.

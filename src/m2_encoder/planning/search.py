@@ -29,6 +29,7 @@ class Wish:
         recompute: encode micro-batches again instead of keeping their activations.
         activation_checkpointing: compute layers again.
         feature_bytes: of a feature element on the wire.
+        min_rows: smallest B to consider while k is free, as far as a rank has so many rows.
     """
 
     world_size: int
@@ -41,6 +42,7 @@ class Wish:
     recompute: bool | None = None
     activation_checkpointing: bool | None = None
     feature_bytes: int = 4
+    min_rows: int = 1
 
 
 def enumerate_settings(wish: Wish, hardware: Hardware) -> Iterator[Setting]:
@@ -62,6 +64,7 @@ def enumerate_settings(wish: Wish, hardware: Hardware) -> Iterator[Setting]:
             f"micro_batches={wish.micro_batches}: must divide the {local_rows} rows of a rank; "
             f"use one of {', '.join(map(str, ks))}"
         )
+    large = [k for k in ks if local_rows // k >= min(wish.min_rows, local_rows)]
     enough = [size for size in sizes if size * local_rows >= wish.contrasted_rows]
     if wish.group_size is None and not enough:
         raise UserError(
@@ -69,7 +72,7 @@ def enumerate_settings(wish: Wish, hardware: Hardware) -> Iterator[Setting]:
             f"use group_batch_size={wish.global_rows} or a larger global_batch_size"
         )
     for group_size in enough if wish.group_size is None else [wish.group_size]:
-        for micro_batches in ks if wish.micro_batches is None else [wish.micro_batches]:
+        for micro_batches in large if wish.micro_batches is None else [wish.micro_batches]:
             for strategy in STRATEGIES if wish.strategy is None else [wish.strategy]:
                 for recompute in _either(wish.recompute, matters=micro_batches > 1):
                     for checkpointing in _either(wish.activation_checkpointing):
@@ -108,9 +111,15 @@ def find_best(cost: ModelCost, hardware: Hardware, wish: Wish) -> list[Predictio
 def find_baselines(cost: ModelCost, hardware: Hardware, wish: Wish) -> list[Prediction]:
     """The same rows with a loss over all ranks: full logits, and a good local loss.
 
-    Each takes its rows at once, so that it contrasts W · k · B of them, in the fastest way that fits; where nothing
-    fits, in the smallest way, and the prediction says by its memory that it would not run.
+    Each is made in the fastest way that fits, also in micro-batches with a loss of their own, if those contrast enough
+    rows. Where nothing fits, it is made in the smallest way, and the prediction says so by its memory.
     """
+    local_rows = _local_rows(wish)
+    ks = [
+        k
+        for k in divisors(local_rows)
+        if k == 1 or (local_rows // k >= wish.min_rows and wish.world_size * local_rows // k >= wish.contrasted_rows)
+    ]
     found = []
     for method in ("local_loss", "full_logits"):
         tried = [
@@ -120,13 +129,15 @@ def find_baselines(cost: ModelCost, hardware: Hardware, wish: Wish) -> list[Pred
                 Setting(
                     world_size=wish.world_size,
                     group_size=wish.world_size,
-                    rows=_local_rows(wish),
+                    rows=local_rows // k,
+                    micro_batches=k,
                     method=method,
                     strategy=strategy,
                     activation_checkpointing=checkpointing,
                     feature_bytes=wish.feature_bytes,
                 ),
             )
+            for k in ks
             for strategy in (STRATEGIES if wish.strategy is None else [wish.strategy])
             for checkpointing in _either(wish.activation_checkpointing)
         ]
@@ -163,13 +174,13 @@ def scale_worlds(
     world_sizes: Sequence[int],
     fixed_group_size: int,
 ) -> list[ScalingPoint]:
-    """The same rows per rank and micro-batches on other numbers of ranks.
+    """The same rows per rank on other numbers of ranks; whatever is free is chosen anew for each.
 
     Args:
         cost: of the model.
         hardware: constants of the cluster.
         wish: what is free; a world too small for its rows contrasts all it has.
-        planned: a setting of the local form: its rows and micro-batches.
+        planned: whose rows per rank are kept.
         world_sizes: W of each point.
         fixed_group_size: g of the points' `fixed`, however few rows that contrasts.
     """
@@ -182,7 +193,6 @@ def scale_worlds(
             global_rows=rows,
             contrasted_rows=min(wish.contrasted_rows, rows),
             group_size=None,
-            micro_batches=planned.micro_batches,
         )
         grouped = _predict_all(cost, hardware, scaled)
         sizes = group_sizes_of(world, hardware)

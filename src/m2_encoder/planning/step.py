@@ -156,7 +156,8 @@ def _gradient_traffic(cost: ModelCost, hardware: Hardware, setting: Setting) -> 
     # backward and every recomputation. Each pass of each micro-batch reduces its gradients.
     gathers = 2 * setting.micro_batches * (2 + setting.encodes_again + setting.activation_checkpointing)
     reductions = 2 * setting.micro_batches
-    gathered = (cost.autocast_bytes_per_parameter or _FP32) * cost.parameters
+    layers = cost.parameters - cost.root_parameters
+    gathered = (cost.autocast_bytes_per_parameter or _FP32) * layers + _FP32 * cost.root_parameters
     reduced = _FP32 * cost.trainable_parameters
     messages = cost.num_layers + 1
     seconds = messages * (

@@ -81,6 +81,15 @@ def test_every_constant_can_be_given(run: Callable[..., int], tmp_path: Path) ->
     assert slow["best"]["time"]["waiting"] == 0
 
 
+def test_full_precision_multiplies_at_its_own_speed(run: Callable[..., int], tmp_path: Path) -> None:
+    half, full = (
+        _report(run, tmp_path / "plan.json", "model=m2_encoder_0_4b", f"precision={precision}")["best"]
+        for precision in ("bf16-mixed", "32-true")
+    )
+    assert full["time"]["forward"] == pytest.approx(half["time"]["forward"] * 312 / 19.5)
+    assert full["memory"]["activations"] > half["memory"]["activations"]
+
+
 def test_a_cluster_of_ones_own(run: Callable[..., int], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: h100_80g\ndevices_per_node: 4\n", encoding="utf-8")
     report = _report(run, tmp_path / "plan.json", f"cluster={tmp_path / 'mine.yaml'}", "ranks=64")
@@ -93,7 +102,7 @@ def test_picture(run: Callable[..., int], tmp_path: Path) -> None:
     with Image.open(tmp_path / "plan.png") as picture:
         assert picture.width > 2 * picture.height
         assert len(picture.convert("RGB").getcolors(1_000_000) or []) > 50
-    assert run(f"plot={tmp_path / 'plan.svg'}", "memory_gb=60", "cluster=a100_80g_slow") == 0
+    assert run(f"plot={tmp_path / 'plan.svg'}", "min_rows=128", "cluster=a100_80g_slow") == 0
     drawn = (tmp_path / "plan.svg").read_text(encoding="utf-8")
     for words in ("1,024 ranks: groups of 64", "local loss, all ranks", "out of memory above", "GBA-ITC, best group"):
         assert words in drawn

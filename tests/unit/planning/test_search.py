@@ -60,6 +60,13 @@ def test_the_best_fits_and_nothing_that_fits_is_faster(
         assert find_best(COST, CLUSTER, tighter)[0].pairs_per_s <= best[0].pairs_per_s
 
 
+def test_small_micro_batches_can_be_left_out() -> None:
+    assert min(setting.rows for setting in enumerate_settings(_wish(min_rows=16), CLUSTER)) == 16
+    assert {setting.rows for setting in enumerate_settings(_wish(min_rows=500), CLUSTER)} == {128}
+    asked = enumerate_settings(_wish(min_rows=16, micro_batches=64), CLUSTER)
+    assert {setting.rows for setting in asked} == {2}, "a given k is taken at its word"
+
+
 def test_memory_decides_what_is_computed_again() -> None:
     roomy, tight = (find_best(COST, CLUSTER, _wish(memory_gb=gb))[0].setting for gb in (80, 20))
     assert not roomy.activation_checkpointing
@@ -92,13 +99,23 @@ def test_impossible_wishes(values: dict[str, Any], message: str) -> None:
 def test_baselines_take_the_same_rows() -> None:
     local_loss, full_logits = find_baselines(COST, CLUSTER, _wish())
     assert [item.setting.method for item in (local_loss, full_logits)] == ["local_loss", "full_logits"]
-    assert {item.setting.contrasted_rows for item in (local_loss, full_logits)} == {8192}
+    assert {item.setting.global_rows for item in (local_loss, full_logits)} == {8192}
+    assert min(item.setting.contrasted_rows for item in (local_loss, full_logits)) >= 2048
     assert local_loss.pairs_per_s > full_logits.pairs_per_s
 
 
+def test_baselines_may_accumulate_as_long_as_they_contrast_enough() -> None:
+    tight = _wish(memory_gb=42.0, strategy="grouped_ddp", activation_checkpointing=False)
+    for item in find_baselines(COST, CLUSTER, tight):
+        assert item.setting.micro_batches > 1
+        assert item.setting.contrasted_rows >= 2048
+        assert item.setting.global_rows == 8192
+        assert item.memory.total <= 42e9
+
+
 def test_a_baseline_that_does_not_fit_says_so_by_its_memory() -> None:
-    _, full_logits = find_baselines(COST, CLUSTER, _wish(memory_gb=5.0))
-    assert full_logits.memory.total > 5e9
+    _, full_logits = find_baselines(COST, CLUSTER, _wish(memory_gb=4.0))
+    assert full_logits.memory.total > 4e9
     assert full_logits.setting.activation_checkpointing
 
 
@@ -113,9 +130,17 @@ def test_scaling_keeps_the_rows_of_a_rank() -> None:
             assert item.setting.world_size == point.world_size
         assert point.best.setting.contrasted_rows >= min(2048, point.world_size * 128)
         assert point.best.time.total <= point.full.time.total
-    assert points[-1].best.setting == dataclasses.replace(
-        planned, world_size=1024, strategy=points[-1].best.setting.strategy
-    )
+    assert points[1].best.setting == planned
+
+
+def test_what_does_not_fit_on_few_ranks_is_computed_again_there() -> None:
+    wish = _wish(memory_gb=24.0)
+    planned = find_best(COST, CLUSTER, dataclasses.replace(wish, memory_gb=80.0))[0].setting
+    few, many = scale_worlds(COST, CLUSTER, wish, planned, world_sizes=(8, 1024), fixed_group_size=8)
+    assert planned.micro_batches == 1
+    for point in (few, many):
+        assert point.best.memory.total <= 24e9
+        assert point.best.setting.encodes_again or point.best.setting.activation_checkpointing
 
 
 def test_description() -> None:
