@@ -1,11 +1,11 @@
 """The contrastive loss, forward and backward, against open_clip's ClipLoss and a plain pair of cross entropies.
 
 One interleaved run: 8,192 and 32,768 rows of 768 on one rank, and the shape of one rank of 32 (1,024 rows against
-32,768, where gathering is played by a copy; ours in local form and one-sided), in fp32: time, and peak memory above what
-was there before. Then four gloo processes with 512 rows each, in groups of 4, 2 and 1, and the bytes they send, counted
-by a wrapper around torch's collectives and held against the formula. On a GPU also bf16, against open_clip and against
-the time that the matrix products alone would take. Peers come from the `benchmark` extra; 32,768 rows of open_clip need
-17 GB of free memory.
+32,768, where gathering is played by a copy; ours in local form and one-sided), in fp32: time, and peak memory above
+what was there before. Then four gloo processes with 512 rows each, in groups of 4, 2 and 1, and the bytes they send,
+counted by a wrapper around torch's collectives and held against the formula. On a GPU also bf16, against open_clip and
+against the time that the matrix products alone would take. Peers come from the `benchmark` extra; 32,768 rows of
+open_clip need 17 GB of free memory.
 """
 
 from __future__ import annotations
@@ -96,16 +96,7 @@ def rank_shape_steps(rows: int) -> dict[str, Step]:
     clip_loss = open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=RANKS)
     own_rows = slice(0, rows)
 
-    def gathered(message: Tensor, group: Any, *, counts: list[int]) -> tuple[Tensor, ...]:
-        """What a gather would bring: the message of this rank, and the other ranks' in the same layout."""
-        del group
-        buffer = message.new_empty((len(counts) * counts[0], *message.shape[1:]))
-        sides = lse if message.dim() == 1 else [images.unsqueeze(1), texts.unsqueeze(1)]
-        sides = sides[-message.shape[0] // rows :]  # both, or the texts alone
-        for rank, block in enumerate(buffer.split(counts[0])):
-            for target, side in zip(block.split(rows), sides, strict=True):
-                target.copy_(side[rank * rows : (rank + 1) * rows])
-        return buffer.split(counts[0])
+    gathered = play_gather([images, texts], lse, rows)
 
     def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
         own = [images[own_rows].detach().requires_grad_(), texts[own_rows].detach().requires_grad_()]
@@ -141,6 +132,22 @@ def rank_shape_steps(rows: int) -> dict[str, Step]:
     check_agreement(two_sided(), expected)
     check_agreement(one_sided()[:1], expected[:1])  # the texts' gradients are the sum of what all ranks would send
     return {"ours": two_sided, "ours, one-sided": one_sided, "open_clip": peer}
+
+
+def play_gather(features: list[Tensor], lse: list[Tensor], rows: int) -> Callable[..., tuple[Tensor, ...]]:
+    """A gather that needs no other ranks: it copies what they would send, in the layout of this rank's message."""
+
+    def gathered(message: Tensor, group: Any, *, counts: list[int]) -> tuple[Tensor, ...]:
+        del group
+        buffer = message.new_empty((len(counts) * counts[0], *message.shape[1:]))
+        sides = lse if message.dim() == 1 else [side.unsqueeze(1) for side in features]
+        sides = sides[-message.shape[0] // rows :]  # both, or the texts alone
+        for rank, block in enumerate(buffer.split(counts[0])):
+            for target, side in zip(block.split(rows), sides, strict=True):
+                target.copy_(side[rank * rows : (rank + 1) * rows])
+        return buffer.split(counts[0])
+
+    return gathered
 
 
 def plain_rank_gradients(images: Tensor, texts: Tensor, lse: list[Tensor], rows: int) -> list[Tensor]:

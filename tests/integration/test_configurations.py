@@ -55,8 +55,16 @@ def _compose(composer: Composer, *overrides: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_builds(composer: Composer, outputs: str, experiment: str, tmp_path: Path) -> None:
-    cfg = _compose(composer, f"+experiment={experiment}", outputs, "logger=csv", "trainer.accelerator=cpu")
+def test_experiment_builds(composer: Composer, outputs: str, spm: str, experiment: str, tmp_path: Path) -> None:
+    lines = [f"+experiment={experiment}", outputs, "logger=csv", "trainer.accelerator=cpu"]
+    if experiment.startswith("pretrain"):
+        # A cluster's ranks cannot be built here: its configuration is checked as it is, and built for one rank.
+        composition = composer.compose([*lines, spm])
+        assert composition.problems == []
+        assert validate.validate_train(composition.cfg, on_this_machine=False) == []
+        assert composition.cfg["trainer"]["num_nodes"] == 32
+        lines += [spm, "strategy=single", "~strategy.group_nodes", "trainer.devices=1", "trainer.num_nodes=1"]
+    cfg = _compose(composer, *lines)
     run = build_run(cfg, tmp_path / "run")
     with torch.device("meta"):
         run.module.configure_model()
@@ -180,6 +188,6 @@ def test_validation_command(
 
 
 def test_validation_command_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "validate_train", lambda _cfg: ["seed=-1: must be 0 or more"])
+    monkeypatch.setattr(validate, "validate_train", lambda _cfg, **_: ["seed=-1: must be 0 or more"])
     assert validate.main() == 2
     assert "seed=-1" in capsys.readouterr().err

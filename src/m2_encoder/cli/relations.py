@@ -164,6 +164,13 @@ def _check_objectives(known: Known) -> Iterator[Problem]:
         yield Problem("objective", f"objective.*.weight=0: must be above 0 for at least one of {names}; {fix}")
 
 
+def _check_one_sided(known: Known) -> Iterator[Problem]:
+    for name in known("objective"):
+        if known(f"objective.{name}.one_sided", False) and not known(f"objective.{name}.equal_rows", True):
+            rule = f"must be false where ranks may differ in rows (objective.{name}.equal_rows=false)"
+            yield _problem(f"objective.{name}.one_sided", "true", rule, f"use objective.{name}.equal_rows=true")
+
+
 def _check_devices(known: Known) -> Iterator[Problem]:
     if known("cluster.name", "local") == "slurm":
         return  # the machine that trains is another one
@@ -305,6 +312,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_tokenizer,
     _check_steps,
     _check_objectives,
+    _check_one_sided,
     _check_devices,
     _check_ranks,
     _check_groups,

@@ -28,6 +28,7 @@ from m2_encoder.cli.rules import (
 from m2_encoder.data.captions import CAPTION_ROLES
 from m2_encoder.data.emoji import EMOJI_STYLES
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
+from m2_encoder.objectives.contrastive import HEADS
 from m2_encoder.types import LANGUAGES
 
 RUN_KEYS: Final = ("name", "folder", "resume", "checkpoint_every", "export")
@@ -138,6 +139,12 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     number("objective.*.weight", "1.0", least=0),
     number("objective.*.label_smoothing", "0.1", least=0, below=1),
     flag("objective.*.multi_positive"),
+    Rule(
+        "objective.*.heads",
+        lambda value: isinstance(value, list) and 0 < len(value) == len({*value} & {*HEADS}),
+        f"a list of one or both of {', '.join(HEADS)}, each once",
+        "[features]",
+    ),
     number("optimizer.lr", "1e-3", above=0, most=10),
     Rule("optimizer.betas", _is_pair, "two numbers in [0, 1)", "[0.9, 0.98]"),
     number("optimizer.eps", "1e-6", above=0, most=1),
