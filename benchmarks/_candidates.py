@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def build_loss(candidate: Candidate, groups: dict[int, dist.ProcessGroup | None]
     """The loss of a candidate on this rank."""
     group = groups[candidate.group_size]
     if candidate.method == "grouped":
-        return lambda images, texts, scale: image_text_contrastive(images, texts, scale, group=group)
+        return partial(image_text_contrastive, group=group, equal_rows=True)  # as in training
     if candidate.method == "local_fused":
         return _local_loss_fused
     from open_clip.loss import ClipLoss  # takes seconds to import, and only ranks need it

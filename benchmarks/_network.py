@@ -107,6 +107,7 @@ class Network:
         self._num_ranks = num_ranks
         self._hub = self._name("hub")
         self._relay: subprocess.Popen[str] | None = None
+        self._latency_s = 0.0
         self._previous_handler: Any = None
 
     def __enter__(self) -> Network:
@@ -134,12 +135,8 @@ class Network:
         """IPv4 address of a rank."""
         return _ADDRESS.format(rank + 1)
 
-    def shape(self, link: Link) -> int:
-        """Change every link; nothing may be under way.
-
-        Returns:
-            Frames that the relay has refused so far: 0 unless a queue was too short.
-        """
+    def shape(self, link: Link) -> None:
+        """Change every link; nothing may be under way."""
         piece = _LARGEST_PIECE
         limit = None if link.bandwidth_mbit is None else bucket(link.bandwidth_mbit)
         if limit is not None:
@@ -165,7 +162,16 @@ class Network:
                     "limit",
                     str(_QUEUE_BYTES),
                 )
-        return self._delay(link.latency_ms / 1e3)
+        self._latency_s = link.latency_ms / 1e3
+        self._restart_relay()
+
+    def relay_errors(self) -> tuple[int, float]:
+        """What the relay has done wrong since the last `shape`; nothing may be under way.
+
+        Returns:
+            Frames refused, 0 unless a queue was too short, and by how many seconds the latest frame left too late.
+        """
+        return self._restart_relay()
 
     def close(self) -> None:
         """Remove everything; harmless when called again."""
@@ -226,7 +232,8 @@ class Network:
                 neighbour = [self.address(other), "lladdr", _mac(other), "dev", "eth0", "nud", "permanent"]
                 _run("ip", "-n", own, "neighbour", "replace", *neighbour)
 
-    def _delay(self, latency_s: float) -> int:
+    def _restart_relay(self) -> tuple[int, float]:
+        latency_s = self._latency_s
         assert self._relay is not None
         assert self._relay.stdin is not None
         assert self._relay.stdout is not None
@@ -243,7 +250,8 @@ class Network:
             raise NetworkError("the relay has ended; its message is above")
         if latency_s == 0:
             self._bridge(True)
-        return int(answer)
+        refused, late_s = answer.split()
+        return int(refused), float(late_s)
 
     def _bridge(self, on: bool) -> None:
         for rank in range(self._num_ranks):

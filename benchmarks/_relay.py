@@ -11,7 +11,8 @@ received and sent in one piece, checksums left to be filled in, so that the rela
 and little of a processor that four ranks share. It runs at real-time priority: otherwise they would delay it.
 
 Lines on standard input: a latency in seconds, e.g. `0.005`; `0` closes the ports (the kernel's bridge takes over).
-Every line is answered with the number of frames refused by a full queue so far. End of input ends the relay.
+Every line is answered with two numbers of the time since the last one: frames refused by a full queue, and by how many
+seconds the latest frame left too late. End of input ends the relay.
 """
 
 from __future__ import annotations
@@ -47,10 +48,14 @@ class DelayLine:
 
     Args:
         latency_s: from arrival to departure, seconds.
+
+    Attributes:
+        latest_s: by how much the latest frame left too late, seconds.
     """
 
     def __init__(self, latency_s: float) -> None:
         self.latency_s = latency_s
+        self.latest_s = 0.0
         # One latency for all: who came first leaves first, and a queue is enough.
         self._under_way: collections.deque[tuple[float, int, bytes]] = collections.deque()
 
@@ -60,6 +65,8 @@ class DelayLine:
 
     def pop_due(self, now: float) -> list[tuple[int, bytes]]:
         """Frames whose time has come, in the order of their arrival: port and frame."""
+        if self._under_way:
+            self.latest_s = max(self.latest_s, now - self._under_way[0][0])
         due = []
         while self._under_way and self._under_way[0][0] <= now:
             _, port, frame = self._under_way.popleft()
@@ -90,12 +97,15 @@ class Relay:
         self._line = DelayLine(0.0)
         self.refused = 0
 
-    def configure(self, latency_s: float) -> None:
-        """Start with an empty line of another latency; 0 closes the ports."""
+    def configure(self, latency_s: float) -> str:
+        """Start with an empty line of another latency; 0 closes the ports. What has gone wrong since the last time."""
+        report = f"{self.refused} {self._line.latest_s}"
+        self.refused = 0
         for port in self._ports:
             port.close()
         self._line = DelayLine(latency_s)
         self._ports = [_open_port(name) for name in self._interfaces] if latency_s > 0 else []
+        return report
 
     def run(self) -> None:
         """Relay, and obey standard input, until it ends."""
@@ -106,8 +116,7 @@ class Relay:
                 if port == control:
                     if not (text := os.read(control, 64).decode().strip()):
                         return
-                    self.configure(float(text))
-                    print(self.refused, flush=True)
+                    print(self.configure(float(text)), flush=True)
                     break  # the other readable ports are closed by now
                 self._receive(port)
             self._send_due()

@@ -105,7 +105,7 @@ def take_turns(work: Mapping[str, Callable[[], dict[str, float]]], *, rounds: in
 
 def measure_network(network: Network, ranks: Ranks, link: Link, *, rounds: int) -> dict[str, Any]:
     """Shape the links, and find out what they really do."""
-    refused = network.shape(link)
+    network.shape(link)
     num_bytes = 100_000_000 if link.bandwidth_mbit is None else int(link.bandwidth_mbit * 1e6 / 8 * 0.3)
     orders: list[dict[str, Any]] = [{"do": "nothing"} for _ in range(WORLD_SIZE)]
     orders[0] = {"do": "probe", "peer": network.address(1), "bytes": num_bytes}
@@ -122,7 +122,6 @@ def measure_network(network: Network, ranks: Ranks, link: Link, *, rounds: int) 
         "mbit_per_s": round(measured["mbit_per_s"]),
         "all_reduce_one_ms": round(1e3 * reduced["one"]["timing"].median, 2),
         "gradient_all_reduce_ms": round(1e3 * reduced["gradient"]["timing"].median, 1),
-        "frames_refused": refused,
     }
 
 
@@ -195,7 +194,12 @@ def measure(arguments: Any, journal: Journal, candidates: Sequence[Candidate], l
                 "training": measure_training(ranks, candidates, rows=arguments.rows, rounds=rounds),
                 "losses": [measure_loss(ranks, candidates, shape=shape, rounds=rounds) for shape in LOSS_SHAPES],
             }
-            entry["network"]["segments_sent_twice"] = count_retransmissions(ranks) - before
+            refused, late_s = network.relay_errors()
+            entry["network"] |= {
+                "relay_late_ms": round(1e3 * late_s, 1),
+                "relay_refused": refused,
+                "segments_sent_twice": count_retransmissions(ranks) - before,
+            }
             journal.add(link.label, entry)
 
 

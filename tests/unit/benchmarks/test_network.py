@@ -87,11 +87,13 @@ def test_links_have_the_latency_and_bandwidth_they_were_given() -> None:
         trip, seconds = _measure(network)
         assert trip < 15e-3
         assert 0.95 * 500_000 * 8 / 50e6 <= seconds < 0.2
-        refused = network.shape(Link(10.0, 50.0))
+        network.shape(Link(10.0, 50.0))
         trip, seconds = _measure(network)
         assert trip >= 20e-3
         assert 20e-3 + 0.95 * 500_000 * 8 / 50e6 <= seconds < 0.3
+        refused, late_s = network.relay_errors()
         assert refused == 0
+        assert 0 < late_s < 0.05
         names = set(NAMESPACES.glob(f"{_network.PREFIX}-{os.getpid()}-*"))
         assert len(names) == 3
     assert not names & set(NAMESPACES.iterdir())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +36,16 @@ def test_it_delays_without_throttling() -> None:
     assert line.pop_due(0.02 - 1e-9) == []
     assert len(line.pop_due(0.02 + 5e-3)) == 5_001
     assert len(line.pop_due(0.02 + 1e-2)) == 4_999
+
+
+def test_it_tells_how_late_it_was() -> None:
+    line = DelayLine(0.02)
+    line.push(1.0, 0, b"")
+    line.push(2.0, 0, b"")
+    assert len(line.pop_due(1.5)) == 1
+    assert line.latest_s == pytest.approx(0.48)
+    line.pop_due(2.021)
+    assert line.latest_s == pytest.approx(0.48)
 
 
 def test_nothing_under_way_means_no_wait() -> None:
