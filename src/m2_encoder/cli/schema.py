@@ -141,7 +141,7 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     flag("objective.*.multi_positive"),
     Rule(
         "objective.*.heads",
-        lambda value: isinstance(value, list) and 0 < len(value) == len({*value} & {*HEADS}),
+        lambda value: isinstance(value, list) and bool(value) and all(value.count(x) == (x in HEADS) for x in value),
         f"a list of one or both of {', '.join(HEADS)}, each once",
         "[features]",
     ),
