@@ -122,6 +122,44 @@ def test_what_options_add(pool: RankPool, equal_rows: bool, identity: bool, capt
         assert [size for _, size in sent.called] == expected
 
 
+def count_one_sided(seat: Seat, setting: Setting) -> tuple[Traffic, Traffic]:
+    images, texts, scales, _ = make_inputs(setting, seat.rank)
+    group = seat.group(setting.group_size)
+
+    def forward() -> Tensor:
+        return image_text_contrastive(images, texts, scales, group=group, equal_rows=True, one_sided=True)
+
+    loss, sent = measure(forward, ranks=setting.group_size)
+    return sent, measure(loss.backward, ranks=setting.group_size)[1]
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_one_side_sends_the_same_bytes_but_some_of_them_in_backward(
+    pool: RankPool, group_size: int, heads: int
+) -> None:
+    setting = Setting(4, group_size, 2, heads=heads)
+    others = (group_size - 1) * 2 * ROWS * heads
+    for sent, sent_backward in pool.call(count_one_sided, setting):
+        features, statistics = others * setting.width * 4, others * 4
+        assert sent.called == [("all_gather_into_tensor", features), ("all_reduce", statistics)]
+        assert sent_backward.called == [("reduce_scatter_tensor", features)]
+        assert [name for name, _ in sent.seen] == ["_allgather_base_", "allreduce_"]
+        assert [name for name, _ in sent_backward.seen] == ["_reduce_scatter_base_"]
+        planned = contrastive_bytes(
+            "local_form",
+            world_size=4,
+            group_size=group_size,
+            rows=ROWS,
+            micro_batches=2,
+            feature_dim=setting.width,
+            bytes_per_element=4,
+            heads=heads,
+        )
+        # A ring's all-reduce is a reduce-scatter and a gather: twice what either sends.
+        assert sent.bytes_sent + statistics + sent_backward.bytes_sent == planned.bytes_sent
+
+
 def count_usual(seat: Seat) -> tuple[Traffic, Traffic]:
     """The usual gather with gradient, forward and backward: the counters can see traffic where there is some."""
     rows = torch.randn(ROWS, 4, requires_grad=True)

@@ -31,6 +31,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "multi-positive": {"identities": 3, "rows": UNEVEN},
     "captions": {"captions": 2, "heads": 2, "identities": 8, "rows": UNEVEN, "recompute": False},
     "smoothed": {"smoothing": 0.2, "captions": 2, "identities": 4, "rows": UNEVEN},
+    "one-sided": {"one_sided": True, "equal_rows": True, "heads": 2},
+    "one-sided-all": {
+        "one_sided": True,
+        "equal_rows": True,
+        "smoothing": 0.2,
+        "captions": 2,
+        "identities": 4,
+        "recompute": False,
+    },
 }
 
 
@@ -58,6 +67,7 @@ def cases(draw: st.DrawFn) -> Case:
     group_size = draw(st.sampled_from([size for size in (1, 2, 4) if size <= world_size]))
     rows = draw(st.lists(st.integers(1, 5), min_size=world_size, max_size=world_size))
     equal = draw(st.booleans())
+    promised = equal and draw(st.booleans())
     return Case(
         rows=(rows[0],) * world_size if equal else tuple(rows),
         group_size=group_size,
@@ -69,7 +79,8 @@ def cases(draw: st.DrawFn) -> Case:
         smoothing=draw(st.sampled_from([0.0, 0.3])),
         log_scales=(draw(st.floats(-1, 4.6)), draw(st.floats(-1, 4.6))),
         recompute=draw(st.booleans()),
-        equal_rows=equal and draw(st.booleans()),
+        equal_rows=promised,
+        one_sided=promised and draw(st.booleans()),
         seed=draw(st.integers(0, 2**20)),
     )
 

@@ -38,6 +38,7 @@ class Case(NamedTuple):
     dtype: str = "float64"
     recompute: bool = True
     equal_rows: bool = False
+    one_sided: bool = False
     seed: int = 0
 
     @property
@@ -100,6 +101,7 @@ class GroupedStep(nn.Module):
             captions_per_image=self.case.captions,
             label_smoothing=self.case.smoothing,
             equal_rows=self.case.equal_rows,
+            one_sided=self.case.one_sided,
         )
 
 
