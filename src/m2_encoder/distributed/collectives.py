@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 
 class _GatherRows(torch.autograd.Function):
@@ -64,11 +65,20 @@ def gather_rows_without_grad(rows: Tensor, group: dist.ProcessGroup, *, counts: 
     return tuple(block[:count] for block, count in zip(gathered.split(most), counts, strict=True))
 
 
-def gather_counts(count: int, group: dist.ProcessGroup, *, device: torch.device) -> list[int]:
-    """A number of every rank of the group, 8 bytes each; one synchronisation with the device."""
-    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, torch.tensor([count], device=device), group=group)
-    return [int(number) for number in counts.tolist()]
+def exchange_counts(count: int, group: dist.ProcessGroup) -> list[int]:
+    """A number of every rank of the group, in group-rank order.
+
+    Through the key-value store in which the ranks met: no collective, nothing on the device, and no wait for it. Three
+    round trips to the store, about 0.5 ms on one machine.
+    """
+    store = distributed_c10d._get_process_group_store(group)  # type: ignore[attr-defined,unused-ignore]
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    call = store.add(f"m2_encoder/calls/{rank}", 1)
+    store.set(f"m2_encoder/counts/{call}/{rank}", str(count))
+    counts = store.multi_get([f"m2_encoder/counts/{call}/{other}" for other in range(ranks)])
+    if call > 2:  # all ranks have left the call before the last: they took part in the last
+        store.delete_key(f"m2_encoder/counts/{call - 2}/{rank}")
+    return [int(number) for number in counts]
 
 
 def sum_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -47,7 +47,8 @@ def image_text_contrastive(
             of each other, with equal shares. None: only an image and its own captions match. On all ranks or none.
         captions_per_image: k, the same on all ranks.
         label_smoothing: share of the target spread evenly over all rows of the group, in [0, 1).
-        equal_rows: promise that all ranks of the group have the same B. Otherwise 8 bytes per rank are exchanged first.
+        equal_rows: promise that all ranks of the group have the same B. Otherwise the ranks tell each other
+            first, through the store they met in: no collective, but half a millisecond.
         one_sided: gather the texts alone and let backward send: four matrix products instead of six, which wins where
             arithmetic is slower than the network (`contrastive_one_sided`). Needs `equal_rows`.
         debug: refuse features that are not normalised (a synchronisation); always on while torch's anomaly

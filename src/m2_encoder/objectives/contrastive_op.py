@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from m2_encoder.distributed.collectives import gather_counts, gather_rows_without_grad
+from m2_encoder.distributed.collectives import exchange_counts, gather_rows_without_grad
 from m2_encoder.objectives.contrastive_tiles import Softmax, Tiles
 from m2_encoder.objectives.positives import Positives
 
@@ -239,7 +239,7 @@ def _find_place(images: Tensor, group: dist.ProcessGroup | None, *, equal_rows: 
     if group is None:
         return _Place([rows], 0)
     ranks = dist.get_world_size(group)
-    counts = [rows] * ranks if equal_rows else gather_counts(rows, group, device=images.device)
+    counts = [rows] * ranks if equal_rows else exchange_counts(rows, group)
     return _Place(counts, dist.get_rank(group))
 
 
