@@ -32,9 +32,10 @@ _ADDRESS = "10.77.0.{}"
 
 _RELAY = Path(__file__).with_name("_relay.py")
 _NAMESPACES = Path("/run/netns")
-# Longest piece that passes at once, in time: the grain of the shaping.
-_GRAIN_S = 0.00025
-_LARGEST_PIECE = 65536
+# What TCP hands down in one piece; a connection keeps the limit that it found, so that it is the same for all links.
+_LARGEST_PIECE = 32768
+# Longest piece that a bucket lets through whole, in time: the grain of the shaping. It cuts what is longer into frames.
+_GRAIN_S = 0.00027
 _HEADER_BYTES = 64
 _QUEUE_BYTES = 1 << 26
 _WINDOW_SEGMENTS = 5000
@@ -76,7 +77,7 @@ class Bucket(NamedTuple):
 
     Attributes:
         rate_bit: bit/s.
-        piece_bytes: most that TCP may hand down in one piece; a frame at least.
+        piece_bytes: what passes whole; a frame at least.
         burst_bytes: size of the bucket: one piece with its headers and a quarter, which makes up for late timers; no
             more than that passes unshaped.
     """
@@ -87,7 +88,7 @@ class Bucket(NamedTuple):
 
 
 def bucket(bandwidth_mbit: float) -> Bucket:
-    """The finest token bucket that costs little processor time: pieces of a quarter of a millisecond."""
+    """The finest token bucket that costs little processor time: pieces of about a quarter of a millisecond."""
     rate = round(bandwidth_mbit * 1e6)
     piece = min(_LARGEST_PIECE, max(MTU, int(rate / 8 * _GRAIN_S)))
     return Bucket(rate_bit=rate, piece_bytes=piece, burst_bytes=piece + piece // 4 + _HEADER_BYTES)
@@ -137,12 +138,8 @@ class Network:
 
     def shape(self, link: Link) -> None:
         """Change every link; nothing may be under way."""
-        piece = _LARGEST_PIECE
         limit = None if link.bandwidth_mbit is None else bucket(link.bandwidth_mbit)
-        if limit is not None:
-            piece = limit.piece_bytes
         for namespace, device in self._ends():
-            _run("ip", "-n", namespace, "link", "set", "dev", device, "gso_max_size", str(piece))
             qdisc = ["tc", "-n", namespace, "qdisc"]
             # Deleted first: a replaced bucket would keep tokens and sizes of the old one.
             subprocess.run([*qdisc, "del", "dev", device, "root"], capture_output=True, check=False)
@@ -219,6 +216,7 @@ class Network:
         )  # fmt: skip
         for namespace, device in ((own, "eth0"), (self._hub, port)):
             # The frames of a connection stay on one processor: from two of them they would arrive out of order.
+            _run("ip", "-n", namespace, "link", "set", "dev", device, "gso_max_size", str(_LARGEST_PIECE))
             path = f"/sys/class/net/{device}/queues/rx-0/rps_cpus"
             _run("ip", "netns", "exec", namespace, "sh", "-c", f"echo 3 > {path}")
         _run("ip", "-n", self._hub, "link", "set", port, "up")

@@ -141,7 +141,7 @@ def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("mbit", "piece"),
-    [(10.0, 9000), (100.0, 9000), (1000.0, 31250), (100_000.0, 65536)],
+    [(10.0, 9000), (100.0, 9000), (500.0, 16875), (1000.0, 32768), (100_000.0, 32768)],
 )
 def test_the_bucket_holds_one_piece_and_little_more(mbit: float, piece: int) -> None:
     found = bucket(mbit)
