@@ -111,7 +111,7 @@ def test_two_collectives_with_the_bytes_of_the_formula(
 @pytest.mark.parametrize("identity", [True, False])
 @pytest.mark.parametrize("captions", [1, 3])
 def test_what_options_add(pool: RankPool, equal_rows: bool, identity: bool, captions: int) -> None:
-    """Row numbers travel through the store and cost no collective; identities 8 bytes per image, in the second message."""
+    """Row numbers travel through the store; identities cost 8 bytes per image, in the second message."""
     for dtype, statistic in (("float32", 4), ("float64", 8)):
         setting = Setting(4, 4, 2, dtype, captions=captions, identity=identity, equal_rows=equal_rows)
         sent = count(pool, setting)
