@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import math
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -291,10 +293,13 @@ def time_on_gpu(candidates: dict[str, Callable[[], None]], *, rounds: int) -> di
     return {name: (Timing(tuple(values)), peaks[name]) for name, values in seconds.items()}
 
 
-def main() -> None:
-    """Run everything that this machine can."""
+def main() -> int:
+    """Run everything that this machine can; exit code 2 without the peer."""
     arguments = parse_arguments(__doc__)
     quick = arguments.quick
+    if importlib.util.find_spec("open_clip") is None:
+        print("contrastive.py: open_clip is missing; pip install '.[benchmark]', or make benchmark", file=sys.stderr)
+        return 2
     report = Report("Contrastive loss, forward + backward", distributions=("open_clip_torch",))
     for rows, rounds in ((8192, 3 if quick else 9), (32768, 1 if quick else 3)):
         if free_gb() < NEEDED_GB[rows]:
@@ -315,7 +320,8 @@ def main() -> None:
     if torch.cuda.is_available():
         measure_gpu(report, quick=quick)
     report.finish(json_path=arguments.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
