@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,9 +17,9 @@ from m2_encoder.cli.compose import UNSET
 from m2_encoder.cli.main import Command, run_command
 from m2_encoder.cli.path_values import find_path, output_problems, protect_paths
 from m2_encoder.cli.paths import find_conf
-from m2_encoder.cli.plan_report import NOT_MODELLED, print_plan, to_report
+from m2_encoder.cli.plan_report import NOT_MODELLED, print_plan, to_report, train_overrides
 from m2_encoder.cli.provenance import command_line, git_revision, versions
-from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, whole
+from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, show, whole
 from m2_encoder.cli.tables import open_console
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
@@ -93,6 +94,8 @@ class Plan(NamedTuple):
 
 def check_plan(cfg: dict[str, Any]) -> list[str]:
     """What is wrong with a configuration of m2-plan."""
+    if not isinstance(cfg["hardware"], Mapping):
+        return [f"hardware={show(cfg['hardware'])}: must be constants by name, for example hardware.mfu=0.4"]
     problems = [problem.text for problem in check_rules(cfg, _RULES)]
     for key in ("output", "plot"):
         found = output_problems(cfg[key], overwrite=cfg["overwrite"])
@@ -182,7 +185,7 @@ def read_hardware(cluster: str, overrides: Mapping[str, Any]) -> Hardware:
         raise UserError(f"hardware of cluster={cluster}: {error}") from error
 
 
-def _read_constants(cluster: str) -> dict[str, Any]:
+def _read_constants(cluster: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     folder = find_conf() / "cluster" / "hardware"
     path = folder / f"{cluster}.yaml"
     if not path.is_file():
@@ -196,43 +199,53 @@ def _read_constants(cluster: str) -> dict[str, Any]:
         raise UserError(f"cluster={cluster}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"cluster={cluster}: must hold constants as `name: number`")
-    base = values.pop("base", None)
-    if base == cluster:
-        raise UserError(f"cluster={cluster}: names itself as its base")
-    return (_read_constants(base) if base else {}) | values
+    base, chain = values.pop("base", None), (*above, cluster)
+    if base in chain:
+        raise UserError(f"cluster={base}: is its own base, by way of {chain[-1]}")
+    return (_read_constants(base, chain) if base else {}) | values
 
 
 def run_plan(cfg: dict[str, Any]) -> None:
-    """Prints the plan; writes it as JSON and draws it where asked to."""
+    """Prints the plan; writes it as JSON and draws it where asked to.
+
+    Raises:
+        UserError: as `build_plan`, or if a place cannot be written.
+    """
     plan = build_plan(cfg)
-    print_plan(open_console(), plan.cost, plan.hardware, plan.wish, plan.best, plan.baselines, cluster=cfg["cluster"])
+    train = train_overrides(cfg, plan.best[0].setting, plan.hardware)
+    print_plan(open_console(), plan.cost, plan.wish, plan.best, plan.baselines, cluster=cfg["cluster"], train=train)
     if cfg["output"] is not None:
         report = {
             **to_report(plan.cost, plan.hardware, plan.wish, plan.best, plan.baselines, plan.scaling),
+            "train": train,
             "cluster": cfg["cluster"],
             "configuration": cfg,
             "git_revision": git_revision(),
             "versions": versions(),
             "command": command_line(),
         }
-        _write(Path(cfg["output"]), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        _write("output", cfg["output"], lambda path: path.write_text(text, encoding="utf-8"))
         print(f"numbers: {cfg['output']}")
     if cfg["plot"] is not None:
         # Here, because it loads matplotlib, which no other part of the command needs.
         from m2_encoder.cli.plan_figure import draw_scaling
 
-        path = Path(cfg["plot"]).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_scaling(path, plan.scaling, plan.cost, plan.wish, cluster=cfg["cluster"], planned=plan.best[0].setting)
+        draw = functools.partial(draw_scaling, cluster=cfg["cluster"], planned=plan.best[0].setting)
+        _write("plot", cfg["plot"], lambda path: draw(path, plan.scaling, plan.cost, plan.wish))
         print(f"plot: {cfg['plot']}")
 
 
-def _write(path: Path, text: str) -> None:
-    path = path.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _write(key: str, name: str, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place first, so that a stop in the middle leaves what was there."""
+    path = Path(name).expanduser()
+    partial = path.with_name(f".partial.{path.name}")  # the suffix, which says the format of a picture, stays
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{key}={name}: cannot be written ({error.strerror or error}); give another place") from error
 
 
 COMMAND = Command(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from rich import box
@@ -33,14 +33,14 @@ _TITLES: Final = {"local_loss": "local loss", "full_logits": "full logits", "loc
 def print_plan(
     console: Console,
     cost: ModelCost,
-    hardware: Hardware,
     wish: Wish,
     best: Sequence[Prediction],
     baselines: Sequence[Prediction],
     *,
     cluster: str,
+    train: str,
 ) -> None:
-    """Prints what was found, the best first."""
+    """Prints what was found, the best first, and what `train_overrides` says of it."""
     chosen = best[0]
     pair = (cost.forward_flops + cost.backward_flops) / 1e12
     lines = [
@@ -57,9 +57,7 @@ def print_plan(
     never = f"{chosen.logits:,} logits a rank and step never exist, {_bytes(PEAK_BYTES_PER_LOGIT * chosen.logits)}"
     naive = f"all logits on every rank: {baselines[-1].logits:,}, {_bytes(baselines[-1].memory.contrast)}"
     console.print(f"{never} of a materialised head; {naive}.", soft_wrap=True, highlight=False)
-    console.print(
-        f"m2-train {train_overrides(chosen.setting, hardware)}", soft_wrap=True, highlight=False, style="bold"
-    )
+    console.print(f"m2-train {train}", soft_wrap=True, highlight=False, markup=False, style="bold")
     console.print("\nPredicted, not measured. Not modelled:", highlight=False)
     for line in NOT_MODELLED:
         console.print(f"  {line}", soft_wrap=True, highlight=False, style="dim")
@@ -118,10 +116,21 @@ def _part_rows(predictions: Sequence[Prediction], part: str, scale: float) -> li
     return [[name.replace("_", " "), *(f"{scale * getattr(values, name):,.1f}" for values in tuples)] for name in names]
 
 
-def train_overrides(setting: Setting, hardware: Hardware) -> str:
-    """What makes m2-train do what was planned."""
+def train_overrides(cfg: Mapping[str, Any], setting: Setting, hardware: Hardware) -> str:
+    """What makes m2-train do what was planned.
+
+    Args:
+        cfg: of m2-plan: the model, and how its features are contrasted.
+        setting: what was planned.
+        hardware: whose nodes it is for.
+    """
     devices = min(setting.world_size, hardware.devices_per_node)
     words = [
+        f"model={cfg['model']}",
+        *([] if cfg["image_size"] is None else [f"model.image_size={cfg['image_size']}"]),
+        f"trainer.precision={cfg['precision']}",
+        *(["'objective.itc.heads=[features,backbone_features]'"] if cfg["heads"] == 2 else []),
+        *(["objective.itc.feature_dtype=bfloat16"] if setting.feature_bytes == 2 else []),
         f"trainer.devices={devices}",
         f"trainer.num_nodes={setting.world_size // devices}",
         f"strategy={setting.strategy}",
@@ -154,7 +163,6 @@ def to_report(
             }
             for point in scaling
         ],
-        "train": train_overrides(best[0].setting, hardware),
         "model": dataclasses.asdict(cost),
         "hardware": dataclasses.asdict(hardware),
         "wish": dataclasses.asdict(wish),

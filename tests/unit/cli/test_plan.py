@@ -97,6 +97,37 @@ def test_a_cluster_of_ones_own(run: Callable[..., int], tmp_path: Path) -> None:
     assert "trainer.devices=4 trainer.num_nodes=16" in report["train"]
 
 
+def test_the_printed_command_trains_what_was_planned(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    words = ["model=tiny", "ranks=8", "global_batch_size=64", "group_batch_size=16", "image_size=96"]
+    report = _report(run, path, *words, "precision=32-true", "heads=2", "feature_bytes=2")
+    for word in (
+        "model=tiny",
+        "model.image_size=96",
+        "trainer.precision=32-true",
+        "'objective.itc.heads=[features,backbone_features]'",
+        "objective.itc.feature_dtype=bfloat16",
+    ):
+        assert f" {word} " in f" {report['train']} "
+    assert f"m2-train {report['train']}\n" in capsys.readouterr().out
+    plain = _report(run, path, "ranks=64")["train"]
+    assert plain.startswith("model=m2_encoder_1b trainer.precision=bf16-mixed trainer.devices=8")
+    assert all(word not in plain for word in ("objective", "image_size")), "what m2-train does anyway is left out"
+
+
+@pytest.mark.parametrize("key", ["output", "plot"])
+def test_a_place_that_cannot_be_written_is_one_line(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """Only writing shows it, as on a full disk."""
+    place = Path("/proc") / "plan.png"
+    assert run(f"{key}={place}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"m2-plan: {key}={place}: cannot be written")
+
+
 def test_picture(run: Callable[..., int], tmp_path: Path) -> None:
     assert run(f"plot={tmp_path / 'plan.png'}") == 0
     with Image.open(tmp_path / "plan.png") as picture:
@@ -124,6 +155,7 @@ def test_picture(run: Callable[..., int], tmp_path: Path) -> None:
         (["text_tokens=60"], ["text_tokens=60 must be in 2..52"]),
         (["feature_bytes=3"], ["feature_bytes=3: must be 2 or 4"]),
         (["plot=plan.txt"], ["plot=plan.txt: must end in .png, .svg, .pdf"]),
+        (["hardware=null"], ["hardware=null: must be constants by name"]),
         (["output=conf"], ["output=conf: is a folder; give the name of a file"]),
     ],
     ids=lambda value: value[0].partition(":")[0],
@@ -187,3 +219,10 @@ def test_damaged_constants(text: str, message: str, tmp_path: Path, repo_root: P
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         plan.read_hardware(str(tmp_path / "mine.yaml"), {})
+
+
+def test_files_that_are_the_base_of_each_other(tmp_path: Path, repo_root: Path) -> None:
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {tmp_path / base}.yaml\nmfu: 0.3\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cluster=.*a\.yaml: is its own base, by way of .*b\.yaml"):
+        plan.read_hardware(str(tmp_path / "a.yaml"), {})
