@@ -45,7 +45,8 @@ class Sent:
     def counting(self) -> Iterator[Sent]:
         """Watch every collective that moves tensors."""
         with ExitStack() as stack:
-            for name, part in _MOVED.items():
+            known = {name: part for name, part in _MOVED.items() if hasattr(dist, name)}  # torch renames some
+            for name, part in known.items():
                 original = getattr(dist, name)
 
                 def counted(*args: Any, _original: Any = original, _part: Any = part, **kwargs: Any) -> Any:
@@ -65,8 +66,10 @@ def _size(tensor: Tensor) -> int:
 # Bytes of the part that goes to each other rank, by collective.
 _MOVED: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], int]] = {
     "all_gather_into_tensor": lambda args, kwargs: _size(args[1]),
+    "all_gather_single": lambda args, kwargs: _size(args[1]),
     "all_gather": lambda args, kwargs: _size(args[1]),
     "reduce_scatter_tensor": lambda args, kwargs: _size(args[0]),
+    "reduce_scatter_single": lambda args, kwargs: _size(args[0]),
     "reduce_scatter": lambda args, kwargs: _size(args[0]),
     "all_reduce": lambda args, kwargs: 2 * _size(args[0]) // dist.get_world_size(kwargs.get("group")),
     "all_to_all": lambda args, kwargs: _size(args[1][0]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import pytest
@@ -63,8 +64,10 @@ def count_step(seat: Seat, setting: Setting) -> tuple[Traffic, Traffic] | None:
             equal_rows=setting.equal_rows,
         )
 
-    loss, sent = measure(forward, ranks=setting.group_size)
-    _, sent_backward = measure(loss.backward, ranks=setting.group_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a name that torch gave up would warn on every rank of every run
+        loss, sent = measure(forward, ranks=setting.group_size)
+        _, sent_backward = measure(loss.backward, ranks=setting.group_size)
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in (*images, *texts, *scales))
     return sent, sent_backward
 
@@ -128,8 +131,10 @@ def count_one_sided(seat: Seat, setting: Setting) -> tuple[Traffic, Traffic]:
     def forward() -> Tensor:
         return image_text_contrastive(images, texts, scales, group=group, equal_rows=True, one_sided=True)
 
-    loss, sent = measure(forward, ranks=setting.group_size)
-    return sent, measure(loss.backward, ranks=setting.group_size)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss, sent = measure(forward, ranks=setting.group_size)
+        return sent, measure(loss.backward, ranks=setting.group_size)[1]
 
 
 @pytest.mark.parametrize("group_size", [2, 4])
@@ -141,8 +146,8 @@ def test_one_side_sends_the_same_bytes_but_some_of_them_in_backward(
     others = (group_size - 1) * 2 * ROWS * heads
     for sent, sent_backward in pool.call(count_one_sided, setting):
         features, statistics = others * setting.width * 4, others * 4
-        assert sent.called == [("all_gather_into_tensor", features), ("all_reduce", statistics)]
-        assert sent_backward.called == [("reduce_scatter_tensor", features)]
+        assert [size for _, size in sent.called] == [features, statistics]
+        assert [size for _, size in sent_backward.called] == [features]
         assert [name for name, _ in sent.seen] == ["_allgather_base_", "allreduce_"]
         assert [name for name, _ in sent_backward.seen] == ["_reduce_scatter_base_"]
         planned = contrastive_bytes(

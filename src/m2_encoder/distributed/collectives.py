@@ -20,14 +20,14 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         gathered = rows.new_empty((dist.get_world_size(group) * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.detach().contiguous(), group=group)
+        _all_gather(gathered, rows.detach().contiguous(), group)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         own = grad.new_empty((grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(own, grad.contiguous(), op=dist.ReduceOp.SUM, group=ctx.group)
+        _reduce_scatter(own, grad.contiguous(), ctx.group)
         return own, None
 
 
@@ -61,7 +61,7 @@ def gather_rows_without_grad(rows: Tensor, group: dist.ProcessGroup, *, counts: 
     if rows.shape[0] < most:
         padded = torch.cat([padded, padded.new_zeros((most - rows.shape[0], *rows.shape[1:]))])
     gathered = rows.new_empty((len(counts) * most, *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded.contiguous(), group=group)
+    _all_gather(gathered, padded.contiguous(), group)
     return tuple(block[:count] for block, count in zip(gathered.split(most), counts, strict=True))
 
 
@@ -96,5 +96,18 @@ def max_over_group(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 def scatter_sums(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum over the group of this rank's part of the rows, (G * B, ...) -> (B, ...)."""
     own = rows.new_empty((rows.shape[0] // dist.get_world_size(group), *rows.shape[1:]))
-    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+    _reduce_scatter(own, rows.contiguous(), group)
     return own
+
+
+# torch 2.14 gave these two new names and warns about the old ones; earlier releases have those alone.
+
+
+def _all_gather(gathered: Tensor, rows: Tensor, group: dist.ProcessGroup) -> None:
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(gathered, rows, group=group)
+
+
+def _reduce_scatter(own: Tensor, rows: Tensor, group: dist.ProcessGroup) -> None:
+    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    scatter(own, rows, op=dist.ReduceOp.SUM, group=group)
