@@ -1,0 +1,193 @@
+"""Where the files inside a tar lie, found from its headers alone, also in a tar that is cut or damaged.
+
+`tarfile` reads 16,000 samples per second and core and takes a damaged header for the end. Here one `pread` per header
+follows the chain of sizes, and whole tables of headers are checked at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK = 512
+"""Bytes of a header; members start at multiples of it."""
+
+_CHUNK = 16_384  # headers that are checked together, 8 MB
+_FILES = frozenset(b"\x000\x0f7")  # types of ordinary files: old and new, and contiguous ones
+_LONG_NAME, _PAX, _PAX_GLOBAL, _LONG_LINK = b"LxgK"
+_CHECKSUM = slice(148, 156)
+_MAX_EXTENDED_BYTES = 1 << 20  # of one extended header: real ones hold a name, garbage claims gigabytes
+
+
+class TarMember(NamedTuple):
+    """One ordinary file of a tar.
+
+    Attributes:
+        name: as stored; undecodable bytes become U+FFFD.
+        offset: where its bytes start, from the beginning of the tar.
+        size: how many there are.
+    """
+
+    name: str
+    offset: int
+    size: int
+
+
+class TarScan(NamedTuple):
+    """What a tar holds.
+
+    Attributes:
+        members: ordinary files whose header is sound, in order; the last one's bytes may lie beyond the end.
+        end: first byte that is not part of a sound member.
+        problem: what stops the scan before the empty block that ends a tar; None for a whole one.
+    """
+
+    members: list[TarMember]
+    end: int
+    problem: str | None
+
+
+def scan_tar(descriptor: int, *, size: int) -> TarScan:
+    """Read all headers.
+
+    Args:
+        descriptor: the opened tar.
+        size: of the file, bytes.
+
+    Raises:
+        OSError: if the disk does not give the bytes; damaged content never raises.
+    """
+    members: list[TarMember] = []
+    long_name: str | None = None
+    pax_size: int | None = None
+    end, problem = 0, "no header"
+    for offset, header, is_sound in _headers(descriptor, size):
+        if header == bytes(BLOCK):
+            return TarScan(members, offset, None)
+        if not is_sound or (length := _parse_size(header)) is None:
+            return TarScan(members, offset, _describe_damage(header, offset))
+        length = length if pax_size is None else pax_size
+        kind = header[156]
+        if kind in (_LONG_NAME, _PAX):
+            content = os.pread(descriptor, min(length, _MAX_EXTENDED_BYTES), offset + BLOCK)
+            if kind == _LONG_NAME:
+                long_name = _decode(content)
+            else:
+                pax_name, pax_size = _parse_pax(content)
+                long_name = pax_name or long_name
+        else:
+            if kind in _FILES:
+                members.append(TarMember(long_name or _name(header), offset + BLOCK, length))
+            if kind not in (_PAX_GLOBAL, _LONG_LINK):
+                long_name, pax_size = None, None
+        end = offset + BLOCK + _padded(length)
+        problem = f"cut at byte {size}" if end > size else f"no end marker at byte {end}"
+    return TarScan(members, min(end, size), problem)
+
+
+def _headers(descriptor: int, size: int) -> Iterator[tuple[int, bytes, bool]]:
+    """Headers with their place and whether their checksum holds, along the chain of sizes."""
+    offset = 0
+    while offset < size:
+        offsets: list[int] = []
+        headers: list[bytes] = []
+        offset = _follow(descriptor, offset, offsets, headers)
+        yield from zip(offsets, headers, _check(headers), strict=True)
+
+
+def _follow(descriptor: int, offset: int, offsets: list[int], headers: list[bytes]) -> int:
+    """Collect headers from a place on; gives the place of the next one, or one beyond every file at the end."""
+    pread = os.pread
+    pax_size: int | None = None
+    while len(headers) < _CHUNK or pax_size is not None:
+        header = pread(descriptor, BLOCK, offset)
+        if len(header) < BLOCK:
+            break
+        offsets.append(offset)
+        headers.append(header)
+        try:
+            length = int(header[124:135], 8)
+        except ValueError:
+            parsed = _parse_size(header)
+            if parsed is None:
+                break  # an empty or a damaged block
+            length = parsed
+        kind = header[156]
+        if pax_size is not None:
+            length, pax_size = pax_size, None
+        elif kind == _PAX:
+            if length > _MAX_EXTENDED_BYTES:
+                break
+            pax_size = _parse_pax(pread(descriptor, length, offset + BLOCK))[1]
+        offset += BLOCK + _padded(length)
+    else:
+        return offset
+    return 1 << 63
+
+
+def _check(headers: list[bytes]) -> list[bool]:
+    """Whether the checksum of each header holds, for all of them at once."""
+    if not headers:
+        return []
+    table: npt.NDArray[np.uint8] = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
+    sums = table.sum(axis=1, dtype=np.int64) - table[:, _CHECKSUM].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    return [_octal(header[_CHECKSUM]) == total for header, total in zip(headers, sums.tolist(), strict=True)]
+
+
+def _octal(field: bytes) -> int | None:
+    try:
+        return int(field.rstrip(b"\0 ") or b"0", 8)
+    except ValueError:
+        return None
+
+
+def _parse_size(header: bytes) -> int | None:
+    """Size of a member: octal, or binary where octal digits do not suffice; None if the field holds neither."""
+    field = header[124:136]
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    text = field.split(b"\0", 1)[0].strip()
+    value = _octal(text)
+    return None if value is None or value < 0 else value
+
+
+def _parse_pax(content: bytes) -> tuple[str | None, int | None]:
+    """Name and size of an extended header of the form `<length> <key>=<value>` and a line feed."""
+    name, size = None, None
+    while content:
+        digits = content.split(b" ", 1)[0]
+        if not digits.isdigit() or not 0 < int(digits) <= len(content):
+            break
+        record, content = content[len(digits) + 1 : int(digits) - 1], content[int(digits) :]
+        key, _, value = record.partition(b"=")
+        if key == b"path":
+            name = _decode(value)
+        elif key == b"size" and value.isdigit():
+            size = int(value)
+    return name, size
+
+
+def _name(header: bytes) -> str:
+    name = _decode(header[:100])
+    if header[257:263] == b"ustar\0" and header[345]:
+        return f"{_decode(header[345:500])}/{name}"
+    return name
+
+
+def _decode(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def _padded(length: int) -> int:
+    return (length + BLOCK - 1) // BLOCK * BLOCK
+
+
+def _describe_damage(header: bytes, offset: int) -> str:
+    if offset:
+        return f"damaged at byte {offset}"
+    packed = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}.get(header[:2])
+    return f"packed with {packed}; unpack it, samples are read by offset" if packed else "not a tar"
