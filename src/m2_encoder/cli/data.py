@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Final
 
+from m2_encoder.cli import data_pack
 from m2_encoder.cli.main import EXIT_USER_ERROR, Command, run_command
 from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
@@ -46,7 +47,11 @@ SUB_COMMANDS: Final[dict[str, Command]] = {
         check=check_emoji,
         run=_run_emoji,
     ),
+    "pack": data_pack.COMMAND,
 }
+"""By name; a sub-command of its own module adds its `COMMAND` here and its keys that hold paths below."""
+
+_PATH_KEYS: Final[dict[str, tuple[str, ...]]] = {"emoji": ("folder",), "pack": data_pack.PATH_KEYS}
 
 
 def main() -> int:
@@ -63,7 +68,7 @@ def main() -> int:
         known = ", ".join(SUB_COMMANDS)
         print(f"m2-data: {arguments[0]}: no such sub-command; choose from {known}", file=sys.stderr)
         return EXIT_USER_ERROR
-    return run_command(command, protect_paths(arguments[1:], ("folder",)))
+    return run_command(command, protect_paths(arguments[1:], _PATH_KEYS.get(arguments[0], ())))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The words are those of the metrics `data/skipped/<reason>`. A sample may carry its captions as
 
-- `.json` with `captions`: {language: [text or {"text": …, "role": …}, …]},
+- `.json` with `captions`: {language: [text or {"text": …, "role": …}, …]}; the roles may also be in
+  `caption_roles`: {language: [role, …]},
 - `.json` with `caption` or `text`: one string,
 - `.txt`: one caption.
 
@@ -136,7 +137,10 @@ def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -
     if by_language is not None:
         if not isinstance(by_language, Mapping):
             raise SampleProblem("wrong_type", f"captions is a {type(by_language).__name__}, not lists by language")
-        return tuple(item for name in LANGUAGES if name in by_language for item in _read_list(by_language[name], name))
+        all_roles = metadata.get("caption_roles")
+        roles = all_roles if isinstance(all_roles, Mapping) else {}
+        found = (_read_list(by_language[name], roles.get(name), name) for name in LANGUAGES if name in by_language)
+        return tuple(item for items in found for item in items)
     for key in PLAIN_CAPTION_KEYS:
         if metadata.get(key) is not None:
             if not isinstance(metadata[key], str):
@@ -160,12 +164,15 @@ def read_identity(metadata: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _read_list(items: object, language: str) -> tuple[CaptionText, ...]:
+def _read_list(items: object, roles: object, language: str) -> tuple[CaptionText, ...]:
     if not isinstance(items, list | tuple):
         raise SampleProblem("wrong_type", f"captions of {language!r} are a {type(items).__name__}, not a list")
+    beside = roles if isinstance(roles, list | tuple) else [None] * len(items)
+    if len(beside) != len(items):
+        raise SampleProblem("wrong_type", f"{len(items)} captions and {len(beside)} caption_roles of {language!r}")
     found = []
-    for item in items:
-        text, role = (item.get("text"), item.get("role")) if isinstance(item, Mapping) else (item, None)
+    for item, role in zip(items, beside, strict=True):
+        text, role = (item.get("text"), item.get("role")) if isinstance(item, Mapping) else (item, role)
         if not isinstance(text, str) or not (role is None or isinstance(role, str)):
             raise SampleProblem("wrong_type", f"a caption of {language!r} is {str(item)[:60]!r}, not a text")
         found += [CaptionText(clean, language, role)] if (clean := _encodable(text).strip()) else []

@@ -1,0 +1,96 @@
+"""The bytes that go into a shard: those of the source, unless another size or kind is wanted."""
+
+from __future__ import annotations
+
+import io
+from typing import Final, NamedTuple
+
+from PIL import Image, ImageOps
+
+from m2_encoder.data.content import SampleProblem
+from m2_encoder.data.image_facts import ImageLimits, load_pixels, open_pixels
+
+_EXTENSIONS: Final = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_DEFAULT_QUALITY: Final = 90
+_ALPHA_MODES: Final = ("RGBA", "LA", "PA", "La", "RGBa")
+
+
+class ImageOptions(NamedTuple):
+    """What is done to images.
+
+    Attributes:
+        limits: images outside are failures.
+        verify: decode every image, so that cut ones fail now and not in training.
+        max_side_px: larger images are reduced to this longer side; None keeps them.
+        quality: of JPEG; None keeps files as they are where they keep their size.
+    """
+
+    limits: ImageLimits = ImageLimits()
+    verify: bool = True
+    max_side_px: int | None = None
+    quality: int | None = None
+
+
+class PreparedImage(NamedTuple):
+    """An image as it goes into a shard.
+
+    Attributes:
+        content: the file.
+        extension: of its member.
+        width: pixels.
+        height: pixels.
+        is_changed: whether it is other than in the source.
+    """
+
+    content: bytes
+    extension: str
+    width: int
+    height: int
+    is_changed: bool
+
+
+def prepare_image(content: bytes, options: ImageOptions) -> PreparedImage:
+    """Check an image and, where asked for, reduce or encode it again.
+
+    A kind that shards do not hold (GIF, BMP, TIFF, AVIF, …) becomes PNG without loss, its first frame. Encoding
+    again applies the EXIF orientation, because the result has no EXIF. Images with alpha are encoded as PNG.
+
+    Raises:
+        SampleProblem: as `read_image_facts`.
+    """
+    with open_pixels(content, options.limits) as image:
+        extension = _EXTENSIONS.get(image.format or "")
+        reduced = options.max_side_px is not None and max(image.size) > options.max_side_px
+        is_lossy = reduced or options.quality is not None
+        if extension is not None and not is_lossy:
+            if options.verify:
+                load_pixels(image)
+            return PreparedImage(content, extension, *image.size, False)
+        load_pixels(image)
+        try:
+            return _encode(image, options if is_lossy else None)
+        except (OSError, ValueError) as error:  # what Pillow raises for modes that it reads but cannot write
+            raise SampleProblem("undecodable_image", f"{image.format} cannot be encoded again: {error}") from error
+
+
+def _encode(image: Image.Image, options: ImageOptions | None) -> PreparedImage:
+    picture = _to_eight_bits(ImageOps.exif_transpose(image))
+    if options is not None and options.max_side_px is not None and max(picture.size) > options.max_side_px:
+        scale = options.max_side_px / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if options is None or picture.mode == "RGBA":
+        picture.save(buffer, "PNG")
+        return PreparedImage(buffer.getvalue(), "png", *picture.size, True)
+    picture.save(buffer, "JPEG", quality=_DEFAULT_QUALITY if options.quality is None else options.quality)
+    return PreparedImage(buffer.getvalue(), "jpg", *picture.size, True)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """The image as L, RGB or RGBA, without the metadata of its source."""
+    has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
+    mode = "RGBA" if has_alpha else "L" if image.mode in ("1", "L") else "RGB"
+    picture = image.convert(mode) if image.mode != mode else image.copy()
+    picture.info.clear()
+    return picture

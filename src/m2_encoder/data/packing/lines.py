@@ -1,0 +1,247 @@
+"""Sources with one record per line: JSON lines, and Chinese-CLIP's pair of files."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from m2_encoder.data.content import SampleProblem, parse_json_object, read_captions
+from m2_encoder.data.language import detect_language
+from m2_encoder.data.packing.listed import batched, hash_json
+from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row
+from m2_encoder.errors import UserError
+
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLinesSlice:
+    """Consecutive lines of a JSON lines file.
+
+    Attributes:
+        root: relative paths of images count from here.
+        path: the file.
+        offset: where the first line starts, bytes.
+        size: of the lines, bytes.
+        first_line: number of the first line, from 1.
+        num_lines: how many, blank ones included.
+        digest: of the lines.
+        columns: what their keys mean.
+    """
+
+    root: str
+    path: str
+    offset: int
+    size: int
+    first_line: int
+    num_lines: int
+    digest: str
+    columns: Columns
+
+    def __len__(self) -> int:
+        return self.num_lines
+
+    def fingerprint(self) -> str:
+        """Of the lines and what their keys mean."""
+        return hash_json(["jsonl", self.digest, self.num_lines, self.columns])
+
+    def read(self) -> Iterator[Record | Failure]:
+        """Parse the lines."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        for number, line in enumerate(_split_lines(content), start=self.first_line):
+            if not line.strip():
+                continue
+            name = f"{Path(self.path).name}: line {number}"
+            try:
+                record = read_row(parse_json_object(line), self.columns, name)
+            except SampleProblem as problem:
+                record = Failure(name, problem.reason, problem.detail)
+            if isinstance(record, Record) and isinstance(record.image, str):
+                record = record._replace(image=image_path(record.image, self.root))
+            yield record
+
+
+def slice_json_lines(
+    paths: Sequence[Path], size: int, columns: Columns, *, root: str | None = None
+) -> Iterator[JsonLinesSlice]:
+    """Cut JSON lines files into slices, none of which spans two files.
+
+    Args:
+        paths: the files.
+        size: lines of a slice.
+        columns: what the keys of each line mean.
+        root: where relative paths of images count from; the folder of each file by default.
+
+    Raises:
+        UserError: if a file is empty, or its first line lacks images or captions.
+    """
+    for path in paths:
+        with path.open("rb") as file:
+            _check_first_line(path, file, columns)
+            offset, first_line = 0, 1
+            for lines in batched(file, size):
+                content = b"".join(lines)
+                digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+                yield JsonLinesSlice(
+                    root or str(path.parent), str(path), offset, len(content), first_line, len(lines), digest, columns
+                )
+                offset, first_line = offset + len(content), first_line + len(lines)
+
+
+def _check_first_line(path: Path, file: BinaryIO, columns: Columns) -> None:
+    line = file.readline()
+    file.seek(0)
+    if not line.strip():
+        raise UserError(f"{path}: its first line is empty; each line must be a JSON object")
+    try:
+        columns._replace(extra=()).check(list(parse_json_object(line)), f"{path}, line 1")
+    except SampleProblem as problem:
+        raise UserError(
+            f"{path}, line 1: {problem.reason}: {problem.detail}; each line must be a JSON object"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChineseClipSlice:
+    """Consecutive lines of Chinese-CLIP's image file, with their captions.
+
+    Attributes:
+        path: the file, `id<TAB>base64` a line.
+        offset: where the first line starts, bytes.
+        size: of the lines, bytes.
+        digest: of the lines.
+        first_line: number of the first line, from 1.
+        texts: for each line its captions; None where the image came before.
+        unseen: ids that texts name and that have no line; they follow the lines.
+        language: of the captions; None detects it.
+    """
+
+    path: str
+    offset: int
+    size: int
+    digest: str
+    first_line: int
+    texts: tuple[tuple[str, ...] | None, ...]
+    unseen: tuple[str, ...]
+    language: str | None
+
+    def __len__(self) -> int:
+        return len(self.texts) + len(self.unseen)
+
+    def fingerprint(self) -> str:
+        """Of images and captions."""
+        return hash_json(["chinese_clip", self.digest, self.texts, self.unseen, self.language])
+
+    def read(self) -> Iterator[Record | Failure]:
+        """Decode the images."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        file_name = Path(self.path).name
+        for number, (line, texts) in enumerate(
+            zip(_split_lines(content), self.texts, strict=True), start=self.first_line
+        ):
+            yield self._read_line(line, texts, f"{file_name}: line {number}")
+        for key in self.unseen:
+            yield Failure(f"image {key}", "missing_image", f"texts name it, {file_name} does not have it")
+
+    def _read_line(self, line: bytes, texts: tuple[str, ...] | None, name: str) -> Record | Failure:
+        key, tab, encoded = line.partition(b"\t")
+        if not tab:
+            return Failure(name, "wrong_type", "no tab; a line is id<TAB>base64")
+        shown = key.decode("utf-8", "backslashreplace")
+        if texts is None:
+            return Failure(name, "duplicate_key", f"image {shown} came before")
+        try:
+            found = [
+                caption
+                for text in texts
+                for caption in read_captions({"captions": {self.language or detect_language(text): [text]}})
+            ]
+            if not found:
+                raise SampleProblem("missing_caption", f"no text names image {shown}")
+            image = base64.b64decode(encoded.strip().translate(_URL_SAFE), validate=True)
+        except SampleProblem as problem:
+            return Failure(name, problem.reason, problem.detail)
+        except binascii.Error as error:
+            return Failure(name, "undecodable_image", f"image {shown} is not base64: {error}")
+        return Record(name, image, tuple(found), shown, {})
+
+
+def slice_chinese_clip(
+    images: Path, texts: Path, size: int, *, language: str | None = None
+) -> Iterator[ChineseClipSlice]:
+    """Cut Chinese-CLIP's format into slices.
+
+    Args:
+        images: `id<TAB>base64` a line.
+        texts: JSON lines {"text_id": …, "text": …, "image_ids": […]}; held in memory.
+        size: images of a slice.
+        language: of the captions; None detects it.
+
+    Raises:
+        UserError: if a line of `texts` cannot be read: each may name several images, so none can be left out.
+
+    Source: the data format of github.com/OFA-Sys/Chinese-CLIP.
+    """
+    by_image = _read_texts(texts)
+    taken: set[str] = set()
+    with images.open("rb") as file:
+        offset, first_line = 0, 1
+        for lines in batched(file, size):
+            content = b"".join(lines)
+            digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+            captions = tuple(_take(line, by_image, taken) for line in lines)
+            yield ChineseClipSlice(str(images), offset, len(content), digest, first_line, captions, (), language)
+            offset, first_line = offset + len(content), first_line + len(lines)
+    if offset == 0:
+        raise UserError(f"{images}: is empty; a line is id<TAB>base64")
+    for group in batched(sorted(set(by_image) - taken), size):
+        yield ChineseClipSlice(str(images), offset, 0, "", first_line, (), group, language)
+
+
+def _take(line: bytes, by_image: Mapping[str, list[str]], taken: set[str]) -> tuple[str, ...] | None:
+    key = line.partition(b"\t")[0].decode("utf-8", "backslashreplace")
+    if key in taken:
+        return None
+    taken.add(key)
+    return tuple(by_image.get(key, ()))
+
+
+def _read_texts(path: Path) -> dict[str, list[str]]:
+    by_image: dict[str, list[str]] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            text, keys = _parse_text_line(line, f"{path}, line {number}")
+            for key in keys:
+                by_image.setdefault(str(key), []).append(text)
+    if not by_image:
+        raise UserError(f'{path}: no text in it; a line is {{"text_id": 1, "text": "…", "image_ids": [2]}}')
+    return by_image
+
+
+def _parse_text_line(line: bytes, where: str) -> tuple[str, list[Any]]:
+    try:
+        row = parse_json_object(line)
+    except SampleProblem as problem:
+        raise UserError(f"{where}: {problem.reason}: {problem.detail}; mend or remove the line") from None
+    text, keys = row.get("text"), row.get("image_ids")
+    if not isinstance(text, str) or not isinstance(keys, list):
+        raise UserError(f"{where}: has {json.dumps(row, ensure_ascii=False)[:80]}; wanted a text and a list image_ids")
+    return text, keys
+
+
+def _split_lines(content: bytes) -> list[bytes]:
+    """Lines as iterating over a file gives them: they end with a line feed alone."""
+    lines = content.split(b"\n")
+    return lines[:-1] if content.endswith(b"\n") else lines if content else []

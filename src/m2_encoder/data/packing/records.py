@@ -1,0 +1,180 @@
+"""What is packed: records of any kind of source, cut into slices that become one shard each.
+
+The main process cuts a source into slices without looking into them more than it must; workers read, check and
+write. A slice is small to send: paths, offsets, or rows of a table of names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from m2_encoder.data.content import CaptionText, SampleProblem, read_captions, read_identity
+from m2_encoder.data.language import detect_language
+from m2_encoder.errors import UserError
+from m2_encoder.types import LANGUAGES
+
+_IMAGE_COLUMNS = "image image_path img_path filepath file_name filename file path image_url url URL"
+
+KNOWN_COLUMNS = {
+    "image": tuple(_IMAGE_COLUMNS.split()),
+    "caption": ("caption", "captions", "text", "TEXT", "title"),
+    "key": ("key", "id", "image_id", "sample_id"),
+    "language": ("language", "lang"),
+}
+"""Names of columns that are found without being told, the first one that has a value."""
+
+URL_SCHEMES = ("http://", "https://")
+
+
+class Record(NamedTuple):
+    """One pair before its image is read.
+
+    Attributes:
+        name: where it stands in the source, for the list of failures.
+        image: content of the file, or its path or URL.
+        captions: at least one.
+        key: what marks the same content; None if the source says nothing.
+        extra: other columns that go into the JSON.
+    """
+
+    name: str
+    image: bytes | str
+    captions: tuple[CaptionText, ...]
+    key: str | None
+    extra: Mapping[str, Any]
+
+
+class Failure(NamedTuple):
+    """One record that cannot be packed.
+
+    Attributes:
+        name: where it stands in the source.
+        reason: one word, as in the metrics `data/skipped/<reason>`.
+        detail: what was found.
+    """
+
+    name: str
+    reason: str
+    detail: str
+
+
+class Slice(Protocol):
+    """Records of one shard."""
+
+    def __len__(self) -> int:
+        """How many records there are at most, failures included."""
+
+    def fingerprint(self) -> str:
+        """Equal only for equal records; does not depend on where the source lies."""
+
+    def read(self) -> Iterator[Record | Failure]:
+        """Read the records; called in a worker."""
+
+
+class Columns(NamedTuple):
+    """Which columns of a table say what; None looks for `KNOWN_COLUMNS`.
+
+    Attributes:
+        image: path, URL or bytes.
+        caption: a text, or a list of texts.
+        key: what marks the same content.
+        language: of the caption.
+        extra: columns that go into the JSON as they are.
+        default_language: of captions without a language; None detects it by the script.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    key: str | None = None
+    language: str | None = None
+    extra: tuple[str, ...] = ()
+    default_language: str | None = None
+
+    def names(self, role: str) -> tuple[str, ...]:
+        """Columns that may have a role, such as "image"."""
+        chosen = getattr(self, role)
+        return KNOWN_COLUMNS[role] if chosen is None else (chosen,)
+
+    def caption_names(self) -> tuple[str, ...]:
+        """Columns that may have captions, those of one language included."""
+        by_language = [f"{name}_{language}" for name in ("caption", "text") for language in LANGUAGES]
+        return (*self.names("caption"), *(by_language if self.caption is None else ()))
+
+    def find(self, row: Mapping[str, Any], role: str) -> Any:
+        """The value of a role in a row, or None."""
+        return next((row[name] for name in self.names(role) if row.get(name) not in (None, "")), None)
+
+    def check(self, present: Sequence[str], where: str) -> None:
+        """Refuse a table that lacks images or captions altogether.
+
+        Raises:
+            UserError: with the columns that are there.
+        """
+        for role, names in (("image", self.names("image")), ("caption", self.caption_names())):
+            if not set(names) & set(present):
+                raise UserError(
+                    f"{where}: no column with the {role}: it has {', '.join(map(repr, present)) or 'none'}, wanted "
+                    f"{' or '.join(names)}; say which it is with columns.{role}=NAME"
+                )
+        missing = [name for name in self.extra if name not in present]
+        if missing:
+            raise UserError(f"{where}: no column {missing[0]!r} for columns.extra; it has {', '.join(present)}")
+
+
+def read_row(row: Mapping[str, Any], columns: Columns, name: str) -> Record | Failure:
+    """Turn a row of a table into a record; a wrong one into a failure."""
+    try:
+        image = _image_of(columns.find(row, "image"))
+        captions = _captions_of(row, columns)
+        key = columns.find(row, "key")
+        identity = read_identity({"key": key}) if key is not None else image if isinstance(image, str) else None
+        return Record(name, image, captions, identity, {item: row[item] for item in columns.extra if item in row})
+    except SampleProblem as problem:
+        return Failure(name, problem.reason, problem.detail)
+
+
+def image_path(image: str, root: str) -> str:
+    """Where an image lies: a URL stays, a relative path counts from `root`."""
+    return image if image.startswith(URL_SCHEMES) else os.path.join(root, os.path.expanduser(image))
+
+
+def _image_of(value: Any) -> bytes | str:
+    if isinstance(value, Mapping):  # as Hugging Face stores images
+        value = value.get("bytes") or value.get("path")
+    if value is None:
+        raise SampleProblem("missing_image", "no path, URL or bytes")
+    if not isinstance(value, bytes | str):
+        raise SampleProblem("wrong_type", f"the image is a {type(value).__name__}, not a path, a URL or bytes")
+    return value
+
+
+def _captions_of(row: Mapping[str, Any], columns: Columns) -> tuple[CaptionText, ...]:
+    language = _language_of(columns.find(row, "language")) or columns.default_language
+    found: list[CaptionText] = []
+    value = columns.find(row, "caption")
+    if isinstance(value, Mapping):
+        found += read_captions({"captions": value, "caption_roles": row.get("caption_roles")})
+    else:
+        texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        for text in texts:
+            if not isinstance(text, str):
+                raise SampleProblem("wrong_type", f"the caption is a {type(text).__name__}, not a text")
+            found += read_captions({"captions": {language or detect_language(text): [text]}})
+    if columns.caption is None:
+        for tag in LANGUAGES:
+            for name in (f"caption_{tag}", f"text_{tag}"):
+                found += read_captions({"captions": {tag: [row[name]]}}) if row.get(name) else ()
+    if not found:
+        raise SampleProblem("missing_caption", f"nothing in {', '.join(columns.caption_names())}")
+    return tuple(found)
+
+
+def _language_of(value: Any) -> str | None:
+    if value is None:
+        return None
+    language = str(value).lower().replace("_", "-").partition("-")[0]
+    if language not in LANGUAGES:
+        raise SampleProblem("missing_caption", f"its language {str(value)[:20]!r} is none of {', '.join(LANGUAGES)}")
+    return language

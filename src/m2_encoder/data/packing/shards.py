@@ -1,0 +1,220 @@
+"""One slice of a source becomes one tar: read, fetch, check, write, mark as done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m2_encoder.data.content import CaptionText, SampleProblem
+from m2_encoder.data.packing.download import DownloadOptions, fetch
+from m2_encoder.data.packing.encoding import ImageOptions, PreparedImage, prepare_image
+from m2_encoder.data.packing.records import URL_SCHEMES, Failure, Record, Slice
+from m2_encoder.errors import UserError
+
+MARKER_FOLDER = ".pack"
+"""Folder inside the output that says which shards are done."""
+
+_KEY_DIGITS = 9
+
+
+class ShardTask(NamedTuple):
+    """What one worker does at a time.
+
+    Attributes:
+        records: what to pack.
+        first: number of the first record in the whole source.
+        name: of the tar.
+        folder: where it goes.
+        fingerprint: of the records and of all options that change bytes.
+        images: what is done to images.
+        downloads: how they are fetched.
+    """
+
+    records: Slice
+    first: int
+    name: str
+    folder: str
+    fingerprint: str
+    images: ImageOptions
+    downloads: DownloadOptions
+
+    @property
+    def marker(self) -> Path:
+        """File that says that the shard is done."""
+        return Path(self.folder, MARKER_FOLDER, f"{self.name}.json")
+
+
+class ShardResult(NamedTuple):
+    """What became of a slice; this is what its marker holds.
+
+    Attributes:
+        name: of the tar; there is none without samples.
+        fingerprint: as in the task.
+        samples: pairs in the tar.
+        num_bytes: size of the tar; 0 without samples.
+        changed_images: images that were reduced or encoded again.
+        captions: number by language.
+        failures: what is missing, in the order of the source.
+    """
+
+    name: str
+    fingerprint: str
+    samples: int
+    num_bytes: int
+    changed_images: int
+    captions: dict[str, int]
+    failures: tuple[Failure, ...]
+
+
+def write_shard(task: ShardTask) -> ShardResult:
+    """Pack one slice: the tar appears by one rename, then its marker.
+
+    The bytes depend on the records and options alone: times, owners and places are fixed.
+
+    Raises:
+        UserError: if the disk refuses, or the source cannot be read any more.
+    """
+    target = Path(task.folder, task.name)
+    partial = target.with_name(f".{task.name}.{os.getpid()}.partial")
+    try:
+        result = _write_tar(task, partial)
+        if result.samples:
+            _sync(partial)
+            partial.replace(target)
+        else:
+            target.unlink(missing_ok=True)
+        write_json(task.marker, result._replace(failures=())._asdict() | {"failures": list(map(list, result.failures))})
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{target}: cannot be packed: {error}; mend that and start again, done shards stay") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return result
+
+
+def read_marker(path: Path) -> ShardResult | None:
+    """What a finished shard's marker says; None if there is none, or its tar is not as it was."""
+    try:
+        values = json.loads(path.read_bytes())
+        result = ShardResult(**(values | {"failures": tuple(Failure(*item) for item in values["failures"])}))
+        tar = path.parent.parent / result.name
+        size = tar.stat().st_size if result.samples else 0
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged by whoever
+        return None
+    return result if size == result.num_bytes else None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+
+
+def _write_tar(task: ShardTask, path: Path) -> ShardResult:
+    import webdataset  # slow to import, and only who writes tars needs it
+
+    failures: list[Failure] = []
+    captions: Counter[str] = Counter()
+    samples = changed = 0
+    # A fixed time and owner make the bytes a function of the samples alone.
+    with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="", mode=0o644) as writer:
+        for number, (record, image) in enumerate(_fetch_images(task.records.read(), task), start=task.first):
+            if isinstance(record, Failure) or isinstance(image, SampleProblem):
+                failures.append(_failure(record, image))
+                continue
+            try:
+                prepared = prepare_image(image, task.images)
+            except SampleProblem as problem:
+                failures.append(Failure(record.name, problem.reason, problem.detail))
+                continue
+            key = f"{number:0{_KEY_DIGITS}d}"
+            description = _describe(record, prepared, key)
+            writer.write({"__key__": key, prepared.extension: prepared.content, "json": description})
+            samples += 1
+            changed += prepared.is_changed
+            captions.update(caption.language for caption in record.captions)
+    num_bytes = path.stat().st_size if samples else 0
+    by_language = dict(sorted(captions.items()))
+    return ShardResult(task.name, task.fingerprint, samples, num_bytes, changed, by_language, tuple(failures))
+
+
+def _failure(record: Record | Failure, image: bytes | SampleProblem) -> Failure:
+    if isinstance(record, Failure):
+        return record
+    assert isinstance(image, SampleProblem), "a record fails here only by its image"
+    return Failure(record.name, image.reason, image.detail)
+
+
+def _fetch_images(
+    records: Iterable[Record | Failure], task: ShardTask
+) -> Iterator[tuple[Record | Failure, bytes | SampleProblem]]:
+    """Records with their images, in order; downloads run ahead, a bounded number of them."""
+    waiting: deque[tuple[Record | Failure, Future[bytes] | None]] = deque()
+    with ThreadPoolExecutor(task.downloads.threads) as pool, contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        for record in records:
+            is_remote = isinstance(record, Record) and isinstance(record.image, str) and _is_url(record.image)
+            future = pool.submit(fetch, record.image, task.downloads) if is_remote else None  # type: ignore[union-attr, arg-type]
+            waiting.append((record, future))
+            while len(waiting) > 2 * task.downloads.threads or (waiting and waiting[0][1] is None):
+                yield _with_image(*waiting.popleft())
+        while waiting:
+            yield _with_image(*waiting.popleft())
+
+
+def _with_image(
+    record: Record | Failure, future: Future[bytes] | None
+) -> tuple[Record | Failure, bytes | SampleProblem]:
+    if isinstance(record, Failure):
+        return record, b""
+    try:
+        if future is not None:
+            return record, future.result()
+        return record, record.image if isinstance(record.image, bytes) else _read_file(record.image)
+    except SampleProblem as problem:
+        return record, problem
+
+
+def _read_file(name: str) -> bytes:
+    try:
+        return Path(name).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SampleProblem("missing_image", f"{name}: {reason}") from error
+
+
+def _is_url(image: str) -> bool:
+    return image.startswith(URL_SCHEMES)
+
+
+def _describe(record: Record, image: PreparedImage, tar_key: str) -> bytes:
+    captions: dict[str, list[Any]] = {}
+    for caption in record.captions:
+        captions.setdefault(caption.language, []).append(_stored(caption))
+    value: Mapping[str, Any] = {
+        **record.extra,
+        "key": tar_key if record.key is None else record.key,
+        "captions": captions,
+        "width": image.width,
+        "height": image.height,
+    }
+    # `default`: a column that is kept may hold times or other values that JSON cannot.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
+
+
+def _stored(caption: CaptionText) -> Any:
+    return caption.text if caption.role is None else {"text": caption.text, "role": caption.role}
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

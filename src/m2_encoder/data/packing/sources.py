@@ -1,0 +1,127 @@
+"""Kinds of sources, and which kind a source is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from m2_encoder.data.files import find_files
+from m2_encoder.data.packing.lines import slice_chinese_clip, slice_json_lines
+from m2_encoder.data.packing.listed import IMAGE_SUFFIXES, slice_csv, slice_folder
+from m2_encoder.data.packing.records import Columns, Slice
+from m2_encoder.data.packing.tables import slice_parquet
+from m2_encoder.errors import UserError
+
+FORMATS = ("folder", "jsonl", "csv", "chinese_clip", "parquet")
+"""Kinds of sources that can be packed."""
+
+_SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
+
+
+class Source(NamedTuple):
+    """Something to pack.
+
+    Attributes:
+        format: one of `FORMATS`.
+        paths: its files; of a folder, the folder.
+        texts: Chinese-CLIP's second file.
+        root: where relative paths of images count from; None is the folder of each table.
+        columns: what the columns of a table mean; also says languages, and what to keep, of the others.
+    """
+
+    format: str
+    paths: tuple[Path, ...]
+    texts: Path | None
+    root: str | None
+    columns: Columns
+
+    def slices(self, size: int) -> Iterator[Slice]:
+        """Cut it into slices of `size` records; those of a table's last slice may be fewer.
+
+        Raises:
+            UserError: if it holds nothing that could be packed.
+        """
+        language = self.columns.default_language
+        if self.format == "folder":
+            return slice_folder(self.paths[0], size, language=language, extra=self.columns.extra)
+        if self.format == "chinese_clip":
+            assert self.texts is not None, "find_source gives both files"
+            return slice_chinese_clip(self.paths[0], self.texts, size, language=language)
+        if self.format == "parquet":
+            return slice_parquet(self.paths, size, self.columns, root=self.root)
+        cut = slice_csv if self.format == "csv" else slice_json_lines
+        return cut(self.paths, size, self.columns, root=self.root)
+
+
+def find_source(
+    source: str | Sequence[str],
+    *,
+    columns: Columns,
+    format: str | None = None,
+    texts: str | None = None,
+    image_root: str | None = None,
+) -> Source:
+    """Find the files of a source and say what kind it is.
+
+    Args:
+        source: a folder, a table, or several tables as `find_files` takes them.
+        columns: what the columns of a table mean.
+        format: one of `FORMATS`; None decides by what is there.
+        texts: Chinese-CLIP's JSON lines with texts; by default `…_texts.jsonl` beside `…_imgs.tsv`.
+        image_root: where relative paths of images in a table count from; the table's folder by default.
+
+    Raises:
+        UserError: if nothing is there, or it is of no known kind.
+    """
+    folder = Path(source).expanduser() if isinstance(source, str) else None
+    if format in (None, "folder") and folder is not None and folder.is_dir() and _holds_images(folder, format):
+        return Source("folder", (folder,), None, None, columns)
+    if format == "folder":
+        raise UserError(f"source={source}: no such folder")
+    known = [suffix for name, suffixes in _SUFFIXES.items() if format in (None, name) for suffix in suffixes]
+    paths = tuple(find_files(source, suffixes=known or [".tsv"], what="table"))
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"source={source}: {missing[0]} does not exist")
+    kind = format or _kind_of(paths)
+    partner = _find_texts(paths, texts) if kind in ("csv", "chinese_clip") else None
+    if kind == "chinese_clip" or (format is None and partner is not None):
+        if len(paths) != 1 or partner is None or not partner.is_file():
+            raise UserError(
+                f"source={source}: Chinese-CLIP's format is one file of images and one of texts; "
+                "give source=…_imgs.tsv texts=…_texts.jsonl"
+            )
+        return Source("chinese_clip", paths, partner, None, columns)
+    if texts is not None:
+        raise UserError(f"texts={texts}: goes with one .tsv of images in Chinese-CLIP's format; source is {kind}")
+    return Source(kind, paths, None, image_root, columns)
+
+
+def _holds_images(folder: Path, format: str | None) -> bool:
+    """Whether a folder is one of images, not of tables."""
+    tables = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
+    return format == "folder" or not any(path.suffix.lower() in tables for path in folder.iterdir())
+
+
+def _kind_of(paths: Sequence[Path]) -> str:
+    suffixes = {path.suffix.lower() for path in paths}
+    kinds = [name for name, known in _SUFFIXES.items() if suffixes & set(known)]
+    if len(kinds) != 1 or not suffixes <= set(_SUFFIXES[kinds[0]]):
+        known = ", ".join(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+        raise UserError(
+            f"files end in {', '.join(sorted(suffixes)) or 'nothing'}: give a folder with images "
+            f"({', '.join(IMAGE_SUFFIXES)}), or tables of one kind ({known}), or say format={'|'.join(FORMATS)}"
+        )
+    return kinds[0]
+
+
+def _find_texts(paths: Sequence[Path], texts: str | None) -> Path | None:
+    if texts is not None:
+        path = Path(texts).expanduser()
+        if not path.is_file():
+            raise UserError(f"texts={texts}: no such file")
+        return path
+    if len(paths) == 1 and paths[0].name.endswith("_imgs.tsv"):
+        path = paths[0].with_name(paths[0].name.removesuffix("_imgs.tsv") + "_texts.jsonl")
+        return path if path.is_file() else None
+    return None

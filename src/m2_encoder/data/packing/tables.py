@@ -1,0 +1,121 @@
+"""Parquet tables whose images are bytes, paths or URLs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from m2_encoder.data.packing.listed import hash_json
+from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row
+from m2_encoder.errors import UserError
+
+_ROWS_AT_A_TIME = 64  # rows with images in them are large
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetSlice:
+    """Consecutive rows of a Parquet file.
+
+    Attributes:
+        root: relative paths of images count from here.
+        path: the file.
+        file_bytes: its size; another size is another file.
+        first_row: from 0.
+        num_rows: how many.
+        names: the columns to read.
+        columns: what they mean.
+    """
+
+    root: str
+    path: str
+    file_bytes: int
+    first_row: int
+    num_rows: int
+    names: tuple[str, ...]
+    columns: Columns
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def fingerprint(self) -> str:
+        """Of the file's name and size, the rows, and what the columns mean; the rows are not read."""
+        name = Path(self.path).name
+        return hash_json(["parquet", name, self.file_bytes, self.first_row, self.num_rows, self.names, self.columns])
+
+    def read(self) -> Iterator[Record | Failure]:
+        """Read the rows, a few at a time."""
+        number = self.first_row
+        for row in self._rows():
+            record = read_row(row, self.columns, f"{Path(self.path).name}: row {number}")
+            if isinstance(record, Record) and isinstance(record.image, str):
+                record = record._replace(image=image_path(record.image, self.root))
+            yield record
+            number += 1
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        start = 0
+        first, last = self.first_row, self.first_row + self.num_rows
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                for group in range(file.num_row_groups):
+                    end = start + file.metadata.row_group(group).num_rows
+                    if start < last and end > first:
+                        skip = max(0, first - start)
+                        yield from _rows_of_group(file, group, self.names, skip, min(end, last) - start)
+                    start = end
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{self.path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def slice_parquet(
+    paths: Sequence[Path], size: int, columns: Columns, *, root: str | None = None
+) -> Iterator[ParquetSlice]:
+    """Cut Parquet files into slices, none of which spans two files.
+
+    Args:
+        paths: the files.
+        size: rows of a slice.
+        columns: what the columns mean. Images are bytes, a struct with `bytes` or `path`, or a path or URL.
+        root: where relative paths of images count from; the folder of each file by default.
+
+    Raises:
+        UserError: if pyarrow is not installed, a file is not Parquet, or lacks images or captions.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("Parquet needs an extra; install it with pip install 'm2-encoder[parquet]'") from error
+    wanted = {
+        *columns.caption_names(), *columns.extra, "caption_roles",
+        *(name for role in ("image", "key", "language") for name in columns.names(role)),
+    }  # fmt: skip
+    for path in paths:
+        try:
+            schema = pyarrow.parquet.read_schema(path)
+            num_rows = pyarrow.parquet.read_metadata(path).num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a Parquet file: {' '.join(str(error).split())}") from error
+        columns.check(schema.names, str(path))
+        names = tuple(name for name in schema.names if name in wanted)
+        for first in range(0, num_rows, size):
+            count = min(size, num_rows - first)
+            yield ParquetSlice(root or str(path.parent), str(path), path.stat().st_size, first, count, names, columns)
+
+
+def _rows_of_group(file: Any, group: int, names: Sequence[str], first: int, last: int) -> Iterator[dict[str, Any]]:
+    """Rows `first` to `last` of a row group, those before them read but not converted."""
+    start = 0
+    for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, row_groups=[group], columns=list(names)):
+        end = start + batch.num_rows
+        if end > first:
+            low = max(0, first - start)
+            yield from batch.slice(low, min(end, last) - start - low).to_pylist()
+        start = end
+        if start >= last:
+            return
