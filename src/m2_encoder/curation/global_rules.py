@@ -1,0 +1,275 @@
+"""The rules that compare rows with each other, whichever shards they are in, with bounded memory.
+
+Each is two passes. *Spill*: every chunk of shards writes the keys of its surviving rows, split by key into partitions.
+*Judge*: every partition, which holds all rows of its keys, decides which of them fall, split by chunk again. The next
+rule sees only what survived this one. A verdict depends on keys and places alone, and of several equals the earliest
+place (shard, then row) stays: neither the order of tasks nor their number changes the result.
+
+Legend: n rows · P partitions · C chunks · a *place* is shard number * 2**32 + row in the shard's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from m2_encoder.curation.near import Nearest, band_keys, band_masks, earliest, find_earlier, mix
+from m2_encoder.curation.settings import CurationSettings
+from m2_encoder.curation.tables import hash_words, read_bucket, read_table, write_buckets
+
+Columns = dict[str, npt.NDArray[Any]]
+Bools = npt.NDArray[np.bool_]
+
+_SHARD_BITS = np.uint64(32)
+_NEEDED = ("sample", "keep", "image_hash", "caption_hash", "perceptual_hash", "mean_color")
+
+
+class GlobalRule(NamedTuple):
+    """One rule.
+
+    Attributes:
+        reason: its word in reports, and the name of its stages.
+        per_sample: whether it looks at images: a sample takes part once, and falls with all of its captions.
+        keys: from a shard's surviving rows (a table of `_NEEDED`) to `high` and `low` words of the key, and whatever
+            else the judgement needs, (n,) each; several tables follow one another, (T * n,). The last argument is the
+            number of rows of the whole curation.
+        judge: from all rows of some keys, with `place`, to those that fall.
+        is_on: whether settings ask for it.
+        tables: how many keys a row has.
+    """
+
+    reason: str
+    per_sample: bool
+    keys: Callable[[pa.Table, CurationSettings, int], Columns]
+    judge: Callable[[Columns, CurationSettings], Nearest]
+    is_on: Callable[[CurationSettings], bool]
+    tables: Callable[[CurationSettings, int], int] = lambda _settings, _rows: 1
+
+
+class Chunk(NamedTuple):
+    """Neighbouring shards that are processed together.
+
+    Attributes:
+        number: place among the chunks.
+        first: number of its first shard.
+        paths: the tables of its shards, in order.
+    """
+
+    number: int
+    first: int
+    paths: tuple[str, ...]
+
+
+class Verdicts(NamedTuple):
+    """Where the verdicts of a rule are.
+
+    Attributes:
+        rule: its reason.
+        paths: a file per partition, with a bucket per chunk.
+    """
+
+    rule: str
+    paths: tuple[str, ...]
+
+
+class SpillTask(NamedTuple):
+    """First pass over a chunk.
+
+    Attributes:
+        output: a file with a bucket per partition.
+        rule: its reason.
+        chunk: whose rows.
+        earlier: verdicts of the rules before, in order.
+        partitions: P.
+        rows: of the whole curation.
+        settings: all of them.
+    """
+
+    output: str
+    rule: str
+    chunk: Chunk
+    earlier: tuple[Verdicts, ...]
+    partitions: int
+    rows: int
+    settings: CurationSettings
+
+
+class JudgeTask(NamedTuple):
+    """Second pass over a partition.
+
+    Attributes:
+        output: a file with a bucket per chunk: `place` of rows that fall, and `first`, the place that they repeat.
+        rule: its reason.
+        spills: the files of all chunks.
+        partition: which bucket of them.
+        chunk_starts: number of the first shard of each chunk.
+        settings: all of them.
+    """
+
+    output: str
+    rule: str
+    spills: tuple[str, ...]
+    partition: int
+    chunk_starts: tuple[int, ...]
+    settings: CurationSettings
+
+
+def spill(task: SpillTask) -> None:
+    """Write the keys of a chunk's surviving rows, by partition."""
+    rule = RULES[task.rule]
+    parts: list[Columns] = []
+    verdicts = [(RULES[earlier.rule], read_verdicts(earlier, task.chunk.number)) for earlier in task.earlier]
+    for number, path in enumerate(task.chunk.paths, start=task.chunk.first):
+        table = read_table(Path(path), _NEEDED)
+        rows = np.flatnonzero(_survivors(table, number, verdicts))
+        if rule.per_sample:
+            rows = rows[np.unique(table.column("sample").to_numpy()[rows], return_index=True)[1]]
+        columns = rule.keys(table.take(pa.array(rows)), task.settings, task.rows)
+        columns = _add_places(columns, (np.uint64(number) << _SHARD_BITS) + rows.astype(np.uint64))
+        parts.append(columns)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    partition = (whole["high"] % np.uint64(task.partitions)).astype(np.int64)
+    write_buckets(Path(task.output), whole, partition, task.partitions)
+
+
+def judge(task: JudgeTask) -> None:
+    """Decide which rows of a partition fall."""
+    columns = read_bucket([Path(path) for path in task.spills], task.partition)
+    verdict = RULES[task.rule].judge(columns, task.settings)
+    starts = np.array(task.chunk_starts, dtype=np.uint64)
+    chunk = np.searchsorted(starts, verdict.place >> _SHARD_BITS, side="right") - 1
+    write_buckets(Path(task.output), verdict._asdict(), chunk, len(starts))
+
+
+def read_verdicts(verdicts: Verdicts, chunk: int) -> Nearest:
+    """What a rule decided about a chunk: each place once, in order."""
+    columns = read_bucket([Path(path) for path in verdicts.paths], chunk)
+    return earliest(columns["place"], columns["first"])
+
+
+def fallen(sample: npt.NDArray[Any], number: int, rule: GlobalRule, verdict: Nearest) -> tuple[Bools, Columns]:
+    """Which rows of a shard fall by a rule.
+
+    Args:
+        sample: the shard's column, (n,).
+        number: of the shard.
+        rule: whose verdict it is.
+        verdict: of the shard's chunk, in the order of places.
+
+    Returns:
+        Mask, (n,), and for the rows in it `shard` and `row` of what they repeat, (n,), 0 elsewhere.
+    """
+    low, high = np.searchsorted(verdict.place, np.array([number, number + 1], dtype=np.uint64) << _SHARD_BITS)
+    rows = (verdict.place[low:high] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    first = np.zeros(len(sample), dtype=np.uint64)
+    mask = np.zeros(len(sample), dtype=bool)
+    mask[rows], first[rows] = True, verdict.first[low:high]
+    if rule.per_sample:
+        # All captions of the sample share the verdict; a shard's rows lie in the order of its samples.
+        start = np.searchsorted(sample, sample[rows], side="left")
+        stop = np.searchsorted(sample, sample[rows], side="right")
+        for begin, end, place in zip(start, stop, verdict.first[low:high], strict=True):
+            mask[begin:end], first[begin:end] = True, place
+    shard, row = first >> _SHARD_BITS, first & np.uint64(0xFFFFFFFF)
+    return mask, {"shard": shard.astype(np.uint32), "row": row.astype(np.uint32)}
+
+
+def _survivors(table: pa.Table, number: int, verdicts: Sequence[tuple[GlobalRule, Nearest]]) -> Bools:
+    keep = table.column("keep").to_numpy().copy()
+    for rule, verdict in verdicts:
+        keep &= ~fallen(table.column("sample").to_numpy(), number, rule, verdict)[0]
+    return keep
+
+
+def _add_places(columns: Columns, places: npt.NDArray[np.uint64]) -> Columns:
+    """Places beside keys; a row without a key (see `_near_keys`) is left out by `rows`."""
+    rows = columns.pop("rows", None)
+    places = places if rows is None else places[rows]
+    return {**columns, "place": np.tile(places, len(columns["high"]) // max(len(places), 1))}
+
+
+def _image_keys(table: pa.Table, _settings: CurationSettings, _rows: int) -> Columns:
+    high, low = hash_words(table.column("image_hash"))
+    return {"high": high, "low": low}
+
+
+def _caption_keys(table: pa.Table, _settings: CurationSettings, _rows: int) -> Columns:
+    high, low = hash_words(table.column("caption_hash"))
+    return {"high": high, "low": low}
+
+
+def _pair_keys(table: pa.Table, _settings: CurationSettings, _rows: int) -> Columns:
+    image, caption = hash_words(table.column("image_hash")), hash_words(table.column("caption_hash"))
+    return {"high": mix(image[0] ^ mix(caption[0])), "low": mix(image[1] ^ mix(caption[1]))}
+
+
+def _near_keys(table: pa.Table, settings: CurationSettings, rows: int) -> Columns:
+    assert settings.near_images is not None
+    hashes = table.column("perceptual_hash")
+    known = np.flatnonzero(pc.is_valid(hashes).to_numpy())  # plain areas have no hash
+    looks = hashes.take(pa.array(known)).to_numpy().astype(np.uint64)
+    colors = table.column("mean_color").take(pa.array(known)).to_numpy().astype(np.uint64)
+    keys = band_keys(looks, band_masks(settings.near_images, rows))
+    high = keys.reshape(-1)
+    return {"rows": known, "high": high, "look": np.tile(looks, len(keys)), "color": np.tile(colors, len(keys))}
+
+
+def _judge_copies(columns: Columns, _settings: CurationSettings) -> Nearest:
+    return _after_rank(columns, 1)
+
+
+def _judge_repeats(columns: Columns, settings: CurationSettings) -> Nearest:
+    assert settings.max_repeats is not None
+    return _after_rank(columns, settings.max_repeats)
+
+
+def _judge_near(columns: Columns, settings: CurationSettings) -> Nearest:
+    assert settings.near_images is not None
+    return find_earlier(
+        columns["high"],
+        columns["look"],
+        columns["color"],
+        columns["place"],
+        distance=settings.near_images,
+        tolerance=settings.near_color,
+    )
+
+
+def _after_rank(columns: Columns, cap: int) -> Nearest:
+    """Rows of a key beyond the first `cap`, in the order of places."""
+    order = np.lexsort((columns["place"], columns["low"], columns["high"]))
+    high, low, place = (columns[name][order] for name in ("high", "low", "place"))
+    starts = np.ones(len(place), dtype=bool)
+    starts[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    begin = np.flatnonzero(starts)[np.cumsum(starts) - 1] if len(place) else np.empty(0, dtype=np.int64)
+    falls = np.arange(len(place)) - begin >= cap
+    return Nearest(place[falls], place[begin[falls]])
+
+
+RULES: Final[Mapping[str, GlobalRule]] = {
+    rule.reason: rule
+    for rule in (
+        GlobalRule("duplicate_pair", False, _pair_keys, _judge_copies, lambda settings: settings.duplicate_pairs),
+        GlobalRule(
+            "duplicate_image", True, _image_keys, _judge_copies, lambda settings: settings.duplicate_images == "drop"
+        ),
+        GlobalRule(
+            "near_duplicate_image",
+            True,
+            _near_keys,
+            _judge_near,
+            lambda settings: settings.near_images is not None,
+            lambda settings, rows: len(band_masks(settings.near_images or 0, rows)),
+        ),
+        GlobalRule(
+            "repeated_caption", False, _caption_keys, _judge_repeats, lambda settings: settings.max_repeats is not None
+        ),
+    )
+}
+"""In the order in which they are applied: what a rule rejects, the next ones do not see."""

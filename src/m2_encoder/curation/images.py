@@ -1,0 +1,98 @@
+"""What curation has to know about an image: its size, its bytes' hash, and what it looks like in 64 bits.
+
+The perceptual hash is the sign of the lowest spatial frequencies (8 x 8 of a DCT of 32 x 32 grey pixels) against their
+median, as in pHash. It survives scaling, recompression and small changes of colour, so the mean colour is kept beside
+it: a red and a blue heart are no duplicates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from m2_encoder.data.content import SampleProblem
+from m2_encoder.data.image_facts import ImageLimits, load_pixels, open_pixels
+
+_SIDE: Final = 32
+_KEPT: Final = 8
+_MIN_CONTRAST: Final = 16.0  # of the strongest frequency, grey levels times pixels: below it there is only noise
+_GREY: Final = (0.299, 0.587, 0.114)
+_BITS: Final = np.uint64(1) << np.arange(63, -1, -1, dtype=np.uint64)
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class ImageMeasure(NamedTuple):
+    """One image.
+
+    Attributes:
+        image_hash: SHA-256 of its bytes, 32 bytes.
+        width: pixels.
+        height: pixels.
+        perceptual_hash: 64 bits; None for a plain area, which looks like every other one.
+        mean_color: red, green and blue as 0xRRGGBB.
+    """
+
+    image_hash: bytes
+    width: int
+    height: int
+    perceptual_hash: int | None
+    mean_color: int
+
+
+def measure_image(content: bytes, *, max_pixels: int) -> ImageMeasure:
+    """Decode an image and measure it; JPEGs are decoded at a fraction of their size where that is enough.
+
+    Args:
+        content: an image file.
+        max_pixels: larger ones are not decoded.
+
+    Raises:
+        SampleProblem: empty_member, undecodable_image or too_many_pixels.
+    """
+    limits = ImageLimits(max_pixels=max_pixels, min_side_px=1, max_aspect=float("inf"))
+    with open_pixels(content, limits) as image:
+        width, height = image.size
+        thumbnail = _thumbnail(image)
+    red, green, blue = (round(float(value)) for value in thumbnail.mean(axis=(0, 1)))
+    return ImageMeasure(
+        image_hash=hashlib.sha256(content).digest(),
+        width=width,
+        height=height,
+        perceptual_hash=_hash(thumbnail @ np.array(_GREY)),
+        mean_color=red << 16 | green << 8 | blue,
+    )
+
+
+def _thumbnail(image: Image.Image) -> FloatArray:
+    """(32, 32, 3) mean colours."""
+    image.draft("RGB", (2 * _SIDE, 2 * _SIDE))  # JPEG only; never smaller than that
+    load_pixels(image)
+    image.info.pop("transparency", None)  # alpha is dropped as everywhere; the conversion would warn of it
+    try:
+        small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    except Exception as error:
+        # Not too broad: odd modes fail in many ways.
+        raise SampleProblem("undecodable_image", str(error) or type(error).__name__) from error
+    return np.asarray(small, dtype=np.float64)
+
+
+def _hash(grey: FloatArray) -> int | None:
+    transform = _cosines()
+    # Rounded, so that bits do not hang on the order in which a library sums.
+    low = np.round(transform @ grey @ transform.T, 3).reshape(-1)
+    if np.abs(low[1:]).max() < _MIN_CONTRAST:
+        return None
+    bits = low > np.median(low[1:])
+    bits[0] = False  # the mean brightness says nothing about shapes
+    return int(np.bitwise_or.reduce(np.where(bits, _BITS, np.uint64(0))))
+
+
+def _cosines() -> FloatArray:
+    """The 8 lowest rows of the orthonormal DCT-II of 32 points."""
+    frequency, place = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None, :]
+    return np.cos(np.pi * (2 * place + 1) * frequency / (2 * _SIDE)) * np.sqrt(2 / _SIDE)

@@ -1,0 +1,130 @@
+"""The folder of a curation: what in it is ours, whether it is finished, and that one process at a time works in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from m2_encoder.errors import UserError
+
+MARKER: Final = "curation.json"
+REPORT: Final = "report.json"
+WORK: Final = ".work"
+DECISIONS: Final = "decisions"
+
+
+class OutputFolder:
+    """An output folder for one set of settings and shards.
+
+    Args:
+        path: the folder.
+        fingerprint: of everything that decides the result.
+
+    Attributes:
+        path: the folder, absolute.
+        fingerprint: as given.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path = path.absolute()
+        self.fingerprint = fingerprint
+
+    def open(self, *, overwrite: bool) -> dict[str, Any] | None:
+        """Make the folder, or take over what an earlier run left.
+
+        Returns:
+            The report if the same curation is finished already, else None.
+
+        Raises:
+            UserError: if the folder holds other files, or another finished curation and `overwrite` is False.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output {self.path}: cannot be made ({error.strerror}); give another folder") from error
+        marker = self.path / MARKER
+        if not marker.is_file():
+            foreign = sorted(entry.name for entry in self.path.iterdir())
+            if foreign:
+                raise UserError(
+                    f"output {self.path}: holds other files ({', '.join(foreign[:5])}); give an empty or new folder"
+                )
+            marker.write_text('{"made_by": "m2-data curate"}\n', encoding="ascii")
+        report = self.path / REPORT
+        if report.is_file():
+            finished: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+            if finished["fingerprint"] == self.fingerprint:
+                return finished
+            if not overwrite:
+                raise UserError(
+                    f"output {self.path}: holds a finished curation of other shards or settings; give another folder, "
+                    "or replace it with overwrite=true"
+                )
+            report.unlink()
+        return None
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out; the lock ends with the process, however that ends.
+
+        Raises:
+            UserError: if another process is at work.
+        """
+        (self.path / WORK).mkdir(exist_ok=True)
+        with (self.path / WORK / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"output {self.path}: another process curates into it; wait, or give another"
+                ) from error
+            self._remove_partial_files()
+            yield
+
+    def stage(self, name: str, key: str) -> Path:
+        """Where the files of a stage are."""
+        return self.path / WORK / f"{name}-{key}"
+
+    def keep_only(self, tars: Sequence[str], markers: Sequence[Path]) -> None:
+        """Remove shards that no marker vouches for, such as those of an interrupted run with other settings.
+
+        Args:
+            tars: the shards that will be written, `<source>/<number>.tar`.
+            markers: of each, present if it was written.
+        """
+        vouched = {self.path / tar for tar, marker in zip(tars, markers, strict=True) if marker.exists()}
+        for path in self.path.glob("*/[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
+            if path not in vouched:
+                path.unlink()
+        for tar, marker in zip(tars, markers, strict=True):
+            if not (self.path / tar).exists():
+                marker.unlink(missing_ok=True)
+        shutil.rmtree(self.path / DECISIONS, ignore_errors=True)
+        for folder in self.path.iterdir():
+            if folder.is_dir() and folder.name != WORK and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def publish(self, decided: Path) -> None:
+        """Give the table of a shard its place among the decisions."""
+        (self.path / DECISIONS).mkdir(exist_ok=True)
+        target = self.path / DECISIONS / decided.name
+        target.unlink(missing_ok=True)
+        try:
+            os.link(decided, target)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(decided, target)
+
+    def remove_work(self) -> None:
+        """Remove all intermediate files."""
+        shutil.rmtree(self.path / WORK, ignore_errors=True)
+
+    def _remove_partial_files(self) -> None:
+        """Those of writers that were killed; `checkpoints.atomic` names them."""
+        for path in self.path.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)

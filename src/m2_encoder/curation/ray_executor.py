@@ -1,0 +1,119 @@
+"""The tasks of a stage on Ray Data, for more machines than one. Same functions, same files, same bytes.
+
+All machines see the same folders under the same names. Workers decode and the actors that hold a model consume: Ray
+Data streams between them, and slows the workers down when the model is the bottleneck.
+
+The only module that imports ray; it is loaded when `executor=ray` is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from m2_encoder.curation.executors import peak_memory
+from m2_encoder.errors import UserError
+
+_MAX_BLOCKS = 1024  # a block is what Ray schedules; more tasks than this share them
+
+
+class RayExecutor:
+    """Runs tasks on a Ray cluster.
+
+    Args:
+        address: of a running cluster, or "auto"; None starts a local one, which ends with `close`.
+        workers: processors of the local one, and actors with a model on any; None for what there is (one actor).
+        gpus: that each model needs, such as 1 or 0.5.
+
+    Raises:
+        UserError: if Ray is not installed or not reachable.
+    """
+
+    def __init__(self, *, address: str | None = None, workers: int | None = None, gpus: float = 0) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        try:
+            import ray
+            import ray.data
+        except ImportError as error:
+            raise UserError("executor=ray: needs an extra; install it with pip install 'm2-encoder[ray]'") from error
+        self._ray = ray
+        self._gpus = gpus
+        self._starts = not ray.is_initialized()
+        if self._starts:
+            own: dict[str, Any] = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else own))
+            except (ConnectionError, RuntimeError) as error:
+                raise UserError(f"executor=ray: no cluster at {address!r}: {error}") from error
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.verbose_stats_logs = False
+
+    def run(self, function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[int]:
+        """See `executors.Executor`."""
+        if tasks:
+            yield from self._peaks(self._dataset(tasks).map(_Call(function)))
+
+    def run_model(
+        self, prepare: Callable[[Any], Any], consumer: Callable[[Any], Callable[[Any], None]], settings: Any,
+        tasks: Sequence[Any],
+    ) -> Iterator[int]:  # fmt: skip
+        """See `executors.Executor`; the model lives in an actor."""
+        if tasks:
+            prepared = self._dataset(tasks).map(_Call(prepare, keep=True))
+            actor = self._ray.data.ActorPoolStrategy(size=1)
+            yield from self._peaks(
+                prepared.map(_Consumer, fn_constructor_args=(consumer, settings), compute=actor, num_gpus=self._gpus)
+            )
+
+    def close(self) -> None:
+        """End the local cluster, or leave the one that was there before."""
+        if self._starts:
+            self._ray.shutdown()
+
+    def _dataset(self, tasks: Sequence[Any]) -> Any:
+        rows = [{"task": pickle.dumps(task)} for task in tasks]
+        return self._ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS))
+
+    def _peaks(self, dataset: Any) -> Iterator[int]:
+        try:
+            for row in dataset.iter_rows():
+                yield int(row["peak"])
+        except Exception as error:  # Ray wraps what a task raises in exceptions of its own
+            mistake = _find_user_error(error)
+            if mistake is None:
+                raise
+            raise UserError(str(mistake)) from error
+
+
+class _Call:
+    """A row with a pickled task to a row with the peak memory and, if asked for, the pickled result."""
+
+    def __init__(self, function: Callable[[Any], Any], *, keep: bool = False) -> None:
+        self._function, self._keep = function, keep
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        result = self._function(pickle.loads(row["task"]))
+        return {"peak": peak_memory(), **({"result": pickle.dumps(result)} if self._keep else {})}
+
+
+class _Consumer:
+    """An actor that holds what consumes results."""
+
+    def __init__(self, consumer: Callable[[Any], Callable[[Any], None]], settings: Any) -> None:
+        self._consume = consumer(settings)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self._consume(pickle.loads(row["result"]))
+        return {"peak": max(row["peak"], peak_memory())}
+
+
+def _find_user_error(error: BaseException | None, depth: int = 0) -> UserError | None:
+    if error is None or depth > 10 or isinstance(error, UserError):
+        return error if isinstance(error, UserError) else None
+    inner = getattr(error, "cause", None)
+    found = _find_user_error(inner, depth + 1) if isinstance(inner, BaseException) else None
+    return found or _find_user_error(error.__cause__, depth + 1)

@@ -1,0 +1,147 @@
+"""What a curation kept and what fell where: one JSON object, and the same as tables to read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m2_encoder.checkpoints.atomic import atomic_file
+from m2_encoder.curation.output_folder import REPORT
+from m2_encoder.curation.sources import Shard
+from m2_encoder.curation.tables import read_notes
+
+KEPT = "kept"
+REWRITE = "rewrite"
+"""In counts beside the reasons: kept pairs, and those of them whose caption should be written anew."""
+
+
+class Report(NamedTuple):
+    """The report as plain containers.
+
+    Attributes:
+        content: `fingerprint`, `settings`, `total`, `sources` {name: {samples, kept_samples, pairs, faults, shards,
+            languages {language: {reason: pairs}}}}. It is the same whoever ran the tasks.
+    """
+
+    content: dict[str, Any]
+
+    @property
+    def total(self) -> dict[str, Any]:
+        """Sums over all sources: `samples`, `kept_samples`, `pairs`, `kept_pairs`, `rewrite`, `reasons`."""
+        total: dict[str, Any] = self.content["total"]
+        return total
+
+
+def build_report(
+    shards: Sequence[Shard],
+    decided: Sequence[Path],
+    written: Mapping[str, Mapping[str, int]],
+    identity: Mapping[str, Any],
+    fingerprint: str,
+) -> Report:
+    """Sum up the counts that the tables of decisions carry.
+
+    Args:
+        shards: that were read.
+        decided: the table of each.
+        written: shards that were written, `<source>/<number>.tar`, with `samples`, `pairs` and `bytes`.
+        identity: what decides the result.
+        fingerprint: of it.
+    """
+    sources: dict[str, dict[str, Any]] = {}
+    for shard, path in zip(shards, decided, strict=True):
+        notes = read_notes(path)
+        source = sources.setdefault(shard.source, _empty())
+        source["samples"] += int(notes["samples"])
+        source["kept_samples"] += int(notes["kept_samples"])
+        source["pairs"] += int(notes["rows"])
+        for language, words in json.loads(notes["counts"]).items():
+            source["languages"].setdefault(language, Counter()).update(words)
+        if notes["fault"]:
+            source["faults"].append({"shard": shard.path, "reason": notes["fault"]})
+    for name, counts in written.items():
+        sources[name.partition("/")[0]]["shards"][name] = dict(counts)
+    for source in sources.values():
+        source["languages"] = {name: dict(sorted(words.items())) for name, words in sorted(source["languages"].items())}
+    reasons = _sum(words for source in sources.values() for words in source["languages"].values())
+    total = {
+        "samples": sum(source["samples"] for source in sources.values()),
+        "kept_samples": sum(source["kept_samples"] for source in sources.values()),
+        "pairs": sum(source["pairs"] for source in sources.values()),
+        "kept_pairs": reasons.pop(KEPT, 0),
+        "rewrite": reasons.pop(REWRITE, 0),
+        "reasons": reasons,
+    }
+    return Report({"fingerprint": fingerprint, "total": total, "sources": sources, "settings": identity["settings"]})
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write `report.md`, then `report.json`, whose presence says that the curation is finished."""
+    with atomic_file(folder / "report.md") as partial:
+        partial.write_text("\n".join(format_report(report)) + "\n", encoding="utf-8")
+    with atomic_file(folder / REPORT) as partial:
+        partial.write_text(json.dumps(report.content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def format_report(report: Report) -> list[str]:
+    """The report as lines of Markdown that are readable as they are."""
+    total = report.total
+    lines = [
+        f"kept {total['kept_pairs']:,} of {total['pairs']:,} pairs ({_share(total['kept_pairs'], total['pairs'])}), "
+        f"{total['kept_samples']:,} of {total['samples']:,} samples",
+    ]
+    if total["rewrite"]:
+        lines.append(f"{total['rewrite']:,} of the kept captions score low and are flagged for rewriting")
+    for name, source in report.content["sources"].items():
+        lines += ["", f"### {name}", "", *_table(source["languages"])]
+        lines += [f"- {fault['reason']}: {fault['shard']}" for fault in source["faults"]]
+    return lines
+
+
+def _table(languages: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Reasons by language, the most frequent first; kept ones on top, the sum at the bottom."""
+    sums = _sum(languages.values())
+    flagged = sums.pop(REWRITE, 0)
+    fallen = sorted((word for word in sums if word != KEPT), key=lambda word: (-sums[word], word))
+    pairs = sum(sums.values())
+    header = ["pairs", *languages, "all", "share"]
+    rows = []
+    for word in [KEPT, *([REWRITE] if flagged else []), *fallen]:
+        count = flagged if word == REWRITE else sums[word]
+        rows.append(
+            [word, *(f"{own.get(word, 0):,}" for own in languages.values()), f"{count:,}", _share(count, pairs)]
+        )
+    per_language = [sum(n for word, n in counts.items() if word != REWRITE) for counts in languages.values()]
+    rows.append(["*all*", *(f"{count:,}" for count in per_language), f"{pairs:,}", _share(pairs, pairs)])
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])} |"
+
+    rule = f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
+    return [line(header), rule, *map(line, rows)]
+
+
+def _empty() -> dict[str, Any]:
+    return {
+        "samples": 0,
+        "kept_samples": 0,
+        "pairs": 0,
+        "languages": {},
+        "faults": [],
+        "shards": {},
+    }
+
+
+def _sum(counts: Any) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for words in counts:
+        total.update(words)
+    return total
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
