@@ -1,0 +1,320 @@
+"""What a run trains on: named sources of shards with their sizes and shares, and how two such lists differ."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from m2_encoder.errors import UserError
+from m2_encoder.types import LANGUAGES
+
+_SOURCE_KEYS = ("shards", "languages", "weight", "max_samples", "max_epochs")
+_COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
+_NAMED = 5  # shards that a message names
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """A source as it is configured.
+
+    Attributes:
+        name: in batches and metrics.
+        shards: a path or url, or several; with braces, `*` and `?`, or a folder of `*.tar`.
+        languages: what its captions may be in. A caption that is not filed under a language gets the only one, or
+            is told apart by its script.
+        weight: relative share in the mixture; None in all sources takes them by their number of samples.
+        max_samples: use no more than the first so many samples; None uses all.
+        max_epochs: how often a sample may be repeated at most; None sets no limit.
+
+    Raises:
+        UserError: for values that make no sense.
+    """
+
+    name: str
+    shards: str | Sequence[str]
+    languages: tuple[str, ...] = LANGUAGES
+    weight: float | None = None
+    max_samples: int | None = None
+    max_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"data.sources.{self.name}"
+        unknown = [language for language in self.languages if language not in LANGUAGES]
+        if unknown or not self.languages:
+            raise UserError(f"{where}.languages={list(self.languages)} must be some of {', '.join(LANGUAGES)}")
+        if self.weight is not None and not 0 <= self.weight < float("inf"):
+            raise UserError(f"{where}.weight={self.weight!r} must be a finite number, 0 or more, or null")
+        for key in ("max_samples", "max_epochs"):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UserError(f"{where}.{key}={value!r} must be a whole number, 1 or more, or null")
+
+    @classmethod
+    def from_config(cls, name: str, values: Mapping[str, Any]) -> SourceSpec:
+        """Make a source of the values under `data.sources.<name>`.
+
+        Raises:
+            UserError: for unknown keys, no shards, or values that make no sense.
+        """
+        unknown = sorted(set(values) - set(_SOURCE_KEYS))
+        if unknown:
+            raise UserError(f"data.sources.{name} has unknown {', '.join(unknown)}; known: {', '.join(_SOURCE_KEYS)}")
+        if not values.get("shards"):
+            raise UserError(f"data.sources.{name}.shards is missing; give '/data/{{000..099}}.tar', a glob or a list")
+        languages = values.get("languages") or LANGUAGES
+        return cls(
+            **{**values, "name": name, "languages": tuple([languages] if isinstance(languages, str) else languages)}
+        )
+
+
+class ShardSize(NamedTuple):
+    """How much a shard holds.
+
+    Attributes:
+        samples: usable ones, as far as headers of the tar tell.
+        size: bytes of the tar.
+    """
+
+    samples: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A source whose shards are known.
+
+    Attributes:
+        spec: as configured.
+        shards: paths or urls, in the order of the configuration.
+        counts: samples to use of each shard, int64.
+        sizes: bytes of each tar, int64.
+    """
+
+    spec: SourceSpec
+    shards: tuple[str, ...]
+    counts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+    @property
+    def name(self) -> str:
+        """As configured."""
+        return self.spec.name
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        return int(self.counts.sum())
+
+    def digest(self) -> str:
+        """A word for content and order: file names, samples and sizes; folders may move."""
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update("\n".join(shard.rpartition("/")[2] for shard in self.shards).encode())
+        digest.update(self.counts.tobytes())
+        digest.update(self.sizes.tobytes())
+        return digest.hexdigest()
+
+
+class Manifest:
+    """All sources of a run.
+
+    Args:
+        sources: in the order of the configuration.
+
+    Attributes:
+        sources: as given.
+        weights: share of each source in the mixture, not normalised.
+
+    Raises:
+        UserError: for no sources, names that come twice, an empty source, weights for some only, or none above 0.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        names = [source.name for source in self.sources]
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"data.sources={names} must be one or more sources of different names")
+        empty = next((source for source in self.sources if not source.samples), None)
+        if empty is not None:
+            raise UserError(
+                f"data.sources.{empty.name}: no usable samples in {empty.spec.shards}; m2-data check says why"
+            )
+        given = [source.spec.weight for source in self.sources]
+        silent = [name for name, weight in zip(names, given, strict=True) if weight is None]
+        if silent and len(silent) < len(names):
+            raise UserError(f"data.sources: {', '.join(silent)} has no weight, others have one; give all or none")
+        self.weights = [
+            float(source.samples) if w is None else w for source, w in zip(self.sources, given, strict=True)
+        ]
+        if not any(self.weights):
+            raise UserError("data.sources: all weights are 0; give one above 0")
+
+    def fingerprint(self) -> dict[str, str]:
+        """One line for each source that changes whenever the order of samples would; plain and short."""
+        return {
+            f"source {source.name}": f"{source.samples} samples in {len(source.shards)} shards, weight {weight:g}, "
+            f"content {source.digest()}"
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        }
+
+    def record(self) -> Tensor:
+        """All shards and shares, packed: what a later run needs to say how it differs, (bytes,) uint8."""
+        plain = {
+            source.name: {
+                "weight": weight,
+                "digest": source.digest(),
+                "shards": list(zip(source.shards, source.counts.tolist(), source.sizes.tolist(), strict=True)),
+            }
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        }
+        packed = zlib.compress(json.dumps(plain, ensure_ascii=False).encode("utf-8", "replace"), 1)
+        return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def read_record(record: Tensor) -> dict[str, Any]:
+    """What `Manifest.record` packed: by source its `weight`, `digest` and `shards` as [path, samples, bytes]."""
+    return json.loads(zlib.decompress(record.numpy().tobytes()))
+
+
+def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How two records differ, a line for each thing; empty if they describe the same order of samples.
+
+    Args:
+        before: of `read_record`.
+        now: of `read_record`.
+    """
+    lines = [f"source {name} removed" for name in before if name not in now]
+    lines += [f"source {name} added ({len(now[name]['shards'])} shards)" for name in now if name not in before]
+    for name in (name for name in now if name in before):
+        then, new = before[name], now[name]
+        if then["weight"] != new["weight"]:
+            lines.append(f"source {name}: weight {then['weight']:g} then, {new['weight']:g} now")
+        if then["digest"] != new["digest"]:
+            lines += [f"source {name}: {line}" for line in _describe_shards(then["shards"], new["shards"])]
+    return lines
+
+
+def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[str]:
+    then, new = ({shard: (samples, size) for shard, samples, size in part} for part in (before, now))
+    removed, added = [s for s in then if s not in new], [s for s in new if s not in then]
+    changed = [s for s in new if s in then and then[s] != new[s]]
+    for what, shards in (("added", added), ("removed", removed)):
+        if shards:
+            yield f"{len(shards)} shard(s) {what} ({_name_some(shards)})"
+    if changed:
+        first = changed[0]
+        yield (
+            f"{len(changed)} shard(s) changed ({_name_some(changed)}; {first}: {then[first][0]} samples in "
+            f"{then[first][1]} bytes then, {new[first][0]} in {new[first][1]} now)"
+        )
+    if not (removed or added or changed):
+        yield "the same shards in another order"
+
+
+def _name_some(shards: Sequence[str]) -> str:
+    rest = len(shards) - _NAMED
+    return ", ".join(shards[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def build_manifest(specs: Sequence[SourceSpec], *, measure: Callable[[str], ShardSize]) -> Manifest:
+    """Find the shards of every source and count their samples.
+
+    Args:
+        specs: as configured.
+        measure: tells how much a shard holds; called from several threads. It raises OSError for what is not there.
+
+    Raises:
+        UserError: for shards that are not there or come twice, and as `Manifest`.
+    """
+    return Manifest([_build_source(spec, measure) for spec in specs])
+
+
+def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize]) -> Source:
+    shards = expand_shards(spec)
+    failed: list[str] = []
+
+    def try_measure(shard: str) -> ShardSize:
+        try:
+            return measure(shard)
+        except OSError as error:
+            failed.append(f"{shard} ({error.strerror or error})")
+            return ShardSize(0, 0)
+
+    with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
+        found = list(threads.map(try_measure, shards))
+    if failed:
+        some = _name_some(sorted(failed))
+        raise UserError(
+            f"data.sources.{spec.name}: {len(failed)} of {len(shards)} shards cannot be read: {some}; "
+            "bring them back or leave them out of data.sources"
+        )
+    return make_source(spec, shards, [size.samples for size in found], [size.size for size in found])
+
+
+def make_source(spec: SourceSpec, shards: Sequence[str], counts: Sequence[int], sizes: Sequence[int]) -> Source:
+    """Apply `max_samples`, and leave out shards without samples."""
+    samples = np.asarray(counts, np.int64)
+    if spec.max_samples is not None:
+        before = np.cumsum(samples) - samples
+        samples = np.clip(spec.max_samples - before, 0, samples)
+    used = np.flatnonzero(samples)
+    return Source(spec, tuple(shards[i] for i in used.tolist()), samples[used], np.asarray(sizes, np.int64)[used])
+
+
+def expand_shards(spec: SourceSpec) -> list[str]:
+    """The shards of a source: braces, then globs and folders; patterns in their order, matches sorted.
+
+    Raises:
+        UserError: for a pattern without a match, `pipe:` commands, or a shard that comes twice.
+    """
+    from webdataset.shardlists import expand_urls
+
+    patterns = [spec.shards] if isinstance(spec.shards, str) else list(spec.shards)
+    shards: list[str] = []
+    for pattern in patterns:
+        if pattern.startswith("pipe:"):
+            raise UserError(
+                f"data.sources.{spec.name}.shards={pattern!r}: what a command prints cannot be read by offset; "
+                "give a url such as s3://bucket/{000..099}.tar"
+            )
+        found = [shard for url in expand_urls(os.path.expanduser(pattern)) for shard in _match(url)]
+        if not found:
+            raise UserError(f"data.sources.{spec.name}.shards={pattern!r} matches nothing")
+        shards += found
+    if len(set(shards)) < len(shards):
+        twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
+        raise UserError(f"data.sources.{spec.name}: {twice} comes twice; leave one out, or raise the weight")
+    return shards
+
+
+def is_remote(shard: str) -> bool:
+    """Whether a shard is a url."""
+    return "://" in shard and not shard.startswith("file://")
+
+
+def _match(url: str) -> list[str]:
+    if is_remote(url):
+        if not any(sign in url for sign in "*["):  # a ? is part of many urls
+            return [url]
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(url)
+        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+    url = url.removeprefix("file://")
+    if os.path.isdir(url):
+        return sorted(str(path) for path in Path(url).glob("*.tar"))
+    if any(sign in PurePosixPath(url).as_posix() for sign in "*?[") and not os.path.exists(url):
+        return sorted(glob.glob(url, recursive=True))
+    return [url]
