@@ -97,7 +97,7 @@ def load_from(cfg: dict[str, Any]) -> LoadedModel:
         model if _is_name(model) else find_path(model),
         weights=weights if weights is None or is_url else find_path(weights),
         tokenizer=None if tokenizer is None else find_path(tokenizer),
-        device=_device(cfg["device"]),
+        device=device_of(cfg["device"]),
     )
 
 
@@ -106,7 +106,8 @@ def _is_name(model: object) -> bool:
     return isinstance(model, str) and model.lower().replace(".", "_").replace("-", "_") in names
 
 
-def _device(value: str) -> str:
+def device_of(value: str) -> str:
+    """What `auto` stands for on this machine."""
     if value != "auto":
         return value
     return "cuda" if torch.cuda.is_available() else "cpu"

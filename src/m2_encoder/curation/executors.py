@@ -86,7 +86,8 @@ class LocalExecutor:
     def _results(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[Any, int]]:
         if tasks:
             call = functools.partial(_run, function)
-            yield from map_in_processes(call, tasks, workers=self._workers, preload=_PRELOAD)
+            workers = self._workers if len(tasks) > 1 else 0  # to start a process takes longer than most tasks
+            yield from map_in_processes(call, tasks, workers=workers, preload=_PRELOAD)
 
 
 def peak_memory() -> int:
