@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Final
 
-from m2_encoder.cli import data_pack
+from m2_encoder.cli import data_check, data_curate, data_pack, data_stats
 from m2_encoder.cli.main import EXIT_USER_ERROR, Command, run_command
 from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
@@ -48,10 +48,19 @@ SUB_COMMANDS: Final[dict[str, Command]] = {
         run=_run_emoji,
     ),
     "pack": data_pack.COMMAND,
+    "check": data_check.COMMAND,
+    "stats": data_stats.COMMAND,
+    "curate": data_curate.COMMAND,
 }
 """By name; a sub-command of its own module adds its `COMMAND` here and its keys that hold paths below."""
 
-_PATH_KEYS: Final[dict[str, tuple[str, ...]]] = {"emoji": ("folder",), "pack": data_pack.PATH_KEYS}
+_PATH_KEYS: Final[dict[str, tuple[str, ...]]] = {
+    "emoji": ("folder",),
+    "pack": data_pack.PATH_KEYS,
+    "check": data_check.PATH_KEYS,
+    "stats": data_stats.PATH_KEYS,
+    "curate": data_curate.PATH_KEYS,
+}
 
 
 def main() -> int:

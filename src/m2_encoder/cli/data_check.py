@@ -1,0 +1,152 @@
+"""`m2-data check`: whether a source can be trained on, before a training run finds out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from m2_encoder.cli.compose import UNSET
+from m2_encoder.cli.data_pack import optional, source_rule
+from m2_encoder.cli.data_tables import print_report
+from m2_encoder.cli.main import EXIT_USER_ERROR, Command
+from m2_encoder.cli.path_values import output_problems
+from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, text, whole
+from m2_encoder.cli.tables import open_console
+from m2_encoder.data.files import find_files
+from m2_encoder.data.image_facts import ImageLimits
+from m2_encoder.data.inspection import InspectionOptions
+from m2_encoder.data.packing.shards import write_json
+from m2_encoder.data.source_report import Survey, check_source, survey_source
+from m2_encoder.data.worker_pool import default_workers
+from m2_encoder.errors import UserError
+from m2_encoder.types import LANGUAGES
+
+PATH_KEYS: Final = ("source", "output")
+
+SURVEY_RULES: Final[tuple[Rule, ...]] = (
+    source_rule("tars"),
+    flag("full"),
+    whole("max_shards", 1, "8"),
+    whole("samples_per_shard", 1, "250"),
+    whole("batch_size", 2, "1024"),
+    optional(choice("language", LANGUAGES)),
+    flag("decode"),
+    whole("min_side", 1, "4"),
+    number("max_aspect", "20", least=1),
+    whole("max_pixels", 1, "89478485"),
+    whole("workers", 0, "8", most=1024, optional=True),
+    text("output", "source.json", optional=True),
+    flag("overwrite"),
+)
+"""Of values that m2-data check and m2-data stats share."""
+
+
+def check_check(cfg: dict[str, Any]) -> list[str]:
+    """What is wrong with a configuration of m2-data check."""
+    problems = [problem.text for problem in check_rules(cfg, (*SURVEY_RULES, flag("json")))]
+    return [*problems, *output_problems(cfg["output"], overwrite=cfg["overwrite"]), *source_problems(cfg, problems)]
+
+
+def source_problems(cfg: Mapping[str, Any], problems: Sequence[str]) -> list[str]:
+    """Whether the source names any file; empty if its form is wrong already."""
+    if cfg["source"] is UNSET or any(text.startswith("source=") for text in problems):
+        return []
+    try:
+        find_shards(cfg["source"])
+    except UserError as error:
+        return [f"source={cfg['source']}: {error}"]
+    return []
+
+
+def find_shards(source: str | Sequence[str]) -> list[Path]:
+    """The tars of a source.
+
+    Raises:
+        UserError: if there are none, or they are remote.
+    """
+    parts = [source] if isinstance(source, str) else list(source)
+    remote = next((part for part in parts if "://" in part or part.startswith("pipe:")), None)
+    if remote is not None:
+        raise UserError(f"{remote}: only local shards can be looked at; copy a few of them here first")
+    return find_files(parts, suffixes=(".tar",), what="shard")
+
+
+def run_check(cfg: dict[str, Any]) -> int:
+    """Prints what is in the source; the exit code is 2 if training on it would be pointless.
+
+    Raises:
+        UserError: if the source is not there.
+    """
+    report = check_source(survey(cfg, InspectionOptions()), batch_size=cfg["batch_size"])
+    write_output(cfg["output"], report.to_dict())
+    if cfg["json"]:
+        print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        print_report(open_console(), report, title=title_of(cfg["source"]))
+    return EXIT_USER_ERROR if report.problems else 0
+
+
+def survey(cfg: Mapping[str, Any], options: InspectionOptions) -> Survey:
+    """Look at the source of a configuration, with a progress bar."""
+    shards = find_shards(cfg["source"])
+    options = options._replace(
+        samples_per_shard=None if cfg["full"] else cfg["samples_per_shard"],
+        decode=cfg["decode"],
+        limits=ImageLimits(cfg["max_pixels"], cfg["min_side"], float(cfg["max_aspect"])),
+        language=cfg["language"],
+    )
+    count = len(shards) if cfg["full"] else min(len(shards), cfg["max_shards"])
+    # Starting processes takes longer than a shard: one shard is read by this one.
+    workers = cfg["workers"] if cfg["workers"] is not None else min(default_workers(), count) if count > 1 else 0
+    columns = (TextColumn("reading shards"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=count)
+        return survey_source(
+            shards, options, max_shards=count, workers=workers, report=lambda _: progress.advance(task)
+        )
+
+
+def write_output(name: str | None, value: Mapping[str, Any]) -> None:
+    """Write numbers where the user wants them.
+
+    Raises:
+        UserError: if the place cannot be written.
+    """
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, value)
+    except OSError as error:
+        raise UserError(f"output={name}: cannot be written ({error.strerror or error}); give another place") from error
+
+
+def title_of(source: str | Sequence[str]) -> str:
+    """What a source is called over its tables."""
+    return source if isinstance(source, str) else ", ".join(source)
+
+
+COMMAND: Final = Command(
+    name="m2-data check",
+    config_name="data_check",
+    config_folder="commands",
+    summary="Look into shards before training: usable samples, captions, images, duplicates, false negatives.",
+    examples=(
+        "m2-data check source=outputs/data/emoji/train",
+        "m2-data check source='tars/{000..099}.tar' batch_size=32768 full=true json=true",
+    ),
+    check=check_check,
+    run=run_check,
+    notes=(
+        "A few samples of a few shards are read, unless full=true; counts of the whole source are then estimates, and",
+        "rare faults may be missed. Duplicates are exact: the same bytes of an image, the same text of a caption.",
+        "",
+        "Exit codes: 0 fine, 2 training on it would be pointless: the last lines say why, and how to mend it.",
+    ),
+)

@@ -1,0 +1,134 @@
+"""`m2-data stats`: tables and a picture of a source's languages, lengths, sizes and duplicates."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Final
+
+from rich.table import Table
+
+from m2_encoder.cli.data_check import PATH_KEYS as CHECK_PATH_KEYS
+from m2_encoder.cli.data_check import SURVEY_RULES, source_problems, survey, title_of, write_output
+from m2_encoder.cli.data_tables import make_table, print_report, print_titled
+from m2_encoder.cli.main import EXIT_USER_ERROR, Command
+from m2_encoder.cli.path_values import find_path, output_problems
+from m2_encoder.cli.rules import Rule, check_rules, text, whole
+from m2_encoder.cli.tables import open_console
+from m2_encoder.data.emoji import load_emoji_tokenizer_model
+from m2_encoder.data.inspection import InspectionOptions
+from m2_encoder.data.source_report import check_source
+from m2_encoder.data.statistics import REPETITION_CLASSES, Statistics, measure_statistics
+from m2_encoder.errors import UserError
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.tokenizers.words import count_words
+
+PATH_KEYS: Final = (*CHECK_PATH_KEYS, "tokenizer", "plot", "font")
+_FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
+
+_RULES: Final[tuple[Rule, ...]] = (
+    *SURVEY_RULES,
+    text("tokenizer", "sp.model", optional=True),
+    whole("context_length", 2, "52"),
+    text("plot", "source.png", optional=True),
+    text("font", "NotoSansSC-Regular.ttf", optional=True),
+)
+
+
+def check_stats(cfg: dict[str, Any]) -> list[str]:
+    """What is wrong with a configuration of m2-data stats."""
+    problems = [problem.text for problem in check_rules(cfg, _RULES)]
+    problems += source_problems(cfg, problems)
+    for key in ("output", "plot"):
+        found = output_problems(cfg[key], overwrite=cfg["overwrite"])
+        problems += [f"{key}={text.removeprefix('output=')}" for text in found]
+    if isinstance(cfg["plot"], str):
+        problems += _plot_problems(cfg["plot"])
+    for key in ("tokenizer", "font"):
+        if isinstance(cfg[key], str) and not find_path(cfg[key]).is_file():
+            problems.append(f"{key}={cfg[key]}: no such file")
+    try:
+        count_words("词", "zh")
+    except UserError as error:
+        problems.append(str(error))
+    return problems
+
+
+def run_stats(cfg: dict[str, Any]) -> int:
+    """Prints tables, writes numbers and draws the picture.
+
+    Raises:
+        UserError: if the source, the tokenizer or the font cannot be used, or a place cannot be written.
+    """
+    options = InspectionOptions(words=True, tokenizer=_read_tokenizer(cfg["tokenizer"]))
+    found = survey(cfg, options)
+    report = check_source(found, batch_size=cfg["batch_size"])
+    statistics = measure_statistics(found)
+    console = open_console()
+    print_report(console, report, title=title_of(cfg["source"]))
+    if not report.usable:
+        return EXIT_USER_ERROR
+    print_titled(console, "\nDistributions in what was read", _distribution_table(statistics, cfg["context_length"]))
+    write_output(cfg["output"], {"report": report.to_dict(), "statistics": statistics.to_dict()})
+    if cfg["plot"] is not None:
+        # Here, because it loads matplotlib, which no other part of the command needs.
+        from m2_encoder.cli.data_figure import draw_statistics
+
+        path = Path(cfg["plot"]).expanduser()
+        font = None if cfg["font"] is None else find_path(cfg["font"])
+        draw_statistics(
+            path, statistics, report, title=title_of(cfg["source"]), context_length=cfg["context_length"], font=font
+        )
+        print(f"plot: {path}")
+    return 0
+
+
+def _plot_problems(plot: str) -> list[str]:
+    if Path(plot).suffix not in _FIGURE_SUFFIXES:
+        return [f"plot={plot}: must end in {', '.join(_FIGURE_SUFFIXES)}"]
+    if importlib.util.find_spec("matplotlib") is None:
+        return [f"plot={plot}: needs an extra; install it with pip install 'm2-encoder[plot]'"]
+    return []
+
+
+def _read_tokenizer(name: str | None) -> bytes:
+    if name is None:
+        return load_emoji_tokenizer_model()
+    content = find_path(name).read_bytes()
+    SentencePieceTokenizer(content)  # says what is wrong with the file before any shard is read
+    return content
+
+
+def _distribution_table(statistics: Statistics, context_length: int) -> Table:
+    table = make_table("what", "share", "of")
+    total = sum(statistics.sample_languages.values())
+    for name, count in statistics.sample_languages.items():
+        table.add_row(f"samples in {name}", f"{count / total:.2%}", "samples")
+    for language, histogram in statistics.lengths.get("tokens", {}).items():
+        share = histogram.share_above(context_length)
+        table.add_row(
+            f"{language} captions of more than {context_length} tokens, which are cut", f"{share:.2%}", "captions"
+        )
+    for what, shares in statistics.repeated.items():
+        for name, share in zip(REPETITION_CLASSES[1:], shares[1:], strict=True):
+            if share:
+                table.add_row(f"{what} that occur {name} times", f"{share:.2%}", what)
+    return table
+
+
+COMMAND: Final = Command(
+    name="m2-data stats",
+    config_name="data_stats",
+    config_folder="commands",
+    summary="Tables and a picture of shards: languages, lengths in words and tokens, sizes, duplicates.",
+    examples=(
+        "m2-data stats source=outputs/data/emoji/train plot=emoji.png",
+        "m2-data stats source='tars/*.tar' tokenizer=sp.model full=true output=stats.json plot=stats.pdf",
+    ),
+    check=check_stats,
+    run=run_stats,
+    notes=(
+        "Words of Chinese captions are those of jieba (pip install 'm2-encoder[words]'); pictures need the extra plot.",
+        "A part of the source is read, unless full=true.",
+    ),
+)
