@@ -237,6 +237,10 @@ class TrainTransform:
         image = _resize(image, self.image_size)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return _to_tensor(self._augment(image, rng))
+
+    def _augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """What follows the flip: random operations, then the options beyond the official variant."""
         image = random_operations(
             image,
             names=self.operations,
@@ -246,10 +250,6 @@ class TrainTransform:
             fill=self.fill,
             rng=rng,
         )
-        return _to_tensor(self._more(image, rng))
-
-    def _more(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """The options beyond the official variant."""
         if self.rotate_degrees or self.translate or self.shear or self.zoom != (1.0, 1.0):
             image = random_affine(
                 image,
