@@ -2,31 +2,68 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from m2_encoder.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_PAUSE_S = 3600.0
+_ADVICE = {
+    "reading": "move the shards to faster storage, or make data.num_workers larger",
+    "decoding": "make data.num_workers larger, or store smaller images (m2-data pack max_side=...)",
+    "transforming": "make data.num_workers larger, or switch augmentations of data.transform off",
+}
+
+
+@runtime_checkable
+class StagedLoader(Protocol):
+    """A loader that measures its stages."""
+
+    def take_stage_seconds(self) -> dict[str, float]:
+        """Seconds that all workers of this rank spent in each stage since the last call."""
+        ...
+
 
 class Throughput(Callback):
-    """Logs `samples_seen`, `perf/samples_per_s` and `perf/data_wait`.
+    """Logs `samples_seen`, `perf/samples_per_s`, `perf/data_wait` and `perf/load_ms/<stage>`.
 
     `samples_seen` counts the whole run, resumed parts included. The rate is over all ranks and over training alone:
     validation and checkpoints do not slow it. `perf/data_wait` is the share of that time in which the loop waited
-    for a batch, 0..1.
+    for a batch, 0..1; `perf/load_ms/<stage>` is what a sample of rank 0 took in a stage of loading, where the loader
+    measures them. Where waiting exceeds `warn_share`, a warning names the slowest stage.
 
     Args:
         window_steps: steps over which a published rate is averaged.
+        warn_share: share of training time spent waiting for data above which a warning is due, 0..1.
+        warn_after_s: training time over which that share is taken, so that a slow start is no reason. After every
+            warning the time to the next one doubles, up to an hour.
 
     Attributes:
         samples: samples trained on by this process's run so far, over all ranks.
         seconds: time spent on them.
+
+    Raises:
+        UserError: if `warn_share` is outside of 0..1 or `warn_after_s` not positive.
     """
 
-    def __init__(self, *, window_steps: int = 10) -> None:
+    def __init__(self, *, window_steps: int = 10, warn_share: float = 0.2, warn_after_s: float = 60.0) -> None:
+        if not 0 <= warn_share <= 1:
+            raise UserError(f"warn_share={warn_share!r} must be a share, 0..1; 1 never warns")
+        if not warn_after_s > 0:
+            raise UserError(f"warn_after_s={warn_after_s!r} must be a positive number of seconds")
         self._window_steps = window_steps
+        self._warn_share = warn_share
+        self._watch_s = warn_after_s
+        self._watched_seconds = 0.0
+        self._watched_wait = 0.0
+        self._watched_stages: dict[str, float] = {}
         self.samples = 0
         self.seconds = 0.0
         self._window_samples = 0
@@ -71,7 +108,37 @@ class Throughput(Callback):
         if trainer.global_step % self._window_steps == 0 and self._window_seconds:
             pl_module.log("perf/samples_per_s", self._window_samples / self._window_seconds)
             pl_module.log("perf/data_wait", self._window_waited / self._window_seconds)
+            self._log_stages(trainer, pl_module)
+            self._watch(trainer)
             self._window_samples, self._window_seconds, self._window_waited = 0, 0.0, 0.0
+
+    def _log_stages(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Publish what a sample took in each stage of loading, where the loader says it."""
+        loader = trainer.train_dataloader
+        if not isinstance(loader, StagedLoader):
+            return
+        samples_of_rank = self._window_samples / trainer.world_size
+        for stage, seconds in loader.take_stage_seconds().items():
+            pl_module.log(f"perf/load_ms/{stage}", 1e3 * seconds / samples_of_rank)
+            self._watched_stages[stage] = self._watched_stages.get(stage, 0.0) + seconds
+
+    def _watch(self, trainer: lightning.Trainer) -> None:
+        """Warn if data was the bottleneck for long enough."""
+        self._watched_seconds += self._window_seconds
+        self._watched_wait += self._window_waited
+        if self._watched_seconds < self._watch_s:
+            return
+        share = self._watched_wait / self._watched_seconds
+        if share > self._warn_share:
+            if trainer.is_global_zero:
+                logger.warning(
+                    "loading is the bottleneck: training waited for data in %.0f %% of the last %.0f s. %s",
+                    100 * share,
+                    self._watched_seconds,
+                    _explain(self._watched_stages),
+                )
+            self._watch_s = min(2 * self._watch_s, max(self._watch_s, _LONGEST_PAUSE_S))
+        self._watched_seconds, self._watched_wait, self._watched_stages = 0.0, 0.0, {}
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -86,3 +153,13 @@ class Throughput(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Forget the clock."""
         self._batch_ended = None
+
+
+def _explain(stage_seconds: dict[str, float]) -> str:
+    """Which stage of loading is the slowest, and what helps."""
+    total = sum(stage_seconds.values())
+    if not total:
+        return "Make data.num_workers larger"
+    shares = ", ".join(f"{stage} {100 * seconds / total:.0f} %" for stage, seconds in stage_seconds.items())
+    slowest = max(stage_seconds, key=lambda stage: stage_seconds[stage])
+    return f"The slowest stage is {slowest} ({shares}): {_ADVICE.get(slowest, 'make data.num_workers larger')}"
