@@ -36,7 +36,7 @@ def draw_statistics(
     report: SourceReport,
     *,
     title: str,
-    context_length: int,
+    max_tokens: int,
     font: Path | None = None,
 ) -> None:
     """Draw languages, lengths, sizes and duplicates of a source.
@@ -46,7 +46,7 @@ def draw_statistics(
         statistics: distributions.
         report: for the caption, and the most frequent texts.
         title: what the source is called.
-        context_length: where a model cuts, tokens.
+        max_tokens: where a model cuts captions.
         font: file to use before the shipped one, for characters that that lacks.
 
     Raises:
@@ -65,7 +65,7 @@ def draw_statistics(
         axes = figure.subplots(2, 3)
         _draw_languages(axes[0, 0], statistics)
         _draw_lengths(axes[0, 1], statistics, "words", None)
-        _draw_lengths(axes[0, 2], statistics, "tokens", context_length)
+        _draw_lengths(axes[0, 2], statistics, "tokens", max_tokens)
         _draw_sizes(axes[1, 0], statistics)
         _draw_repetition(axes[1, 1], statistics)
         _draw_frequent(axes[1, 2], report.frequent_captions, drawable)

@@ -24,6 +24,7 @@ from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 
 PATH_KEYS: Final = (*CHECK_PATH_KEYS, "tokenizer", "plot", "font")
+_TEMPLATE_TOKENS: Final = 2  # start and end, which a model reads beside those of the text
 _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
 
 _RULES: Final[tuple[Rule, ...]] = (
@@ -68,7 +69,8 @@ def run_stats(cfg: dict[str, Any]) -> int:
     print_report(console, report, title=title_of(cfg["source"]))
     if not report.usable:
         return EXIT_USER_ERROR
-    print_titled(console, "\nDistributions in what was read", _distribution_table(statistics, cfg["context_length"]))
+    limit = cfg["context_length"] - _TEMPLATE_TOKENS
+    print_titled(console, "\nDistributions in what was read", _distribution_table(statistics, limit))
     write_output(cfg["output"], {"report": report.to_dict(), "statistics": statistics.to_dict()})
     if cfg["plot"] is not None:
         # Here, because it loads matplotlib, which no other part of the command needs.
@@ -76,9 +78,7 @@ def run_stats(cfg: dict[str, Any]) -> int:
 
         path = Path(cfg["plot"]).expanduser()
         font = None if cfg["font"] is None else find_path(cfg["font"])
-        draw_statistics(
-            path, statistics, report, title=title_of(cfg["source"]), context_length=cfg["context_length"], font=font
-        )
+        draw_statistics(path, statistics, report, title=title_of(cfg["source"]), max_tokens=limit, font=font)
         print(f"plot: {path}")
     return 0
 
@@ -99,15 +99,15 @@ def _read_tokenizer(name: str | None) -> bytes:
     return content
 
 
-def _distribution_table(statistics: Statistics, context_length: int) -> Table:
+def _distribution_table(statistics: Statistics, max_tokens: int) -> Table:
     table = make_table("what", "share", "of")
     total = sum(statistics.sample_languages.values())
     for name, count in statistics.sample_languages.items():
         table.add_row(f"samples in {name}", f"{count / total:.2%}", "samples")
     for language, histogram in statistics.lengths.get("tokens", {}).items():
-        share = histogram.share_above(context_length)
+        share = histogram.share_above(max_tokens)
         table.add_row(
-            f"{language} captions of more than {context_length} tokens, which are cut", f"{share:.2%}", "captions"
+            f"{language} captions of more than {max_tokens} tokens, which are cut", f"{share:.2%}", "captions"
         )
     for what, shares in statistics.repeated.items():
         for name, share in zip(REPETITION_CLASSES[1:], shares[1:], strict=True):

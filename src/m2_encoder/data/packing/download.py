@@ -85,6 +85,8 @@ def _fetch_once(url: str, options: DownloadOptions) -> bytes:
         raise _Retry(SampleProblem("remote_timeout", f"nothing after {options.timeout_s:g} s")) from error
     except urllib.error.URLError as error:
         raise _Retry(SampleProblem("remote_timeout", f"no answer: {error.reason}")) from error
+    except http.client.InvalidURL as error:
+        raise SampleProblem("wrong_type", f"not a web address: {error}") from error
     except (http.client.HTTPException, OSError) as error:
         raise _Retry(SampleProblem("remote_incomplete", str(error) or type(error).__name__)) from error
     except ValueError as error:  # what urllib says of text that is no address

@@ -102,17 +102,20 @@ def pack(
             refuses.
     """
     check_pattern(options.pattern)
-    with _exclusive(folder, overwrite) as markers:
-        _claim(folder, markers, _settings(options), overwrite)
-        with contextlib.suppress(FileNotFoundError):
-            (folder / SUMMARY_FILE).unlink()  # it says that the output is complete
-        results, reused = _run(source, folder, options, workers, overwrite, report)
-        known = {result.name for result in results}
-        for path in markers.glob("*.tar.json"):
-            if path.name.removesuffix(".json") not in known:
-                _refuse_other(folder, path.name.removesuffix(".json"), overwrite)
-                _remove_shard(path)
-        return _finish(folder, results, reused)
+    try:
+        with _exclusive(folder) as markers:
+            _claim(folder, markers, _settings(options), overwrite)
+            with contextlib.suppress(FileNotFoundError):
+                (folder / SUMMARY_FILE).unlink()  # it says that the output is complete
+            results, reused = _run(source, folder, options, workers, overwrite, report)
+            known = {result.name for result in results}
+            for path in markers.glob("*.tar.json"):
+                if path.name.removesuffix(".json") not in known:
+                    _refuse_other(folder, path.name.removesuffix(".json"), overwrite)
+                    _remove_shard(path)
+            return _finish(folder, results, reused)
+    except OSError as error:  # of the disk, or of a source that went away
+        raise UserError(f"output={folder}: {error}; mend that and start again, done shards stay") from error
 
 
 def check_pattern(pattern: str) -> None:
@@ -186,7 +189,7 @@ def _settings(options: PackOptions) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _exclusive(folder: Path, overwrite: bool) -> Iterator[Path]:
+def _exclusive(folder: Path) -> Iterator[Path]:
     """The folder of markers, for this process alone; the lock ends with the process, however it ends."""
     markers = folder / MARKER_FOLDER
     try:

@@ -129,7 +129,8 @@ def read_row(row: Mapping[str, Any], columns: Columns, name: str) -> Record | Fa
         image = _image_of(columns.find(row, "image"))
         captions = _captions_of(row, columns)
         key = columns.find(row, "key")
-        identity = read_identity({"key": key}) if key is not None else image if isinstance(image, str) else None
+        # The same file in two rows is the same picture, also where nobody gives it a key.
+        identity = read_identity({"key": image if key is None and isinstance(image, str) else key})
         return Record(name, image, captions, identity, {item: row[item] for item in columns.extra if item in row})
     except SampleProblem as problem:
         return Failure(name, problem.reason, problem.detail)

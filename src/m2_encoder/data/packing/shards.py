@@ -114,9 +114,12 @@ def read_marker(path: Path) -> ShardResult | None:
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_tar(task: ShardTask, path: Path) -> ShardResult:

@@ -1,0 +1,83 @@
+"""Rows of tables as records: which columns are found, and what is wrong with a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from m2_encoder.data.packing.records import Columns, Failure, Record, read_row
+from m2_encoder.errors import UserError
+
+
+def _read(row: dict[str, Any], columns: Columns | None = None) -> Record:
+    record = read_row(row, columns or Columns(), "row 1")
+    assert isinstance(record, Record), record
+    return record
+
+
+@pytest.mark.parametrize(
+    ("row", "captions", "key"),
+    [
+        ({"image": "a.jpg", "caption": "a cat"}, {"en": ["a cat"]}, "a.jpg"),
+        ({"url": "http://x/a", "TEXT": "猫", "id": 7}, {"zh": ["猫"]}, "7"),
+        ({"image": "a", "caption": ["a cat", "猫"]}, {"en": ["a cat"], "zh": ["猫"]}, "a"),
+        ({"image": "a", "caption_zh": "猫", "caption_en": "cat"}, {"en": ["cat"], "zh": ["猫"]}, "a"),
+        ({"image": "a", "captions": {"zh": ["猫", "喵"]}}, {"zh": ["猫", "喵"]}, "a"),
+        ({"image": "a", "caption": "KFC", "lang": "zh-CN"}, {"zh": ["KFC"]}, "a"),
+        ({"image": b"bytes", "caption": "cat"}, {"en": ["cat"]}, None),
+        ({"image": {"bytes": b"x", "path": "p"}, "caption": "cat"}, {"en": ["cat"]}, None),
+        ({"image": {"bytes": None, "path": "p"}, "caption": "cat"}, {"en": ["cat"]}, "p"),
+        ({"image": "", "url": "u", "caption": "", "text": "cat"}, {"en": ["cat"]}, "u"),
+    ],
+)
+def test_usual_columns(row: dict[str, Any], captions: dict[str, list[str]], key: str | None) -> None:
+    record = _read(row)
+    found: dict[str, list[str]] = {}
+    for caption in record.captions:
+        found.setdefault(caption.language, []).append(caption.text)
+    assert (found, record.key) == (captions, key)
+
+
+def test_named_columns() -> None:
+    columns = Columns(image="file", caption="title", key="url", language="l", extra=("license",), default_language="zh")
+    row = {"file": "a", "image": "no", "title": "KFC", "caption": "no", "url": "u", "l": None, "license": "CC0", "x": 1}
+    record = _read(row, columns)
+    assert (record.image, record.captions[0][:2], record.key) == ("a", ("KFC", "zh"), "u")
+    assert record.extra == {"license": "CC0"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({"caption": "cat"}, "missing_image", "no path, URL or bytes"),
+        ({"image": 3, "caption": "cat"}, "wrong_type", "int"),
+        ({"image": "a"}, "missing_caption", "caption"),
+        ({"image": "a", "caption": "  "}, "missing_caption", "caption"),
+        ({"image": "a", "caption": 3}, "wrong_type", "int"),
+        ({"image": "a", "caption": [3]}, "wrong_type", "int"),
+        ({"image": "a", "caption": "chat", "lang": "fr"}, "missing_caption", "'fr'"),
+        ({"image": "a", "caption": "cat\ud83d"}, "not_utf8", "U+D83D"),
+        ({"image": "a\udcff", "caption": "cat"}, "not_utf8", "U+DCFF"),
+        ({"image": "a", "caption": "cat", "id": [1]}, "wrong_type", "key"),
+    ],
+)
+def test_wrong_rows(row: dict[str, Any], reason: str, detail: str) -> None:
+    failure = read_row(row, Columns(), "row 1")
+    assert isinstance(failure, Failure)
+    assert (failure.name, failure.reason) == ("row 1", reason)
+    assert detail in failure.detail
+
+
+@pytest.mark.parametrize(
+    ("columns", "present", "message"),
+    [
+        (Columns(), ["title", "width"], "no column with the image: it has 'title', 'width'"),
+        (Columns(), ["url", "width"], "no column with the caption"),
+        (Columns(caption="alt"), ["url", "caption"], "wanted alt; say which it is with columns.caption=NAME"),
+        (Columns(extra=("license",)), ["url", "caption"], "columns.extra"),
+    ],
+)
+def test_tables_without_images_or_captions_are_refused(columns: Columns, present: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        columns.check(present, "t.csv")
