@@ -2,7 +2,7 @@
 
 The perceptual hash is the sign of the lowest spatial frequencies (8 x 8 of a DCT of 32 x 32 grey pixels) against their
 median, as in pHash. It survives scaling, recompression and small changes of colour, so the mean colour is kept beside
-it: a red and a blue heart are no duplicates.
+it: a red and a blue heart are no duplicates. As many bits are set in every hash, so distances are even, but for ties.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _thumbnail(image: Image.Image) -> FloatArray:
     load_pixels(image)
     image.info.pop("transparency", None)  # alpha is dropped as everywhere; the conversion would warn of it
     try:
-        small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+        small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     except Exception as error:
         # Not too broad: odd modes fail in many ways.
         raise SampleProblem("undecodable_image", str(error) or type(error).__name__) from error
@@ -95,4 +95,5 @@ def _hash(grey: FloatArray) -> int | None:
 def _cosines() -> FloatArray:
     """The 8 lowest rows of the orthonormal DCT-II of 32 points."""
     frequency, place = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None, :]
-    return np.cos(np.pi * (2 * place + 1) * frequency / (2 * _SIDE)) * np.sqrt(2 / _SIDE)
+    scale = np.where(frequency == 0, np.sqrt(1 / _SIDE), np.sqrt(2 / _SIDE))
+    return scale * np.cos(np.pi * (2 * place + 1) * frequency / (2 * _SIDE))

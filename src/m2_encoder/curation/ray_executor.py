@@ -51,6 +51,7 @@ class RayExecutor:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.verbose_stats_logs = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # four lines per stage otherwise
 
     def run(self, function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[int]:
         """See `executors.Executor`."""

@@ -75,7 +75,8 @@ def build_report(
         "rewrite": reasons.pop(REWRITE, 0),
         "reasons": reasons,
     }
-    return Report({"fingerprint": fingerprint, "total": total, "sources": sources, "settings": identity["settings"]})
+    content = {"fingerprint": fingerprint, "total": total, "sources": sources, "settings": identity["settings"]}
+    return Report(json.loads(json.dumps(content)))  # as it will be read again: lists, no tuples
 
 
 def write_report(folder: Path, report: Report) -> None:

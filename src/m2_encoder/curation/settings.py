@@ -107,11 +107,11 @@ class CurationSettings:
     mismatch: str = "keep"
     duplicate_pairs: bool = True
     duplicate_images: str = "drop"
-    near_images: int | None = 3
+    near_images: int | None = 2
     near_color: int = 16
     max_repeats: int | None = 10
     caption_form: str = "light"
-    evaluation_near: int | None = 3
+    evaluation_near: int | None = 4
     score: ScoreSettings | None = None
     samples_per_shard: int = 10_000
     partition_rows: int = 1_000_000
