@@ -1,9 +1,11 @@
 """Which of a sample's captions a step trains on.
 
-A sample carries several captions in several languages, each with a role: its name, an alias, a keyword. Training draws
-a language, then a way to speak: one caption of a role, or a list of keywords such as people type into a search box.
+A sample carries several captions in several languages, each with a role: its name, an alias, a keyword; or the
+original caption of a web page, one that a model has rewritten, a translation. Training draws a language, then a way to
+speak: one caption of a role, or a list of keywords such as people type into a search box.
 
-Reference: sampling among several captions per image, LaCLIP (arXiv:2305.20088).
+Reference: sampling among several captions per image, LaCLIP (arXiv:2305.20088); original and rewritten ones in turn,
+VeCLIP (arXiv:2310.07699); sentences and keywords, HQ-CLIP (arXiv:2507.22431).
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import numpy as np
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
-CAPTION_ROLES = ("name", "alias", "keyword", "mixed")
+STORED_ROLES = ("name", "alias", "keyword", "original", "rewritten", "translated")
+"""What a stored caption can be: what something is called, or a sentence about an image and where that comes from."""
+
+CAPTION_ROLES = (*STORED_ROLES, "mixed")
 """One caption of a role; or, for "mixed", several keywords as a list, sometimes with the name among them."""
 
-_STORED_ROLES = ("name", "alias", "keyword")
 _SEPARATOR = {"en": ", ", "zh": "，"}
 
 
@@ -50,6 +54,7 @@ class CaptionSampler:
 
     Attributes:
         captions_per_image: how many are drawn.
+        languages: those with a weight, in the order of `LANGUAGES`.
 
     Raises:
         UserError: for unknown languages or roles, negative weights or weights that are all zero.
@@ -69,8 +74,8 @@ class CaptionSampler:
             raise UserError(f"max_keywords={max_keywords!r} must be 1 or more")
         self.max_keywords = max_keywords
         self.every_language = every_language
-        self._languages = [language for language, weight in self.language_weights.items() if weight > 0]
-        self.captions_per_image = len(self._languages) if every_language else 1
+        self.languages = tuple(language for language, weight in self.language_weights.items() if weight > 0)
+        self.captions_per_image = len(self.languages) if every_language else 1
 
     def __call__(self, metadata: Mapping[str, Any], *, rng: np.random.Generator) -> tuple[Caption, ...]:
         """Draw `captions_per_image` captions.
@@ -91,7 +96,7 @@ class CaptionSampler:
         if not available:
             raise UserError(f"no caption in {', '.join(self.language_weights)}")
         if self.every_language:
-            languages = [name if name in available else _draw(available, rng) for name in self._languages]
+            languages = [name if name in available else _draw(available, rng) for name in self.languages]
         else:
             languages = [_draw(available, rng)]
         return tuple(
@@ -125,9 +130,9 @@ def _group_by_role(metadata: Mapping[str, Any], language: str) -> dict[str, list
     roles = metadata.get("caption_roles", {}).get(language) or ["name"] * len(texts)
     if len(roles) != len(texts):
         raise UserError(f"{len(texts)} captions and {len(roles)} caption_roles of {language!r}: each caption has one")
-    unknown = sorted(set(map(str, roles)) - set(_STORED_ROLES))
+    unknown = sorted(set(map(str, roles)) - set(STORED_ROLES))
     if unknown:
-        raise UserError(f"unknown role {', '.join(unknown)} of {language!r}; known: {', '.join(_STORED_ROLES)}")
+        raise UserError(f"unknown role {', '.join(unknown)} of {language!r}; known: {', '.join(STORED_ROLES)}")
     by_role: dict[str, list[str]] = {}
     for text, role in zip(texts, roles, strict=True):
         by_role.setdefault(role, []).append(text)

@@ -151,7 +151,7 @@ def read_header(path: str | os.PathLike[str]) -> IndexHeader | None:
     """The head of an index file; None if there is none, or a foreign one."""
     try:
         with open(path, "rb") as file:
-            return _parse_header(file.read(_HEADER_BYTES))
+            return parse_header(file.read(_HEADER_BYTES))
     except FileNotFoundError:
         return None
 
@@ -162,7 +162,7 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex | None:
         content = Path(path).read_bytes()
     except FileNotFoundError:
         return None
-    header = _parse_header(content)
+    header = parse_header(content)
     if header is None or struct.unpack("<I", content[-4:])[0] != zlib.crc32(memoryview(content)[:-4]):
         return None
     start = len(_MAGIC) + 4 + struct.unpack_from("<I", content, len(_MAGIC))[0]
@@ -178,7 +178,8 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex | None:
     )
 
 
-def _parse_header(content: bytes) -> IndexHeader | None:
+def parse_header(content: bytes) -> IndexHeader | None:
+    """The head of an index file's content; None if that is no index."""
     start = len(_MAGIC) + 4
     if len(content) < start + 4 or content[: len(_MAGIC)] != _MAGIC:
         return None

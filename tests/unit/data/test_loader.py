@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
+from m2_encoder.data.faults import SampleFault
 from m2_encoder.data.loader import PositionLoader
+from m2_encoder.data.plan import Segment, SegmentSource
+from m2_encoder.data.stages import READING, StageClock
+from m2_encoder.data.stream import Delivery
 from m2_encoder.errors import UserError
 from m2_encoder.types import ImageTextBatch, TextTokens
 from tests.support.training import make_datamodule
@@ -18,18 +24,25 @@ from tests.support.training import make_datamodule
 STEPS = 5
 
 
-class Numbers(Dataset[int]):
-    """Sample p is the number p; a marked position cannot be read."""
+class Numbers:
+    """Sample p is the number p; a marked position cannot be read, another never ends, a third one kills its process."""
 
-    def __init__(self, *, broken: int | None = None) -> None:
-        self.broken = broken
+    def __init__(self, *, broken: int | None = None, stuck: int | None = None, deadly: int | None = None) -> None:
+        self.broken, self.stuck, self.deadly = broken, stuck, deadly
         self.read: list[int] = []
+        self.clock = StageClock()
 
-    def __getitem__(self, position: int) -> int:
+    def __getitem__(self, position: int) -> Delivery:
         self.read.append(position)
+        self.clock.enter(READING, f"shard {position}")
         if position == self.broken:
             raise UserError(f"shard 7, sample {position}: cannot be read")
-        return position
+        if position == self.stuck:
+            time.sleep(30)
+        if position == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        faults = [SampleFault("numbers", "7.tar", str(position), "bad_json", "odd")] if position % 5 == 4 else []
+        return Delivery(position, tuple(faults))
 
 
 def to_batch(samples: list[int]) -> ImageTextBatch:
@@ -38,7 +51,7 @@ def to_batch(samples: list[int]) -> ImageTextBatch:
     return ImageTextBatch(values, tokens, values, values, tuple(map(str, samples)), ("numbers",) * len(samples))
 
 
-def number_loader(dataset: Dataset[Any] | None = None, **overrides: Any) -> PositionLoader:
+def number_loader(dataset: Numbers | None = None, **overrides: Any) -> PositionLoader:
     values: dict[str, Any] = {
         "collate": to_batch,
         "num_steps": STEPS,
@@ -49,7 +62,8 @@ def number_loader(dataset: Dataset[Any] | None = None, **overrides: Any) -> Posi
         "pin_memory": False,
         "fingerprint": {"seed": 1, "num_samples": 9},
     }
-    return PositionLoader(dataset or Numbers(), **{**values, **overrides})
+    numbers = dataset or Numbers()
+    return PositionLoader(lambda _history, _start: numbers, **{**values, **overrides})
 
 
 def assert_equal(batch: ImageTextBatch, expected: ImageTextBatch) -> None:
@@ -200,3 +214,92 @@ def test_a_shard_that_changes_during_a_run_ends_it_with_names(tmp_path: Path, em
     assert message.startswith(str(shards))
     assert ".tar:" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_faults_are_handed_over_with_their_batch(workers: int) -> None:
+    met: list[tuple[list[str | None], int]] = []
+
+    def note(faults: Sequence[SampleFault], drawn: int) -> None:
+        met.append(([fault.key for fault in faults], drawn))
+
+    loader = number_loader(num_workers=workers, on_faults=note)
+    batches = iter(loader)
+    next(batches)
+    assert met == [([], 4)], "what workers fetched ahead was not handed over yet"
+    list(batches)
+    assert met[1:] == [(["4"], 4), (["9"], 4), (["14"], 4), (["19"], 4)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_that_stands_still_is_an_error_that_says_where(workers: int) -> None:
+    loader = number_loader(Numbers(stuck=5), num_workers=workers, stall_timeout_s=0.6)
+    batches = iter(loader)
+    next(batches)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"stands still for 0.6 s: waiting for worker . reading shard 5 for 1 s"):
+        next(batches)
+    assert time.monotonic() - started < 8
+    assert loader.state_dict()["position"] == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_slow_loading_is_waited_for(workers: int) -> None:
+    class Slow(Numbers):
+        def __getitem__(self, position: int) -> Delivery:
+            delivery = super().__getitem__(position)
+            time.sleep(0.3)
+            return delivery
+
+    assert len(list(number_loader(Slow(), num_workers=workers, num_steps=2, stall_timeout_s=0.5))) == 2
+
+
+def test_a_worker_that_dies_is_named_with_what_it_did() -> None:
+    loader = iter(number_loader(Numbers(deadly=6), num_workers=2))
+    with pytest.raises(UserError, match=r"a worker of the data loader died.*worker 1: reading shard 6"):
+        list(loader)
+
+
+def test_the_time_of_stages_is_measured() -> None:
+    loader = number_loader()
+    list(loader)
+    seconds = loader.take_stage_seconds()
+    assert seconds["reading"] > 0
+    assert sum(seconds.values()) < 5
+    assert not any(loader.take_stage_seconds().values())
+
+
+def segmented(weight: float, **overrides: Any) -> PositionLoader:
+    values: dict[str, Any] = {
+        "fingerprint": {"seed": 1, "source a": f"weight {weight:g}"},
+        "segment": [SegmentSource("a", "d", weight)],
+    }
+    return number_loader(**{**values, **overrides})
+
+
+def test_another_mixture_is_refused_unless_a_new_segment_is_asked_for() -> None:
+    first = segmented(1.0)
+    batches = iter(first)
+    next(batches)
+    state = first.state_dict()
+    with pytest.raises(UserError, match=r"another mixture.*weight 1' then, 'weight 2' now.*data.new_segment=true"):
+        segmented(2.0, new_segment=False).load_state_dict(state)
+    with pytest.raises(UserError, match=r"another mixture.*with another run.name$"):
+        segmented(2.0).load_state_dict(state)
+    with pytest.raises(UserError, match="seed: 1 then, 3 now"):
+        segmented(2.0, fingerprint={"seed": 3, "source a": "x"}, new_segment=True).load_state_dict(state)
+
+    built: list[tuple[Sequence[Segment], int]] = []
+    second = segmented(2.0, new_segment=True)
+    second._build_dataset = lambda history, start: built.append((history, start)) or Numbers()  # type: ignore[func-returns-value]
+    second.load_state_dict(state)
+    next(iter(second))
+    old, new = Segment(0, (SegmentSource("a", "d", 1.0),)), Segment(4, (SegmentSource("a", "d", 2.0),))
+    assert built == [((old,), 4)]
+
+    # The state remembers both; it goes on in the second one, whether a new one is allowed or not.
+    for allowed in (True, False):
+        third = segmented(2.0, new_segment=allowed)
+        third.load_state_dict(second.state_dict())
+        assert third._history == (old,)
+        assert third._segment == new

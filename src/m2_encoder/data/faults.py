@@ -1,0 +1,170 @@
+"""Samples that cannot be used: counted by reason, listed once in a file; too many of them end the run."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from m2_encoder.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SKIP_REASONS = (
+    "truncated_shard",
+    "not_a_tar",
+    "empty_member",
+    "missing_image",
+    "missing_caption",
+    "bad_json",
+    "not_utf8",
+    "undecodable_image",
+    "too_many_pixels",
+    "too_small",
+    "absurd_shape",
+    "duplicate_key",
+    "shard_changed",
+    "shard_missing",
+    "remote_timeout",
+    "remote_incomplete",
+    "wrong_type",
+)
+"""Why a sample is skipped, in the words of the metrics `data/skipped/<reason>`."""
+
+SHARD_REASONS = frozenset({"shard_changed", "shard_missing", "remote_timeout", "remote_incomplete", "not_a_tar"})
+"""Reasons that concern a whole shard; it is listed once, not every sample of it."""
+
+_LEAST_SEEN = 1000  # a share of fewer samples says nothing yet
+_SHOWN = 5
+
+
+class SampleFault(NamedTuple):
+    """One sample, or shard, that cannot be used.
+
+    Attributes:
+        source: name of the source.
+        shard: path or url.
+        key: of the sample; None if the shard as a whole is meant.
+        reason: one of `SKIP_REASONS`.
+        detail: what was found.
+    """
+
+    source: str
+    shard: str
+    key: str | None
+    reason: str
+    detail: str
+
+    def describe(self) -> str:
+        """As one line: place, reason, what was found."""
+        place = self.shard if self.key is None else f"{self.shard}:{self.key}"
+        return f"{place}: {self.reason} ({self.detail})"
+
+
+class FaultLog:
+    """Counts and lists what cannot be used.
+
+    All processes of a run may write the same file: each looks what the others have listed before it adds a line.
+
+    Args:
+        path: the list, one JSON object per line; None keeps none.
+        max_share: of unusable samples among those drawn, 0..1, above which the run ends.
+        max_samples: number of unusable samples above which the run ends; None sets no limit.
+
+    Attributes:
+        counts: unusable samples met so far by this process, by reason; a sample met twice counts twice.
+
+    Raises:
+        UserError: for limits that make no sense.
+    """
+
+    def __init__(self, path: Path | None, *, max_share: float = 0.05, max_samples: int | None = None) -> None:
+        if not 0 <= max_share <= 1:
+            raise UserError(f"data.max_bad_share={max_share!r} must be in 0..1")
+        if max_samples is not None and max_samples < 0:
+            raise UserError(f"data.max_bad_samples={max_samples!r} must be 0 or more, or null")
+        self._path = path
+        self._max_share, self._max_samples = max_share, max_samples
+        self._listed: set[tuple[str, str | None]] = set()
+        self._read_to = 0
+        self._first: list[SampleFault] = []
+        self._seen = 0
+        self.counts: Counter[str] = Counter()
+
+    def list(self, faults: Iterable[SampleFault]) -> None:
+        """Put faults on the list that are not there yet, without counting them."""
+        new = {(f.shard, f.key): f for f in faults if (f.shard, f.key) not in self._listed}
+        if not new:
+            return
+        self._first += list(new.values())[: max(0, _SHOWN - len(self._first))]
+        if self._path is None:
+            self._listed |= set(new)
+            return
+        try:
+            with _locked_file(self._path) as file:
+                self._read_others(file)
+                lines = [json.dumps(f._asdict(), ensure_ascii=False) for k, f in new.items() if k not in self._listed]
+                half = file.tell() > 0 and not self._ends_line(file)  # of a process that was killed
+                file.write(("\n" * half + "".join(f"{line}\n" for line in lines)).encode("utf-8", "replace"))
+                file.flush()
+                self._read_to = file.tell()
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot list unusable samples: {error}") from error
+        self._listed |= set(new)
+
+    def add(self, faults: Iterable[SampleFault], *, drawn: int) -> None:
+        """Count and list faults.
+
+        Args:
+            faults: met while so many samples were drawn.
+            drawn: usable samples since the last call.
+
+        Raises:
+            UserError: if the budget is spent, with the counts, the first places and the list.
+        """
+        faults = tuple(faults)
+        self._seen += drawn
+        if not faults:
+            return
+        self.counts.update(fault.reason for fault in faults)
+        self.list(faults)
+        bad = self.counts.total()
+        over_count = self._max_samples is not None and bad > self._max_samples
+        if over_count or bad > self._max_share * max(self._seen + bad, _LEAST_SEEN):
+            limit = (
+                f"data.max_bad_samples={self._max_samples}" if over_count else f"data.max_bad_share={self._max_share:g}"
+            )
+            raise UserError(self.describe(f"{bad} of {self._seen + bad} samples are unusable, more than {limit}"))
+
+    def describe(self, what: str) -> str:
+        """One line for the end of a run: what happened, counts, first places, where all are listed."""
+        counts = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common())
+        places = "; ".join(fault.describe() for fault in self._first)
+        listed = "" if self._path is None else f"; all of them: {self._path}"
+        return f"{places}: {what}: {counts}{listed}; mend the shards, or allow more"
+
+    @staticmethod
+    def _ends_line(file: IO[bytes]) -> bool:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
+
+    def _read_others(self, file: IO[bytes]) -> None:
+        """Learn what other processes, or this run before it was interrupted, have listed since the last look."""
+        file.seek(self._read_to)
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError):  # the half line of a process that was killed
+                entry = json.loads(line)
+                self._listed.add((entry["shard"], entry["key"]))
+
+
+@contextlib.contextmanager
+def _locked_file(path: Path) -> Iterator[IO[bytes]]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file

@@ -1,0 +1,205 @@
+"""From positions to training samples: read, decode, augment, and replace what cannot be used.
+
+Everything about a sample is a pure function of (seed, position): which one it is, its caption, its augmentation, and,
+if it is unusable, which one stands in for it. So batches are full, and the same for any number of ranks and workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from m2_encoder.data.captions import Caption, CaptionSampler
+from m2_encoder.data.content import SampleProblem, SampleText, parse_sample_text
+from m2_encoder.data.faults import SHARD_REASONS, SampleFault
+from m2_encoder.data.plan import Place, PositionPlan, Stretch
+from m2_encoder.data.reading import ShardReader
+from m2_encoder.data.stages import DECODING, READING, TRANSFORMING, StageClock
+from m2_encoder.errors import ImageError, UserError
+from m2_encoder.types import LANGUAGES
+
+MAX_IN_A_ROW = 32
+"""Unusable samples in a row, for one position, after which the run ends."""
+
+_SAMPLE_STREAM = 1
+_PLAIN_ROLE = "original"  # of a caption that says nothing about itself
+
+
+class ImageTransform(Protocol):
+    """Makes the pixels of a step."""
+
+    def __call__(self, source: Any, *, rng: np.random.Generator) -> Tensor:
+        """Augment a decoded image to (3, S, S) uint8, drawing from `rng` alone."""
+        ...
+
+
+class TrainingSample(NamedTuple):
+    """A decoded, augmented sample with its drawn captions.
+
+    Attributes:
+        image: (3, S, S) uint8.
+        captions: one, or one per language.
+        key: as in the tar.
+        source: name of the source.
+        identity: equal numbers mark the same content.
+    """
+
+    image: Tensor
+    captions: tuple[Caption, ...]
+    key: str
+    source: str
+    identity: int
+
+
+class Delivery(NamedTuple):
+    """What a position gives.
+
+    Attributes:
+        sample: to train on.
+        faults: what was unusable before it, in order; usually nothing.
+    """
+
+    sample: Any
+    faults: tuple[SampleFault, ...] = ()
+
+
+class _Opened(NamedTuple):
+    """A sample before anything is drawn for it."""
+
+    key: str
+    image: Any
+    text: SampleText
+
+
+class SampleStream(Dataset[Delivery]):
+    """Training samples by position.
+
+    Args:
+        plan: which sample stands at a position.
+        reader: reads their files.
+        captions: draws the captions of a step.
+        decode: makes of an image file what `transform` takes; raises `ImageError` or `SampleProblem` for one that
+            cannot be used.
+        transform: augments an image.
+        keep_decoded: decode each image once and keep it; for small sources (emoji: 50 MB per process).
+
+    Attributes:
+        clock: says what is done, and measures it; a worker sets its own.
+    """
+
+    def __init__(
+        self,
+        plan: PositionPlan,
+        *,
+        reader: ShardReader,
+        captions: CaptionSampler,
+        decode: Callable[[bytes], Any],
+        transform: ImageTransform,
+        keep_decoded: bool = False,
+    ) -> None:
+        self._plan = plan
+        self._reader = reader
+        self._captions = captions
+        self._decode = decode
+        self._transform = transform
+        self._kept: dict[tuple[int, int, int], _Opened] | None = {} if keep_decoded else None
+        self._announced: dict[tuple[int, int], Stretch] = {}
+        self.clock = StageClock()
+
+    def __getitem__(self, position: int) -> Delivery:
+        """The sample that stands at a position, or its first usable replacement.
+
+        Raises:
+            UserError: if `MAX_IN_A_ROW` replacements are unusable, too; with what is wrong with them.
+        """
+        self._announce(position)
+        faults: list[SampleFault] = []
+        for attempt in range(MAX_IN_A_ROW):
+            place = self._plan.locate(position, attempt=attempt)
+            try:
+                return Delivery(self._make(position, attempt, place), tuple(faults))
+            except (SampleProblem, ImageError) as problem:
+                faults.append(self._name(place, problem))
+        first = "; ".join(dict.fromkeys(fault.describe() for fault in faults[:3]))
+        raise UserError(f"{first}: {MAX_IN_A_ROW} samples in a row are unusable; mend the shards of this source")
+
+    def _make(self, position: int, attempt: int, place: Place) -> TrainingSample:
+        source = self._plan.manifest.sources[place.source].name
+        opened = self._open(place)
+        seed = (self._plan.seed, _SAMPLE_STREAM, position, *([attempt] if attempt else []))
+        rng = np.random.default_rng(seed)
+        captions = self._draw_captions(opened.text, rng)
+        self.clock.enter(TRANSFORMING, opened.key)
+        pixels = self._transform(opened.image, rng=rng)
+        return TrainingSample(
+            pixels, captions, opened.key, source, content_identity(opened.text.identity or opened.key)
+        )
+
+    def _open(self, place: Place) -> _Opened:
+        where = (place.source, place.shard, place.number)
+        if self._kept is not None and where in self._kept:
+            return self._kept[where]
+        source = self._plan.manifest.sources[place.source]
+        shard = source.shards[place.shard]
+        self.clock.enter(READING, shard)
+        raw = self._reader.read(shard, place.number, size=int(source.sizes[place.shard]))
+        language = source.spec.languages[0] if len(source.spec.languages) == 1 else None
+        text = parse_sample_text(raw.json, raw.text, language=language)
+        self.clock.enter(DECODING, f"{raw.key} of {shard}")
+        opened = _Opened(raw.key, self._decode(raw.image), text)
+        if self._kept is not None:
+            self._kept[where] = opened
+        return opened
+
+    def _draw_captions(self, text: SampleText, rng: np.random.Generator) -> tuple[Caption, ...]:
+        captions: dict[str, list[str]] = {language: [] for language in LANGUAGES}
+        roles: dict[str, list[str]] = {language: [] for language in LANGUAGES}
+        for caption in text.captions:
+            captions[caption.language].append(caption.text)
+            roles[caption.language].append(caption.role or _PLAIN_ROLE)
+        if not any(captions[language] for language in self._captions.languages):
+            raise SampleProblem("missing_caption", f"no caption in {' or '.join(self._captions.languages)}")
+        try:
+            return self._captions({"captions": captions, "caption_roles": roles}, rng=rng)
+        except UserError as error:
+            raise SampleProblem("wrong_type", str(error)) from error
+
+    def _name(self, place: Place, problem: SampleProblem | ImageError) -> SampleFault:
+        source = self._plan.manifest.sources[place.source]
+        shard = source.shards[place.shard]
+        reason = problem.reason if isinstance(problem, SampleProblem) else "undecodable_image"
+        detail = problem.detail if isinstance(problem, SampleProblem) else " ".join(str(problem).split())
+        key = None if reason in SHARD_REASONS else self._reader.key(shard, place.number)
+        return SampleFault(source.name, shard, key, reason, detail)
+
+    def _announce(self, position: int) -> None:
+        """When a lane opens a window, have the shards of the next one fetched."""
+        stretch = self._plan.stretch(position)
+        if self._announced.get((stretch.source, stretch.lane)) == stretch:
+            return
+        self._announced[stretch.source, stretch.lane] = stretch
+        source = self._plan.manifest.sources[stretch.source]
+        following = self._plan.following(stretch)
+        wanted = [number for each in (stretch, following) for number in self._plan.shards(each)]
+        self._reader.prefetch([(source.shards[number], int(source.sizes[number])) for number in wanted])
+
+
+def content_identity(content: str) -> int:
+    """A number for what a sample shows, 0..2^63 - 1: equal for equal names, and practically never otherwise.
+
+    32 bits would make strangers positives of each other in every eighth batch of 32,768.
+    """
+    return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 1
+
+
+def list_index_faults(plan: PositionPlan, reader: ShardReader) -> Iterator[SampleFault]:
+    """What the headers of all local shards tell to be unusable; such samples are no part of the plan."""
+    for source in plan.manifest.sources:
+        for shard in source.shards:
+            for fault in reader.faults(shard):
+                yield SampleFault(source.name, shard, *fault)

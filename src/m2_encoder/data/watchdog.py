@@ -1,0 +1,122 @@
+"""Waiting for batches, but not for ever: what stands still is named and raised, never waited for in silence."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from m2_encoder.data.stages import IDLE, StageBoard
+from m2_encoder.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STALL_TIMEOUT_S = 600.0
+"""Default time without any progress after which loading counts as stuck."""
+
+_TIMED_OUT = "DataLoader timed out"  # how torch's message begins
+_DIED = ("exited unexpectedly", "is killed by signal")
+
+
+def watch(loader: DataLoader[Any], board: StageBoard, *, workers: int, timeout_s: float) -> Iterator[Any]:
+    """Give what a loader gives.
+
+    Without workers it is iterated in a thread of its own: a read from a disk that hangs cannot be interrupted, only
+    left behind.
+
+    Args:
+        loader: with `timeout=timeout_s` if it has workers.
+        board: where its workers, or the thread, say what they do.
+        workers: number of worker processes.
+        timeout_s: without any stage changing.
+
+    Raises:
+        UserError: if nothing moves for that long, or a worker died; with what the workers are at.
+    """
+    if workers:
+        yield from _watch_workers(loader, board, workers, timeout_s)
+    else:
+        yield from _watch_thread(loader, board, timeout_s)
+
+
+def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, timeout_s: float) -> Iterator[Any]:
+    iterator = iter(loader)
+    while True:
+        try:
+            loaded = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if str(error).startswith(_TIMED_OUT):
+                if _moves(board, workers, timeout_s):
+                    continue
+                raise UserError(_describe_stall(board, workers, timeout_s)) from error
+            if any(words in str(error) for words in _DIED):
+                doing = "; ".join(f"worker {i}: {board.read(i).describe()}" for i in range(workers))
+                raise UserError(
+                    f"a worker of the data loader died, often for want of memory ({' '.join(str(error).split())}); "
+                    f"at that time {doing}; try fewer data.num_workers"
+                ) from error
+            raise
+        yield loaded
+
+
+def _watch_thread(loader: DataLoader[Any], board: StageBoard, timeout_s: float) -> Iterator[Any]:
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    given: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    # A daemon, so that a thread that hangs does not keep the process alive.
+    threading.Thread(target=_serve, args=(loader, asked, given), name="load-data", daemon=True).start()
+    try:
+        while True:
+            asked.put(True)
+            kind, value = _wait(given, board, timeout_s)
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        asked.put(False)
+
+
+def _serve(loader: DataLoader[Any], asked: queue.SimpleQueue[bool], given: queue.SimpleQueue[tuple[str, Any]]) -> None:
+    iterator = iter(loader)
+    while asked.get():
+        try:
+            given.put(("batch", next(iterator)))
+        except StopIteration:  # noqa: PERF203 - once per batch
+            given.put(("end", None))
+        except BaseException as error:  # raised where it is waited for
+            given.put(("error", error))
+
+
+def _wait(given: queue.SimpleQueue[tuple[str, Any]], board: StageBoard, timeout_s: float) -> tuple[str, Any]:
+    while True:
+        try:
+            return given.get(timeout=timeout_s)
+        except queue.Empty:  # noqa: PERF203 - once per batch
+            if not _moves(board, 1, timeout_s):
+                raise UserError(_describe_stall(board, 1, timeout_s)) from None
+
+
+def _moves(board: StageBoard, workers: int, timeout_s: float) -> bool:
+    """Whether any worker entered a stage in time; one that has nothing to do does not count."""
+    now = [board.read(worker) for worker in range(workers)]
+    moves = any(each.stage != IDLE and each.seconds < timeout_s for each in now)
+    if moves:
+        logger.warning("waiting for data: %s", "; ".join(f"worker {i}: {n.describe()}" for i, n in enumerate(now)))
+    return moves
+
+
+def _describe_stall(board: StageBoard, workers: int, timeout_s: float) -> str:
+    now = sorted(((board.read(worker), worker) for worker in range(workers)), key=lambda item: -item[0].seconds)
+    busy = [item for item in now if item[0].stage != IDLE]
+    stuck = "; ".join(f"worker {worker} {each.describe()}" for each, worker in busy or now)
+    return (
+        f"loading data stands still for {timeout_s:g} s: waiting for {stuck}; look at that disk or "
+        "server, or give data.stall_timeout_s more time"
+    )

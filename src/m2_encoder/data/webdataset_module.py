@@ -1,0 +1,246 @@
+"""LightningDataModule over any WebDataset tars: a weighted mixture of sources, resumed exactly."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from m2_encoder.data.captions import CaptionSampler
+from m2_encoder.data.collate import collate_samples
+from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
+from m2_encoder.data.faults import FaultLog
+from m2_encoder.data.loader import PositionLoader
+from m2_encoder.data.manifest import Manifest, SourceSpec, build_manifest
+from m2_encoder.data.plan import PositionPlan, Segment
+from m2_encoder.data.reading import ShardReader
+from m2_encoder.data.remote import RemoteShards
+from m2_encoder.data.stream import ImageTransform, SampleStream, list_index_faults
+from m2_encoder.data.transforms import EvalTransform
+from m2_encoder.data.validation import ValidationChunks
+from m2_encoder.data.watchdog import STALL_TIMEOUT_S
+from m2_encoder.errors import UserError
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+logger = logging.getLogger(__name__)
+
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
+"""In the run's folder: what could not be used."""
+
+
+class WebDatasetModule(lightning.LightningDataModule):
+    """Training batches from sources of shards, and sets for validation.
+
+    Args:
+        tokenizer: makes ids of captions.
+        image_size: side of the images the model takes, pixels.
+        seed: chooses order, captions and augmentation.
+        max_steps: optimizer steps of the whole run.
+        sources: by name, the values of `SourceSpec`.
+        global_batch_size: samples per step over all ranks.
+        num_workers: loader processes per rank.
+        captions: draws the captions of a sample.
+        decode: makes of an image file what the transform takes.
+        transform: builds the augmentation for an image size.
+        lanes: L, see `m2_encoder.data.plan`; a power of two, not below the number of ranks if ranks are to read
+            different shards.
+        window: samples of a lane that are shuffled together; its shards are open at the same time.
+        keep_decoded: decode each image once and keep it.
+        validation: folders of tars by the name of the set; the first one is watched during training.
+        eval_batch_size: images or texts per forward in validation.
+        cache: arguments of `RemoteShards`, for urls: folder, max_bytes, timeout_s, attempts.
+        max_bad_share: of unusable samples, above which the run ends.
+        max_bad_samples: number of unusable samples above which the run ends; None sets no limit.
+        new_segment: let a checkpoint of another mixture go on with this one; None never offers it.
+        stall_timeout_s: without progress after which loading is an error.
+
+    Attributes:
+        validation_name: name of the watched set in metrics.
+
+    Raises:
+        UserError: for numbers that are too small, or sources that make no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: SentencePieceTokenizer,
+        image_size: int,
+        seed: int,
+        max_steps: int,
+        sources: Mapping[str, Mapping[str, Any]],
+        global_batch_size: int,
+        num_workers: int,
+        captions: CaptionSampler,
+        decode: Callable[[bytes], Any],
+        transform: Callable[[int], ImageTransform],
+        lanes: int = 64,
+        window: int = 65_536,
+        keep_decoded: bool = False,
+        validation: Mapping[str, str] | None = None,
+        eval_batch_size: int = 256,
+        cache: Mapping[str, Any] | None = None,
+        max_bad_share: float = 0.05,
+        max_bad_samples: int | None = None,
+        new_segment: bool | None = False,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+    ) -> None:
+        super().__init__()
+        numbers = {"max_steps": max_steps, "global_batch_size": global_batch_size, "eval_batch_size": eval_batch_size}
+        for name, value, least in (*((n, v, 1) for n, v in numbers.items()), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise UserError(f"{name}={value!r} must be {least} or more")
+        if not sources:
+            raise UserError("data.sources is empty; name at least one, for example data.sources.main.shards=PATHS")
+        self.tokenizer = tokenizer
+        self.global_batch_size = global_batch_size
+        self._specs = [SourceSpec.from_config(name, values) for name, values in sources.items()]
+        self._image_size, self._seed, self._max_steps = image_size, seed, max_steps
+        self._num_workers, self._eval_batch_size = num_workers, eval_batch_size
+        self._captions, self._decode, self._transform = captions, decode, transform(image_size)
+        self._lanes, self._window, self._keep_decoded = lanes, window, keep_decoded
+        self._validation = dict(validation or {})
+        self._remote = None if cache is None else RemoteShards(**cache)
+        self._max_bad_share, self._max_bad_samples = max_bad_share, max_bad_samples
+        self._new_segment, self._stall_timeout_s = new_segment, stall_timeout_s
+        self.fault_log = self._build_fault_log(None)
+
+    @property
+    def validation_name(self) -> str:
+        """Name of the first validation set; "val" where there is none."""
+        return next(iter(self._validation), "val")
+
+    def prepare_data(self) -> None:
+        """Index the shards (one process per machine; does nothing where the indices are true)."""
+        self.__dict__.pop("manifest", None)  # what was there before may have changed
+        logger.info("%d sources", len(self.manifest.sources))
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """All sources with their shards."""
+        return build_manifest(self._specs, measure=self._reader().measure)
+
+    def train_dataloader(self) -> PositionLoader:
+        """Batches of this rank; see `PositionLoader`.
+
+        Raises:
+            UserError: if batches cannot be divided among the ranks, the sources cannot give the run what it wants, or
+                the trainer will want more batches than there are.
+        """
+        rank, world_size = self._place()
+        folder = None
+        if (trainer := self.trainer) is not None:
+            self._check_trainer(trainer)
+            folder = Path(trainer.default_root_dir)
+        if self.global_batch_size % world_size:
+            raise UserError(
+                f"data.global_batch_size={self.global_batch_size} must be a multiple of the {world_size} ranks"
+            )
+        plan = self._plan((), 0)
+        plan.check_repeats(self._max_steps * self.global_batch_size)
+        self.fault_log = self._build_fault_log(folder)
+        if rank == 0:
+            self._report_faults(plan)
+        return PositionLoader(
+            self._build_stream,
+            collate=partial(collate_samples, tokenizer=self.tokenizer),
+            num_steps=self._max_steps,
+            global_batch_size=self.global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+            fingerprint={
+                "seed": self._seed,
+                "global_batch_size": self.global_batch_size,
+                "lanes": self._lanes,
+                "window": self._window,
+                **self.manifest.fingerprint(),
+            },
+            segment=plan.segments[-1].sources,
+            record=self.manifest.record(),
+            new_segment=self._new_segment,
+            on_faults=lambda faults, drawn: self.fault_log.add(faults, drawn=drawn),
+            stall_timeout_s=self._stall_timeout_s,
+        )
+
+    def val_dataloader(self) -> ValidationChunks | list[Any]:
+        """This rank's share of the first validation set; nothing where there is none."""
+        if not self._validation:
+            return []
+        rank, world_size = self._place()
+        return ValidationChunks(
+            self.retrieval_set(self.validation_name),
+            tokenizer=self.tokenizer,
+            chunk_size=self._eval_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def retrieval_set(self, name: str) -> RetrievalSet:
+        """One validation set as images and captions, decoded once."""
+        return read_retrieval_set(self._validation[name], name=name, transform=EvalTransform(self._image_size))
+
+    def retrieval_sets(self) -> dict[str, RetrievalSet]:
+        """The sets that a report shows, by name."""
+        return {name: self.retrieval_set(name) for name in self._validation}
+
+    def _reader(self) -> ShardReader:
+        return ShardReader(remote=self._remote)
+
+    def _plan(self, history: Sequence[Segment], start: int) -> PositionPlan:
+        return PositionPlan(
+            self.manifest, seed=self._seed, lanes=self._lanes, window=self._window, history=history, start=start
+        )
+
+    def _build_stream(self, history: Sequence[Segment], start: int) -> SampleStream:
+        return SampleStream(
+            self._plan(history, start),
+            reader=self._reader(),
+            captions=self._captions,
+            decode=self._decode,
+            transform=self._transform,
+            keep_decoded=self._keep_decoded,
+        )
+
+    def _build_fault_log(self, folder: Path | None) -> FaultLog:
+        path = None if folder is None else folder / BAD_SAMPLES_FILE
+        return FaultLog(path, max_share=self._max_bad_share, max_samples=self._max_bad_samples)
+
+    def _report_faults(self, plan: PositionPlan) -> None:
+        """Say at the start what the headers of shards tell; a run that starts on rubbish ends here."""
+        faults = list(list_index_faults(plan, self._reader()))
+        if not faults:
+            return
+        counts = Counter(fault.reason for fault in faults)
+        samples = sum(source.samples for source in self.manifest.sources)
+        logger.warning(
+            "%d samples cannot be used, %d can: %s",
+            len(faults),
+            samples,
+            ", ".join(f"{reason} {count}" for reason, count in counts.most_common()),
+        )
+        self.fault_log.add(faults, drawn=samples)
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank, and how many there are; without a trainer it is alone."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _check_trainer(self, trainer: lightning.Trainer) -> None:
+        if trainer.accumulate_grad_batches != 1:
+            raise UserError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: the negatives of a step "
+                "are one batch; raise data.global_batch_size instead"
+            )
+        if trainer.max_steps > self._max_steps:
+            raise UserError(
+                f"trainer.max_steps={trainer.max_steps} exceeds the {self._max_steps} steps of the data module; "
+                "give both the same number"
+            )
