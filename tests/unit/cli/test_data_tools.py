@@ -1,0 +1,153 @@
+"""m2-data pack, check and stats from the command line: what they print, write and refuse, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from m2_encoder.cli import data
+from tests.support.shards import make_image, make_sample, write_numbers, write_tar
+
+Start = Callable[..., int]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["m2-data", *argv])
+        return data.main()
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "图片=photos"  # neither is in the grammar of overrides
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.png").write_bytes(make_image(number))
+        (folder / f"{number}.txt").write_text(f"图片 {number}", encoding="utf-8")
+    return folder
+
+
+def test_pack_then_check(start: Start, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        start("pack", f"source={photos.name}", f"output={tmp_path / 'tars'}", "samples_per_shard=4", "workers=0") == 0
+    )
+    assert "6 samples in 2 tars" in capsys.readouterr().out
+    assert start("check", f"source={tmp_path}/tars/{{000000..000001}}.tar", "batch_size=4", "workers=0") == 0
+    printed = capsys.readouterr().out
+    assert "usable samples  6 (100.00% of those there)" in printed
+    assert "warning: all captions are in zh" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([photos.name, "tars"]), (
+        "Hydra left records behind"
+    )
+
+
+def test_failures_are_counted_and_named(start: Start, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "5.png").write_bytes(make_image(5)[:-80])
+    values = (f"source={photos}", f"output={photos.parent / 'tars'}", "workers=0")
+    assert start("pack", *values) == 1
+    printed = capsys.readouterr().out
+    assert "1 failed, listed in" in printed
+    assert "1 undecodable_image" in printed
+    assert start("pack", *values, "max_failed_share=0.2") == 0
+    assert "1 of them from an earlier run" in capsys.readouterr().out
+    assert start("pack", *values, "verify=false") == 2
+    assert "packed with other options (images)" in capsys.readouterr().err
+
+
+def test_pack_tables_by_named_columns(start: Start, photos: Path, tmp_path: Path) -> None:
+    rows = [{"file": f"{i}.png", "title": f"number {i}", "license": "CC0"} for i in range(6)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    arguments = (
+        f"source={tmp_path / 't.jsonl'}", f"output={tmp_path / 'tars'}", f"image_root={photos}", "columns.image=file",
+        "columns.caption=title", "columns.extra=[license]", "pattern=n-%05d.tar", "workers=0", "max_side=8",
+    )  # fmt: skip
+    assert start("pack", *arguments) == 0
+    assert json.loads((tmp_path / "tars" / "pack.json").read_text())["changed_images"] == 6
+    assert [path.name for path in (tmp_path / "tars").glob("*.tar")] == ["n-00000.tar"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["pack"], "source=???"),
+        (["pack", "source=gone", "output=tars"], "gone: no such file or folder"),
+        (["pack", "source=[]", "output=tars"], "source=[]: must be"),
+        (["pack", "source=图片=photos", "output=tars", "format=jsonlines"], "did you mean jsonl"),
+        (["pack", "source=图片=photos", "output=tars", "pattern=x.tar"], "wukong-%06d.tar"),
+        (["pack", "source=图片=photos", "output=tars", "quality=0"], "1..95"),
+        (["pack", "source=图片=photos", "output=tars", "columns=x"], "columns"),
+        (["pack", "source=图片=photos", "output=tars", "columns.extra=x"], "a list of names of columns"),
+        (["pack", "source=图片=photos", "output=tars", "language=fr"], "one of en, zh"),
+        (["check", "source=gone"], "no such file"),
+        (["check", "source=s3://bucket/a.tar"], "only local shards"),
+        (["check", "source=图片=photos"], "no *.tar there"),
+        (["check", "source=tars", "max_shards=0"], "1 or more"),
+        (["stats", "source=tars", "plot=x.jpg"], "must end in .png, .svg, .pdf"),
+        (["stats", "source=tars", "tokenizer=gone.model"], "tokenizer=gone.model: no such file"),
+        (["stats", "source=tars", "context_length=1"], "2 or more"),
+    ],
+)
+def test_mistakes(
+    start: Start, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], named: str
+) -> None:
+    write_numbers(tmp_path / "tars", [3])
+    assert start(*argv) == 2
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("command", ["pack", "check", "stats"])
+def test_help(start: Start, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert start(command, "--help") == 0
+    assert f"m2-data {command} source=" in capsys.readouterr().out
+
+
+def test_check_as_json(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_numbers(tmp_path / "tars", [3])
+    assert start("check", f"source={tmp_path / 'tars'}", "json=true", f"output={tmp_path / 'c.json'}") == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
+    assert json.loads(printed)["samples"] == 3
+    assert start("check", f"source={tmp_path / 'tars'}", f"output={tmp_path / 'c.json'}") == 2
+    assert "overwrite=true" in capsys.readouterr().err
+
+
+def test_pointless_source_ends_with_2(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "tars" / "0.tar", make_sample("0", 0, metadata={"alt": "x"}))
+    assert start("check", f"source={tmp_path / 'tars'}") == 2
+    printed = capsys.readouterr().out
+    assert "problem: no usable sample (1 missing_caption" in printed
+    assert "its JSON has alt" in printed
+    assert start("stats", f"source={tmp_path / 'tars'}") == 2
+
+
+def test_stats_with_numbers_and_picture(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
+    pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
+    odd = [{"captions": {"zh": ["一只猫$", "龘龘的罕见字"], "en": ["ünïcödé 🐈", "a cat"]}}] * 3
+    members = [m for i, text in enumerate(odd) for m in make_sample(f"{i}", i, metadata=text)]
+    write_tar(tmp_path / "tars" / "0.tar", members)
+    write_numbers(tmp_path / "tars" / "more", [2])
+    arguments = [f"source={tmp_path / 'tars'}", f"output={tmp_path / 's.json'}", f"plot={tmp_path / 's.png'}"]
+    assert start("stats", *arguments, "context_length=3") == 0
+    assert "captions of more than 1 tokens, which are cut" in capsys.readouterr().out
+    numbers = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))["statistics"]
+    assert numbers["lengths"]["words"]["zh"] == {"lengths": [2, 5], "counts": [3, 3]}
+    assert set(numbers["lengths"]) == {"characters", "words", "tokens"}
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    assert start("stats", *arguments, "overwrite=true", f"font={tmp_path / 's.json'}") == 2
+    assert "not a font that can be read" in capsys.readouterr().err
