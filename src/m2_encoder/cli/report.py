@@ -129,24 +129,28 @@ def report_run(
     console = open_console()
     with console.status("evaluating"):
         evaluation = evaluate_sets(module.model, datamodule.retrieval_sets(), datamodule.tokenizer)
-    picture = draw_showcase(
-        run_folder / PICTURE_FILE,
-        model=module.model,
-        tokenizer=datamodule.tokenizer,
-        sets=_with_pictures(evaluation.sets, cfg),
-        features=evaluation.features,
-        results=evaluation.results,
-        subtitle=_subtitle(cfg, run_folder),
-        heldout_style=str(_section(cfg, "data").get("heldout_style", "")),
-    )
+    picture = run_folder / PICTURE_FILE
+    if evaluation.sets:  # a run on shards alone has none
+        draw_showcase(
+            picture,
+            model=module.model,
+            tokenizer=datamodule.tokenizer,
+            sets=_with_pictures(evaluation.sets, cfg),
+            features=evaluation.features,
+            results=evaluation.results,
+            subtitle=_subtitle(cfg, run_folder),
+            heldout_style=str(_section(cfg, "data").get("heldout_style", "")),
+        )
+        table = markdown_table(evaluation.results, titles=SPLIT_TITLES)
+        (run_folder / TABLE_FILE).write_text(table, encoding="utf-8")
     metrics = evaluation.metrics()
-    (run_folder / TABLE_FILE).write_text(markdown_table(evaluation.results, titles=SPLIT_TITLES), encoding="utf-8")
     summary = _summary(evaluation, metrics, run_folder, started)
     partial = run_folder / f".{SUMMARY_FILE}.partial"
     partial.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(run_folder / SUMMARY_FILE)
-    console.print()
-    console.print(results_table(evaluation.results, titles=SPLIT_TITLES))
+    if evaluation.sets:
+        console.print()
+        console.print(results_table(evaluation.results, titles=SPLIT_TITLES))
     console.print()
     for what, path in _places(run_folder, picture, cfg):
         console.print(f"  [bold]{what:<12}[/bold] {path}", soft_wrap=True, highlight=False)

@@ -98,6 +98,20 @@ def _weights_rule(key: str, names: tuple[str, ...], example: str) -> Rule:
     return Rule(key, holds, f"numbers, 0 or more and not all 0, for some of {', '.join(names)}", example)
 
 
+def _is_sources(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(source, dict) for source in value.values())
+
+
+def _is_shards(value: Any) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return bool(parts) and all(isinstance(part, str) and part.strip() for part in parts)
+
+
+def _is_languages(value: Any) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return bool(parts) and all(part in LANGUAGES for part in parts)
+
+
 def _is_steps(value: Any) -> bool:
     return is_whole(value) and value >= 1
 
@@ -132,6 +146,23 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     whole("data.global_batch_size", 2, "256", note=" (over all ranks)"),
     whole("data.eval_batch_size", 1, "256"),
     whole("data.num_workers", 0, "0"),
+    Rule("data.sources", _is_sources, "sources by name, at least one of them not null", "{main: {shards: PATHS}}"),
+    Rule("data.sources.*.shards", _is_shards, "a path or url, or a list of them", "'/data/{000..099}.tar'"),
+    Rule("data.sources.*.languages", _is_languages, f"some of {', '.join(LANGUAGES)}", "[zh, en]"),
+    number("data.sources.*.weight", "0.5", least=0, optional=True),
+    whole("data.sources.*.max_samples", 1, "1000000", optional=True),
+    whole("data.sources.*.max_epochs", 1, "2", optional=True),
+    whole("data.lanes", 1, "64"),
+    whole("data.window", 1, "65536"),
+    number("data.max_bad_share", "0.05", least=0, most=1),
+    whole("data.max_bad_samples", 0, "100", optional=True),
+    flag("data.new_segment"),
+    flag("data.keep_decoded"),
+    number("data.stall_timeout_s", "600", above=0),
+    text("data.cache.folder", "cache"),
+    number("data.cache.max_bytes", "2e11", above=0),
+    number("data.cache.timeout_s", "60", above=0),
+    whole("data.cache.attempts", 1, "4"),
     _weights_rule("data.captions.language_weights", LANGUAGES, "{zh: 0.5, en: 0.5}"),
     _weights_rule("data.captions.role_weights", CAPTION_ROLES, "{name: 0.5, keyword: 0.5}"),
     whole("data.captions.max_keywords", 1, "4"),

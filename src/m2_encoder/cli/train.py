@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 import warnings
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE: Final = "metrics.jsonl"
 _PATH_KEYS: Final = ("run.folder", "data.folder", "model.weights", "model.tokenizer")
+_SHARDS_KEY: Final = re.compile(r"\+*data\.sources\.[^.=]+\.shards")
 
 
 class Run(NamedTuple):
@@ -111,8 +113,11 @@ def build_run(cfg: dict[str, Any], folder: Path) -> Run:
     """
     model = build_model_config(cfg["model"])
     tokenizer = build_tokenizer(cfg["model"], model)
+    data = dict(cfg["data"])
+    if "folder" in data:
+        data["folder"] = str(anchor(data["folder"]))
     datamodule = instantiate(
-        {**cfg["data"], "folder": str(anchor(cfg["data"]["folder"]))},
+        data,
         tokenizer=tokenizer,
         image_size=model.image_size,
         seed=cfg["seed"],
@@ -124,7 +129,7 @@ def build_run(cfg: dict[str, Any], folder: Path) -> Run:
         optimizer=instantiate(cfg["optimizer"]),
         scheduler=instantiate(cfg["scheduler"]),
         initial_state=build_initial_state(cfg["model"], model),
-        validation_name="emoji_val",
+        validation_name=datamodule.validation_name,
     )
     metrics = JsonlLogger(folder / METRICS_FILE)
     trainer = instantiate(
@@ -216,6 +221,7 @@ def _quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
         ".*GPU available but not used.*",  # the configuration says so
         r".*self\.log\('(val/|step).*sync_dist=True.*",  # recalls are over all ranks, the step is the same on all
+        ".*Total length of `list` across ranks is zero.*",  # no validation set was given
         ".*LeafSpec.*is deprecated.*",  # Lightning's use of a newer torch
     ):
         warnings.filterwarnings("ignore", message=remark)
@@ -250,6 +256,7 @@ COMMAND: Final = Command(
         "m2-train +experiment=emoji",
         "m2-train +experiment=emoji run.name=wide model.embed_dim=256 optimizer.lr=5e-4",
         "m2-train +experiment=emoji run.name=two strategy=ddp trainer.devices=2",
+        "m2-train data=webdataset data.sources.main.shards='/data/{000..099}.tar' model.tokenizer=sp.model",
         "m2-train ... strategy=grouped_ddp strategy.group_size=8   # negatives from 8 ranks instead of from all",
         "m2-train -m +experiment=smoke optimizer.lr=1e-3,2e-3      # smoke-lr=0.001, smoke-lr=0.002",
         "m2-train --config-path outputs/emoji --config-name config  # repeats a run",
@@ -267,7 +274,9 @@ COMMAND: Final = Command(
 
 def main() -> int:
     """Entry point of `m2-train`."""
-    return run_command(COMMAND, protect_paths(sys.argv[1:], _PATH_KEYS))
+    given = sys.argv[1:]
+    shards = [key for key in (argument.partition("=")[0] for argument in given) if _SHARDS_KEY.fullmatch(key)]
+    return run_command(COMMAND, protect_paths(given, [*_PATH_KEYS, *shards]))
 
 
 if __name__ == "__main__":

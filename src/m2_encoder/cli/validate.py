@@ -20,6 +20,7 @@ from m2_encoder.errors import UserError
 
 GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "data": ("tokenizer", "image_size", "seed", "max_steps"),
+    "data.decode": ("data",),
     "data.transform": ("image_size",),
     "optimizer": ("module",),
     "scheduler": ("optimizer",),

@@ -42,7 +42,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         image_size: side of the images the model takes, pixels.
         seed: chooses order, captions and augmentation.
         max_steps: optimizer steps of the whole run.
-        sources: by name, the values of `SourceSpec`.
+        sources: by name, the values of `SourceSpec`; None leaves one out.
         global_batch_size: samples per step over all ranks.
         num_workers: loader processes per rank.
         captions: draws the captions of a sample.
@@ -74,7 +74,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         image_size: int,
         seed: int,
         max_steps: int,
-        sources: Mapping[str, Mapping[str, Any]],
+        sources: Mapping[str, Mapping[str, Any] | None],
         global_batch_size: int,
         num_workers: int,
         captions: CaptionSampler,
@@ -96,11 +96,12 @@ class WebDatasetModule(lightning.LightningDataModule):
         for name, value, least in (*((n, v, 1) for n, v in numbers.items()), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"{name}={value!r} must be {least} or more")
-        if not sources:
+        used = {name: values for name, values in sources.items() if values is not None}
+        if not used:
             raise UserError("data.sources is empty; name at least one, for example data.sources.main.shards=PATHS")
         self.tokenizer = tokenizer
         self.global_batch_size = global_batch_size
-        self._specs = [SourceSpec.from_config(name, values) for name, values in sources.items()]
+        self._specs = [SourceSpec.from_config(name, values) for name, values in used.items()]
         self._image_size, self._seed, self._max_steps = image_size, seed, max_steps
         self._num_workers, self._eval_batch_size = num_workers, eval_batch_size
         self._captions, self._decode, self._transform = captions, decode, transform(image_size)
