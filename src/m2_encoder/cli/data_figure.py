@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import MaxNLocator
 
 from m2_encoder.data.source_report import SourceReport
 from m2_encoder.data.statistics import REPETITION_CLASSES, Statistics
@@ -28,6 +29,7 @@ _MISSING: Final = "□"  # for what no font draws; DejaVu, which matplotlib ship
 _LAST_FONT: Final = "DejaVu Sans"
 _TAIL: Final = 0.995  # lengths beyond this quantile leave the picture
 _MAX_TEXT: Final = 16
+_LEAST_BARS: Final = 8  # room for so many, so that two captions do not fill the panel
 
 
 def draw_statistics(
@@ -146,6 +148,7 @@ def _draw_lengths(axes: Axes, statistics: Statistics, unit: str, limit: int | No
         axes.axvline(limit + 0.5, color=_MUTED, linestyle="--", linewidth=1)
         axes.annotate(f" cut at {limit}", (limit + 0.5, 0.9), xycoords=("data", "axes fraction"), color=_MUTED)
     axes.set_xlim(-0.5, last + 1.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0)
     axes.grid(axis="y", color=_GRID)
     axes.set_ylabel("% of the captions", color=_MUTED)
@@ -195,7 +198,7 @@ def _draw_frequent(axes: Axes, captions: Sequence[tuple[str, int]], drawable: fr
     axes.set_yticks(range(len(texts)), texts)
     axes.set_xlim(0, 1.2 * max(counts))
     axes.set_xticks([])
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(texts), _LEAST_BARS) - 0.4, -0.6)
 
 
 def _caption(report: SourceReport) -> str:
