@@ -15,8 +15,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from m2_encoder import M2EncoderConfig
 from m2_encoder.curation.settings import CurationSettings, LengthLimit
 from m2_encoder.curation.tables import read_table
+from m2_encoder.data.emoji import load_emoji_tokenizer_model
+from m2_encoder.export import export_model
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from tests.support.models import random_model
 from tests.support.shards import write_tar
 
 SETTINGS = CurationSettings(
@@ -230,3 +235,12 @@ def file_hashes(output: Path) -> dict[str, str]:
 def count_reasons(decisions: list[Decision]) -> Counter[str]:
     """How many pairs fell by each reason; kept ones under "kept"."""
     return Counter(decision.reason or "kept" for decision in decisions)
+
+
+def export_scorer(folder: Path) -> Path:
+    """A small model with random weights, as `m2-export` writes one."""
+    config = M2EncoderConfig.from_name(
+        "tiny", embed_dim=32, num_heads=2, num_layers=1, feature_dim=16, image_size=16, patch_size=8
+    )
+    tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=24)
+    return export_model(folder, model=random_model(config), tokenizer=tokenizer)

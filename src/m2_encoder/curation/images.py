@@ -95,5 +95,5 @@ def _hash(grey: FloatArray) -> int | None:
 def _cosines() -> FloatArray:
     """The 8 lowest rows of the orthonormal DCT-II of 32 points."""
     frequency, place = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None, :]
-    scale = np.where(frequency == 0, np.sqrt(1 / _SIDE), np.sqrt(2 / _SIDE))
+    scale: FloatArray = np.sqrt(np.where(frequency == 0, 1, 2) / _SIDE)
     return scale * np.cos(np.pi * (2 * place + 1) * frequency / (2 * _SIDE))

@@ -80,25 +80,28 @@ class RayExecutor:
         return self._ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS))
 
     def _peaks(self, dataset: Any) -> Iterator[int]:
-        try:
-            for row in dataset.iter_rows():
-                yield int(row["peak"])
-        except Exception as error:  # Ray wraps what a task raises in exceptions of its own
-            mistake = _find_user_error(error)
-            if mistake is None:
-                raise
-            raise UserError(str(mistake)) from error
+        for row in dataset.iter_rows():
+            if row["mistake"]:
+                raise UserError(row["mistake"])
+            yield int(row["peak"])
 
 
 class _Call:
-    """A row with a pickled task to a row with the peak memory and, if asked for, the pickled result."""
+    """A row with a pickled task to a row with the peak memory and, if asked for, the pickled result.
+
+    A user's mistake comes back as its message: Ray would wrap the exception and lose where it came from.
+    """
 
     def __init__(self, function: Callable[[Any], Any], *, keep: bool = False) -> None:
         self._function, self._keep = function, keep
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        result = self._function(pickle.loads(row["task"]))
-        return {"peak": peak_memory(), **({"result": pickle.dumps(result)} if self._keep else {})}
+        result, mistake = None, ""
+        try:
+            result = self._function(pickle.loads(row["task"]))
+        except UserError as error:
+            mistake = str(error)
+        return {"peak": peak_memory(), "mistake": mistake, "result": pickle.dumps(result) if self._keep else b""}
 
 
 class _Consumer:
@@ -108,13 +111,6 @@ class _Consumer:
         self._consume = consumer(settings)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        self._consume(pickle.loads(row["result"]))
-        return {"peak": max(row["peak"], peak_memory())}
-
-
-def _find_user_error(error: BaseException | None, depth: int = 0) -> UserError | None:
-    if error is None or depth > 10 or isinstance(error, UserError):
-        return error if isinstance(error, UserError) else None
-    inner = getattr(error, "cause", None)
-    found = _find_user_error(inner, depth + 1) if isinstance(inner, BaseException) else None
-    return found or _find_user_error(error.__cause__, depth + 1)
+        if not row["mistake"]:
+            self._consume(pickle.loads(row["result"]))
+        return {"peak": max(row["peak"], peak_memory()), "mistake": row["mistake"]}

@@ -13,6 +13,7 @@ Legend: S image side in pixels · H, W height and width of a source.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -42,7 +43,8 @@ class TensorTrainTransform(TrainTransform):
             rng: the only source of randomness; the same state gives the same pixels.
 
         Returns:
-            (3, S, S) uint8, contiguous. The source is never changed.
+            (3, S, S) uint8, in memory of its own; of tensors and bytes the channels come last in memory, as resizing
+            writes them.
 
         Raises:
             ImageError: if the source is a tensor of another kind, or cannot be opened.
@@ -61,11 +63,10 @@ class TensorTrainTransform(TrainTransform):
         box = random_crop_box((width, height), scale=self.scale, ratio=self.ratio, rng=rng)
         levels = crop_and_resize(source, box, self.image_size)
         if rng.random() < self.flip:
-            levels = torch.from_numpy(levels.numpy()[:, :, ::-1].copy())
+            levels = _mirror(levels)
         if not self._augments:
-            return levels
-        image = Image.merge("RGB", [Image.fromarray(plane) for plane in levels.numpy()])
-        return torch.from_numpy(np.ascontiguousarray(np.asarray(self._augment(image, rng)).transpose(2, 0, 1)))
+            return torch.from_numpy(levels).permute(2, 0, 1)
+        return torch.from_numpy(np.array(self._augment(Image.fromarray(levels), rng))).permute(2, 0, 1)
 
     @property
     def _augments(self) -> bool:
@@ -75,7 +76,7 @@ class TensorTrainTransform(TrainTransform):
         return bool(self.num_ops or moves or recolours)
 
 
-def crop_and_resize(image: Tensor, box: tuple[int, int, int, int], image_size: int) -> Tensor:
+def crop_and_resize(image: Tensor, box: tuple[int, int, int, int], image_size: int) -> npt.NDArray[np.uint8]:
     """Bicubic with antialias from a part of an image to a square.
 
     Args:
@@ -84,18 +85,26 @@ def crop_and_resize(image: Tensor, box: tuple[int, int, int, int], image_size: i
         image_size: S.
 
     Returns:
-        (3, S, S) uint8, contiguous, in memory of its own.
+        (S, S, 3), contiguous, in memory of its own.
     """
     left, top, right, bottom = box
-    part = np.ascontiguousarray(image.permute(1, 2, 0).numpy()[top:bottom, left:right])
+    part = image.permute(1, 2, 0).numpy()[top:bottom, left:right].copy()
     height, width = part.shape[:2]
     if height == width == image_size:
-        return torch.from_numpy(part.transpose(2, 0, 1).copy())
-    batch = torch.from_numpy(part).permute(2, 0, 1)[None]
+        return part
+    # A batch of one whose strides say so: only then torch neither splits the channels nor joins them again.
+    batch = torch.from_numpy(part.reshape(1, height, width, 3)).permute(0, 3, 1, 2)
     if height > image_size and 2 * width < height + image_size:
         # Here Pillow 13 resizes the height first, torch always the width; each rounds between the two.
         batch = interpolate(batch, (image_size, width), mode="bicubic", antialias=True)
-    return interpolate(batch, (image_size, image_size), mode="bicubic", antialias=True)[0].contiguous()
+    batch = interpolate(batch, (image_size, image_size), mode="bicubic", antialias=True)
+    return np.ascontiguousarray(batch[0].permute(1, 2, 0).numpy())
+
+
+def _mirror(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Left and right exchanged, (S, S, 3); moves whole pixels, which is twice as fast as moving their bytes."""
+    pixels = levels.view("V3")
+    return pixels[:, ::-1].copy().view(np.uint8).reshape(levels.shape)
 
 
 def _check(image: Tensor) -> None:

@@ -84,7 +84,7 @@ def test_any_shape_is_a_pure_function_near_pillow(
     ours, pillow = both(image, size, seed, scale=(least, 1.0), flip=flip, **PLAIN)
     assert ours.shape == (3, size, size)
     assert ours.dtype == torch.uint8
-    assert ours.is_contiguous()
+    assert ours.permute(1, 2, 0).is_contiguous()
     # White noise is the worst case: the two round their weights and the row between the passes in other places.
     assert (ours.int() - pillow.int()).abs().max() <= 3
     again, _ = both(image, size, seed, scale=(least, 1.0), flip=flip, **PLAIN)
@@ -97,7 +97,6 @@ def test_augmentations_are_those_of_the_pillow_path(seed: int) -> None:
     image = photo(48, 48, seed)
     ours, pillow = both(image, 48, seed, scale=(1.0, 1.0), ratio=(1.0, 1.0), **EVERYTHING)
     assert torch.equal(ours, pillow)
-    assert ours.is_contiguous()
 
 
 @pytest.mark.parametrize("option", [name for name in EVERYTHING if name not in {"num_ops", "operations"}])
@@ -174,8 +173,9 @@ def test_it_travels_to_workers() -> None:
 def test_cropping_takes_the_box_it_is_given() -> None:
     image = tensor(photo(50, 70))
     part = crop_and_resize(image, (10, 5, 30, 25), 20)
-    assert torch.equal(part, image[:, 5:25, 10:30])
-    assert part.is_contiguous()
+    assert np.array_equal(part, np.asarray(photo(50, 70))[5:25, 10:30])
+    part[:] = 0
+    assert torch.equal(image, tensor(photo(50, 70)))
     shrunk = crop_and_resize(image, (0, 0, 70, 50), 10)
     expected = photo(50, 70).resize((10, 10), Image.Resampling.BICUBIC)
-    assert (shrunk.int() - tensor(expected).int()).abs().max() <= 2
+    assert np.abs(shrunk.astype(int) - np.asarray(expected)).max() <= 2

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from m2_encoder.cli import data
+from tests.support.curation import write_corpus
+
+Start = Callable[..., int]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, repo_root: Path) -> Start:
+    monkeypatch.chdir(repo_root)
+
+    def run(*argv: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["m2-data", "curate", *argv])
+        return data.main()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "web", shards=2, samples=12)
+
+
+def test_report_is_printed_and_written(
+    start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (f"shards={corpus}", f"output={tmp_path / 'out'}", "images.min_side=16", "workers=0")
+    assert start(*arguments) == 0
+    printed = capsys.readouterr().out
+    total = json.loads((tmp_path / "out" / "report.json").read_text())["total"]
+    assert f"kept {total['kept_pairs']:,} of {total['pairs']:,} pairs" in printed
+    assert "| too_short" in printed
+    assert list((tmp_path / "out" / "web").glob("*.tar"))
+    assert start(*arguments) == 0
+    assert "was finished already" in capsys.readouterr().out
+    assert start(*arguments, "duplicates.captions=1") == 2
+    assert "overwrite=true" in capsys.readouterr().err
+
+
+def test_several_sources(start: Start, corpus: Path, tmp_path: Path) -> None:
+    shards = f"shards={{a: {corpus}/000.tar, b: [{corpus}/001.tar]}}"
+    options = ("language={b: zh}", "images.min_side=null", "workers=0", "evaluation.near=null")
+    assert start(shards, f"output={tmp_path / 'out'}", *options) == 0
+    assert sorted(json.loads((tmp_path / "out" / "report.json").read_text())["sources"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("images.min_side=0", "1 or more"),
+        ("duplicates.images=delete", "one of drop, mark, keep"),
+        ("lengths.zh.unit=words", "one of characters"),
+        ("lengths=5", "lengths: holds several values"),
+        ("lengths.en.min=9 lengths.en.max=3", "least 9 is above most 3"),
+        ("language=fr", "one of en, zh"),
+        ("score.model=no/such/folder", "score.model=no/such/folder: no such folder"),
+        ("evaluation.images=[nowhere]", "nowhere: no such file or folder"),
+        ("executor=slurm", "one of local, ray"),
+        ("shards=nowhere", "no such file or folder"),
+        ("shards=s3://bucket/{0..9}.tar", "download the shards first"),
+        ("duplicates.near_image=3", "did you mean near_images"),
+    ],
+)
+def test_mistakes(
+    start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argument: str, named: str
+) -> None:
+    assert start(f"shards={corpus}", f"output={tmp_path / 'out'}", *argument.split(" ")) == 2
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_extra(
+    start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "ray" else find(name))
+    assert start(f"shards={corpus}", f"output={tmp_path / 'out'}", "executor=ray") == 2
+    assert "pip install 'm2-encoder[ray]'" in capsys.readouterr().err
