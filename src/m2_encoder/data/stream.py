@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from m2_encoder.data.captions import Caption, CaptionSampler
 from m2_encoder.data.content import SampleProblem, SampleText, parse_sample_text
 from m2_encoder.data.faults import SHARD_REASONS, SampleFault
+from m2_encoder.data.manifest import is_remote
 from m2_encoder.data.plan import Place, PositionPlan, Stretch
 from m2_encoder.data.reading import ShardReader
 from m2_encoder.data.stages import DECODING, READING, TRANSFORMING, StageClock
@@ -69,11 +70,12 @@ class Delivery(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A sample before anything is drawn for it."""
+    """A sample before anything is drawn for it; `captions` as `CaptionSampler` takes them."""
 
     key: str
     image: Any
-    text: SampleText
+    captions: dict[str, dict[str, list[str]]]
+    identity: int
 
 
 class SampleStream(Dataset[Delivery]):
@@ -108,6 +110,7 @@ class SampleStream(Dataset[Delivery]):
         self._decode = decode
         self._transform = transform
         self._kept: dict[tuple[int, int, int], _Opened] | None = {} if keep_decoded else None
+        self._is_remote = any(is_remote(shard) for source in plan.manifest.sources for shard in source.shards)
         self._announced: dict[tuple[int, int], Stretch] = {}
         self.clock = StageClock()
 
@@ -117,7 +120,8 @@ class SampleStream(Dataset[Delivery]):
         Raises:
             UserError: if `MAX_IN_A_ROW` replacements are unusable, too; with what is wrong with them.
         """
-        self._announce(position)
+        if self._is_remote:
+            self._announce(position)
         faults: list[SampleFault] = []
         for attempt in range(MAX_IN_A_ROW):
             place = self._plan.locate(position, attempt=attempt)
@@ -133,12 +137,13 @@ class SampleStream(Dataset[Delivery]):
         opened = self._open(place)
         seed = (self._plan.seed, _SAMPLE_STREAM, position, *([attempt] if attempt else []))
         rng = np.random.default_rng(seed)
-        captions = self._draw_captions(opened.text, rng)
+        try:
+            captions = self._captions(opened.captions, rng=rng)
+        except UserError as error:
+            raise SampleProblem("wrong_type", str(error)) from error
         self.clock.enter(TRANSFORMING, opened.key)
         pixels = self._transform(opened.image, rng=rng)
-        return TrainingSample(
-            pixels, captions, opened.key, source, content_identity(opened.text.identity or opened.key)
-        )
+        return TrainingSample(pixels, captions, opened.key, source, opened.identity)
 
     def _open(self, place: Place) -> _Opened:
         where = (place.source, place.shard, place.number)
@@ -150,13 +155,14 @@ class SampleStream(Dataset[Delivery]):
         raw = self._reader.read(shard, place.number, size=int(source.sizes[place.shard]))
         language = source.spec.languages[0] if len(source.spec.languages) == 1 else None
         text = parse_sample_text(raw.json, raw.text, language=language)
+        captions = self._sort_captions(text)
         self.clock.enter(DECODING, f"{raw.key} of {shard}")
-        opened = _Opened(raw.key, self._decode(raw.image), text)
+        opened = _Opened(raw.key, self._decode(raw.image), captions, content_identity(text.identity or raw.key))
         if self._kept is not None:
             self._kept[where] = opened
         return opened
 
-    def _draw_captions(self, text: SampleText, rng: np.random.Generator) -> tuple[Caption, ...]:
+    def _sort_captions(self, text: SampleText) -> dict[str, dict[str, list[str]]]:
         captions: dict[str, list[str]] = {language: [] for language in LANGUAGES}
         roles: dict[str, list[str]] = {language: [] for language in LANGUAGES}
         for caption in text.captions:
@@ -164,10 +170,7 @@ class SampleStream(Dataset[Delivery]):
             roles[caption.language].append(caption.role or _PLAIN_ROLE)
         if not any(captions[language] for language in self._captions.languages):
             raise SampleProblem("missing_caption", f"no caption in {' or '.join(self._captions.languages)}")
-        try:
-            return self._captions({"captions": captions, "caption_roles": roles}, rng=rng)
-        except UserError as error:
-            raise SampleProblem("wrong_type", str(error)) from error
+        return {"captions": captions, "caption_roles": roles}
 
     def _name(self, place: Place, problem: SampleProblem | ImageError) -> SampleFault:
         source = self._plan.manifest.sources[place.source]
