@@ -6,14 +6,19 @@ not matter who runs a task, when, how often, or whether the one before died in t
 
 from __future__ import annotations
 
-import functools
+import itertools
+import multiprocessing
 import resource
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Final, Protocol
 
-from m2_encoder.data.worker_pool import map_in_processes
+from m2_encoder.data.worker_pool import start_worker
+from m2_encoder.errors import UserError
 
-_PRELOAD = "m2_encoder.curation.pipeline"
+_PRELOAD: Final = "m2_encoder.curation.pipeline"
+_AHEAD: Final = 3  # tasks per worker that are sent ahead or done
 
 
 class Executor(Protocol):
@@ -51,7 +56,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Processes of this machine.
+    """Processes of this machine; they stay from stage to stage, since to start one takes longer than most tasks.
 
     Args:
         workers: how many; 0 runs everything in this process.
@@ -59,6 +64,7 @@ class LocalExecutor:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
+        self._pool: ProcessPoolExecutor | None = None
 
     def run(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[int]:
         """See `Executor`."""
@@ -81,13 +87,44 @@ class LocalExecutor:
             yield max(peak, peak_memory())
 
     def close(self) -> None:
-        """Nothing is held between stages."""
+        """Let the processes finish what they are at, and end them."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
     def _results(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[Any, int]]:
-        if tasks:
-            call = functools.partial(_run, function)
-            workers = self._workers if len(tasks) > 1 else 0  # to start a process takes longer than most tasks
-            yield from map_in_processes(call, tasks, workers=workers, preload=_PRELOAD)
+        """Results as they are ready, with only so many tasks sent ahead that results cannot fill the memory."""
+        if self._workers == 0:
+            yield from (_run(function, task) for task in tasks)
+            return
+        stream = iter(tasks)
+        waiting: set[Future[tuple[Any, int]]] = set()
+        try:
+            while True:
+                room = _AHEAD * self._workers - len(waiting)
+                waiting |= {self._open_pool().submit(_run, function, task) for task in itertools.islice(stream, room)}
+                if not waiting:
+                    return
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            self.close()
+            raise UserError(
+                "a worker process died, killed from outside or for want of memory; start again to go on, with fewer "
+                "workers or smaller partition_rows"
+            ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _open_pool(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            # Forked from a clean process, never from this one and its threads.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([_PRELOAD])
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=start_worker)
+        return self._pool
 
 
 def peak_memory() -> int:

@@ -49,7 +49,7 @@ def map_in_processes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     waiting: deque[Future[Result]] = deque()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
         for task in tasks:
             waiting.append(pool.submit(function, task))
@@ -65,7 +65,8 @@ def map_in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """Initialise a process of a pool: it ends with its parent, however that ends, and leaves Ctrl-C to it."""
     # Ctrl-C reaches the whole group; the main process alone says so and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

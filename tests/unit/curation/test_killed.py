@@ -32,7 +32,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     while killed < _KILLS:
         process = subprocess.Popen(command(corpus, output), start_new_session=True, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=clock.uniform(3.0, 9.0))
+            process.wait(timeout=clock.uniform(2.0, 7.0))
             break  # so quick a machine that it was finished
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)  # the workers are left to notice it themselves

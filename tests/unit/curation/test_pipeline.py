@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import signal
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -171,8 +173,21 @@ def test_stopped_at_any_task_it_goes_on(corpus: Path, finished: Path, tmp_path: 
 
 
 def test_workers_do_not_change_a_byte(corpus: Path, finished: Path, tmp_path: Path) -> None:
-    run(corpus, tmp_path / "out", executor=LocalExecutor(2))
+    executor = LocalExecutor(2)
+    run(corpus, tmp_path / "out", executor=executor)
+    executor.close()
     assert file_hashes(tmp_path / "out") == file_hashes(finished)
+
+
+def kill_worker(_task: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_dead_worker_is_said(corpus: Path) -> None:
+    executor = LocalExecutor(1)
+    with pytest.raises(UserError, match="start again to go on"):
+        list(executor.run(kill_worker, [1, 2]))
+    executor.close()
 
 
 def test_interrupted_run_with_other_settings_leaves_nothing(corpus: Path, finished: Path, tmp_path: Path) -> None:

@@ -30,7 +30,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(corpus: Path, output: Path, model: Path, workers: int = 0, **score: Any) -> Curation:
     settings = dataclasses.replace(SETTINGS, score=ScoreSettings(model=str(model), rows=16, **score))
-    return curate(list_shards({"web": str(corpus)}), output, settings, executor=LocalExecutor(workers))
+    executor = LocalExecutor(workers)
+    result = curate(list_shards({"web": str(corpus)}), output, settings, executor=executor)
+    executor.close()
+    return result
 
 
 def median_score(output: Path) -> float:
