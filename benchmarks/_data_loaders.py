@@ -53,8 +53,10 @@ def build_ours(folder: Path, count: int) -> dict[str, Measurement]:
         module.prepare_data()
         return sum(len(batch.images) for batch in module.train_dataloader())
 
+    images = _read_images(folder)
+
     def decode() -> int:
-        return sum(decode_image_uint8(content).shape[0] // 3 for content in _read_images(folder))
+        return sum(decode_image_uint8(content).shape[0] // 3 for content in images)
 
     return {"0 workers": partial(load, 0), "2 workers": partial(load, 2), "decoding alone": decode}
 
@@ -96,16 +98,19 @@ def _read_images(folder: Path) -> list[bytes]:
 
 def measure(measurement: Measurement) -> dict[str, float]:
     """One pass: samples, wall time, and CPU time of this process and of the workers it started and ended."""
-    before, start = _cpu_seconds(), time.perf_counter()
+    own, workers = _cpu_seconds(resource.RUSAGE_SELF), _cpu_seconds(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
     samples = measurement()
     wall = time.perf_counter() - start
-    gc.collect()  # ends workers that a loader keeps for its next epoch; only ended ones are counted
-    return {"samples": samples, "wall_s": wall, "cpu_s": _cpu_seconds() - before}
+    own = _cpu_seconds(resource.RUSAGE_SELF) - own
+    gc.collect()  # ends workers that a loader keeps for its next epoch: only ended ones are counted
+    workers = _cpu_seconds(resource.RUSAGE_CHILDREN) - workers
+    return {"samples": samples, "wall_s": wall, "cpu_s": own + workers}
 
 
-def _cpu_seconds() -> float:
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(each.ru_utime + each.ru_stime for each in used)
+def _cpu_seconds(who: int) -> float:
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:

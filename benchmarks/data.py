@@ -35,7 +35,7 @@ from typing import Any
 from _common import Report, parse_arguments
 from _photos import make_shards
 
-COUNT, QUICK_COUNT = 5000, 1280
+COUNT, QUICK_COUNT = 5000, 2560
 ROUNDS, QUICK_ROUNDS = 5, 2
 OURS, PEER = "ours", "open_clip"
 LOADING = ("0 workers", "2 workers")

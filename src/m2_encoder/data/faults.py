@@ -77,7 +77,8 @@ class FaultLog:
         max_samples: number of unusable samples above which the run ends; None sets no limit.
 
     Attributes:
-        counts: unusable samples met so far by this process, by reason; a sample met twice counts twice.
+        counts: unusable samples drawn so far by this process, by reason; a sample drawn twice counts twice.
+        at_start: unusable samples that the headers of shards told before anything was drawn, by reason.
 
     Raises:
         UserError: for limits that make no sense.
@@ -95,6 +96,7 @@ class FaultLog:
         self._first: list[SampleFault] = []
         self._seen = 0
         self.counts: Counter[str] = Counter()
+        self.at_start: Counter[str] = Counter()
 
     def list(self, faults: Iterable[SampleFault]) -> None:
         """Put faults on the list that are not there yet, without counting them."""
@@ -117,6 +119,21 @@ class FaultLog:
             raise UserError(f"{self._path}: cannot list unusable samples: {error}") from error
         self._listed |= set(new)
 
+    def start(self, faults: Iterable[SampleFault], *, usable: int) -> None:
+        """Count and list what is known before anything is drawn.
+
+        Args:
+            faults: in the shards.
+            usable: samples in them.
+
+        Raises:
+            UserError: if the budget is spent already.
+        """
+        faults = tuple(faults)
+        self.list(faults)
+        self.at_start = Counter(fault.reason for fault in faults)
+        self._check_budget(self.at_start, len(faults), usable)
+
     def add(self, faults: Iterable[SampleFault], *, drawn: int) -> None:
         """Count and list faults.
 
@@ -133,20 +150,20 @@ class FaultLog:
             return
         self.counts.update(fault.reason for fault in faults)
         self.list(faults)
-        bad = self.counts.total()
-        over_count = self._max_samples is not None and bad > self._max_samples
-        if over_count or bad > self._max_share * max(self._seen + bad, _LEAST_SEEN):
-            limit = (
-                f"data.max_bad_samples={self._max_samples}" if over_count else f"data.max_bad_share={self._max_share:g}"
-            )
-            raise UserError(self.describe(f"{bad} of {self._seen + bad} samples are unusable, more than {limit}"))
+        self._check_budget(self.counts, self.counts.total(), self._seen)
 
-    def describe(self, what: str) -> str:
-        """One line for the end of a run: what happened, counts, first places, where all are listed."""
-        counts = ", ".join(f"{reason} {count}" for reason, count in self.counts.most_common())
+    def _check_budget(self, counts: Counter[str], bad: int, good: int) -> None:
+        over_count = self._max_samples is not None and bad > self._max_samples
+        if not over_count and bad <= self._max_share * max(good + bad, _LEAST_SEEN):
+            return
+        limit = f"data.max_bad_samples={self._max_samples}" if over_count else f"data.max_bad_share={self._max_share:g}"
+        by_reason = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
         places = "; ".join(fault.describe() for fault in self._first)
         listed = "" if self._path is None else f"; all of them: {self._path}"
-        return f"{places}: {what}: {counts}{listed}; mend the shards, or allow more"
+        raise UserError(
+            f"{places}: {bad} of {good + bad} samples are unusable, more than {limit}: {by_reason}{listed}; mend the "
+            "shards, or allow more"
+        )
 
     @staticmethod
     def _ends_line(file: IO[bytes]) -> bool:

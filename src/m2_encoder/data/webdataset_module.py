@@ -227,7 +227,7 @@ class WebDatasetModule(lightning.LightningDataModule):
             samples,
             ", ".join(f"{reason} {count}" for reason, count in counts.most_common()),
         )
-        self.fault_log.add(faults, drawn=samples)
+        self.fault_log.start(faults, usable=samples)
 
     def _place(self) -> tuple[int, int]:
         """This process's rank, and how many there are; without a trainer it is alone."""

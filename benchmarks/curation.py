@@ -1,0 +1,209 @@
+"""Curation from end to end: time per stage and peak memory, local and on Ray, against a known truth.
+
+Makes a crawl of a million pairs (about 2.5 GB) with planted faults and copies, curates it with each executor, compares
+the outputs byte for byte, and counts what fell against what was planted.
+
+    python benchmarks/curation.py --quick
+    python benchmarks/curation.py --pairs 1000000 --executors local ray --json results.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._common import Report, parse_arguments
+from benchmarks._curation_data import (
+    MAX_REPEATS,
+    MIN_SIDE_PX,
+    PAIRS_PER_SHARD,
+    PLAIN,
+    WriteShard,
+    expected_repeats,
+    write_crawl_shard,
+    write_evaluation_images,
+)
+from m2_encoder.curation.executors import Executor, LocalExecutor
+from m2_encoder.curation.pipeline import Curation, curate
+from m2_encoder.curation.ray_executor import RayExecutor
+from m2_encoder.curation.settings import CurationSettings, LengthLimit
+from m2_encoder.curation.sources import list_shards
+from m2_encoder.data.worker_pool import map_in_processes
+
+QUICK_PAIRS = 20_000
+SETTINGS = CurationSettings(
+    lengths={"zh": LengthLimit(least=5), "en": LengthLimit(least=5)},
+    languages=("zh", "en"),
+    min_side_px=MIN_SIDE_PX,
+    max_repeats=MAX_REPEATS,
+    evaluation_near=None,
+)
+
+
+class MemoryMeter:
+    """The most memory that this process and everything below it hold at a time, shared pages counted once, bytes."""
+
+    def __init__(self, interval_s: float = 0.5) -> None:
+        self.peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(interval_s,), daemon=True)
+
+    def __enter__(self) -> MemoryMeter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self, interval_s: float) -> None:
+        while not self._stop.wait(interval_s):
+            self.peak = max(self.peak, sum(map(_proportional_bytes, _family(os.getpid()))))
+
+
+def _family(root: int) -> list[int]:
+    """A process and all below it."""
+    parents: dict[int, int] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                stat = Path(entry.path, "stat").read_text()
+                parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    members = {root}
+    while more := {pid for pid, parent in parents.items() if parent in members} - members:
+        members |= more
+    return sorted(members)
+
+
+def _proportional_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def make_crawl(folder: Path, pairs: int, *, workers: int) -> Counter[str]:
+    """Write the crawl; gives what is planted in it."""
+    folder.mkdir(parents=True)
+    tasks = [
+        WriteShard(str(folder / f"{start // PAIRS_PER_SHARD:06d}.tar"), start, min(PAIRS_PER_SHARD, pairs - start))
+        for start in range(0, pairs, PAIRS_PER_SHARD)
+    ]
+    planted: Counter[str] = Counter()
+    for fates in map_in_processes(write_crawl_shard, tasks, workers=workers, preload="benchmarks._curation_data"):
+        planted += fates
+    return planted
+
+
+def run_executor(
+    name: str, executor: Executor, crawl: Path, evaluation: Path, output: Path, report: Report
+) -> Curation:
+    """Curate with one executor and add a row per stage."""
+    with MemoryMeter() as meter:
+        started = time.perf_counter()
+        result = curate(
+            list_shards({"crawl": str(crawl)}), output, SETTINGS, executor=executor, evaluation=[str(evaluation)]
+        )
+        seconds = time.perf_counter() - started
+        executor.close()
+    pairs = result.report.total["pairs"]
+    for stage in result.stages:
+        report.add(
+            f"{name}: {stage.stage}",
+            tasks=stage.tasks,
+            seconds=round(stage.seconds, 2),
+            peak_of_a_process_mb=round(stage.peak_bytes / 1e6, 1),
+        )
+    report.add(
+        f"{name}: all",
+        seconds=round(seconds, 1),
+        pairs_per_s=round(pairs / seconds),
+        peak_of_all_mb=round(meter.peak / 1e6),
+    )
+    report.figures[f"seconds_{name}"] = seconds
+    report.figures[f"pairs_per_s_{name}"] = rate
+    report.figures[f"peak_gb_{name}"] = meter.peak / 1e9
+    return result
+
+
+def compare_with_truth(report: Report, result: Curation, planted: Counter[str], pairs: int) -> None:
+    """A row per reason: planted, fallen; and the worst relative difference."""
+    expected = dict(planted)
+    expected["repeated_caption"] = expected_repeats(pairs)
+    expected["kept"] = expected.pop(PLAIN) + planted["repeated_caption"] - expected["repeated_caption"]
+    found = {**result.report.total["reasons"], "kept": result.report.total["kept_pairs"]}
+    for reason in sorted({*expected, *found}):
+        report.add(f"truth: {reason}", planted=expected.get(reason, 0), found=found.get(reason, 0))
+    report.figures["misjudged_share"] = (
+        sum(abs(expected.get(reason, 0) - found.get(reason, 0)) for reason in {*expected, *found}) / 2 / pairs
+    )
+
+
+def hash_outputs(output: Path) -> dict[str, str]:
+    """Hash of every file of an output, by name."""
+    return {str(path.relative_to(output)): _hash(path) for path in sorted(output.rglob("*")) if path.is_file()}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def working_folder(given: Path | None) -> Iterator[Path]:
+    """A folder for crawl and outputs: a new one, removed at the end, unless one is given."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    folder = Path(tempfile.mkdtemp(prefix="curation-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _configure(parser: Any) -> None:
+    parser.add_argument("--pairs", type=int, default=1_000_000, help="size of the crawl (default: %(default)s)")
+    parser.add_argument("--executors", nargs="+", choices=("local", "ray"), default=["local", "ray"])
+    parser.add_argument("--folder", type=Path, help="where to work and leave everything; default: a temporary one")
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, configure=_configure)
+    pairs = min(arguments.pairs, QUICK_PAIRS) if arguments.quick else arguments.pairs
+    report = Report(f"Curation of {pairs:,} pairs, {arguments.threads} processes", distributions=("pyarrow", "ray"))
+    with working_folder(arguments.folder) as folder:
+        started = time.perf_counter()
+        planted = make_crawl(folder / "crawl", pairs, workers=arguments.threads)
+        write_evaluation_images(folder / "evaluation", pairs)
+        size = sum(path.stat().st_size for path in (folder / "crawl").glob("*.tar"))
+        report.add("make the crawl", seconds=round(time.perf_counter() - started, 1), gb=round(size / 1e9, 2))
+        hashes = []
+        for name in arguments.executors:
+            executor: Executor = (
+                RayExecutor(workers=arguments.threads) if name == "ray" else LocalExecutor(arguments.threads)
+            )
+            result = run_executor(name, executor, folder / "crawl", folder / "evaluation", folder / name, report)
+            hashes.append(hash_outputs(folder / name))
+        compare_with_truth(report, result, planted, pairs)
+        if len(hashes) > 1:
+            report.figures["identical"] = int(all(other == hashes[0] for other in hashes))
+    report.finish(json_path=arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""How many samples could not be used, over all ranks and the whole run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Protocol, cast
+
+import lightning
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from m2_encoder.errors import UserError
+
+_SKIPPED = "skipped_samples"
+
+
+class FaultCounts(Protocol):
+    """Unusable samples by reason: as one rank drew them, and as one rank found them in the shards at the start."""
+
+    counts: Counter[str]
+    at_start: Counter[str]
+
+
+class FaultCounting(Protocol):
+    """What this callback needs of a data module."""
+
+    fault_log: FaultCounts
+
+
+class SkippedSamples(Callback):
+    """Logs `data/skipped/<reason>`, counted over all ranks and over resumed parts of the run, too.
+
+    A reason appears with its first sample. Ranks exchange their counts every so many steps, and for every checkpoint.
+
+    Args:
+        every_n_steps: optimizer steps between two exchanges.
+
+    Attributes:
+        totals: drawn in the whole run, by reason, as of the last exchange.
+        at_start: found in the shards when this process's run started, by reason.
+
+    Raises:
+        UserError: if `every_n_steps` is below 1.
+    """
+
+    def __init__(self, *, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"every_n_steps={every_n_steps!r} must be 1 or more")
+        self._every_n_steps = every_n_steps
+        self._before: Counter[str] = Counter()
+        self.totals: Counter[str] = Counter()
+        self.at_start: Counter[str] = Counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Exchange and publish the counts when it is time, and with the last step."""
+        if trainer.global_step % self._every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+            self._exchange(trainer)
+            for reason, count in sorted((self.totals + self.at_start).items()):
+                pl_module.log(f"data/skipped/{reason}", float(count))
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the counts of the whole run."""
+        self._exchange(trainer)
+        checkpoint[_SKIPPED] = dict(self.totals)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on counting."""
+        self._before = Counter(checkpoint.get(_SKIPPED, {}))
+
+    def _exchange(self, trainer: lightning.Trainer) -> None:
+        log = getattr(trainer, "datamodule", None)
+        own: tuple[Counter[str], Counter[str]] = Counter(), Counter()
+        if hasattr(log, "fault_log"):
+            faults = cast(FaultCounting, log).fault_log
+            own = faults.counts, faults.at_start
+        ranks: list[Any] = [own]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            dist.all_gather_object(ranks, own)
+        self.totals = sum((counts for counts, _ in ranks), start=self._before)
+        self.at_start = sum((counts for _, counts in ranks), start=Counter[str]())
