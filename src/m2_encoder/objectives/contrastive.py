@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m2_encoder.distributed.collectives import exchange_counts
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive_one_sided import one_sided_forward
@@ -51,8 +52,9 @@ def image_text_contrastive(
             first, through the store they met in: no collective, but half a millisecond.
         one_sided: gather the texts alone and let backward send: four matrix products instead of six, which wins where
             arithmetic is slower than the network (`contrastive_one_sided`). Needs `equal_rows`.
-        debug: refuse features that are not normalised (a synchronisation); always on while torch's anomaly
-            detection is (`trainer.detect_anomaly=true`).
+        debug: refuse features that are not normalised (a synchronisation), and a broken promise of `equal_rows`, which
+            otherwise ends in whatever the backend does; always on while torch's anomaly detection is
+            (`trainer.detect_anomaly=true`).
 
     Returns:
         Mean loss over the local rows (the mean over images of image-to-text and the mean over texts of text-to-image,
@@ -61,7 +63,7 @@ def image_text_contrastive(
 
     Raises:
         UserError: for shapes, dtypes or devices that do not fit, no rows, a smoothing outside [0, 1), a group that does
-            not hold this rank, or (in debug) features that are not normalised.
+            not hold this rank, or (in debug) features that are not normalised and rows that are not equal.
 
     Reference: M2-Encoder (arXiv:2401.15896), grouped aggregation (the formulas are derived here, see
         `contrastive_op`); CLIP (arXiv:2103.00020), Fig. 3; several positives: UniCL (arXiv:2204.03610), Eq. 3-5.
@@ -112,16 +114,18 @@ def contrastive_losses(
     for pair in zip(images, texts, strict=True):
         _check_features(*pair, captions_per_image)
     _check_options(images[0], identity, label_smoothing)
+    name = _group_name(group)
     if debug or (not torch.compiler.is_compiling() and torch.is_anomaly_enabled()):
         for name, features in (("image_features", images), ("text_features", texts)):
             _check_norms(name, features)
+        if equal_rows:
+            _check_equal_rows(images[0].shape[0], group)
     if one_sided and not equal_rows:
         raise UserError("one_sided=True needs equal_rows=True: its reduce-scatter takes as many rows from every rank")
     wire = torch.promote_types(images[0].dtype, texts[0].dtype)
     sums = torch.promote_types(wire, torch.float32)
     stacked = _stack(images, dim=1).to(wire), _stack(texts, dim=1).to(wire)
     scales_of_heads = _stack([scale.reshape(()) for scale in scales], dim=0).to(sums)
-    name = _group_name(group)
     if one_sided and name != NO_GROUP:
         loss, rows, *_ = one_sided_forward(*stacked, scales_of_heads, identity, name, label_smoothing)
     else:
@@ -262,6 +266,12 @@ def _check_options(images: Tensor, identity: Tensor | None, smoothing: float) ->
 def _check_smoothing(label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 1:
         raise UserError(f"label_smoothing={label_smoothing!r} must be in [0, 1)")
+
+
+def _check_equal_rows(rows: int, group: dist.ProcessGroup | None) -> None:
+    counts = [rows] if group is None else exchange_counts(rows, group)
+    if len(set(counts)) > 1:
+        raise UserError(f"equal_rows=True, but the ranks of the group have {counts} rows; use equal_rows=False")
 
 
 def _check_norms(name: str, heads: list[Tensor]) -> None:
