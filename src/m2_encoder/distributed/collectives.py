@@ -114,7 +114,7 @@ def _reduce_scatter(own: Tensor, rows: Tensor, group: dist.ProcessGroup) -> None
 
 @contextmanager
 def _names_of_all_releases() -> Iterator[None]:
-    """torch 2.14 renamed two collectives and warns, on every rank, about the only names that 2.10 has."""
+    """Torch 2.14 renamed two collectives and warns, on every rank, about the only names that 2.10 has."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
         yield

@@ -114,7 +114,7 @@ def contrastive_losses(
     for pair in zip(images, texts, strict=True):
         _check_features(*pair, captions_per_image)
     _check_options(images[0], identity, label_smoothing)
-    name = _group_name(group)
+    group_name = _group_name(group)
     if debug or (not torch.compiler.is_compiling() and torch.is_anomaly_enabled()):
         for name, features in (("image_features", images), ("text_features", texts)):
             _check_norms(name, features)
@@ -126,10 +126,12 @@ def contrastive_losses(
     sums = torch.promote_types(wire, torch.float32)
     stacked = _stack(images, dim=1).to(wire), _stack(texts, dim=1).to(wire)
     scales_of_heads = _stack([scale.reshape(()) for scale in scales], dim=0).to(sums)
-    if one_sided and name != NO_GROUP:
-        loss, rows, *_ = one_sided_forward(*stacked, scales_of_heads, identity, name, label_smoothing)
+    if one_sided and group_name != NO_GROUP:
+        loss, rows, *_ = one_sided_forward(*stacked, scales_of_heads, identity, group_name, label_smoothing)
     else:
-        loss, rows, *_ = contrastive_forward(*stacked, scales_of_heads, identity, name, equal_rows, label_smoothing)
+        loss, rows, *_ = contrastive_forward(
+            *stacked, scales_of_heads, identity, group_name, equal_rows, label_smoothing
+        )
     return ContrastiveLosses(loss, rows.detach())
 
 
