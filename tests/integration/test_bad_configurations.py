@@ -172,6 +172,7 @@ ONE_FAULT = [
     ("data=bm6b", "choose from emoji"),
     ("strategy=fsdp", "single"),
     ("strategy=groupd_ddp", "did you mean grouped_ddp"),
+    ("objective.itc.heads=[backbone_features]", "[features] or [features, backbone_features]"),
     ("strategy.micro_batches=0", "a whole number, 1 or more"),
     ("strategy.micro_batches=1.5", "a whole number, 1 or more"),
     ("strategy.micro_batches=3", "must divide the 128 rows of a rank"),

@@ -141,8 +141,10 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     flag("objective.*.multi_positive"),
     Rule(
         "objective.*.heads",
-        lambda value: isinstance(value, list) and bool(value) and all(value.count(x) == (x in HEADS) for x in value),
-        f"a list of one or both of {', '.join(HEADS)}, each once",
+        lambda value: (
+            isinstance(value, list) and "features" in value and all(value.count(x) == (x in HEADS) for x in value)
+        ),
+        f"[features] or [{', '.join(HEADS)}]",
         "[features]",
     ),
     number("optimizer.lr", "1e-3", above=0, most=10),

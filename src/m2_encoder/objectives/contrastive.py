@@ -109,7 +109,14 @@ def contrastive_losses(
     debug: bool = False,
 ) -> ContrastiveLosses:
     """The losses of every head, and of every local text; arguments and errors as in `image_text_contrastive`."""
-    images, texts, scales = (_as_heads(given) for given in (image_features, text_features, logit_scale))
+    images, texts, scales = (
+        _as_heads(name, given)
+        for name, given in (
+            ("image_features", image_features),
+            ("text_features", text_features),
+            ("logit_scale", logit_scale),
+        )
+    )
     _check_heads(images, texts, scales)
     for pair in zip(images, texts, strict=True):
         _check_features(*pair, captions_per_image)
@@ -143,14 +150,15 @@ class ImageTextContrastive(Objective):
         label_smoothing: share of the target spread evenly over all rows, in [0, 1).
         multi_positive: treat rows with the same identity (the same picture or concept drawn twice) as positives of
             each other instead of as false negatives.
-        heads: feature pairs that are trained, of `HEADS`; the loss is the mean over them.
+        heads: feature pairs that are trained, of `HEADS`, "features" always: without them the vision-language encoder
+            would get no gradient. The loss is the mean over them.
         equal_rows: all ranks have the same number of rows in every step, which the data modules here guarantee.
         one_sided: see `image_text_contrastive`.
         feature_dtype: "bfloat16" or "float16" rounds the features before they are gathered and multiplied: half the
             traffic, and bf16 products on GPUs. Mixed precision leaves normalised features in fp32, and so does null.
 
     Raises:
-        UserError: for heads that the model does not have, a smoothing outside [0, 1), or uneven rows and one side.
+        UserError: for other heads, a smoothing outside [0, 1), or uneven rows and one side.
     """
 
     def __init__(
@@ -168,8 +176,8 @@ class ImageTextContrastive(Objective):
         _check_smoothing(label_smoothing)
         if one_sided and not equal_rows:
             raise UserError("one_sided=true needs equal_rows=true")
-        if not heads or len(set(heads)) != len(heads) or not set(heads) <= set(HEADS):
-            raise UserError(f"heads={list(heads)} must be one or both of {', '.join(HEADS)}, each once")
+        if "features" not in heads or len(set(heads)) != len(heads) or not set(heads) <= set(HEADS):
+            raise UserError(f"heads={list(heads)} must be [features] or [{', '.join(HEADS)}]")
         if feature_dtype not in (None, "bfloat16", "float16"):
             raise UserError(f"feature_dtype={feature_dtype!r} must be null, bfloat16 or float16")
         self.feature_dtype = None if feature_dtype is None else getattr(torch, feature_dtype)
@@ -196,8 +204,16 @@ class ImageTextContrastive(Objective):
         return ObjectiveOutput(loss=losses.mean(), per_sample=per_sample.mean(dim=1))
 
 
-def _as_heads(given: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [given] if isinstance(given, Tensor) else list(given)
+def _as_heads(name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [given]
+    verb, wrong = "is", [given]
+    if isinstance(given, list | tuple):
+        verb, wrong = "holds", [part for part in given if not isinstance(part, Tensor)]
+    if wrong:
+        kind = type(wrong[0]).__name__
+        raise UserError(f"{name} {verb} a {kind}; it must be a tensor, or several in a list, one per head")
+    return list(given)
 
 
 def _stack(parts: list[Tensor], *, dim: int) -> Tensor:
@@ -249,8 +265,10 @@ def _check_features(images: Tensor, texts: Tensor, captions_per_image: int) -> N
         )
     if not images.shape[0]:
         raise UserError(f"features {shapes[0]} have no rows; a mean needs at least one")
-    if not images.is_floating_point() or not texts.is_floating_point():
-        raise UserError(f"features are {images.dtype} and {texts.dtype}; they must be floating numbers")
+    if any(not side.is_floating_point() or side.element_size() < 2 for side in (images, texts)):
+        raise UserError(
+            f"features are {images.dtype} and {texts.dtype}; they must be floating numbers of 16 bits or more"
+        )
     if images.device != texts.device:
         raise UserError(f"image_features are on {images.device}, text_features on {texts.device}; move one of them")
 
