@@ -86,7 +86,7 @@ def measure_ranks(report: Report, *, quick: bool) -> None:
         port = probe.getsockname()[1]
         probe.close()
         result = Path(folder) / "result.json"
-        torch.multiprocessing.spawn(_rank, (port, 5 if quick else 25, str(result)), nprocs=WORLD)
+        torch.multiprocessing.spawn(_rank, (port, 3 if quick else 25, str(result)), nprocs=WORLD)
         measured = json.loads(result.read_text())
     timings = {name: Timing(tuple(values)) for name, values in measured["seconds"].items()}
     matches: bool = True
