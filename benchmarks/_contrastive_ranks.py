@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -28,6 +29,19 @@ ROWS = 512
 WIDTH = 768
 LOG_SCALE = 2.6593
 PEER = "open_clip, local loss"
+
+
+def load_clip_loss() -> Any:
+    """open_clip's ClipLoss, from its own file: importing the package would cost every process seconds."""
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None, "checked at the start"
+    assert package.origin is not None
+    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(package.origin).with_name("loss.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ClipLoss
 
 
 class Sent:
@@ -122,8 +136,6 @@ def _planned(name: str) -> tuple[int, int] | None:
 
 
 def _rank(rank: int, port: int, rounds: int, result: str) -> None:
-    from open_clip.loss import ClipLoss
-
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # open_clip calls functions by names that torch gave up
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
@@ -133,7 +145,7 @@ def _rank(rank: int, port: int, rounds: int, result: str) -> None:
         group = dist.new_group([start, start + 1])
         if start <= rank < start + 2:
             groups[2] = group
-    clip_loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=WORLD)
+    clip_loss = load_clip_loss()(local_loss=True, gather_with_grad=True, rank=rank, world_size=WORLD)
     generator = torch.Generator().manual_seed(rank)
     features = [functional.normalize(torch.randn(ROWS, WIDTH, generator=generator), dim=1) for _ in range(2)]
     losses: dict[str, Callable[..., Tensor]] = {PEER: lambda x, y, s: clip_loss(x, y, s.exp())}
