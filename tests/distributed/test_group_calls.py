@@ -206,3 +206,16 @@ def test_a_locked_image_tower_changes_nothing_for_the_texts(pool: RankPool) -> N
     for free, locked in pool.call(trained_text_tower):
         for one, other in zip(free, locked, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def break_promise(seat: Seat) -> str:
+    """Uneven rows that were promised to be equal, in debug."""
+    leaves = rank_inputs(seat.rank, Call())
+    with pytest.raises(UserError) as error:
+        image_text_contrastive(*leaves, group=seat.group(4), equal_rows=True, debug=True)
+    return str(error.value)
+
+
+def test_a_broken_promise_of_equal_rows_is_named_on_every_rank(pool: RankPool) -> None:
+    expected = f"the ranks of the group have {list(ROWS)} rows; use equal_rows=False"
+    assert all(expected in message for message in pool.call(break_promise))

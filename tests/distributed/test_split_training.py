@@ -60,7 +60,7 @@ def fit(
 
 
 def train(rank: int, emoji_folder: str, folder: str) -> dict[str, Any]:
-    """Several runs, since starting processes takes longer than they do."""
+    """Several runs, since starting processes takes longer than they do; one goes on where a process alone stopped."""
     warnings.simplefilter("ignore")
     noisy = {"drop_path_rate": 0.5}
     stopped = f"{folder}/stopped"
@@ -71,6 +71,7 @@ def train(rank: int, emoji_folder: str, folder: str) -> dict[str, Any]:
         "whole": fit(f"{folder}/whole", emoji_folder, strategy=GroupedFSDPStrategy(group_size=1), **noisy),
         "half": fit(stopped, emoji_folder, strategy=GroupedFSDPStrategy(group_size=1), max_steps=2, **noisy),
         "other half": fit(stopped, emoji_folder, strategy=GroupedFSDPStrategy(group_size=1), resume=True, **noisy),
+        "from one": fit(f"{folder}/from one", emoji_folder, strategy=GroupedFSDPStrategy(), resume=True),
         "half precision": fit(
             f"{folder}/bf16",
             emoji_folder,
@@ -83,9 +84,13 @@ def train(rank: int, emoji_folder: str, folder: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def split(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def split(
+    emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory, alone: tuple[dict[str, Any], Path]
+) -> tuple[dict[str, Any], Path]:
     """What the first rank ends with, and the folder of its runs."""
     folder = tmp_path_factory.mktemp("split")
+    (folder / "from one").mkdir()
+    (folder / "from one" / "last.ckpt").write_bytes((alone[1] / "step=2.ckpt").read_bytes())
     first, second = run_lightning_ranks(train, 2, str(emoji_folder), str(folder))
     for name, result in first.items():
         assert result["metrics"] == second[name]["metrics"], name
@@ -93,12 +98,13 @@ def split(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 @pytest.fixture(scope="module")
-def alone(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One process with all rows."""
-    folder = str(tmp_path_factory.mktemp("alone"))
+def alone(emoji_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What one process with all rows ends with, and its folder."""
+    folder = tmp_path_factory.mktemp("alone")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fit(folder, str(emoji_folder), strategy=LocalStrategy("cpu"), devices=1, limit_val_batches=1.0)
+        ended = fit(str(folder), str(emoji_folder), strategy=LocalStrategy("cpu"), devices=1, limit_val_batches=1.0)
+    return ended, folder
 
 
 def furthest(ours: dict[str, Any], expected: dict[str, Any]) -> float:
@@ -106,17 +112,19 @@ def furthest(ours: dict[str, Any], expected: dict[str, Any]) -> float:
     return max(float(abs(ours[name] - expected[name]).max()) for name in expected)
 
 
-def test_split_weights_train_as_one_process_does(split: tuple[dict[str, Any], Path], alone: dict[str, Any]) -> None:
-    ours = split[0]["world"]
+def test_split_weights_train_as_one_process_does(
+    split: tuple[dict[str, Any], Path], alone: tuple[dict[str, Any], Path]
+) -> None:
+    ours, (expected, _) = split[0]["world"], alone
     # Adam's first steps divide by the gradient's own size, which makes much of fp32 rounding.
-    assert furthest(ours["weights"], alone["weights"]) < 2e-3
-    assert ours["metrics"].keys() == alone["metrics"].keys()
+    assert furthest(ours["weights"], expected["weights"]) < 2e-3
+    assert ours["metrics"].keys() == expected["metrics"].keys()
     for name, value in ours["metrics"].items():
         if not name.startswith("val/"):
-            assert value == pytest.approx(alone["metrics"][name], rel=1e-3), name
+            assert value == pytest.approx(expected["metrics"][name], rel=1e-3), name
         else:  # one of 721 items more or less
-            assert value == pytest.approx(alone["metrics"][name], abs=0.6), name
-    assert alone["metrics"]["train/grad_norm"] > 0.05, "nothing was clipped"
+            assert value == pytest.approx(expected["metrics"][name], abs=0.6), name
+    assert expected["metrics"]["train/grad_norm"] > 0.05, "nothing was clipped"
     assert any(name.startswith("val/") for name in ours["metrics"])
 
 
@@ -143,17 +151,27 @@ def test_a_checkpoint_is_whole(split: tuple[dict[str, Any], Path]) -> None:
 
 
 def test_one_process_goes_on_where_two_stopped(
-    split: tuple[dict[str, Any], Path], alone: dict[str, Any], emoji_folder: Path, tmp_path: Path
+    split: tuple[dict[str, Any], Path], alone: tuple[dict[str, Any], Path], emoji_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "last.ckpt").write_bytes((split[1] / "world" / "step=2.ckpt").read_bytes())
     continued = fit(
         str(tmp_path), str(emoji_folder), strategy=LocalStrategy("cpu"), devices=1, resume=True, limit_val_batches=1.0
     )
-    assert furthest(continued["weights"], alone["weights"]) < 2e-3
+    assert furthest(continued["weights"], alone[0]["weights"]) < 2e-3
 
 
-def test_half_precision_stays_near_full(split: tuple[dict[str, Any], Path], alone: dict[str, Any]) -> None:
-    half, full = split[0]["half precision"]["metrics"], alone["metrics"]
+def test_two_go_on_where_one_process_stopped(
+    split: tuple[dict[str, Any], Path], alone: tuple[dict[str, Any], Path]
+) -> None:
+    """With the moments of its optimizer, parameter by parameter: others would lead elsewhere."""
+    assert furthest(split[0]["from one"]["weights"], alone[0]["weights"]) < 2e-3
+    (optimizer,) = torch.load(alone[1] / "step=2.ckpt", weights_only=True)["optimizer_states"]
+    (again,) = torch.load(split[1] / "from one" / "last.ckpt", weights_only=True)["optimizer_states"]
+    assert optimizer["state"].keys() == again["state"].keys()
+
+
+def test_half_precision_stays_near_full(split: tuple[dict[str, Any], Path], alone: tuple[dict[str, Any], Path]) -> None:
+    half, full = split[0]["half precision"]["metrics"], alone[0]["metrics"]
     assert half["train/loss/total"] == pytest.approx(full["train/loss/total"], rel=0.05)
     assert half["train/loss/total"] != full["train/loss/total"]
     assert half["train/skipped_steps"] == 0

@@ -18,6 +18,11 @@ from m2_encoder.cli import data, embed, export, train
         (train.main, "m2-train tiny", ["tiny: has no value (did you mean model=tiny?)"]),
         (train.main, "m2-train --experiment smoke", ["--experiment: unknown flag; options are written key=value"]),
         (train.main, "m2-train experiment=smoke", ["add it with +experiment=smoke"]),
+        (
+            train.main,
+            "m2-train strategy.group_size=8",
+            ["has no group_size, unlike strategy=grouped_ddp and strategy=grouped_fsdp; choose one of them"],
+        ),
         (export.main, "m2-export emoji", ["emoji: has no value", "run.name=???: must be given"]),
         (export.main, "m2-export", ["run.name=???: must be given"]),
         (

@@ -128,13 +128,30 @@ class Composer:
             base, choices = default, []
         for override in overrides:
             if override not in groups:
-                reasons[id(override)] = _key_problem(override, base)
+                reason = _key_problem(override, base)
+                reasons[id(override)] = (reason and self._other_option(override, base)) or reason
         problems += [reason for override in overrides if (reason := reasons[id(override)])]
         good = [override for override in overrides if reasons[id(override)] is None]
         good = [override for override in good if override in choices or override not in groups]
         cfg = self._load_leniently(good, base) if problems else self._load(good)
         values, unresolved, references = to_plain(cfg)
         return Composition(values, problems + unresolved, references, cfg.hydra)
+
+    def _other_option(self, override: Override, base: DictConfig) -> str | None:
+        """The problem of a key that other options of its group have and the chosen one does not, or None."""
+        group, _, rest = override.key_or_group.partition(".")
+        key = rest.partition(".")[0]
+        chosen = base.get(group)
+        if group not in self.groups() or not key or not isinstance(chosen, DictConfig) or key in list(chosen):
+            return None
+        files = ((option, self.folder / group / f"{option}.yaml") for option in self.options(group))
+        having = [
+            f"{group}={option}"
+            for option, path in files
+            if path.is_file() and key in (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        ]
+        line, choose = override.input_line, "choose it" if len(having) == 1 else "choose one of them"
+        return f"{line}: the chosen {group} has no {key}, unlike {' and '.join(having)}; {choose}" if having else None
 
     def _load_default(self) -> DictConfig:
         if self._default is None:

@@ -23,6 +23,7 @@ NOT_MODELLED: Final = (
     "loading and decoding data, launching kernels, compilation, validation, checkpoints;",
     "that small batches use a device less well than large ones: one `mfu` holds for all;",
     "padding inside attention, fragments of memory beyond `reserved_memory_gb`, offloading;",
+    "identities of several positives (8 bytes a row), the one-sided form of the loss, Muon's state;",
     "ranks that are slow for good (they delay every method alike), and failures;",
     "what a larger contrastive batch is worth: fewer negatives make a faster step, not a better model.",
 )
@@ -46,7 +47,7 @@ def print_plan(
     lines = [
         f"{cost.name}: {cost.parameters / 1e6:,.0f} M parameters, {cost.trainable_parameters / 1e6:,.0f} M trained, "
         f"{pair:.3g} TFLOP a pair; {cluster}: {wish.world_size:,} ranks, {wish.memory_gb:g} GB each",
-        f"{wish.global_rows:,} rows a step; the fastest setting of each group size that contrasts enough rows:",
+        f"{wish.global_rows:,} rows a step; {_choice(chosen.setting, wish)}:",
     ]
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
@@ -54,13 +55,23 @@ def print_plan(
     shown = [chosen, *baselines]
     console.print(parts_table(shown, "time", title=f"{'a step, ms':<22}", scale=1e3))
     console.print(parts_table(shown, "memory", title=f"{'memory of a rank, GB':<22}", scale=1e-9))
+    naive_head = baselines[-1]
     never = f"{chosen.logits:,} logits a rank and step never exist, {_bytes(PEAK_BYTES_PER_LOGIT * chosen.logits)}"
-    naive = f"all logits on every rank: {baselines[-1].logits:,}, {_bytes(baselines[-1].memory.contrast)}"
+    naive = f"all logits on every rank: {naive_head.logits:,}, {_bytes(naive_head.memory.contrast)} at a time"
     console.print(f"{never} of a materialised head; {naive}.", soft_wrap=True, highlight=False)
     console.print(f"m2-train {train}", soft_wrap=True, highlight=False, markup=False, style="bold")
     console.print("\nPredicted, not measured. Not modelled:", highlight=False)
     for line in NOT_MODELLED:
         console.print(f"  {line}", soft_wrap=True, highlight=False, style="dim")
+
+
+def _choice(setting: Setting, wish: Wish) -> str:
+    """What the table shows: a search, or the group size that was given, however few rows it contrasts."""
+    if wish.group_size is None:
+        return f"the fastest setting of each group size that contrasts {wish.contrasted_rows:,} rows or more"
+    rows = setting.group_size * setting.micro_batches * setting.rows
+    fewer = f", not the {wish.contrasted_rows:,} of group_batch_size" if rows < wish.contrasted_rows else ""
+    return f"groups of {setting.group_size} as given, which contrast {rows:,} rows{fewer}"
 
 
 def settings_table(predictions: Sequence[Prediction], wish: Wish, *, num_best: int) -> Table:
@@ -139,6 +150,7 @@ def train_overrides(cfg: Mapping[str, Any], setting: Setting, hardware: Hardware
         *(["strategy.recompute=false"] if setting.micro_batches > 1 and not setting.recompute else []),
         *(["strategy.activation_checkpointing=true"] if setting.activation_checkpointing else []),
         f"data.global_batch_size={setting.global_rows}",
+        *(["cluster=slurm"] if setting.world_size > devices else []),
     ]
     return " ".join(words)
 

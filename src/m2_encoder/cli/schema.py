@@ -172,8 +172,10 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     flag("objective.*.multi_positive"),
     Rule(
         "objective.*.heads",
-        lambda value: isinstance(value, list) and bool(value) and all(value.count(x) == (x in HEADS) for x in value),
-        f"a list of one or both of {', '.join(HEADS)}, each once",
+        lambda value: (
+            isinstance(value, list) and "features" in value and all(value.count(x) == (x in HEADS) for x in value)
+        ),
+        f"[features] or [{', '.join(HEADS)}]",
         "[features]",
     ),
     number("optimizer.lr", "1e-3", above=0, most=10),
@@ -198,13 +200,18 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     whole("trainer.max_steps", 1, "1000"),
     whole("trainer.max_epochs", -1, "-1", optional=True),
     number("trainer.gradient_clip_val", "1.0", above=0, optional=True),
-    choice("trainer.gradient_clip_algorithm", ("norm", "value")),
+    choice("trainer.gradient_clip_algorithm", ("norm",)),
     Rule("trainer.val_check_interval", _is_interval, "a number of steps, 1 or more, or a share in (0, 1]", "500"),
     whole("trainer.check_val_every_n_epoch", 1, "null", optional=True),
     Rule("trainer.limit_val_batches", _is_share_or_count, "a number of batches, or a share in 0..1", "1.0"),
     Rule("trainer.limit_train_batches", _is_share_or_count, "a number of batches, or a share in 0..1", "1.0"),
     Rule("trainer.log_every_n_steps", _is_steps, "a whole number, 1 or more", "10"),
-    whole("trainer.accumulate_grad_batches", 1, "1"),
+    Rule(
+        "trainer.accumulate_grad_batches",
+        lambda value: is_whole(value) and value == 1,
+        "1: strategy.micro_batches accumulates, with one loss over all rows of a step",
+        "1",
+    ),
     whole("trainer.num_sanity_val_steps", -1, "0"),
     whole("strategy.group_size", 1, "8", optional=True, note=" (ranks)"),
     whole("strategy.group_nodes", 1, "1", optional=True, note=" (nodes)"),

@@ -6,7 +6,9 @@ this project needs such groups; so the differentiable gather is our own, on the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,14 +102,19 @@ def scatter_sums(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return own
 
 
-# torch 2.14 gave these two new names and warns about the old ones; earlier releases have those alone.
-
-
 def _all_gather(gathered: Tensor, rows: Tensor, group: dist.ProcessGroup) -> None:
-    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(gathered, rows, group=group)
+    with _names_of_all_releases():
+        dist.all_gather_into_tensor(gathered, rows, group=group)
 
 
 def _reduce_scatter(own: Tensor, rows: Tensor, group: dist.ProcessGroup) -> None:
-    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
-    scatter(own, rows, op=dist.ReduceOp.SUM, group=group)
+    with _names_of_all_releases():
+        dist.reduce_scatter_tensor(own, rows, op=dist.ReduceOp.SUM, group=group)
+
+
+@contextmanager
+def _names_of_all_releases() -> Iterator[None]:
+    """Torch 2.14 renamed two collectives and warns, on every rank, about the only names that 2.10 has."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
+        yield

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m2_encoder.distributed.collectives import exchange_counts
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive_one_sided import one_sided_forward
@@ -51,8 +52,9 @@ def image_text_contrastive(
             first, through the store they met in: no collective, but half a millisecond.
         one_sided: gather the texts alone and let backward send: four matrix products instead of six, which wins where
             arithmetic is slower than the network (`contrastive_one_sided`). Needs `equal_rows`.
-        debug: refuse features that are not normalised (a synchronisation); always on while torch's anomaly
-            detection is (`trainer.detect_anomaly=true`).
+        debug: refuse features that are not normalised (a synchronisation), and a broken promise of `equal_rows`, which
+            otherwise ends in whatever the backend does; always on while torch's anomaly detection is
+            (`trainer.detect_anomaly=true`).
 
     Returns:
         Mean loss over the local rows (the mean over images of image-to-text and the mean over texts of text-to-image,
@@ -61,7 +63,7 @@ def image_text_contrastive(
 
     Raises:
         UserError: for shapes, dtypes or devices that do not fit, no rows, a smoothing outside [0, 1), a group that does
-            not hold this rank, or (in debug) features that are not normalised.
+            not hold this rank, or (in debug) features that are not normalised and rows that are not equal.
 
     Reference: M2-Encoder (arXiv:2401.15896), grouped aggregation (the formulas are derived here, see
         `contrastive_op`); CLIP (arXiv:2103.00020), Fig. 3; several positives: UniCL (arXiv:2204.03610), Eq. 3-5.
@@ -107,25 +109,36 @@ def contrastive_losses(
     debug: bool = False,
 ) -> ContrastiveLosses:
     """The losses of every head, and of every local text; arguments and errors as in `image_text_contrastive`."""
-    images, texts, scales = (_as_heads(given) for given in (image_features, text_features, logit_scale))
+    images, texts, scales = (
+        _as_heads(name, given)
+        for name, given in (
+            ("image_features", image_features),
+            ("text_features", text_features),
+            ("logit_scale", logit_scale),
+        )
+    )
     _check_heads(images, texts, scales)
     for pair in zip(images, texts, strict=True):
         _check_features(*pair, captions_per_image)
     _check_options(images[0], identity, label_smoothing)
+    group_name = _group_name(group)
     if debug or (not torch.compiler.is_compiling() and torch.is_anomaly_enabled()):
         for name, features in (("image_features", images), ("text_features", texts)):
             _check_norms(name, features)
+        if equal_rows:
+            _check_equal_rows(images[0].shape[0], group)
     if one_sided and not equal_rows:
         raise UserError("one_sided=True needs equal_rows=True: its reduce-scatter takes as many rows from every rank")
     wire = torch.promote_types(images[0].dtype, texts[0].dtype)
     sums = torch.promote_types(wire, torch.float32)
     stacked = _stack(images, dim=1).to(wire), _stack(texts, dim=1).to(wire)
     scales_of_heads = _stack([scale.reshape(()) for scale in scales], dim=0).to(sums)
-    name = _group_name(group)
-    if one_sided and name != NO_GROUP:
-        loss, rows, *_ = one_sided_forward(*stacked, scales_of_heads, identity, name, label_smoothing)
+    if one_sided and group_name != NO_GROUP:
+        loss, rows, *_ = one_sided_forward(*stacked, scales_of_heads, identity, group_name, label_smoothing)
     else:
-        loss, rows, *_ = contrastive_forward(*stacked, scales_of_heads, identity, name, equal_rows, label_smoothing)
+        loss, rows, *_ = contrastive_forward(
+            *stacked, scales_of_heads, identity, group_name, equal_rows, label_smoothing
+        )
     return ContrastiveLosses(loss, rows.detach())
 
 
@@ -137,14 +150,15 @@ class ImageTextContrastive(Objective):
         label_smoothing: share of the target spread evenly over all rows, in [0, 1).
         multi_positive: treat rows with the same identity (the same picture or concept drawn twice) as positives of
             each other instead of as false negatives.
-        heads: feature pairs that are trained, of `HEADS`; the loss is the mean over them.
+        heads: feature pairs that are trained, of `HEADS`, "features" always: without them the vision-language encoder
+            would get no gradient. The loss is the mean over them.
         equal_rows: all ranks have the same number of rows in every step, which the data modules here guarantee.
         one_sided: see `image_text_contrastive`.
         feature_dtype: "bfloat16" or "float16" rounds the features before they are gathered and multiplied: half the
             traffic, and bf16 products on GPUs. Mixed precision leaves normalised features in fp32, and so does null.
 
     Raises:
-        UserError: for heads that the model does not have, a smoothing outside [0, 1), or uneven rows and one side.
+        UserError: for other heads, a smoothing outside [0, 1), or uneven rows and one side.
     """
 
     def __init__(
@@ -162,8 +176,8 @@ class ImageTextContrastive(Objective):
         _check_smoothing(label_smoothing)
         if one_sided and not equal_rows:
             raise UserError("one_sided=true needs equal_rows=true")
-        if not heads or len(set(heads)) != len(heads) or not set(heads) <= set(HEADS):
-            raise UserError(f"heads={list(heads)} must be one or both of {', '.join(HEADS)}, each once")
+        if "features" not in heads or len(set(heads)) != len(heads) or not set(heads) <= set(HEADS):
+            raise UserError(f"heads={list(heads)} must be [features] or [{', '.join(HEADS)}]")
         if feature_dtype not in (None, "bfloat16", "float16"):
             raise UserError(f"feature_dtype={feature_dtype!r} must be null, bfloat16 or float16")
         self.feature_dtype = None if feature_dtype is None else getattr(torch, feature_dtype)
@@ -190,8 +204,16 @@ class ImageTextContrastive(Objective):
         return ObjectiveOutput(loss=losses.mean(), per_sample=per_sample.mean(dim=1))
 
 
-def _as_heads(given: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [given] if isinstance(given, Tensor) else list(given)
+def _as_heads(name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [given]
+    verb, wrong = "is", [given]
+    if isinstance(given, list | tuple):
+        verb, wrong = "holds", [part for part in given if not isinstance(part, Tensor)]
+    if wrong:
+        kind = type(wrong[0]).__name__
+        raise UserError(f"{name} {verb} a {kind}; it must be a tensor, or several in a list, one per head")
+    return list(given)
 
 
 def _stack(parts: list[Tensor], *, dim: int) -> Tensor:
@@ -243,8 +265,10 @@ def _check_features(images: Tensor, texts: Tensor, captions_per_image: int) -> N
         )
     if not images.shape[0]:
         raise UserError(f"features {shapes[0]} have no rows; a mean needs at least one")
-    if not images.is_floating_point() or not texts.is_floating_point():
-        raise UserError(f"features are {images.dtype} and {texts.dtype}; they must be floating numbers")
+    if any(not side.is_floating_point() or side.element_size() < 2 for side in (images, texts)):
+        raise UserError(
+            f"features are {images.dtype} and {texts.dtype}; they must be floating numbers of 16 bits or more"
+        )
     if images.device != texts.device:
         raise UserError(f"image_features are on {images.device}, text_features on {texts.device}; move one of them")
 
@@ -262,6 +286,12 @@ def _check_options(images: Tensor, identity: Tensor | None, smoothing: float) ->
 def _check_smoothing(label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 1:
         raise UserError(f"label_smoothing={label_smoothing!r} must be in [0, 1)")
+
+
+def _check_equal_rows(rows: int, group: dist.ProcessGroup | None) -> None:
+    counts = [rows] if group is None else exchange_counts(rows, group)
+    if len(set(counts)) > 1:
+        raise UserError(f"equal_rows=True, but the ranks of the group have {counts} rows; use equal_rows=False")
 
 
 def _check_norms(name: str, heads: list[Tensor]) -> None:

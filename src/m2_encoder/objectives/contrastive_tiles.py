@@ -108,7 +108,7 @@ class Tiles:
 
     def _product(self, queries: Tensor, keys: Tensor) -> Tensor:
         if _multiplies_in_half(queries):
-            return torch.mm(queries, keys.t(), out_dtype=torch.float32).mul_(self.scale)
+            return _half_product(queries, keys.t()).mul_(self.scale)
         logits, keys = self._view(0, queries.shape[0], keys.shape[0]), keys.to(queries.dtype).t()
         if self._known_scale is None:
             return torch.mm(queries, keys, out=logits).mul_(self.scale)
@@ -156,9 +156,17 @@ def _multiplies_in_half(features: Tensor) -> bool:
     return features.is_cuda and features.dtype == torch.bfloat16
 
 
+def _half_product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 def _add_product(total: Tensor, weights: Tensor, values: Tensor) -> None:
     """Add weights @ values to `total`, accumulated in the dtype of `total`."""
-    if _multiplies_in_half(values):
-        total += torch.mm(weights.to(values.dtype), values, out_dtype=torch.float32)
-    else:
+    if not _multiplies_in_half(values):
         total.addmm_(weights, values.to(weights.dtype))
+        return
+    # Targets are subtracted later, and of a probability near 1, rounded to bf16, nothing true would be left: two parts
+    # keep 16 bits.
+    rounded = weights.to(values.dtype)
+    total += _half_product(rounded, values)
+    total += _half_product(weights.sub(rounded).to(values.dtype), values)

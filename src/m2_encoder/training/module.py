@@ -22,7 +22,7 @@ from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, 
 from m2_encoder.objectives.report import mean_losses
 from m2_encoder.training.micro_batches import encode_pieces, split_batch
 from m2_encoder.training.non_finite import NonFiniteGuard
-from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory
+from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, key_by_name
 from m2_encoder.types import LANGUAGES, ContrastiveTopology, HeadFeatures, ImageTextBatch, RetrievalBatch
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,9 @@ class PretrainModule(lightning.LightningModule):
             optimizer.zero_grad(set_to_none=True)  # an optimizer leaves parameters without a gradient alone
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters of skipped steps."""
+        """Add the counters of skipped steps, and key the optimizer's state so that every strategy can go on."""
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [key_by_name(state) for state in checkpoint["optimizer_states"]]
         checkpoint["non_finite"] = self.non_finite.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

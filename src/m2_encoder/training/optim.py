@@ -36,7 +36,7 @@ def parameter_groups(
     """AdamW's groups of the parameters that want a gradient: with decay, without, and the logit scales.
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay` and the parameters' `names` (so that a log can say what is where).
+        Groups with `params`, `lr`, `weight_decay` and the parameters' `names` (for `key_by_name`).
     """
     groups: dict[str, dict[str, Any]] = {
         "decayed": {"params": [], "names": [], "lr": lr, "weight_decay": weight_decay},
@@ -84,6 +84,30 @@ def build_optimizer(
     _check_numbers(betas, lr=lr, eps=eps, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio)
     first, second = betas
     return AdamW(groups, lr=lr, betas=(first, second), eps=eps)
+
+
+def key_by_name(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with parameters by name, as those of split weights are.
+
+    Numbers count in the order of the optimizer's groups; whoever continues with split weights would take them for the
+    order of the module's parameters, frozen ones included.
+
+    Args:
+        state: of `torch.optim.Optimizer.state_dict`, with groups of `parameter_groups`. Empty ones, those by name
+            already, and those whose groups have no names, stay as they are.
+
+    Returns:
+        The same tensors; any optimizer with the same groups loads them.
+    """
+    groups = state.get("param_groups", [])
+    if not groups or any(group["params"] == group.get("names", group["params"]) for group in groups):
+        return state
+    names = {key: name for group in groups for key, name in zip(group["params"], group["names"], strict=True)}
+    return {
+        **state,
+        "state": {names[key]: value for key, value in state["state"].items()},
+        "param_groups": [{**group, "params": list(group["names"])} for group in groups],
+    }
 
 
 def build_muon(

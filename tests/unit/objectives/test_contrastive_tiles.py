@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from m2_encoder.objectives import contrastive_tiles, image_text_contrastive
 from m2_encoder.objectives.contrastive_tiles import Softmax, Tiles
 
 
@@ -125,3 +128,24 @@ def test_the_memory_of_a_tile_serves_them_all() -> None:
     for _ in range(2):
         tiles.exp_sums(rows, rows, torch.zeros(50, dtype=torch.float64))
     assert sum(part.numel() for part in tiles._scratch) <= 77
+
+
+def test_bf16_products_keep_the_gradient_of_pairs_that_match_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of tensor cores, played on the CPU: probabilities near 1 must survive the subtraction of targets."""
+    monkeypatch.setattr(contrastive_tiles, "_multiplies_in_half", lambda features: features.dtype == torch.bfloat16)
+    monkeypatch.setattr(contrastive_tiles, "_half_product", lambda left, right: left.float() @ right.float())
+    generator = torch.Generator().manual_seed(3)
+    texts = nn.functional.normalize(torch.randn(48, 32, generator=generator), dim=1)
+    images = nn.functional.normalize(texts + 0.02 * torch.randn(48, 32, generator=generator), dim=1)
+    scale = torch.tensor(math.log(12.0))
+    halves = [side.bfloat16().requires_grad_() for side in (images, texts)]
+    exact = [side.detach().double().requires_grad_() for side in halves]
+    image_text_contrastive(*halves, scale).backward()
+    loss = image_text_contrastive(*exact, scale.double())
+    loss.backward()
+    assert loss < 0.02, "pairs that match badly would prove nothing"
+    for half, wanted in zip(halves, exact, strict=True):
+        assert half.grad is not None
+        assert wanted.grad is not None
+        error = (half.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+        assert error < 0.01

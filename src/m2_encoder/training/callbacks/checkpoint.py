@@ -103,7 +103,7 @@ class RunCheckpoint(Checkpoint):
         """Go on with the random state of the checkpoint."""
         if len(self._random_states) == trainer.world_size:
             _restore_random_state(self._random_states[trainer.global_rank])
-        elif self._random_states:
+        elif self._random_states and trainer.is_global_zero:
             logger.warning(
                 "saved by %d ranks, continued by %d: the data go on exactly, stochastic depth is drawn anew",
                 len(self._random_states),

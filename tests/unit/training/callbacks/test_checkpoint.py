@@ -79,7 +79,7 @@ def test_a_disk_without_links_gets_a_copy(emoji_folder: Path, tmp_path: Path, mo
 
 
 def test_random_states_of_another_number_of_ranks_are_not_used_and_that_is_said(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = RunCheckpoint(folder=tmp_path, every_n_steps=1)
     trainer = make_trainer(tmp_path)
@@ -91,6 +91,11 @@ def test_random_states_of_another_number_of_ranks_are_not_used_and_that_is_said(
         checkpoint.on_train_start(trainer, make_module())
     assert torch.equal(torch.random.get_rng_state(), before)
     assert "saved by 2 ranks, continued by 1" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    checkpoint.on_load_checkpoint(trainer, make_module(), {"random_states": states, "global_step": 4})
+    checkpoint.on_train_start(trainer, make_module())
+    assert not caplog.text, "the first rank says it for all"
 
 
 def test_an_own_way_of_writing_is_respected(tmp_path: Path) -> None:
