@@ -134,7 +134,7 @@ def run_executor(
         peak_of_all_mb=round(meter.peak / 1e6),
     )
     report.figures[f"seconds_{name}"] = seconds
-    report.figures[f"pairs_per_s_{name}"] = rate
+    report.figures[f"pairs_per_s_{name}"] = pairs / seconds
     report.figures[f"peak_gb_{name}"] = meter.peak / 1e9
     return result
 
