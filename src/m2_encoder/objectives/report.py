@@ -1,8 +1,9 @@
-"""The losses that are logged: means over all ranks, per objective and language."""
+"""What is logged of a step: mean losses over all ranks, per objective and language, and the shares of languages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,17 +13,26 @@ from m2_encoder.objectives.base import ObjectiveOutput
 from m2_encoder.types import LANGUAGES
 
 
-def mean_losses(outputs: Mapping[str, ObjectiveOutput], language: Tensor) -> dict[str, Tensor]:
+class StepReport(NamedTuple):
+    """Means over all ranks; detached fp32 scalars.
+
+    Attributes:
+        losses: by objective, and by `<objective>_<language>`; NaN for a language without rows.
+        shares: of the rows that are in each language, by language.
+    """
+
+    losses: dict[str, Tensor]
+    shares: dict[str, Tensor]
+
+
+def report_step(outputs: Mapping[str, ObjectiveOutput], language: Tensor) -> StepReport:
     """Means over the rows of all ranks; collective, so every rank calls it with the same objectives.
 
     One small reduction for all of them, and no synchronisation with the device.
 
     Args:
-        outputs: by objective.
+        outputs: by objective; at least one.
         language: index into `LANGUAGES` of each local row, (B,) int64.
-
-    Returns:
-        By objective, and by `<objective>_<language>`, (), fp32, detached; NaN for a language without rows.
     """
     selected = torch.stack([language == index for index in range(len(LANGUAGES))])
     rows = []
@@ -40,4 +50,5 @@ def mean_losses(outputs: Mapping[str, ObjectiveOutput], language: Tensor) -> dic
         means[name] = row[0] / ranks
         sums, counts = row[1:].chunk(2)
         means |= {f"{name}_{code}": mean for code, mean in zip(LANGUAGES, sums / counts, strict=True)}
-    return means
+    counts = totals[0, -len(LANGUAGES) :]
+    return StepReport(means, dict(zip(LANGUAGES, counts / counts.sum(), strict=True)))

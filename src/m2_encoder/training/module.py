@@ -19,7 +19,7 @@ from m2_encoder.evaluation.metrics import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import OPTIONAL_PARTS, M2Encoder
 from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
-from m2_encoder.objectives.report import mean_losses
+from m2_encoder.objectives.report import report_step
 from m2_encoder.training.micro_batches import encode_pieces, split_batch
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, key_by_name
@@ -100,9 +100,10 @@ class PretrainModule(lightning.LightningModule):
         )
         objectives = self._objectives()
         outputs: dict[str, ObjectiveOutput] = {name: objective(inputs) for name, objective in objectives.items()}
-        self._last_losses = mean_losses(outputs, batch.language)
+        self._last_losses, shares = report_step(outputs, batch.language)
         self._log_step(self.global_step + 1)
         self.log_dict({f"train/loss/{name}": loss for name, loss in self._last_losses.items()})
+        self.log_dict({f"data/share/{code}": share for code, share in shares.items()})
         total = sum(objectives[name].weight * self._last_losses[name] for name in objectives)
         self.log("train/loss/total", total, prog_bar=True)
         self.log("train/logit_scale", self.model.logit_scale.detach().exp())

@@ -194,11 +194,13 @@ def test_objectives_are_weighted_and_those_without_weight_left_out(emoji_folder:
     assert not module.model.pooler.weight.requires_grad
 
 
-def test_losses_by_language_are_those_of_their_rows(emoji_folder: Path, tmp_path: Path) -> None:
+def test_losses_and_shares_by_language_are_those_of_their_rows(emoji_folder: Path, tmp_path: Path) -> None:
     expected: list[dict[str, float]] = []
+    spoken: list[list[float]] = []
 
     class Recompute(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            batch.language[:3].fill_(0)  # uneven shares
             model = pl_module.model
             inputs = ObjectiveInputs(
                 {
@@ -214,12 +216,15 @@ def test_losses_by_language_are_those_of_their_rows(emoji_folder: Path, tmp_path
             for index, code in enumerate(LANGUAGES):
                 values[f"itc_{code}"] = float(rows[batch.language == index].mean())
             expected.append(values)
+            spoken.append([float((batch.language == index).float().mean()) for index in range(len(LANGUAGES))])
 
     _, records = fit(emoji_folder, tmp_path, Recompute(), max_steps=3)
     for record, values in zip(records, expected, strict=True):
         for name, value in values.items():
             assert record[f"train/loss/{name}"] == pytest.approx(value, rel=1e-5), name
         assert record["train/loss/itc_zh"] != record["train/loss/itc_en"]
+    shares = [[record[f"data/share/{code}"] for code in LANGUAGES] for record in records]
+    assert shares == [pytest.approx(parts) for parts in spoken]
 
 
 def one_language_at(step: int, index: int) -> type[Callback]:
