@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, Final
 
 from m2_encoder.cli import data_check, data_curate, data_pack, data_stats
-from m2_encoder.cli.main import EXIT_USER_ERROR, Command, run_command
-from m2_encoder.cli.path_values import protect_paths
+from m2_encoder.cli.main import EXIT_USER_ERROR, Command, report_problems, run_command
+from m2_encoder.cli.path_values import protect_paths, protect_value
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.rules import Rule, check_rules, choice, text, whole
 from m2_encoder.data.emoji import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
+from m2_encoder.errors import UserError
 
 _EMOJI_RULES: Final[tuple[Rule, ...]] = (
     text("folder", "outputs/data/emoji"),
@@ -62,6 +64,35 @@ _PATH_KEYS: Final[dict[str, tuple[str, ...]]] = {
     "curate": data_curate.PATH_KEYS,
 }
 
+_SOURCE_KEYS: Final[dict[str, str]] = {"pack": "source", "check": "source", "stats": "source", "curate": "shards"}
+"""What an argument without a key is the value of: `m2-data check tars`."""
+
+
+def name_sources(argv: Sequence[str], key: str) -> list[str]:
+    """Gives arguments without a key theirs.
+
+    >>> name_sources(["tars", "full=true"], "source")
+    ['source=tars', 'full=true']
+
+    Several become a list. What is an option, or the value of one such as `--cfg job`, stays.
+
+    Raises:
+        UserError: if the key is given, too.
+    """
+    values = {"--cfg", "-c", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+    plain = [
+        i
+        for i, argument in enumerate(argv)
+        if not argument.startswith(("-", "+", "~")) and "=" not in argument and not (i and argv[i - 1] in values)
+    ]
+    if not plain:
+        return list(argv)
+    if given := [argument for argument in argv if argument.startswith(f"{key}=")]:
+        raise UserError(f"{argv[plain[0]]} and {given[0]} both name what to read; give one of them")
+    quoted = [value if len(plain) == 1 else protect_value(value) for value in (argv[i] for i in plain)]
+    named = f"{key}={quoted[0]}" if len(quoted) == 1 else f"{key}=[{','.join(quoted)}]"
+    return [named, *(argument for i, argument in enumerate(argv) if i not in plain)]
+
 
 def main() -> int:
     """Entry point of `m2-data`: the first argument names the sub-command."""
@@ -77,7 +108,14 @@ def main() -> int:
         known = ", ".join(SUB_COMMANDS)
         print(f"m2-data: {arguments[0]}: no such sub-command; choose from {known}", file=sys.stderr)
         return EXIT_USER_ERROR
-    return run_command(command, protect_paths(arguments[1:], _PATH_KEYS.get(arguments[0], ())))
+    argv = arguments[1:]
+    if arguments[0] in _SOURCE_KEYS:
+        try:
+            argv = name_sources(argv, _SOURCE_KEYS[arguments[0]])
+        except UserError as error:
+            report_problems(command.name, error)
+            return EXIT_USER_ERROR
+    return run_command(command, protect_paths(argv, _PATH_KEYS.get(arguments[0], ())))
 
 
 if __name__ == "__main__":

@@ -37,9 +37,13 @@ def _protect(argument: str, keys: Collection[str]) -> str:
     is_plain = value not in {"", "null", "???"} and not value.startswith(_HYDRA_SYNTAX)
     if not separator or key not in keys or not is_plain:
         return argument
-    # Hydra reads backslashes as they are, except in front of a quote.
+    return f"{key}={protect_value(value)}"
+
+
+def protect_value(value: str) -> str:
+    """Quotes one value for Hydra; it reads backslashes as they are, except in front of a quote."""
     quoted = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), value)
-    return f'{key}="{quoted}"'
+    return f'"{quoted}"'
 
 
 def find_path(value: str) -> Path:

@@ -51,6 +51,20 @@ def test_pack_then_check(start: Start, photos: Path, tmp_path: Path, capsys: pyt
     )
 
 
+def test_a_source_needs_no_key(start: Start, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = photos.rename(tmp_path / "图片 photos")
+    assert start("pack", photos.name, f"output={tmp_path / 'a'}", "workers=0") == 0
+    assert start("pack", "workers=0", "output=b", photos.name) == 0
+    capsys.readouterr()
+    assert start("check", "a", "b", "batch_size=4", "workers=0", "json=true") == 0
+    assert json.loads(capsys.readouterr().out)["usable"] == 12
+    assert start("check", "a", "source=b") == 2
+    assert "a and source=b both name what to read" in capsys.readouterr().err
+    assert start("check", "--cfg", "job", "a") == 0
+    assert start("check", "nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 def test_failures_are_counted_and_named(start: Start, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "5.png").write_bytes(make_image(5)[:-80])
     values = (f"source={photos}", f"output={photos.parent / 'tars'}", "workers=0")
