@@ -18,8 +18,10 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from m2_encoder.cli.build import build_initial_state, build_model_config, build_tokenizer
+from m2_encoder.cli.changes import describe_changes
 from m2_encoder.cli.export import export_run
 from m2_encoder.cli.loggers import QuietWandbLogger
 from m2_encoder.cli.main import Command, default_run_folder, run_command
@@ -87,8 +89,11 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     checkpoint = folder / LAST_CHECKPOINT
     resumes = cfg["run"]["resume"] != "never" and checkpoint.is_file()
     if run.trainer.is_global_zero:
+        changes = describe_changes(folder / CONFIG_FILE, cfg) if resumes else []
         write_config(folder / CONFIG_FILE, cfg)
         _announce(cfg, folder, checkpoint if resumes else None, run)
+        if changes:
+            print(f"run {cfg['run']['name']}: changed since its last start: {'; '.join(changes)}")
     _fit(run, checkpoint if resumes else None)
     model = gather_model(run.module.model)  # where the weights are split, every rank takes part
     if model is None or not run.trainer.is_global_zero:
@@ -206,6 +211,11 @@ def describe_batch(cfg: dict[str, Any], *, world_size: int, ranks_per_node: int)
 def _fit(run: Run, checkpoint: Path | None) -> None:
     try:
         run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:
+        if run.trainer.is_global_zero:
+            step = run.trainer.global_step
+            print(f"m2-train: ended by SIGTERM, step {step} is saved; run.resume=auto goes on", file=sys.stderr)
+        raise
     except SystemExit as stop:
         if run.trainer.interrupted:
             raise KeyboardInterrupt from stop  # Lightning turns one into an exit code of its own
@@ -267,7 +277,8 @@ COMMAND: Final = Command(
     complete=_name_repetition,
     notes=(
         "A run's folder must not exist; run.resume=auto continues one, run.resume=must insists on a checkpoint.",
-        "Exit codes: 0 done, 2 something to mend (listed on stderr before anything starts), 130 interrupted.",
+        "Exit codes: 0 done, 2 something to mend (listed on stderr before anything starts), 130 interrupted, 143 saved",
+        "and ended by SIGTERM.",
     ),
 )
 

@@ -6,7 +6,13 @@ only, so the state must not depend on the rank; the global position does not.
 
 from __future__ import annotations
 
+import atexit
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.sharedctypes import RawValue
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,6 +31,8 @@ from m2_encoder.types import ImageTextBatch
 
 SOURCE_PREFIX = "source "
 """Begins the keys of a fingerprint that describe the mixture; a new segment may change these."""
+
+_LAST_STEP_S = 600  # that workers live on after SIGTERM, for the trainer to end its step and to save
 
 
 class PositionDataset(Protocol):
@@ -127,16 +135,19 @@ class PositionLoader:
                 "the same max_steps, and trainer.accumulate_grad_batches=1"
             )
         board = StageBoard(self._num_workers)
-        for loaded in watch(self._build(board), board, workers=self._num_workers, timeout_s=self._stall_timeout_s):
-            if isinstance(loaded, UserError):
-                raise loaded
-            # The place moves when the batch is handed over, so what workers prefetch is not counted as seen.
-            self._position += self._global_batch_size
-            for stage, seconds in loaded.seconds.items():
-                self._seconds[stage] += seconds
-            if self._on_faults is not None:
-                self._on_faults(loaded.faults, len(loaded.batch.keys))
-            yield loaded.batch
+        loader = self._build(board)
+        batches: _Batches = loader.dataset
+        with batches.needed():
+            for loaded in watch(loader, board, workers=self._num_workers, timeout_s=self._stall_timeout_s):
+                if isinstance(loaded, UserError):
+                    raise loaded
+                # The place moves when the batch is handed over, so what workers prefetch is not counted as seen.
+                self._position += self._global_batch_size
+                for stage, seconds in loaded.seconds.items():
+                    self._seconds[stage] += seconds
+                if self._on_faults is not None:
+                    self._on_faults(loaded.faults, len(loaded.batch.keys))
+                yield loaded.batch
 
     def take_stage_seconds(self) -> dict[str, float]:
         """Seconds that workers spent in each of `STAGES` for the batches handed over since the last call."""
@@ -252,6 +263,7 @@ class _Batches(Dataset[Any]):
         self.dataset = dataset
         self.board = board
         self._collate = collate
+        self._is_needed = RawValue("b", True)  # shared with the workers
 
     def __getitem__(self, positions: list[int]) -> Batch | UserError:
         try:
@@ -262,6 +274,30 @@ class _Batches(Dataset[Any]):
             return error
         faults = tuple(fault for delivery in deliveries for fault in delivery.faults)
         return Batch(batch, faults, self.dataset.clock.take())
+
+    @contextmanager
+    def needed(self) -> Iterator[None]:
+        """While inside, workers survive SIGTERM: sent to all processes of a run, it wants the trainer to save first."""
+        atexit.register(self._end)  # before multiprocessing ends the workers and waits for that
+        try:
+            yield
+        finally:
+            self._end()
+            atexit.unregister(self._end)
+
+    def heed_signals(self) -> None:
+        """In a worker: let SIGTERM end it when it is needed no more, or a while later."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _end(self) -> None:
+        self._is_needed.value = False
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._is_needed.value:
+            signal.alarm(_LAST_STEP_S)  # nothing handles that, so it ends the process
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -274,4 +310,5 @@ def _prepare_worker(worker: int) -> None:
     assert info is not None, "called in a worker"
     batches = info.dataset
     assert isinstance(batches, _Batches)
+    batches.heed_signals()
     batches.dataset.clock = StageClock(batches.board, worker)

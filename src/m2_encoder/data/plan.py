@@ -332,7 +332,7 @@ def _shuffle_block(mixture: Mixture, block: int, key: int) -> tuple[list[int], l
 
 
 def _carry(segments: Sequence[Segment], lane: int, *, lanes: int, seed: int) -> list[int]:
-    """Samples of each source of the last segment that a lane had before it, since the source has its content."""
+    """Samples of each source of the last segment that a lane had before it, of the same content."""
     had: dict[tuple[str, str], int] = {}
     for segment, following in pairwise(segments):
         mixture = Mixture([source.weight for source in segment.sources])
@@ -341,8 +341,8 @@ def _carry(segments: Sequence[Segment], lane: int, *, lanes: int, seed: int) -> 
         key = mix(seed, _BLOCK_STREAM, segment.start, lane, block)
         sources = _shuffle_block(mixture, block, key)[0][:place]
         counts = mixture.before(block) + np.bincount(sources, minlength=len(segment.sources))
-        kept = {source[:2]: had.get(source[:2], 0) for source in segment.sources}
-        had = {key: kept[key] + int(count) for key, count in zip(kept, counts, strict=True)}
+        for source, count in zip(segment.sources, counts, strict=True):
+            had[source[:2]] = had.get(source[:2], 0) + int(count)
     return [had.get(source[:2], 0) for source in segments[-1].sources]
 
 

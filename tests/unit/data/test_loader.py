@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -258,6 +261,38 @@ def test_a_worker_that_dies_is_named_with_what_it_did() -> None:
     loader = iter(number_loader(Numbers(deadly=6), num_workers=2))
     with pytest.raises(UserError, match=r"a worker of the data loader died.*worker 1: reading shard 6"):
         list(loader)
+
+
+def test_workers_survive_a_signal_to_end_until_they_are_needed_no_more() -> None:
+    """One that is sent to all processes of a run: the trainer ends its step and saves, for which it needs them."""
+    loader = number_loader(num_workers=2)
+    batches = iter(loader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGTERM)
+    assert [batch.images.tolist() for batch in batches] == [
+        [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3] for i in (1, 2, 3, 4)
+    ]
+    assert not any(worker.is_alive() for worker in workers)
+
+
+_EXITS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tests.unit.data.test_loader import number_loader
+
+batches = iter(number_loader(num_workers=2))
+next(batches)
+sys.exit(7)
+"""
+
+
+def test_a_process_that_ends_amid_its_batches_does_not_wait_for_workers(repo_root: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _EXITS, str(repo_root)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7, done.stderr
 
 
 def test_the_time_of_stages_is_measured() -> None:

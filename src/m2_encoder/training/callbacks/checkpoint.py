@@ -6,8 +6,11 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning
@@ -15,12 +18,16 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from m2_encoder.checkpoints.atomic import atomic_file
 from m2_encoder.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+EXIT_TERMINATED = 128 + signal.SIGTERM
+"""Exit code of the first rank of a run that SIGTERM ended after a checkpoint; that of a shell for such an end."""
 
 _RANDOM_STATES = "random_states"
 
@@ -52,6 +59,10 @@ class RunCheckpoint(Checkpoint):
     Besides what Lightning saves (weights, optimizer, schedule, loops, the place in the data) a state holds the random
     state of every rank, so that stochastic depth goes on as in an uninterrupted run.
 
+    SIGTERM, to any of the ranks, lets all of them finish the step, save it, and leave by `SIGTERMException`; a
+    validation that is due after the step is done before they leave. Lightning's own handler is replaced: it leaves
+    without saving, and talks to the other ranks in the middle of whatever they do.
+
     Args:
         folder: where; usually `outputs/<run.name>/checkpoints`.
         every_n_steps: optimizer steps between two checkpoints; the last step is always saved.
@@ -67,6 +78,8 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._saved_step = 0
         self._random_states: list[Mapping[str, Tensor]] = []
+        self._was_signalled = False
+        self._leaves = False
 
     @property
     def last(self) -> Path:
@@ -100,7 +113,10 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = int(checkpoint["global_step"])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Go on with the random state of the checkpoint."""
+        """Go on with the random state of the checkpoint; heed SIGTERM from now on."""
+        self._was_signalled = self._leaves = False
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            signal.signal(signal.SIGTERM, self._note_signal)  # Lightning brings the old one back in the end
         if len(self._random_states) == trainer.world_size:
             _restore_random_state(self._random_states[trainer.global_rank])
         elif self._random_states and trainer.is_global_zero:
@@ -111,6 +127,16 @@ class RunCheckpoint(Checkpoint):
             )
         self._random_states = []
 
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave after SIGTERM, now that the metrics of the saved step are written.
+
+        Raises:
+            SIGTERMException: on every rank, if one of them was told to end.
+        """
+        self._leave(trainer)
+
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
@@ -119,14 +145,28 @@ class RunCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save when it is time, and when this step is the last."""
+        """Save when it is time, when this step is the last, and when a rank was told to end."""
         step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop:
+        self._leaves = trainer.strategy.reduce_boolean_decision(self._was_signalled, all=False)
+        if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop or self._leaves:
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the last step of a run that ended for another reason than its number of steps."""
+        """Save the last step of a run that ended for another reason than its number of steps.
+
+        Raises:
+            SIGTERMException: on every rank, if one of them was told to end.
+        """
         self._save(trainer)
+        self._leave(trainer)
+
+    def _note_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._was_signalled = True
+
+    def _leave(self, trainer: lightning.Trainer) -> None:
+        if self._leaves:
+            # Lightning's launcher kills the first rank for another one's exit code.
+            raise SIGTERMException(EXIT_TERMINATED if trainer.is_global_zero else 0)
 
     def _save(self, trainer: lightning.Trainer) -> None:
         step = trainer.global_step

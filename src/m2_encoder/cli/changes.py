@@ -1,0 +1,52 @@
+"""What a command line changes about a run that it continues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from m2_encoder.cli.run_folder import read_config
+
+_FREE: Final = (
+    "run",
+    "logger",
+    "cluster",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "data.folder",
+    "data.num_workers",
+    "data.cache",
+    "data.stall_timeout_s",
+    "data.new_segment",
+)
+"""Settings that change neither what is trained nor on what."""
+
+
+def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
+    """Settings that differ from those a run was started with last, as "KEY: OLD then, NEW now".
+
+    The order of samples is refused if it changes, and the model's shape; all other changes are the user's right, but
+    not to be made unseen: after one of captions or augmentation a resumed run is no longer the uninterrupted one.
+
+    Args:
+        path: `config.yaml` of the run; where there is none, nothing is known to have changed.
+        cfg: the configuration of now, resolved.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    if not path.is_file():
+        return []
+    return list(_compare("", read_config(path), cfg))
+
+
+def _compare(key: str, before: Any, now: Any) -> Iterator[str]:
+    if key in _FREE or before == now:
+        return
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys((*before, *now)):
+            yield from _compare(f"{key}.{name}".lstrip("."), before.get(name), now.get(name))
+    else:
+        yield f"{key}: {before!r} then, {now!r} now"
