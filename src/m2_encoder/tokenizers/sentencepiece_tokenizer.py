@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-import sentencepiece
 import torch
 from torch import Tensor
 
 from m2_encoder.errors import UserError
+from m2_encoder.tokenizers.model_file import build_processor, find_piece, read_model
 from m2_encoder.types import TextTokens
 
 TruncationSide = Literal["left", "right"]
@@ -87,9 +87,9 @@ class SentencePieceTokenizer:
     ) -> None:
         self.context_length = _checked_context_length(context_length)
         self.truncation_side = _checked_truncation_side(truncation_side)
-        self._model_bytes, name = _read_model(path_or_bytes)
-        self._processor = _build_processor(self._model_bytes, name)
-        literals = {piece: _piece_id(self._processor, piece) for piece in (*REQUIRED_PIECES, UNKNOWN_PIECE)}
+        self._model_bytes, name = read_model(path_or_bytes)
+        self._processor = build_processor(self._model_bytes, name)
+        literals = {piece: find_piece(self._processor, piece) for piece in (*REQUIRED_PIECES, UNKNOWN_PIECE)}
         self._literal_ids = {piece: index for piece, index in literals.items() if index is not None}
         missing = [piece for piece in REQUIRED_PIECES if piece not in self._literal_ids]
         if missing:
@@ -102,12 +102,17 @@ class SentencePieceTokenizer:
         self.end_id = self._literal_ids[END_PIECE]
         self.mask_id = self._literal_ids[MASK_PIECE]
         blanks = [(" " * length, f"<|blank_{length}|>") for length in range(_LONGEST_BLANK, 1, -1)]
-        self._blanks = [(spaces, piece) for spaces, piece in blanks if _piece_id(self._processor, piece) is not None]
+        self._blanks = [(spaces, piece) for spaces, piece in blanks if find_piece(self._processor, piece) is not None]
 
     @property
     def vocab_size(self) -> int:
         """Number of pieces; every id is below it."""
         return int(self._processor.get_piece_size())
+
+    @property
+    def unknown_id(self) -> int:
+        """Id of what the vocabulary has no piece for."""
+        return int(self._processor.unk_id())
 
     @property
     def model_bytes(self) -> bytes:
@@ -134,14 +139,8 @@ class SentencePieceTokenizer:
             UserError: if `texts` is neither a string nor an iterable of strings (the message names the type
                 and the index), or an option is not allowed.
         """
-        length = self.context_length if context_length is None else _checked_context_length(context_length)
-        side = self.truncation_side if truncation_side is None else _checked_truncation_side(truncation_side)
-        kept = length - TEMPLATE_LENGTH
-        rows = []
-        for pieces in self._encode_all(_checked_texts(texts)):
-            if len(pieces) > kept:
-                pieces = pieces[len(pieces) - kept :] if side == "left" else pieces[:kept]
-            rows.append([self.cls_id, *pieces, self.end_id])
+        kept = self.kept_pieces(context_length, truncation_side)
+        rows = [[self.cls_id, *pieces[kept], self.end_id] for pieces in self.encode_all(texts)]
         if not rows:
             return TextTokens(torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.bool))
         lengths = np.array([len(row) for row in rows])
@@ -165,7 +164,52 @@ class SentencePieceTokenizer:
         """
         if not isinstance(text, str):
             raise UserError(f"text must be a string, got {type(text).__name__}; for many, call the tokenizer")
-        return self._encode_all([text])[0]
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: str | Iterable[str]) -> list[list[int]]:
+        """Ids of all pieces of every text, as `encode` of each; many texts go through SentencePiece in one pass.
+
+        Raises:
+            UserError: if `texts` is neither a string nor an iterable of strings.
+        """
+        plans, segments = self._plan(_checked_texts(texts))
+        encoded = iter(self._encode_segments(segments))
+        rows = []
+        for plan in plans:
+            row: list[int] = []
+            for part in plan:
+                if part is None:
+                    row += next(encoded)
+                else:
+                    row.append(part)
+            rows.append(row)
+        return rows
+
+    def split(self, text: str) -> list[str]:
+        """The normalised text, cut into what each id of `encode(text)` stands for.
+
+        It is the piece of the id, but for unknown ones: there it is the text, which the id does not tell.
+        """
+        plans, segments = self._plan([text])
+        cut = iter([self._processor.encode(self._name_blanks(segment), out_type=str) for segment in segments])
+        parts: list[str] = []
+        for part in plans[0]:
+            parts += next(cut) if part is None else self.pieces([part])
+        return parts
+
+    def kept_pieces(
+        self, context_length: int | None = None, truncation_side: TruncationSide | None = None
+    ) -> slice[int | None, int | None, None]:
+        """Which pieces of a text stay in a call with these options: a slice of `encode(text)`.
+
+        Raises:
+            UserError: if an option is not allowed.
+        """
+        length = self.context_length if context_length is None else _checked_context_length(context_length)
+        side = self.truncation_side if truncation_side is None else _checked_truncation_side(truncation_side)
+        kept = length - TEMPLATE_LENGTH
+        # Minus zero would be the beginning.
+        return slice(-kept, None) if side == "left" and kept else slice(None, kept)
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """Text of a sequence of ids.
@@ -225,33 +269,21 @@ class SentencePieceTokenizer:
             f"truncation_side={self.truncation_side!r})"
         )
 
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Ids of all pieces of every text, with one pass of SentencePiece over the segments of all texts."""
+    def _plan(self, texts: list[str]) -> tuple[list[list[int | None]], list[str]]:
+        """Per text its literal special pieces as their id and None for a segment; and the segments of all texts."""
         segments: list[str] = []
-        # One entry per text: literal special pieces as their id, segments as None, to be taken in order.
         plans: list[list[int | None]] = []
         for text in texts:
             if not text.isascii() and _SURROGATE.search(text):
                 text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
             if "[" in text or "<|" in text:
-                plan = self._split(text, segments)
+                plans.append(self._cut_literals(text, segments))
             else:
                 segments.append(text)
-                plan = [None]
-            plans.append(plan)
-        encoded = iter(self._encode_segments(segments))
-        rows = []
-        for plan in plans:
-            row: list[int] = []
-            for part in plan:
-                if part is None:
-                    row += next(encoded)
-                else:
-                    row.append(part)
-            rows.append(row)
-        return rows
+                plans.append([None])
+        return plans, segments
 
-    def _split(self, text: str, segments: list[str]) -> list[int | None]:
+    def _cut_literals(self, text: str, segments: list[str]) -> list[int | None]:
         """Cut the literal special pieces out of a text; append its segments, return its plan."""
         parts = self._literals.split(text)  # segment, literal, segment, …, segment
         plan: list[int | None] = []
@@ -300,43 +332,6 @@ class SentencePieceTokenizer:
         except TypeError as error:
             raise UserError(f"ids must be a sequence of integers of one text, got {ids!r:.80}") from error
         return checked
-
-
-def _read_model(path_or_bytes: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
-    """Content of a SentencePiece file, and how messages call it."""
-    if isinstance(path_or_bytes, bytes):
-        content, name = path_or_bytes, "tokenizer bytes"
-    elif isinstance(path_or_bytes, str | os.PathLike):
-        name = os.fspath(path_or_bytes)
-        try:
-            content = Path(name).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a null character in the name
-            raise UserError(f"{name}: cannot read the tokenizer file: {error}") from error
-    else:
-        raise UserError(
-            f"the tokenizer must be the path or the bytes of a SentencePiece .model, got {type(path_or_bytes).__name__}"
-        )
-    if not content:
-        raise UserError(f"{name}: the tokenizer file is empty; copy the SentencePiece .model again")
-    return content, name
-
-
-def _build_processor(content: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
-    """A processor on the content of a SentencePiece file."""
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(content)
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
-        raise UserError(
-            f"{name}: not a SentencePiece model, or a damaged one ({len(content):,} bytes); copy it again"
-        ) from error
-    return processor
-
-
-def _piece_id(processor: sentencepiece.SentencePieceProcessor, piece: str) -> int | None:
-    """Id of a piece, None where the model has no such piece (SentencePiece answers with the unknown id)."""
-    index = int(processor.piece_to_id(piece))
-    return index if processor.id_to_piece(index) == piece else None
 
 
 def _checked_texts(texts: str | Iterable[str]) -> list[str]:
