@@ -31,6 +31,19 @@ class TextTokens(NamedTuple):
     mask: Tensor
 
 
+class MaskedText(NamedTuple):
+    """Captions with hidden words.
+
+    Attributes:
+        ids: what the model reads: some ids of the text are replaced, (B, T) int64.
+        predicted: where the ids of the text are to be predicted, (B, T) bool; never on special tokens or padding. An
+            id there may be the true one, which the model cannot know.
+    """
+
+    ids: Tensor
+    predicted: Tensor
+
+
 class ImageTextBatch(NamedTuple):
     """Pairs of images and captions, as a DataModule yields them.
 
@@ -41,6 +54,8 @@ class ImageTextBatch(NamedTuple):
         identity: equal numbers mark the same content (the same picture, or the same concept drawn twice), (B,) int64.
         keys: sample keys, length B.
         sources: name of the mixture part each sample comes from, length B.
+        masked_text: the captions with hidden words, (k * B, T); None if no objective asks for them.
+        patch_mask: True where a patch is hidden, (B, patches) bool, row by row; None if no objective asks for it.
     """
 
     images: Tensor
@@ -49,6 +64,13 @@ class ImageTextBatch(NamedTuple):
     identity: Tensor
     keys: tuple[str, ...]
     sources: tuple[str, ...]
+    masked_text: MaskedText | None = None
+    patch_mask: Tensor | None = None
+
+    @property
+    def captions_per_image(self) -> int:
+        """How many captions each image has, k."""
+        return self.text.ids.shape[0] // max(1, self.images.shape[0])
 
 
 class RetrievalBatch(NamedTuple):

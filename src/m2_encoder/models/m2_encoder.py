@@ -22,19 +22,22 @@ from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
 from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
 from m2_encoder.models.multiway import MultiwayEncoder
 from m2_encoder.models.packing import Packing
+from m2_encoder.models.token_prediction import token_cross_entropy
+from m2_encoder.models.trimming import trim_text
 from m2_encoder.types import EncoderOutput, FusionOutput, HeadFeatures, TextTokens
 
 _UNUSED_NORM_EPS = 1e-6
 
 
 OPTIONAL_PARTS: dict[str, tuple[str, ...]] = {
+    "features": ("vl_image_proj.*", "vl_text_proj.*", "logit_scale"),
     "backbone_features": ("image_proj.*", "text_proj.*", "logit_vl_scale"),
     "mask_token": ("image_embed.mask_token",),
     "vl_text_expert": ("vl_encoder.*.text_expert.*",),
     "official_leftovers": ("pooler.*", "norm.*"),
 }
-"""Parameters, as name patterns, that the features do not depend on. Training freezes the parts that no objective names:
-a parameter without a gradient would stall DDP and be decayed for nothing."""
+"""Parameters, as name patterns, that not every objective trains. Training freezes the parts that no objective names: a
+parameter without a gradient would stall DDP and be decayed for nothing."""
 
 
 class M2Encoder(nn.Module):
@@ -90,13 +93,16 @@ class M2Encoder(nn.Module):
         Returns:
             How many parameters (scalars) were frozen.
         """
-        patterns = [pattern for name in names for pattern in OPTIONAL_PARTS[name]]
         frozen = 0
-        for name, parameter in self.named_parameters():
-            if any(fnmatchcase(name, pattern) for pattern in patterns):
-                parameter.requires_grad_(False)
-                frozen += parameter.numel()
+        for parameter in self.part_parameters(names):
+            parameter.requires_grad_(False)
+            frozen += parameter.numel()
         return frozen
+
+    def part_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """Parameters of some of `OPTIONAL_PARTS`."""
+        patterns = [pattern for name in names for pattern in OPTIONAL_PARTS[name]]
+        return [p for name, p in self.named_parameters() if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
     # ------------------------------------------------------------------------------------------------- features
 
@@ -253,60 +259,85 @@ class M2Encoder(nn.Module):
     # --------------------------------------------------------------------------------------------------- pieces
 
     def trim_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> TextTokens:
-        """Check texts and cut padding beyond the longest of the batch.
+        """Check texts and cut padding beyond the longest of the batch; see `trimming.trim_text`."""
+        return trim_text(text, mask, vocab_size=self.config.vocab_size, max_tokens=self.config.num_text_positions - 2)
+
+    def encode_image_backbone(self, images: Tensor, *, patch_mask: Tensor | None = None) -> Tensor:
+        """Hidden states of images after the backbone, (B, N, D); arguments as in `forward_image`."""
+        tokens = self.image_embed(images, patch_mask=patch_mask)
+        return self.backbone(tokens, num_image_tokens=tokens.shape[1])
+
+    def encode_text_backbone(self, tokens: TextTokens, *, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states of trimmed texts after the backbone, (B, T, D); meaningless on padding.
 
         Args:
-            text: tokens, or ids alone, (B, T).
-            mask: with ids alone: non-zero on tokens, (B, T), any dtype; None means no padding.
+            tokens: of `trim_text`.
+            attention_mask: as in `forward_text`.
+        """
+        if attention_mask is not None or not _packs(tokens.mask):
+            return self._text_backbone(tokens, attention_mask=attention_mask)[0]
+        packing = Packing(tokens.mask)
+        return packing.unpack(
+            self.backbone(packing.pack(self.text_embed(tokens.ids)), num_image_tokens=0, packing=packing)
+        )
+
+    def finish_image(self, backbone_hidden: Tensor) -> HeadFeatures:
+        """Features of both heads of what `encode_image_backbone` gave."""
+        hidden = self.vl_encoder(backbone_hidden, num_image_tokens=backbone_hidden.shape[1], first_token_only=True)
+        return HeadFeatures(
+            _normalize(self.vl_image_proj(hidden[:, 0])), _normalize(self.image_proj(backbone_hidden[:, 0]))
+        )
+
+    def finish_text(self, backbone_hidden: Tensor, mask: Tensor) -> HeadFeatures:
+        """Features of both heads of what `encode_text_backbone` gave for texts with this mask, (B, T) bool."""
+        if _packs(mask):
+            packing = Packing(mask)
+            packed = packing.pack(backbone_hidden)
+            hidden = self.vl_encoder(packed, num_image_tokens=packed.shape[1], packing=packing, first_token_only=True)[
+                0
+            ]
+        else:
+            length = backbone_hidden.shape[1]
+            hidden = self.vl_encoder(backbone_hidden, num_image_tokens=length, token_mask=mask, first_token_only=True)[
+                :, 0
+            ]
+        return HeadFeatures(_normalize(self.vl_text_proj(hidden)), _normalize(self.text_proj(backbone_hidden[:, 0])))
+
+    def fuse(
+        self,
+        image_hidden: Tensor,
+        text_hidden: Tensor,
+        mask: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        text_expert: bool = False,
+    ) -> Tensor:
+        """Let images and texts that the backbone encoded alone see each other in the vision-language encoder.
+
+        Args:
+            image_hidden: (B, N, D).
+            text_hidden: (B, T, D), one text per image.
+            mask: True on tokens of the texts, (B, T) bool.
+            attention_mask: as in `forward_fusion`, for N + T tokens.
+            text_expert: send text tokens through the text experts; otherwise through the vision experts, too.
 
         Returns:
-            ids int64 and mask bool, (B, longest).
-
-        Raises:
-            UserError: see `encode_text`. On an accelerator the check costs one synchronisation.
+            (B, N + T, D).
         """
-        if isinstance(text, tuple):
-            if mask is not None:
-                raise UserError("give the mask inside TextTokens or beside the ids, not both")
-            ids, mask = text
-        else:
-            ids = text
-        if not isinstance(ids, Tensor):
-            raise UserError(f"texts are {type(ids).__name__}, expected token ids: encode_text(tokenizer(texts))")
-        if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise UserError(f"text ids are {ids.dtype} of shape {tuple(ids.shape)}, expected whole numbers (B, T)")
-        if mask is None:
-            mask = torch.ones_like(ids, dtype=torch.bool)
-        mask = mask.bool()
-        if mask.shape != ids.shape:
-            raise UserError(f"text mask has shape {tuple(mask.shape)}, the ids have {tuple(ids.shape)}")
-        if ids.numel() == 0 and ids.shape[0] == 0:
-            return TextTokens(ids.long(), mask)
-        if ids.device.type == "meta":
-            return TextTokens(ids, mask)
-        longest = self._check_text(ids, mask)
-        return TextTokens(ids[:, :longest].long(), mask[:, :longest])
+        num_image_tokens = image_hidden.shape[1]
+        hidden = torch.cat([image_hidden, text_hidden], dim=1)
+        return self.vl_encoder(
+            hidden,
+            num_image_tokens=num_image_tokens if text_expert else hidden.shape[1],
+            token_mask=torch.cat([mask.new_ones(image_hidden.shape[:2]), mask], dim=1),
+            attention_mask=attention_mask,
+        )
 
-    def _check_text(self, ids: Tensor, mask: Tensor) -> int:
-        """Length of the longest text; refuses what the tables cannot represent."""
-        if ids.shape[1] == 0:
-            raise UserError("texts have no tokens at all; the tokenizer always adds two special ones")
-        lengths = _last_token(mask)
-        longest, shortest, highest, lowest = torch.stack(
-            [lengths.amax(), lengths.amin(), ids.amax(), ids.amin()]
-        ).tolist()
-        if shortest == 0:
-            raise UserError("a text of the batch is all padding; every text needs at least one token in its mask")
-        if lowest < 0 or highest >= self.config.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise UserError(
-                f"token id {wrong} is outside 0..{self.config.vocab_size - 1}; "
-                "was the text tokenized with the tokenizer of another model?"
-            )
-        limit = self.config.num_text_positions - 2
-        if longest > limit:
-            raise UserError(f"a text has {longest} tokens, the position table holds {limit}; truncate it")
-        return int(longest)
+    def token_losses(
+        self, states: Tensor, bias: Tensor, targets: Tensor, table: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy against the token table, or another one; see `token_prediction.token_cross_entropy`."""
+        return token_cross_entropy(states, self.text_embed.tokens.weight if table is None else table, bias, targets)
 
     def _image_heads(self, images: Tensor, *, backbone: bool) -> HeadFeatures:
         tokens = self.image_embed(images)
@@ -321,8 +352,7 @@ class M2Encoder(nn.Module):
         if tokens.ids.shape[0] == 0:
             empty = self.vl_text_proj.weight.new_zeros((0, self.config.feature_dim))
             return HeadFeatures(empty, empty if backbone else None)
-        if torch.compiler.is_compiling() or tokens.ids.is_meta or bool(tokens.mask.all()):
-            # Packing has data-dependent shapes, which compiled graphs cannot have; without padding it gains nothing.
+        if not _packs(tokens.mask):
             lower, token_mask = self._text_backbone(tokens)
             # The released model sends texts, too, through the *vision* experts of the vision-language encoder.
             hidden = self.vl_encoder(
@@ -350,9 +380,9 @@ class M2Encoder(nn.Module):
         return hidden, tokens.mask
 
 
-def _last_token(mask: Tensor) -> Tensor:
-    """Place of the last token of each text, counted from 1; 0 without any. (B, T) bool -> (B,) int64."""
-    return (torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).amax(dim=1)
+def _packs(mask: Tensor) -> bool:
+    """Whether packing gains anything: not without padding, nor in compiled graphs, whose shapes depend on no data."""
+    return not (torch.compiler.is_compiling() or mask.is_meta or bool(mask.all()))
 
 
 def _normalize(features: Tensor) -> Tensor:

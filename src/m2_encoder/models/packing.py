@@ -42,6 +42,10 @@ class Packing:
         """(B, T, D) to (1, M, D)."""
         return x.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
 
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, M, D) to (B, T, D); padding holds some token's values."""
+        return x[0].index_select(0, self.slots).unflatten(0, (self.batch_size, self.length))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within each text.
 

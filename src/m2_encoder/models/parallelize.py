@@ -26,6 +26,12 @@ _ENTRY_POINTS: Final = (
     "forward_image",
     "forward_text",
     "forward_fusion",
+    "encode_image_backbone",
+    "encode_text_backbone",
+    "finish_image",
+    "finish_text",
+    "fuse",
+    "token_losses",
 )
 """Methods that outsiders call; FSDP2 watches `forward` alone unless it is told of them."""
 

@@ -1,19 +1,59 @@
 """What an objective is: a loss on the passes it names, with a weight.
 
+There are two kinds. An `Objective` compares features of all rows of a contrastive group. A `LocalObjective` looks at
+hidden states of single pairs: it is evaluated piece by piece, inside micro-batches and their recomputation, and gives a
+sum and a count for every caption, so that its mean over all ranks is exact however the rows are divided.
+
 To add one: write a subclass in a file of this folder and a YAML file in `conf/objective/` that names it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
+from m2_encoder.types import ImageTextBatch, TextTokens
+
+PASSES: Final = ("masked_text", "masked_image", "caption")
+"""Passes of the model beyond the clean image and the clean text, which every objective has: the image with its captions
+in which words are hidden; the captions with their image in which patches are hidden; the image with its captions, each
+token seeing the ones before it alone."""
+
+
+class ModelShape(Protocol):
+    """What an objective may want to know of the model; `M2EncoderConfig` has it."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the hidden states."""
+        ...
+
+    @property
+    def feature_dim(self) -> int:
+        """Width E of the features."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side S, pixels."""
+        ...
+
+    @property
+    def patch_size(self) -> int:
+        """Side P of a patch, pixels."""
+        ...
 
 
 class FeaturePair(NamedTuple):
@@ -63,12 +103,16 @@ class ObjectiveOutput(NamedTuple):
     """A loss and its parts.
 
     Attributes:
-        loss: mean over the local rows, (), fp32, unweighted.
+        loss: of the local rows, (), fp32, unweighted; its mean over the ranks is the loss of the step.
         per_sample: loss of each local caption, (k * B,) fp32, detached; logged per language.
+        counts: how many terms each of them is the mean of, (k * B,); None for one each.
+        scores: more means over the same terms, such as an accuracy, by name, (k * B,) each, detached.
     """
 
     loss: Tensor
     per_sample: Tensor
+    counts: Tensor | None = None
+    scores: Mapping[str, Tensor] = {}
 
 
 class Objective(nn.Module, ABC):
@@ -76,20 +120,188 @@ class Objective(nn.Module, ABC):
 
     Args:
         weight: factor in the sum of objectives; finite, not negative. With 0 the objective is left out of a run.
+        schedule: factor of the weight by step, {step: factor}, linear in between and constant beyond; None for 1. Steps
+            at which it is 0 cost nothing. Step s counts the updates before it.
 
     Attributes:
         optional_parts: names of `m2_encoder.models.m2_encoder.OPTIONAL_PARTS` that this objective trains. Parts that no
             objective of a run names are frozen, so that no rank waits for a gradient that never comes.
+
+    Raises:
+        UserError: for a weight or schedule that makes no sense.
     """
 
     optional_parts: frozenset[str] = frozenset()
 
-    def __init__(self, *, weight: float = 1.0) -> None:
+    def __init__(self, *, weight: float = 1.0, schedule: Mapping[int, float] | None = None) -> None:
         super().__init__()
         if not 0 <= weight < math.inf:
             raise UserError(f"objective weight={weight!r} must be 0 or more, and finite")
         self.weight = weight
+        self.schedule = None if schedule is None else check_schedule(schedule)
+
+    def build(self, shape: ModelShape) -> None:
+        """Make parameters that depend on the model; called once, before the optimizer is made."""
+
+    def weight_at(self, step: int) -> float:
+        """The weight, times the schedule's factor before update `step` + 1."""
+        return self.weight if self.schedule is None else self.weight * interpolate_schedule(self.schedule, step)
 
     @abstractmethod
     def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Compute the loss of the local rows."""
+
+
+class EncodedPair(NamedTuple):
+    """A piece's images and captions, each encoded alone.
+
+    Attributes:
+        image_hidden: of the backbone, (b, N, D); token 0 is cls, then the patches row by row.
+        text_hidden: of the backbone, (k * b, T, D); meaningless on padding.
+        text: the captions, trimmed, (k * b, T).
+        image_features: (b, E), L2-normalised.
+        text_features: (k * b, E), L2-normalised.
+    """
+
+    image_hidden: Tensor
+    text_hidden: Tensor
+    text: TextTokens
+    image_features: Tensor
+    text_features: Tensor
+
+
+class Passes(Protocol):
+    """The passes of the model over one piece of a batch; each is run when it is first asked for, and once.
+
+    Hidden states are those after the vision-language layers, which see image and text together, of the part that is to
+    be predicted. Captions of one image share its backbone pass.
+    """
+
+    @property
+    def batch(self) -> ImageTextBatch:
+        """The rows of the piece."""
+        ...
+
+    @property
+    def text(self) -> TextTokens:
+        """The clean captions, trimmed to the longest, (k * b, T)."""
+        ...
+
+    @property
+    def pair(self) -> EncodedPair:
+        """The clean passes with their features; only for objectives that need features."""
+        ...
+
+    @property
+    def masked_text(self) -> Tensor:
+        """Captions with hidden words beside their clean image, (k * b, T, D)."""
+        ...
+
+    @property
+    def caption(self) -> Tensor:
+        """Captions beside their image; each token sees the image and the tokens up to itself, (k * b, T, D)."""
+        ...
+
+    def masked_image(self, patch_mask: Tensor) -> Tensor:
+        """Images with hidden patches beside their clean captions.
+
+        Args:
+            patch_mask: True where a patch is hidden, (b, patches) bool.
+
+        Returns:
+            The patches, without cls, (k * b, patches, D).
+        """
+        ...
+
+    def token_losses(
+        self, states: Tensor, bias: Tensor, targets: Tensor, table: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of tokens, never holding the logits of all of them.
+
+        Args:
+            states: what is compared with the rows of the table, (M, D).
+            bias: of each token, (V,).
+            targets: true ids, (M,) int64.
+            table: (V, D); None for the model's token table.
+
+        Returns:
+            Losses, (M,) fp32 or wider, and whether the target scored highest, (M,) bool.
+        """
+        ...
+
+
+class LocalTerms(NamedTuple):
+    """What a local objective says of a piece, caption by caption.
+
+    Attributes:
+        sums: of the losses of all terms (such as tokens) of a caption, (k * b,), fp32 at least.
+        counts: how many terms it has, (k * b,); 0 is allowed.
+        scores: more sums over the same terms, by name, (k * b,) each, detached.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    scores: Mapping[str, Tensor] = {}
+
+
+class LocalObjective(Objective):
+    """A loss whose terms each belong to one pair: the mean over the terms of all ranks.
+
+    Args:
+        weight: factor in the sum of objectives.
+        schedule: see `Objective`.
+        text_expert: send texts through the text experts of the vision-language layers where image and text meet, as in
+            BEiT-3; otherwise through its vision experts, which serve both modalities in the released features (whether
+            its text experts were trained is not known). All local objectives of a run must agree.
+
+    Attributes:
+        passes: names of `PASSES` that `terms` asks for.
+        score_names: names of the scores that `terms` gives, always all of them.
+    """
+
+    passes: frozenset[str] = frozenset()
+    score_names: tuple[str, ...] = ()
+
+    def __init__(
+        self, *, weight: float = 1.0, schedule: Mapping[int, float] | None = None, text_expert: bool = False
+    ) -> None:
+        super().__init__(weight=weight, schedule=schedule)
+        self.text_expert = text_expert
+        if text_expert:
+            self.optional_parts = self.optional_parts | {"vl_text_expert"}
+
+    @abstractmethod
+    def terms(self, passes: Passes) -> LocalTerms:
+        """Compute the terms of a piece; runs again in backward where micro-batches are recomputed."""
+
+    def forward(self, inputs: Passes) -> LocalTerms:  # type: ignore[override]  # the other kind of input
+        """As `terms`."""
+        return self.terms(inputs)
+
+
+def check_schedule(schedule: Mapping[Any, Any]) -> dict[int, float]:
+    """A schedule with its steps in order.
+
+    Raises:
+        UserError: if it is empty, or a step or factor makes no sense.
+    """
+    points: dict[int, float] = {}
+    for step, factor in schedule.items():
+        is_factor = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 <= factor < math.inf
+        if not str(step).isdigit() or not is_factor:
+            raise UserError(f"schedule has {step!r}: {factor!r}; give factors of 0 or more by step, {{0: 0, 1000: 1}}")
+        points[int(step)] = float(factor)
+    if not points or not any(points.values()):
+        raise UserError(f"schedule={dict(schedule)} never lets the objective count; give {{0: 0, 1000: 1}}, or null")
+    return dict(sorted(points.items()))
+
+
+def interpolate_schedule(schedule: Mapping[int, float], step: int) -> float:
+    """Factor at a step: linear between the points, constant beyond the first and the last."""
+    points = list(schedule.items())
+    if step <= points[0][0]:
+        return points[0][1]
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if step < right:
+            return low + (high - low) * (step - left) / (right - left)
+    return points[-1][1]

@@ -17,11 +17,13 @@ class StepReport(NamedTuple):
     """Means over all ranks; detached fp32 scalars.
 
     Attributes:
-        losses: by objective, and by `<objective>_<language>`; NaN for a language without rows.
+        losses: by objective, and by `<objective>_<language>`; NaN for a language without terms.
+        scores: by `<score>/<objective>` and `<score>/<objective>_<language>`.
         shares: of the rows that are in each language, by language.
     """
 
     losses: dict[str, Tensor]
+    scores: dict[str, Tensor]
     shares: dict[str, Tensor]
 
 
@@ -31,24 +33,36 @@ def report_step(outputs: Mapping[str, ObjectiveOutput], language: Tensor) -> Ste
     One small reduction for all of them, and no synchronisation with the device.
 
     Args:
-        outputs: by objective; at least one.
+        outputs: by objective.
         language: index into `LANGUAGES` of each local row, (B,) int64.
     """
     selected = torch.stack([language == index for index in range(len(LANGUAGES))])
-    rows = []
-    for output in outputs.values():
-        losses = output.per_sample.detach().float()
-        # Not a product with the selection: a NaN in one language would spread to the other.
-        sums = torch.where(selected, losses, 0.0).sum(dim=1)
-        rows.append(torch.cat([output.loss.detach().float().reshape(1), sums, selected.sum(dim=1)]))
-    totals = torch.stack(rows)
+    parts = [selected.sum(dim=1).float()]
+    names: list[tuple[bool, str]] = []
+    for name, output in outputs.items():
+        losses = {name: output.per_sample}
+        scores = {f"{score}/{name}": values for score, values in output.scores.items()}
+        for key, values in (losses | scores).items():
+            names.append((key in losses, key))
+            parts += [output.loss.detach().float().reshape(1), *_sum_by_language(values, output.counts, selected)]
+    totals = torch.cat(parts)
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks > 1:
         dist.all_reduce(totals)
-    means: dict[str, Tensor] = {}
-    for name, row in zip(outputs, totals, strict=True):
-        means[name] = row[0] / ranks
-        sums, counts = row[1:].chunk(2)
+    rows, *quantities = totals.split([len(LANGUAGES), *[1, len(LANGUAGES), len(LANGUAGES)] * len(names)])
+    found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+    for (is_loss, name), loss, sums, counts in zip(
+        names, quantities[::3], quantities[1::3], quantities[2::3], strict=True
+    ):
+        means = found[0] if is_loss else found[1]
+        means[name] = loss[0] / ranks if is_loss else sums.sum() / counts.sum()
         means |= {f"{name}_{code}": mean for code, mean in zip(LANGUAGES, sums / counts, strict=True)}
-    counts = totals[0, -len(LANGUAGES) :]
-    return StepReport(means, dict(zip(LANGUAGES, counts / counts.sum(), strict=True)))
+    return StepReport(*found, dict(zip(LANGUAGES, rows / rows.sum(), strict=True)))
+
+
+def _sum_by_language(values: Tensor, counts: Tensor | None, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the terms of each language, and how many there are, (languages,) fp32 each."""
+    terms = selected if counts is None else selected * counts
+    # Not a product with the selection: a NaN in one language would spread to the other.
+    weighted = values.detach().float() * (1 if counts is None else counts)
+    return torch.where(selected, weighted, 0.0).sum(dim=1), terms.sum(dim=1).float()

@@ -44,9 +44,18 @@ def count_words(text: str, language: str) -> int:
     return len(split_words(text, language))
 
 
-@lru_cache(maxsize=1)
-def _segmenter() -> Any:
-    """A segmenter of our own: jieba's shared one keeps its dictionary as a file in a folder open to everybody."""
+def load_jieba(user_dictionary: str | None = None) -> Any:
+    """A jieba tokenizer of our own, in about a second; jieba's shared one keeps a file in a folder open to everybody.
+
+    Args:
+        user_dictionary: a UTF-8 file of words in jieba's format, `word [frequency] [tag]` a line.
+
+    Returns:
+        A `jieba.Tokenizer` with its dictionary in memory.
+
+    Raises:
+        UserError: if jieba is not installed, or the file cannot be read or is no such dictionary.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of jieba 0.42 itself: old escapes, an old way to find its files
@@ -57,4 +66,17 @@ def _segmenter() -> Any:
     segmenter = jieba.Tokenizer()
     segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
     segmenter.initialized = True
+    if user_dictionary is not None:
+        try:
+            with open(user_dictionary, "rb") as file:
+                segmenter.load_userdict(file)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"user dictionary {user_dictionary}: {error}; give a UTF-8 file with `word [frequency] [tag]` a line"
+            ) from error
     return segmenter
+
+
+@lru_cache(maxsize=1)
+def _segmenter() -> Any:
+    return load_jieba()

@@ -9,7 +9,7 @@ and stochastic depth repeat (GradCache, arXiv:2101.06983, in autograd's own term
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from m2_encoder.types import ImageTextBatch, TextTokens
 Piece = TypeVar("Piece")
 
 
-def split_batch(batch: ImageTextBatch, micro_batches: int) -> tuple[list[Tensor], list[TextTokens]]:
+def split_rows(batch: ImageTextBatch, micro_batches: int) -> list[ImageTextBatch]:
     """Split a rank's rows into equal pieces, in order.
 
     Args:
@@ -29,7 +29,7 @@ def split_batch(batch: ImageTextBatch, micro_batches: int) -> tuple[list[Tensor]
         micro_batches: number of pieces.
 
     Returns:
-        Images, (B / pieces, 3, S, S) each, and their texts, (k * B / pieces, T) each.
+        Pieces of B / pieces images with their captions.
 
     Raises:
         UserError: if the rows cannot be divided.
@@ -40,9 +40,31 @@ def split_batch(batch: ImageTextBatch, micro_batches: int) -> tuple[list[Tensor]
             f"strategy.micro_batches={micro_batches} must divide the {rows} rows of a rank; "
             "change it or data.global_batch_size"
         )
-    texts = batch.text.ids.shape[0] // micro_batches
-    pieces = zip(batch.text.ids.split(texts), batch.text.mask.split(texts), strict=True)
-    return list(batch.images.split(rows // micro_batches)), [TextTokens(ids, mask) for ids, mask in pieces]
+    if micro_batches == 1:
+        return [batch]
+    size, captions = rows // micro_batches, batch.captions_per_image
+
+    def cut(value: Any, per_image: int, piece: int) -> Any:
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(cut(part, per_image, piece) for part in value))
+        return None if value is None else value[piece * size * per_image : (piece + 1) * size * per_image]
+
+    per_caption = {"text", "language", "masked_text"}
+    return [
+        ImageTextBatch(
+            *(
+                cut(value, captions if name in per_caption else 1, piece)
+                for name, value in zip(batch._fields, batch, strict=True)
+            )
+        )
+        for piece in range(micro_batches)
+    ]
+
+
+def split_batch(batch: ImageTextBatch, micro_batches: int) -> tuple[list[Tensor], list[TextTokens]]:
+    """Images and texts of `split_rows`."""
+    pieces = split_rows(batch, micro_batches)
+    return [piece.images for piece in pieces], [piece.text for piece in pieces]
 
 
 def encode_pieces(

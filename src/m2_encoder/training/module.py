@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from m2_encoder.distributed.gradients import clip_gradients
@@ -18,12 +19,12 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.metrics import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import OPTIONAL_PARTS, M2Encoder
-from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.report import report_step
-from m2_encoder.training.micro_batches import encode_pieces, split_batch
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, key_by_name
-from m2_encoder.types import LANGUAGES, ContrastiveTopology, HeadFeatures, ImageTextBatch, RetrievalBatch
+from m2_encoder.training.step_encoder import StepEncoder, mean_terms
+from m2_encoder.types import LANGUAGES, ContrastiveTopology, ImageTextBatch, RetrievalBatch
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class PretrainModule(lightning.LightningModule):
         if hasattr(self, "model"):
             return
         self.model = M2Encoder(self.config)
+        for objective in self._objectives().values():
+            objective.build(self.config)
         if self._initial_state is not None:
             self.model.load_state_dict(self._initial_state)
             self._initial_state = None
@@ -95,19 +98,19 @@ class PretrainModule(lightning.LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the objectives on one batch."""
-        inputs = ObjectiveInputs(
-            heads=self._encode(batch), identity=batch.identity, group=self._topology().contrastive_group
-        )
         objectives = self._objectives()
-        outputs: dict[str, ObjectiveOutput] = {name: objective(inputs) for name, objective in objectives.items()}
-        self._last_losses, shares = report_step(outputs, batch.language)
+        weights = {name: objective.weight_at(self.global_step) for name, objective in objectives.items()}
+        outputs = self._evaluate(batch, {name: objectives[name] for name, weight in weights.items() if weight > 0})
+        report = report_step(outputs, batch.language)
+        self._last_losses = report.losses
         self._log_step(self.global_step + 1)
-        self.log_dict({f"train/loss/{name}": loss for name, loss in self._last_losses.items()})
-        self.log_dict({f"data/share/{code}": share for code, share in shares.items()})
-        total = sum(objectives[name].weight * self._last_losses[name] for name in objectives)
-        self.log("train/loss/total", total, prog_bar=True)
+        self.log_dict({f"train/loss/{name}": loss for name, loss in report.losses.items()})
+        self.log_dict({f"train/{name}": score for name, score in report.scores.items()})
+        self.log_dict({f"data/share/{code}": share for code, share in report.shares.items()})
+        self.log("train/loss/total", sum(weights[name] * report.losses[name] for name in outputs), prog_bar=True)
         self.log("train/logit_scale", self.model.logit_scale.detach().exp())
-        return torch.stack([objectives[name].weight * output.loss for name, output in outputs.items()]).sum()
+        terms = [weights[name] * output.loss for name, output in outputs.items()]
+        return torch.stack(terms).sum() + self._untouched(outputs.keys())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Keep the temperature in its bounds, before anything (such as a checkpoint) sees the new parameters."""
@@ -179,22 +182,34 @@ class PretrainModule(lightning.LightningModule):
         assert isinstance(recall, RetrievalRecall)
         return recall
 
-    def _encode(self, batch: ImageTextBatch) -> dict[str, FeaturePair]:
-        """Features of all rows of this rank, from every head that an objective trains."""
-        model, recompute = self.model, self._topology().recompute
-        images, texts = split_batch(batch, self._topology().micro_batches)
-        if "backbone_features" in self._trained_parts():
-            image = encode_pieces(lambda piece: _tensors(model.encode_image_heads(piece)), images, recompute=recompute)
-            text = encode_pieces(lambda piece: _tensors(model.encode_text_heads(piece)), texts, recompute=recompute)
-        else:
-            image = encode_pieces(lambda piece: (model.encode_image(piece),), images, recompute=recompute)
-            text = encode_pieces(lambda piece: (model.encode_text(piece),), texts, recompute=recompute)
-        scales = (model.logit_scale, model.logit_vl_scale)
-        return dict(zip(HeadFeatures._fields, map(FeaturePair, image, text, scales), strict=False))
+    def _evaluate(self, batch: ImageTextBatch, objectives: Mapping[str, Objective]) -> dict[str, ObjectiveOutput]:
+        """Every pass that the objectives need, once, and what they make of it."""
+        local = {name: objective for name, objective in objectives.items() if isinstance(objective, LocalObjective)}
+        encoder = StepEncoder(
+            self.model,
+            local,
+            trains_features=len(local) < len(objectives),
+            trains_backbone_features="backbone_features" in self._trained_parts(),
+        )
+        topology = self._topology()
+        encoded = encoder.encode(batch, micro_batches=topology.micro_batches, recompute=topology.recompute)
+        inputs = ObjectiveInputs(heads=encoded.heads, identity=batch.identity, group=topology.contrastive_group)
+        means = mean_terms(encoded.terms)
+        return {name: means[name] if name in local else objective(inputs) for name, objective in objectives.items()}
+
+    def _untouched(self, evaluated: Collection[str]) -> Tensor | float:
+        """Nothing, from each parameter that only pausing objectives train: DDP waits for the gradients of all."""
+        objectives = self._objectives()
+        if len(evaluated) == len(objectives):
+            return 0.0
+        paused = [objective for name, objective in objectives.items() if name not in evaluated]
+        parts = _parts(paused) - _parts(objectives[name] for name in evaluated)
+        alone = [*self.model.part_parameters(parts), *(p for objective in paused for p in objective.parameters())]
+        return sum(p.flatten()[0] * 0 for p in alone if not isinstance(p, DTensor))  # FSDP2 waits for nobody
 
     def _trained_parts(self) -> frozenset[str]:
         """Names of `OPTIONAL_PARTS` that objectives train."""
-        return frozenset().union(*(objective.optional_parts for objective in self._objectives().values()))
+        return _parts(self._objectives().values())
 
     def _topology(self) -> ContrastiveTopology:
         strategy = self.trainer.strategy
@@ -209,5 +224,10 @@ class PretrainModule(lightning.LightningModule):
         self.log("step", torch.tensor(float(step), dtype=torch.float64))
 
 
-def _tensors(heads: HeadFeatures) -> tuple[Tensor, ...]:
-    return tuple(features for features in heads if features is not None)
+def _parts(objectives: Iterable[Objective]) -> frozenset[str]:
+    parts: set[str] = set()
+    for objective in objectives:
+        parts |= objective.optional_parts
+        if not isinstance(objective, LocalObjective):
+            parts.add("features")
+    return frozenset(parts)

@@ -1,0 +1,99 @@
+"""Cross-entropy against a large token table without its logits.
+
+A vocabulary of 115,244 makes 1.5 GB of fp32 logits for 64 captions of 52 tokens, and as much again for their gradient.
+Only the states of predicted tokens come here, and their logits are made, used and forgotten a few rows at a time;
+backward makes them again.
+
+Legend: M predicted tokens · V vocabulary · D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TILE_BYTES = 64 << 20
+"""Of the logits that exist at a time."""
+
+
+def token_cross_entropy(states: Tensor, table: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """loss_m = logsumexp_v(s_m . w_v + b_v) - (s_m . w_t + b_t), t the target of m.
+
+    Args:
+        states: s, (M, D), floating.
+        table: w, (V, D).
+        bias: b, (V,).
+        targets: t, (M,) int64.
+
+    Returns:
+        Losses, (M,), fp32 (fp64 for fp64), differentiable by states, table and bias; and whether the target scored
+        highest, (M,) bool. Products are in the dtype that autocast asks for, all sums in fp32 at least.
+    """
+    dtype = states.dtype
+    device = states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    losses, hits = _TokenCrossEntropy.apply(states.to(dtype), table, bias, targets)
+    return losses, hits
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, table: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        losses = states.new_empty(len(states), dtype=wide)
+        logsumexp = torch.empty_like(losses)
+        hits = torch.empty(len(states), dtype=torch.bool, device=states.device)
+        weight = table.to(states.dtype)
+        for start, stop in _tiles(len(states), len(table)):
+            logits = _logits(states[start:stop], weight, bias, wide)
+            logsumexp[start:stop] = logits.logsumexp(dim=1)
+            own = logits.gather(1, targets[start:stop, None]).squeeze(1)
+            losses[start:stop] = logsumexp[start:stop] - own
+            hits[start:stop] = own >= logits.amax(dim=1)
+        ctx.save_for_backward(states, table, bias, targets, logsumexp)
+        ctx.mark_non_differentiable(hits)
+        ctx.set_materialize_grads(False)
+        return losses, hits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        states, table, bias, targets, logsumexp = ctx.saved_tensors
+        upstream = gradients[0]
+        if upstream is None:
+            return None, None, None, None
+        wide = logsumexp.dtype
+        weight = table.to(states.dtype)
+        wants_states, wants_table, wants_bias = ctx.needs_input_grad[:3]
+        of_states = torch.empty_like(states) if wants_states else None
+        of_table = torch.zeros_like(table) if wants_table else None
+        of_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if wants_bias else None
+        for start, stop in _tiles(len(states), len(table)):
+            tile = _logits(states[start:stop], weight, bias, wide)
+            tile.sub_(logsumexp[start:stop, None]).exp_()
+            tile[torch.arange(stop - start, device=tile.device), targets[start:stop]] -= 1
+            tile.mul_(upstream[start:stop, None])
+            if of_bias is not None:
+                of_bias += tile.sum(dim=0)
+            product = tile.to(states.dtype)
+            if of_states is not None:
+                of_states[start:stop] = product @ weight
+            if of_table is not None:
+                if of_table.dtype == product.dtype:
+                    of_table.addmm_(product.t(), states[start:stop])
+                else:
+                    of_table += product.t() @ states[start:stop]
+        return of_states, of_table, None if of_bias is None else of_bias.to(bias.dtype), None
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        return (states @ weight.t()).to(dtype).add_(bias.to(dtype))
+
+
+def _tiles(rows: int, vocab_size: int) -> list[tuple[int, int]]:
+    """Row ranges whose logits fit `_TILE_BYTES`."""
+    size = max(1, _TILE_BYTES // (4 * vocab_size))
+    return [(start, min(rows, start + size)) for start in range(0, rows, size)]

@@ -1,0 +1,63 @@
+"""Cross-modal masked language modelling (CMLM): hidden words of a caption, predicted from the caption and its image.
+
+    s_j = LN(GELU(W h_j + b))        h_j: state of token j after the vision-language layers, hidden words in the caption
+    loss = mean over hidden j of  -log softmax_v(s_j . w_v + c_v)[true token of j],      w: the token table
+
+Reference: BERT (arXiv:1810.04805) for the loss and its head; SyCoCa (arXiv:2401.02137) and M2-Encoder
+(arXiv:2401.15896) for its place beside contrastive learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from m2_encoder.errors import UserError
+from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.objectives.token_head import TokenHead, check_decoder
+
+
+class MaskedLanguage(LocalObjective):
+    """CMLM over the hidden words that the data module chose.
+
+    Args:
+        weight: factor in the sum of objectives.
+        schedule: see `Objective`.
+        mask_ratio: share of a caption's tokens that are hidden, in whole words. The released configuration names 0.5
+            with an image; without one, 0.15.
+        decoder: "tied" compares with the model's token table, "own" with a table of this objective.
+        text_expert: see `LocalObjective`.
+
+    Raises:
+        UserError: for a ratio outside (0, 1), or an unknown decoder.
+    """
+
+    passes = frozenset({"masked_text"})
+    score_names = ("accuracy",)
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        schedule: Mapping[int, float] | None = None,
+        mask_ratio: float = 0.5,
+        decoder: Literal["tied", "own"] = "tied",
+        text_expert: bool = False,
+    ) -> None:
+        super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
+        if not 0 < mask_ratio < 1:
+            raise UserError(f"mask_ratio={mask_ratio!r} must be above 0 and below 1")
+        check_decoder(decoder)
+        self.mask_ratio = mask_ratio
+        self._decoder = decoder
+
+    def build(self, shape: ModelShape) -> None:
+        """Make the head."""
+        self.head = TokenHead(shape, decoder=self._decoder)
+
+    def terms(self, passes: Passes) -> LocalTerms:
+        """One term per hidden token."""
+        masked = passes.batch.masked_text
+        assert masked is not None, "the pass exists only with hidden words"
+        hidden = passes.masked_text
+        return self.head.terms(hidden, passes.text.ids, masked.predicted[:, : hidden.shape[1]], passes)

@@ -1,0 +1,68 @@
+"""From hidden states to losses of tokens: what masked language modelling and captioning share."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from m2_encoder.errors import UserError
+from m2_encoder.objectives.base import LocalTerms, ModelShape, Passes
+
+DECODERS: Final = ("tied", "own")
+"""Whose rows the states are compared with: those of the model's token table, or of a table of the objective's own."""
+
+_INIT_STD = 0.02
+
+
+class TokenHead(nn.Module):
+    """s = LN(GELU(W h + b)), then the cross-entropy of s against a table of tokens.
+
+    Args:
+        shape: of the model.
+        decoder: one of `DECODERS`.
+
+    Reference: BERT (arXiv:1810.04805), section 3.1; tied tables: arXiv:1608.05859.
+    """
+
+    def __init__(self, shape: ModelShape, *, decoder: Literal["tied", "own"] = "tied") -> None:
+        super().__init__()
+        self.transform = nn.Linear(shape.embed_dim, shape.embed_dim)
+        self.norm = nn.LayerNorm(shape.embed_dim)
+        self.bias = nn.Parameter(torch.zeros(shape.vocab_size))
+        self.table = nn.Parameter(torch.empty(shape.vocab_size, shape.embed_dim)) if decoder == "own" else None
+        for weight in (self.transform.weight, self.table):
+            if weight is not None:
+                nn.init.normal_(weight, std=_INIT_STD)
+        nn.init.zeros_(self.transform.bias)
+
+    def terms(self, hidden: Tensor, targets: Tensor, chosen: Tensor, passes: Passes) -> LocalTerms:
+        """Losses of the chosen tokens, summed by caption.
+
+        Args:
+            hidden: (k * b, T, D).
+            targets: true ids, (k * b, T) int64.
+            chosen: which tokens are predicted, (k * b, T) bool.
+            passes: gives the model's token table.
+
+        Returns:
+            Sums, counts, and under "accuracy" how many targets scored highest.
+        """
+        rows, places = chosen.nonzero(as_tuple=True)
+        states = self.norm(functional.gelu(self.transform(hidden[rows, places])))
+        losses, hits = passes.token_losses(states, self.bias, targets[rows, places], self.table)
+        sums = losses.new_zeros(len(chosen)).index_add(0, rows, losses)
+        correct = torch.zeros_like(sums).index_add(0, rows, hits.to(sums.dtype))
+        return LocalTerms(sums, chosen.sum(dim=1), {"accuracy": correct.detach()})
+
+
+def check_decoder(decoder: str) -> None:
+    """Refuse an unknown decoder.
+
+    Raises:
+        UserError: naming the known ones.
+    """
+    if decoder not in DECODERS:
+        raise UserError(f"decoder={decoder!r} must be one of {', '.join(DECODERS)}")

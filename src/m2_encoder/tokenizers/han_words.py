@@ -1,0 +1,176 @@
+"""Words of runs of Chinese characters, as jieba finds them, several times faster.
+
+jieba looks for the path of dictionary words with the highest product of their frequencies, then lets a hidden Markov
+model join what is left as single characters. The path is found here, on jieba's own dictionary, in one pass with the
+logarithms taken beforehand and without its generality; the model is jieba's. The tests hold both to the same words.
+
+Source: jieba 0.42, accurate mode.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from math import log
+from typing import NamedTuple
+
+from m2_encoder.tokenizers.words import load_jieba
+
+HAN = "\u4e00-\u9fd5"
+"""The characters that jieba joins to words, as a range of a regular expression; other ideographs stand alone."""
+
+_CACHED_RUNS = 1 << 14  # of a few hundred bytes each
+_NO_WORD = 1.0  # of what only begins a word; logarithms of probabilities are below 0
+_ALPHANUMERIC = "0-9A-Za-z"
+
+
+class _Lexicon(NamedTuple):
+    """A dictionary in memory.
+
+    Attributes:
+        scores: logarithm of a word's probability, `_NO_WORD` for what only begins a word.
+        floor: score of a character that the dictionary lacks.
+        join: words of a run of single characters, by the hidden Markov model.
+        others: finds the words that are not of Chinese characters alone.
+    """
+
+    scores: dict[str, float]
+    floor: float
+    join: Callable[[str], Iterable[str]]
+    others: re.Pattern[str] | None
+
+
+class HanWords:
+    """Words of Chinese runs; the dictionary is read at the first one (a second, 100 MB). Pickles without it.
+
+    Args:
+        user_dictionary: a UTF-8 file of words beyond jieba's own, in its format: `word [frequency] [tag]` a line.
+        use_model: whether the hidden Markov model joins characters that the dictionary does not, as names.
+
+    Raises:
+        UserError: from the calls, if jieba is not installed or the user dictionary cannot be read.
+    """
+
+    def __init__(self, *, user_dictionary: str | None = None, use_model: bool = True) -> None:
+        self.user_dictionary = user_dictionary
+        self.use_model = use_model
+        self._lexicon: _Lexicon | None = None
+        # A cache that belongs to this object; captions repeat words like 一只 and 的.
+        self._cached = lru_cache(maxsize=_CACHED_RUNS)(self._cut)
+
+    def __call__(self, run: str) -> tuple[int, ...]:
+        """Where the words of a run begin.
+
+        Args:
+            run: characters of `HAN` alone.
+
+        Returns:
+            The start of every word, from 0, ascending.
+
+        Raises:
+            UserError: see the class.
+        """
+        return self._cached(run)
+
+    def find_others(self, text: str) -> list[tuple[int, int]]:
+        """Dictionary words that are not of Chinese characters alone, such as T恤 and C++: start and end of each.
+
+        Case does not matter, since tokenizers change it. A space is written ▁, as in pieces.
+
+        Raises:
+            UserError: see the class.
+        """
+        pattern = (self._lexicon or self._load()).others
+        return [match.span() for match in pattern.finditer(text)] if pattern else []
+
+    def __reduce__(self) -> tuple[Callable[[str | None, bool], HanWords], tuple[str | None, bool]]:
+        return _rebuild, (self.user_dictionary, self.use_model)
+
+    def _cut(self, run: str) -> tuple[int, ...]:
+        lexicon = self._lexicon or self._load()
+        ends = _best_ends(run, lexicon)
+        starts = []
+        start = single = 0  # `single`: where the pending run of single characters begins
+        for start in _walk(ends):
+            end = ends[start]
+            if end - start == 1:
+                continue
+            if single < start:
+                starts += self._split_singles(run, single, start, lexicon)
+            starts.append(start)
+            single = end
+        if single < len(run):
+            starts += self._split_singles(run, single, len(run), lexicon)
+        return tuple(starts)
+
+    def _split_singles(self, run: str, start: int, end: int, lexicon: _Lexicon) -> Iterable[int]:
+        """Starts of the words of single characters, joined by the model unless they are a word of the dictionary."""
+        if end - start == 1 or not self.use_model or lexicon.scores.get(run[start:end], _NO_WORD) != _NO_WORD:
+            return range(start, end)
+        starts = []
+        for word in lexicon.join(run[start:end]):
+            starts.append(start)
+            start += len(word)
+        return starts
+
+    def _load(self) -> _Lexicon:
+        segmenter = load_jieba(self.user_dictionary)
+        from jieba import finalseg
+
+        total = log(segmenter.total)
+        frequencies: dict[str, int] = segmenter.FREQ
+        self._lexicon = _Lexicon(
+            scores={word: log(count) - total if count else _NO_WORD for word, count in frequencies.items()},
+            floor=log(1) - total,
+            join=lru_cache(maxsize=_CACHED_RUNS)(lambda run: tuple(finalseg.cut(run))),
+            others=_compile_others(word for word, count in frequencies.items() if count),
+        )
+        return self._lexicon
+
+
+def _rebuild(user_dictionary: str | None, use_model: bool) -> HanWords:
+    return HanWords(user_dictionary=user_dictionary, use_model=use_model)
+
+
+def _best_ends(run: str, lexicon: _Lexicon) -> list[int]:
+    """For every start, the end of the word that begins the best path from there."""
+    scores = lexicon.scores.get
+    length = len(run)
+    ends = list(range(1, length + 1))
+    best = [0.0] * (length + 1)
+    for start in range(length - 1, -1, -1):
+        highest = None
+        end = start + 1
+        score = scores(run[start])
+        while score is not None:
+            # Of equally probable paths, the one with the longer word, as in jieba.
+            if score != _NO_WORD and (highest is None or score + best[end] >= highest):
+                highest = score + best[end]
+                ends[start] = end
+            end += 1
+            if end > length:
+                break
+            score = scores(run[start:end])
+        best[start] = lexicon.floor + best[start + 1] if highest is None else highest
+    return ends
+
+
+def _walk(ends: list[int]) -> Iterable[int]:
+    start = 0
+    while start < len(ends):
+        yield start
+        start = ends[start]
+
+
+def _compile_others(words: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern of the words that are not of Chinese characters alone, longest first."""
+    pure = re.compile(f"[{HAN}]+")
+    others = [word.replace(" ", "▁") for word in words if not pure.fullmatch(word)]
+    if not others:
+        return None
+    alternatives = "|".join(re.escape(word) for word in sorted(others, key=len, reverse=True))
+    # Not inside a longer word of letters: 小S is one, the beginning of 小Sally is not.
+    beginning = rf"(?:(?<![{_ALPHANUMERIC}])(?=[{_ALPHANUMERIC}])|(?=[^{_ALPHANUMERIC}]))"
+    ending = rf"(?:(?<=[{_ALPHANUMERIC}])(?![{_ALPHANUMERIC}])|(?<=[^{_ALPHANUMERIC}]))"
+    return re.compile(f"{beginning}(?:{alternatives}){ending}", re.IGNORECASE)
