@@ -90,7 +90,7 @@ class HanWords:
     def _cut(self, run: str) -> tuple[int, ...]:
         lexicon = self._lexicon or self._load()
         ends = _best_ends(run, lexicon)
-        starts = []
+        starts: list[int] = []
         start = single = 0  # `single`: where the pending run of single characters begins
         for start in _walk(ends):
             end = ends[start]

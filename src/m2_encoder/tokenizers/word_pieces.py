@@ -19,8 +19,9 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from m2_encoder.tokenizers.han_words import HAN, HanWords
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, TruncationSide
+from m2_encoder.types import TextTokens
 
 NO_WORD = -1
 """Word number of pieces that are no part of a word."""
@@ -36,7 +38,10 @@ NO_WORD = -1
 _SPACE = "▁"  # how SentencePiece writes it
 _SPECIAL = re.compile(r"\[[A-Za-z]+\]|<\|\w+\|>|</?\w+>")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_SPACES_ONLY, _UNKNOWN, _BYTES = range(-3, 0)  # in place of a piece's number of leading spaces
+_FIRST_HAN, _LAST_HAN = HAN[0], HAN[-1]
+# Ideographs that jieba does not know, each a word: 々 and 〇, extensions, compatibility ideographs.
+_LONE_IDEOGRAPHS = "\u3005\u3007\u3400-\u4dbf\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+_NOTHING = -1  # in place of a number of leading spaces: the piece holds nothing else
 
 
 class WordPieces(NamedTuple):
@@ -53,6 +58,11 @@ class WordPieces(NamedTuple):
     ids: Tensor
     mask: Tensor
     words: Tensor
+
+    @property
+    def text(self) -> TextTokens:
+        """Ids and mask, as the tokenizer gives them."""
+        return TextTokens(self.ids, self.mask)
 
 
 class WordSegmenter:
@@ -75,15 +85,17 @@ class WordSegmenter:
     ) -> None:
         self.tokenizer = tokenizer
         self._han = HanWords(user_dictionary=user_dictionary, use_model=use_model)
-        self._always_others = user_dictionary is not None
-        self._scan = _compile_scanner()
+        self._has_user_words = user_dictionary is not None
+        self._scan = _compile_scanner().findall
         pieces = tokenizer.pieces(range(tokenizer.vocab_size))
-        special = special_ids(tokenizer)
+        self._special = special_ids(tokenizer)
         # A special piece separates words as a space does.
-        self._texts = [_SPACE if index in special else piece for index, piece in enumerate(pieces)]
+        self._texts = [_SPACE if index in self._special else piece for index, piece in enumerate(pieces)]
         self._leads = [_leading_spaces(text) for text in self._texts]
-        self._byte_ids = frozenset(index for index, piece in enumerate(pieces) if _BYTE.fullmatch(piece))
-        self._hard_ids = self._byte_ids | {tokenizer.unknown_id}
+        self._bytes = {
+            index: int(match[1], 16) for index, piece in enumerate(pieces) if (match := _BYTE.fullmatch(piece))
+        }
+        self._opaque = frozenset(self._bytes) | {tokenizer.unknown_id}
 
     def segment(
         self, text: str, *, context_length: int | None = None, truncation_side: TruncationSide | None = None
@@ -142,3 +154,133 @@ class WordSegmenter:
         self,
     ) -> tuple[Callable[..., WordSegmenter], tuple[SentencePieceTokenizer, str | None, bool]]:
         return _rebuild, (self.tokenizer, self._han.user_dictionary, self._han.use_model)
+
+    def _words_of(self, text: str, ids: list[int]) -> list[int]:
+        """Word number of each piece of a text, before truncation."""
+        if not self._opaque.isdisjoint(ids):
+            return self._words_of_opaque(text, ids)
+        texts, leads = self._texts, self._leads
+        parts = [texts[index] for index in ids]
+        return _number(parts, [leads[index] for index in ids], self._starts("".join(parts)))
+
+    def _words_of_opaque(self, text: str, ids: list[int]) -> list[int]:
+        """As `_words_of`, where ids stand for bytes or for what the vocabulary lacks."""
+        unknown = self.tokenizer.unknown_id
+        parts = [self._texts[index] for index in ids]
+        if unknown in ids:
+            cut = self.tokenizer.split(text)
+            parts = [cut[place] if index == unknown else parts[place] for place, index in enumerate(ids)]
+        _join_bytes([self._bytes.get(index) for index in ids], parts)
+        words = _number(parts, [_leading_spaces(part) for part in parts], self._starts("".join(parts)))
+        lost = {words[place] for place, index in enumerate(ids) if index == unknown}
+        if not lost:
+            return words
+        kept = sorted(set(words) - lost - {NO_WORD})  # the numbers stay without gaps
+        renumbered = {number: place for place, number in enumerate(kept)}
+        return [renumbered.get(number, NO_WORD) for number in words]
+
+    def _starts(self, text: str) -> set[int]:
+        """Where the words of a normalised text begin."""
+        starts = set()
+        end = 0
+        has_han = has_letters = False
+        last = ""
+        for token in self._scan(text):
+            word = token.lstrip(_SPACE)
+            start = end + len(token) - len(word)
+            end += len(token)
+            if not word:
+                continue
+            if _FIRST_HAN <= word[0] <= _LAST_HAN:
+                has_han = True
+                starts.update([start + offset for offset in self._han(word)])
+            elif token != last:  # …… and !!! are one word; words are never neighbours without a space
+                has_letters = has_letters or word[0].isalnum()
+                starts.add(start)
+            last = word
+        if (has_han and has_letters) or self._has_user_words:
+            for first, stop in self._han.find_others(text):
+                starts.difference_update(range(first + 1, stop))
+        return starts
+
+
+def special_ids(tokenizer: SentencePieceTokenizer) -> frozenset[int]:
+    """Ids of pieces that are signs for a model and no text: `[CLS]`, `<|blank_2|>`, `</s>` and such.
+
+    Never masked, and never put in a word's place. SentencePiece marks few of them as control pieces, since literal text
+    may ask for them, so it goes by their form: a name in square brackets or in `<>`. Pieces of bytes are text.
+    """
+    pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+    named = (index for index, piece in enumerate(pieces) if _SPECIAL.fullmatch(piece) and not _BYTE.fullmatch(piece))
+    return frozenset((*named, tokenizer.unknown_id, tokenizer.cls_id, tokenizer.end_id, tokenizer.mask_id))
+
+
+def _rebuild(tokenizer: SentencePieceTokenizer, user_dictionary: str | None, use_model: bool) -> WordSegmenter:
+    return WordSegmenter(tokenizer, user_dictionary=user_dictionary, use_model=use_model)
+
+
+def _leading_spaces(text: str) -> int:
+    """How many spaces a piece begins with, `_NOTHING` if it holds nothing else."""
+    bare = len(text.lstrip(_SPACE))
+    return len(text) - bare if bare or not text else _NOTHING
+
+
+def _number(parts: list[str], leads: list[int], starts: set[int]) -> list[int]:
+    """Numbers the words of pieces: one begins where a piece does, and nowhere inside a piece.
+
+    Args:
+        parts: texts of the pieces; empty for one that only continues the character before it.
+        leads: how many spaces each begins with, `_NOTHING` for spaces alone.
+        starts: where the words begin in the joined text.
+    """
+    numbers = []
+    number = NO_WORD
+    place = 0
+    for part, lead in zip(parts, leads, strict=True):
+        if lead == _NOTHING:
+            numbers.append(NO_WORD)
+        else:
+            if part and place + lead in starts:
+                number += 1
+            numbers.append(number)
+        place += len(part)
+    return numbers
+
+
+def _join_bytes(values: list[int | None], parts: list[str]) -> None:
+    """Replaces the texts of byte pieces: the first byte of a character stands for it, the others for nothing.
+
+    Args:
+        values: of the bytes, None where a piece is none.
+        parts: texts of the pieces, changed in place.
+    """
+    place = 0
+    while place < len(values):
+        first = values[place]
+        end = place + 1
+        if first is not None:
+            while end < len(values) and (value := values[end]) is not None and value & 0xC0 == 0x80:
+                end += 1
+            encoded = bytes(value for value in values[place:end] if value is not None)
+            parts[place:end] = [encoded.decode("utf-8", "replace"), *[""] * (end - place - 1)]
+        place = end
+
+
+@lru_cache(maxsize=1)
+def _compile_scanner() -> re.Pattern[str]:
+    """Cuts a normalised text into Chinese runs, words of letters and digits, and the rest, each after its spaces."""
+    marks = f"[{_mark_ranges()}\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]"  # and skin tones, and tags of flags
+    letter = f"[^\\W_{HAN}{_LONE_IDEOGRAPHS}]"
+    run = f"{letter}(?:{letter}|{marks})*"
+    word = f"{run}(?:(?:['’]|(?<=[0-9])[.,](?=[0-9])){run})*"
+    flag = "[\U0001f1e6-\U0001f1ff]{2}"
+    other = f".(?:{marks}|\u200d.)*"
+    return re.compile(f"{_SPACE}*(?:[{HAN}]+|{word}|{flag}|{other}|$)", re.DOTALL)
+
+
+def _mark_ranges() -> str:
+    """Accents, vowel signs and whatever else belongs to the character before it, as ranges of a regular expression."""
+    codes = [code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith("M")]
+    # Neighbours have the same difference from their index.
+    runs = [[code for _, code in group] for _, group in groupby(enumerate(codes), lambda pair: pair[1] - pair[0])]
+    return "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)

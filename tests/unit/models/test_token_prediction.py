@@ -1,0 +1,94 @@
+"""The cross-entropy that never holds its logits equals the plain one, at a fraction of the memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+from m2_encoder.models import token_prediction
+from m2_encoder.models.token_prediction import token_cross_entropy
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def draw(rows: int, *, vocab: int = 50, width: int = 8, dtype: torch.dtype = torch.float64) -> Inputs:
+    generator = torch.Generator().manual_seed(rows)
+    states, table, bias = (
+        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+        for shape in ((rows, width), (vocab, width), (vocab,))
+    )
+    return states, table, bias, torch.randint(vocab, (rows,), generator=generator)
+
+
+def plain(states: Tensor, table: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = states @ table.t() + bias
+    return functional.cross_entropy(logits, targets, reduction="none"), logits.argmax(dim=1) == targets
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 40])
+def test_losses_hits_and_gradients(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_prediction, "_TILE_BYTES", 3 * 4 * 50)  # three rows a tile
+    inputs = draw(rows)
+    upstream = torch.randn(rows, dtype=torch.float64)
+    losses, hits = token_cross_entropy(*inputs)
+    expected, expected_hits = plain(*inputs)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(hits, expected_hits)
+    found = torch.autograd.grad(losses, inputs[:3], upstream)
+    for own, wanted in zip(found, torch.autograd.grad(expected, inputs[:3], upstream), strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_parts_that_are_frozen_cost_nothing() -> None:
+    states, table, bias, targets = draw(5)
+    losses, _ = token_cross_entropy(states, table.detach(), bias.detach(), targets)
+    losses.sum().backward()
+    assert states.grad is not None
+    torch.testing.assert_close(
+        states.grad, torch.autograd.grad(plain(states, table, bias, targets)[0].sum(), states)[0]
+    )
+    assert table.grad is None
+
+
+def test_half_precision_products_sum_in_fp32() -> None:
+    states, table, bias, targets = draw(64, vocab=500, width=64, dtype=torch.float32)
+    expected, _ = plain(states, table, bias, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, _ = token_cross_entropy(states, table, bias, targets)
+    assert losses.dtype == torch.float32
+    assert (losses - expected).abs().mean() < 0.1
+    found = torch.autograd.grad(losses.mean(), [states, table, bias])
+    for own, wanted in zip(found, torch.autograd.grad(expected.mean(), [states, table, bias]), strict=True):
+        assert own.dtype == torch.float32
+        assert (own - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_extreme_logits_stay_finite() -> None:
+    states, table, bias, targets = draw(4, dtype=torch.float32)
+    losses, _ = token_cross_entropy(states * 1e4, table, bias, targets)
+    assert losses.isfinite().all()
+    assert all(part.isfinite().all() for part in torch.autograd.grad(losses.sum(), [states, table, bias]))
+
+
+def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_prediction, "_TILE_BYTES", 1 << 20)
+    states, table, bias, targets = draw(800, vocab=20_000, width=16, dtype=torch.float32)
+
+    def peak(function: object) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+            assert callable(function)
+            losses, _ = function(states, table, bias, targets)
+            losses.mean().backward()
+        held = highest = 0
+        for event in measured.profiler.kineto_results.events():  # type: ignore[union-attr]
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                highest = max(highest, held)
+        return highest
+
+    ours, theirs = peak(token_cross_entropy), peak(plain)
+    assert theirs > 2 * 800 * 20_000 * 4
+    assert ours < theirs / 20
