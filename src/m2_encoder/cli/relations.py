@@ -164,6 +164,21 @@ def _check_objectives(known: Known) -> Iterator[Problem]:
         yield Problem("objective", f"objective.*.weight=0: must be above 0 for at least one of {names}; {fix}")
 
 
+def _check_shared_passes(known: Known) -> Iterator[Problem]:
+    """Objectives that share a pass must want the same of it."""
+    for key, targets in (("mask_ratio", "masked words or patches"), ("text_expert", "the pass of image and text")):
+        by_target: dict[str, tuple[str, Any]] = {}
+        for name in known("objective"):
+            value = known(f"objective.{name}.{key}", None)
+            kind = str(known(f"objective.{name}._target_", name)) if key == "mask_ratio" else ""
+            if value is None:
+                continue
+            first, wanted = by_target.setdefault(kind, (name, value))
+            if value != wanted:
+                rule = f"must be that of objective.{first}, {wanted}: they share {targets}"
+                yield _problem(f"objective.{name}.{key}", value, rule, f"use objective.{name}.{key}={wanted}")
+
+
 def _check_one_sided(known: Known) -> Iterator[Problem]:
     for name in known("objective"):
         if known(f"objective.{name}.one_sided", False) and not known(f"objective.{name}.equal_rows", True):
@@ -312,6 +327,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_tokenizer,
     _check_steps,
     _check_objectives,
+    _check_shared_passes,
     _check_one_sided,
     _check_devices,
     _check_ranks,

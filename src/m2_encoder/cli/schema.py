@@ -27,8 +27,11 @@ from m2_encoder.cli.rules import (
 )
 from m2_encoder.data.captions import CAPTION_ROLES
 from m2_encoder.data.emoji import EMOJI_STYLES
+from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
+from m2_encoder.objectives.base import check_schedule
 from m2_encoder.objectives.contrastive import HEADS
+from m2_encoder.objectives.token_head import DECODERS
 from m2_encoder.types import LANGUAGES
 
 RUN_KEYS: Final = ("name", "folder", "resume", "checkpoint_every", "export")
@@ -72,6 +75,15 @@ def _is_devices(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(is_whole(x) and x >= 0 for x in value) and len(set(value)) == len(value)
     return value == "auto" or (is_whole(value) and (value >= 1 or value == -1))
+
+
+def _is_schedule(value: Any) -> bool:
+    if value is None:
+        return True
+    try:
+        return isinstance(value, dict) and bool(check_schedule(value))
+    except UserError:
+        return False
 
 
 def _is_interval(value: Any) -> bool:
@@ -168,6 +180,10 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     whole("data.captions.max_keywords", 1, "4"),
     flag("data.captions.every_language"),
     number("objective.*.weight", "1.0", least=0),
+    Rule("objective.*.schedule", _is_schedule, "factors of the weight by step, or null", "'{0: 0, 1000: 1}'"),
+    number("objective.*.mask_ratio", "0.5", above=0, below=1),
+    choice("objective.*.decoder", DECODERS),
+    flag("objective.*.text_expert"),
     number("objective.*.label_smoothing", "0.1", least=0, below=1),
     flag("objective.*.multi_positive"),
     Rule(
