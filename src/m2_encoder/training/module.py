@@ -193,7 +193,7 @@ class PretrainModule(lightning.LightningModule):
         )
         topology = self._topology()
         encoded = encoder.encode(batch, micro_batches=topology.micro_batches, recompute=topology.recompute)
-        inputs = ObjectiveInputs(heads=encoded.heads, identity=batch.identity, group=topology.contrastive_group)
+        inputs = ObjectiveInputs(encoded.heads, batch.identity, topology.contrastive_group, batch, self.global_step)
         means = mean_terms(encoded.terms)
         return {name: means[name] if name in local else objective(inputs) for name, objective in objectives.items()}
 
