@@ -152,7 +152,8 @@ class SampleStream(Dataset[Delivery]):
         source = self._plan.manifest.sources[place.source]
         shard = source.shards[place.shard]
         self.clock.enter(READING, shard)
-        raw = self._reader.read(shard, place.number, size=int(source.sizes[place.shard]))
+        size, written = int(source.sizes[place.shard]), int(source.written[place.shard])
+        raw = self._reader.read(shard, place.number, size=size, written=written)
         language = source.spec.languages[0] if len(source.spec.languages) == 1 else None
         text = parse_sample_text(raw.json, raw.text, language=language)
         captions = self._sort_captions(text)
@@ -201,8 +202,12 @@ def content_identity(content: str) -> int:
 
 
 def list_index_faults(plan: PositionPlan, reader: ShardReader) -> Iterator[SampleFault]:
-    """What the headers of all local shards tell to be unusable; such samples are no part of the plan."""
+    """What headers tell to be unusable; such samples are no part of the plan. Sound shards are not opened.
+
+    Raises:
+        OSError: if a shard cannot be read.
+    """
     for source in plan.manifest.sources:
-        for shard in source.shards:
+        for shard in source.faulty:
             for fault in reader.faults(shard):
                 yield SampleFault(source.name, shard, *fault)

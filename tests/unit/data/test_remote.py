@@ -114,7 +114,7 @@ def test_an_index_beside_a_remote_shard_saves_its_download(tmp_path: Path, serve
     open_index(server.folder / "000000.tar")
     reader = ShardReader(remote=make_remote(tmp_path))
     size = reader.measure(server.url("000000.tar"))
-    assert size == (4, (server.folder / "000000.tar").stat().st_size)
+    assert size[:2] == (4, (server.folder / "000000.tar").stat().st_size)
     assert server.requests["000000.tar"] == 0
     assert server.requests[f"000000.tar{INDEX_SUFFIX}"] >= 1
 

@@ -167,11 +167,8 @@ def test_a_shard_that_changes_is_never_read_wrongly(
     (shard,) = write_numbers(tmp_path, [10])
     write_numbers(tmp_path / "more", [10], first=100)
     stream = make_stream(tmp_path, tmp_path / "more", lanes=1)
-    if is_open:
-        for position in range(20):
-            stream[position]
-    else:
-        stream._reader._written[str(shard)] = shard.stat().st_mtime_ns
+    for position in range(20 if is_open else 0):
+        stream[position]
     change(shard)
     given: list[int] = []
     with pytest.raises(UserError, match=r"0.tar: shard_changed .*32 samples in a row are unusable"):
