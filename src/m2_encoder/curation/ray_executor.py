@@ -25,14 +25,17 @@ class RayExecutor:
 
     Args:
         address: of a running cluster, or "auto"; None starts a local one, which ends with `close`.
-        workers: processors of the local one, and actors with a model on any; None for what there is (one actor).
-        gpus: that each model needs, such as 1 or 0.5.
+        workers: processors of the local one; None for what there is.
+        models: actors with a model.
+        gpus: that each of them needs, such as 1 or 0.5.
 
     Raises:
         UserError: if Ray is not installed or not reachable.
     """
 
-    def __init__(self, *, address: str | None = None, workers: int | None = None, gpus: float = 0) -> None:
+    def __init__(
+        self, *, address: str | None = None, workers: int | None = None, models: int = 1, gpus: float = 0
+    ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         try:
             import ray
@@ -40,7 +43,7 @@ class RayExecutor:
         except ImportError as error:
             raise UserError("executor=ray: needs an extra; install it with pip install 'm2-encoder[ray]'") from error
         self._ray = ray
-        self._gpus = gpus
+        self._models, self._gpus = models, gpus
         self._starts = not ray.is_initialized()
         if self._starts:
             own: dict[str, Any] = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
@@ -65,10 +68,9 @@ class RayExecutor:
         """See `executors.Executor`; the model lives in an actor."""
         if tasks:
             prepared = self._dataset(tasks).map(_Call(prepare, keep=True))
-            actor = self._ray.data.ActorPoolStrategy(size=1)
-            yield from self._peaks(
-                prepared.map(_Consumer, fn_constructor_args=(consumer, settings), compute=actor, num_gpus=self._gpus)
-            )
+            # Without a processor of their own, as locally: on a small machine they would leave none to decode.
+            wish = {"num_cpus": 0, "num_gpus": self._gpus, "compute": self._ray.data.ActorPoolStrategy(size=self._models)}
+            yield from self._peaks(prepared.map(_Consumer, fn_constructor_args=(consumer, settings), **wish))
 
     def close(self) -> None:
         """End the local cluster, or leave the one that was there before."""
@@ -80,10 +82,15 @@ class RayExecutor:
         return self._ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS))
 
     def _peaks(self, dataset: Any) -> Iterator[int]:
-        for row in dataset.iter_rows():
-            if row["mistake"]:
-                raise UserError(row["mistake"])
-            yield int(row["peak"])
+        lost = self._ray.exceptions
+        try:
+            for row in dataset.iter_rows():
+                if row["mistake"]:
+                    raise UserError(row["mistake"])
+                yield int(row["peak"])
+        except (lost.WorkerCrashedError, lost.OutOfMemoryError, lost.ActorDiedError, lost.NodeDiedError) as error:
+            what = str(error).strip().partition("\n")[0]
+            raise UserError(f"executor=ray: a worker died again and again ({what}); start again to go on") from error
 
 
 class _Call:
@@ -108,9 +115,14 @@ class _Consumer:
     """An actor that holds what consumes results."""
 
     def __init__(self, consumer: Callable[[Any], Callable[[Any], None]], settings: Any) -> None:
-        self._consume = consumer(settings)
+        self._mistake = ""
+        try:
+            self._consume = consumer(settings)
+        except UserError as error:  # an actor whose constructor fails is started again and again
+            self._mistake = str(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if not row["mistake"]:
+        mistake = self._mistake or row["mistake"]
+        if not mistake:
             self._consume(pickle.loads(row["result"]))
-        return {"peak": max(row["peak"], peak_memory()), "mistake": row["mistake"]}
+        return {"peak": max(row["peak"], peak_memory()), "mistake": mistake}

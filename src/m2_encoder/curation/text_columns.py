@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from m2_encoder.errors import UserError
+from m2_encoder.types import LANGUAGES
 
 UNKNOWN: Final = "none"
 """Detected where a caption has no letters."""
@@ -50,6 +51,18 @@ def detect_script(text: Any) -> Any:
         ),
         *(pa.scalar(language) for language in ("ja", "ko", "zh", "en", OTHER, UNKNOWN)),
     )
+
+
+def nearest_language(text: Any, detected: Any) -> Any:
+    """The language of `m2_encoder.types.LANGUAGES` to file a caption under; null for null.
+
+    Args:
+        text: string array.
+        detected: of each caption; where it is none of them, a Chinese character makes a caption `zh`, as in training.
+    """
+    by_character = pc.if_else(pc.greater(_count(text, r"\p{Han}"), 0), "zh", "en")
+    is_known = pc.is_in(detected, value_set=pa.array(LANGUAGES))
+    return pc.if_else(pc.is_valid(text), pc.if_else(is_known, detected, by_character), pa.scalar(None, pa.string()))
 
 
 def detect_language(text: Any, *, detector: str, min_confidence: float) -> tuple[Any, Any]:

@@ -45,15 +45,17 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_decisions_are_those_of_a_plain_loop(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "images"), [(0, "drop"), (1, "drop"), (2, "drop"), (0, "mark"), (1, "keep")])
+def test_decisions_are_those_of_a_plain_loop(tmp_path: Path, seed: int, images: str) -> None:
     folder = write_corpus(tmp_path / "web", seed=seed)
-    run(folder, tmp_path / "out")
+    settings = dataclasses.replace(SETTINGS, duplicate_images=images)
+    run(folder, tmp_path / "out", settings)
     tables = read_decisions(tmp_path / "out")
-    expected = decide_plainly(tables, SETTINGS)
+    expected = decide_plainly(tables, settings)
     assert decided(tables) == expected
     reasons = count_reasons(expected)
-    wanted = {"kept", "duplicate_pair", "duplicate_image", "near_duplicate_image", "repeated_caption", "too_short"}
+    wanted = {"kept", "duplicate_pair", "near_duplicate_image", "repeated_caption", "too_short"}
+    wanted |= {"duplicate_image"} if images == "drop" else set()
     wanted |= {"absurd_shape", "too_small", "other_language", "undecodable_image", "missing_caption"}
     assert wanted <= set(reasons), f"the corpus tests too little: {reasons}"
 
