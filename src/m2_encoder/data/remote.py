@@ -57,6 +57,11 @@ class RemoteShards:
         self._wanted: queue.SimpleQueue[tuple[str, int | None]] = queue.SimpleQueue()
         self._fetcher: threading.Thread | None = None
 
+    @property
+    def max_bytes(self) -> int:
+        """Of all copies together."""
+        return self._max_bytes
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the thread: a worker process starts its own."""
         return {**self.__dict__, "_wanted": None, "_fetcher": None}
