@@ -25,7 +25,7 @@ from m2_encoder.data.order import rank_positions
 from m2_encoder.data.plan import Segment, SegmentSource
 from m2_encoder.data.stages import STAGES, TOKENISING, StageBoard, StageClock
 from m2_encoder.data.stream import Delivery
-from m2_encoder.data.watchdog import STALL_TIMEOUT_S, watch
+from m2_encoder.data.watchdog import POLL_S, STALL_TIMEOUT_S, watch
 from m2_encoder.errors import UserError
 from m2_encoder.types import ImageTextBatch
 
@@ -243,7 +243,7 @@ class PositionLoader:
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
             worker_init_fn=_prepare_worker,
-            timeout=self._stall_timeout_s if self._num_workers else 0,
+            timeout=min(POLL_S, self._stall_timeout_s) if self._num_workers else 0,
             generator=torch.Generator(),
         )
 

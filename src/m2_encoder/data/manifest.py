@@ -205,7 +205,7 @@ class Manifest:
 
 
 def read_record(record: Tensor) -> dict[str, Any]:
-    """What `Manifest.record` packed: by source its `weight`, `digest` and `shards` as [path, samples, bytes, layout]."""
+    """What `Manifest.record` packed: by source its `weight`, `digest`, `shards` as [path, samples, bytes, layout]."""
     return json.loads(zlib.decompress(record.numpy().tobytes()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import signal
 import threading
 import time
 from collections import deque
@@ -24,6 +25,9 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _TIMED_OUT = "DataLoader timed out"  # how torch's message begins
+POLL_S = 5.0
+"""Give a loader with workers this time-out: so often it looks whether they live, and so soon a dead one is noticed."""
+
 _NAMED = 3  # items that a message names
 _DIED = ("exited unexpectedly", "is killed by signal")
 
@@ -35,7 +39,7 @@ def watch(loader: DataLoader[Any], board: StageBoard, *, workers: int, timeout_s
     left behind.
 
     Args:
-        loader: with `timeout=timeout_s` if it has workers.
+        loader: with `timeout=POLL_S` if it has workers.
         board: where its workers, or the thread, say what they do.
         workers: number of worker processes.
         timeout_s: without any stage changing.
@@ -122,7 +126,8 @@ def _take(
 
 
 def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, timeout_s: float) -> Iterator[Any]:
-    iterator = iter(loader)
+    iterator = _start(loader)
+    asked = time.monotonic()
     while True:
         try:
             loaded = next(iterator)
@@ -130,7 +135,10 @@ def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, tim
             return
         except RuntimeError as error:
             if str(error).startswith(_TIMED_OUT):
+                if time.monotonic() - asked < timeout_s:
+                    continue
                 if _moves(board, workers, timeout_s):
+                    asked = time.monotonic()
                     continue
                 raise UserError(_describe_stall(board, workers, timeout_s)) from error
             if any(words in str(error) for words in _DIED):
@@ -141,6 +149,22 @@ def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, tim
                 ) from error
             raise
         yield loaded
+        asked = time.monotonic()
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers, without the signal handler that torch installs with the first ones.
+
+    It raises wherever the main thread is, in the middle of a step too, when a worker dies; here that is noticed while
+    waiting for a batch, and told in words.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if before is not None:  # None: set by something else than Python
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
 
 
 def _watch_thread(loader: DataLoader[Any], board: StageBoard, timeout_s: float) -> Iterator[Any]:
