@@ -17,7 +17,6 @@ from m2_encoder.data.shard_index import IndexedSample, build_index
 from m2_encoder.data.shards import Member
 from m2_encoder.errors import UserError
 
-
 _UNDECLARED: Final = "?"  # no language: who says none gets the one that is detected
 
 

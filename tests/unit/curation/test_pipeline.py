@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,14 +129,18 @@ def test_metadata_and_roles_are_kept(corpus: Path, finished: Path) -> None:
     assert any("url" in sample for sample in found)
 
 
-def test_marked_copies_share_an_identity(corpus: Path, tmp_path: Path) -> None:
-    run(corpus, tmp_path / "out", dataclasses.replace(SETTINGS, duplicate_images="mark", near_images=None))
+@pytest.mark.parametrize("near", [None, 2])
+def test_marked_copies_share_an_identity(corpus: Path, tmp_path: Path, near: int | None) -> None:
+    run(corpus, tmp_path / "out", dataclasses.replace(SETTINGS, duplicate_images="mark", near_images=near))
+    copies: Counter[bytes] = Counter()
     identities: dict[bytes, set[str]] = {}
     for path in sorted((tmp_path / "out" / "web").glob("*.tar")):
         with tarfile.open(path) as tar:
             members = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
         for (_, image), (_, metadata) in zip(members[::2], members[1::2], strict=True):
             identities.setdefault(image, set()).add(json.loads(metadata)["identity"])
+            copies[image] += 1
+    assert max(copies.values()) > 1, "copies are marked, not dropped"
     assert all(len(names) == 1 for names in identities.values())
     assert len({name for names in identities.values() for name in names}) == len(identities)
 

@@ -120,7 +120,9 @@ def stricter(wanted: CurationSettings, draw: Any) -> CurationSettings:
         exempt_roles=(),
         max_aspect_ratio=draw(st.floats(1, wanted.max_aspect_ratio or 5)),
         min_side_px=(wanted.min_side_px or 1) + draw(st.integers(0, 300)),
-        languages=draw(st.sampled_from([wanted.languages, ("en",)])) if wanted.languages != ("ja", "other") else ("ja",),
+        languages=draw(st.sampled_from([wanted.languages, ("en",)]))
+        if wanted.languages != ("ja", "other")
+        else ("ja",),
         evaluation_near=(wanted.evaluation_near or 0) + draw(st.sampled_from([0, 2])),
     )
 
