@@ -21,7 +21,8 @@ from m2_encoder.data.files import find_files
 from m2_encoder.data.image_facts import ImageLimits
 from m2_encoder.data.inspection import InspectionOptions
 from m2_encoder.data.packing.shards import write_json
-from m2_encoder.data.source_report import Survey, check_source, survey_source
+from m2_encoder.data.source_report import check_source
+from m2_encoder.data.survey import Survey, survey_source
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES

@@ -159,8 +159,14 @@ class WebDatasetModule(lightning.LightningDataModule):
         return reports
 
     def skip_check(self) -> None:
-        """Look at nothing: the same sources were looked at before."""
+        """Look at nothing: the same sources were looked at before, or another process does."""
         self._check = None
+        self._is_fresh = True
+
+    @property
+    def is_checked_at_start(self) -> bool:
+        """Whether a look at the sources is wanted and still to come."""
+        return self._check is not None
 
     @cached_property
     def manifest(self) -> Manifest:

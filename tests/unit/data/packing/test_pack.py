@@ -22,7 +22,7 @@ from m2_encoder.data.packing.encoding import ImageOptions
 from m2_encoder.data.packing.pack import PackOptions, PackSummary, pack
 from m2_encoder.data.packing.records import Columns
 from m2_encoder.data.packing.sources import Source, find_source
-from m2_encoder.data.source_report import survey_source
+from m2_encoder.data.survey import survey_source
 from m2_encoder.errors import UserError
 from tests.support.image_server import serve_images
 from tests.support.shards import make_image
@@ -32,6 +32,7 @@ import sys
 from pathlib import Path
 from m2_encoder.data.packing.pack import PackOptions, pack
 from m2_encoder.data.packing.records import Columns
+from m2_encoder.data.survey import survey_source
 from m2_encoder.data.packing.sources import find_source
 if __name__ == "__main__":
     source = find_source(sys.argv[1], columns=Columns())
