@@ -236,6 +236,8 @@ _SHARD_REASONS = {
     "shard_changed": "changed while they were read",
     "not_a_tar": "are no tars",
     "truncated_shard": "are cut or damaged: what lies behind that place is lost",
+    "remote_timeout": "did not come in time",
+    "remote_incomplete": "did not come whole",
 }
 
 
