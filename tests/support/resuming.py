@@ -47,8 +47,8 @@ def digest_rows(batch: ImageTextBatch) -> list[str]:
 class RowRecorder(Callback):
     """Writes the rows of every step to a file of its rank, a line per step; a killed run leaves the lines it wrote."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | str) -> None:
+        self._folder = Path(folder)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
