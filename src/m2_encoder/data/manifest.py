@@ -144,10 +144,10 @@ class Manifest:
     """All sources of a run.
 
     Args:
-        sources: in the order of the configuration.
+        sources: in any order.
 
     Attributes:
-        sources: as given.
+        sources: sorted by name, so that the order of samples does not depend on that of the configuration.
         weights: share of each source in the mixture, not normalised.
 
     Raises:
@@ -155,7 +155,7 @@ class Manifest:
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        self.sources = tuple(sources)
+        self.sources = tuple(sorted(sources, key=lambda source: source.name))
         names = [source.name for source in self.sources]
         if not names or len(set(names)) != len(names):
             raise UserError(f"data.sources={names} must be one or more sources of different names")
@@ -177,7 +177,7 @@ class Manifest:
     def fingerprint(self) -> dict[str, str]:
         """One line for each source that changes whenever the order of samples would; plain and short."""
         return {
-            f"source {source.name}": f"{source.samples} samples in {len(source.shards)} shards, weight {weight:g}, "
+            f"source {source.name}": f"{source.samples} samples in {len(source.shards)} shards, weight {_write(weight)}, "
             f"content {source.digest()}"
             for source, weight in zip(self.sources, self.weights, strict=True)
         }
@@ -221,10 +221,15 @@ def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
     for name in (name for name in now if name in before):
         then, new = before[name], now[name]
         if then["weight"] != new["weight"]:
-            lines.append(f"source {name}: weight {then['weight']:g} then, {new['weight']:g} now")
+            lines.append(f"source {name}: weight {_write(then['weight'])} then, {_write(new['weight'])} now")
         if then["digest"] != new["digest"]:
             lines += [f"source {name}: {line}" for line in _describe_shards(then["shards"], new["shards"])]
     return lines
+
+
+def _write(weight: float) -> str:
+    """All digits, because any of them may change the order; without the point of a whole number."""
+    return repr(float(weight)).removesuffix(".0")
 
 
 def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[str]:
