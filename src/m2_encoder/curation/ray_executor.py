@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from m2_encoder.curation.executors import peak_memory
 from m2_encoder.errors import UserError
 
+_PATIENCE_S = 10.0
 _MAX_BLOCKS = 1024  # a block is what Ray schedules; more tasks than this share them
 
 
@@ -46,11 +48,12 @@ class RayExecutor:
         self._models, self._gpus = models, gpus
         self._starts = not ray.is_initialized()
         if self._starts:
+            _check_reachable(address)
             own: dict[str, Any] = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else own))
-            except (ConnectionError, RuntimeError) as error:
-                raise UserError(f"executor=ray: no cluster at {address!r}: {error}") from error
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise UserError(f"executor=ray: no cluster at {address!r}: {_first_line(error)}") from error
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.verbose_stats_logs = False
@@ -92,8 +95,27 @@ class RayExecutor:
                     raise UserError(row["mistake"])
                 yield int(row["peak"])
         except (lost.WorkerCrashedError, lost.OutOfMemoryError, lost.ActorDiedError, lost.NodeDiedError) as error:
-            what = str(error).strip().partition("\n")[0]
-            raise UserError(f"executor=ray: a worker died again and again ({what}); start again to go on") from error
+            raise UserError(
+                f"executor=ray: a worker died again and again ({_first_line(error)}); start again to go on"
+            ) from error
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself tries for minutes and says little."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"executor=ray: nothing answers at {address} ({error}); give the address that `ray start` printed, "
+            "or leave it out for a local cluster"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 class _Call:
