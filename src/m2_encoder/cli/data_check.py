@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from m2_encoder.cli.compose import UNSET
+from m2_encoder.cli.console import open_console
 from m2_encoder.cli.data_pack import optional, source_rule
 from m2_encoder.cli.data_tables import print_report
 from m2_encoder.cli.main import EXIT_USER_ERROR, Command
 from m2_encoder.cli.path_values import output_problems
 from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, text, whole
-from m2_encoder.cli.tables import open_console
 from m2_encoder.data.files import find_files
 from m2_encoder.data.image_facts import ImageLimits
 from m2_encoder.data.inspection import InspectionOptions

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from m2_encoder.cli.console import open_console
 from m2_encoder.cli.data_tables import make_table
 from m2_encoder.cli.main import ProblemsError, is_first_rank
-from m2_encoder.cli.tables import open_console
 from m2_encoder.data.packing.shards import write_json
 from m2_encoder.data.source_report import SourceReport
 from m2_encoder.data.start_check import describe_problems, to_plain
