@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.support.fault_runs import BATCH, STEPS, Outcome, damaged_set, expect, run_ranks
-from tests.support.faults import Fault, faults
+from tests.support.fault_commands import RUN, Fatal, end, fatals, run_train
+from tests.support.fault_runs import (
+    BATCH,
+    STEPS,
+    Outcome,
+    damaged_set,
+    expect,
+    make_rank,
+    read_list,
+    run_ranks,
+    settings,
+)
+from tests.support.faults import Fault, faults, write_set
+from tests.support.training import LIGHTNING_WARNINGS
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repo_root)
 
 
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: fault.name.replace(" ", "-"))
@@ -32,3 +54,30 @@ def test_batches_stay_full_and_the_same_and_counts_are_exact(tmp_path: Path, fau
         assert set(found) == expected.listed
         assert {entry["source"] for entry in run.listed} == {"a"}
         assert all("\n" not in entry["detail"] and entry["detail"] for entry in run.listed)
+
+
+@pytest.mark.parametrize("fatal", fatals(), ids=lambda fatal: fatal.name.replace(" ", "-"))
+def test_what_ends_a_run_is_one_clear_line(tmp_path: Path, fatal: Fatal) -> None:
+    ended = end(fatal, tmp_path)
+    assert ended.code == 2, ended.err
+    assert "Traceback" not in ended.err + ended.out
+    said = [line for line in ended.err.splitlines() if line.startswith("m2-train: ")]
+    assert len(said) == 1, ended.err
+    assert re.search(fatal.message, said[0]), said[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["PNG cut in half", "sample without a caption", "tar cut in an image"])
+def test_metrics_of_a_run_are_the_truth(tmp_path: Path, name: str, workers: int) -> None:
+    fault = next(fault for fault in faults() if fault.name == name)
+    write_set(tmp_path, fault)
+    ended = run_train(tmp_path, f"data.num_workers={workers}")
+    assert ended.code == 0, ended.err
+    expected = expect(make_rank(settings(f"{tmp_path}/a/*.tar", tmp_path), tmp_path)._plan((), 0), fault)
+    run = tmp_path / "outputs" / RUN
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    prefix = "data/skipped/"
+    counts = Counter({k.removeprefix(prefix): v for record in records for k, v in record.items() if prefix in k})
+    assert counts == expected.drawn + expected.at_start
+    assert {(Path(e["shard"]).name, e["key"], e["reason"]) for e in read_list(run)} == expected.listed
+    assert len(read_list(run)) == len(expected.listed)

@@ -29,6 +29,7 @@ POLL_S = 5.0
 """Give a loader with workers this time-out: so often it looks whether they live, and so soon a dead one is noticed."""
 
 _NAMED = 3  # items that a message names
+_RAISED = "Caught "  # how torch's message begins for what a worker raised
 _DIED = ("exited unexpectedly", "is killed by signal")
 
 
@@ -141,15 +142,24 @@ def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, tim
                     asked = time.monotonic()
                     continue
                 raise UserError(_describe_stall(board, workers, timeout_s)) from error
-            if any(words in str(error) for words in _DIED):
-                doing = "; ".join(f"worker {i}: {board.read(i).describe()}" for i in range(workers))
-                raise UserError(
-                    f"a worker of the data loader died, often for want of memory ({' '.join(str(error).split())}); "
-                    f"at that time {doing}; try fewer data.num_workers"
-                ) from error
-            raise
+            if not any(words in str(error) for words in _DIED):
+                raise
+            raise _death(board, workers, error) from error
+        except (OSError, EOFError) as error:
+            if str(error).startswith(_RAISED):
+                raise
+            # It died between announcing a batch and handing over the memory that holds it.
+            raise _death(board, workers, error) from error
         yield loaded
         asked = time.monotonic()
+
+
+def _death(board: StageBoard, workers: int, error: Exception) -> UserError:
+    doing = "; ".join(f"worker {i}: {board.read(i).describe()}" for i in range(workers))
+    return UserError(
+        f"a worker of the data loader died, often for want of memory ({' '.join(str(error).split())}); "
+        f"at that time {doing}; try fewer data.num_workers"
+    )
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
