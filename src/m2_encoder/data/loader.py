@@ -36,12 +36,12 @@ _LAST_STEP_S = 600  # that workers live on after SIGTERM, for the trainer to end
 
 
 class PositionDataset(Protocol):
-    """Gives the sample that stands at a position."""
+    """Gives the samples that stand at some positions."""
 
     clock: StageClock
 
-    def __getitem__(self, position: int) -> Delivery:
-        """The sample, and what was unusable before it."""
+    def deliver(self, positions: Sequence[int]) -> Iterator[Delivery]:
+        """The samples in their order, each with what was unusable before it."""
         ...
 
 
@@ -267,7 +267,7 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, positions: list[int]) -> Batch | UserError:
         try:
-            deliveries = [self.dataset[position] for position in positions]
+            deliveries = list(self.dataset.deliver(positions))
             self.dataset.clock.enter(TOKENISING)
             batch = self._collate([delivery.sample for delivery in deliveries])
         except UserError as error:

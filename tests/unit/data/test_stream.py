@@ -18,6 +18,7 @@ from m2_encoder.data.captions import CaptionSampler
 from m2_encoder.data.decode import decode_image_uint8
 from m2_encoder.data.faults import SKIP_REASONS, FaultLog, SampleFault
 from m2_encoder.data.manifest import SourceSpec, build_manifest
+from m2_encoder.data.pixel_rows import join_rows
 from m2_encoder.data.plan import PositionPlan
 from m2_encoder.data.reading import ShardReader
 from m2_encoder.data.stream import SampleStream, TrainingSample, content_identity, list_index_faults
@@ -123,6 +124,16 @@ def test_a_position_gives_the_same_whatever_was_read_before(
         delivery = workers[order.randrange(3)][position]
         assert same(delivery.sample, expected[position].sample)
         assert delivery.faults == expected[position].faults
+    # In batches of any size, which also lie in one memory.
+    start = 0
+    while start < 60:
+        size = order.randrange(1, 45)
+        batch = list(workers[0].deliver(range(start, min(60, start + size))))
+        for position, delivery in enumerate(batch, start):
+            assert same(delivery.sample, expected[position].sample)
+            assert delivery.faults == expected[position].faults
+        assert join_rows([delivery.sample.image for delivery in batch]) is not None
+        start += size
     for delivery in expected.values():
         assert delivery.sample.key not in {fault.key for fault in delivery.faults}
 
