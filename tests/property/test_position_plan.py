@@ -64,6 +64,20 @@ def sources_of(draw: st.DrawFn, names: Sequence[str] = ("a", "b", "c")) -> dict[
     return {name: make(name, draw(counts), draw(st.sampled_from([0.3, 1.0, 2.5]))) for name in chosen}
 
 
+@st.composite
+def mixtures_of(draw: st.DrawFn) -> list[dict[str, Source]]:
+    """Mixtures that follow each other; sources come and go, and change their weights more often than their shards."""
+    first = draw(sources_of())
+    mixtures = [first]
+    known = dict(first)
+    for _ in range(draw(st.integers(1, 3))):
+        known = {**draw(sources_of()), **known} if draw(st.booleans()) else {**known, **draw(sources_of())}
+        names = draw(st.lists(st.sampled_from(sorted(known)), min_size=1, unique=True))
+        weights = {name: draw(st.sampled_from([0.3, 1.0, 2.5])) for name in names}
+        mixtures.append({name: make(name, known[name].counts.tolist(), weights[name]) for name in names})
+    return mixtures
+
+
 class Order(NamedTuple):
     """What else the order depends on."""
 
@@ -140,7 +154,7 @@ def test_states_hold_what_was_handed_over_on_any_layout(
 
 @settings(deadline=None, max_examples=12)
 @given(
-    mixtures=st.lists(sources_of(), min_size=2, max_size=4),
+    mixtures=mixtures_of(),
     order=ORDERS,
     layouts=st.lists(LAYOUTS, min_size=4, max_size=4),
     data=st.data(),
