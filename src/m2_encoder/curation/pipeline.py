@@ -14,14 +14,13 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from m2_encoder.curation.decide import FlagTask, MergeTask, RulesTask, apply_pair_rules, flag_scores, merge_verdicts
-from m2_encoder.curation.evaluation_images import collect_hashes, write_hash_list
+from m2_encoder.curation.evaluation_images import hash_files, join_hashes, plan_hashes, write_hash_list
 from m2_encoder.curation.executors import Executor, peak_memory
 from m2_encoder.curation.global_rules import RULES, Chunk, GlobalRule, JudgeTask, SpillTask, Verdicts, judge, spill
 from m2_encoder.curation.measure import MeasureTask, measure_shard
@@ -162,14 +161,18 @@ class _Run:
         return paths
 
     def _hash_evaluation(self, places: Sequence[str]) -> str | None:
+        published = self._folder.path / "evaluation_hashes.txt"
         if not places:
+            published.unlink(missing_ok=True)  # of an unfinished run
             return None
         most = self._settings.max_pixels
-        path = self._folder.stage("evaluation", fingerprint([self._identity["evaluation"], most])) / "hashes.txt"
-        with self._timed("evaluation", 1, int(path.exists())):
-            if not path.exists():
-                write_hash_list(path, collect_hashes(places, max_pixels=most))
-        shutil.copyfile(path, self._folder.path / "evaluation_hashes.txt")
+        folder = self._folder.stage("evaluation", fingerprint([self._identity["evaluation"], most]))
+        tasks = plan_hashes(places, folder, max_pixels=most)
+        self._run_stage("evaluation", hash_files, tasks)
+        path = folder / "all.txt"
+        lines = join_hashes(tasks)
+        for target in (path, published):
+            write_hash_list(target, lines)
         return str(path)
 
     def _rules(self, measured: Sequence[Path], hash_list: str | None) -> list[Path]:
