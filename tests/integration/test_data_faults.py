@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.support.fault_commands import RUN, Fatal, end, fatals, run_train
+from tests.support.fault_commands import RUN, Fatal, arguments, end, fatals, run_train
 from tests.support.fault_runs import (
     BATCH,
     STEPS,
@@ -81,3 +84,22 @@ def test_metrics_of_a_run_are_the_truth(tmp_path: Path, name: str, workers: int)
     assert counts == expected.drawn + expected.at_start
     assert {(Path(e["shard"]).name, e["key"], e["reason"]) for e in read_list(run)} == expected.listed
     assert len(read_list(run)) == len(expected.listed)
+
+
+@pytest.mark.slow
+def test_a_rank_that_meets_too_many_bad_samples_ends_all_of_them(tmp_path: Path, repo_root: Path) -> None:
+    write_set(tmp_path, next(fault for fault in faults() if fault.name == "JPEG cut in half"))
+    limits = ["data.max_bad_samples=0", "data.check=null"]
+    line = arguments(tmp_path, *limits, "strategy=ddp", "trainer.devices=2", max_steps=2000)
+    done = subprocess.run(
+        [sys.executable, "-m", "m2_encoder.cli.train", *line],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=repo_root,
+        env={**os.environ, "PYTHONPATH": str(repo_root / "src")},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "1.tar:000017: undecodable_image" in done.stderr
+    assert len(read_list(tmp_path / "outputs" / RUN)) == 1

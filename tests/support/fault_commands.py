@@ -61,24 +61,30 @@ class Fatal(NamedTuple):
     injected: Callable[[Path], Any]
 
 
-def run_train(folder: Path, *arguments: str, max_steps: int = STEPS) -> Ended:
-    """`m2-train` on sources a and b of a folder's set, with its outputs in `folder/outputs`."""
-    line = ["m2-train", *_FLAGS, f"trainer.max_steps={max_steps}", f"run.folder={folder}/outputs"]
-    given = {argument.partition("=")[0] for argument in arguments}
+def arguments(folder: Path, *more: str, max_steps: int = STEPS) -> list[str]:
+    """Of `m2-train` on sources a and b of a folder's set, with its outputs in `folder/outputs`."""
+    line = [*_FLAGS, f"trainer.max_steps={max_steps}", f"run.folder={folder}/outputs"]
+    given = {argument.partition("=")[0] for argument in more}
     for name, weight in (("a", 2), ("b", 1)):
         if f"+data.sources.{name}.shards" not in given:
             line.append(f"+data.sources.{name}.shards={folder}/{name}/*.tar")
         line.append(f"+data.sources.{name}.weight={weight}")
+    return [*line, *more]
+
+
+def run_train(folder: Path, *more: str, max_steps: int = STEPS) -> Ended:
+    """`m2-train` with `arguments`, in this process."""
+    line = ["m2-train", *arguments(folder, *more, max_steps=max_steps)]
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", [*line, *arguments]), redirect_stdout(out), redirect_stderr(err):
+    with mock.patch.object(sys, "argv", line), redirect_stdout(out), redirect_stderr(err):
         code = train.main()
     return Ended(code, out.getvalue(), err.getvalue())
 
 
 def end(fatal: Fatal, folder: Path) -> Ended:
     """Run the command over a fault."""
-    with fatal.injected(folder) as arguments:
-        return run_train(folder, *arguments, max_steps=500)
+    with fatal.injected(folder) as more:
+        return run_train(folder, *more, max_steps=500)
 
 
 def fatals() -> tuple[Fatal, ...]:
@@ -124,14 +130,14 @@ def _pipe(folder: Path) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _all(what: str, folder: Path, *arguments: str) -> Iterator[list[str]]:
+def _all(what: str, folder: Path, *more: str) -> Iterator[list[str]]:
     write_set(folder, None)
     for number in range(3):
         members = [member for i in range(12) for member in make_sample(f"{i:06d}", i, metadata=_metadata(what))]
         write_tar(
             folder / "a" / f"{number}.tar", [(n, c[:60] if what == "images" and "png" in n else c) for n, c in members]
         )
-    yield list(arguments)
+    yield list(more)
 
 
 def _metadata(what: str) -> dict[str, str]:

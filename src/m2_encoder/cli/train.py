@@ -28,6 +28,7 @@ from m2_encoder.cli.loggers import QuietWandbLogger
 from m2_encoder.cli.main import Command, default_run_folder, run_command
 from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
+from m2_encoder.cli.peers import end_together
 from m2_encoder.cli.report import EvaluatedData, report_run, short_path
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.cli.validate import validate_train
@@ -233,6 +234,10 @@ def _fit(run: Run, checkpoint: Path | None) -> None:
     except SystemExit as stop:
         if run.trainer.interrupted:
             raise KeyboardInterrupt from stop  # Lightning turns one into an exit code of its own
+        raise
+    except Exception as error:
+        if run.trainer.world_size > 1 and (other := end_together(run.trainer, error)) is not None:
+            raise other from error
         raise
 
 
