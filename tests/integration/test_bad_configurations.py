@@ -169,7 +169,6 @@ ONE_FAULT = [
     ("+experiment=smokee", "did you mean smoke"),
     ("experiment=smoke", "+experiment=smoke"),
     ("+model=tiny", "leave out the +"),
-    ("data=bm6b", "choose from emoji"),
     ("strategy=fsdp", "single"),
     ("strategy=groupd_ddp", "did you mean grouped_ddp"),
     ("+trainer.accumulate_grad_batches=2", "strategy.micro_batches accumulates"),

@@ -154,7 +154,8 @@ def decide_plainly(tables: list[pa.Table], settings: CurationSettings) -> list[D
         for number, row in enumerate(table.to_pylist())
     ]
     _reject_copies(rows, "duplicate_pair", lambda row: (row["image_hash"], _normal(row["text"])), per_sample=False)
-    _reject_copies(rows, "duplicate_image", lambda row: row["image_hash"], per_sample=True)
+    if settings.duplicate_images == "drop":
+        _reject_copies(rows, "duplicate_image", lambda row: row["image_hash"], per_sample=True)
     _reject_near(rows, settings)
     seen: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if row["reason"] is None):
@@ -173,7 +174,8 @@ def _reject_alone(row: dict[str, Any], settings: CurationSettings) -> str | None
     names = " ".join(unicodedata.name(character, "") for character in text)
     if "HIRAGANA" in names:
         return "other_language"
-    limit = settings.lengths[row["declared"]]
+    is_chinese = row["declared"] == "zh" or (row["declared"] is None and any("\u4e00" <= c <= "\u9fff" for c in text))
+    limit = settings.lengths["zh" if is_chinese else "en"]
     if row["role"] not in settings.exempt_roles:
         length = len(text.split()) if limit.unit == "words" else len("".join(text.split()))
         if limit.least is not None and length < limit.least:
@@ -200,20 +202,20 @@ def _reject_copies(rows: list[dict[str, Any]], reason: str, key: Any, *, per_sam
 
 
 def _reject_near(rows: list[dict[str, Any]], settings: CurationSettings) -> None:
-    heads: dict[Any, dict[str, Any]] = {}
+    heads: dict[bytes, dict[str, Any]] = {}
     for row in rows:
         if row["reason"] is None and row["perceptual_hash"] is not None:
-            heads.setdefault(_sample_of(row), row)
+            heads.setdefault(row["image_hash"], row)
     earlier: list[dict[str, Any]] = []
-    fallen: dict[Any, tuple[int, int]] = {}
-    for sample, head in heads.items():
+    fallen: dict[bytes, tuple[int, int]] = {}
+    for image, head in heads.items():
         near = next((other for other in earlier if _are_near(head, other, settings)), None)
         if near is not None:
-            fallen[sample] = (near["shard"], near["row"])
+            fallen[image] = (near["shard"], near["row"])
         earlier.append(head)
     for row in rows:
-        if row["reason"] is None and _sample_of(row) in fallen:
-            row |= {"reason": "near_duplicate_image", "first": fallen[_sample_of(row)]}
+        if row["reason"] is None and row["image_hash"] in fallen:
+            row |= {"reason": "near_duplicate_image", "first": fallen[row["image_hash"]]}
 
 
 def _are_near(a: dict[str, Any], b: dict[str, Any], settings: CurationSettings) -> bool:
@@ -227,8 +229,8 @@ def _sample_of(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def file_hashes(output: Path) -> dict[str, str]:
-    """Hash of every file of a finished curation, by name."""
-    files = (path for path in sorted(output.rglob("*")) if path.is_file())
+    """Hash of every file of a finished curation, by name; not of indexes, which know when their tar was written."""
+    files = (path for path in sorted(output.rglob("*")) if path.is_file() and path.suffix != ".index")
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

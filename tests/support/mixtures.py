@@ -31,15 +31,20 @@ def write_mixture(folder: Path) -> None:
 def make_mixture(folder: Path, **overrides: Any) -> WebDatasetModule:
     """A data module over `write_mixture`, with crops, flips and both languages, so that every random choice shows."""
     write_mixture(folder)
-    values: dict[str, Any] = {
+    sources = {
+        "a": {"shards": f"{folder}/a/*.tar", "weight": 2},
+        "b": {"shards": f"{folder}/b/*.tar", "weight": 1},
+    }
+    return make_module_over(**{"sources": sources, **overrides})
+
+
+def make_module_over(**values: Any) -> WebDatasetModule:
+    """A data module over any `sources`, small and with every random choice."""
+    defaults: dict[str, Any] = {
         "tokenizer": make_tokenizer(),
         "image_size": IMAGE_SIZE,
         "seed": 5,
         "max_steps": 12,
-        "sources": {
-            "a": {"shards": f"{folder}/a/*.tar", "weight": 2},
-            "b": {"shards": f"{folder}/b/*.tar", "weight": 1},
-        },
         "global_batch_size": 16,
         "num_workers": 0,
         "captions": CaptionSampler(language_weights={"zh": 1, "en": 1}, role_weights={"original": 1}),
@@ -49,4 +54,4 @@ def make_mixture(folder: Path, **overrides: Any) -> WebDatasetModule:
         "window": 16,
         "max_bad_share": 0.5,
     }
-    return WebDatasetModule(**{**values, **overrides})
+    return WebDatasetModule(**{**defaults, **values})

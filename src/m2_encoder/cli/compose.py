@@ -25,19 +25,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from m2_encoder.cli.missing import describe_missing
 from m2_encoder.errors import UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
 # Folders of conf/ that offer no choice: Hydra's settings, and configurations of commands without groups.
 _NO_GROUPS: Final = ("hydra", "commands")
-# What to write for a missing value, by the last part of its key.
-_PLACEHOLDERS: Final = {
-    "model": "FOLDER",
-    "name": "NAME",
-    "output": "FILE",
-    "tokenizer": "FILE (the SentencePiece model of the weights, such as the official sp.model)",
-}
-
+_NO_MAPPING: Final = re.compile(r"Error merging override (.*?)(?: \(|$)")
 _REFERENCE: Final = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -183,6 +177,9 @@ class Composer:
         if f"primary config '{self._config_name}'" in text:
             known = ", ".join(sorted(path.stem for path in self.folder.glob("*.yaml"))) or "none"
             return f"--config-name {self._config_name}: no such file in {self.folder}; there is: {known}"
+        if match := _NO_MAPPING.search(text):
+            key = match[1].partition("=")[0].lstrip("+")
+            return f"{match[1]}: {key} holds keys; give single ones, as in {key}.KEY=VALUE, or a mapping {{KEY: VALUE}}"
         cause = f" ({flatten(error.__cause__)})" if error.__cause__ else ""
         return f"cannot compose {self._config_name}: {text}{cause}"
 
@@ -291,6 +288,7 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
         which others.
     """
     problems: list[str] = []
+    missing: list[str] = []
     references: dict[str, str] = {}
 
     def plain(node: Any, path: str) -> Any:
@@ -305,8 +303,7 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
 
     def item(parent: Any, key: Any, path: str) -> Any:
         if OmegaConf.is_missing(parent, key):
-            what = _PLACEHOLDERS.get(path.rpartition(".")[2], "VALUE")
-            problems.append(f"{path}=???: must be given; add {path}={what}")
+            missing.append(path)
             return UNSET
         if isinstance(parent, DictConfig) and OmegaConf.is_interpolation(parent, key):
             text = str(OmegaConf.to_container(parent, resolve=False)[key])  # type: ignore[index]
@@ -320,7 +317,8 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
             return UNSET
         return plain(value, path)
 
-    return plain(cfg, ""), problems, references
+    values = plain(cfg, "")
+    return values, [*describe_missing(missing), *problems], references
 
 
 def _key_problem(override: Override, base: DictConfig) -> str | None:

@@ -11,22 +11,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from m2_encoder.cli.compose import UNSET
+from m2_encoder.cli.console import open_console
 from m2_encoder.cli.data_pack import optional, source_rule
 from m2_encoder.cli.data_tables import print_report
 from m2_encoder.cli.main import EXIT_USER_ERROR, Command
 from m2_encoder.cli.path_values import output_problems
 from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, text, whole
-from m2_encoder.cli.tables import open_console
 from m2_encoder.data.files import find_files
 from m2_encoder.data.image_facts import ImageLimits
 from m2_encoder.data.inspection import InspectionOptions
+from m2_encoder.data.manifest import SourceSpec, expand_shards, is_remote
 from m2_encoder.data.packing.shards import write_json
-from m2_encoder.data.source_report import Survey, check_source, survey_source
+from m2_encoder.data.remote import RemoteShards
+from m2_encoder.data.source_report import check_source
+from m2_encoder.data.survey import Survey, survey_source
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
-PATH_KEYS: Final = ("source", "output")
+PATH_KEYS: Final = ("source", "output", "cache")
+_CACHE_BYTES: Final = 2 * 10**11  # far more than a look needs; the folder may be that of training
 
 SURVEY_RULES: Final[tuple[Rule, ...]] = (
     source_rule("tars"),
@@ -40,6 +44,8 @@ SURVEY_RULES: Final[tuple[Rule, ...]] = (
     number("max_aspect", "20", least=1),
     whole("max_pixels", 1, "89478485"),
     whole("workers", 0, "8", most=1024, optional=True),
+    text("cache", "outputs/cache", optional=True),
+    number("timeout_s", "60", above=0),
     text("output", "source.json", optional=True),
     flag("overwrite"),
 )
@@ -54,26 +60,36 @@ def check_check(cfg: dict[str, Any]) -> list[str]:
 
 def source_problems(cfg: Mapping[str, Any], problems: Sequence[str]) -> list[str]:
     """Whether the source names any file; empty if its form is wrong already."""
-    if cfg["source"] is UNSET or any(text.startswith("source=") for text in problems):
+    if cfg["source"] is UNSET or any(text.startswith(("source=", "cache=")) for text in problems):
         return []
     try:
-        find_shards(cfg["source"])
+        find_shards(cfg["source"], cache=cfg["cache"])
     except UserError as error:
         return [f"source={cfg['source']}: {error}"]
     return []
 
 
-def find_shards(source: str | Sequence[str]) -> list[Path]:
-    """The tars of a source.
+def find_shards(source: str | Sequence[str], *, cache: str | None) -> list[str]:
+    """The tars of a source, paths or urls.
+
+    Args:
+        source: as configured.
+        cache: folder for copies of remote shards; None refuses them.
 
     Raises:
-        UserError: if there are none, or they are remote.
+        UserError: if there are none, or they are remote and there is no place for copies.
     """
-    parts = [source] if isinstance(source, str) else list(source)
-    remote = next((part for part in parts if "://" in part or part.startswith("pipe:")), None)
-    if remote is not None:
-        raise UserError(f"{remote}: only local shards can be looked at; copy a few of them here first")
-    return find_files(parts, suffixes=(".tar",), what="shard")
+    found: list[str] = []
+    for part in [source] if isinstance(source, str) else source:
+        if part.startswith("pipe:"):
+            raise UserError(f"{part}: commands cannot be looked at; give a url such as s3://bucket/{{000..099}}.tar")
+        if not is_remote(part):
+            found += map(str, find_files(part.removeprefix("file://"), suffixes=(".tar",), what="shard"))
+        elif cache is None:
+            raise UserError(f"{part} is remote: say where copies of its shards are kept with cache=FOLDER")
+        else:
+            found += expand_shards(SourceSpec("source", part))
+    return found
 
 
 def run_check(cfg: dict[str, Any]) -> int:
@@ -93,7 +109,7 @@ def run_check(cfg: dict[str, Any]) -> int:
 
 def survey(cfg: Mapping[str, Any], options: InspectionOptions) -> Survey:
     """Look at the source of a configuration, with a progress bar."""
-    shards = find_shards(cfg["source"])
+    shards = find_shards(cfg["source"], cache=cfg["cache"])
     options = options._replace(
         samples_per_shard=None if cfg["full"] else cfg["samples_per_shard"],
         decode=cfg["decode"],
@@ -107,8 +123,20 @@ def survey(cfg: Mapping[str, Any], options: InspectionOptions) -> Survey:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=count)
         return survey_source(
-            shards, options, max_shards=count, workers=workers, report=lambda _: progress.advance(task)
+            shards,
+            options,
+            max_shards=count,
+            workers=workers,
+            remote=_open_cache(cfg),
+            report=lambda _: progress.advance(task),
         )
+
+
+def _open_cache(cfg: Mapping[str, Any]) -> RemoteShards | None:
+    if cfg["cache"] is None:
+        return None
+    folder = str(Path(cfg["cache"]).expanduser())
+    return RemoteShards(folder, max_bytes=_CACHE_BYTES, timeout_s=cfg["timeout_s"], attempts=2)
 
 
 def write_output(name: str | None, value: Mapping[str, Any]) -> None:
@@ -140,6 +168,7 @@ COMMAND: Final = Command(
     examples=(
         "m2-data check source=outputs/data/emoji/train",
         "m2-data check source='tars/{000..099}.tar' batch_size=32768 full=true json=true",
+        "m2-data check source='s3://bucket/{000..099}.tar' cache=outputs/cache max_shards=2",
     ),
     check=check_check,
     run=run_check,

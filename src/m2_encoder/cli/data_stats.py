@@ -8,13 +8,13 @@ from typing import Any, Final
 
 from rich.table import Table
 
+from m2_encoder.cli.console import open_console
 from m2_encoder.cli.data_check import PATH_KEYS as CHECK_PATH_KEYS
 from m2_encoder.cli.data_check import SURVEY_RULES, source_problems, survey, title_of, write_output
 from m2_encoder.cli.data_tables import make_table, print_report, print_titled
 from m2_encoder.cli.main import EXIT_USER_ERROR, Command
 from m2_encoder.cli.path_values import find_path, output_problems
 from m2_encoder.cli.rules import Rule, check_rules, text, whole
-from m2_encoder.cli.tables import open_console
 from m2_encoder.data.emoji import load_emoji_tokenizer_model
 from m2_encoder.data.inspection import InspectionOptions
 from m2_encoder.data.source_report import check_source

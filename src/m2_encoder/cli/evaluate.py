@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.cli.compose import Unset
+from m2_encoder.cli.console import open_console
 from m2_encoder.cli.main import Command, run_command
 from m2_encoder.cli.path_values import (
     find_path,
@@ -23,7 +24,7 @@ from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.provenance import command_line, git_revision, machine, versions
 from m2_encoder.cli.report import evaluate_sets
 from m2_encoder.cli.showcase import SPLIT_TITLES
-from m2_encoder.cli.tables import open_console, results_table
+from m2_encoder.cli.tables import results_table
 from m2_encoder.data.emoji import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
 from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.transforms import EvalTransform

@@ -14,13 +14,13 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from m2_encoder.cli.compose import UNSET
+from m2_encoder.cli.console import open_console
 from m2_encoder.cli.main import Command, run_command
 from m2_encoder.cli.path_values import find_path, output_problems, protect_paths
 from m2_encoder.cli.paths import find_conf
 from m2_encoder.cli.plan_report import NOT_MODELLED, print_plan, to_report, train_overrides
 from m2_encoder.cli.provenance import command_line, git_revision, versions
 from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, show, whole
-from m2_encoder.cli.tables import open_console
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.planning.cost import PRECISIONS, ModelCost, estimate_cost

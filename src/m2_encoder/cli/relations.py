@@ -15,7 +15,8 @@ from typing import Any, Final
 import torch
 
 from m2_encoder.cli.build import build_model_config, build_tokenizer
-from m2_encoder.cli.compose import UNSET
+from m2_encoder.cli.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
+from m2_encoder.cli.known import Known, count_devices, count_ranks, make_problem, run_check
 from m2_encoder.cli.main import default_run_folder, is_first_rank
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.rules import Problem
@@ -33,43 +34,7 @@ _FSDP_TARGET: Final = "m2_encoder.strategies.grouped_fsdp.GroupedFSDPStrategy"
 _FSDP_PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true", "16-true", "32", "bf16", 32)
 _MUON_TARGET: Final = "m2_encoder.training.optim.build_muon"
 _GPU_PRECISIONS: Final = ("16-mixed", "16-true", "16", 16)
-_MISSING: Final = object()
 _SHAPE_FIELDS: Final = tuple(field for field in MODEL_FIELDS if field not in REAL_MODEL_FIELDS)
-
-
-class _UnknownError(Exception):
-    """A value that a check needs is missing or wrong already."""
-
-
-class Known:
-    """The values of a configuration that are known to be fine on their own.
-
-    Args:
-        cfg: plain containers.
-        reported: keys with problems.
-    """
-
-    def __init__(self, cfg: Mapping[str, Any], reported: set[str]) -> None:
-        self._cfg = cfg
-        self._reported = reported
-
-    def __call__(self, key: str, default: Any = _MISSING) -> Any:
-        """The value of a dotted key; without a default the calling check ends where there is none."""
-        node: Any = self._cfg
-        for part in key.split("."):
-            node = node.get(part, UNSET) if isinstance(node, Mapping) else UNSET
-        if key in self._reported or node is UNSET:
-            if default is _MISSING:
-                raise _UnknownError(key)
-            return default
-        return node
-
-    def has(self, key: str) -> bool:
-        """Whether the key is there at all, right or wrong."""
-        node: Any = self._cfg
-        for part in key.split("."):
-            node = node.get(part, _MISSING) if isinstance(node, Mapping) else _MISSING
-        return node is not _MISSING
 
 
 def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machine: bool = True) -> list[Problem]:
@@ -84,38 +49,24 @@ def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machi
     known = Known(cfg, reported)
     problems: list[Problem] = []
     for check in _CHECKS if on_this_machine else [check for check in _CHECKS if check not in _MACHINE_CHECKS]:
-        found = _run_check(check, known)
+        found = run_check(check, known)
         reported |= {problem.key for problem in found}
         problems += found
     return problems
-
-
-def _run_check(check: Callable[[Known], Iterator[Problem]], known: Known) -> list[Problem]:
-    found: list[Problem] = []
-    try:
-        for problem in check(known):
-            found.append(problem)  # noqa: PERF402 - what was found before the check ends early counts
-    except _UnknownError:
-        pass
-    return found
-
-
-def _problem(key: str, value: Any, rule: str, fix: str) -> Problem:
-    return Problem(key, f"{key}={value}: {rule}; {fix}")
 
 
 def _check_heads(known: Known) -> Iterator[Problem]:
     width, heads = _size(known, "embed_dim"), _size(known, "num_heads")
     if width % heads:
         fix = f"for example model.embed_dim={_multiple(width, heads)}"
-        yield _problem("model.embed_dim", width, f"must be a multiple of model.num_heads={heads}", fix)
+        yield make_problem("model.embed_dim", width, f"must be a multiple of model.num_heads={heads}", fix)
 
 
 def _check_patches(known: Known) -> Iterator[Problem]:
     image, patch = _size(known, "image_size"), _size(known, "patch_size")
     if image % patch:
         fix = f"for example model.image_size={_multiple(image, patch)}"
-        yield _problem("model.image_size", image, f"must be a multiple of model.patch_size={patch}", fix)
+        yield make_problem("model.image_size", image, f"must be a multiple of model.patch_size={patch}", fix)
 
 
 def _check_context(known: Known) -> Iterator[Problem]:
@@ -123,14 +74,14 @@ def _check_context(known: Known) -> Iterator[Problem]:
     if not 2 <= context <= longest:
         rule = f"must be in 2..{longest} (model.num_text_positions - {NUM_RESERVED_POSITIONS})"
         fix = f"for example model.context_length={max(2, longest)}"
-        yield _problem("model.context_length", context, rule, fix)
+        yield make_problem("model.context_length", context, rule, fix)
 
 
 def _check_weights(known: Known) -> Iterator[Problem]:
     weights = known("model.weights", None)
     if weights is not None and not weights.startswith(("http://", "https://")) and not anchor(weights).is_file():
         fix = "give the path of a checkpoint, or null to train from scratch"
-        yield _problem("model.weights", weights, "no such file", fix)
+        yield make_problem("model.weights", weights, "no such file", fix)
 
 
 def _check_tokenizer(known: Known) -> Iterator[Problem]:
@@ -145,14 +96,14 @@ def _check_tokenizer(known: Known) -> Iterator[Problem]:
     if tokenizer.vocab_size > vocab_size:
         rule = f"must be at least {tokenizer.vocab_size}, the pieces of model.tokenizer={name}"
         fix = f"for example model.vocab_size={tokenizer.vocab_size}, or give another tokenizer"
-        yield _problem("model.vocab_size", vocab_size, rule, fix)
+        yield make_problem("model.vocab_size", vocab_size, rule, fix)
 
 
 def _check_steps(known: Known) -> Iterator[Problem]:
     warmup, steps = known("scheduler.warmup_steps"), known("trainer.max_steps")
     if warmup > steps:
         fix = f"for example scheduler.warmup_steps={steps // 10}"
-        yield _problem("scheduler.warmup_steps", warmup, f"must be in 0..trainer.max_steps={steps}", fix)
+        yield make_problem("scheduler.warmup_steps", warmup, f"must be in 0..trainer.max_steps={steps}", fix)
 
 
 def _check_objectives(known: Known) -> Iterator[Problem]:
@@ -183,7 +134,7 @@ def _check_one_sided(known: Known) -> Iterator[Problem]:
     for name in known("objective"):
         if known(f"objective.{name}.one_sided", False) and not known(f"objective.{name}.equal_rows", True):
             rule = f"must be false where ranks may differ in rows (objective.{name}.equal_rows=false)"
-            yield _problem(f"objective.{name}.one_sided", "true", rule, f"use objective.{name}.equal_rows=true")
+            yield make_problem(f"objective.{name}.one_sided", "true", rule, f"use objective.{name}.equal_rows=true")
 
 
 def _check_devices(known: Known) -> Iterator[Problem]:
@@ -193,35 +144,37 @@ def _check_devices(known: Known) -> Iterator[Problem]:
     gpus = torch.cuda.device_count()
     if accelerator in {"gpu", "cuda"} and not gpus:
         fix = "use trainer.accelerator=cpu or auto"
-        yield _problem("trainer.accelerator", accelerator, "must be a device of this machine, which has no GPU", fix)
+        yield make_problem(
+            "trainer.accelerator", accelerator, "must be a device of this machine, which has no GPU", fix
+        )
         return
     on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0)
     available = gpus if on_gpu else max(MAX_CPU_RANKS, os.cpu_count() or 1)
-    wanted = max(devices) + 1 if isinstance(devices, list) else _count_devices(devices, available)
+    wanted = max(devices) + 1 if isinstance(devices, list) else count_devices(devices, available)
     if wanted > available:
         what = f"the {available} GPU(s) of this machine" if on_gpu else f"{available} processes on this machine's CPU"
-        yield _problem(
+        yield make_problem(
             "trainer.devices", devices, f"must not exceed {what}", f"for example trainer.devices={available}"
         )
     if not on_gpu and known("trainer.precision", None) in _GPU_PRECISIONS:
         fix = "use trainer.precision=bf16-mixed or 32-true"
-        yield _problem("trainer.precision", known("trainer.precision"), "must be one that the CPU can compute", fix)
+        yield make_problem("trainer.precision", known("trainer.precision"), "must be one that the CPU can compute", fix)
 
 
 def _check_ranks(known: Known) -> Iterator[Problem]:
-    ranks = _count_ranks(known)
+    ranks = count_ranks(known)
     if ranks > 1 and known("strategy._target_", None) == _SINGLE_TARGET:
         rule = f"must be one that lets ranks cooperate: there are {ranks} (trainer.devices x trainer.num_nodes)"
-        yield _problem("strategy", "single", rule, "use strategy=ddp or grouped_ddp, or trainer.devices=1")
+        yield make_problem("strategy", "single", rule, "use strategy=ddp or grouped_ddp, or trainer.devices=1")
     batch = known("data.global_batch_size")
     if batch % ranks:
         fix = f"for example data.global_batch_size={_multiple(batch, ranks)}"
-        yield _problem("data.global_batch_size", batch, f"must be a multiple of the {ranks} ranks", fix)
+        yield make_problem("data.global_batch_size", batch, f"must be a multiple of the {ranks} ranks", fix)
 
 
 def _check_groups(known: Known) -> Iterator[Problem]:
     size, nodes = known("strategy.group_size", None), known("strategy.group_nodes", None)
-    ranks = _count_ranks(known)
+    ranks = count_ranks(known)
     try:
         resolve_group_size(
             world_size=ranks,
@@ -234,12 +187,12 @@ def _check_groups(known: Known) -> Iterator[Problem]:
 
 
 def _check_micro_batches(known: Known) -> Iterator[Problem]:
-    pieces, ranks, batch = known("strategy.micro_batches", 1), _count_ranks(known), known("data.global_batch_size")
+    pieces, ranks, batch = known("strategy.micro_batches", 1), count_ranks(known), known("data.global_batch_size")
     rows = batch // ranks
     if rows % pieces:
         fits = max(d for d in divisors(rows) if d < pieces)
         rule = f"must divide the {rows} rows of a rank (data.global_batch_size={batch} over {ranks} rank(s))"
-        yield _problem("strategy.micro_batches", pieces, rule, f"for example strategy.micro_batches={fits}")
+        yield make_problem("strategy.micro_batches", pieces, rule, f"for example strategy.micro_batches={fits}")
 
 
 def _check_sharding(known: Known) -> Iterator[Problem]:
@@ -247,31 +200,31 @@ def _check_sharding(known: Known) -> Iterator[Problem]:
         return
     if known("optimizer._target_", None) == _MUON_TARGET:
         rule = "must be one that needs no whole matrices, which strategy=grouped_fsdp splits over ranks"
-        yield _problem("optimizer", "muon", rule, "use optimizer=adamw, or strategy=grouped_ddp")
+        yield make_problem("optimizer", "muon", rule, "use optimizer=adamw, or strategy=grouped_ddp")
     if (precision := known("trainer.precision", "32-true")) not in _FSDP_PRECISIONS:
         rule = f"must be one of {', '.join(map(str, _FSDP_PRECISIONS[:4]))} with strategy=grouped_fsdp"
-        yield _problem("trainer.precision", precision, rule, "use trainer.precision=bf16-mixed")
-    if _count_ranks(known) > 1 and (chunk := known("data.eval_batch_size", 2)) < 2:
+        yield make_problem("trainer.precision", precision, rule, "use trainer.precision=bf16-mixed")
+    if count_ranks(known) > 1 and (chunk := known("data.eval_batch_size", 2)) < 2:
         rule = "must be 2 or more with strategy=grouped_fsdp, whose ranks must all encode the same number of batches"
-        yield _problem("data.eval_batch_size", chunk, rule, "for example data.eval_batch_size=256")
+        yield make_problem("data.eval_batch_size", chunk, rule, "for example data.eval_batch_size=256")
 
 
 def _check_cluster(known: Known) -> Iterator[Problem]:
     cluster, nodes = known("cluster.name"), known("trainer.num_nodes")
     if cluster == "local" and nodes > 1:
         fix = "use cluster=slurm or cluster=torchrun, or trainer.num_nodes=1"
-        yield _problem("trainer.num_nodes", nodes, "must be 1 with cluster=local, which is this machine", fix)
+        yield make_problem("trainer.num_nodes", nodes, "must be 1 with cluster=local, which is this machine", fix)
     if cluster == "slurm" and shutil.which("srun") is None:
-        yield _problem("cluster", "slurm", "there is no srun on this machine", "start from a SLURM login node")
+        yield make_problem("cluster", "slurm", "there is no srun on this machine", "start from a SLURM login node")
     if cluster != "torchrun":
         return
     started = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
     if started is None:
         fix = "torchrun --nproc-per-node=N -m m2_encoder.cli.train ..., or cluster=local"
-        yield _problem("cluster", "torchrun", "must be started by torchrun", fix)
-    elif started != str(_count_ranks(known)):
+        yield make_problem("cluster", "torchrun", "must be started by torchrun", fix)
+    elif started != str(count_ranks(known)):
         rule = f"must give the {started} ranks that torchrun started, times trainer.num_nodes={nodes}"
-        yield _problem("trainer.devices", known("trainer.devices"), rule, "make both the same")
+        yield make_problem("trainer.devices", known("trainer.devices"), rule, "make both the same")
 
 
 def _check_training_set(known: Known) -> Iterator[Problem]:
@@ -282,23 +235,23 @@ def _check_training_set(known: Known) -> Iterator[Problem]:
     size = sum(style != heldout for concept in concepts for style in concept.styles)
     if batch > size:
         fix = "for example data.global_batch_size=256"
-        yield _problem("data.global_batch_size", batch, f"must not exceed the {size} training samples", fix)
+        yield make_problem("data.global_batch_size", batch, f"must not exceed the {size} training samples", fix)
 
 
 def _check_folders(known: Known) -> Iterator[Problem]:
     for key in ("run.folder", "data.folder"):
         if (value := known(key, None)) is not None and (reason := _unusable(anchor(value))):
-            yield _problem(key, value, reason, "give a folder that you may write to")
+            yield make_problem(key, value, reason, "give a folder that you may write to")
     name, resume = known("run.name"), known("run.resume")
     folder = default_run_folder({"run": {"name": name, "folder": known("run.folder")}})
     if not is_first_rank() or _unusable(folder):
         return  # the first rank decides, before the others start
     if resume == "never" and _has_run(folder):
         fix = f"continue it with run.resume=auto, give another run.name, or delete {folder}"
-        yield _problem("run.name", name, f"{folder} holds a run already", fix)
+        yield make_problem("run.name", name, f"{folder} holds a run already", fix)
     if resume == "must" and not (folder / LAST_CHECKPOINT).is_file():
         fix = "give the run.name of a run with a checkpoint, or run.resume=auto to start it if there is none"
-        yield _problem("run.resume", resume, f"there is no {folder / LAST_CHECKPOINT}", fix)
+        yield make_problem("run.resume", resume, f"there is no {folder / LAST_CHECKPOINT}", fix)
 
 
 def _check_resumed_model(known: Known) -> Iterator[Problem]:
@@ -311,12 +264,14 @@ def _check_resumed_model(known: Known) -> Iterator[Problem]:
         before = build_model_config(read_config(folder / CONFIG_FILE)["model"]).to_dict()
     except (UserError, KeyError, TypeError) as error:
         fix = "restore the file, or start again with another run.name"
-        yield _problem("run.resume", known("run.resume"), f"cannot read {folder / CONFIG_FILE} ({error})", fix)
+        yield make_problem("run.resume", known("run.resume"), f"cannot read {folder / CONFIG_FILE} ({error})", fix)
         return
     for field in _SHAPE_FIELDS:
         if (value := _size(known, field)) != before[field]:
             fix = "leave it out, or give another run.name"
-            yield _problem(f"model.{field}", value, f"must be {before[field]}, as in the run that is continued", fix)
+            yield make_problem(
+                f"model.{field}", value, f"must be {before[field]}, as in the run that is continued", fix
+            )
 
 
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
@@ -336,11 +291,13 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_sharding,
     _check_cluster,
     _check_training_set,
+    *DATA_CHECKS,
+    *DATA_PLACE_CHECKS,
     _check_folders,
     _check_resumed_model,
 )
 
-_MACHINE_CHECKS: Final = (_check_devices, _check_cluster)
+_MACHINE_CHECKS: Final = (_check_devices, _check_cluster, *DATA_PLACE_CHECKS)
 
 
 def _size(known: Known, field: str) -> int:
@@ -348,18 +305,6 @@ def _size(known: Known, field: str) -> int:
     default = getattr(NAME_TO_CONFIG[known("model.name")], field)
     value = known(f"model.{field}") if known.has(f"model.{field}") else None
     return int(default if value is None else value)
-
-
-def _count_devices(devices: Any, available: int) -> int:
-    if isinstance(devices, list):
-        return len(devices)
-    return available if devices in ("auto", -1) else int(devices)
-
-
-def _count_ranks(known: Known) -> int:
-    accelerator, gpus = known("trainer.accelerator"), torch.cuda.device_count()
-    on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0)
-    return _count_devices(known("trainer.devices"), gpus if on_gpu else 1) * int(known("trainer.num_nodes"))
 
 
 def _multiple(value: int, of: int) -> int:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from m2_encoder.cli.console import open_console
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.provenance import command_line, git_revision, machine, peak_memory_bytes, versions
 from m2_encoder.cli.showcase import SPLIT_TITLES, draw_showcase
-from m2_encoder.cli.tables import open_console, results_table
+from m2_encoder.cli.tables import results_table
 from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.transforms import EvalTransform
 from m2_encoder.evaluation.encode import FeatureModel, Tokenize

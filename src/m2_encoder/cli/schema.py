@@ -171,6 +171,8 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     flag("data.new_segment"),
     flag("data.keep_decoded"),
     number("data.stall_timeout_s", "600", above=0),
+    whole("data.check.shards", 1, "4"),
+    whole("data.check.samples", 1, "2000"),
     text("data.cache.folder", "cache"),
     number("data.cache.max_bytes", "2e11", above=0),
     number("data.cache.timeout_s", "60", above=0),

@@ -7,20 +7,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from m2_encoder.evaluation.table import CHANCE, DIRECTIONS, Results, TableRow, format_percent, table_rows
 
-_WIDTH_WITHOUT_TERMINAL = 110
 _TITLE_WIDTH = 18  # of a line of a split's title: the table must fit a terminal of 80 columns
-
-
-def open_console() -> Console:
-    """A console on standard output that does not fold tables when it writes to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def results_table(results: Results, *, titles: Mapping[str, str]) -> Table:

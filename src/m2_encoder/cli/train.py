@@ -22,11 +22,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from m2_encoder.cli.build import build_initial_state, build_model_config, build_tokenizer
 from m2_encoder.cli.changes import describe_changes
+from m2_encoder.cli.data_start import check_data, write_check
 from m2_encoder.cli.export import export_run
 from m2_encoder.cli.loggers import QuietWandbLogger
 from m2_encoder.cli.main import Command, default_run_folder, run_command
 from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
+from m2_encoder.cli.peers import end_together
 from m2_encoder.cli.report import EvaluatedData, report_run, short_path
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.cli.validate import validate_train
@@ -85,12 +87,15 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     folder = default_run_folder(cfg)
     _quieten()
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
-    run = build_run(cfg, folder)
     checkpoint = folder / LAST_CHECKPOINT
     resumes = cfg["run"]["resume"] != "never" and checkpoint.is_file()
+    datamodule = build_data(cfg)
+    checked = check_data(datamodule, folder, resumes=resumes)  # before anything that costs money, or leaves a trace
+    run = build_run(cfg, folder, datamodule)
     if run.trainer.is_global_zero:
         changes = describe_changes(folder / CONFIG_FILE, cfg) if resumes else []
         write_config(folder / CONFIG_FILE, cfg)
+        write_check(folder, checked)
         _announce(cfg, folder, checkpoint if resumes else None, run)
         if changes:
             print(f"run {cfg['run']['name']}: changed since its last start: {'; '.join(changes)}")
@@ -109,25 +114,35 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def build_run(cfg: dict[str, Any], folder: Path) -> Run:
-    """Builds everything a run needs; nothing is read from the training data yet.
+def build_data(cfg: dict[str, Any]) -> lightning.LightningDataModule:
+    """Builds the data module of a configuration; it reads nothing yet.
 
     Args:
         cfg: the resolved configuration.
-        folder: the run's.
     """
     model = build_model_config(cfg["model"])
-    tokenizer = build_tokenizer(cfg["model"], model)
     data = dict(cfg["data"])
     if "folder" in data:
         data["folder"] = str(anchor(data["folder"]))
-    datamodule = instantiate(
+    return instantiate(
         data,
-        tokenizer=tokenizer,
+        tokenizer=build_tokenizer(cfg["model"], model),
         image_size=model.image_size,
         seed=cfg["seed"],
         max_steps=cfg["trainer"]["max_steps"],
     )
+
+
+def build_run(cfg: dict[str, Any], folder: Path, datamodule: Any = None) -> Run:
+    """Builds everything a run needs; nothing is read from the training data.
+
+    Args:
+        cfg: the resolved configuration.
+        folder: the run's.
+        datamodule: that of the run, where it is built already.
+    """
+    model = build_model_config(cfg["model"])
+    datamodule = build_data(cfg) if datamodule is None else datamodule
     module = PretrainModule(
         model=model,
         objectives=instantiate(cfg["objective"]),
@@ -220,6 +235,10 @@ def _fit(run: Run, checkpoint: Path | None) -> None:
         if run.trainer.interrupted:
             raise KeyboardInterrupt from stop  # Lightning turns one into an exit code of its own
         raise
+    except Exception as error:
+        if run.trainer.world_size > 1 and (other := end_together(run.trainer, error)) is not None:
+            raise other from error
+        raise
 
 
 def _quieten() -> None:
@@ -231,6 +250,7 @@ def _quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
         ".*GPU available but not used.*",  # the configuration says so
         r".*self\.log\('(val/|step).*sync_dist=True.*",  # recalls are over all ranks, the step is the same on all
+        ".*number of training batches .* smaller than the logging interval.*",  # of a run of a few steps
         ".*Total length of `list` across ranks is zero.*",  # no validation set was given
         ".*LeafSpec.*is deprecated.*",  # Lightning's use of a newer torch
     ):

@@ -8,7 +8,6 @@ ignored), or three words, SHA-256, perceptual hash (16 hex digits or "-") and me
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from m2_encoder.data.shard_index import build_index
 from m2_encoder.data.shards import IMAGE_EXTENSIONS
 from m2_encoder.errors import UserError
 
+_IMAGES_PER_TASK = 256
 _LINE = re.compile(r"(?P<sha>[0-9a-fA-F]{64})(?:\s+(?P<hash>[0-9a-fA-F]{16}|-)\s+(?P<color>[0-9a-fA-F]{6}))?(?:\s.*)?")
 
 
@@ -44,23 +44,68 @@ class EvaluationImages(NamedTuple):
     colors: npt.NDArray[np.uint64]
 
 
-def collect_hashes(places: Sequence[str], *, max_pixels: int) -> list[str]:
-    """Lines of a hash list for everything that is named, sorted, each once.
+class HashTask(NamedTuple):
+    """Some files to hash.
+
+    Attributes:
+        output: a hash list, with a line per image.
+        place: what the user named, which they are of.
+        files: hash lists, tars or images.
+        max_pixels: larger images count by their bytes only.
+    """
+
+    output: str
+    place: str
+    files: tuple[str, ...]
+    max_pixels: int
+
+
+def plan_hashes(places: Sequence[str], folder: Path, *, max_pixels: int) -> list[HashTask]:
+    """Tasks that hash everything that is named.
 
     Args:
         places: hash lists, tars, or folders of images or tars, sub-folders included.
+        folder: where the outputs go.
         max_pixels: larger images count by their bytes only.
 
     Raises:
         UserError: for a place that does not exist or holds no image.
     """
-    lines: set[str] = set()
+    tasks: list[HashTask] = []
     for place in places:
-        found = set(_lines_of(Path(place).expanduser(), max_pixels))
-        if not found:
-            raise UserError(f"evaluation images {place}: no image, tar or hash in there")
-        lines |= found
-    return sorted(lines)
+        files = _list_files(Path(place).expanduser())
+        if not files:
+            raise UserError(f"evaluation images {place}: no image or tar in there")
+        images = [str(file) for file in files if _is_image(file)]
+        groups = [images[start : start + _IMAGES_PER_TASK] for start in range(0, len(images), _IMAGES_PER_TASK)]
+        groups += [[str(file)] for file in files if not _is_image(file)]
+        for group in groups:
+            tasks.append(HashTask(str(folder / f"{len(tasks):06d}.txt"), place, tuple(group), max_pixels))
+    return tasks
+
+
+def hash_files(task: HashTask) -> None:
+    """Write the hash list of some files.
+
+    Raises:
+        UserError: for a hash list with a line that is no hash.
+    """
+    write_hash_list(Path(task.output), [line for file in task.files for line in _lines_of(Path(file), task.max_pixels)])
+
+
+def join_hashes(tasks: Iterable[HashTask]) -> list[str]:
+    """Lines of the outputs of tasks that have run, sorted, each once.
+
+    Raises:
+        UserError: for a place without any.
+    """
+    lines: dict[str, set[str]] = {}
+    for task in tasks:
+        lines.setdefault(task.place, set()).update(_read_lines(Path(task.output)))
+    for place, own in lines.items():
+        if not own:
+            raise UserError(f"evaluation images {place}: no image or hash in there")
+    return sorted(set().union(*lines.values()))
 
 
 def write_hash_list(path: Path, lines: Iterable[str]) -> None:
@@ -85,25 +130,30 @@ def read_hash_list(path: Path) -> EvaluationImages:
     )
 
 
-def _lines_of(place: Path, max_pixels: int) -> Iterator[str]:
-    if place.is_dir():
-        for parent, folders, names in os.walk(place):
-            folders.sort()
-            for name in sorted(names):
-                if name.lower().endswith((".tar", *IMAGE_EXTENSIONS)):
-                    yield from _lines_of(Path(parent) / name, max_pixels)
-    elif not place.is_file():
+def _list_files(place: Path) -> list[Path]:
+    """Images and tars of a folder, or what is named itself."""
+    if not place.exists():
         raise UserError(f"evaluation images {place}: no such file or folder")
-    elif place.suffix == ".tar":
-        index = build_index(place)
-        with place.open("rb") as file:
-            yield from (_line(read_member(file, index[number].image), max_pixels) for number in range(len(index)))
-    elif place.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
-        yield _line(place.read_bytes(), max_pixels)
+    if not place.is_dir():
+        return [place]
+    return sorted(path for path in place.rglob("*") if path.is_file() and (_is_image(path) or path.suffix == ".tar"))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+
+
+def _lines_of(file: Path, max_pixels: int) -> Iterator[str]:
+    if file.suffix == ".tar":
+        index = build_index(file)
+        with file.open("rb") as tar:
+            yield from (_line(read_member(tar, index[number].image), max_pixels) for number in range(len(index)))
+    elif _is_image(file):
+        yield _line(file.read_bytes(), max_pixels)
     else:
-        for number, line in enumerate(_read_lines(place), start=1):
+        for number, line in enumerate(_read_lines(file), start=1):
             if line.strip():
-                match = _parse(place, number, line)
+                match = _parse(file, number, line)
                 yield " ".join(part.lower() for part in (match["sha"], match["hash"], match["color"]) if part)
 
 

@@ -216,8 +216,11 @@ def _near_keys(table: pa.Table, settings: CurationSettings, rows: int) -> Column
     looks = hashes.take(pa.array(known)).to_numpy().astype(np.uint64)
     colors = table.column("mean_color").take(pa.array(known)).to_numpy().astype(np.uint64)
     keys = band_keys(looks, band_masks(settings.near_images, rows))
-    high = keys.reshape(-1)
-    return {"rows": known, "high": high, "look": np.tile(looks, len(keys)), "color": np.tile(colors, len(keys))}
+    columns = {"look": looks, "color": colors}
+    if settings.duplicate_images != "drop":  # then there are copies, which must not count as near to each other
+        columns["image"] = hash_words(table.column("image_hash").take(pa.array(known)))[1]
+    tiled = {name: np.tile(values, len(keys)) for name, values in columns.items()}
+    return {"rows": known, "high": keys.reshape(-1), **tiled}
 
 
 def _judge_copies(columns: Columns, _settings: CurationSettings) -> Nearest:
@@ -231,14 +234,28 @@ def _judge_repeats(columns: Columns, settings: CurationSettings) -> Nearest:
 
 def _judge_near(columns: Columns, settings: CurationSettings) -> Nearest:
     assert settings.near_images is not None
-    return find_earlier(
+    place = columns["place"]
+    head = _first_copies(columns["image"], place) if "image" in columns else place
+    found = find_earlier(
         columns["high"],
         columns["look"],
         columns["color"],
-        columns["place"],
+        head,
         distance=settings.near_images,
         tolerance=settings.near_color,
     )
+    falls = np.isin(head, found.place)  # an image with all of its copies
+    return earliest(place[falls], found.first[np.searchsorted(found.place, head[falls])])
+
+
+def _first_copies(image: npt.NDArray[np.uint64], place: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """For each row, the earliest place of its image, (n,)."""
+    order = np.lexsort((place, image))
+    starts = np.ones(len(order), dtype=bool)
+    starts[1:] = image[order][1:] != image[order][:-1]
+    head = np.empty_like(place)
+    head[order] = place[order][starts][np.cumsum(starts) - 1] if len(order) else place
+    return head
 
 
 def _after_rank(columns: Columns, cap: int) -> Nearest:

@@ -8,6 +8,7 @@ it: a red and a blue heart are no duplicates. As many bits are set in every hash
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from m2_encoder.data.image_facts import ImageLimits, load_pixels, open_pixels
 
 _SIDE: Final = 32
 _KEPT: Final = 8
+_MEDIAN: Final = (_KEPT * _KEPT - 1) // 2  # place of the median among all frequencies but the mean
 _MIN_CONTRAST: Final = 16.0  # of the strongest frequency, grey levels times pixels: below it there is only noise
 _GREY: Final = (0.299, 0.587, 0.114)
 _BITS: Final = np.uint64(1) << np.arange(63, -1, -1, dtype=np.uint64)
@@ -87,11 +89,12 @@ def _hash(grey: FloatArray) -> int | None:
     low = np.round(transform @ grey @ transform.T, 3).reshape(-1)
     if np.abs(low[1:]).max() < _MIN_CONTRAST:
         return None
-    bits = low > np.median(low[1:])
+    bits = low > np.sort(low[1:])[_MEDIAN]
     bits[0] = False  # the mean brightness says nothing about shapes
     return int(np.bitwise_or.reduce(np.where(bits, _BITS, np.uint64(0))))
 
 
+@lru_cache(maxsize=1)
 def _cosines() -> FloatArray:
     """The 8 lowest rows of the orthonormal DCT-II of 32 points."""
     frequency, place = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None, :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import pyarrow as pa
 
@@ -16,6 +16,8 @@ from m2_encoder.data.content import SampleProblem, parse_sample_text
 from m2_encoder.data.shard_index import IndexedSample, build_index
 from m2_encoder.data.shards import Member
 from m2_encoder.errors import UserError
+
+_UNDECLARED: Final = "?"  # no language: who says none gets the one that is detected
 
 
 class MeasureTask(NamedTuple):
@@ -92,13 +94,13 @@ def _rows(number: int, sample: IndexedSample, file: BinaryIO, task: MeasureTask)
     json_file = read_member(file, sample.json) if sample.json else None
     text_file = read_member(file, sample.text) if sample.text else None
     try:
-        captions = parse_sample_text(json_file, text_file, language=task.shard.language).captions
+        captions = parse_sample_text(json_file, text_file, language=task.shard.language or _UNDECLARED).captions
     except SampleProblem as problem:
         yield {**shared, "fault": fault or problem.reason}
         return
     for caption in captions:
-        said = {"text": caption.text, "declared": caption.language, "role": caption.role}
-        yield {**shared, **said, "fault": fault}
+        declared = None if caption.language == _UNDECLARED else caption.language
+        yield {**shared, "text": caption.text, "declared": declared, "role": caption.role, "fault": fault}
 
 
 def _measure(content: bytes, max_pixels: int) -> tuple[ImageMeasure | None, str | None]:

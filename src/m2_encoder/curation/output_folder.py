@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from m2_encoder.data.shard_index import INDEX_SUFFIX
 from m2_encoder.errors import UserError
 
 MARKER: Final = "curation.json"
@@ -35,11 +36,12 @@ class OutputFolder:
         self.path = path.absolute()
         self.fingerprint = fingerprint
 
-    def open(self, *, overwrite: bool) -> dict[str, Any] | None:
+    def open(self, *, write: bool, overwrite: bool) -> dict[str, Any] | None:
         """Make the folder, or take over what an earlier run left.
 
         Returns:
-            The report if the same curation is finished already, else None.
+            The report if the same curation is finished already, else None. One that only decided is finished for
+            those who want no more (`write` False), and gives way to any other.
 
         Raises:
             UserError: if the folder holds other files, or another finished curation and `overwrite` is False.
@@ -59,9 +61,10 @@ class OutputFolder:
         report = self.path / REPORT
         if report.is_file():
             finished: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-            if finished["fingerprint"] == self.fingerprint:
+            is_same = finished["fingerprint"] == self.fingerprint
+            if is_same and (finished["written"] or not write):
                 return finished
-            if not overwrite:
+            if finished["written"] and not overwrite:
                 raise UserError(
                     f"output {self.path}: holds a finished curation of other shards or settings; give another folder, "
                     "or replace it with overwrite=true"
@@ -96,12 +99,17 @@ class OutputFolder:
 
         Args:
             tars: the shards that will be written, `<source>/<number>.tar`.
-            markers: of each, present if it was written.
+            markers: of each, present if it was written; all in the folder of a stage `write`.
         """
+        # Markers of other settings vouch for shards that bear the same names: they go before any shard changes.
+        for folder in (self.path / WORK).glob("write-*"):
+            if folder not in {marker.parent for marker in markers}:
+                shutil.rmtree(folder)
         vouched = {self.path / tar for tar, marker in zip(tars, markers, strict=True) if marker.exists()}
         for path in self.path.glob("*/[0-9][0-9][0-9][0-9][0-9][0-9].tar"):
             if path not in vouched:
                 path.unlink()
+                path.with_name(f"{path.name}{INDEX_SUFFIX}").unlink(missing_ok=True)
         for tar, marker in zip(tars, markers, strict=True):
             if not (self.path / tar).exists():
                 marker.unlink(missing_ok=True)

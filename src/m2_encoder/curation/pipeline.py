@@ -14,14 +14,13 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from m2_encoder.curation.decide import FlagTask, MergeTask, RulesTask, apply_pair_rules, flag_scores, merge_verdicts
-from m2_encoder.curation.evaluation_images import collect_hashes, write_hash_list
+from m2_encoder.curation.evaluation_images import hash_files, join_hashes, plan_hashes, write_hash_list
 from m2_encoder.curation.executors import Executor, peak_memory
 from m2_encoder.curation.global_rules import RULES, Chunk, GlobalRule, JudgeTask, SpillTask, Verdicts, judge, spill
 from m2_encoder.curation.measure import MeasureTask, measure_shard
@@ -76,6 +75,7 @@ def curate(
     *,
     executor: Executor,
     evaluation: Sequence[str] = (),
+    write: bool = True,
     overwrite: bool = False,
     keep_work: bool = False,
     progress: Progress = lambda _stage, _done, _total: None,
@@ -89,6 +89,8 @@ def curate(
         settings: the rules.
         executor: who runs the tasks; the caller closes it.
         evaluation: hash lists, tars or folders of images that must not be kept.
+        write: False decides and reports without writing shards, and keeps intermediate files: a later call with True
+            writes what was decided, one with other settings need not read the shards again.
         overwrite: replace a finished curation with other settings or shards.
         keep_work: keep intermediate files, so that other thresholds need not read the shards again.
         progress: told after every task.
@@ -105,16 +107,18 @@ def curate(
         "shards": [shard._asdict() for shard in shards],
         "settings": dataclasses.asdict(settings),
         "evaluation": _describe_files(evaluation),
-        "model": _describe_files([place for place in (score.model, score.weights) if place] if score else []),
+        "model": _describe_files([place for place in (score.model, score.weights, score.tokenizer) if place])
+        if score
+        else [],
     }
     folder = OutputFolder(output, fingerprint(identity))
-    if (finished := folder.open(overwrite=overwrite)) is not None:
+    if (finished := folder.open(write=write, overwrite=overwrite)) is not None:
         return Curation(report=Report(finished), stages=())
     with folder.lock():
         run = _Run(shards, folder, settings, executor, progress, identity)
-        report = run.all_stages(evaluation)
+        report = run.all_stages(evaluation, write=write)
         write_report(folder.path, report)
-        if not keep_work:
+        if write and not keep_work:
             folder.remove_work()
     return Curation(report=report, stages=tuple(run.stats))
 
@@ -134,40 +138,46 @@ class _Run:
         self._shards, self._folder, self._settings = list(shards), folder, settings
         self._executor, self._progress = executor, progress
         self._identity = identity
+        later = ("score", "samples_per_shard")  # what pairs are decided without
+        early = {name: value for name, value in identity["settings"].items() if name not in later}
+        self._pairs_key = fingerprint([identity["version"], identity["shards"], early, identity["evaluation"]])
         self.stats: list[StageStats] = []
 
-    def all_stages(self, evaluation: Sequence[str]) -> Report:
+    def all_stages(self, evaluation: Sequence[str], *, write: bool) -> Report:
         measured = self._measure()
         hash_list = self._hash_evaluation(evaluation)
         ruled = self._rules(measured, hash_list)
         merged = self._global_rules(ruled)
         decided = merged if self._settings.score is None else self._score(merged)
-        return self._write(decided)
+        return self._write(decided, write=write)
 
     def _measure(self) -> list[Path]:
-        settings = self._settings
-        key = fingerprint([_VERSION, self._identity["shards"], settings.max_pixels])
-        folder = self._folder.stage("measure", key)
-        paths = [folder / f"{shard.stem}.arrow" for shard in self._shards]
-        tasks = [
-            MeasureTask(str(path), shard, settings.max_pixels) for path, shard in zip(paths, self._shards, strict=True)
-        ]
+        most = self._settings.max_pixels
+        folder = self._folder.stage("measure", fingerprint([_VERSION, most]))
+        # Named after the shard alone: beside new or changed ones, those that were read need not be read again.
+        paths = [folder / f"{fingerprint(shard._replace(number=0)._asdict())}.arrow" for shard in self._shards]
+        tasks = [MeasureTask(str(path), shard, most) for path, shard in zip(paths, self._shards, strict=True)]
         self._run_stage("measure", measure_shard, tasks)
         return paths
 
     def _hash_evaluation(self, places: Sequence[str]) -> str | None:
+        published = self._folder.path / "evaluation_hashes.txt"
         if not places:
+            published.unlink(missing_ok=True)  # of an unfinished run
             return None
-        path = self._folder.stage("evaluation", fingerprint(self._identity["evaluation"])) / "hashes.txt"
-        with self._timed("evaluation", 1, int(path.exists())):
-            if not path.exists():
-                write_hash_list(path, collect_hashes(places, max_pixels=self._settings.max_pixels))
-        shutil.copyfile(path, self._folder.path / "evaluation_hashes.txt")
+        most = self._settings.max_pixels
+        folder = self._folder.stage("evaluation", fingerprint([self._identity["evaluation"], most]))
+        tasks = plan_hashes(places, folder, max_pixels=most)
+        self._run_stage("evaluation", hash_files, tasks)
+        path = folder / "all.txt"
+        lines = join_hashes(tasks)
+        for target in (path, published):
+            write_hash_list(target, lines)
         return str(path)
 
     def _rules(self, measured: Sequence[Path], hash_list: str | None) -> list[Path]:
-        folder = self._folder.stage("rules", self._folder.fingerprint)
-        paths = [folder / path.name for path in measured]
+        folder = self._folder.stage("rules", self._pairs_key)
+        paths = [folder / f"{shard.stem}.arrow" for shard in self._shards]
         tasks = [
             RulesTask(str(path), str(source), self._settings, hash_list)
             for path, source in zip(paths, measured, strict=True)
@@ -182,7 +192,7 @@ class _Run:
         for rule in RULES.values():
             if rule.is_on(self._settings):
                 verdicts.append(self._global_rule(rule, chunks, sum(counts), tuple(verdicts)))
-        folder = self._folder.stage("merge", self._folder.fingerprint)
+        folder = self._folder.stage("merge", self._pairs_key)
         paths = [folder / path.name for path in ruled]
         tasks = [
             MergeTask(
@@ -201,7 +211,7 @@ class _Run:
     ) -> Verdicts:
         settings = self._settings
         partitions = max(1, -(-rows * rule.tables(settings, rows) // settings.partition_rows))
-        folder = self._folder.stage(rule.reason, self._folder.fingerprint)
+        folder = self._folder.stage(rule.reason, self._pairs_key)
         spills = tuple(str(folder / f"spill-{chunk.number:06d}.arrow") for chunk in chunks)
         outputs = tuple(str(folder / f"verdict-{number:06d}.arrow") for number in range(partitions))
         starts = tuple(chunk.first for chunk in chunks)
@@ -227,7 +237,9 @@ class _Run:
         wish = self._settings.score
         assert wish is not None
         size = image_size_of(wish)
-        folder = self._folder.stage("score", self._folder.fingerprint)
+        model = dataclasses.replace(wish, rewrite_below=None, drop_below=None)  # other bounds need no new scores
+        key = fingerprint([self._pairs_key, dataclasses.asdict(model), self._identity["model"]])
+        folder = self._folder.stage("score", key)
         by_shard: list[list[ScoreTask]] = []
         for path, shard in zip(merged, self._shards, strict=True):
             rows = int(read_notes(path)["rows"])
@@ -240,13 +252,14 @@ class _Run:
                         start,
                         min(start + wish.rows, rows),
                         size,
+                        self._settings.max_pixels,
                     )
                     for start in range(0, rows, wish.rows)
                 ]
             )
         tasks = [task for own in by_shard for task in own]
         self._run_stage("score", prepare_window, tasks, consumer=Scorer, consumer_settings=wish)
-        folder = self._folder.stage("flag", self._folder.fingerprint)
+        folder = self._folder.stage("flag", fingerprint([key, dataclasses.asdict(wish)]))
         paths = [folder / path.name for path in merged]
         flags = [
             FlagTask(str(path), str(source), tuple(task.output for task in own), self._settings)
@@ -255,13 +268,13 @@ class _Run:
         self._run_stage("flag", flag_scores, flags)
         return paths
 
-    def _write(self, decided: Sequence[Path]) -> Report:
+    def _write(self, decided: Sequence[Path], *, write: bool) -> Report:
         settings = self._settings
         kept = [
             (shard, str(path), int(read_notes(path)["kept_samples"]))
             for shard, path in zip(self._shards, decided, strict=True)
         ]
-        planned = plan_shards(kept, samples_per_shard=settings.samples_per_shard)
+        planned = plan_shards(kept if write else [], samples_per_shard=settings.samples_per_shard)
         folder = self._folder.stage("write", self._folder.fingerprint)
         tasks = [
             WriteTask(
@@ -280,7 +293,8 @@ class _Run:
             written = {
                 name: json.loads(Path(task.output).read_text()) for (name, _), task in zip(planned, tasks, strict=True)
             }
-            return build_report(self._shards, decided, written, self._identity, self._folder.fingerprint)
+            found = self._folder.fingerprint
+            return build_report(self._shards, decided, written, self._identity, found, is_written=write)
 
     def _run_stage(
         self,

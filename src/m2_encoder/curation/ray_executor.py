@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from m2_encoder.curation.executors import peak_memory
 from m2_encoder.errors import UserError
 
+_PATIENCE_S = 10.0
 _MAX_BLOCKS = 1024  # a block is what Ray schedules; more tasks than this share them
 
 
@@ -25,14 +27,17 @@ class RayExecutor:
 
     Args:
         address: of a running cluster, or "auto"; None starts a local one, which ends with `close`.
-        workers: processors of the local one, and actors with a model on any; None for what there is (one actor).
-        gpus: that each model needs, such as 1 or 0.5.
+        workers: processors of the local one; None for what there is.
+        models: actors with a model.
+        gpus: that each of them needs, such as 1 or 0.5.
 
     Raises:
         UserError: if Ray is not installed or not reachable.
     """
 
-    def __init__(self, *, address: str | None = None, workers: int | None = None, gpus: float = 0) -> None:
+    def __init__(
+        self, *, address: str | None = None, workers: int | None = None, models: int = 1, gpus: float = 0
+    ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         try:
             import ray
@@ -40,14 +45,15 @@ class RayExecutor:
         except ImportError as error:
             raise UserError("executor=ray: needs an extra; install it with pip install 'm2-encoder[ray]'") from error
         self._ray = ray
-        self._gpus = gpus
+        self._models, self._gpus = models, gpus
         self._starts = not ray.is_initialized()
         if self._starts:
+            _check_reachable(address)
             own: dict[str, Any] = {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else own))
-            except (ConnectionError, RuntimeError) as error:
-                raise UserError(f"executor=ray: no cluster at {address!r}: {error}") from error
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise UserError(f"executor=ray: no cluster at {address!r}: {_first_line(error)}") from error
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.verbose_stats_logs = False
@@ -65,9 +71,11 @@ class RayExecutor:
         """See `executors.Executor`; the model lives in an actor."""
         if tasks:
             prepared = self._dataset(tasks).map(_Call(prepare, keep=True))
-            actor = self._ray.data.ActorPoolStrategy(size=1)
+            # Without a processor of their own, as locally: on a small machine they would leave none to decode.
+            wish = {"num_cpus": 0, "num_gpus": self._gpus}
+            actors = self._ray.data.ActorPoolStrategy(size=self._models)
             yield from self._peaks(
-                prepared.map(_Consumer, fn_constructor_args=(consumer, settings), compute=actor, num_gpus=self._gpus)
+                prepared.map(_Consumer, fn_constructor_args=(consumer, settings), compute=actors, **wish)
             )
 
     def close(self) -> None:
@@ -80,10 +88,34 @@ class RayExecutor:
         return self._ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS))
 
     def _peaks(self, dataset: Any) -> Iterator[int]:
-        for row in dataset.iter_rows():
-            if row["mistake"]:
-                raise UserError(row["mistake"])
-            yield int(row["peak"])
+        lost = self._ray.exceptions
+        try:
+            for row in dataset.iter_rows():
+                if row["mistake"]:
+                    raise UserError(row["mistake"])
+                yield int(row["peak"])
+        except (lost.WorkerCrashedError, lost.OutOfMemoryError, lost.ActorDiedError, lost.NodeDiedError) as error:
+            raise UserError(
+                f"executor=ray: a worker died again and again ({_first_line(error)}); start again to go on"
+            ) from error
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself tries for minutes and says little."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"executor=ray: nothing answers at {address} ({error}); give the address that `ray start` printed, "
+            "or leave it out for a local cluster"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 class _Call:
@@ -108,9 +140,14 @@ class _Consumer:
     """An actor that holds what consumes results."""
 
     def __init__(self, consumer: Callable[[Any], Callable[[Any], None]], settings: Any) -> None:
-        self._consume = consumer(settings)
+        self._mistake = ""
+        try:
+            self._consume = consumer(settings)
+        except UserError as error:  # an actor whose constructor fails is started again and again
+            self._mistake = str(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        if not row["mistake"]:
+        mistake = self._mistake or row["mistake"]
+        if not mistake:
             self._consume(pickle.loads(row["result"]))
-        return {"peak": max(row["peak"], peak_memory()), "mistake": row["mistake"]}
+        return {"peak": max(row["peak"], peak_memory()), "mistake": mistake}

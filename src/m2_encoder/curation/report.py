@@ -22,8 +22,8 @@ class Report(NamedTuple):
     """The report as plain containers.
 
     Attributes:
-        content: `fingerprint`, `settings`, `total`, `sources` {name: {samples, kept_samples, pairs, faults, shards,
-            languages {language: {reason: pairs}}}}. It is the same whoever ran the tasks.
+        content: `fingerprint`, `written`, `settings`, `total`, `sources` {name: {samples, kept_samples, pairs, faults,
+            shards, languages {language: {reason: pairs}}}}. It is the same whoever ran the tasks.
     """
 
     content: dict[str, Any]
@@ -41,6 +41,8 @@ def build_report(
     written: Mapping[str, Mapping[str, int]],
     identity: Mapping[str, Any],
     fingerprint: str,
+    *,
+    is_written: bool,
 ) -> Report:
     """Sum up the counts that the tables of decisions carry.
 
@@ -50,6 +52,7 @@ def build_report(
         written: shards that were written, `<source>/<number>.tar`, with `samples`, `pairs` and `bytes`.
         identity: what decides the result.
         fingerprint: of it.
+        is_written: False if the shards are still to be written.
     """
     sources: dict[str, dict[str, Any]] = {}
     for shard, path in zip(shards, decided, strict=True):
@@ -75,7 +78,13 @@ def build_report(
         "rewrite": reasons.pop(REWRITE, 0),
         "reasons": reasons,
     }
-    content = {"fingerprint": fingerprint, "total": total, "sources": sources, "settings": identity["settings"]}
+    content = {
+        "fingerprint": fingerprint,
+        "written": is_written,
+        "total": total,
+        "sources": sources,
+        "settings": identity["settings"],
+    }
     return Report(json.loads(json.dumps(content)))  # as it will be read again: lists, no tuples
 
 

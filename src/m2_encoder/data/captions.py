@@ -11,7 +11,9 @@ VeCLIP (arXiv:2310.07699); sentences and keywords, HQ-CLIP (arXiv:2507.22431).
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,6 +152,5 @@ def _check_weights(name: str, weights: Mapping[str, Any], known: Sequence[str]) 
 
 
 def _draw(weights: Mapping[str, float], rng: np.random.Generator) -> str:
-    names = list(weights)
-    share = np.cumsum([weights[name] for name in names])
-    return names[int(np.searchsorted(share, rng.random() * share[-1], side="right"))]
+    share = list(accumulate(weights.values()))  # of a few: arrays would cost ten times as much
+    return list(weights)[bisect_right(share, rng.random() * share[-1])]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from m2_encoder.data.pixel_rows import join_rows
 from m2_encoder.data.stream import TrainingSample
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES, ImageTextBatch
@@ -28,9 +29,12 @@ def collate_samples(samples: list[TrainingSample], *, tokenizer: SentencePieceTo
 def stack_images(images: Sequence[Tensor]) -> Tensor:
     """(B, 3, S, S) of B images; where the channels come last in their memory, they do in the batch's.
 
-    Such images are copied whole. Sorting the channels would take seven times as long; what computes with them does it
-    better, on its device.
+    Images that lie one behind the other already stay where they are. Others with their channels last are copied whole:
+    sorting the channels would take seven times as long; what computes with them does it better, on its device.
     """
+    joined = join_rows(images)
+    if joined is not None:
+        return joined
     if all(image.permute(1, 2, 0).is_contiguous() for image in images):
         return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return torch.stack(list(images))

@@ -27,12 +27,15 @@ from simplejpeg import decode_jpeg
 from torch import Tensor
 
 from m2_encoder.data.content import SampleProblem
-from m2_encoder.data.image_facts import ImageLimits, open_pixels
-from m2_encoder.data.transforms import open_image
+from m2_encoder.data.image_facts import ImageLimits, check_size, open_pixels
+from m2_encoder.data.jpeg_header import read_jpeg_size
+from m2_encoder.data.transforms import MAX_PIXELS, open_image
 from m2_encoder.errors import ImageError
 
 _FAST_FORMATS = frozenset({"JPEG", "MPO"})  # MPO: a JPEG with more pictures behind it
 _DEFAULT_LIMITS = ImageLimits()
+
+_TURNED_BY = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})  # Pillow's names in `info`
 
 # EXIF orientation -> swap rows and columns, then mirror vertically, then horizontally.
 _ORIENTATIONS = {
@@ -77,10 +80,16 @@ def decode_image_uint8(
     Raises:
         UnusableImageError: with the reason empty_member, undecodable_image, too_many_pixels, too_small or absurd_shape.
     """
+    limits = ImageLimits(max_pixels, min_side_px, max_aspect)
+    size = read_jpeg_size(data)
+    is_fast, orientation = True, 1
     try:
-        with open_pixels(data, ImageLimits(max_pixels, min_side_px, max_aspect)) as header:
-            is_fast = header.format in _FAST_FORMATS and header.mode != "CMYK"
-            orientation = _orientation(header) if honor_exif else 1
+        if size is not None and size[0] * size[1] <= MAX_PIXELS:
+            check_size(*size, limits)
+        else:
+            with open_pixels(data, limits) as header:
+                is_fast = header.format in _FAST_FORMATS and header.mode != "CMYK"
+                orientation = _orientation(header) if honor_exif else 1
     except SampleProblem as error:
         raise UnusableImageError(error.reason, error.detail) from error
     pixels = _decode_fast(data) if is_fast else None
@@ -92,8 +101,8 @@ def decode_image_uint8(
 
 
 def _orientation(header: Image.Image) -> int:
-    """EXIF orientation, 1..8; 1 where there is none, or none that can be read."""
-    if "exif" not in header.info:
+    """Orientation by EXIF or XMP, 1..8; 1 where there is none, or none that can be read."""
+    if _TURNED_BY.isdisjoint(header.info):
         return 1
     try:
         with warnings.catch_warnings():

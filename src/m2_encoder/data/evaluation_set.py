@@ -65,6 +65,27 @@ def read_retrieval_set(folder: str | os.PathLike[str], *, name: str, transform: 
     return RetrievalSet(name, tuple(keys), torch.stack(images), {k: tuple(v) for k, v in captions.items()})
 
 
+def check_retrieval_set(folder: str | os.PathLike[str], *, name: str) -> None:
+    """Look at the texts of a set, as `read_retrieval_set` will.
+
+    Args:
+        folder: holds `*.tar`.
+        name: of the set, for messages.
+
+    Raises:
+        UserError: as `read_retrieval_set`, but for images that cannot be decoded.
+    """
+    try:
+        for location in index_shards(folder):
+            raw = read_sample(location)
+            for language in LANGUAGES:
+                _first_caption(raw, language)
+    except UserError as error:
+        raise UserError(
+            f"data.validation.{name}={os.fspath(folder)}: {error}, or leave it out: ~data.validation.{name}"
+        ) from error
+
+
 def _first_caption(raw: RawSample, language: str) -> str:
     texts = raw.metadata["captions"].get(language)
     if not isinstance(texts, list) or not texts or not isinstance(texts[0], str) or not texts[0].strip():

@@ -74,7 +74,8 @@ class FaultLog:
     Args:
         path: the list, one JSON object per line; None keeps none.
         max_share: of unusable samples among those drawn, 0..1, above which the run ends.
-        max_samples: number of unusable samples above which the run ends; None sets no limit.
+        max_samples: entries on the list, of all processes and earlier parts of the run, above which the run ends; None
+            sets no limit.
 
     Attributes:
         counts: unusable samples drawn so far by this process, by reason; a sample drawn twice counts twice.
@@ -119,20 +120,23 @@ class FaultLog:
             raise UserError(f"{self._path}: cannot list unusable samples: {error}") from error
         self._listed |= set(new)
 
-    def start(self, faults: Iterable[SampleFault], *, usable: int) -> None:
+    def start(self, faults: Iterable[SampleFault], *, usable: int, is_counted: bool = True) -> None:
         """Count and list what is known before anything is drawn.
 
         Args:
             faults: in the shards.
             usable: samples in them.
+            is_counted: in `at_start`; for one of the ranks, which all find the same.
 
         Raises:
             UserError: if the budget is spent already.
         """
         faults = tuple(faults)
         self.list(faults)
-        self.at_start = Counter(fault.reason for fault in faults)
-        self._check_budget(self.at_start, len(faults), usable)
+        counts = Counter(fault.reason for fault in faults)
+        if is_counted:
+            self.at_start = counts
+        self._check_budget(counts, usable)
 
     def add(self, faults: Iterable[SampleFault], *, drawn: int) -> None:
         """Count and list faults.
@@ -150,20 +154,22 @@ class FaultLog:
             return
         self.counts.update(fault.reason for fault in faults)
         self.list(faults)
-        self._check_budget(self.counts, self.counts.total(), self._seen)
+        self._check_budget(self.counts, self._seen)
 
-    def _check_budget(self, counts: Counter[str], bad: int, good: int) -> None:
-        over_count = self._max_samples is not None and bad > self._max_samples
-        if not over_count and bad <= self._max_share * max(good + bad, _LEAST_SEEN):
+    def _check_budget(self, counts: Counter[str], good: int) -> None:
+        bad = sum(counts.values())
+        if self._max_samples is not None and len(self._listed) > self._max_samples:
+            what = (
+                f"{len(self._listed)} unusable samples are listed, more than data.max_bad_samples={self._max_samples}"
+            )
+        elif bad > self._max_share * max(good + bad, _LEAST_SEEN):
+            what = f"{bad} of {good + bad} samples are unusable, more than data.max_bad_share={self._max_share:g}"
+        else:
             return
-        limit = f"data.max_bad_samples={self._max_samples}" if over_count else f"data.max_bad_share={self._max_share:g}"
         by_reason = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
         places = "; ".join(fault.describe() for fault in self._first)
         listed = "" if self._path is None else f"; all of them: {self._path}"
-        raise UserError(
-            f"{places}: {bad} of {good + bad} samples are unusable, more than {limit}: {by_reason}{listed}; mend the "
-            "shards, or allow more"
-        )
+        raise UserError(f"{places}: {what}: {by_reason}{listed}; mend the shards, or allow more")
 
     @staticmethod
     def _ends_line(file: IO[bytes]) -> bool:

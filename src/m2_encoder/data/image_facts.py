@@ -77,7 +77,7 @@ def open_pixels(content: bytes, limits: ImageLimits) -> Image.Image:
     except Exception as error:
         # Not too broad: on damaged bytes Pillow's many decoders raise nearly every built-in exception.
         raise SampleProblem("undecodable_image", _describe(error)) from error
-    _check_size(*image.size, limits)
+    check_size(*image.size, limits)
     return image
 
 
@@ -96,14 +96,21 @@ def load_pixels(image: Image.Image) -> None:
         raise SampleProblem("undecodable_image", _describe(error)) from error
 
 
-def _check_size(width: int, height: int, limits: ImageLimits) -> None:
-    size = f"{width} x {height} pixels"
+def check_size(width: int, height: int, limits: ImageLimits) -> None:
+    """Make sure that an image of this size, in pixels, may be decoded.
+
+    Raises:
+        SampleProblem: too_many_pixels, too_small or absurd_shape.
+    """
     if width * height > limits.max_pixels:
-        raise SampleProblem("too_many_pixels", f"{size}, at most {limits.max_pixels:,} are allowed")
-    if max(width, height) > limits.max_aspect * min(width, height):
-        raise SampleProblem("absurd_shape", f"{size}, the longer side may be {limits.max_aspect:g} times the shorter")
-    if min(width, height) < limits.min_side_px:
-        raise SampleProblem("too_small", f"{size}, each side needs {limits.min_side_px}")
+        reason, rule = "too_many_pixels", f"at most {limits.max_pixels:,} are allowed"
+    elif max(width, height) > limits.max_aspect * min(width, height):
+        reason, rule = "absurd_shape", f"the longer side may be {limits.max_aspect:g} times the shorter"
+    elif min(width, height) < limits.min_side_px:
+        reason, rule = "too_small", f"each side needs {limits.min_side_px}"
+    else:
+        return
+    raise SampleProblem(reason, f"{width} x {height} pixels, {rule}")
 
 
 def _describe(error: Exception) -> str:

@@ -18,9 +18,12 @@ import numpy.typing as npt
 
 from m2_encoder.data.content import SampleProblem, SampleText, parse_sample_text
 from m2_encoder.data.image_facts import ImageFacts, ImageLimits, read_image_facts
+from m2_encoder.data.manifest import is_remote
+from m2_encoder.data.remote import RemoteShards
 from m2_encoder.data.shard_index import IndexedSample, ShardIndex, open_index
 from m2_encoder.data.shards import Member
 from m2_encoder.data.tar_scan import scan_tar
+from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 from m2_encoder.types import LANGUAGES
@@ -45,6 +48,7 @@ class InspectionOptions(NamedTuple):
     Attributes:
         samples_per_shard: evenly spread over a shard; None takes all.
         decode: decode images, too, which finds cut ones; otherwise only their headers are read.
+        num_decoded: images of a shard to decode, evenly spread; None decodes all that are read.
         limits: images outside are faults.
         language: of captions without one; None detects it by the script.
         words: count words.
@@ -53,6 +57,7 @@ class InspectionOptions(NamedTuple):
 
     samples_per_shard: int | None = 250
     decode: bool = True
+    num_decoded: int | None = None
     limits: ImageLimits = ImageLimits()
     language: str | None = None
     words: bool = False
@@ -60,10 +65,17 @@ class InspectionOptions(NamedTuple):
 
 
 class ShardTask(NamedTuple):
-    """One shard to inspect."""
+    """One shard to inspect.
+
+    Attributes:
+        path: of the tar, or its url.
+        options: what is looked at.
+        remote: local copies of remote shards; None refuses urls.
+    """
 
     path: str
     options: InspectionOptions
+    remote: RemoteShards | None = None
 
 
 class Fault(NamedTuple):
@@ -86,15 +98,17 @@ class ShardInspection(NamedTuple):
     """What one shard holds.
 
     Attributes:
-        path: of the tar.
+        path: of the tar, or its url.
         num_bytes: of the tar; 0 if it is not there.
         indexed: samples that are usable as far as headers tell.
         header_faults: samples that are not, by reason.
         inspected: samples that were read.
         content_faults: those of them that cannot be used, by reason.
+        decoded: images that were decoded.
+        damaged: those of them that cannot be.
         shard_faults: what is wrong with the shard as a whole, by reason.
         examples: some faults.
-        extensions: members of the shard by extension.
+        extensions: members by extension; where a part of the samples is read, those at the start of the shard.
         json_keys: inspected samples by key of their JSON.
         formats: inspected images by kind.
         rows: usable inspected samples, `SAMPLE_ROW`.
@@ -107,6 +121,8 @@ class ShardInspection(NamedTuple):
     header_faults: Counter[str]
     inspected: int
     content_faults: Counter[str]
+    decoded: int
+    damaged: int
     shard_faults: Counter[str]
     examples: tuple[Fault, ...]
     extensions: Counter[str]
@@ -124,16 +140,18 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
     indexed = inspected = 0
     header_faults: Counter[str] = Counter()
     try:
-        index, descriptor = _open(task.path)
+        index, descriptor = _open(task.path, task.remote)
         header_faults = _add_header_faults(index, faults)
-        seen.extensions = _count_extensions(descriptor, index.size)
+        seen.extensions = _count_extensions(descriptor, index, task.options)
         indexed = len(index)
         counter = _Counter(task.options)
-        for number in _choose(indexed, task.options.samples_per_shard):
+        chosen = _choose(indexed, task.options.samples_per_shard)
+        decoded = {chosen[i] for i in _choose(len(chosen), task.options.num_decoded)} if task.options.decode else set()
+        for number in chosen:
             inspected += 1
             sample = index[number]
             try:
-                _inspect_sample(descriptor, sample, task.options, counter, seen)
+                _inspect_sample(descriptor, sample, task.options, counter, seen, decode=number in decoded)
             except SampleProblem as problem:
                 faults.add(sample.key, problem.reason, problem.detail, content=True)
     except FileNotFoundError:
@@ -152,6 +170,8 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         header_faults=header_faults,
         inspected=inspected,
         content_faults=faults.content,
+        decoded=seen.decoded,
+        damaged=seen.damaged,
         shard_faults=faults.of_shard,
         examples=tuple(faults.examples),
         extensions=seen.extensions,
@@ -162,10 +182,12 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
     )
 
 
-def find_captions(path: str, wanted: Sequence[int], options: InspectionOptions) -> dict[int, str]:
+def find_captions(
+    path: str, wanted: Sequence[int], options: InspectionOptions, *, remote: RemoteShards | None = None
+) -> dict[int, str]:
     """Texts of a shard by their hash, those that are wanted; what cannot be read is left out."""
     left, found = set(wanted), {}
-    index, descriptor = _open(path)
+    index, descriptor = _open(path, remote)
     try:
         for number in _choose(len(index), options.samples_per_shard):
             try:
@@ -217,6 +239,7 @@ class _Seen:
         self.json_keys: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.extensions: Counter[str] = Counter()
+        self.decoded = self.damaged = 0
 
     def add(self, sample: IndexedSample, image: bytes, facts: ImageFacts, said: SampleText, counter: _Counter) -> None:
         identity = sample.key if said.identity is None else said.identity
@@ -245,12 +268,18 @@ class _Counter:
         return -1 if self._tokenizer is None else len(self._tokenizer.encode(text))
 
 
-def _open(path: str) -> tuple[ShardIndex, int]:
-    """A shard's index and the shard, opened.
+def _open(path: str, remote: RemoteShards | None) -> tuple[ShardIndex, int]:
+    """A shard's index and the shard, opened; of a remote one its local copy.
 
     Raises:
-        SampleProblem: shard_changed, if it is another one than was indexed.
+        SampleProblem: shard_changed, if it is another one than was indexed, or what a download can end in.
+        UserError: for a url without a folder for copies.
     """
+    if is_remote(path):
+        if remote is None:
+            raise UserError(f"{path} is remote: say where copies of remote shards are kept")
+        path = str(remote.fetch(path))
+    path = path.removeprefix("file://")
     index = open_index(path)
     descriptor = os.open(path, os.O_RDONLY)
     status = os.fstat(descriptor)
@@ -269,7 +298,10 @@ def _add_header_faults(index: ShardIndex, faults: _Faults) -> Counter[str]:
     return counts
 
 
-def _count_extensions(descriptor: int, size: int) -> Counter[str]:
+def _count_extensions(descriptor: int, index: ShardIndex, options: InspectionOptions) -> Counter[str]:
+    """Members by extension, from as many headers as samples are read: all of a large tar take longer than the rest."""
+    limit = options.samples_per_shard
+    size = index.size if limit is None or len(index) <= limit else index[limit].image.offset
     names = (Path(member.name).name for member in scan_tar(descriptor, size=size).members)
     return Counter(f".{rest}" if dot else "no extension" for _, dot, rest in (name.partition(".") for name in names))
 
@@ -282,13 +314,27 @@ def _choose(count: int, limit: int | None) -> Sequence[int]:
 
 
 def _inspect_sample(
-    descriptor: int, sample: IndexedSample, options: InspectionOptions, counter: _Counter, seen: _Seen
+    descriptor: int,
+    sample: IndexedSample,
+    options: InspectionOptions,
+    counter: _Counter,
+    seen: _Seen,
+    *,
+    decode: bool,
 ) -> None:
     said = _read_text(descriptor, sample, options)
     seen.json_keys.update(said.keys)
     image = _read(descriptor, sample.image)
     assert image is not None, "an indexed sample has an image"
-    seen.add(sample, image, read_image_facts(image, options.limits, decode=options.decode), said, counter)
+    facts = read_image_facts(image, options.limits, decode=False)
+    if decode:
+        seen.decoded += 1
+        try:
+            read_image_facts(image, options.limits, decode=True)
+        except SampleProblem:
+            seen.damaged += 1
+            raise
+    seen.add(sample, image, facts, said, counter)
 
 
 def _read_text(descriptor: int, sample: IndexedSample, options: InspectionOptions) -> SampleText:

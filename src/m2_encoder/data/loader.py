@@ -25,7 +25,7 @@ from m2_encoder.data.order import rank_positions
 from m2_encoder.data.plan import Segment, SegmentSource
 from m2_encoder.data.stages import STAGES, TOKENISING, StageBoard, StageClock
 from m2_encoder.data.stream import Delivery
-from m2_encoder.data.watchdog import STALL_TIMEOUT_S, watch
+from m2_encoder.data.watchdog import POLL_S, STALL_TIMEOUT_S, watch
 from m2_encoder.errors import UserError
 from m2_encoder.types import ImageTextBatch
 
@@ -36,12 +36,12 @@ _LAST_STEP_S = 600  # that workers live on after SIGTERM, for the trainer to end
 
 
 class PositionDataset(Protocol):
-    """Gives the sample that stands at a position."""
+    """Gives the samples that stand at some positions."""
 
     clock: StageClock
 
-    def __getitem__(self, position: int) -> Delivery:
-        """The sample, and what was unusable before it."""
+    def deliver(self, positions: Sequence[int]) -> Iterator[Delivery]:
+        """The samples in their order, each with what was unusable before it."""
         ...
 
 
@@ -243,7 +243,7 @@ class PositionLoader:
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
             worker_init_fn=_prepare_worker,
-            timeout=self._stall_timeout_s if self._num_workers else 0,
+            timeout=min(POLL_S, self._stall_timeout_s) if self._num_workers else 0,
             generator=torch.Generator(),
         )
 
@@ -267,7 +267,7 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, positions: list[int]) -> Batch | UserError:
         try:
-            deliveries = [self.dataset[position] for position in positions]
+            deliveries = list(self.dataset.deliver(positions))
             self.dataset.clock.enter(TOKENISING)
             batch = self._collate([delivery.sample for delivery in deliveries])
         except UserError as error:

@@ -8,7 +8,6 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from m2_encoder.data.watchdog import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
@@ -86,10 +86,16 @@ class ShardSize(NamedTuple):
     Attributes:
         samples: usable ones, as far as headers of the tar tell.
         size: bytes of the tar.
+        written: when the tar was last written, ns; 0 if nobody says.
+        unusable: what headers tell to be unusable, entries.
+        layout: checksum of names, places and sizes of the samples; 0 if nobody says.
     """
 
     samples: int
     size: int
+    written: int = 0
+    unusable: int = 0
+    layout: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +107,18 @@ class Source:
         shards: paths or urls, in the order of the configuration.
         counts: samples to use of each shard, int64.
         sizes: bytes of each tar, int64.
+        written: when each tar was last written, ns; 0 if nobody says, int64.
+        layouts: checksum of each tar's table of samples; 0 if nobody says, int64.
+        faulty: shards with something unusable in them, also those that have nothing else.
     """
 
     spec: SourceSpec
     shards: tuple[str, ...]
     counts: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
+    written: npt.NDArray[np.int64]
+    layouts: npt.NDArray[np.int64]
+    faulty: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -119,11 +131,12 @@ class Source:
         return int(self.counts.sum())
 
     def digest(self) -> str:
-        """A word for content and order: file names, samples and sizes; folders may move."""
+        """A word for content and order: file names, samples, sizes and layouts; folders may move."""
         digest = hashlib.blake2b(digest_size=8)
         digest.update("\n".join(shard.rpartition("/")[2] for shard in self.shards).encode())
         digest.update(self.counts.tobytes())
         digest.update(self.sizes.tobytes())
+        digest.update(self.layouts.tobytes())
         return digest.hexdigest()
 
 
@@ -131,10 +144,10 @@ class Manifest:
     """All sources of a run.
 
     Args:
-        sources: in the order of the configuration.
+        sources: in any order.
 
     Attributes:
-        sources: as given.
+        sources: sorted by name, so that the order of samples does not depend on that of the configuration.
         weights: share of each source in the mixture, not normalised.
 
     Raises:
@@ -142,7 +155,7 @@ class Manifest:
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        self.sources = tuple(sources)
+        self.sources = tuple(sorted(sources, key=lambda source: source.name))
         names = [source.name for source in self.sources]
         if not names or len(set(names)) != len(names):
             raise UserError(f"data.sources={names} must be one or more sources of different names")
@@ -164,7 +177,7 @@ class Manifest:
     def fingerprint(self) -> dict[str, str]:
         """One line for each source that changes whenever the order of samples would; plain and short."""
         return {
-            f"source {source.name}": f"{source.samples} samples in {len(source.shards)} shards, weight {weight:g}, "
+            f"source {source.name}": f"{source.samples} samples in {len(source.shards)} shards, weight {_write(weight)}, "
             f"content {source.digest()}"
             for source, weight in zip(self.sources, self.weights, strict=True)
         }
@@ -175,7 +188,15 @@ class Manifest:
             source.name: {
                 "weight": weight,
                 "digest": source.digest(),
-                "shards": list(zip(source.shards, source.counts.tolist(), source.sizes.tolist(), strict=True)),
+                "shards": list(
+                    zip(
+                        source.shards,
+                        source.counts.tolist(),
+                        source.sizes.tolist(),
+                        source.layouts.tolist(),
+                        strict=True,
+                    )
+                ),
             }
             for source, weight in zip(self.sources, self.weights, strict=True)
         }
@@ -184,7 +205,7 @@ class Manifest:
 
 
 def read_record(record: Tensor) -> dict[str, Any]:
-    """What `Manifest.record` packed: by source its `weight`, `digest` and `shards` as [path, samples, bytes]."""
+    """What `Manifest.record` packed: by source its `weight`, `digest`, `shards` as [path, samples, bytes, layout]."""
     return json.loads(zlib.decompress(record.numpy().tobytes()))
 
 
@@ -200,14 +221,19 @@ def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
     for name in (name for name in now if name in before):
         then, new = before[name], now[name]
         if then["weight"] != new["weight"]:
-            lines.append(f"source {name}: weight {then['weight']:g} then, {new['weight']:g} now")
+            lines.append(f"source {name}: weight {_write(then['weight'])} then, {_write(new['weight'])} now")
         if then["digest"] != new["digest"]:
             lines += [f"source {name}: {line}" for line in _describe_shards(then["shards"], new["shards"])]
     return lines
 
 
+def _write(weight: float) -> str:
+    """All digits, because any of them may change the order; without the point of a whole number."""
+    return repr(float(weight)).removesuffix(".0")
+
+
 def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[str]:
-    then, new = ({shard: (samples, size) for shard, samples, size in part} for part in (before, now))
+    then, new = ({shard: tuple(values) for shard, *values in part} for part in (before, now))
     removed, added = [s for s in then if s not in new], [s for s in new if s not in then]
     changed = [s for s in new if s in then and then[s] != new[s]]
     for what, shards in (("added", added), ("removed", removed)):
@@ -215,10 +241,10 @@ def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[
             yield f"{len(shards)} shard(s) {what} ({_name_some(shards)})"
     if changed:
         first = changed[0]
-        yield (
-            f"{len(changed)} shard(s) changed ({_name_some(changed)}; {first}: {then[first][0]} samples in "
-            f"{then[first][1]} bytes then, {new[first][0]} in {new[first][1]} now)"
-        )
+        what = f"{then[first][0]} samples in {then[first][1]} bytes then, {new[first][0]} in {new[first][1]} now"
+        if then[first][:2] == new[first][:2]:
+            what = "of the same size, but its samples have other names, sizes or places"
+        yield f"{len(changed)} shard(s) changed ({_name_some(changed)}; {first}: {what})"
     if not (removed or added or changed):
         yield "the same shards in another order"
 
@@ -228,20 +254,23 @@ def _name_some(shards: Sequence[str]) -> str:
     return ", ".join(shards[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def build_manifest(specs: Sequence[SourceSpec], *, measure: Callable[[str], ShardSize]) -> Manifest:
+def build_manifest(
+    specs: Sequence[SourceSpec], *, measure: Callable[[str], ShardSize], stall_timeout_s: float = STALL_TIMEOUT_S
+) -> Manifest:
     """Find the shards of every source and count their samples.
 
     Args:
         specs: as configured.
         measure: tells how much a shard holds; called from several threads. It raises OSError for what is not there.
+        stall_timeout_s: after which a local shard that does not answer is an error.
 
     Raises:
-        UserError: for shards that are not there or come twice, and as `Manifest`.
+        UserError: for shards that are not there, do not answer or come twice, and as `Manifest`.
     """
-    return Manifest([_build_source(spec, measure) for spec in specs])
+    return Manifest([_build_source(spec, measure, stall_timeout_s) for spec in specs])
 
 
-def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize]) -> Source:
+def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize], stall_timeout_s: float) -> Source:
     shards = expand_shards(spec)
     failed: list[str] = []
 
@@ -252,25 +281,72 @@ def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize]) -> Sour
             failed.append(f"{shard} ({error.strerror or error})")
             return ShardSize(0, 0)
 
-    with ThreadPoolExecutor(_COUNTING_THREADS) as threads:
-        found = list(threads.map(try_measure, shards))
+    found = map_watched(
+        try_measure,
+        shards,
+        threads=_COUNTING_THREADS,
+        timeout_s=stall_timeout_s,
+        describe=lambda shard: None if is_remote(shard) else shard,  # remote ones have time-outs of their own
+    )
     if failed:
         some = _name_some(sorted(failed))
         raise UserError(
             f"data.sources.{spec.name}: {len(failed)} of {len(shards)} shards cannot be read: {some}; "
             "bring them back or leave them out of data.sources"
         )
-    return make_source(spec, shards, [size.samples for size in found], [size.size for size in found])
+    return make_source(
+        spec,
+        shards,
+        [size.samples for size in found],
+        [size.size for size in found],
+        written=[size.written for size in found],
+        unusable=[size.unusable for size in found],
+        layouts=[size.layout for size in found],
+    )
 
 
-def make_source(spec: SourceSpec, shards: Sequence[str], counts: Sequence[int], sizes: Sequence[int]) -> Source:
-    """Apply `max_samples`, and leave out shards without samples."""
+def make_source(
+    spec: SourceSpec,
+    shards: Sequence[str],
+    counts: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    written: Sequence[int] | None = None,
+    unusable: Sequence[int] | None = None,
+    layouts: Sequence[int] | None = None,
+) -> Source:
+    """Apply `max_samples`, and leave out shards without samples.
+
+    Args:
+        spec: as configured.
+        shards: paths or urls.
+        counts: of each, as `ShardSize.samples`.
+        sizes: of each, as `ShardSize.size`.
+        written: of each, as `ShardSize.written`; None for none.
+        unusable: of each, as `ShardSize.unusable`; None for none.
+        layouts: of each, as `ShardSize.layout`; None for none.
+    """
     samples = np.asarray(counts, np.int64)
+    before = np.cumsum(samples) - samples
+    is_read = np.ones(len(samples), bool)
     if spec.max_samples is not None:
-        before = np.cumsum(samples) - samples
+        is_read = before < spec.max_samples
         samples = np.clip(spec.max_samples - before, 0, samples)
     used = np.flatnonzero(samples)
-    return Source(spec, tuple(shards[i] for i in used.tolist()), samples[used], np.asarray(sizes, np.int64)[used])
+
+    def take(column: Sequence[int] | None) -> npt.NDArray[np.int64]:
+        return np.zeros(len(used), np.int64) if column is None else np.asarray(column, np.int64)[used]
+
+    faulty = [] if unusable is None else np.flatnonzero(is_read & (np.asarray(unusable) > 0)).tolist()
+    return Source(
+        spec,
+        tuple(shards[i] for i in used.tolist()),
+        samples[used],
+        take(sizes),
+        take(written),
+        take(layouts),
+        tuple(shards[i] for i in faulty),
+    )
 
 
 def expand_shards(spec: SourceSpec) -> list[str]:

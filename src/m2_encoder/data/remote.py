@@ -6,6 +6,7 @@ a time-out and tried again; one whose size is not what the remote said never bec
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
@@ -56,6 +57,11 @@ class RemoteShards:
         self._wanted: queue.SimpleQueue[tuple[str, int | None]] = queue.SimpleQueue()
         self._fetcher: threading.Thread | None = None
 
+    @property
+    def max_bytes(self) -> int:
+        """Of all copies together."""
+        return self._max_bytes
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the thread: a worker process starts its own."""
         return {**self.__dict__, "_wanted": None, "_fetcher": None}
@@ -73,15 +79,17 @@ class RemoteShards:
 
         Raises:
             SampleProblem: shard_missing, shard_changed, remote_timeout or remote_incomplete.
+            UserError: if the folder takes no copy.
         """
         path = self._path(url)
         if self._is_there(path, size):
             return path
-        self._make_folder()
-        with _locked(path.with_suffix(".lock")):
-            if not self._is_there(path, size):  # another process was faster
-                self._download(url, path, size)
-                self._evict(path)
+        with self._own_errors():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                if not self._is_there(path, size):  # another process was faster
+                    self._download(url, path, size)
+                    self._evict(path)
         return path
 
     def prefetch(self, shards: Sequence[tuple[str, int | None]]) -> None:
@@ -102,7 +110,7 @@ class RemoteShards:
             OSError: if it is not there or the remote does not answer in time.
         """
         try:
-            return self._try(lambda: _remote_size(url), url)
+            return self._try(lambda: self._watch(lambda: _remote_size(url), url, lambda: 0), url)
         except SampleProblem as problem:
             raise OSError(problem.detail) from problem
 
@@ -123,11 +131,16 @@ class RemoteShards:
         digest = hashlib.blake2b(url.encode(), digest_size=10).hexdigest()
         return self._folder / f"{digest}{_TAR_SUFFIX}"
 
-    def _make_folder(self) -> None:
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """What the folder of copies refuses concerns all samples: no reason to skip some of them."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            yield
         except OSError as error:
-            raise UserError(f"data.cache.folder={self._folder} cannot be made: {error}") from error
+            raise UserError(
+                f"data.cache.folder={self._folder} takes no copy ({error.strerror or error}); make room there, choose "
+                f"another folder, or a smaller data.cache.max_bytes (now {self._max_bytes:,.0f})"
+            ) from error
 
     def _is_there(self, path: Path, size: int | None, *, touch: bool = True) -> bool:
         try:
@@ -149,35 +162,46 @@ class RemoteShards:
                 logger.info("%s was not fetched ahead: %s", url, error)
 
     def _download(self, url: str, path: Path, size: int | None) -> None:
-        partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
+        partial = self._try(lambda: self._copy(url, path), url)
         try:
-            self._try(lambda: self._copy(url, partial), url)
             found = partial.stat().st_size
             if size is not None and found != size:
                 raise SampleProblem("shard_changed", f"has {found} bytes, {size} when the run started")
             os.replace(partial, path)
-        except OSError as error:
-            raise UserError(f"data.cache.folder={self._folder} cannot be written: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
 
-    def _copy(self, url: str, partial: Path) -> None:
-        """One attempt: all bytes, as many as the remote says there are."""
+    def _copy(self, url: str, path: Path) -> Path:
+        """One attempt: all bytes, as many as the remote says there are, in a file of its own.
+
+        An attempt that was given up may wake up later; it must not write into the next one's file.
+        """
         import fsspec
 
+        partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
         progress = [0]
 
         def copy() -> int | None:
             size = _remote_size(url)
-            with fsspec.open(url, "rb") as source, partial.open("wb") as target:
+            with fsspec.open(url, "rb") as source, self._own_errors_of(partial.open, "wb") as target:
                 while piece := source.read(_PIECE_BYTES):
-                    target.write(piece)
+                    self._own_errors_of(target.write, piece)
                     progress[0] += len(piece)
+                self._own_errors_of(target.flush)
             return size
 
-        size = self._watch(copy, url, lambda: progress[0])
-        if size is not None and progress[0] != size:
-            raise SampleProblem("remote_incomplete", f"gave {progress[0]} of {size} bytes")
+        try:
+            size = self._watch(copy, url, lambda: progress[0])
+            if size is not None and progress[0] != size:
+                raise SampleProblem("remote_incomplete", f"gave {progress[0]} of {size} bytes")
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return partial
+
+    def _own_errors_of(self, function: Any, *arguments: Any) -> Any:
+        with self._own_errors():
+            return function(*arguments)
 
     def _try(self, attempt: Any, url: str) -> Any:
         """Repeat what the network may have spoilt."""
@@ -196,6 +220,7 @@ class RemoteShards:
 
         Raises:
             SampleProblem: remote_timeout if it stops moving, or what its errors mean.
+            UserError: as the work raises it.
         """
         result: list[Any] = []
         errors: list[BaseException] = []
@@ -245,12 +270,14 @@ def _remote_size(url: str) -> int | None:
     return None if size is None else int(size)
 
 
-def _translate(error: BaseException) -> SampleProblem:
+def _translate(error: BaseException) -> UserError:
     """What an error of some transport means to a reader."""
+    if isinstance(error, UserError):
+        return error
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, FileNotFoundError):
         return SampleProblem("shard_missing", text)
-    if isinstance(error, TimeoutError):
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # two classes before Python 3.11
         return SampleProblem("remote_timeout", text)
     return SampleProblem("remote_incomplete", text)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 import struct
 import uuid
 import zlib
@@ -89,6 +90,8 @@ class IndexHeader(NamedTuple):
         written: when the tar was last written, ns.
         keys: bytes of all keys.
         faults: bytes of the list of faults.
+        unusable: entries of that list.
+        layout: CRC-32 of the table and the keys: another order or size of samples is another shard.
     """
 
     samples: int
@@ -96,6 +99,8 @@ class IndexHeader(NamedTuple):
     written: int
     keys: int
     faults: int
+    unusable: int
+    layout: int
 
 
 class ShardIndex:
@@ -138,13 +143,21 @@ class ShardIndex:
             Member(text, text_size) if text_size else None,
         )
 
+    def header(self) -> IndexHeader:
+        """The head of the file beside the tar."""
+        layout = zlib.crc32(self._keys, zlib.crc32(self._table.tobytes()))
+        faults = len(self._dump_faults())
+        return IndexHeader(len(self), self.size, self.written, len(self._keys), faults, len(self.faults), layout)
+
     def dump(self) -> bytes:
         """The content of the file beside the tar."""
-        faults = json.dumps(self.faults, ensure_ascii=False).encode("utf-8", "replace")
-        header = IndexHeader(len(self), self.size, self.written, len(self._keys), len(faults))
-        encoded = json.dumps(header._asdict()).encode()
-        body = b"".join([_MAGIC, struct.pack("<I", len(encoded)), encoded, self._table.tobytes(), self._keys, faults])
+        encoded = json.dumps(self.header()._asdict()).encode()
+        parts = [struct.pack("<I", len(encoded)), encoded, self._table.tobytes(), self._keys, self._dump_faults()]
+        body = b"".join([_MAGIC, *parts])
         return body + struct.pack("<I", zlib.crc32(body))
+
+    def _dump_faults(self) -> bytes:
+        return json.dumps(self.faults, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def read_header(path: str | os.PathLike[str]) -> IndexHeader | None:
@@ -159,9 +172,13 @@ def read_header(path: str | os.PathLike[str]) -> IndexHeader | None:
 def load_index(path: str | os.PathLike[str]) -> ShardIndex | None:
     """Read an index file; None if there is none, or a damaged or foreign one."""
     try:
-        content = Path(path).read_bytes()
+        return parse_index(Path(path).read_bytes())
     except FileNotFoundError:
         return None
+
+
+def parse_index(content: bytes) -> ShardIndex | None:
+    """The content of an index file; None if it is a damaged or foreign one."""
     header = parse_header(content)
     if header is None or struct.unpack("<I", content[-4:])[0] != zlib.crc32(memoryview(content)[:-4]):
         return None
@@ -194,8 +211,10 @@ def build_index(tar: str | os.PathLike[str]) -> ShardIndex:
     """Make the index of a tar from its headers.
 
     Raises:
-        OSError: if the tar cannot be read; whatever its bytes are, they never raise.
+        OSError: if the tar cannot be read, or is no ordinary file; whatever its bytes are, they never raise.
     """
+    if not stat.S_ISREG(os.stat(tar).st_mode):
+        raise OSError("not an ordinary file")  # opening a pipe would wait for a writer
     descriptor = os.open(tar, os.O_RDONLY)
     try:
         status = os.fstat(descriptor)
@@ -229,8 +248,7 @@ def count_samples(tar: str | os.PathLike[str]) -> IndexHeader:
     status = os.stat(tar)
     if header is not None and (header.size, header.written) == (status.st_size, status.st_mtime_ns):
         return header
-    index = open_index(tar)
-    return IndexHeader(len(index), index.size, index.written, 0, 0)
+    return open_index(tar).header()
 
 
 def open_index(tar: str | os.PathLike[str]) -> ShardIndex:

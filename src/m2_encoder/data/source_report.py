@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,18 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.data.duplicates import FalseNegatives, class_sizes, expect_false_negatives
-from m2_encoder.data.inspection import (
-    CAPTION_ROW,
-    SAMPLE_ROW,
-    Fault,
-    InspectionOptions,
-    ShardInspection,
-    ShardTask,
-    find_captions,
-    inspect_shard,
-)
+from m2_encoder.data.inspection import Fault, ShardInspection, find_captions
 from m2_encoder.data.shards import IMAGE_EXTENSIONS
-from m2_encoder.data.worker_pool import map_in_processes
+from m2_encoder.data.survey import Survey
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
@@ -33,28 +24,6 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 _MAX_EXAMPLES = 5  # faults of one reason that a report names
 _MANY_FAULTS = 0.01  # share of unusable samples that is worth a warning
 _MANY_FALSE_NEGATIVES = 0.05  # share of rows
-
-
-class Survey(NamedTuple):
-    """All inspected samples of a source.
-
-    Attributes:
-        shards: each inspected one, in order.
-        num_shards: of the source.
-        num_bytes: of all its shards, as far as they are there.
-        is_whole: whether every sample was inspected.
-        rows: usable inspected samples, `SAMPLE_ROW`.
-        captions: theirs, `CAPTION_ROW`, with rows counted over all shards.
-        options: what was looked at.
-    """
-
-    shards: tuple[ShardInspection, ...]
-    num_shards: int
-    num_bytes: int
-    is_whole: bool
-    rows: npt.NDArray[np.void]
-    captions: npt.NDArray[np.void]
-    options: InspectionOptions
 
 
 class CaptionSummary(NamedTuple):
@@ -153,58 +122,19 @@ class SourceReport(NamedTuple):
         return self._asdict() | nested | {"languages": named, "examples": examples, "quantiles": QUANTILES}
 
 
-def survey_source(
-    shards: Sequence[Path],
-    options: InspectionOptions,
-    *,
-    max_shards: int | None = 8,
-    workers: int = 0,
-    report: Callable[[ShardInspection], None] = lambda _: None,
-) -> Survey:
-    """Look at the shards of a source, or at some of them, evenly spread.
-
-    Args:
-        shards: local tars.
-        options: what is looked at in each.
-        max_shards: how many at most; None takes all.
-        workers: processes; 0 works in this one.
-        report: called with each shard, in order.
-
-    Raises:
-        UserError: if words shall be counted without jieba, or the tokenizer is none.
-    """
-    count = len(shards) if max_shards is None else min(max_shards, len(shards))
-    chosen = [shards[(2 * i + 1) * len(shards) // (2 * count)] for i in range(count)]
-    tasks = (ShardTask(str(path), options) for path in chosen)
-    found: list[ShardInspection] = []
-    for inspection in map_in_processes(inspect_shard, tasks, workers=workers, preload=inspect_shard.__module__):
-        found.append(inspection)
-        report(inspection)
-    first_rows = np.cumsum([0, *(len(item.rows) for item in found)])
-    captions = [item.captions.copy() for item in found]
-    for part, first in zip(captions, first_rows, strict=False):
-        part["row"] += first
-    return Survey(
-        shards=tuple(found),
-        num_shards=len(shards),
-        num_bytes=sum(path.stat().st_size for path in shards if path.is_file()),
-        is_whole=count == len(shards) and all(item.inspected == item.indexed for item in found),
-        rows=np.concatenate([np.empty(0, SAMPLE_ROW), *(item.rows for item in found)]),
-        captions=np.concatenate([np.empty(0, CAPTION_ROW), *captions]),
-        options=options,
-    )
-
-
-def check_source(survey: Survey, *, batch_size: int, num_frequent: int = 10) -> SourceReport:
+def check_source(
+    survey: Survey, *, batch_size: int, num_frequent: int = 10, languages: Sequence[str] = LANGUAGES
+) -> SourceReport:
     """Sum up a survey and judge it.
 
     Args:
         survey: of the source.
         batch_size: rows that are contrasted with each other, over all ranks.
         num_frequent: captions to name, of those that repeat.
+        languages: in which captions are expected.
     """
     inspected = sum(item.inspected for item in survey.shards)
-    share, samples = _estimate(survey, inspected)
+    share, samples = _estimate(survey)
     rows, captions = survey.rows, survey.captions
     report = SourceReport(
         shards=survey.num_shards,
@@ -239,7 +169,7 @@ def check_source(survey: Survey, *, batch_size: int, num_frequent: int = 10) -> 
         problems=(),
         warnings=(),
     )
-    return report._replace(problems=tuple(_problems(report)), warnings=tuple(_warnings(report)))
+    return report._replace(problems=tuple(_problems(report)), warnings=tuple(_warnings(report, languages)))
 
 
 def refuse_pointless(report: SourceReport, source: str) -> None:
@@ -280,7 +210,7 @@ def _problems(report: SourceReport) -> list[str]:
     return found
 
 
-def _warnings(report: SourceReport) -> list[str]:
+def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
     found = []
     if report.usable_share < 1 - _MANY_FAULTS and report.usable:
         found.append(f"{1 - report.usable_share:.1%} of the samples cannot be used and will be replaced by others")
@@ -292,11 +222,11 @@ def _warnings(report: SourceReport) -> list[str]:
             f"{expected.share_of_rows:.1%} of the rows of a batch of {expected.batch_size:,} have a false negative: "
             "remove duplicates with m2-data curate, or mark them with an identity"
         )
-    if report.is_whole and report.usable < expected.batch_size:
+    if report.is_whole and 0 < report.usable < expected.batch_size:
         found.append(
             f"{report.usable:,} usable samples are fewer than a batch of {expected.batch_size:,}: they repeat in it"
         )
-    if any(name not in report.languages for name in LANGUAGES) and report.languages:
+    if any(name not in report.languages for name in languages) and report.languages:
         found.append(f"all captions are in {', '.join(report.languages)}: weigh languages accordingly")
     return found
 
@@ -306,15 +236,17 @@ _SHARD_REASONS = {
     "shard_changed": "changed while they were read",
     "not_a_tar": "are no tars",
     "truncated_shard": "are cut or damaged: what lies behind that place is lost",
+    "remote_timeout": "did not come in time",
+    "remote_incomplete": "did not come whole",
 }
 
 
-def _estimate(survey: Survey, inspected: int) -> tuple[float, int]:
+def _estimate(survey: Survey) -> tuple[float, int]:
     """Share of samples that are usable, and how many that are in the whole source."""
     indexed = sum(item.indexed for item in survey.shards)
     known = indexed + sum(sum(item.header_faults.values()) for item in survey.shards)
     seen_bytes = sum(item.num_bytes for item in survey.shards)
-    usable_of_indexed = len(survey.rows) / inspected if inspected else 0.0
+    usable_of_indexed = survey.usable_of_indexed()
     share = indexed / known * usable_of_indexed if known else 0.0
     scale = survey.num_bytes / seen_bytes if seen_bytes else 0.0
     return share, len(survey.rows) if survey.is_whole else math.ceil(indexed * usable_of_indexed * scale)
@@ -374,6 +306,6 @@ def _frequent(survey: Survey, limit: int) -> tuple[tuple[str, int], ...]:
         by_shard.setdefault(int(np.searchsorted(ends, row, side="right")), []).append(int(keys[place]))
     texts: dict[int, str] = {}
     for shard, wanted in by_shard.items():
-        texts |= find_captions(survey.shards[shard].path, wanted, survey.options)
+        texts |= find_captions(survey.shards[shard].path, wanted, survey.options, remote=survey.remote)
     named = [(texts[int(keys[place])], int(counts[place])) for place in chosen if int(keys[place]) in texts]
     return tuple(sorted(named, key=lambda item: (-item[1], item[0])))

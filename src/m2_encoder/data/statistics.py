@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.data.duplicates import class_sizes
-from m2_encoder.data.source_report import Survey
+from m2_encoder.data.survey import Survey
 from m2_encoder.types import LANGUAGES
 
 LENGTH_UNITS = ("characters", "words", "tokens")

@@ -64,7 +64,7 @@ def scan_tar(descriptor: int, *, size: int) -> TarScan:
     members: list[TarMember] = []
     long_name: str | None = None
     pax_size: int | None = None
-    end, problem = 0, "no header"
+    end, problem = 0, f"no tar, {size} bytes" if size else "empty, 0 bytes"
     for offset, header, is_sound in _headers(descriptor, size):
         if header == bytes(BLOCK):
             return TarScan(members, offset, None)

@@ -88,17 +88,18 @@ def crop_and_resize(image: Tensor, box: tuple[int, int, int, int], image_size: i
         (S, S, 3), contiguous, in memory of its own.
     """
     left, top, right, bottom = box
-    part = image.permute(1, 2, 0).numpy()[top:bottom, left:right].copy()
-    height, width = part.shape[:2]
+    part = image.numpy().transpose(1, 2, 0)[top:bottom, left:right]
+    height, width = bottom - top, right - left
     if height == width == image_size:
-        return part
+        return part.copy()
+    part = np.ascontiguousarray(part)
     # A batch of one whose strides say so: only then torch neither splits the channels nor joins them again.
     batch = torch.from_numpy(part.reshape(1, height, width, 3)).permute(0, 3, 1, 2)
     if height > image_size and 2 * width < height + image_size:
         # Here Pillow 13 resizes the height first, torch always the width; each rounds between the two.
         batch = interpolate(batch, (image_size, width), mode="bicubic", antialias=True)
     batch = interpolate(batch, (image_size, image_size), mode="bicubic", antialias=True)
-    return np.ascontiguousarray(batch[0].permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(batch.numpy()[0].transpose(1, 2, 0))
 
 
 def _mirror(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -12,15 +12,19 @@ from typing import Any
 import lightning
 import torch
 
+from m2_encoder.data.cache_size import check_cache
 from m2_encoder.data.captions import CaptionSampler
 from m2_encoder.data.collate import collate_samples
-from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
+from m2_encoder.data.evaluation_set import RetrievalSet, check_retrieval_set, read_retrieval_set
 from m2_encoder.data.faults import FaultLog
+from m2_encoder.data.image_facts import ImageLimits
 from m2_encoder.data.loader import PositionLoader
 from m2_encoder.data.manifest import Manifest, SourceSpec, build_manifest
 from m2_encoder.data.plan import PositionPlan, Segment
 from m2_encoder.data.reading import ShardReader
 from m2_encoder.data.remote import RemoteShards
+from m2_encoder.data.source_report import SourceReport
+from m2_encoder.data.start_check import StartCheck, TrainingNeeds, check_manifest, describe_problems
 from m2_encoder.data.stream import ImageTransform, SampleStream, list_index_faults
 from m2_encoder.data.transforms import EvalTransform
 from m2_encoder.data.validation import ValidationChunks
@@ -52,11 +56,12 @@ class WebDatasetModule(lightning.LightningDataModule):
             different shards.
         window: samples of a lane that are shuffled together; its shards are open at the same time.
         keep_decoded: decode each image once and keep it.
+        check: values of `StartCheck`: how much of each source is looked at before training; None looks at nothing.
         validation: folders of tars by the name of the set; the first one is watched during training.
         eval_batch_size: images or texts per forward in validation.
         cache: arguments of `RemoteShards`, for urls: folder, max_bytes, timeout_s, attempts.
         max_bad_share: of unusable samples, above which the run ends.
-        max_bad_samples: number of unusable samples above which the run ends; None sets no limit.
+        max_bad_samples: entries on the list of unusable samples above which the run ends; None sets no limit.
         new_segment: let a checkpoint of another mixture go on with this one; None never offers it.
         stall_timeout_s: without progress after which loading is an error.
 
@@ -83,6 +88,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         lanes: int = 64,
         window: int = 65_536,
         keep_decoded: bool = False,
+        check: Mapping[str, int] | None = None,
         validation: Mapping[str, str] | None = None,
         eval_batch_size: int = 256,
         cache: Mapping[str, Any] | None = None,
@@ -106,10 +112,13 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._num_workers, self._eval_batch_size = num_workers, eval_batch_size
         self._captions, self._decode, self._transform = captions, decode, transform(image_size)
         self._lanes, self._window, self._keep_decoded = lanes, window, keep_decoded
+        self._check = None if check is None else StartCheck.from_config(check)
+        self._needs = TrainingNeeds(global_batch_size, captions.languages, _limits_of(decode), max_bad_share)
         self._validation = dict(validation or {})
         self._remote = None if cache is None else RemoteShards(**cache)
         self._max_bad_share, self._max_bad_samples = max_bad_share, max_bad_samples
         self._new_segment, self._stall_timeout_s = new_segment, stall_timeout_s
+        self._is_fresh = False
         self.fault_log = self._build_fault_log(None)
 
     @property
@@ -118,14 +127,51 @@ class WebDatasetModule(lightning.LightningDataModule):
         return next(iter(self._validation), "val")
 
     def prepare_data(self) -> None:
-        """Index the shards (one process per machine; does nothing where the indices are true)."""
-        self.__dict__.pop("manifest", None)  # what was there before may have changed
+        """Index the shards (one process per machine; does nothing where the indices are true) and look into some.
+
+        Raises:
+            UserError: if the shards cannot be read, or training on them would be pointless.
+        """
+        if self._check is not None and self._place()[0] == 0 and (problems := describe_problems(self.check_sources())):
+            raise UserError("; ".join(problems))
+        if not self._is_fresh:
+            self.__dict__.pop("manifest", None)  # what was there before may have changed
+        self._is_fresh = False
         logger.info("%d sources", len(self.manifest.sources))
+
+    def check_sources(self) -> dict[str, SourceReport]:
+        """Look at a small part of each source, and at the texts of the validation sets, once.
+
+        Returns:
+            By name of the source; nothing if `check` is None. Those with `problems` make the run pointless.
+
+        Raises:
+            UserError: if the shards or a validation set cannot be read.
+        """
+        check, self._check = self._check, None
+        if check is None:
+            return {}
+        self.__dict__.pop("manifest", None)
+        for name, folder in self._validation.items():
+            check_retrieval_set(folder, name=name)
+        reports = check_manifest(self.manifest, check, self._needs, remote=self._remote)
+        self._is_fresh = True
+        return reports
+
+    def skip_check(self) -> None:
+        """Look at nothing: the same sources were looked at before, or another process does."""
+        self._check = None
+        self._is_fresh = True
+
+    @property
+    def is_checked_at_start(self) -> bool:
+        """Whether a look at the sources is wanted and still to come."""
+        return self._check is not None
 
     @cached_property
     def manifest(self) -> Manifest:
         """All sources with their shards."""
-        return build_manifest(self._specs, measure=self._reader().measure)
+        return build_manifest(self._specs, measure=self._reader().measure, stall_timeout_s=self._stall_timeout_s)
 
     def train_dataloader(self) -> PositionLoader:
         """Batches of this rank; see `PositionLoader`.
@@ -146,8 +192,8 @@ class WebDatasetModule(lightning.LightningDataModule):
         plan = self._plan((), 0)
         plan.check_repeats(self._max_steps * self.global_batch_size)
         self.fault_log = self._build_fault_log(folder)
-        if rank == 0:
-            self._report_faults(plan)
+        self._check_cache(plan)
+        self._report_faults(plan, is_first=rank == 0)
         return PositionLoader(
             self._build_stream,
             collate=partial(collate_samples, tokenizer=self.tokenizer),
@@ -214,20 +260,32 @@ class WebDatasetModule(lightning.LightningDataModule):
         path = None if folder is None else folder / BAD_SAMPLES_FILE
         return FaultLog(path, max_share=self._max_bad_share, max_samples=self._max_bad_samples)
 
-    def _report_faults(self, plan: PositionPlan) -> None:
-        """Say at the start what the headers of shards tell; a run that starts on rubbish ends here."""
-        faults = list(list_index_faults(plan, self._reader()))
+    def _report_faults(self, plan: PositionPlan, *, is_first: bool) -> None:
+        """Say at the start what the headers of shards tell; a run that starts on rubbish ends here, on all ranks."""
+        try:
+            faults = list(list_index_faults(plan, self._reader()))
+        except OSError as error:
+            raise UserError(f"data.sources: a shard cannot be read any more: {error}") from error
         if not faults:
             return
         counts = Counter(fault.reason for fault in faults)
         samples = sum(source.samples for source in self.manifest.sources)
-        logger.warning(
-            "%d samples cannot be used, %d can: %s",
-            len(faults),
-            samples,
-            ", ".join(f"{reason} {count}" for reason, count in counts.most_common()),
-        )
-        self.fault_log.start(faults, usable=samples)
+        if is_first:
+            logger.warning(
+                "%d samples or shards cannot be used, %d samples can: %s",
+                len(faults),
+                samples,
+                ", ".join(f"{reason} {count}" for reason, count in counts.most_common()),
+            )
+        self.fault_log.start(faults, usable=samples, is_counted=is_first)
+
+    def _check_cache(self, plan: PositionPlan) -> None:
+        if self._remote is None:
+            return
+        rank, world_size = self._place()
+        trainer = self.trainer
+        first, count = (rank, 1) if trainer is None else (rank - trainer.local_rank, trainer.num_devices)
+        check_cache(plan, max_bytes=self._remote.max_bytes, ranks=range(first, first + count), world_size=world_size)
 
     def _place(self) -> tuple[int, int]:
         """This process's rank, and how many there are; without a trainer it is alone."""
@@ -245,3 +303,9 @@ class WebDatasetModule(lightning.LightningDataModule):
                 f"trainer.max_steps={trainer.max_steps} exceeds the {self._max_steps} steps of the data module; "
                 "give both the same number"
             )
+
+
+def _limits_of(decode: Callable[[bytes], Any]) -> ImageLimits:
+    """What `decode` refuses by the size alone, where it is `decode_image_uint8` with some of its arguments."""
+    given = getattr(decode, "keywords", {})
+    return ImageLimits(**{name: given[name] for name in ImageLimits._fields if name in given})

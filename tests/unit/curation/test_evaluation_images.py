@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from m2_encoder.curation.evaluation_images import collect_hashes, read_hash_list, write_hash_list
+from m2_encoder.curation.evaluation_images import hash_files, join_hashes, plan_hashes, read_hash_list, write_hash_list
 from m2_encoder.curation.executors import LocalExecutor
 from m2_encoder.curation.pipeline import curate
 from m2_encoder.curation.settings import CurationSettings
@@ -17,6 +18,14 @@ from tests.support.shards import write_tar
 MAX_PIXELS = 10**6
 
 
+def collect_hashes(*places: Path) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = plan_hashes([str(place) for place in places], Path(folder), max_pixels=MAX_PIXELS)
+        for task in tasks:
+            hash_files(task)
+        return join_hashes(tasks)
+
+
 def test_lists_tars_and_folders_say_the_same(tmp_path: Path) -> None:
     images = {f"{number}.png": encode(draw(number)) for number in range(4)}
     (tmp_path / "folder" / "deep").mkdir(parents=True)
@@ -25,13 +34,21 @@ def test_lists_tars_and_folders_say_the_same(tmp_path: Path) -> None:
     members = list(images.items())
     members += [(name.replace("png", "txt"), b"a cat") for name in images]
     write_tar(tmp_path / "tars" / "0.tar", members)
-    by_folder = collect_hashes([str(tmp_path / "folder")], max_pixels=MAX_PIXELS)
-    assert collect_hashes([str(tmp_path / "tars")], max_pixels=MAX_PIXELS) == by_folder
+    by_folder = collect_hashes(tmp_path / "folder")
+    assert collect_hashes(tmp_path / "tars") == by_folder
     write_hash_list(tmp_path / "list.txt", by_folder)
-    assert collect_hashes([str(tmp_path / "list.txt")], max_pixels=MAX_PIXELS) == by_folder
+    assert collect_hashes(tmp_path / "list.txt") == by_folder
     found = read_hash_list(tmp_path / "list.txt")
     assert set(found.hashes.to_pylist()) == {hashlib.sha256(content).digest() for content in images.values()}
     assert len(found.perceptual) == len(found.colors) == 4
+
+
+def test_many_images_are_several_tasks(tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"{number}.jpg").write_bytes(b"image %d" % number)
+    tasks = plan_hashes([str(tmp_path)], tmp_path / "work", max_pixels=MAX_PIXELS)
+    assert [len(task.files) for task in tasks] == [256, 44]
+    assert collect_hashes(tmp_path) == sorted(hashlib.sha256(b"image %d" % n).hexdigest() for n in range(300))
 
 
 def test_output_of_sha256sum_is_a_list(tmp_path: Path) -> None:
@@ -44,22 +61,22 @@ def test_output_of_sha256sum_is_a_list(tmp_path: Path) -> None:
 
 def test_damaged_evaluation_images_count_by_their_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no image")
-    assert collect_hashes([str(tmp_path)], max_pixels=MAX_PIXELS) == [hashlib.sha256(b"no image").hexdigest()]
+    assert collect_hashes(tmp_path) == [hashlib.sha256(b"no image").hexdigest()]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("hello\n", "line 1, 'hello', is no SHA-256"), ("", "no image, tar or hash")]
+    ("content", "message"), [("hello\n", "line 1, 'hello', is no SHA-256"), ("", "no image or hash")]
 )
 def test_wrong_lists(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "list.txt"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        collect_hashes([str(path)], max_pixels=MAX_PIXELS)
+        collect_hashes(path)
 
 
 def test_missing_place(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
-        collect_hashes([str(tmp_path / "none")], max_pixels=MAX_PIXELS)
+        collect_hashes(tmp_path / "none")
 
 
 def test_evaluation_images_and_their_copies_fall(tmp_path: Path) -> None:
@@ -75,6 +92,7 @@ def test_evaluation_images_and_their_copies_fall(tmp_path: Path) -> None:
     places = [str(tmp_path / "benchmark.png")]
     curate(shards, output, CurationSettings(), executor=LocalExecutor(0), evaluation=places)
     assert [d.reason for d in decided(read_decisions(output))] == ["evaluation_image", "evaluation_image", None]
+    assert len((output / "evaluation_hashes.txt").read_text().splitlines()) == 1
     again = tmp_path / "again"
     curate(
         shards, again, CurationSettings(), executor=LocalExecutor(0), evaluation=[str(output / "evaluation_hashes.txt")]

@@ -11,10 +11,45 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.support.curation import file_hashes, write_corpus
+from m2_encoder.curation.global_rules import RULES
+from tests.support.curation import export_scorer, file_hashes, write_corpus
 
 _KILLS = 8
+_STAGES = (
+    "measure",
+    "rules",
+    *(f"{reason}: {part}" for reason in RULES for part in ("spill", "judge")),
+    "merge",
+    "score",
+    "flag",
+    "write",
+)
+
+_PROGRAM = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+from m2_encoder.curation.executors import LocalExecutor
+from m2_encoder.curation.pipeline import curate
+from m2_encoder.curation.ray_executor import RayExecutor
+from m2_encoder.curation.settings import ScoreSettings
+from m2_encoder.curation.sources import list_shards
+from tests.support.curation import SETTINGS
+
+corpus, model, output, executor, stage, share = sys.argv[1:]
+
+def die(now, done, total):
+    if now == stage and done >= float(share) * total:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+score = ScoreSettings(model=model, rows=16, rewrite_below=0.0)
+curate(
+    list_shards({"web": corpus}), Path(output), dataclasses.replace(SETTINGS, score=score, samples_per_shard=10),
+    executor=RayExecutor(workers=2) if executor == "ray" else LocalExecutor(2), progress=die,
+)
+os._exit(0)  # that executors close is tested elsewhere
+"""
 
 
 def command(corpus: Path, output: Path) -> list[str]:
@@ -41,4 +76,31 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert killed, f"never killed within {time.monotonic() - started:.0f} s: the test tests nothing"
     result = subprocess.run(command(corpus, output), check=True, capture_output=True, text=True)
     assert "kept" in result.stdout
+    assert file_hashes(output) == file_hashes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("executor", "stages"),
+    [("local", _STAGES), ("ray", ("measure", "near_duplicate_image: judge", "merge", "score", "write"))],
+)
+def test_killed_in_every_stage(tmp_path: Path, repo_root: Path, executor: str, stages: tuple[str, ...]) -> None:
+    if executor == "ray":
+        pytest.importorskip("ray", reason="the extra ray is not installed")
+    torch.manual_seed(3)
+    model = export_scorer(tmp_path / "model")
+    corpus, output = write_corpus(tmp_path / "web", shards=6, samples=25), tmp_path / "killed"
+    clock = random.Random(7)
+
+    def start(folder: Path, kind: str, stage: str) -> int:
+        share = str(clock.random())
+        arguments = [str(corpus), str(model), str(folder), kind, stage, share]
+        return subprocess.run(
+            [sys.executable, "-c", _PROGRAM, *arguments], cwd=repo_root, capture_output=True, timeout=300, check=False
+        ).returncode
+
+    assert start(tmp_path / "whole", "local", "never") == 0
+    for stage in stages:
+        assert start(output, executor, stage) == -signal.SIGKILL, f"{stage}: was not killed there"
+    assert start(output, executor, "never") == 0
     assert file_hashes(output) == file_hashes(tmp_path / "whole")

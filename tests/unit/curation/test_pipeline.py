@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,17 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_decisions_are_those_of_a_plain_loop(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "images"), [(0, "drop"), (1, "drop"), (2, "drop"), (0, "mark"), (1, "keep")])
+def test_decisions_are_those_of_a_plain_loop(tmp_path: Path, seed: int, images: str) -> None:
     folder = write_corpus(tmp_path / "web", seed=seed)
-    run(folder, tmp_path / "out")
+    settings = dataclasses.replace(SETTINGS, duplicate_images=images)
+    run(folder, tmp_path / "out", settings)
     tables = read_decisions(tmp_path / "out")
-    expected = decide_plainly(tables, SETTINGS)
+    expected = decide_plainly(tables, settings)
     assert decided(tables) == expected
     reasons = count_reasons(expected)
-    wanted = {"kept", "duplicate_pair", "duplicate_image", "near_duplicate_image", "repeated_caption", "too_short"}
+    wanted = {"kept", "duplicate_pair", "near_duplicate_image", "repeated_caption", "too_short"}
+    wanted |= {"duplicate_image"} if images == "drop" else set()
     wanted |= {"absurd_shape", "too_small", "other_language", "undecodable_image", "missing_caption"}
     assert wanted <= set(reasons), f"the corpus tests too little: {reasons}"
 
@@ -126,14 +129,18 @@ def test_metadata_and_roles_are_kept(corpus: Path, finished: Path) -> None:
     assert any("url" in sample for sample in found)
 
 
-def test_marked_copies_share_an_identity(corpus: Path, tmp_path: Path) -> None:
-    run(corpus, tmp_path / "out", dataclasses.replace(SETTINGS, duplicate_images="mark", near_images=None))
+@pytest.mark.parametrize("near", [None, 2])
+def test_marked_copies_share_an_identity(corpus: Path, tmp_path: Path, near: int | None) -> None:
+    run(corpus, tmp_path / "out", dataclasses.replace(SETTINGS, duplicate_images="mark", near_images=near))
+    copies: Counter[bytes] = Counter()
     identities: dict[bytes, set[str]] = {}
     for path in sorted((tmp_path / "out" / "web").glob("*.tar")):
         with tarfile.open(path) as tar:
             members = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
         for (_, image), (_, metadata) in zip(members[::2], members[1::2], strict=True):
             identities.setdefault(image, set()).add(json.loads(metadata)["identity"])
+            copies[image] += 1
+    assert max(copies.values()) > 1, "copies are marked, not dropped"
     assert all(len(names) == 1 for names in identities.values())
     assert len({name for names in identities.values() for name in names}) == len(identities)
 

@@ -25,6 +25,13 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         RayExecutor()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_unreachable_cluster_is_said_at_once(address: str) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    with pytest.raises(UserError, match="nothing answers"):
+        RayExecutor(address=address)
+
+
 @pytest.fixture(scope="module")
 def executor() -> Iterator[RayExecutor]:
     pytest.importorskip("ray", reason="the extra ray is not installed")

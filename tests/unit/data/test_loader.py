@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class Numbers:
         self.broken, self.stuck, self.deadly = broken, stuck, deadly
         self.read: list[int] = []
         self.clock = StageClock()
+
+    def deliver(self, positions: Sequence[int]) -> Iterator[Delivery]:
+        return map(self.__getitem__, positions)
 
     def __getitem__(self, position: int) -> Delivery:
         self.read.append(position)

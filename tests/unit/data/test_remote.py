@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import pickle
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,72 +19,18 @@ from m2_encoder.data.reading import ShardReader
 from m2_encoder.data.remote import RemoteShards
 from m2_encoder.data.shard_index import INDEX_SUFFIX, open_index
 from m2_encoder.errors import UserError
-from tests.support.shards import write_numbers
+from tests.support.shard_server import ShardServer, serve_shards
+from tests.support.shards import make_image, write_numbers, write_tar
 from tests.unit.data.test_stream import make_stream
 
 MANY = 1 << 30
 
 
-class Server(ThreadingHTTPServer):
-    """Serves a folder; a file may misbehave for its next so many requests."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder = folder
-        self.faults: dict[str, list[str]] = {}
-        self.requests: Counter[str] = Counter()
-        self.stop = threading.Event()
-
-    def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{name}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_HEAD(self) -> None:
-        self._head()
-
-    def do_GET(self) -> None:
-        name = self.path.strip("/")
-        self.server.requests[name] += 1
-        content = self._head()
-        fault = self.server.faults.get(name, [])
-        what = fault.pop(0) if fault else ""
-        if what == "hang":
-            self.wfile.write(content[:100])
-            self.server.stop.wait(20)
-        elif what == "half":
-            self.wfile.write(content[: len(content) // 2])
-        else:
-            self.wfile.write(content)
-
-    def _head(self) -> bytes:
-        path = self.server.folder / self.path.strip("/")
-        if not path.is_file():
-            self.send_error(404)
-            return b""
-        content = path.read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        return content
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path) -> Iterator[ShardServer]:
     write_numbers(tmp_path / "served", [4, 4, 4])
-    server = Server(tmp_path / "served")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.stop.set()
-    server.shutdown()
-    server.server_close()
+    with serve_shards(tmp_path / "served") as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +43,7 @@ def make_remote(tmp_path: Path, **values: float) -> RemoteShards:
     return RemoteShards(str(tmp_path / "cache"), **settings)  # type: ignore[arg-type]
 
 
-def test_remote_samples_are_those_of_the_files(tmp_path: Path, server: Server) -> None:
+def test_remote_samples_are_those_of_the_files(tmp_path: Path, server: ShardServer) -> None:
     reader = ShardReader(remote=make_remote(tmp_path))
     spec = SourceSpec("far", server.url("{000000..000002}.tar"))
     manifest = build_manifest([spec], measure=reader.measure)
@@ -110,17 +56,17 @@ def test_remote_samples_are_those_of_the_files(tmp_path: Path, server: Server) -
     assert server.requests["000001.tar"] == 1
 
 
-def test_an_index_beside_a_remote_shard_saves_its_download(tmp_path: Path, server: Server) -> None:
+def test_an_index_beside_a_remote_shard_saves_its_download(tmp_path: Path, server: ShardServer) -> None:
     open_index(server.folder / "000000.tar")
     reader = ShardReader(remote=make_remote(tmp_path))
     size = reader.measure(server.url("000000.tar"))
-    assert size == (4, (server.folder / "000000.tar").stat().st_size)
+    assert size[:2] == (4, (server.folder / "000000.tar").stat().st_size)
     assert server.requests["000000.tar"] == 0
     assert server.requests[f"000000.tar{INDEX_SUFFIX}"] >= 1
 
 
 @pytest.mark.parametrize("fault", ["hang", "half"])
-def test_a_download_that_fails_is_tried_again(tmp_path: Path, server: Server, fault: str) -> None:
+def test_a_download_that_fails_is_tried_again(tmp_path: Path, server: ShardServer, fault: str) -> None:
     server.faults["000000.tar"] = [fault, fault]
     path = make_remote(tmp_path, timeout_s=0.4).fetch(server.url("000000.tar"))
     assert path.read_bytes() == (server.folder / "000000.tar").read_bytes()
@@ -129,7 +75,7 @@ def test_a_download_that_fails_is_tried_again(tmp_path: Path, server: Server, fa
 
 @pytest.mark.parametrize(("fault", "reason"), [("hang", "remote_timeout"), ("half", "remote_incomplete")])
 def test_one_that_always_fails_has_a_reason_and_leaves_nothing(
-    tmp_path: Path, server: Server, fault: str, reason: str
+    tmp_path: Path, server: ShardServer, fault: str, reason: str
 ) -> None:
     server.faults["000000.tar"] = [fault] * 9
     started = time.monotonic()
@@ -140,7 +86,7 @@ def test_one_that_always_fails_has_a_reason_and_leaves_nothing(
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_what_is_missing_or_of_another_size_is_not_tried_again(tmp_path: Path, server: Server) -> None:
+def test_what_is_missing_or_of_another_size_is_not_tried_again(tmp_path: Path, server: ShardServer) -> None:
     remote = make_remote(tmp_path)
     with pytest.raises(SampleProblem, match="shard_missing"):
         remote.fetch(server.url("none.tar"))
@@ -151,7 +97,7 @@ def test_what_is_missing_or_of_another_size_is_not_tried_again(tmp_path: Path, s
         build_manifest([spec], measure=ShardReader(remote=remote).measure)
 
 
-def test_the_folder_keeps_what_was_used_last(tmp_path: Path, server: Server) -> None:
+def test_the_folder_keeps_what_was_used_last(tmp_path: Path, server: ShardServer) -> None:
     size = (server.folder / "000000.tar").stat().st_size
     remote = make_remote(tmp_path, max_bytes=int(2.5 * size))
     urls = [server.url(f"00000{i}.tar") for i in range(3)]
@@ -168,8 +114,8 @@ def _fetch(remote: RemoteShards, url: str) -> None:
     remote.fetch(url)
 
 
-def test_processes_share_one_download(tmp_path: Path, server: Server) -> None:
-    remote = make_remote(tmp_path)
+def test_processes_share_one_download(tmp_path: Path, server: ShardServer) -> None:
+    remote = make_remote(tmp_path, timeout_s=60)  # starting a process takes a second on a busy machine
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_fetch, args=(remote, server.url("000000.tar"))) for _ in range(3)]
     for process in processes:
@@ -180,7 +126,7 @@ def test_processes_share_one_download(tmp_path: Path, server: Server) -> None:
     assert server.requests["000000.tar"] == 1
 
 
-def test_a_stream_fetches_ahead_and_replaces_what_the_remote_withholds(tmp_path: Path, server: Server) -> None:
+def test_a_stream_fetches_ahead_and_replaces_what_the_remote_withholds(tmp_path: Path, server: ShardServer) -> None:
     reader = ShardReader(remote=make_remote(tmp_path, timeout_s=0.3, attempts=1))
     spec = SourceSpec("far", server.url("{000000..000002}.tar"))
     manifest = build_manifest([spec], measure=reader.measure)
@@ -205,3 +151,73 @@ def test_a_url_needs_a_folder(tmp_path: Path) -> None:
         ShardReader().measure("http://127.0.0.1:9/a.tar")
     with pytest.raises(UserError, match=r"data.cache.max_bytes=0 must be above 0"):
         make_remote(tmp_path, max_bytes=0)
+
+
+def test_an_attempt_that_was_given_up_does_not_write_into_the_next_one(tmp_path: Path, server: ShardServer) -> None:
+    server.faults["000000.tar"] = ["wake", "half"]
+    remote = make_remote(tmp_path, timeout_s=0.3, attempts=3)
+    path = remote.fetch(server.url("000000.tar"))
+    expected = (server.folder / "000000.tar").read_bytes()
+    assert path.read_bytes() == expected
+    time.sleep(server.pause_s)
+    assert path.read_bytes() == expected
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path: Path, server: ShardServer) -> None:
+    server.always["000000.tar"] = "silent"
+    started = time.monotonic()
+    with pytest.raises(OSError, match=r"no byte for 0.3 s"):
+        make_remote(tmp_path, timeout_s=0.3, attempts=2).stat(server.url("000000.tar"))
+    assert time.monotonic() - started < 5
+
+
+def test_a_full_folder_ends_the_run_instead_of_blaming_the_server(
+    tmp_path: Path, server: ShardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.suffix == ".partial":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(
+        UserError, match=r"data.cache.folder=.*takes no copy \(No space left on device\); make room"
+    ) as e:
+        make_remote(tmp_path).fetch(server.url("000000.tar"))
+    assert not isinstance(e.value, SampleProblem)
+    assert server.requests["000000.tar"] <= 1, "trying again would not help"
+
+
+def test_a_copy_that_another_process_removes_is_fetched_again(
+    tmp_path: Path, server: ShardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = make_remote(tmp_path)
+    fetch, removed = remote.fetch, []
+
+    def fetch_and_lose(url: str, *, size: int | None = None) -> Path:
+        path = fetch(url, size=size)
+        if len(removed) < 2:
+            removed.append(path)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(remote, "fetch", fetch_and_lose)
+    url = server.url("000000.tar")
+    size = (server.folder / "000000.tar").stat().st_size
+    assert ShardReader(remote=remote).read(url, 2, size=size).key == "000002"
+    assert len(removed) == 2
+
+
+def test_what_headers_of_remote_shards_tell_is_listed(tmp_path: Path, server: ShardServer) -> None:
+    write_tar(server.folder / "000000.tar", [("alone.png", make_image(1)), ("both.png", b""), ("both.txt", b"x")])
+    reader = ShardReader(remote=make_remote(tmp_path))
+    url = server.url("000000.tar")
+    assert reader.measure(url)[:4] == (0, (server.folder / "000000.tar").stat().st_size, 0, 2)
+    faults = {(fault.key, fault.reason) for fault in reader.faults(url)}
+    assert faults == {("alone", "missing_caption"), ("both", "empty_member")}
+    open_index(server.folder / "000000.tar")
+    asked = server.requests["000000.tar"]
+    assert {(fault.key, fault.reason) for fault in reader.faults(url)} == faults
+    assert server.requests["000000.tar"] == asked, "the index beside it says the same"

@@ -184,7 +184,8 @@ def test_no_bytes_raise(tmp_path: Path, content: bytes, position: int, bits: int
     ("content", "detail"),
     [
         (os.urandom(4096), "not a tar"),
-        (b"", "no header"),
+        (b"", "empty, 0 bytes"),
+        (b"short", "no tar, 5 bytes"),
         (b"\x1f\x8b" + os.urandom(2048), "packed with gzip; unpack it"),
         (b"<html>Not found</html>" * 50, "not a tar"),
     ],

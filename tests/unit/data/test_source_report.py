@@ -8,8 +8,9 @@ import pytest
 
 from m2_encoder.data.image_facts import ImageLimits
 from m2_encoder.data.inspection import InspectionOptions
-from m2_encoder.data.source_report import SourceReport, check_source, refuse_pointless, survey_source
+from m2_encoder.data.source_report import SourceReport, check_source, refuse_pointless
 from m2_encoder.data.statistics import Histogram, measure_statistics
+from m2_encoder.data.survey import survey_source
 from m2_encoder.errors import UserError
 from tests.support.shards import make_image, make_sample, write_numbers, write_tar
 

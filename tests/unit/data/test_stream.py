@@ -18,6 +18,7 @@ from m2_encoder.data.captions import CaptionSampler
 from m2_encoder.data.decode import decode_image_uint8
 from m2_encoder.data.faults import SKIP_REASONS, FaultLog, SampleFault
 from m2_encoder.data.manifest import SourceSpec, build_manifest
+from m2_encoder.data.pixel_rows import join_rows
 from m2_encoder.data.plan import PositionPlan
 from m2_encoder.data.reading import ShardReader
 from m2_encoder.data.stream import SampleStream, TrainingSample, content_identity, list_index_faults
@@ -123,6 +124,16 @@ def test_a_position_gives_the_same_whatever_was_read_before(
         delivery = workers[order.randrange(3)][position]
         assert same(delivery.sample, expected[position].sample)
         assert delivery.faults == expected[position].faults
+    # In batches of any size, which also lie in one memory.
+    start = 0
+    while start < 60:
+        size = order.randrange(1, 45)
+        batch = list(workers[0].deliver(range(start, min(60, start + size))))
+        for position, delivery in enumerate(batch, start):
+            assert same(delivery.sample, expected[position].sample)
+            assert delivery.faults == expected[position].faults
+        assert join_rows([delivery.sample.image for delivery in batch]) is not None
+        start += size
     for delivery in expected.values():
         assert delivery.sample.key not in {fault.key for fault in delivery.faults}
 
@@ -167,11 +178,8 @@ def test_a_shard_that_changes_is_never_read_wrongly(
     (shard,) = write_numbers(tmp_path, [10])
     write_numbers(tmp_path / "more", [10], first=100)
     stream = make_stream(tmp_path, tmp_path / "more", lanes=1)
-    if is_open:
-        for position in range(20):
-            stream[position]
-    else:
-        stream._reader._written[str(shard)] = shard.stat().st_mtime_ns
+    for position in range(20 if is_open else 0):
+        stream[position]
     change(shard)
     given: list[int] = []
     with pytest.raises(UserError, match=r"0.tar: shard_changed .*32 samples in a row are unusable"):
@@ -246,8 +254,8 @@ def test_the_budget_is_a_share_or_a_number(tmp_path: Path) -> None:
     ):
         log.add([fault("y")], drawn=0)
     few = FaultLog(None, max_samples=2)
-    few.add([fault("a"), fault("b")], drawn=0)
-    with pytest.raises(UserError, match=r"0.tar:a: bad_json \(odd\); .*3 of 3 .*more than data.max_bad_samples=2"):
+    few.add([fault("a"), fault("b"), fault("a")], drawn=0)  # drawn twice, listed once
+    with pytest.raises(UserError, match=r"0.tar:a: bad_json .*3 unusable .*than data.max_bad_samples=2: bad_json 4"):
         few.add([fault("c")], drawn=0)
     with pytest.raises(UserError, match=r"max_bad_share=1.5 must be in 0..1"):
         FaultLog(None, max_share=1.5)

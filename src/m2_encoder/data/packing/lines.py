@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from m2_encoder.data.content import SampleProblem, parse_json_object, read_captions
 from m2_encoder.data.language import detect_language
 from m2_encoder.data.packing.listed import batched, hash_json
-from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row
+from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row, stamp_images
 from m2_encoder.errors import UserError
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -50,6 +50,10 @@ class JsonLinesSlice:
     def fingerprint(self) -> str:
         """Of the lines and what their keys mean."""
         return hash_json(["jsonl", self.digest, self.num_lines, self.columns])
+
+    def stamp(self) -> str:
+        """Of the images that lines name."""
+        return stamp_images(self.read())
 
     def read(self) -> Iterator[Record | Failure]:
         """Parse the lines."""
@@ -139,6 +143,10 @@ class ChineseClipSlice:
     def fingerprint(self) -> str:
         """Of images and captions."""
         return hash_json(["chinese_clip", self.digest, self.texts, self.unseen, self.language])
+
+    def stamp(self) -> str:
+        """Nothing: images are in the file."""
+        return ""
 
     def read(self) -> Iterator[Record | Failure]:
         """Decode the images."""

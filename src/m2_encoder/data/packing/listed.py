@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from m2_encoder.data.content import SampleProblem, parse_json_object, parse_sample_text
-from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row
+from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row, stamp_files, stamp_images
 from m2_encoder.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -57,8 +57,13 @@ class FolderSlice:
         return len(self.images)
 
     def fingerprint(self) -> str:
-        """Of the names; the content of files may not change while they are packed."""
+        """Of the names; `stamp` tells whether the files are still the same."""
         return hash_json(["folder", self.images, self.stems, self.repeated, self.language, self.extra])
+
+    def stamp(self) -> str:
+        """Of images and captions."""
+        names = [*filter(None, self.images), *(stem + suffix for stem in self.stems for suffix in _TEXT_SUFFIXES)]
+        return stamp_files(os.path.join(self.root, name) for name in names)
 
     def read(self) -> Iterator[Record | Failure]:
         """Read the captions; images are read later."""
@@ -165,6 +170,10 @@ class RowSlice:
     def fingerprint(self) -> str:
         """Of the values and what they mean."""
         return hash_json(["csv", self.header, self.rows, self.columns])
+
+    def stamp(self) -> str:
+        """Of the images that rows name."""
+        return stamp_images(self.read())
 
     def read(self) -> Iterator[Record | Failure]:
         """Give the rows as records."""

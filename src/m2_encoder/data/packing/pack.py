@@ -90,7 +90,8 @@ def pack(
     """Pack a source; goes on where an earlier run of the same source and options was stopped, however it ended.
 
     Args:
-        source: what to pack; its files may not change meanwhile.
+        source: what to pack; its files may not change meanwhile. Shards whose images or captions were written again
+            since they were packed are packed again; other names or rows are another source.
         folder: of the tars; made if it is not there. Nothing else may be in it.
         options: how.
         workers: processes; 0 packs in this one. Does not change the bytes.
@@ -147,6 +148,8 @@ def _run(
                 _refuse_other(folder, task.name, overwrite)
                 _remove_shard(task.marker)
                 done = None
+            elif done is not None and done.stamp != task.records.stamp():
+                done = None  # an image or a caption was written again: so is the shard, if that changes it
             if done is None or (options.retry_remote and any(item.reason in _REMOTE_REASONS for item in done.failures)):
                 yield task
             else:
@@ -205,7 +208,7 @@ def _exclusive(folder: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"output={folder}: another m2-data pack writes there; wait for it") from error
-        for path in (*folder.glob(".*.partial"), *markers.glob(".*.partial")):
+        for path in (*folder.glob(".*.partial"), *folder.glob(".*.index.*.tmp"), *markers.glob(".*.partial")):
             path.unlink(missing_ok=True)
         yield markers
 

@@ -6,8 +6,9 @@ write. A slice is small to send: paths, offsets, or rows of a table of names.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from m2_encoder.data.content import CaptionText, SampleProblem, read_captions, read_identity
@@ -68,6 +69,9 @@ class Slice(Protocol):
 
     def fingerprint(self) -> str:
         """Equal only for equal records; does not depend on where the source lies."""
+
+    def stamp(self) -> str:
+        """Changes when a file that the records name is written again; "" if they name none. Reads no image."""
 
     def read(self) -> Iterator[Record | Failure]:
         """Read the records; called in a worker."""
@@ -139,6 +143,30 @@ def read_row(row: Mapping[str, Any], columns: Columns, name: str) -> Record | Fa
 def image_path(image: str, root: str) -> str:
     """Where an image lies: a URL stays, a relative path counts from `root`."""
     return image if image.startswith(URL_SCHEMES) else os.path.join(root, os.path.expanduser(image))
+
+
+def stamp_images(records: Iterable[Record | Failure]) -> str:
+    """A stamp of the local images that records name."""
+    images = (record.image for record in records if isinstance(record, Record))
+    return stamp_files(image for image in images if isinstance(image, str) and not image.startswith(URL_SCHEMES))
+
+
+def stamp_files(paths: Iterable[str]) -> str:
+    """A word for the sizes and times of writing of files, those that are missing included; "" for no files."""
+    digest = hashlib.blake2b(digest_size=16)
+    is_empty = True
+    for path in paths:
+        is_empty = False
+        digest.update(_describe_file(path))
+    return "" if is_empty else digest.hexdigest()
+
+
+def _describe_file(path: str) -> bytes:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a name with a zero byte in it
+        return b"-;"
+    return f"{status.st_size},{status.st_mtime_ns};".encode()
 
 
 def _image_of(value: Any) -> bytes | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import os
 from collections import Counter, deque
@@ -15,6 +16,7 @@ from m2_encoder.data.content import CaptionText, SampleProblem
 from m2_encoder.data.packing.download import DownloadOptions, fetch
 from m2_encoder.data.packing.encoding import ImageOptions, PreparedImage, prepare_image
 from m2_encoder.data.packing.records import URL_SCHEMES, Failure, Record, Slice
+from m2_encoder.data.shard_index import open_index
 from m2_encoder.errors import UserError
 
 MARKER_FOLDER = ".pack"
@@ -56,6 +58,7 @@ class ShardResult(NamedTuple):
     Attributes:
         name: of the tar; there is none without samples.
         fingerprint: as in the task.
+        stamp: of the records' files, taken before they were read.
         samples: pairs in the tar.
         num_bytes: size of the tar; 0 without samples.
         changed_images: images that were reduced or encoded again.
@@ -65,6 +68,7 @@ class ShardResult(NamedTuple):
 
     name: str
     fingerprint: str
+    stamp: str
     samples: int
     num_bytes: int
     changed_images: int
@@ -73,7 +77,7 @@ class ShardResult(NamedTuple):
 
 
 def write_shard(task: ShardTask) -> ShardResult:
-    """Pack one slice: the tar appears by one rename, then its marker.
+    """Pack one slice: the tar appears by one rename, then its index, then its marker.
 
     The bytes depend on the records and options alone: times, owners and places are fixed.
 
@@ -83,12 +87,14 @@ def write_shard(task: ShardTask) -> ShardResult:
     target = Path(task.folder, task.name)
     partial = target.with_name(f".{task.name}.{os.getpid()}.partial")
     try:
-        result = _write_tar(task, partial)
-        if result.samples:
-            _sync(partial)
-            partial.replace(target)
-        else:
+        result = _write_tar(task, partial, task.records.stamp())
+        if not result.samples:
             target.unlink(missing_ok=True)
+        elif not (target.is_file() and filecmp.cmp(partial, target, shallow=False)):
+            _sync(partial)
+            partial.replace(target)  # not where nothing changed: who reads the tar would take it for another
+        if result.samples:
+            open_index(target)  # training need not scan the tar
         write_json(task.marker, result._replace(failures=())._asdict() | {"failures": list(map(list, result.failures))})
     except UserError:
         raise
@@ -122,7 +128,7 @@ def write_json(path: Path, value: object) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _write_tar(task: ShardTask, path: Path) -> ShardResult:
+def _write_tar(task: ShardTask, path: Path, stamp: str) -> ShardResult:
     import webdataset  # slow to import, and only who writes tars needs it
 
     failures: list[Failure] = []
@@ -147,7 +153,7 @@ def _write_tar(task: ShardTask, path: Path) -> ShardResult:
             captions.update(caption.language for caption in record.captions)
     num_bytes = path.stat().st_size if samples else 0
     by_language = dict(sorted(captions.items()))
-    return ShardResult(task.name, task.fingerprint, samples, num_bytes, changed, by_language, tuple(failures))
+    return ShardResult(task.name, task.fingerprint, stamp, samples, num_bytes, changed, by_language, tuple(failures))
 
 
 def _failure(record: Record | Failure, image: bytes | SampleProblem) -> Failure:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.data.packing.listed import hash_json
-from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row
+from m2_encoder.data.packing.records import URL_SCHEMES, Columns, Failure, Record, image_path, read_row, stamp_files
 from m2_encoder.errors import UserError
 
 _ROWS_AT_A_TIME = 64  # rows with images in them are large
@@ -25,6 +25,7 @@ class ParquetSlice:
         first_row: from 0.
         num_rows: how many.
         names: the columns to read.
+        path_names: those of them that may hold paths of images.
         columns: what they mean.
     """
 
@@ -34,6 +35,7 @@ class ParquetSlice:
     first_row: int
     num_rows: int
     names: tuple[str, ...]
+    path_names: tuple[str, ...]
     columns: Columns
 
     def __len__(self) -> int:
@@ -44,17 +46,26 @@ class ParquetSlice:
         name = Path(self.path).name
         return hash_json(["parquet", name, self.file_bytes, self.first_row, self.num_rows, self.names, self.columns])
 
+    def stamp(self) -> str:
+        """Of the images that rows name; only columns with paths are read."""
+        if not self.path_names:
+            return ""
+        rows = self._rows(self.path_names)
+        found = (self.columns.find(row, "image") for row in rows)
+        paths = (image_path(image, self.root) for image in found if isinstance(image, str))
+        return stamp_files(path for path in paths if not path.startswith(URL_SCHEMES))
+
     def read(self) -> Iterator[Record | Failure]:
         """Read the rows, a few at a time."""
         number = self.first_row
-        for row in self._rows():
+        for row in self._rows(self.names):
             record = read_row(row, self.columns, f"{Path(self.path).name}: row {number}")
             if isinstance(record, Record) and isinstance(record.image, str):
                 record = record._replace(image=image_path(record.image, self.root))
             yield record
             number += 1
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
 
@@ -66,7 +77,7 @@ class ParquetSlice:
                     end = start + file.metadata.row_group(group).num_rows
                     if start < last and end > first:
                         skip = max(0, first - start)
-                        yield from _rows_of_group(file, group, self.names, skip, min(end, last) - start)
+                        yield from _rows_of_group(file, group, names, skip, min(end, last) - start)
                     start = end
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{self.path}: cannot be read: {' '.join(str(error).split())}") from error
@@ -103,9 +114,13 @@ def slice_parquet(
             raise UserError(f"{path}: not a Parquet file: {' '.join(str(error).split())}") from error
         columns.check(schema.names, str(path))
         names = tuple(name for name in schema.names if name in wanted)
+        images = [name for name in columns.names("image") if name in names]
+        with_paths = tuple(name for name in images if pyarrow.types.is_string(schema.field(name).type))
         for first in range(0, num_rows, size):
             count = min(size, num_rows - first)
-            yield ParquetSlice(root or str(path.parent), str(path), path.stat().st_size, first, count, names, columns)
+            yield ParquetSlice(
+                root or str(path.parent), str(path), path.stat().st_size, first, count, names, with_paths, columns
+            )
 
 
 def _rows_of_group(file: Any, group: int, names: Sequence[str], first: int, last: int) -> Iterator[dict[str, Any]]:

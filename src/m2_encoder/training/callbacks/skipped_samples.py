@@ -62,8 +62,12 @@ class SkippedSamples(Callback):
         """Exchange and publish the counts when it is time, and with the last step."""
         if trainer.global_step % self._every_n_steps == 0 or trainer.global_step == trainer.max_steps:
             self._exchange(trainer)
-            for reason, count in sorted((self.totals + self.at_start).items()):
-                pl_module.log(f"data/skipped/{reason}", float(count))
+            counts = {f"data/skipped/{name}": float(n) for name, n in sorted((self.totals + self.at_start).items())}
+            if counts:
+                # Not by `pl_module.log`: that drops what does not fall on a multiple of log_every_n_steps.
+                counts["samples_seen"] = float(trainer.global_step * len(batch.keys) * trainer.world_size)
+                for sink in trainer.loggers:
+                    sink.log_metrics(counts, step=trainer.global_step)
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -22,7 +23,8 @@ from m2_encoder.data.packing.encoding import ImageOptions
 from m2_encoder.data.packing.pack import PackOptions, PackSummary, pack
 from m2_encoder.data.packing.records import Columns
 from m2_encoder.data.packing.sources import Source, find_source
-from m2_encoder.data.source_report import survey_source
+from m2_encoder.data.shard_index import INDEX_SUFFIX, build_index, load_index
+from m2_encoder.data.survey import survey_source
 from m2_encoder.errors import UserError
 from tests.support.image_server import serve_images
 from tests.support.shards import make_image
@@ -173,6 +175,56 @@ def test_other_input_is_refused_until_it_may_replace(
     _pack(photos, tmp_path / "out", overwrite=True, **options)
     _pack(photos, tmp_path / "fresh", **options)
     assert _digests(tmp_path / "out") == _digests(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("name", ["004.png", "004.txt", "011.txt"])
+def test_files_that_were_written_again_are_packed_again(photos: Path, tmp_path: Path, name: str) -> None:
+    """An image or caption of the same name and size is noticed by its time; one that was missing, too."""
+    _pack(photos, tmp_path / "out")
+    content = make_image(400) if name == "004.png" else "图片 4".encode()
+    (photos / name).write_bytes(content)
+    os.utime(photos / name, (1, 1))
+    assert _pack(photos, tmp_path / "out").reused == 5
+    _pack(photos, tmp_path / "fresh")
+    assert _digests(tmp_path / "out") == _digests(tmp_path / "fresh")
+
+
+def test_touched_files_leave_the_tars_as_they_are(photos: Path, tmp_path: Path) -> None:
+    _pack(photos, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    os.utime(photos / "004.png", (1, 1))
+    assert _pack(photos, tmp_path / "out").reused == 5
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert _pack(photos, tmp_path / "out").reused == 6
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_images_of_tables_that_were_written_again_are_packed_again(photos: Path, tmp_path: Path, kind: str) -> None:
+    rows = [{"image": f"photos/{i:03d}.png", "caption": f"picture {i}"} for i in range(8)]
+    table = tmp_path / f"table.{kind}"
+    if kind == "jsonl":
+        table.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    elif kind == "csv":
+        table.write_text("image,caption\n" + "\n".join(",".join(row.values()) for row in rows), encoding="utf-8")
+    else:
+        pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs the extra `parquet`")
+        importlib.import_module("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), table)
+    _pack(table, tmp_path / "out")
+    assert _pack(table, tmp_path / "out").reused == 2
+    (photos / "006.png").write_bytes(make_image(600))
+    assert _pack(table, tmp_path / "out").reused == 1
+    assert _members(tmp_path / "out" / "000001.tar")["000000006.png"] == make_image(600)
+
+
+def test_shards_come_with_true_indices(photos: Path, tmp_path: Path) -> None:
+    _pack(photos, tmp_path / "out", workers=2)
+    tars = sorted((tmp_path / "out").glob("*.tar"))
+    assert len(tars) == 6
+    for tar in tars:
+        index, status = load_index(f"{tar}{INDEX_SUFFIX}"), tar.stat()
+        assert index is not None
+        assert (index.size, index.written) == (status.st_size, status.st_mtime_ns)
+        assert len(index) == len(build_index(tar)) > 0
 
 
 def test_options_that_change_no_byte_may_change(photos: Path, tmp_path: Path) -> None:

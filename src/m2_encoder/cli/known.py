@@ -1,0 +1,78 @@
+"""What checks of a configuration share: values that are fine on their own, messages, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+
+from m2_encoder.cli.compose import UNSET
+from m2_encoder.cli.rules import Problem
+
+_MISSING: Final = object()
+
+
+class UnknownValueError(Exception):
+    """A value that a check needs is missing or wrong already."""
+
+
+class Known:
+    """The values of a configuration that are known to be fine on their own.
+
+    Args:
+        cfg: plain containers.
+        reported: keys with problems.
+    """
+
+    def __init__(self, cfg: Mapping[str, Any], reported: set[str]) -> None:
+        self._cfg = cfg
+        self._reported = reported
+
+    def __call__(self, key: str, default: Any = _MISSING) -> Any:
+        """The value of a dotted key; without a default the calling check ends where there is none."""
+        node: Any = self._cfg
+        for part in key.split("."):
+            node = node.get(part, UNSET) if isinstance(node, Mapping) else UNSET
+        if key in self._reported or node is UNSET:
+            if default is _MISSING:
+                raise UnknownValueError(key)
+            return default
+        return node
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there at all, right or wrong."""
+        node: Any = self._cfg
+        for part in key.split("."):
+            node = node.get(part, _MISSING) if isinstance(node, Mapping) else _MISSING
+        return node is not _MISSING
+
+
+def run_check(check: Callable[[Known], Iterator[Problem]], known: Known) -> list[Problem]:
+    """What a check finds until it needs a value that is not known."""
+    found: list[Problem] = []
+    try:
+        for problem in check(known):
+            found.append(problem)  # noqa: PERF402 - what was found before the check ends early counts
+    except UnknownValueError:
+        pass
+    return found
+
+
+def make_problem(key: str, value: Any, rule: str, fix: str) -> Problem:
+    """A problem in the form of all: `key=value: rule; fix`."""
+    return Problem(key, f"{key}={value}: {rule}; {fix}")
+
+
+def count_devices(devices: Any, available: int) -> int:
+    """How many devices `trainer.devices` means."""
+    if isinstance(devices, list):
+        return len(devices)
+    return available if devices in ("auto", -1) else int(devices)
+
+
+def count_ranks(known: Known) -> int:
+    """World size W of a configuration."""
+    accelerator, gpus = known("trainer.accelerator"), torch.cuda.device_count()
+    on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0)
+    return count_devices(known("trainer.devices"), gpus if on_gpu else 1) * int(known("trainer.num_nodes"))

@@ -1,0 +1,41 @@
+"""When one rank ends a run with an error, the others wait for it in a collective call, some of them for ever."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import Final
+
+import lightning
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from m2_encoder.errors import UserError
+
+_GONE: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_LAST_WORDS_S: Final = 5.0  # for a rank to say why it ends
+
+
+def end_together(trainer: lightning.Trainer, error: Exception) -> UserError | None:
+    """End the processes that this one has started, and make sure that the rank with the cause says it.
+
+    Args:
+        trainer: whose run ends.
+        error: that ends it on this rank.
+
+    Returns:
+        What to raise instead: that another rank has ended, where that is the error; None to raise the error itself.
+    """
+    is_elsewhere = any(words in str(error) for words in _GONE) and not isinstance(error, UserError)
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        end = time.monotonic() + _LAST_WORDS_S
+        while is_elsewhere and time.monotonic() < end and all(each.poll() is None for each in launcher.procs):
+            time.sleep(0.05)
+        launcher.kill(signal.SIGKILL)  # softer ones do not reach a process that waits in a collective call
+    if not is_elsewhere:
+        if isinstance(error, UserError) and not trainer.is_global_zero and trainer.train_dataloader is not None:
+            # While batches are read; before that all ranks meet the same errors, and the first one says them.
+            print(f"m2-train: rank {trainer.global_rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return None
+    return UserError(f"rank {trainer.global_rank}: another rank has ended; what it said stands above or in its own log")

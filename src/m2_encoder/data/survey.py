@@ -1,0 +1,106 @@
+"""A look at some shards of a source: what `m2-data check`, `m2-data stats` and the start of training judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from m2_encoder.data.inspection import (
+    CAPTION_ROW,
+    SAMPLE_ROW,
+    InspectionOptions,
+    ShardInspection,
+    ShardTask,
+    inspect_shard,
+)
+from m2_encoder.data.manifest import is_remote
+from m2_encoder.data.remote import RemoteShards
+from m2_encoder.data.worker_pool import map_in_processes
+
+
+class Survey(NamedTuple):
+    """All inspected samples of a source.
+
+    Attributes:
+        shards: each inspected one, in order.
+        num_shards: of the source.
+        num_bytes: of all its shards, as far as they are there.
+        is_whole: whether every sample was inspected.
+        rows: usable inspected samples, `SAMPLE_ROW`.
+        captions: theirs, `CAPTION_ROW`, with rows counted over all shards.
+        options: what was looked at.
+        remote: local copies of remote shards.
+    """
+
+    shards: tuple[ShardInspection, ...]
+    num_shards: int
+    num_bytes: int
+    is_whole: bool
+    rows: npt.NDArray[np.void]
+    captions: npt.NDArray[np.void]
+    options: InspectionOptions
+    remote: RemoteShards | None = None
+
+    def usable_of_indexed(self) -> float:
+        """Share of usable samples among those that headers tell to be; where images are damaged, as far as decoded."""
+        inspected = sum(item.inspected for item in self.shards)
+        decoded, damaged = (sum(getattr(item, name) for item in self.shards) for name in ("decoded", "damaged"))
+        readable = (len(self.rows) + damaged) / inspected if inspected else 0.0
+        return readable * (1 - damaged / decoded) if decoded else readable
+
+
+def survey_source(
+    shards: Sequence[str | Path],
+    options: InspectionOptions,
+    *,
+    max_shards: int | None = 8,
+    workers: int = 0,
+    remote: RemoteShards | None = None,
+    report: Callable[[ShardInspection], None] = lambda _: None,
+) -> Survey:
+    """Look at the shards of a source, or at some of them, evenly spread.
+
+    Args:
+        shards: tars, or their urls.
+        options: what is looked at in each.
+        max_shards: how many at most; None takes all.
+        workers: processes; 0 works in this one.
+        remote: local copies of remote shards; None refuses urls.
+        report: called with each shard, in order.
+
+    Raises:
+        UserError: if words shall be counted without jieba, the tokenizer is none, or there is no place for copies.
+    """
+    count = len(shards) if max_shards is None else min(max_shards, len(shards))
+    chosen = [shards[(2 * i + 1) * len(shards) // (2 * count)] for i in range(count)]
+    tasks = (ShardTask(str(path), options, remote) for path in chosen)
+    found: list[ShardInspection] = []
+    for inspection in map_in_processes(inspect_shard, tasks, workers=workers, preload=inspect_shard.__module__):
+        found.append(inspection)
+        report(inspection)
+    first_rows = np.cumsum([0, *(len(item.rows) for item in found)])
+    captions = [item.captions.copy() for item in found]
+    for part, first in zip(captions, first_rows, strict=False):
+        part["row"] += first
+    return Survey(
+        shards=tuple(found),
+        num_shards=len(shards),
+        num_bytes=_total_bytes(shards, found),
+        is_whole=count == len(shards) and all(item.inspected == item.indexed for item in found),
+        rows=np.concatenate([np.empty(0, SAMPLE_ROW), *(item.rows for item in found)]),
+        captions=np.concatenate([np.empty(0, CAPTION_ROW), *captions]),
+        options=options,
+        remote=remote,
+    )
+
+
+def _total_bytes(shards: Sequence[str | Path], found: Sequence[ShardInspection]) -> int:
+    """Of all tars; remote ones that were not fetched count like those that were."""
+    local = [Path(str(shard).removeprefix("file://")) for shard in shards if not is_remote(str(shard))]
+    fetched = [item.num_bytes for item in found if is_remote(item.path)]
+    mean = sum(fetched) / len(fetched) if fetched else 0
+    return sum(path.stat().st_size for path in local if path.is_file()) + round(mean * (len(shards) - len(local)))
