@@ -9,10 +9,12 @@ from torch import Tensor
 
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.schema import MODEL_FIELDS
+from m2_encoder.data.batch_masking import BatchMasking
 from m2_encoder.data.emoji import load_emoji_tokenizer_model
 from m2_encoder.errors import UserError
 from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalObjective, Objective
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 EMBEDDED_TOKENIZER: Final = "emoji"
@@ -58,3 +60,27 @@ def build_initial_state(model: Mapping[str, Any], config: M2EncoderConfig) -> di
         return None
     source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
     return dict(load(config, weights=source, trainable=True).model.state_dict())
+
+
+def build_masking(
+    objectives: Mapping[str, Objective], tokenizer: SentencePieceTokenizer, config: M2EncoderConfig
+) -> BatchMasking | None:
+    """What the objectives want hidden of a batch; None if they want nothing.
+
+    Raises:
+        UserError: if they want different things.
+    """
+    wanted: dict[str, Any] = {}
+    for key in ("word_ratio", "patch_ratio", "user_dictionary"):
+        values = {
+            name: getattr(objective, key)
+            for name, objective in objectives.items()
+            if isinstance(objective, LocalObjective) and objective.weight > 0 and getattr(objective, key) is not None
+        }
+        if len(set(values.values())) > 1:
+            given = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise UserError(f"objectives want different {key} ({given}); they share one masked pass: give all the same")
+        wanted[key] = next(iter(values.values()), None)
+    if wanted["word_ratio"] is None and wanted["patch_ratio"] is None:
+        return None
+    return BatchMasking(tokenizer, grid=config.image_size // config.patch_size, **wanted)

@@ -127,7 +127,7 @@ def _check_shared_passes(known: Known) -> Iterator[Problem]:
             first, wanted = by_target.setdefault(kind, (name, value))
             if value != wanted:
                 rule = f"must be that of objective.{first}, {wanted}: they share {targets}"
-                yield _problem(f"objective.{name}.{key}", value, rule, f"use objective.{name}.{key}={wanted}")
+                yield make_problem(f"objective.{name}.{key}", value, rule, f"use objective.{name}.{key}={wanted}")
 
 
 def _check_one_sided(known: Known) -> Iterator[Problem]:

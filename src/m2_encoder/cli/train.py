@@ -20,7 +20,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from m2_encoder.cli.build import build_initial_state, build_model_config, build_tokenizer
+from m2_encoder.cli.build import build_initial_state, build_masking, build_model_config, build_tokenizer
 from m2_encoder.cli.changes import describe_changes
 from m2_encoder.cli.data_start import check_data, write_check
 from m2_encoder.cli.export import export_run
@@ -124,12 +124,14 @@ def build_data(cfg: dict[str, Any]) -> lightning.LightningDataModule:
     data = dict(cfg["data"])
     if "folder" in data:
         data["folder"] = str(anchor(data["folder"]))
+    tokenizer = build_tokenizer(cfg["model"], model)
     return instantiate(
         data,
-        tokenizer=build_tokenizer(cfg["model"], model),
+        tokenizer=tokenizer,
         image_size=model.image_size,
         seed=cfg["seed"],
         max_steps=cfg["trainer"]["max_steps"],
+        masking=build_masking(instantiate(cfg["objective"]), tokenizer, model),
     )
 
 

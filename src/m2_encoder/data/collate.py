@@ -7,22 +7,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from m2_encoder.data.batch_masking import BatchMasking
 from m2_encoder.data.pixel_rows import join_rows
 from m2_encoder.data.stream import TrainingSample
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES, ImageTextBatch
 
 
-def collate_samples(samples: list[TrainingSample], *, tokenizer: SentencePieceTokenizer) -> ImageTextBatch:
-    """Stack samples to a batch; texts are padded to the longest."""
+def collate_samples(
+    samples: list[TrainingSample], *, tokenizer: SentencePieceTokenizer, masking: BatchMasking | None = None
+) -> ImageTextBatch:
+    """Stack samples to a batch; texts are padded to the longest.
+
+    Args:
+        samples: of the batch.
+        tokenizer: makes ids of captions.
+        masking: hides words and patches; None where no objective asks for it.
+    """
     captions = [caption for sample in samples for caption in sample.captions]
+    texts = [caption.text for caption in captions]
+    masked = None
+    if masking is not None and masking.hides_words:
+        draws = [(*sample.draw, number) for sample in samples for number in range(len(sample.captions))]
+        text, masked = masking.mask_texts(texts, draws)
+    else:
+        text = tokenizer(texts)
     return ImageTextBatch(
         images=stack_images([sample.image for sample in samples]),
-        text=tokenizer([caption.text for caption in captions]),
+        text=text,
         language=torch.tensor([LANGUAGES.index(caption.language) for caption in captions]),
         identity=torch.tensor([sample.identity for sample in samples]),
         keys=tuple(sample.key for sample in samples),
         sources=tuple(sample.source for sample in samples),
+        masked_text=masked,
+        patch_mask=None if masking is None else masking.mask_images([sample.draw for sample in samples]),
     )
 
 

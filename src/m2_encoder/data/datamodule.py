@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from m2_encoder.data.batch_masking import BatchMasking
 from m2_encoder.data.captions import CaptionSampler
 from m2_encoder.data.emoji import write_emoji_shards
 from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
@@ -40,6 +41,7 @@ class EmojiDataModule(WebDatasetModule):
         captions: draws the captions of a sample.
         transform: builds the augmentation for an image size.
         eval_batch_size: images or texts per forward in validation.
+        masking: hides words and patches for masked objectives; None hides nothing.
 
     Raises:
         UserError: for numbers that are too small.
@@ -59,6 +61,7 @@ class EmojiDataModule(WebDatasetModule):
         captions: CaptionSampler,
         transform: Callable[[int], TrainTransform],
         eval_batch_size: int = 256,
+        masking: BatchMasking | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -76,6 +79,7 @@ class EmojiDataModule(WebDatasetModule):
             keep_decoded=True,
             validation={f"emoji_{VALIDATION_SPLIT}": str(Path(folder) / VALIDATION_SPLIT)},
             eval_batch_size=eval_batch_size,
+            masking=masking,
             max_bad_share=0.0,
             new_segment=None,
         )

@@ -51,6 +51,8 @@ class TrainingSample(NamedTuple):
         key: as in the tar.
         source: name of the source.
         identity: equal numbers mark the same content.
+        draw: which draw from the data it is: (seed, position, attempt). Whatever else is random about it is keyed by
+            that.
     """
 
     image: Tensor
@@ -58,6 +60,7 @@ class TrainingSample(NamedTuple):
     key: str
     source: str
     identity: int
+    draw: tuple[int, ...]
 
 
 class Delivery(NamedTuple):
@@ -156,7 +159,14 @@ class SampleStream(Dataset[Delivery]):
                 image = rows.keep(self._make_pixels(draft))
                 opened = draft.opened
                 name = self._plan.manifest.sources[draft.place.source].name
-                sample = TrainingSample(image, draft.captions, opened.key, name, opened.identity)
+                sample = TrainingSample(
+                    image,
+                    draft.captions,
+                    opened.key,
+                    name,
+                    opened.identity,
+                    (self._plan.seed, draft.position, draft.attempt),
+                )
                 yield Delivery(sample, tuple(draft.faults))
 
     def _draft(self, position: int) -> _Draft:

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 
+from m2_encoder.data.batch_masking import BatchMasking
 from m2_encoder.data.cache_size import check_cache
 from m2_encoder.data.captions import CaptionSampler
 from m2_encoder.data.collate import collate_samples
@@ -46,6 +47,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         image_size: side of the images the model takes, pixels.
         seed: chooses order, captions and augmentation.
         max_steps: optimizer steps of the whole run.
+        masking: hides words and patches for masked objectives; None hides nothing.
         sources: by name, the values of `SourceSpec`; None leaves one out.
         global_batch_size: samples per step over all ranks.
         num_workers: loader processes per rank.
@@ -91,6 +93,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         check: Mapping[str, int] | None = None,
         validation: Mapping[str, str] | None = None,
         eval_batch_size: int = 256,
+        masking: BatchMasking | None = None,
         cache: Mapping[str, Any] | None = None,
         max_bad_share: float = 0.05,
         max_bad_samples: int | None = None,
@@ -106,6 +109,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         if not used:
             raise UserError("data.sources is empty; name at least one, for example data.sources.main.shards=PATHS")
         self.tokenizer = tokenizer
+        self._masking = masking
         self.global_batch_size = global_batch_size
         self._specs = [SourceSpec.from_config(name, values) for name, values in used.items()]
         self._image_size, self._seed, self._max_steps = image_size, seed, max_steps
@@ -196,7 +200,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._report_faults(plan, is_first=rank == 0)
         return PositionLoader(
             self._build_stream,
-            collate=partial(collate_samples, tokenizer=self.tokenizer),
+            collate=partial(collate_samples, tokenizer=self.tokenizer, masking=self._masking),
             num_steps=self._max_steps,
             global_batch_size=self.global_batch_size,
             rank=rank,

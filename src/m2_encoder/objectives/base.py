@@ -262,10 +262,16 @@ class LocalObjective(Objective):
     Attributes:
         passes: names of `PASSES` that `terms` asks for.
         score_names: names of the scores that `terms` gives, always all of them.
+        word_ratio: share of a caption's tokens that it wants hidden; None for none.
+        patch_ratio: share of an image's patches that it wants hidden; None for none.
+        user_dictionary: file of more words for jieba; None for none.
     """
 
     passes: frozenset[str] = frozenset()
     score_names: tuple[str, ...] = ()
+    word_ratio: float | None = None
+    patch_ratio: float | None = None
+    user_dictionary: str | None = None
 
     def __init__(
         self, *, weight: float = 1.0, schedule: Mapping[int, float] | None = None, text_expert: bool = False

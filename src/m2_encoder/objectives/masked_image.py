@@ -48,7 +48,7 @@ class MaskedImage(LocalObjective):
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
         if not 0 < mask_ratio < 1:
             raise UserError(f"mask_ratio={mask_ratio!r} must be above 0 and below 1")
-        self.mask_ratio = mask_ratio
+        self.patch_ratio = mask_ratio
 
     def build(self, shape: ModelShape) -> None:
         """Make the head."""

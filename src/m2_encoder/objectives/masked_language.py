@@ -27,6 +27,7 @@ class MaskedLanguage(LocalObjective):
             with an image; without one, 0.15.
         decoder: "tied" compares with the model's token table, "own" with a table of this objective.
         text_expert: see `LocalObjective`.
+        user_dictionary: file of words beyond jieba's own, in its format: `word [frequency] [tag]` a line.
 
     Raises:
         UserError: for a ratio outside (0, 1), or an unknown decoder.
@@ -43,12 +44,14 @@ class MaskedLanguage(LocalObjective):
         mask_ratio: float = 0.5,
         decoder: Literal["tied", "own"] = "tied",
         text_expert: bool = False,
+        user_dictionary: str | None = None,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
         if not 0 < mask_ratio < 1:
             raise UserError(f"mask_ratio={mask_ratio!r} must be above 0 and below 1")
         check_decoder(decoder)
-        self.mask_ratio = mask_ratio
+        self.word_ratio = mask_ratio
+        self.user_dictionary = user_dictionary
         self._decoder = decoder
 
     def build(self, shape: ModelShape) -> None:
