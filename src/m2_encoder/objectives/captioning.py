@@ -1,0 +1,61 @@
+"""Captioning: the next token of a caption, predicted from the image and the tokens before it.
+
+    s_t = LN(GELU(W h_t + b))        h_t: state of token t, which sees the whole image and the tokens up to itself
+    loss = mean over t of  -log softmax_v(s_t . w_v + c_v)[token t + 1],      w: the token table
+
+Token 0 is the template's `[CLS]`, from which the first word is predicted; the last prediction is the end token.
+
+The mask is the prefix-causal one of BEiT-3 and the released code (image sees image; text sees image and earlier text).
+The released code, however, puts image and text into one sequence from the first layer on; here they meet in the
+vision-language layers. The backbone encodes the image alone, and the caption alone under a causal mask, so that the
+image's hidden states are those of the contrastive pass and cost nothing more. The decoder thus has as many layers as
+the vision-language encoder, above a causal text backbone, as in CoCa.
+
+Reference: CoCa (arXiv:2205.01917), Eq. 2-3; SyCoCa (arXiv:2401.02137) for its place beside contrastive learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.objectives.token_head import TokenHead, check_decoder
+
+
+class Captioning(LocalObjective):
+    """Cross-entropy of every token of a caption but the first, the end token included; padding does not count.
+
+    Args:
+        weight: factor in the sum of objectives.
+        schedule: see `Objective`.
+        decoder: "tied" compares with the model's token table, "own" with a table of this objective.
+        text_expert: see `LocalObjective`.
+
+    Raises:
+        UserError: for an unknown decoder.
+    """
+
+    passes = frozenset({"caption"})
+    score_names = ("accuracy",)
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        schedule: Mapping[int, float] | None = None,
+        decoder: Literal["tied", "own"] = "tied",
+        text_expert: bool = False,
+    ) -> None:
+        super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
+        check_decoder(decoder)
+        self._decoder = decoder
+
+    def build(self, shape: ModelShape) -> None:
+        """Make the head."""
+        self.head = TokenHead(shape, decoder=self._decoder)
+
+    def terms(self, passes: Passes) -> LocalTerms:
+        """One term per token but the first."""
+        text = passes.text
+        return self.head.terms(passes.caption[:, :-1], text.ids[:, 1:], text.mask[:, 1:], passes)
