@@ -4,8 +4,8 @@ SentencePiece normalises a text and cuts it into pieces; joined again they *are*
 looked for there, and no offsets into the original are needed: full-width letters, ligatures, combining marks,
 zero-width and control characters have already become what the model sees. Words are
 
-* of Chinese characters: as jieba cuts them (`HanWords`), with its entries such as T恤;
-* letters and digits in a row, with their accents, an apostrophe inside (don't), a point or comma between digits (3.14);
+* of Chinese characters: as jieba cuts them (`HanWords`), and in such texts its entries with letters, as T恤;
+* letters and digits in a row, with their accents, an apostrophe inside (don't), a sign between digits (3.14, 10:30);
 * any other character: punctuation, an emoji with what modifies it, several of the same in a row (……).
 
 A word is a run of pieces. Where a piece reaches over the border of two words, both are one word here, because a word
@@ -41,6 +41,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _FIRST_HAN, _LAST_HAN = HAN[0], HAN[-1]
 # Ideographs that jieba does not know, each a word: 々 and 〇, extensions, compatibility ideographs.
 _LONE_IDEOGRAPHS = "\u3005\u3007\u3400-\u4dbf\u9fd6-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+_MARK_CATEGORIES = {"Mn", "Mc", "Me", "Cf"}
 _NOTHING = -1  # in place of a number of leading spaces: the piece holds nothing else
 
 
@@ -181,27 +182,44 @@ class WordSegmenter:
 
     def _starts(self, text: str) -> set[int]:
         """Where the words of a normalised text begin."""
-        starts = set()
-        end = 0
+        starts: set[int] = set()
+        has_mixture = self._add_starts(text, 0, starts)
+        spans = self._han.find_others(text) if has_mixture or self._has_user_words else []
+        if spans:
+            # Words that jieba's dictionary spells with other characters stand first, and cut what is around them.
+            starts.clear()
+            end = 0
+            for first, last in spans:
+                self._add_starts(text[end:first], end, starts)
+                starts.add(first)
+                end = last
+            self._add_starts(text[end:], end, starts)
+        return starts
+
+    def _add_starts(self, text: str, offset: int, starts: set[int]) -> bool:
+        """Adds the starts of the words of a part of a text; says whether it has Chinese beside letters or digits.
+
+        Args:
+            text: the part.
+            offset: its place.
+            starts: are added to.
+        """
         has_han = has_letters = False
         last = ""
         for token in self._scan(text):
             word = token.lstrip(_SPACE)
-            start = end + len(token) - len(word)
-            end += len(token)
+            start = offset + len(token) - len(word)
+            offset += len(token)
             if not word:
                 continue
             if _FIRST_HAN <= word[0] <= _LAST_HAN:
                 has_han = True
-                starts.update([start + offset for offset in self._han(word)])
+                starts.update([start + place for place in self._han(word)])
             elif token != last:  # …… and !!! are one word; words are never neighbours without a space
                 has_letters = has_letters or word[0].isalnum()
                 starts.add(start)
             last = word
-        if (has_han and has_letters) or self._has_user_words:
-            for first, stop in self._han.find_others(text):
-                starts.difference_update(range(first + 1, stop))
-        return starts
+        return has_han and has_letters
 
 
 def special_ids(tokenizer: SentencePieceTokenizer) -> frozenset[int]:
@@ -272,15 +290,15 @@ def _compile_scanner() -> re.Pattern[str]:
     marks = f"[{_mark_ranges()}\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]"  # and skin tones, and tags of flags
     letter = f"[^\\W_{HAN}{_LONE_IDEOGRAPHS}]"
     run = f"{letter}(?:{letter}|{marks})*"
-    word = f"{run}(?:(?:['’]|(?<=[0-9])[.,](?=[0-9])){run})*"
+    word = f"{run}(?:(?:['’]|(?<=[0-9])[.,:](?=[0-9])){run})*"
     flag = "[\U0001f1e6-\U0001f1ff]{2}"
-    other = f".(?:{marks}|\u200d.)*"
+    other = f".(?:\u200d.|{marks})*"
     return re.compile(f"{_SPACE}*(?:[{HAN}]+|{word}|{flag}|{other}|$)", re.DOTALL)
 
 
 def _mark_ranges() -> str:
-    """Accents, vowel signs and whatever else belongs to the character before it, as ranges of a regular expression."""
-    codes = [code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith("M")]
+    """What belongs to the character before it, as ranges: accents, vowel signs, and signs that nobody sees."""
+    codes = [code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in _MARK_CATEGORIES]
     # Neighbours have the same difference from their index.
     runs = [[code for _, code in group] for _, group in groupby(enumerate(codes), lambda pair: pair[1] - pair[0])]
     return "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pickle
+import random
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2_encoder.errors import UserError
+from m2_encoder.tokenizers.han_words import HanWords
+from m2_encoder.tokenizers.words import load_jieba
+
+pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
+
+
+@pytest.fixture(scope="module")
+def jieba_words() -> Any:
+    return load_jieba()
+
+
+@pytest.fixture(scope="module")
+def han_words() -> HanWords:
+    return HanWords()
+
+
+def _random_runs(frequencies: dict[str, int], count: int) -> list[str]:
+    """Random characters, words as frequent as in the dictionary, any words, and cuts through words."""
+    draw = random.Random(20240126)
+    words = [word for word, often in frequencies.items() if often and all("\u4e00" <= c <= "\u9fd5" for c in word)]
+    characters = sorted({character for word in words for character in word})
+    frequent = draw.choices(words, weights=[frequencies[word] for word in words], k=2 * count)
+    runs = []
+    for index in range(count):
+        if index % 4 == 0:
+            runs.append("".join(draw.choices(characters, k=draw.randint(1, 12))))
+        elif index % 4 == 1:
+            runs.append("".join(draw.choices(frequent, k=draw.randint(1, 6))))
+        elif index % 4 == 2:
+            runs.append("".join(draw.choices(words, k=draw.randint(1, 4))))
+        else:
+            sentence = "".join(draw.choices(frequent, k=draw.randint(2, 8)))
+            start = draw.randrange(len(sentence))
+            runs.append(sentence[start : start + draw.randint(1, 10)])
+    return runs
+
+
+@pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("use_model", [True, False])
+def test_words_are_those_of_jieba(jieba_words: Any, use_model: bool, count: int) -> None:
+    words = HanWords(use_model=use_model)
+    for run in _random_runs(jieba_words.FREQ, count):
+        expected = jieba_words.lcut(run, HMM=use_model)
+        starts = tuple(accumulate(map(len, expected[:-1]), initial=0))
+        assert words(run) == starts, f"{run}: jieba finds {expected}"
+
+
+def test_user_dictionary_changes_words_as_in_jieba(tmp_path: Path, han_words: HanWords) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("杭研大厦\n红苹果 200 n\nM2编码器 5\nNew York 3 nz\n", encoding="utf-8")
+    words = HanWords(user_dictionary=str(path))
+    assert words("网易杭研大厦") == (0, 2)
+    assert words("红苹果和梨") == (0, 3, 4)
+    assert (han_words("网易杭研大厦"), han_words("红苹果和梨")) == ((0, 2, 4), (0, 1, 3, 4))
+    expected = load_jieba(str(path)).lcut("他在网易杭研大厦吃红苹果")
+    assert words("他在网易杭研大厦吃红苹果") == tuple(accumulate(map(len, expected[:-1]), initial=0))
+    assert words.find_others("▁in▁new▁york▁用m2编码器") == [(4, 12), (14, 19)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("白色T恤", [(2, 4)]),
+        ("白色t恤", [(2, 4)]),
+        ("小S和小Sally", [(0, 2)]),  # the second is another word's beginning
+        ("一只猫", []),
+        ("", []),
+    ],
+)
+def test_words_with_letters(han_words: HanWords, text: str, expected: list[tuple[int, int]]) -> None:
+    assert han_words.find_others(text) == expected
+
+
+def test_pickles_without_its_dictionary(han_words: HanWords) -> None:
+    starts = han_words("来到北京")
+    content = pickle.dumps(han_words)
+    assert len(content) < 500
+    assert pickle.loads(content)("来到北京") == starts == (0, 2)
+
+
+def test_leaves_no_cache_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    HanWords()("图片")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_user_dictionary_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.txt"):
+        HanWords(user_dictionary=str(tmp_path / "absent.txt"))("图片")
+    path = tmp_path / "gbk.txt"
+    path.write_bytes("红色的苹果".encode("gbk"))
+    with pytest.raises(UserError, match=r"gbk\.txt.*UTF-8"):
+        HanWords(user_dictionary=str(path))("图片")
