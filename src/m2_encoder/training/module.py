@@ -20,9 +20,11 @@ from m2_encoder.evaluation.metrics import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import OPTIONAL_PARTS, M2Encoder
 from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.pairs import PairObjective
 from m2_encoder.objectives.report import report_step
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, key_by_name
+from m2_encoder.training.second_round import evaluate_pairs
 from m2_encoder.training.step_encoder import StepEncoder, mean_terms
 from m2_encoder.types import LANGUAGES, ContrastiveTopology, ImageTextBatch, RetrievalBatch
 
@@ -185,17 +187,27 @@ class PretrainModule(lightning.LightningModule):
     def _evaluate(self, batch: ImageTextBatch, objectives: Mapping[str, Objective]) -> dict[str, ObjectiveOutput]:
         """Every pass that the objectives need, once, and what they make of it."""
         local = {name: objective for name, objective in objectives.items() if isinstance(objective, LocalObjective)}
+        pairs = {name: objective for name, objective in objectives.items() if isinstance(objective, PairObjective)}
         encoder = StepEncoder(
             self.model,
             local,
             trains_features=len(local) < len(objectives),
             trains_backbone_features="backbone_features" in self._trained_parts(),
+            keeps_passes=bool(pairs),
         )
         topology = self._topology()
         encoded = encoder.encode(batch, micro_batches=topology.micro_batches, recompute=topology.recompute)
         inputs = ObjectiveInputs(encoded.heads, batch.identity, topology.contrastive_group, batch, self.global_step)
-        means = mean_terms(encoded.terms)
-        return {name: means[name] if name in local else objective(inputs) for name, objective in objectives.items()}
+        second = evaluate_pairs(
+            self.model,
+            pairs,
+            inputs,
+            first_round=encoded.passes,
+            micro_batches=topology.micro_batches,
+            recompute=topology.recompute,
+        )
+        means = mean_terms(encoded.terms | second)
+        return {name: means[name] if name in means else objective(inputs) for name, objective in objectives.items()}
 
     def _untouched(self, evaluated: Collection[str]) -> Tensor | float:
         """Nothing, from each parameter that only pausing objectives train: DDP waits for the gradients of all."""
@@ -228,6 +240,6 @@ def _parts(objectives: Iterable[Objective]) -> frozenset[str]:
     parts: set[str] = set()
     for objective in objectives:
         parts |= objective.optional_parts
-        if not isinstance(objective, LocalObjective):
+        if not isinstance(objective, LocalObjective | PairObjective):
             parts.add("features")
     return frozenset(parts)

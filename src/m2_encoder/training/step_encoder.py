@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,10 +23,12 @@ class EncodedStep(NamedTuple):
     Attributes:
         heads: features of all rows of this rank by head; empty if no objective needs features.
         terms: of the local objectives by name, for all captions of this rank.
+        passes: those of every piece, for a second round; empty if nobody asked or they are recomputed.
     """
 
     heads: dict[str, FeaturePair]
     terms: dict[str, LocalTerms]
+    passes: tuple[PiecePasses, ...] = ()
 
 
 class StepEncoder:
@@ -36,6 +39,7 @@ class StepEncoder:
         local: local objectives that count in this step, by name.
         trains_features: whether any objective compares features.
         trains_backbone_features: whether any trains the head on the backbone, too.
+        keeps_passes: hand the passes over where they are not recomputed.
     """
 
     def __init__(
@@ -45,11 +49,13 @@ class StepEncoder:
         *,
         trains_features: bool,
         trains_backbone_features: bool,
+        keeps_passes: bool = False,
     ) -> None:
         self._model = model
         self._local = local
         self._features = trains_features
         self._backbone_features = trains_backbone_features
+        self._keeps_passes = keeps_passes
         self._allowed = frozenset().union(*(objective.passes for objective in local.values()))
         self._text_expert = any(objective.text_expert for objective in local.values())
 
@@ -62,10 +68,13 @@ class StepEncoder:
             recompute: keep no activations of a piece; encode it again in backward.
         """
         pieces = split_rows(batch, micro_batches)
-        if self._local:
-            flat = encode_pieces(self._encode_piece, pieces, recompute=recompute)
+        kept: list[PiecePasses] | None = None
+        if self._keeps_passes and not (recompute and len(pieces) > 1):
+            kept = []
+        if self._local or kept is not None:
+            flat = encode_pieces(partial(self._encode_piece, kept=kept), pieces, recompute=recompute)
             image, text, flat = self._take_heads(flat)
-            return EncodedStep(self._pair(image, text), self._take_terms(flat))
+            return EncodedStep(self._pair(image, text), self._take_terms(flat), tuple(kept or ()))
         # Without local objectives the modalities do not meet: encoded apart, only one of them is recomputed at a time.
         if self._backbone_features:
             image = encode_pieces(
@@ -79,9 +88,11 @@ class StepEncoder:
             text = encode_pieces(lambda piece: (self._model.encode_text(piece.text),), pieces, recompute=recompute)
         return EncodedStep(self._pair(image, text), {})
 
-    def _encode_piece(self, batch: ImageTextBatch) -> tuple[Tensor, ...]:
+    def _encode_piece(self, batch: ImageTextBatch, *, kept: list[PiecePasses] | None) -> tuple[Tensor, ...]:
         """Features of both modalities, then sums, counts and scores of each local objective: a row per row each."""
         passes = PiecePasses(self._model, batch, allowed=self._allowed, text_expert=self._text_expert)
+        if kept is not None:
+            kept.append(passes)
         flat: list[Tensor] = []
         if self._features:
             heads = 2 if self._backbone_features else 1
