@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from m2_encoder.objectives.base import Objective
+from m2_encoder.objectives.base import Objective, ObjectiveInputs
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
+from m2_encoder.objectives.matching import Matching
+from m2_encoder.objectives.pairs import HardPairs
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
 from tests.support.objectives import Numbers, build_bench, make_batch, part_of, take_numbers
 from tests.support.ranks import run_ranks
@@ -24,14 +26,38 @@ RANKS, ROWS = 2, 8  # of all ranks
 Objectives = dict[str, Objective]
 
 
+class BlockMatching(Matching):
+    """Draws wrong images among a rank's rows in one process, too, which holds the rows of all ranks."""
+
+    def select(self, inputs: ObjectiveInputs) -> HardPairs:
+        wrong = super().select(inputs)
+        if inputs.group is not None:
+            return wrong
+        captions = len(inputs.text_features) // ROWS
+        image_of = torch.arange(ROWS).repeat_interleave(captions)
+        own = image_of[:, None] // (ROWS // RANKS) == torch.arange(ROWS) // (ROWS // RANKS)
+        allowed = own & (inputs.identity[image_of][:, None] != inputs.identity)
+        scores = inputs.logit_scale.exp() * inputs.text_features @ inputs.image_features.t()
+        sums = scores.softmax(dim=1).where(allowed, 0.0).cumsum(dim=1)
+        generator = torch.Generator().manual_seed(0)  # seed 0, step 0
+        places = torch.rand((2, len(scores)), dtype=torch.float64, generator=generator)[1]
+        return wrong._replace(image_rows=(sums <= places[:, None] * sums[:, -1:]).sum(dim=1))
+
+
 def mixture() -> Objectives:
     """Contrastive and local objectives on shared passes, as a run has them."""
-    return {"itc": ImageTextContrastive(), "captioning": Captioning(), "sigmoid": SigmoidContrastive(weight=0.5)}
+    return {
+        "itc": ImageTextContrastive(),
+        "captioning": Captioning(),
+        "sigmoid": SigmoidContrastive(weight=0.5),
+        "matching": BlockMatching(),
+    }
 
 
 CASES: dict[str, tuple[Callable[[], Objectives], int]] = {
     "captioning": (lambda: {"captioning": Captioning(decoder="own")}, 2),
     "sigmoid": (lambda: {"sigmoid": SigmoidContrastive(initial_bias=-2.0)}, 2),
+    "matching": (lambda: {"matching": BlockMatching()}, 2),
     "mixture": (mixture, 1),
 }
 PIECES = ((1, True), (2, False), (4, True))

@@ -1,0 +1,259 @@
+"""Image-text matching (ITM): does this caption describe this image, seen together? With wrong partners that are hard.
+
+    z(i, j) = w . h_ij + c          h_ij: state of the caption's first token after the vision-language layers
+    loss = mean over captions j of image i of  softplus(-z(i, j)), softplus(z(i, j')) and softplus(z(i', j))
+
+Letters: n local images · k captions per image · M images of the group · g ranks of the group · s = exp(logit_scale).
+
+Wrong partners are drawn by the contrastive scores of the step, so that no round of mining is needed:
+
+    j' ~ softmax_t(s x_i . y_t)  over the captions t of the whole group that do not describe image i
+    i' ~ softmax_r(s x_r . y_j)  over the images r of this rank that caption j does not describe
+
+Content with the same identity is never a wrong partner. Captions come from all ranks because their ids are cheap to
+send; an image of another rank would cost its pixels or hidden states. The draw is the inverse of the cumulative
+probabilities at a number that belongs to the seed, the step and the caption's place in the group: for j' it is the same
+however the rows of the group are divided, for i' only the choice of images changes. It happens once per step, outside
+of what is recomputed.
+
+Cost per rank and step: sent k (g - 1) n (E elements and T + 2 whole numbers); three fusions of N + T tokens for each
+caption; the backbone for one more caption each and, where micro-batches are recomputed, for the pairs a second time and
+one more image for each caption. Scores exist for a tile of rows at a time.
+
+Reference: ALBEF (arXiv:2107.07651), section 3.2, for the loss and its hard negatives; R2D2 (arXiv:2205.03860), whose
+ranking stage after a contrastive pre-ranking this is, with one cross encoder for its two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from m2_encoder.distributed.collectives import exchange_counts, gather_rows_without_grad
+from m2_encoder.errors import UserError
+from m2_encoder.objectives.base import LocalTerms, ModelShape, ObjectiveInputs
+from m2_encoder.objectives.pairs import HardPairs, PairObjective, PairPasses
+from m2_encoder.types import TextTokens
+
+_INIT_STD: Final = 0.02
+_TILE_ELEMENTS: Final = 1 << 22
+_STEP_FACTOR: Final = 1_000_003  # a prime beyond any sensible number of seeds
+
+
+class Matching(PairObjective):
+    """ITM with two wrong partners per caption.
+
+    Args:
+        weight: factor in the sum of objectives.
+        schedule: see `Objective`. Scores of the first steps are noise: a later start loses little.
+        seed: of the draws.
+        text_expert: see `LocalObjective`.
+
+    Raises:
+        UserError: for a negative seed.
+    """
+
+    score_names = ("accuracy",)
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        schedule: Mapping[int, float] | None = None,
+        seed: int = 0,
+        text_expert: bool = False,
+    ) -> None:
+        super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
+        if seed < 0:
+            raise UserError(f"seed={seed!r} must be 0 or more")
+        self._seed = seed
+
+    def build(self, shape: ModelShape) -> None:
+        """Make the head."""
+        self.head = nn.Linear(shape.embed_dim, 1)
+        nn.init.normal_(self.head.weight, std=_INIT_STD)
+        nn.init.zeros_(self.head.bias)
+
+    @torch.no_grad()
+    def select(self, inputs: ObjectiveInputs) -> HardPairs:
+        """Draw a wrong caption and a wrong image for every local caption.
+
+        Raises:
+            UserError: if there is no batch.
+        """
+        if inputs.batch is None:
+            raise UserError("matching looks at images and captions themselves; ObjectiveInputs needs the batch")
+        batch, captions = inputs.batch, inputs.batch.captions_per_image
+        scale = inputs.logit_scale.double().exp()
+        others = _gather(inputs, batch.text)
+        places = _draw_uniform(len(others.identity), seed=self._seed, step=inputs.step)[:, others.own]
+        uniform = places.to(inputs.identity.device)
+        images = inputs.image_features.repeat_interleave(captions, dim=0)
+        identity = inputs.identity.repeat_interleave(captions)
+        text_rows, has_text = draw_partners(images, others.features, scale, identity, others.identity, uniform[0])
+        image_rows, has_image = draw_partners(
+            inputs.text_features, inputs.image_features, scale, identity, inputs.identity, uniform[1]
+        )
+        return HardPairs(
+            TextTokens(others.text.ids[text_rows], others.text.mask[text_rows]), has_text, image_rows, has_image
+        )
+
+    def terms(self, passes: PairPasses) -> LocalTerms:
+        """One term per right pair, and one per wrong pair that was found."""
+        right, wrong_text, wrong_image = (
+            self.head(states).squeeze(1).to(torch.promote_types(states.dtype, torch.float32))
+            for states in (passes.matched, passes.wrong_text, passes.wrong_image)
+        )
+        has_text, has_image = passes.has_text, passes.has_image
+        sums = functional.softplus(-right)
+        # Not a product: what stands where there was no partner may be anything.
+        sums = sums + torch.where(has_text, functional.softplus(wrong_text), 0.0)
+        sums = sums + torch.where(has_image, functional.softplus(wrong_image), 0.0)
+        hits = (right > 0).to(sums.dtype) + (has_text & (wrong_text <= 0)) + (has_image & (wrong_image <= 0))
+        return LocalTerms(sums, 1 + has_text.long() + has_image, {"accuracy": hits})
+
+
+class PairEncoder(Protocol):
+    """What re-ranking needs of a model; `M2Encoder` has it."""
+
+    def trim_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> TextTokens:
+        """Cut padding beyond the longest text."""
+        ...
+
+    def encode_image_backbone(self, images: Tensor) -> Tensor:
+        """Hidden states of images, (B, N, D)."""
+        ...
+
+    def encode_text_backbone(self, tokens: TextTokens) -> Tensor:
+        """Hidden states of texts, (B, T, D)."""
+        ...
+
+    def fuse(self, image_hidden: Tensor, text_hidden: Tensor, mask: Tensor, *, text_expert: bool = False) -> Tensor:
+        """Hidden states of pairs, (B, N + T, D)."""
+        ...
+
+
+@torch.inference_mode()
+def score_pairs(
+    model: PairEncoder,
+    head: nn.Linear,
+    images: Tensor,
+    text: TextTokens,
+    pairs: Tensor,
+    *,
+    text_expert: bool = False,
+    chunk_size: int = 64,
+) -> Tensor:
+    """Matching scores of pairs, to rank candidates again that a search by features has found.
+
+    Every image and text passes the backbone once, in however many pairs it is.
+
+    Args:
+        model: a trained encoder.
+        head: of `Matching`; the training checkpoint holds it as `objectives.<name>.head`.
+        images: (B, 3, S, S), as in `M2Encoder.encode_image`.
+        text: (C, T).
+        pairs: rows of an image and of a text, (P, 2) int64.
+        text_expert: as it was trained.
+        chunk_size: images, texts or pairs per forward.
+
+    Returns:
+        Log-odds that the text describes the image, (P,), fp32 at least.
+
+    Raises:
+        UserError: for pairs that are not (P, 2), or rows that do not exist.
+    """
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise UserError(f"pairs are {tuple(pairs.shape)}; they must be (P, 2): the row of an image and of a text")
+    limits = torch.tensor([len(images), len(text.ids)], device=pairs.device)
+    if bool(((pairs < 0) | (pairs >= limits)).any()):
+        raise UserError(f"pairs name rows outside of {len(images)} images and {len(text.ids)} texts")
+    tokens = model.trim_text(text)
+    image_hidden = torch.cat([model.encode_image_backbone(part) for part in images.split(chunk_size)])
+    text_hidden = torch.cat(
+        [
+            model.encode_text_backbone(TextTokens(ids, mask))
+            for ids, mask in zip(tokens.ids.split(chunk_size), tokens.mask.split(chunk_size), strict=True)
+        ]
+    )
+    scores = [
+        head(
+            model.fuse(
+                image_hidden[part[:, 0]], text_hidden[part[:, 1]], tokens.mask[part[:, 1]], text_expert=text_expert
+            )[:, image_hidden.shape[1]]
+        ).squeeze(1)
+        for part in pairs.split(chunk_size)
+    ]
+    found = torch.cat(scores) if scores else head.weight.new_empty(0)
+    return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+def draw_partners(
+    queries: Tensor, keys: Tensor, scale: Tensor, query_identity: Tensor, key_identity: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw one key for each query in proportion to exp(scale * query . key), among keys of another identity.
+
+    Args:
+        queries: (N, E).
+        keys: (K, E).
+        scale: s, ().
+        query_identity: (N,) int64.
+        key_identity: (K,) int64.
+        uniform: where in the cumulative probabilities, (N,) in [0, 1).
+
+    Returns:
+        Rows of keys, (N,) int64, and whether there was one to choose from, (N,) bool; otherwise the row is 0.
+    """
+    keys, scale = keys.double().t(), scale.double()
+    rows = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    found = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+    size = max(1, _TILE_ELEMENTS // max(1, keys.shape[1]))
+    for start in range(0, len(queries), size):
+        part = slice(start, start + size)
+        allowed = query_identity[part, None] != key_identity
+        logits = (scale * (queries[part].double() @ keys)).masked_fill(~allowed, -torch.inf)
+        found[part] = allowed.any(dim=1)
+        sums = logits.softmax(dim=1).nan_to_num(0.0).cumsum(dim=1)
+        total = sums[:, -1:]
+        # Strictly below the total, so that the first sum beyond it exists and belongs to an allowed key.
+        target = torch.minimum(uniform[part, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        rows[part] = torch.searchsorted(sums, target, right=True).squeeze(1).clamp(max=keys.shape[1] - 1)
+    return rows.where(found, 0), found
+
+
+class _GroupTexts(NamedTuple):
+    """Captions of the group, k * M of them, and which are this rank's."""
+
+    features: Tensor
+    text: TextTokens
+    identity: Tensor
+    own: slice
+
+
+def _gather(inputs: ObjectiveInputs, text: TextTokens) -> _GroupTexts:
+    count, group = len(text.ids), inputs.group
+    identity = inputs.identity.repeat_interleave(count // len(inputs.identity))
+    if group is None:
+        return _GroupTexts(inputs.text_features, text, identity, slice(0, count))
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    width = max(exchange_counts(text.ids.shape[1], group))  # each rank pads to its own longest caption
+    ids = functional.pad(text.ids, (0, width - text.ids.shape[1]))
+    packed = torch.cat([ids, text.mask.sum(dim=1, keepdim=True), identity[:, None]], dim=1)
+    counts = [count] * ranks
+    features = torch.cat(gather_rows_without_grad(inputs.text_features, group, counts=counts))
+    packed = torch.cat(gather_rows_without_grad(packed, group, counts=counts))
+    mask = torch.arange(width, device=packed.device) < packed[:, width, None]
+    return _GroupTexts(
+        features, TextTokens(packed[:, :width], mask), packed[:, width + 1], slice(rank * count, (rank + 1) * count)
+    )
+
+
+def _draw_uniform(captions: int, *, seed: int, step: int) -> Tensor:
+    """Two numbers for each caption of a group, (2, k * M) in [0, 1), the same on every rank."""
+    generator = torch.Generator().manual_seed(seed * _STEP_FACTOR + step)
+    return torch.rand((2, captions), dtype=torch.float64, generator=generator)
