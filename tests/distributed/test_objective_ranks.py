@@ -18,6 +18,8 @@ from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.matching import Matching
 from m2_encoder.objectives.pairs import HardPairs
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
+from m2_encoder.objectives.soft_targets import SoftTargetContrastive
+from m2_encoder.objectives.text_contrast import TextContrast
 from tests.support.objectives import Numbers, build_bench, make_batch, part_of, take_numbers
 from tests.support.ranks import run_ranks
 
@@ -57,6 +59,8 @@ def mixture() -> Objectives:
 CASES: dict[str, tuple[Callable[[], Objectives], int]] = {
     "captioning": (lambda: {"captioning": Captioning(decoder="own")}, 2),
     "sigmoid": (lambda: {"sigmoid": SigmoidContrastive(initial_bias=-2.0)}, 2),
+    "soft targets": (lambda: {"soft_targets": SoftTargetContrastive(softness=0.3)}, 2),
+    "text contrast": (lambda: {"text_contrast": TextContrast(hard_negatives=5, max_similarity=0.9)}, 2),
     "matching": (lambda: {"matching": BlockMatching()}, 2),
     "mixture": (mixture, 1),
 }
