@@ -3,7 +3,8 @@
 Which words: they are put in random order and taken until the wanted number of pieces, `ratio` times those that belong
 to words, is reached. The word that would overshoot is taken with the probability that makes the expected number of
 pieces exactly the wanted one, so the number is within a word of it and right on average. The first word is always
-taken: a text with words never stays whole, at the price of a higher ratio in texts of less than 1 / ratio pieces.
+taken, so that a text with words never stays whole; with it, the mean over the words of max(wanted, pieces of the word)
+is expected: more than wanted in short texts, 1 piece of 1 instead of 0.5.
 
 What stands in their place is drawn for each piece by itself: `[MASK]`, a random piece, or the piece as it was, of which
 the model cannot know that it is right.
