@@ -130,6 +130,7 @@ def _plain_words(text: str) -> list[str]:
     """Words of a normalised text without special pieces, and its spaces."""
     words: list[str] = []
     start = 0
+    last = ""
     while start < len(text):
         end = start + 1
         if _is_han(text[start]):
@@ -144,21 +145,27 @@ def _plain_words(text: str) -> list[str]:
         else:
             end = _other_end(text, start)
             word = text[start:end]
-            if words and set(words[-1].split(word)) == {""}:
+            if word == last:
                 words[-1] += word  # …… is one word
             else:
                 words.append(word)
+            last = word
+            start = end
+            continue
+        last = ""
         start = end
     return words
 
 
-def _words(text: str) -> list[str]:
-    """As `_plain_words`, with the dictionary's entries of Chinese and letters, such as T恤, in such texts."""
-    plain = _plain_words(text)
-    if not (any(map(_is_han, text)) and any(_is_letter(word[0]) for word in plain)):
-        return plain
+def _is_mixture(text: str) -> bool:
+    """Whether a text has Chinese and a word that begins with a letter or digit."""
+    return any(map(_is_han, text)) and any(word[0].isalnum() and not _is_han(word[0]) for word in _plain_words(text))
+
+
+def _words(text: str, *, is_mixture: bool) -> list[str]:
+    """As `_plain_words`, in mixtures with the dictionary's entries of Chinese and letters, such as T恤."""
     words, end = [], 0
-    for first, last in _entries().find_others(text):
+    for first, last in _entries().find_others(text) if is_mixture else []:
         words += [*_plain_words(text[end:first]), text[first:last]]
         end = last
     return words + _plain_words(text[end:])
@@ -185,10 +192,12 @@ def _expected_numbers(tokenizer: SentencePieceTokenizer, text: str) -> list[int]
     ids = tokenizer.encode(text)
     owners: list[set[int]] = [set() for _ in ids]  # the words of each piece
     spans: list[tuple[int, int]] = []
-    for segment in _segments(tokenizer, text):
+    segments = _segments(tokenizer, text)
+    is_mixture = _is_mixture("▁".join(b"".join(part for _, part in segment).decode() for segment in segments))
+    for segment in segments:
         content = b"".join(part for _, part in segment)
         offset = 0
-        for word in _words(content.decode()):
+        for word in _words(content.decode(), is_mixture=is_mixture):
             stop = offset + len(word.encode())
             start = 0
             for place, part in segment:
