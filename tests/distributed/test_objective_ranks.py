@@ -15,11 +15,13 @@ import torch.distributed as dist
 from m2_encoder.objectives.base import Objective, ObjectiveInputs
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
+from m2_encoder.objectives.distillation import Distillation
 from m2_encoder.objectives.matching import Matching
 from m2_encoder.objectives.pairs import HardPairs
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
 from m2_encoder.objectives.soft_targets import SoftTargetContrastive
 from m2_encoder.objectives.text_contrast import TextContrast
+from tests.support.models import random_model, small_config
 from tests.support.objectives import Numbers, build_bench, make_batch, part_of, take_numbers
 from tests.support.ranks import run_ranks
 
@@ -46,6 +48,14 @@ class BlockMatching(Matching):
         return wrong._replace(image_rows=(sums <= places[:, None] * sums[:, -1:]).sum(dim=1))
 
 
+def distillation() -> Objectives:
+    """With a teacher that is the same on every rank."""
+    torch.manual_seed(12)
+    objective = Distillation(teacher="none")
+    objective.teach_with(random_model(small_config(num_layers=1, feature_dim=7), dtype=torch.float64))
+    return {"distillation": objective}
+
+
 def mixture() -> Objectives:
     """Contrastive and local objectives on shared passes, as a run has them."""
     return {
@@ -62,6 +72,7 @@ CASES: dict[str, tuple[Callable[[], Objectives], int]] = {
     "soft targets": (lambda: {"soft_targets": SoftTargetContrastive(softness=0.3)}, 2),
     "text contrast": (lambda: {"text_contrast": TextContrast(hard_negatives=5, max_similarity=0.9)}, 2),
     "matching": (lambda: {"matching": BlockMatching()}, 2),
+    "distillation": (distillation, 2),
     "mixture": (mixture, 1),
 }
 PIECES = ((1, True), (2, False), (4, True))

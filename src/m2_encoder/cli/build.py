@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from m2_encoder.cli.path_values import find_path, is_model_name
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.schema import MODEL_FIELDS
 from m2_encoder.data.batch_masking import BatchMasking
@@ -15,6 +16,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalObjective, Objective
+from m2_encoder.objectives.distillation import Distillation
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 EMBEDDED_TOKENIZER: Final = "emoji"
@@ -84,3 +86,37 @@ def build_masking(
     if wanted["word_ratio"] is None and wanted["patch_ratio"] is None:
         return None
     return BatchMasking(tokenizer, grid=config.image_size // config.patch_size, **wanted)
+
+
+def load_teachers(
+    objectives: Mapping[str, Objective], model: Mapping[str, Any], config: M2EncoderConfig
+) -> Mapping[str, Objective]:
+    """Gives every distillation that counts its teacher, on the CPU until the first step.
+
+    Args:
+        objectives: by name.
+        model: that of the configuration, whose tokenizer the teacher must share.
+        config: the student's.
+
+    Returns:
+        The same objectives.
+
+    Raises:
+        UserError: for a teacher that cannot be loaded, or that reads another tokenizer's ids.
+    """
+    for name, objective in objectives.items():
+        if not isinstance(objective, Distillation) or not objective.weight:
+            continue
+        tokenizer = build_tokenizer(model, config)
+        named = is_model_name(objective.teacher_name)
+        source = objective.teacher_name if named else str(find_path(objective.teacher_name))
+        weights = None if objective.teacher_weights is None else find_path(objective.teacher_weights)
+        teacher = load(source, weights=weights, tokenizer=tokenizer if named else None)
+        read = teacher.tokenizer
+        if not isinstance(read, SentencePieceTokenizer) or read.model_bytes != tokenizer.model_bytes:
+            raise UserError(
+                f"objective.{name}.teacher={objective.teacher_name}: must read the ids of model.tokenizer="
+                f"{model['tokenizer']}; use the teacher's tokenizer, or another teacher"
+            )
+        objective.teach_with(teacher.model)
+    return objectives

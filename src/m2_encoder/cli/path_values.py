@@ -57,7 +57,7 @@ def model_problems(cfg: dict[str, Any]) -> list[str]:
     problems = []
     model, weights = cfg["model"], cfg["weights"]
     if not isinstance(model, Unset):
-        if _is_name(model):
+        if is_model_name(model):
             if weights is None:
                 problems.append(f"model={model}: a named model needs its checkpoint; add weights=FILE")
         elif not isinstance(model, str) or not find_path(model).is_dir():
@@ -98,14 +98,15 @@ def load_from(cfg: dict[str, Any]) -> LoadedModel:
     model, weights, tokenizer = cfg["model"], cfg["weights"], cfg["tokenizer"]
     is_url = str(weights).startswith(("http://", "https://"))
     return load(
-        model if _is_name(model) else find_path(model),
+        model if is_model_name(model) else find_path(model),
         weights=weights if weights is None or is_url else find_path(weights),
         tokenizer=None if tokenizer is None else find_path(tokenizer),
         device=device_of(cfg["device"]),
     )
 
 
-def _is_name(model: object) -> bool:
+def is_model_name(model: object) -> bool:
+    """Whether a value is a name of `list_models`, however it is spelt."""
     names = {name.replace(".", "_").replace("-", "_") for name in list_models()}
     return isinstance(model, str) and model.lower().replace(".", "_").replace("-", "_") in names
 

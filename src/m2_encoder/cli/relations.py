@@ -19,7 +19,7 @@ from m2_encoder.cli.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
 from m2_encoder.cli.known import Known, count_devices, count_ranks, make_problem, run_check
 from m2_encoder.cli.main import default_run_folder, is_first_rank
 from m2_encoder.cli.paths import anchor
-from m2_encoder.cli.rules import Problem
+from m2_encoder.cli.rules import Problem, show
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.cli.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
 from m2_encoder.data.emoji import load_emoji_concepts
@@ -126,8 +126,24 @@ def _check_shared_passes(known: Known) -> Iterator[Problem]:
                 continue
             first, wanted = by_target.setdefault(kind, (name, value))
             if value != wanted:
-                rule = f"must be that of objective.{first}, {wanted}: they share {targets}"
-                yield make_problem(f"objective.{name}.{key}", value, rule, f"use objective.{name}.{key}={wanted}")
+                rule = f"must be that of objective.{first}, {show(wanted)}: they share {targets}"
+                fix = f"use objective.{name}.{key}={show(wanted)}"
+                yield make_problem(f"objective.{name}.{key}", show(value), rule, fix)
+
+
+def _check_captions(known: Known) -> Iterator[Problem]:
+    """Objectives that compare the captions of an image need several of them."""
+    if known("data.captions.every_language", True):
+        return
+    for name in known("objective"):
+        target = str(known(f"objective.{name}._target_", ""))
+        key = f"objective.{name}.teacher_language"
+        if known(key, None) is not None:
+            rule = "needs captions in every language (data.captions.every_language=false)"
+            yield make_problem(key, known(key), rule, "use data.captions.every_language=true, or null")
+        elif target.endswith(".TextContrast"):
+            rule = f"must be true: objective.{name} compares the captions of an image"
+            yield make_problem("data.captions.every_language", "false", rule, "use data.captions.every_language=true")
 
 
 def _check_one_sided(known: Known) -> Iterator[Problem]:
@@ -283,6 +299,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_steps,
     _check_objectives,
     _check_shared_passes,
+    _check_captions,
     _check_one_sided,
     _check_devices,
     _check_ranks,

@@ -31,6 +31,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.objectives.base import check_schedule
 from m2_encoder.objectives.contrastive import HEADS
+from m2_encoder.objectives.soft_targets import SOURCES, check_softness
 from m2_encoder.objectives.token_head import DECODERS
 from m2_encoder.types import LANGUAGES
 
@@ -82,6 +83,13 @@ def _is_schedule(value: Any) -> bool:
         return True
     try:
         return isinstance(value, dict) and bool(check_schedule(value))
+    except UserError:
+        return False
+
+
+def _is_softness(value: Any) -> bool:
+    try:
+        return bool(check_softness(value))
     except UserError:
         return False
 
@@ -188,6 +196,24 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     flag("objective.*.text_expert"),
     number("objective.*.label_smoothing", "0.1", least=0, below=1),
     flag("objective.*.multi_positive"),
+    number("objective.*.initial_bias", "-10", least=-1000, most=1000),
+    Rule("objective.*.softness", _is_softness, "a number in [0, 1), or such numbers by step", "'{0: 0, 10000: 0.3}'"),
+    choice("objective.*.source", SOURCES),
+    number("objective.*.temperature", "0.07", above=0, optional=True),
+    whole("objective.*.hard_negatives", 1, "10", optional=True),
+    number("objective.*.max_similarity", "0.95", above=-1, most=1),
+    whole("objective.*.seed", 0, "0", most=2**32 - 1),
+    text("objective.*.teacher", "outputs/emoji/export"),
+    text("objective.*.teacher_weights", "m2_encoder_1B.ckpt", optional=True),
+    number("objective.*.feature_weight", "1.0", least=0),
+    number("objective.*.similarity_weight", "1.0", least=0),
+    Rule(
+        "objective.*.teacher_language",
+        lambda value: value in (None, *LANGUAGES),
+        f"null or {', '.join(LANGUAGES)}",
+        "en",
+    ),
+    whole("objective.*.chunk_size", 1, "256"),
     Rule(
         "objective.*.heads",
         lambda value: (

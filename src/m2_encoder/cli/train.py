@@ -20,7 +20,13 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from m2_encoder.cli.build import build_initial_state, build_masking, build_model_config, build_tokenizer
+from m2_encoder.cli.build import (
+    build_initial_state,
+    build_masking,
+    build_model_config,
+    build_tokenizer,
+    load_teachers,
+)
 from m2_encoder.cli.changes import describe_changes
 from m2_encoder.cli.data_start import check_data, write_check
 from m2_encoder.cli.export import export_run
@@ -41,7 +47,10 @@ from m2_encoder.training.module import PretrainModule
 logger = logging.getLogger(__name__)
 
 METRICS_FILE: Final = "metrics.jsonl"
-_PATH_KEYS: Final = ("run.folder", "data.folder", "model.weights", "model.tokenizer")
+_PATH_KEYS: Final = (
+    "run.folder", "data.folder", "model.weights", "model.tokenizer",
+    "objective.distillation.teacher", "objective.distillation.teacher_weights",
+)  # fmt: skip
 _SHARDS_KEY: Final = re.compile(r"\+*data\.sources\.[^.=]+\.shards")
 
 
@@ -147,7 +156,7 @@ def build_run(cfg: dict[str, Any], folder: Path, datamodule: Any = None) -> Run:
     datamodule = build_data(cfg) if datamodule is None else datamodule
     module = PretrainModule(
         model=model,
-        objectives=instantiate(cfg["objective"]),
+        objectives=load_teachers(instantiate(cfg["objective"]), cfg["model"], model),
         optimizer=instantiate(cfg["optimizer"]),
         scheduler=instantiate(cfg["scheduler"]),
         initial_state=build_initial_state(cfg["model"], model),

@@ -1,0 +1,162 @@
+"""Every shipped objective composes, validates and trains together with the others, from Hydra to the log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from m2_encoder.cli import validate
+from m2_encoder.cli.build import build_model_config, build_tokenizer, load_teachers
+from m2_encoder.cli.compose import Composer, open_composer
+from m2_encoder.cli.train import build_run
+from m2_encoder.errors import UserError
+from m2_encoder.export import export_model
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.objectives.base import Objective
+from m2_encoder.objectives.distillation import Distillation
+from tests.support.training import LIGHTNING_WARNINGS
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+OBJECTIVES = sorted(path.stem for path in (CONF / "objective").glob("*.yaml"))
+EVERYTHING = ["itc", "sigmoid", "soft_targets", "text_contrast", "captioning", "matching", "distillation"]
+FREE_TEXTS = {"teacher", "teacher_weights", "user_dictionary"}
+SMALL = (
+    "+experiment=smoke",
+    "logger=csv",
+    "trainer.max_steps=2",
+    "trainer.limit_val_batches=0",
+    "scheduler.warmup_steps=1",
+)
+
+
+@pytest.fixture
+def composer() -> Iterator[Composer]:
+    with open_composer(CONF, "train") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model of other widths and another image size, with the embedded tokenizer."""
+    values: dict[str, Any] = {"name": "tiny", "tokenizer": "emoji", "feature_dim": 48, "embed_dim": 32, "num_heads": 2}
+    config = build_model_config(values)
+    folder = tmp_path_factory.mktemp("teacher") / "export"
+    return export_model(folder, model=M2Encoder(config), tokenizer=build_tokenizer(values, config))
+
+
+def compose(composer: Composer, *lines: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    composition = composer.compose([*SMALL, f"run.folder={folder}", *lines])
+    assert composition.problems == []
+    return composition.cfg, validate.validate_train(composition.cfg)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_composes_and_its_values_are_those_of_the_code(
+    composer: Composer, tmp_path: Path, name: str
+) -> None:
+    lines = [f"objective=[{name}]"]
+    lines += ["objective.distillation.teacher=outputs/emoji/export"] if name == "distillation" else []
+    cfg, problems = compose(composer, *lines, folder=tmp_path)
+    assert problems == []
+    objective = instantiate(cfg["objective"])[name]
+    assert isinstance(objective, Objective)
+    assert objective.weight > 0
+    for key in cfg["objective"][name]:
+        broken = {**cfg, "objective": {name: {**cfg["objective"][name], key: "nonsense"}}}
+        assert key in FREE_TEXTS or validate.validate_train(broken), key
+
+
+def test_all_of_them_train_together(
+    composer: Composer, emoji_folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, problems = compose(
+        composer,
+        f"objective=[{','.join(EVERYTHING)}]",
+        f"data.folder={emoji_folder}",
+        f"objective.distillation.teacher={teacher}",
+        "objective.distillation.teacher_language=en",
+        "strategy.micro_batches=2",
+        folder=tmp_path,
+    )
+    assert problems == []
+    lightning.seed_everything(0, verbose=False)
+    run = build_run(cfg, tmp_path / "run")
+    without: list[str] = []
+    monkeypatch.setattr(
+        run.module,
+        "on_after_backward",
+        lambda: without.extend(n for n, p in run.module.named_parameters() if p.requires_grad and p.grad is None),
+    )
+    run.trainer.fit(run.module, datamodule=run.datamodule)
+    assert without == []
+    metrics = run.trainer.callback_metrics
+    for name in EVERYTHING:
+        assert math.isfinite(metrics[f"train/loss/{name}"]), name
+    assert 0 <= metrics["train/accuracy/matching"] <= 1
+    assert metrics["train/skipped_steps"] == 0
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    own = {key.removeprefix("objectives.") for key in saved if key.startswith("objectives.")}
+    assert own == {
+        "sigmoid.logit_bias",
+        "matching.head.weight",
+        "matching.head.bias",
+        "distillation.projection.weight",
+        *(
+            f"captioning.head.{key}"
+            for key in ("bias", "norm.weight", "norm.bias", "transform.weight", "transform.bias")
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["objective=[itc,text_contrast]", "data.captions.every_language=false"],
+            "data.captions.every_language=false: must be true: objective.text_contrast",
+        ),
+        (
+            [
+                "objective=[distillation]",
+                "objective.distillation.teacher=x",
+                "objective.distillation.teacher_language=en",
+                "data.captions.every_language=false",
+            ],
+            "objective.distillation.teacher_language=en: needs captions in every language",
+        ),
+        (
+            ["objective=[soft_targets]", "objective.soft_targets.softness=1"],
+            "objective.soft_targets.softness=1: must be",
+        ),
+        (
+            ["objective=[captioning,matching]", "objective.matching.text_expert=true"],
+            "objective.matching.text_expert=true: must be that of objective.captioning",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_starts(
+    composer: Composer, tmp_path: Path, lines: list[str], message: str
+) -> None:
+    _, problems = compose(composer, *lines, folder=tmp_path)
+    assert len(problems) == 1
+    assert problems[0].startswith(message)
+
+
+def test_a_teacher_must_exist_and_read_the_same_ids(teacher: Path, parity_dir: Path) -> None:
+    official = {"name": "tiny", "tokenizer": str(parity_dir / "tokenizer" / "sp.model"), "vocab_size": 115244}
+    for given, name, message in (
+        (official, str(teacher), r"must read the ids of model\.tokenizer="),
+        ({"name": "tiny", "tokenizer": "emoji"}, "outputs/nowhere", "no such folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_teachers({"d": Distillation(teacher=name)}, given, build_model_config(given))
