@@ -7,13 +7,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2_encoder.data.emoji import load_emoji_tokenizer_model
+from m2_encoder.data.keyed import mix
 from m2_encoder.data.text_masking import MaskVocabulary, TextMasking, mask_words, mask_words_of_batch
 from m2_encoder.tokenizers.han_words import HanWords
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -272,12 +272,8 @@ def test_words_are_hidden_whole(
     vocabulary = _vocabulary(segmenter.tokenizer)
     pieces = segmenter.segment_batch(batch)
 
-    def generator(row: int) -> np.random.Generator:
-        return np.random.default_rng([seed, row])
-
-    masked = mask_words_of_batch(
-        pieces, masking=masking, vocabulary=vocabulary, rngs=[generator(row) for row in range(len(batch))]
-    )
+    keys = [mix(seed, row) for row in range(len(batch))]
+    masked = mask_words_of_batch(pieces, masking=masking, vocabulary=vocabulary, keys=keys)
     special = _special(segmenter.tokenizer)
     for row, text in enumerate(batch):
         ids, words = pieces.ids[row].tolist(), pieces.words[row].tolist()
@@ -290,7 +286,7 @@ def test_words_are_hidden_whole(
             assert after == before or is_hidden
             assert not (is_hidden and before in special)
             assert after == before or after == vocabulary.mask_id or after not in special
-        alone = mask_words(segmenter.segment(text), masking=masking, vocabulary=vocabulary, rng=generator(row))
+        alone = mask_words(segmenter.segment(text), masking=masking, vocabulary=vocabulary, key=keys[row])
         length = len(alone.ids)
         assert torch.equal(alone.ids, masked.ids[row, :length])
         assert torch.equal(alone.predicted, masked.predicted[row, :length])

@@ -66,8 +66,8 @@ class BatchMasking:
         """
         assert self._words is not None, "hides no words"
         pieces = self._segmenter.segment_batch(texts)
-        rngs = [_generator(_WORDS, draw) for draw in draws]
-        return pieces.text, mask_words_of_batch(pieces, masking=self._words, vocabulary=self._vocabulary, rngs=rngs)
+        keys = [mix(_WORDS, *draw) for draw in draws]
+        return pieces.text, mask_words_of_batch(pieces, masking=self._words, vocabulary=self._vocabulary, keys=keys)
 
     def mask_images(self, draws: Sequence[tuple[int, ...]]) -> Tensor | None:
         """Which patches are hidden, (B, patches) bool; None if none are.

@@ -10,6 +10,7 @@ Reference: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); Feistel networks on arb
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,21 @@ def mix(*values: int) -> int:
             if value in (0, -1):
                 break
     return state
+
+
+def uniforms(keys: Sequence[int], count: int) -> npt.NDArray[np.float64]:
+    """Numbers in [0, 1) for each key: SplitMix64 started there; a hundred times as fast as a generator for each.
+
+    Args:
+        keys: 64 bits each, as of `mix`.
+        count: numbers for each key; more of them begin with the same ones.
+
+    Returns:
+        (len(keys), count).
+    """
+    starts = np.array(keys, dtype=np.uint64)[:, None]
+    steps = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return (_scramble_all(starts + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class KeyedPermutation:

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from m2_encoder.data.keyed import uniforms
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.word_pieces import NO_WORD, WordPieces, special_ids
@@ -82,16 +83,14 @@ class MaskVocabulary(NamedTuple):
         )
 
 
-def mask_words(
-    pieces: WordPieces, *, masking: TextMasking, vocabulary: MaskVocabulary, rng: np.random.Generator
-) -> MaskedText:
+def mask_words(pieces: WordPieces, *, masking: TextMasking, vocabulary: MaskVocabulary, key: int) -> MaskedText:
     """Hides words of one text.
 
     Args:
         pieces: of a text, (T,).
         masking: how much, and by what.
         vocabulary: what may stand in a word's place.
-        rng: decides everything else; the same state gives the same result.
+        key: decides everything else, 64 bits, as of `keyed.mix`.
 
     Returns:
         Ids and what is to be predicted, (T,) each. A text without words, such as an empty one, stays as it is, and
@@ -101,20 +100,20 @@ def mask_words(
         UserError: if `masking` makes no sense.
     """
     batch = WordPieces(*(part[None] for part in pieces))
-    masked = mask_words_of_batch(batch, masking=masking, vocabulary=vocabulary, rngs=[rng])
+    masked = mask_words_of_batch(batch, masking=masking, vocabulary=vocabulary, keys=[key])
     return MaskedText(*(part[0] for part in masked))
 
 
 def mask_words_of_batch(
-    pieces: WordPieces, *, masking: TextMasking, vocabulary: MaskVocabulary, rngs: Sequence[np.random.Generator]
+    pieces: WordPieces, *, masking: TextMasking, vocabulary: MaskVocabulary, keys: Sequence[int]
 ) -> MaskedText:
-    """Hides words of texts: of each exactly what `mask_words` hides with its generator, whatever it is padded to.
+    """Hides words of texts: of each exactly what `mask_words` hides with its key, whatever it is padded to.
 
     Args:
         pieces: of the texts, (B, T).
         masking: how much, and by what.
         vocabulary: what may stand in a word's place.
-        rngs: one generator per text.
+        keys: one per text.
 
     Returns:
         Ids and what is to be predicted, (B, T) each.
@@ -124,17 +123,14 @@ def mask_words_of_batch(
     """
     masking.checked()
     ids, words = pieces.ids.numpy(), pieces.words.numpy()
-    assert len(rngs) == len(ids), f"{len(rngs)} generators for {len(ids)} texts"
-    lengths = pieces.mask.numpy().sum(axis=1)
-    draws = np.zeros((*ids.shape, _DRAWS))
-    for row, (rng, length) in enumerate(zip(rngs, lengths, strict=True)):
-        draws[row, :length] = rng.random((length, _DRAWS))
-    predicted = choose_words(words, masking.ratio, order=draws[..., 0], chance=draws[..., 1])
-    kind = draws[..., 2]
+    assert len(keys) == len(ids), f"{len(keys)} keys for {len(ids)} texts"
+    # The same numbers for a piece, however many follow it.
+    order, chance, kind, which = np.moveaxis(uniforms(keys, ids.shape[1] * _DRAWS).reshape(*ids.shape, _DRAWS), -1, 0)
+    predicted = choose_words(words, masking.ratio, order=order, chance=chance)
     is_mask = kind < masking.mask_share
     is_random = ~is_mask & (kind < masking.mask_share + masking.random_share)
-    # A draw of 53 bits below 1 times a count stays below the count.
-    others = vocabulary.replacements[(draws[..., 3] * len(vocabulary.replacements)).astype(np.int64)]
+    # A number of 53 bits below 1 times a count stays below the count.
+    others = vocabulary.replacements[(which * len(vocabulary.replacements)).astype(np.int64)]
     masked = np.where(predicted & is_mask, vocabulary.mask_id, np.where(predicted & is_random, others, ids))
     return MaskedText(torch.from_numpy(masked), torch.from_numpy(predicted))
 
