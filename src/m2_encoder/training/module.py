@@ -144,7 +144,7 @@ class PretrainModule(lightning.LightningModule):
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = clip_gradients(parameters, gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
-        losses = {name: self._last_losses[name] for name in self.objectives}
+        losses = {name: self._last_losses[name] for name in self.objectives if name in self._last_losses}
         step = self.global_step + 1
         if self.non_finite.observe(norm, step=step, losses=losses, parameters=self.named_parameters()):
             optimizer.zero_grad(set_to_none=True)  # an optimizer leaves parameters without a gradient alone
