@@ -41,7 +41,7 @@ class _Lexicon(NamedTuple):
 
 
 class HanWords:
-    """Words of Chinese runs; the dictionary is read at the first one (a second, 100 MB). Pickles without it.
+    """Words of Chinese runs; the dictionary is read at the first one (a second, 80 MB). Pickles without it.
 
     Args:
         user_dictionary: a UTF-8 file of words beyond jieba's own, in its format: `word [frequency] [tag]` a line.
@@ -91,7 +91,7 @@ class HanWords:
         lexicon = self._lexicon or self._load()
         ends = _best_ends(run, lexicon)
         starts: list[int] = []
-        start = single = 0  # `single`: where the pending run of single characters begins
+        single = 0  # where the pending run of single characters begins
         for start in _walk(ends):
             end = ends[start]
             if end - start == 1:
