@@ -187,10 +187,11 @@ class Distillation(Objective):
         """1 - cosine of each local image and text."""
 
         def compare(features: Tensor, target: Tensor) -> Tensor:
-            wide = features.to(target.dtype)
+            dtype = torch.promote_types(features.dtype, target.dtype)
+            wide = features.to(dtype)
             if self.projection is not None:
-                wide = functional.linear(wide, self.projection.weight.to(target.dtype))
-            return 1 - functional.cosine_similarity(wide, target, dim=1)
+                wide = functional.linear(wide, self.projection.weight.to(dtype))
+            return 1 - functional.cosine_similarity(wide, target.to(dtype), dim=1)
 
         return compare(inputs.image_features, taught.images), compare(inputs.text_features, taught.texts)
 
