@@ -128,11 +128,11 @@ def attentive_mask(
 ) -> Tensor:
     """Hides the patches of each image that are most, or least, similar to its caption.
 
-    SyCoCa argues that much of an image is clutter or has nothing to do with its caption, and therefore lets captions and
-    images meet on patches selected by attentive masking: by their similarity to the text. That is what is followed here.
-    Which end it hides for which of its tasks, which share, and after which layer the similarity is taken, are arguments
-    or the caller's, and the defaults are ours: to reconstruct from the caption, "high" asks for what it speaks of; "low"
-    keeps that in sight.
+    SyCoCa argues that much of an image is clutter or has nothing to do with its caption, and therefore lets captions
+    and images meet on patches selected by attentive masking: by their similarity to the text. That is followed here.
+    Which end it hides for which of its tasks, which share, and after which layer the similarity is taken, are
+    arguments or the caller's, and the defaults are ours: to reconstruct from the caption, "high" asks for what it
+    speaks of; "low" keeps that in sight.
 
     The choice has no gradient.
 
