@@ -54,6 +54,7 @@ RUNS = {
     "ddp fp32": Run(DDP, {}, "32-true"),
     "fsdp in pieces": Run(FSDP, {**PIECES, "activation_checkpointing": True}, "32-true"),
     "fsdp in kept pieces": Run(FSDP, {"micro_batches": 4, "recompute": False}, "32-true"),
+    "ddp bf16": Run(DDP, PIECES, "bf16-mixed"),
     "ddp, groups of one": Run(DDP, {"group_size": 1}, "32-true"),
     "fsdp, groups of one": Run(FSDP, {"group_size": 1, "micro_batches": 2}, "32-true"),
 }
@@ -141,6 +142,13 @@ def test_every_way_of_running_ends_at_the_same_weights(
         assert result[name]["losses"] == pytest.approx(expected["losses"], rel=1e-4, nan_ok=True)
         for key, weights in expected["weights"].items():
             np.testing.assert_allclose(result[name]["weights"][key], weights, rtol=0, atol=tolerance, err_msg=key)
+
+
+def test_half_precision_stays_near_full(results: list[dict[str, dict[str, Any]]]) -> None:
+    half, full = results[0]["ddp bf16"]["losses"], results[0]["ddp fp32"]["losses"]
+    for name in build_objectives():
+        assert half[f"train/loss/{name}"] == pytest.approx(full[f"train/loss/{name}"], rel=0.1), name
+        assert half[f"train/loss/{name}"] != full[f"train/loss/{name}"]
 
 
 def test_groups_see_fewer_negatives(results: list[dict[str, dict[str, Any]]]) -> None:

@@ -138,6 +138,27 @@ class PairEncoder(Protocol):
         ...
 
 
+def read_head(state: Mapping[str, Tensor], *, name: str = "matching") -> nn.Linear:
+    """The trained head of `Matching`, for `score_pairs`; exported folders hold the encoder alone.
+
+    Args:
+        state: `state_dict` of a training checkpoint (`torch.load(path, weights_only=True)["state_dict"]`).
+        name: of the objective in that run.
+
+    Raises:
+        UserError: if the run had no such objective.
+    """
+    prefix = f"objectives.{name}.head."
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if set(found) != {"weight", "bias"}:
+        raise UserError(
+            f"the checkpoint holds no {prefix}weight and {prefix}bias; name the matching objective of its run"
+        )
+    head = nn.Linear(found["weight"].shape[1], 1, dtype=found["weight"].dtype)
+    head.load_state_dict(found)
+    return head.requires_grad_(False)
+
+
 @torch.inference_mode()
 def score_pairs(
     model: PairEncoder,
@@ -155,7 +176,7 @@ def score_pairs(
 
     Args:
         model: a trained encoder.
-        head: of `Matching`; the training checkpoint holds it as `objectives.<name>.head`.
+        head: of `Matching`, or what `read_head` found in a checkpoint.
         images: (B, 3, S, S), as in `M2Encoder.encode_image`.
         text: (C, T).
         pairs: rows of an image and of a text, (P, 2) int64.
