@@ -14,8 +14,8 @@ without a graph, on `chunk_size` rows at a time.
 
 Letters: n local images · k captions per image · g ranks of the group · E, E' feature dims of student and teacher.
 
-Cost per rank and step: the teacher's forward; sent (g - 1)(k + 1) n (2 E + E') elements, E of them in backward; with a
-tile of rows at a time no (n x k M) matrix exists.
+Cost per rank and step: the teacher's forward; for similarities ITC's, and sent (g - 1)(k + 1) n (2 E + E') elements
+more and 6 matrix products of n x k M x (E or E'); no (n x k M) matrix exists. Backward sends nothing.
 
 Reference: DC-CLIP (arXiv:2404.11249), DCLIP (arXiv:2505.21549) and AltCLIP (arXiv:2211.06679) for features of a frozen
 teacher, AltCLIP also for reading one language (`teacher_language`) and teaching all; CLIP-KD (arXiv:2307.12732) for
@@ -28,12 +28,15 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.errors import UserError
+from m2_encoder.objectives.alignment import mean_alignment
 from m2_encoder.objectives.base import ModelShape, Objective, ObjectiveInputs, ObjectiveOutput
-from m2_encoder.objectives.row_tiles import GroupRows, gather_constant, gather_group, map_rows
+from m2_encoder.objectives.contrastive import contrastive_losses
+from m2_encoder.objectives.row_tiles import gather_constant
 from m2_encoder.types import LANGUAGES, ImageTextBatch, TextTokens
 
 _INIT_STD = 0.02
@@ -90,6 +93,13 @@ class _Taught(NamedTuple):
     images: Tensor
     texts: Tensor
     scale: Tensor
+
+
+class _Term(NamedTuple):
+    """One of the two: mean of the local rows, (), and of each local text with its image, (k * n,), detached."""
+
+    loss: Tensor
+    per_sample: Tensor
 
 
 class Distillation(Objective):
@@ -172,18 +182,17 @@ class Distillation(Objective):
         if inputs.batch is None:
             raise UserError("a teacher looks at images and captions themselves; ObjectiveInputs needs the batch")
         taught = self._teach(inputs.batch)
-        captions = len(inputs.text_features) // len(inputs.image_features)
-        by_image, by_text = taught.images.new_zeros(len(taught.images)), taught.texts.new_zeros(len(taught.texts))
+        terms = (self._compare_features, self._compare_similarities)
         with torch.autocast(inputs.image_features.device.type, enabled=False):
-            for weight, term in zip(self._weights, (self._compare_features, self._compare_similarities), strict=True):
-                if weight:
-                    of_images, of_texts = term(inputs, taught)
-                    by_image, by_text = by_image + weight * of_images, by_text + weight * of_texts
+            parts = [
+                (weight, term(inputs, taught)) for weight, term in zip(self._weights, terms, strict=True) if weight
+            ]
             nothing = inputs.logit_scale * 0  # features alone have no scale, but DDP waits for its gradient
-        per_sample = (by_image.repeat_interleave(captions) + by_text).detach() / 2
-        return ObjectiveOutput(loss=(by_image.mean() + by_text.mean()) / 2 + nothing, per_sample=per_sample)
+        loss = torch.stack([weight * part.loss for weight, part in parts]).sum() + nothing
+        per_sample = torch.stack([weight * part.per_sample for weight, part in parts]).sum(dim=0)
+        return ObjectiveOutput(loss=loss, per_sample=per_sample)
 
-    def _compare_features(self, inputs: ObjectiveInputs, taught: _Taught) -> tuple[Tensor, Tensor]:
+    def _compare_features(self, inputs: ObjectiveInputs, taught: _Taught) -> _Term:
         """1 - cosine of each local image and text."""
 
         def compare(features: Tensor, target: Tensor) -> Tensor:
@@ -193,18 +202,36 @@ class Distillation(Objective):
                 wide = functional.linear(wide, self.projection.weight.to(dtype))
             return 1 - functional.cosine_similarity(wide, target.to(dtype), dim=1)
 
-        return compare(inputs.image_features, taught.images), compare(inputs.text_features, taught.texts)
+        by_image = compare(inputs.image_features, taught.images)
+        by_text = compare(inputs.text_features, taught.texts)
+        rows = by_image.repeat_interleave(len(by_text) // len(by_image)) + by_text
+        return _Term((by_image.mean() + by_text.mean()) / 2, rows.detach() / 2)
 
-    def _compare_similarities(self, inputs: ObjectiveInputs, taught: _Taught) -> tuple[Tensor, Tensor]:
+    def _compare_similarities(self, inputs: ObjectiveInputs, taught: _Taught) -> _Term:
         """Kullback-Leibler divergence of each local image's and text's softmax over the group."""
-        rows = gather_group(inputs)
-        all_images, all_texts = (gather_constant(side, inputs.group) for side in (taught.images, taught.texts))
-        scale = inputs.logit_scale.to(rows.images.dtype).exp()
-        return (
-            _divergences(
-                rows, (rows.images, rows.texts), (all_images, all_texts), scale, taught.scale, rows.own_images
-            ),
-            _divergences(rows, (rows.texts, rows.images), (all_texts, all_images), scale, taught.scale, rows.own_texts),
+        group = inputs.group
+        captions = len(inputs.text_features) // len(inputs.image_features)
+        hard = contrastive_losses(
+            inputs.image_features,
+            inputs.text_features,
+            inputs.logit_scale,
+            group=group,
+            captions_per_image=captions,
+            equal_rows=True,
+        )
+        loss = hard.loss.mean()
+        images, texts = inputs.image_features.to(loss.dtype), inputs.text_features.to(loss.dtype)
+        seen, read = taught.images.to(loss.dtype), taught.texts.to(loss.dtype)
+        of_images = _Shares(seen, read, taught.scale, group, keys_per_query=captions)
+        of_texts = _Shares(read, seen, taught.scale, group, queries_per_key=captions)
+        by_image = mean_alignment(images, texts, gather_constant(texts, group), of_images, group=group)
+        by_text = mean_alignment(texts, images, gather_constant(images, group), of_texts, group=group)
+        scale = inputs.logit_scale.to(loss.dtype).exp()
+        known = of_images.information.mean() + of_texts.information.mean()
+        rows = scale * (images * by_image.mixed).sum(dim=1) + of_images.information
+        rows = rows.repeat_interleave(captions) + scale * (texts * by_text.mixed).sum(dim=1) + of_texts.information
+        return _Term(
+            loss + (scale * (by_image.mean + by_text.mean) + known) / 2, hard.per_sample.squeeze(1) + rows.detach() / 2
         )
 
     @torch.no_grad()
@@ -236,31 +263,46 @@ class Distillation(Objective):
         return self._teacher[0]
 
 
-def _divergences(
-    rows: GroupRows,
-    student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor],
-    scale: Tensor,
-    teacher_scale: Tensor,
-    own: slice,
-) -> Tensor:
-    """KL(teacher || student) of the softmaxes of local queries over all keys.
+class _Shares:
+    """P - T of some local rows: own partners, in equal shares, less the softmax of the teacher's similarities.
 
     Args:
-        rows: of the group.
-        student: queries and keys, all of the group, with gradients.
-        teacher: the same, constant.
-        scale: s, ().
-        teacher_scale: s', ().
-        own: the local queries.
+        queries: the teacher's features of the local rows, (n, E').
+        keys: of the other side's local rows.
+        scale: s', ().
+        group: ranks.
+        keys_per_query: how many partners each query has.
+        queries_per_key: how many queries each key is the partner of.
+
+    Attributes:
+        information: sum_j T_ij log T_ij of each local row, (n,), once all of them were made.
     """
 
-    def of_some(some: slice) -> Tensor:
-        target = torch.log_softmax(teacher_scale * (teacher[0][own][some] @ teacher[1].t()), dim=1)
-        found = torch.log_softmax(scale * (student[0][own][some] @ student[1].t()), dim=1)
-        return (target.exp() * (target - found)).sum(dim=1)
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        scale: Tensor,
+        group: dist.ProcessGroup | None,
+        *,
+        keys_per_query: int = 1,
+        queries_per_key: int = 1,
+    ) -> None:
+        self._queries, self._keys, self._scale = queries, gather_constant(keys, group), scale
+        self._first = 0 if group is None else dist.get_rank(group) * len(keys)
+        self._keys_per_query, self._queries_per_key = keys_per_query, queries_per_key
+        self.information = torch.zeros(len(queries), dtype=queries.dtype, device=queries.device)
 
-    return map_rows(of_some, own.stop - own.start, len(student[1]), element_size=rows.images.element_size())
+    def __call__(self, some: slice) -> Tensor:
+        logs = torch.log_softmax(torch.mm(self._queries[some] * self._scale, self._keys.t()), dim=1)
+        shares = logs.exp()
+        self.information[some] = torch.mul(shares, logs, out=logs).sum(dim=1)
+        shares.neg_()
+        rows = torch.arange(some.start, some.stop, device=shares.device)
+        partners = torch.arange(self._keys_per_query, device=shares.device)
+        first = self._first + rows // self._queries_per_key * self._keys_per_query
+        shares[(rows - some.start)[:, None], first[:, None] + partners] += 1 / self._keys_per_query
+        return shares
 
 
 def _captions_in(language: int, batch: ImageTextBatch) -> Tensor:

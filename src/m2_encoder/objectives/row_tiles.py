@@ -19,7 +19,7 @@ from m2_encoder.distributed.collectives import gather_rows, gather_rows_without_
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import ObjectiveInputs
 
-_TILE_BYTES: Final = 64 << 20
+_TILE_BYTES: Final = 16 << 20
 """Of one matrix of a tile."""
 
 

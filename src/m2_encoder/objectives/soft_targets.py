@@ -14,8 +14,8 @@ U mirrors T. a may grow with the steps ("progressively"). With a = 0 this is ITC
 
 Letters: n local images · k captions per image · M images of the group · g ranks of the group · E feature dim.
 
-Cost per rank and step: sent 2 (g - 1)(k + 1) n E elements, half of them in backward; with a tile of rows at a time no
-(n x k M) matrix exists. Backward makes every tile again.
+Cost per rank and step: ITC's, and for the soft part sent 4 (g - 1) n E elements more, 6 to 8 matrix products of
+n x M x E, and memory 4 M E with a few tiles: no (n x M) matrix exists. Backward sends nothing.
 
 Reference: SoftCLIP (arXiv:2303.17561) for targets from similarities within a modality; LightCLIP (arXiv:2312.00674) for
 softening the labels of negatives progressively, of which "uniform" with growing a is our reading; UniCL
@@ -24,13 +24,15 @@ softening the labels of negatives progressively, of which "uniform" with growing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from m2_encoder.errors import UserError
+from m2_encoder.objectives.alignment import mean_alignment
 from m2_encoder.objectives.base import (
     Objective,
     ObjectiveInputs,
@@ -38,13 +40,11 @@ from m2_encoder.objectives.base import (
     check_schedule,
     interpolate_schedule,
 )
-from m2_encoder.objectives.row_tiles import GroupRows, gather_group, map_rows
+from m2_encoder.objectives.contrastive import contrastive_losses
+from m2_encoder.objectives.row_tiles import gather_constant
 
 SOURCES: Final = ("image", "text", "both", "uniform")
 """Where softened targets come from."""
-
-Targets: TypeAlias = Callable[[slice], Tensor]
-"""Shares of all columns for some local rows, (t, columns)."""
 
 
 class SoftTargetContrastive(Objective):
@@ -84,16 +84,35 @@ class SoftTargetContrastive(Objective):
 
     def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Loss of the local rows against all rows of the group."""
-        with torch.autocast(inputs.image_features.device.type, enabled=False):
-            rows = gather_group(inputs)
+        images, texts, group = inputs.image_features, inputs.text_features, inputs.group
+        captions = len(texts) // max(1, len(images))
+        hard = contrastive_losses(
+            images,
+            texts,
+            inputs.logit_scale,
+            group=group,
+            identity=inputs.identity if self._multi_positive else None,
+            captions_per_image=captions,
+            equal_rows=True,
+        )
+        loss, per_sample = hard.loss.mean(), hard.per_sample.squeeze(1)
+        softness = interpolate_schedule(self._softness, inputs.step)
+        if not softness:
+            return ObjectiveOutput(loss=loss, per_sample=per_sample)
+        with torch.autocast(images.device.type, enabled=False):
+            images, texts = images.to(loss.dtype), texts.to(loss.dtype)
+            # An image's target is spread evenly over its captions, so that only their mean counts.
+            means = texts.unflatten(0, (-1, captions)).mean(dim=1)
+            shares = _Shares(images, means, inputs, source=self._source, temperature=self._temperature)
             if not self._multi_positive:
-                rows = rows._replace(identity=torch.arange(len(rows.images), device=rows.identity.device))
-            softness = interpolate_schedule(self._softness, inputs.step)
-            targets = _Targets(rows, softness=softness, source=self._source, temperature=self._temperature)
-            scale = inputs.logit_scale.to(rows.images.dtype).exp()
-            by_image, by_text = cross_entropies(rows, scale, targets.of_images, targets.of_texts)
-        per_sample = (by_image.repeat_interleave(rows.captions) + by_text).detach() / 2
-        return ObjectiveOutput(loss=(by_image.mean() + by_text.mean()) / 2, per_sample=per_sample)
+                shares.identity = torch.arange(len(shares.images), device=images.device)
+            by_image = mean_alignment(images, means, shares.texts, shares, group=group)
+            by_text = mean_alignment(means, images, shares.images, shares, group=group)
+            factor = softness * inputs.logit_scale.to(loss.dtype).exp() / 2
+            loss = loss + factor * (by_image.mean + by_text.mean)
+            own = (images * by_image.mixed).sum(dim=1).repeat_interleave(captions)
+            own = own + (texts * by_text.mixed.repeat_interleave(captions, dim=0)).sum(dim=1)
+        return ObjectiveOutput(loss=loss, per_sample=per_sample + (factor * own).detach())
 
 
 def check_softness(softness: Any) -> dict[int, float]:
@@ -109,68 +128,35 @@ def check_softness(softness: Any) -> dict[int, float]:
     return check_schedule(points) if any(values) else {0: 0.0}
 
 
-def cross_entropies(
-    rows: GroupRows, scale: Tensor, image_targets: Targets, text_targets: Targets
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropies of targets with the softmax of image-text logits over the group.
+class _Shares:
+    """P - Q of some local images over all images of the group, (t, M).
 
     Args:
-        rows: of the group.
-        scale: s, ().
-        image_targets: shares of all texts for some of the local images, rows that sum to 1; without a gradient.
-        text_targets: shares of all images for some of the local texts, likewise.
-
-    Returns:
-        Of the local images, (n,), and of the local texts, (k * n,).
+        images: local, (n, E).
+        texts: means of their captions, (n, E); the similarity of two means is the mean over all pairs of captions.
+        inputs: tell identities and the group.
+        source: one of `SOURCES`.
+        temperature: t.
     """
 
-    def losses(queries: Tensor, keys: Tensor, targets: Targets) -> Tensor:
-        def of_some(some: slice) -> Tensor:
-            logits = scale * (queries[some] @ keys.t())
-            return logits.logsumexp(dim=1) - (targets(some) * logits).sum(dim=1)
+    def __init__(
+        self, images: Tensor, texts: Tensor, inputs: ObjectiveInputs, *, source: str, temperature: float
+    ) -> None:
+        self.images, self.texts = gather_constant(images, inputs.group), gather_constant(texts, inputs.group)
+        self.identity = gather_constant(inputs.identity, inputs.group)
+        self._first = 0 if inputs.group is None else dist.get_rank(inputs.group) * len(images)
+        self._temperature = temperature
+        self._sides = {"image": [self.images], "text": [self.texts], "both": [self.images, self.texts], "uniform": []}[
+            source
+        ]
 
-        return map_rows(of_some, len(queries), len(keys), element_size=keys.element_size())
-
-    return (
-        losses(rows.images[rows.own_images], rows.texts, image_targets),
-        losses(rows.texts[rows.own_texts], rows.images, text_targets),
-    )
-
-
-class _Targets:
-    """T and U, a tile of local rows at a time."""
-
-    def __init__(self, rows: GroupRows, *, softness: float, source: str, temperature: float) -> None:
-        self._rows, self._softness, self._source = rows, softness, source
-        self._images = rows.images.detach() / temperature**0.5
-        # The similarity of two sets of captions, averaged over all pairs, is that of their means.
-        means = rows.texts.detach().unflatten(0, (-1, rows.captions)).mean(dim=1)
-        self._texts = means / temperature**0.5
-
-    @torch.no_grad()
-    def of_images(self, some: slice) -> Tensor:
-        """Shares of all texts for some local images, (t, k * M)."""
-        rows = torch.arange(self._rows.local, device=self._images.device)[some]
-        captions = self._rows.captions
-        return (self._shares(rows) / captions).repeat_interleave(captions, dim=1)
-
-    @torch.no_grad()
-    def of_texts(self, some: slice) -> Tensor:
-        """Shares of all images for some local texts, (t, M)."""
-        texts = torch.arange(self._rows.local * self._rows.captions, device=self._images.device)[some]
-        return self._shares(texts // self._rows.captions)
-
-    def _shares(self, own: Tensor) -> Tensor:
-        """Shares of all images for some local images, (t, M)."""
-        rows = own + self._rows.first
-        same = (self._rows.identity[rows, None] == self._rows.identity).to(self._images.dtype)
-        hard = same / same.sum(dim=1, keepdim=True)
-        if not self._softness:
-            return hard
-        return (1 - self._softness) * hard + self._softness * self._soft(rows)
-
-    def _soft(self, rows: Tensor) -> Tensor:
-        if self._source == "uniform":
-            return torch.full_like(self._images[:1, :1], 1 / len(self._images))
-        image, text = ((side[rows] @ side.t()).softmax(dim=1) for side in (self._images, self._texts))
-        return {"image": image, "text": text, "both": (image + text) / 2}[self._source]
+    def __call__(self, some: slice) -> Tensor:
+        rows = slice(self._first + some.start, self._first + some.stop)
+        same = self.identity[rows, None] == self.identity
+        shares = same / same.sum(dim=1, keepdim=True).to(self.images.dtype)
+        if not self._sides:
+            return shares - 1 / len(self.images)
+        for side in self._sides:
+            similar = torch.mm(side[rows] / self._temperature, side.t()).softmax(dim=1)
+            shares.sub_(similar, alpha=1 / len(self._sides))
+        return shares

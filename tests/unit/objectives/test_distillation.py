@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from m2_encoder.errors import UserError
-from m2_encoder.objectives import row_tiles
+from m2_encoder.objectives import alignment
 from m2_encoder.objectives.base import ObjectiveInputs
 from m2_encoder.objectives.distillation import Distillation
 from tests.support.models import random_model, small_config
@@ -66,7 +66,7 @@ def test_losses_and_gradients(
     temperature: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(row_tiles, "_TILE_BYTES", 4 * 8 * 7)
+    monkeypatch.setattr(alignment, "_TILE_BYTES", 4 * 8 * 7)
     teacher = make_teacher(feature_dim=width)
     objective = make_objective(
         teacher, feature_weight=features, similarity_weight=similarity, temperature=temperature, chunk_size=3

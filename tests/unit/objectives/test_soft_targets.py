@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from m2_encoder.errors import UserError
-from m2_encoder.objectives import row_tiles
+from m2_encoder.objectives import alignment, soft_targets
 from m2_encoder.objectives.base import ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.soft_targets import SoftTargetContrastive
@@ -52,7 +52,7 @@ def plain_loss(inputs: ObjectiveInputs, *, softness: float, source: str) -> Tens
 @pytest.mark.parametrize("captions", [1, 2])
 @pytest.mark.parametrize("source", ["image", "text", "both", "uniform"])
 def test_losses_and_gradients(source: Any, captions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_tiles, "_TILE_BYTES", 3 * 8 * 6 * captions)  # three images a tile
+    monkeypatch.setattr(alignment, "_TILE_BYTES", 4 * 8 * 6)  # four images a tile
     inputs = draw_inputs(6, captions)
     output = SoftTargetContrastive(softness=0.4, source=source, temperature=TEMPERATURE)(inputs)
     expected = plain_loss(inputs, softness=0.4, source=source)
@@ -81,18 +81,19 @@ def test_softness_grows_with_the_steps() -> None:
         assert growing(inputs._replace(step=step)).loss.item() == fixed(inputs).loss.item()
 
 
-def test_no_matrix_outlives_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_tiles, "_TILE_BYTES", 64 * 8)
-    inputs = draw_inputs(64, 1)
-    kept: list[int] = []
+def test_a_tile_is_made_once_and_never_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alignment, "_TILE_BYTES", 16 * 64 * 8)
+    made: list[tuple[int, ...]] = []
+    shares = soft_targets._Shares.__call__
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
-        return tensor
+    def counted(self: Any, some: slice) -> Tensor:
+        tile = shares(self, some)
+        made.append(tuple(tile.shape))
+        return tile
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        SoftTargetContrastive()(inputs).loss.backward()
-    assert max(kept) < 64 * 64
+    monkeypatch.setattr(soft_targets._Shares, "__call__", counted)
+    SoftTargetContrastive()(draw_inputs(64, 2)).loss.backward()
+    assert made == [(16, 64)] * 8  # four tiles for either direction, none for backward
 
 
 @pytest.mark.parametrize(
