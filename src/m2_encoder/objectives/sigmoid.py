@@ -185,27 +185,32 @@ class _Walk:
         self.has_gradients = with_gradients
         if with_gradients:
             self.of_texts, self.of_images = torch.zeros_like(texts), torch.zeros_like(images)
-            self.of_log_scale, self.of_bias = torch.zeros_like(self._scale), torch.zeros_like(self._bias)
+            self.of_bias = torch.zeros_like(self._bias)
         for start in range(0, texts.shape[0], _TILE_ROWS):
             rows = slice(start, start + _TILE_ROWS)
             for first in range(0, images.shape[0], _TILE_COLUMNS):
                 self._visit(rows, slice(first, first + _TILE_COLUMNS), losses)
+        if with_gradients:
+            for total in (self.of_texts, self.of_images):
+                total *= self._scale / texts.shape[0]
+            self.of_bias /= texts.shape[0]
+            # The scale multiplies what the texts do: sum_ij d_ij s x_i . y_j.
+            self.of_log_scale = (self.of_texts * texts).sum()
         return losses
 
     def _visit(self, rows: slice, columns: slice, losses: Tensor) -> None:
+        """Add what a tile gives; gradients still lack the factors s and 1 / (k n)."""
         texts, images = self._texts[rows], self._images[columns]
-        products = texts @ images.t()
-        logits = products * self._scale + self._bias
+        logits = (texts @ images.t()).mul_(self._scale).add_(self._bias)
         matches = self._text_classes[rows, None] == self._image_classes[columns]
         signed = torch.where(matches, -logits, logits)  # of the wrong answer
         losses[rows] += functional.softplus(signed).sum(dim=1)
         if not self.has_gradients:
             return
-        slope = signed.sigmoid_() / self._texts.shape[0]
+        slope = signed.sigmoid_()
         slope = torch.where(matches, -slope, slope)
-        self.of_texts[rows] += self._scale * (slope @ images)
-        self.of_images[columns] += self._scale * (slope.t() @ texts)
-        self.of_log_scale += self._scale * (slope * products).sum()
+        self.of_texts[rows].addmm_(slope, images)
+        self.of_images[columns].addmm_(slope.t(), texts)
         self.of_bias += slope.sum()
 
 
