@@ -31,6 +31,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.objectives.base import check_schedule
 from m2_encoder.objectives.contrastive import HEADS
+from m2_encoder.objectives.masked_image import MASKINGS
 from m2_encoder.objectives.soft_targets import SOURCES, check_softness
 from m2_encoder.objectives.token_head import DECODERS
 from m2_encoder.types import LANGUAGES
@@ -92,6 +93,10 @@ def _is_softness(value: Any) -> bool:
         return bool(check_softness(value))
     except UserError:
         return False
+
+
+def _is_targets(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and "_target_" in value)
 
 
 def _is_interval(value: Any) -> bool:
@@ -193,6 +198,9 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     Rule("objective.*.schedule", _is_schedule, "factors of the weight by step, or null", "'{0: 0, 1000: 1}'"),
     number("objective.*.mask_ratio", "0.5", above=0, below=1),
     choice("objective.*.decoder", DECODERS),
+    choice("objective.*.masking", MASKINGS),
+    Rule("objective.*.targets", _is_targets, "keys with a _target_, or null", "null"),
+    text("objective.*.targets.tokenizer", "outputs/visual_tokenizer/export"),
     flag("objective.*.text_expert"),
     number("objective.*.label_smoothing", "0.1", least=0, below=1),
     flag("objective.*.multi_positive"),

@@ -288,6 +288,12 @@ class M2Encoder(nn.Module):
             _normalize(self.vl_image_proj(hidden[:, 0])), _normalize(self.image_proj(backbone_hidden[:, 0]))
         )
 
+    def finish_patches(self, backbone_hidden: Tensor) -> Tensor:
+        """Patches of what `encode_image_backbone` gave, projected as images are, not normalised, (B, patches, E)."""
+        hidden = self.vl_encoder(backbone_hidden, num_image_tokens=backbone_hidden.shape[1])
+        projected: Tensor = self.vl_image_proj(hidden[:, 1:])
+        return projected
+
     def finish_text(self, backbone_hidden: Tensor, mask: Tensor) -> HeadFeatures:
         """Features of both heads of what `encode_text_backbone` gave for texts with this mask, (B, T) bool."""
         if _packs(mask):

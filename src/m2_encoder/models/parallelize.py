@@ -30,6 +30,7 @@ _ENTRY_POINTS: Final = (
     "encode_text_backbone",
     "finish_image",
     "finish_text",
+    "finish_patches",
     "fuse",
     "token_losses",
 )

@@ -198,6 +198,11 @@ class Passes(Protocol):
         ...
 
     @property
+    def patch_features(self) -> Tensor:
+        """Clean patches in the space of the features, not normalised, (b, patches, E), without a gradient."""
+        ...
+
+    @property
     def masked_text(self) -> Tensor:
         """Captions with hidden words beside their clean image, (k * b, T, D)."""
         ...

@@ -1,37 +1,52 @@
 """Cross-modal masked image modelling (CMIM): hidden patches, predicted from the others and the caption.
 
-    y_p = W h_p + b,   loss = mean over hidden p of  mean over pixels of (y_p - t_p)^2
-    t_p: the pixels of patch p, less their mean, over their standard deviation
+    loss = mean over hidden p of  l(h_p, patch p)      h_p: state of patch p after the vision-language layers
 
-Reference: MAE (arXiv:2111.06377) for normalised pixels; BEiT (arXiv:2106.08254) for blocks of patches; SyCoCa
-(arXiv:2401.02137) for the caption's part in it.
+with l of `patch_targets`: squared distance to normalised pixels, or cross-entropy of a visual tokenizer's codes.
+
+Reference: BEiT (arXiv:2106.08254) for blocks of patches; SyCoCa (arXiv:2401.02137) for the caption's part in it and for
+attentive masks; MAE (arXiv:2111.06377) and BEiT v2 (arXiv:2208.06366) for the targets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2_encoder.errors import UserError
+from m2_encoder.objectives.attentive import attentive_mask
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
 
-_EPS = 1e-6  # of the variance of a patch, in units of 255 levels squared; MAE's
-_INIT_STD = 0.02
+MASKINGS: Final = ("block", "attentive")
+"""How patches are chosen: BEiT's blocks, drawn by the data module; or those most similar to the caption."""
 
 
 class MaskedImage(LocalObjective):
-    """CMIM on normalised pixels, over the hidden patches that the data module chose.
+    """CMIM over the hidden patches of every image, once for each of its captions.
+
+    Attentive masks hide the patches whose features are most similar to the feature of the image's caption, with
+    several captions to the sum of theirs, so that one pass of the image serves all. A patch's feature is its state
+    after the vision-language layers, projected as the image's is. They follow the model as it learns, without a
+    gradient and without a random number: a piece that is computed again hides the same patches. They cost one more run
+    of the vision-language layers over the image, forward only, and mean something only where image and text share a
+    space: beside a contrastive objective, or from trained weights.
+
+    SyCoCa selects patches by their similarity to the text, too; that is followed. To hide the most similar ones, where
+    the features are taken, and the share are our choice.
 
     Args:
         weight: factor in the sum of objectives.
         schedule: see `Objective`.
-        mask_ratio: share of the patches that are hidden, in blocks; the released configuration names 80 of 196.
+        mask_ratio: share of the patches that are hidden; the released configuration names 80 of 196.
+        masking: one of `MASKINGS`.
+        targets: what is predicted; None for normalised pixels.
         text_expert: see `LocalObjective`.
 
     Raises:
-        UserError: for a ratio outside (0, 1).
+        UserError: for a ratio outside (0, 1), or an unknown masking.
     """
 
     passes = frozenset({"masked_image"})
@@ -43,52 +58,56 @@ class MaskedImage(LocalObjective):
         weight: float = 1.0,
         schedule: Mapping[int, float] | None = None,
         mask_ratio: float = 80 / 196,
+        masking: Literal["block", "attentive"] = "block",
+        targets: PatchTargets | None = None,
         text_expert: bool = False,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
         if not 0 < mask_ratio < 1:
             raise UserError(f"mask_ratio={mask_ratio!r} must be above 0 and below 1")
-        self.patch_ratio = mask_ratio
+        if masking not in MASKINGS:
+            raise UserError(f"masking={masking!r} must be one of {', '.join(MASKINGS)}")
+        self._mask_ratio, self._is_attentive = mask_ratio, masking == "attentive"
+        self.patch_ratio = None if self._is_attentive else mask_ratio
+        self.targets = NormalizedPixels() if targets is None else targets
+        self.score_names = self.targets.score_names
+        self._count = 0
 
     def build(self, shape: ModelShape) -> None:
-        """Make the head."""
-        self._patch_size = shape.patch_size
-        self.pixels = nn.Linear(shape.embed_dim, 3 * shape.patch_size**2)
-        nn.init.normal_(self.pixels.weight, std=_INIT_STD)
-        nn.init.zeros_(self.pixels.bias)
+        """Make the head of the targets.
+
+        Raises:
+            UserError: if the targets do not fit the model, or attentive masks would hide no patch or all.
+        """
+        self.targets.build(shape)
+        patches = (shape.image_size // shape.patch_size) ** 2
+        self._count = round(self._mask_ratio * patches)
+        if not 0 < self._count < patches:
+            raise UserError(f"mask_ratio={self._mask_ratio} hides {self._count} of the {patches} patches; some must be")
+
+    def choose(self, passes: Passes) -> Tensor:
+        """Which patches are hidden, (b, patches) bool."""
+        if not self._is_attentive:
+            assert passes.batch.patch_mask is not None, "the data module hides patches where an objective asks for it"
+            return passes.batch.patch_mask
+        texts = passes.pair.text_features.detach()
+        by_image = texts.unflatten(0, (-1, passes.batch.captions_per_image)).mean(dim=1)
+        return attentive_mask(passes.patch_features, by_image, count=self._count)
 
     def terms(self, passes: Passes) -> LocalTerms:
         """One term per hidden patch."""
         batch = passes.batch
-        assert batch.patch_mask is not None, "the pass exists only with hidden patches"
-        hidden = passes.masked_image(batch.patch_mask)
-        chosen = batch.patch_mask.repeat_interleave(batch.captions_per_image, dim=0)
+        mask = self.choose(passes)
+        hidden = passes.masked_image(mask)
+        chosen = mask.repeat_interleave(batch.captions_per_image, dim=0)
         rows, places = chosen.nonzero(as_tuple=True)
-        targets = normalized_patches(batch.images, self._patch_size)[rows // batch.captions_per_image, places]
-        predicted = self.pixels(hidden[rows, places]).to(targets.dtype)
-        losses = (predicted - targets).square().mean(dim=1)
-        return LocalTerms(losses.new_zeros(len(chosen)).index_add(0, rows, losses), chosen.sum(dim=1))
+        losses, scores = self.targets.compare(
+            hidden[rows, places], batch.images, rows // batch.captions_per_image, places
+        )
 
+        def by_caption(values: Tensor) -> Tensor:
+            return values.new_zeros(len(chosen)).index_add(0, rows, values)
 
-def normalized_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Patches with mean 0 and variance 1.
-
-    Args:
-        images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1.
-        patch_size: P.
-
-    Returns:
-        (B, patches, 3 * P * P), fp32 (fp64 for fp64), row by row; within a patch row, column, channel.
-    """
-    pixels = (
-        images.float() / 255
-        if images.dtype == torch.uint8
-        else images.to(torch.promote_types(images.dtype, torch.float32))
-    )
-    batch, channels, side, _ = pixels.shape
-    grid = side // patch_size
-    patches = pixels.reshape(batch, channels, grid, patch_size, grid, patch_size).permute(0, 2, 4, 3, 5, 1)
-    patches = patches.reshape(batch, grid * grid, -1)
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True)
-    return (patches - mean) / (variance + _EPS).sqrt()
+        return LocalTerms(
+            by_caption(losses), chosen.sum(dim=1), {name: by_caption(values) for name, values in scores.items()}
+        )

@@ -70,6 +70,13 @@ class PiecePasses:
         )
 
     @cached_property
+    def patch_features(self) -> Tensor:
+        """Clean patches in the space of the features, (b, patches, E), without a gradient."""
+        hidden = self.image_hidden  # with its graph, which others will use
+        with torch.no_grad():
+            return self._model.finish_patches(hidden)
+
+    @cached_property
     def masked_text(self) -> Tensor:
         """Captions with hidden words beside their clean image, (k * b, T, D)."""
         self._check("masked_text")

@@ -99,7 +99,7 @@ def plain_losses(
                 top, left = divmod(patch, 4)
                 pixels = batch.images[own, :, 4 * top : 4 * top + 4, 4 * left : 4 * left + 4].permute(1, 2, 0).flatten()
                 target = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
-                patch_losses.append((cmim.pixels(hidden[patch]) - target).square().mean())
+                patch_losses.append((cmim.targets.head(hidden[patch]) - target).square().mean())
     return torch.cat(token_losses).mean(), torch.stack(patch_losses).mean()
 
 

@@ -1,0 +1,256 @@
+"""What is predicted of a hidden patch: its pixels, or the code that a frozen visual tokenizer gives it.
+
+    NormalizedPixels   y = W h + b,   loss = mean over pixels of (y - t)^2,   t: pixels less their mean, over their std
+    VisualCodes        y = W h + b,   loss = -log softmax_c(y)[code of the patch]
+
+h: state of the patch after the vision-language layers, (D,). Targets are made of the clean image, without a gradient.
+
+Letters: M hidden patches · K codes · N patches · D width.
+
+Reference: MAE (arXiv:2111.06377) for normalised pixels; BEiT (arXiv:2106.08254) and BEiT v2 (arXiv:2208.06366) for
+codes, 8,192 of width 32 in the latter, which the released configuration names, too.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from m2_encoder.errors import UserError
+from m2_encoder.objectives.base import ModelShape
+
+_EPS = 1e-6  # of the variance of a patch, in units of 255 levels squared; MAE's
+_INIT_STD = 0.02
+
+
+class PatchTargets(nn.Module, ABC):
+    """A head on the states of hidden patches, and what it is to say.
+
+    Attributes:
+        score_names: names of the scores that `compare` gives, always all of them.
+    """
+
+    score_names: tuple[str, ...] = ()
+
+    @abstractmethod
+    def build(self, shape: ModelShape) -> None:
+        """Make the head; called once.
+
+        Raises:
+            UserError: if the targets do not fit the model.
+        """
+
+    @abstractmethod
+    def compare(
+        self, states: Tensor, images: Tensor, rows: Tensor, places: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """How well states tell their patches.
+
+        Args:
+            states: of hidden patches, (M, D).
+            images: as they are, (B, 3, S, S).
+            rows: image of each, (M,) int64.
+            places: its place in the image, row by row, (M,) int64.
+
+        Returns:
+            Losses, (M,) fp32 or wider, and scores by name, (M,) each, detached.
+        """
+
+    @abstractmethod
+    def draw(self, states: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
+        """Images in which hidden patches look as predicted.
+
+        Args:
+            states: of all patches, (B, N, D).
+            images: as they are, (B, 3, S, S).
+            patch_mask: True where a patch is hidden, (B, N) bool.
+
+        Returns:
+            (B, 3, S, S) fp32 in 0..1.
+        """
+
+
+class NormalizedPixels(PatchTargets):
+    """The pixels of a patch, less their mean, over their standard deviation."""
+
+    def build(self, shape: ModelShape) -> None:
+        """Make the head."""
+        self._patch_size = shape.patch_size
+        self.head = _make_head(shape, 3 * shape.patch_size**2)
+
+    def compare(
+        self, states: Tensor, images: Tensor, rows: Tensor, places: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Mean squared distance; no scores."""
+        targets = normalized_patches(images, self._patch_size)[rows, places]
+        predicted = self.head(states).to(targets.dtype)
+        return (predicted - targets).square().mean(dim=1), {}
+
+    @torch.no_grad()
+    def draw(self, states: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
+        """As MAE draws: predictions get the mean and the deviation of the true patch, which nobody predicts."""
+        true = split_patches(images, self._patch_size).float()
+        mean, scale = true.mean(dim=-1, keepdim=True), (true.var(dim=-1, keepdim=True) + _EPS).sqrt()
+        predicted = self.head(states).float() * scale + mean
+        drawn = torch.where(patch_mask[..., None], predicted, true)
+        return join_patches(drawn, self._patch_size).clamp(0, 1)
+
+
+class VisualTokenizer(Protocol):
+    """What is asked of a visual tokenizer; `m2_encoder.models.visual_tokenizer.VisualTokenizer` has it."""
+
+    @property
+    def num_codes(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side S, pixels."""
+        ...
+
+    @property
+    def patch_size(self) -> int:
+        """Side P of a patch, pixels."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes of the patches, (B, N) int64 in 0..K - 1."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of codes, (B, 3, S, S) in 0..1."""
+        ...
+
+    def to(self, device: Any) -> Any:
+        """Move it."""
+        ...
+
+    def eval(self) -> Any:
+        """Switch what is random off."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze it."""
+        ...
+
+
+class VisualCodes(PatchTargets):
+    """The code of a patch by a frozen visual tokenizer.
+
+    The tokenizer is no sub-module: not in checkpoints, not in the optimizer, not DDP's or FSDP's, whole on every rank.
+    It reads whole images once per piece, in fp32, so that a piece that is computed again gets the same codes.
+
+    Args:
+        tokenizer: folder written by `m2-train +experiment=visual_tokenizer`. Whoever builds the objective loads it and
+            calls `read_with`; `m2-train` does.
+    """
+
+    score_names = ("accuracy",)
+
+    def __init__(self, *, tokenizer: str) -> None:
+        super().__init__()
+        self.tokenizer_name = tokenizer
+        # In a tuple, where torch looks for no sub-module.
+        self._tokenizer: tuple[VisualTokenizer, ...] = ()
+
+    def read_with(self, tokenizer: VisualTokenizer) -> None:
+        """Take a tokenizer and freeze it; before `build`."""
+        tokenizer.eval()
+        tokenizer.requires_grad_(False)
+        self._tokenizer = (tokenizer,)
+
+    def build(self, shape: ModelShape) -> None:
+        """Make the head.
+
+        Raises:
+            UserError: without a tokenizer, or if it sees other patches than the model.
+        """
+        tokenizer = self._get_tokenizer()
+        own, wanted = (tokenizer.image_size, tokenizer.patch_size), (shape.image_size, shape.patch_size)
+        if own != wanted:
+            raise UserError(
+                f"tokenizer={self.tokenizer_name}: reads images of {own[0]} pixels in patches of {own[1]}, the model "
+                f"images of {wanted[0]} in patches of {wanted[1]}; train one with the model's numbers"
+            )
+        self.head = _make_head(shape, tokenizer.num_codes)
+
+    def compare(
+        self, states: Tensor, images: Tensor, rows: Tensor, places: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Cross-entropy, and whether the code scored highest."""
+        codes = self._encode(images)[rows, places]
+        logits = self.head(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        hits = (logits.detach().argmax(dim=1) == codes).to(logits.dtype)
+        return functional.cross_entropy(logits, codes, reduction="none"), {"accuracy": hits}
+
+    @torch.no_grad()
+    def draw(self, states: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
+        """What the tokenizer makes of the true codes of visible patches and the likeliest codes of hidden ones."""
+        codes = torch.where(patch_mask, self.head(states).argmax(dim=-1), self._encode(images))
+        drawn = split_patches(self._get_tokenizer().decode(codes).float(), self._patch_size())
+        true = split_patches(images, self._patch_size()).float()
+        return join_patches(torch.where(patch_mask[..., None], drawn, true), self._patch_size()).clamp(0, 1)
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        tokenizer = self._get_tokenizer()
+        tokenizer.to(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            return tokenizer.encode(images)
+
+    def _patch_size(self) -> int:
+        return self._get_tokenizer().patch_size
+
+    def _get_tokenizer(self) -> VisualTokenizer:
+        if not self._tokenizer:
+            raise UserError(f"codes have no tokenizer yet; load {self.tokenizer_name!r} and call read_with(tokenizer)")
+        return self._tokenizer[0]
+
+
+def split_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Pixels by patch.
+
+    Args:
+        images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1.
+        patch_size: P.
+
+    Returns:
+        (B, N, 3 * P * P) in 0..1, fp32 (fp64 for fp64), row by row; within a patch row, column, channel.
+    """
+    pixels = (
+        images.float() / 255
+        if images.dtype == torch.uint8
+        else images.to(torch.promote_types(images.dtype, torch.float32))
+    )
+    batch, channels, side, _ = pixels.shape
+    grid = side // patch_size
+    patches = pixels.reshape(batch, channels, grid, patch_size, grid, patch_size).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(batch, grid * grid, -1)
+
+
+def join_patches(patches: Tensor, patch_size: int) -> Tensor:
+    """Images of the patches of `split_patches`, (B, 3, S, S)."""
+    grid = math.isqrt(patches.shape[1])
+    pixels = patches.reshape(len(patches), grid, grid, patch_size, patch_size, -1).permute(0, 5, 1, 3, 2, 4)
+    return pixels.reshape(len(patches), -1, grid * patch_size, grid * patch_size)
+
+
+def normalized_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Patches with mean 0 and variance 1; arguments and shapes as in `split_patches`."""
+    patches = split_patches(images, patch_size)
+    return (patches - patches.mean(dim=-1, keepdim=True)) / (patches.var(dim=-1, keepdim=True) + _EPS).sqrt()
+
+
+def _make_head(shape: ModelShape, outputs: int) -> nn.Linear:
+    head = nn.Linear(shape.embed_dim, outputs)
+    nn.init.normal_(head.weight, std=_INIT_STD)
+    nn.init.zeros_(head.bias)
+    return head
