@@ -13,8 +13,8 @@ Wrong partners are drawn by the contrastive scores of the step, so that no round
 Content with the same identity is never a wrong partner. Captions come from all ranks because their ids are cheap to
 send; an image of another rank would cost its pixels or hidden states. The draw is the inverse of the cumulative
 probabilities at a number that belongs to the seed, the step and the caption's place in the group: for j' it is the same
-however the rows of the group are divided, for i' only the choice of images changes. It happens once per step, outside
-of what is recomputed.
+(up to rounding) however the rows of the group are divided, for i' only the choice of images changes. It happens once
+per step, outside of what is recomputed.
 
 Cost per rank and step: sent k (g - 1) n (E elements and T + 2 whole numbers); three fusions of N + T tokens for each
 caption; the backbone for one more caption each and, where micro-batches are recomputed, for the pairs a second time and
@@ -89,7 +89,7 @@ class Matching(PairObjective):
         if inputs.batch is None:
             raise UserError("matching looks at images and captions themselves; ObjectiveInputs needs the batch")
         batch, captions = inputs.batch, inputs.batch.captions_per_image
-        scale = inputs.logit_scale.double().exp()
+        scale = inputs.logit_scale.exp()
         others = _gather(inputs, batch.text)
         places = _draw_uniform(len(others.identity), seed=self._seed, step=inputs.step)[:, others.own]
         uniform = places.to(inputs.identity.device)
@@ -230,16 +230,19 @@ def draw_partners(
     Returns:
         Rows of keys, (N,) int64, and whether there was one to choose from, (N,) bool; otherwise the row is 0.
     """
-    keys, scale = keys.double().t(), scale.double()
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    keys, scale = keys.to(dtype).t(), scale.to(dtype)
     rows = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     found = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     size = max(1, _TILE_ELEMENTS // max(1, keys.shape[1]))
     for start in range(0, len(queries), size):
         part = slice(start, start + size)
         allowed = query_identity[part, None] != key_identity
-        logits = (scale * (queries[part].double() @ keys)).masked_fill(~allowed, -torch.inf)
+        with torch.autocast(queries.device.type, enabled=False):
+            logits = (scale * (queries[part].to(dtype) @ keys)).masked_fill_(~allowed, -torch.inf)
         found[part] = allowed.any(dim=1)
-        sums = logits.softmax(dim=1).nan_to_num(0.0).cumsum(dim=1)
+        # fp32 would lose what is less than 1e-7 of all.
+        sums = logits.softmax(dim=1, dtype=torch.float64).nan_to_num_(0.0).cumsum(dim=1)
         total = sums[:, -1:]
         # Strictly below the total, so that the first sum beyond it exists and belongs to an allowed key.
         target = torch.minimum(uniform[part, None] * total, torch.nextafter(total, torch.zeros_like(total)))
