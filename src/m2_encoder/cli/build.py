@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.cli.path_values import find_path, is_model_name
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.schema import MODEL_FIELDS
@@ -17,6 +18,8 @@ from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalObjective, Objective
 from m2_encoder.objectives.distillation import Distillation
+from m2_encoder.objectives.masked_image import MaskedImage
+from m2_encoder.objectives.patch_targets import VisualCodes
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 EMBEDDED_TOKENIZER: Final = "emoji"
@@ -119,4 +122,33 @@ def load_teachers(
                 f"{model['tokenizer']}; use the teacher's tokenizer, or another teacher"
             )
         objective.teach_with(teacher.model)
+    return objectives
+
+
+def load_visual_tokenizers(objectives: Mapping[str, Objective], config: M2EncoderConfig) -> Mapping[str, Objective]:
+    """Gives every objective that predicts codes its visual tokenizer, on the CPU until the first step.
+
+    Args:
+        objectives: by name.
+        config: the student's.
+
+    Returns:
+        The same objectives.
+
+    Raises:
+        UserError: for one that cannot be loaded, or that sees other patches than the student.
+    """
+    for name, objective in objectives.items():
+        if not isinstance(objective, MaskedImage) or not objective.weight:
+            continue
+        if isinstance(targets := objective.targets, VisualCodes):
+            tokenizer = load_visual_tokenizer(find_path(targets.tokenizer_name))
+            for key in ("image_size", "patch_size"):
+                own, wanted = getattr(tokenizer, key), getattr(config, key)
+                if own != wanted:
+                    raise UserError(
+                        f"objective.{name}.targets.tokenizer={targets.tokenizer_name}: has {key}={own}, the model "
+                        f"{wanted}; train one with m2-train +experiment=visual_tokenizer model.{key}={wanted}"
+                    )
+            targets.read_with(tokenizer)
     return objectives

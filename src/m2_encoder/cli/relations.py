@@ -22,6 +22,7 @@ from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.rules import Problem, show
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.cli.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
+from m2_encoder.cli.task_relations import TASK_CHECKS, TASK_PLACE_CHECKS
 from m2_encoder.data.emoji import load_emoji_concepts
 from m2_encoder.distributed.topology import divisors, resolve_group_size
 from m2_encoder.errors import UserError
@@ -310,11 +311,13 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_training_set,
     *DATA_CHECKS,
     *DATA_PLACE_CHECKS,
+    *TASK_CHECKS,
+    *TASK_PLACE_CHECKS,
     _check_folders,
     _check_resumed_model,
 )
 
-_MACHINE_CHECKS: Final = (_check_devices, _check_cluster, *DATA_PLACE_CHECKS)
+_MACHINE_CHECKS: Final = (_check_devices, _check_cluster, *DATA_PLACE_CHECKS, *TASK_PLACE_CHECKS)
 
 
 def _size(known: Known, field: str) -> int:

@@ -7,7 +7,7 @@ none, and bounds that a signature cannot say.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from m2_encoder.cli.compose import UNSET, nearest
@@ -230,6 +230,12 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
         f"[features] or [{', '.join(HEADS)}]",
         "[features]",
     ),
+    whole("task.num_codes", 2, "8192"),
+    *(whole(f"task.{key}", 1, "32") for key in ("code_dim", "embed_dim", "num_heads", "num_layers")),
+    whole("task.num_decoder_layers", 1, "2"),
+    number("task.commitment_weight", "1.0", least=0),
+    number("task.decay", "0.99", least=0, below=1),
+    number("task.restart_below", "0.03", least=0, below=1),
     number("optimizer.lr", "1e-3", above=0, most=10),
     Rule("optimizer.betas", _is_pair, "two numbers in [0, 1)", "[0.9, 0.98]"),
     number("optimizer.eps", "1e-6", above=0, most=1),
@@ -287,8 +293,10 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
 
 def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
     """Names at the levels that have no `_target_`, and that every group is there at all."""
-    problems = _check_keys("", cfg, ROOT_KEYS, required=ROOT_KEYS)
-    for group in (*TARGET_GROUPS, *KEYED_GROUPS, "run", "model", "cluster"):
+    has_task = cfg.get("task") is not None
+    required = [key for key in ROOT_KEYS if not (has_task and key == "objective")]
+    problems = _check_keys("", cfg, (*ROOT_KEYS, "task"), required=required)
+    for group in (*TARGET_GROUPS, *KEYED_GROUPS, "run", "model", "cluster", *(["task"] if has_task else [])):
         node = cfg.get(group, UNSET)
         if node is not UNSET and not isinstance(node, Mapping):
             fix = "choose an option with group=option when composing from conf/, or set single keys"
@@ -306,7 +314,7 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
 
 
 def _check_keys(
-    path: str, node: Mapping[str, Any], allowed: tuple[str, ...], *, required: tuple[str, ...]
+    path: str, node: Mapping[str, Any], allowed: tuple[str, ...], *, required: Sequence[str]
 ) -> list[Problem]:
     where = path or "the configuration"
     problems = []

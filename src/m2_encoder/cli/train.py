@@ -26,6 +26,7 @@ from m2_encoder.cli.build import (
     build_model_config,
     build_tokenizer,
     load_teachers,
+    load_visual_tokenizers,
 )
 from m2_encoder.cli.changes import describe_changes
 from m2_encoder.cli.data_start import check_data, write_check
@@ -38,18 +39,20 @@ from m2_encoder.cli.peers import end_together
 from m2_encoder.cli.report import EvaluatedData, report_run, short_path
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.cli.validate import validate_train
+from m2_encoder.cli.visual_tokenizer import finish_visual_tokenizer
 from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
 from m2_encoder.training.loggers import JsonlLogger
 from m2_encoder.training.module import PretrainModule
+from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE: Final = "metrics.jsonl"
 _PATH_KEYS: Final = (
     "run.folder", "data.folder", "model.weights", "model.tokenizer",
-    "objective.distillation.teacher", "objective.distillation.teacher_weights",
+    "objective.distillation.teacher", "objective.distillation.teacher_weights", "objective.cmim.targets.tokenizer",
 )  # fmt: skip
 _SHARDS_KEY: Final = re.compile(r"\+*data\.sources\.[^.=]+\.shards")
 
@@ -58,13 +61,13 @@ class Run(NamedTuple):
     """The objects of one run.
 
     Attributes:
-        module: model, objectives, optimizer.
+        module: model, objectives, optimizer; or what `task` names in place of it.
         datamodule: training and evaluation data.
         trainer: Lightning's.
         metrics: the logger behind `metrics.jsonl`.
     """
 
-    module: PretrainModule
+    module: PretrainModule | VisualTokenizerModule
     datamodule: lightning.LightningDataModule
     trainer: lightning.Trainer
     metrics: JsonlLogger
@@ -109,14 +112,16 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         if changes:
             print(f"run {cfg['run']['name']}: changed since its last start: {'; '.join(changes)}")
     _fit(run, checkpoint if resumes else None)
+    data = cast(EvaluatedData, run.datamodule)
+    if isinstance(run.module, VisualTokenizerModule):
+        metrics = finish_visual_tokenizer(run.module.tokenizer, data, folder, cfg, started=started)
+        _close_loggers(run, metrics)
+        return metrics
     model = gather_model(run.module.model)  # where the weights are split, every rank takes part
     if model is None or not run.trainer.is_global_zero:
         return {}
-    data = cast(EvaluatedData, run.datamodule)
     metrics = report_run(module=Trained(model), datamodule=data, run_folder=folder, cfg=cfg, started=started)
-    for sink in run.trainer.loggers:
-        if isinstance(sink, QuietWandbLogger):
-            sink.close(metrics)
+    _close_loggers(run, metrics)
     if cfg["run"]["export"]:
         exported = export_run(folder, model=model, cfg=cfg, overwrite=True)
         print(f'  use it       m2_encoder.load("{short_path(exported)}")')
@@ -140,7 +145,7 @@ def build_data(cfg: dict[str, Any]) -> lightning.LightningDataModule:
         image_size=model.image_size,
         seed=cfg["seed"],
         max_steps=cfg["trainer"]["max_steps"],
-        masking=build_masking(instantiate(cfg["objective"]), tokenizer, model),
+        masking=build_masking(instantiate(cfg.get("objective", {})), tokenizer, model),
     )
 
 
@@ -152,16 +157,8 @@ def build_run(cfg: dict[str, Any], folder: Path, datamodule: Any = None) -> Run:
         folder: the run's.
         datamodule: that of the run, where it is built already.
     """
-    model = build_model_config(cfg["model"])
     datamodule = build_data(cfg) if datamodule is None else datamodule
-    module = PretrainModule(
-        model=model,
-        objectives=load_teachers(instantiate(cfg["objective"]), cfg["model"], model),
-        optimizer=instantiate(cfg["optimizer"]),
-        scheduler=instantiate(cfg["scheduler"]),
-        initial_state=build_initial_state(cfg["model"], model),
-        validation_name=datamodule.validation_name,
-    )
+    module = _build_module(cfg, datamodule.validation_name)
     metrics = JsonlLogger(folder / METRICS_FILE)
     trainer = instantiate(
         cfg["trainer"],
@@ -172,6 +169,30 @@ def build_run(cfg: dict[str, Any], folder: Path, datamodule: Any = None) -> Run:
         default_root_dir=str(folder),
     )
     return Run(module, datamodule, trainer, metrics)
+
+
+def _build_module(cfg: dict[str, Any], validation_name: str) -> PretrainModule | VisualTokenizerModule:
+    model = build_model_config(cfg["model"])
+    shared = {
+        "optimizer": instantiate(cfg["optimizer"]),
+        "scheduler": instantiate(cfg["scheduler"]),
+        "validation_name": validation_name,
+    }
+    if cfg.get("task") is not None:
+        return instantiate(cfg["task"], image_size=model.image_size, patch_size=model.patch_size, **shared)
+    objectives = load_teachers(instantiate(cfg["objective"]), cfg["model"], model)
+    return PretrainModule(
+        model=model,
+        objectives=load_visual_tokenizers(objectives, model),
+        initial_state=build_initial_state(cfg["model"], model),
+        **shared,
+    )
+
+
+def _close_loggers(run: Run, metrics: dict[str, float]) -> None:
+    for sink in run.trainer.loggers:
+        if isinstance(sink, QuietWandbLogger):
+            sink.close(metrics)
 
 
 def _build_logger(cfg: dict[str, Any], folder: Path) -> list[Logger]:
@@ -207,6 +228,8 @@ def _announce(cfg: dict[str, Any], folder: Path, checkpoint: Path | None, run: R
             print(f"run {name}: all {done} steps are done already; evaluating again")
             return
         print(f"run {name}: continuing at step {done} of {steps}, in {folder}")
+    if cfg.get("task") is not None:
+        return  # nothing is contrasted
     batch = describe_batch(cfg, world_size=run.trainer.world_size, ranks_per_node=run.trainer.num_devices)
     print(f"run {name}: {batch}")
     logger.info(batch)

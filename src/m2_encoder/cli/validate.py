@@ -22,6 +22,7 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "data": ("tokenizer", "image_size", "seed", "max_steps"),
     "data.decode": ("data",),
     "data.transform": ("image_size",),
+    "task": ("image_size", "patch_size", "optimizer", "scheduler", "validation_name"),
     "optimizer": ("module",),
     "scheduler": ("optimizer",),
     "trainer": ("strategy", "logger", "callbacks", "plugins", "default_root_dir"),

@@ -1,0 +1,81 @@
+"""Visual tokenizers as folders: `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from m2_encoder.checkpoints.atomic import atomic_folder
+from m2_encoder.checkpoints.exported import CONFIG_FILE, WEIGHTS_FILE
+from m2_encoder.checkpoints.formats import read_safetensors
+from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
+
+_FORMAT = "m2-visual-tokenizer"
+_VERSION = 1
+
+
+def save_visual_tokenizer(
+    folder: str | os.PathLike[str],
+    tokenizer: VisualTokenizer,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a tokenizer; the folder appears whole or not at all.
+
+    Args:
+        folder: where.
+        tokenizer: with data.
+        provenance: plain facts about its origin.
+        overwrite: replace an existing folder.
+
+    Raises:
+        CheckpointError: if the folder exists, or the disk refuses.
+    """
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        weights = {name: value.detach().float().cpu().contiguous() for name, value in tokenizer.state_dict().items()}
+        safetensors.torch.save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        content = {
+            "format": _FORMAT,
+            "format_version": _VERSION,
+            "tokenizer": tokenizer.config.to_dict(),
+            "provenance": dict(provenance or {}),
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+    return Path(folder)
+
+
+def load_visual_tokenizer(folder: str | os.PathLike[str]) -> VisualTokenizer:
+    """Read what `save_visual_tokenizer` wrote, in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: if it is no such folder, or a damaged one.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: no visual tokenizer, which is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; "
+            "train one with m2-train +experiment=visual_tokenizer"
+        )
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if content.get("format") != _FORMAT or content.get("format_version") != _VERSION:
+            raise CheckpointError(
+                f"{folder}: format {content.get('format')!r} version {content.get('format_version')!r}, expected "
+                f"{_FORMAT!r} version {_VERSION}; train a tokenizer with m2-train +experiment=visual_tokenizer"
+            )
+        tokenizer = VisualTokenizer(VisualTokenizerConfig.from_dict(content["tokenizer"]))
+        tokenizer.load_state_dict(read_safetensors(folder / WEIGHTS_FILE))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, UserError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: damaged or edited ({reason}); export the tokenizer again") from error
+    return tokenizer.eval()

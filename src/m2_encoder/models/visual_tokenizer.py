@@ -1,0 +1,284 @@
+"""A small vector-quantised autoencoder: images as one code per patch.
+
+    z_p = normalize(A encoder(patches)_p)        c_p = argmax_c z_p . e_c        image' = decoder(B e_{c_p})
+
+The rows e_c of the codebook have length 1, so the nearest row is the one with the highest cosine. Gradients pass the
+choice as if it were not there. Rows follow the mean of what chose them; rows that nobody chooses start again from
+vectors of a batch.
+
+BEiT v2 trains its tokenizer to give back the features of a large teacher; this one gives back pixels and needs nobody.
+Its codes therefore say more of colours and edges, and less of meaning.
+
+Letters: B images · N patches · K codes · d width of a code · D width of the layers · S image side · P patch side.
+
+Reference: BEiT v2 (arXiv:2208.06366), section 2.1, for normalised codes and 8,192 of width 32; VQ-VAE
+(arXiv:1711.00937) for the loss and, in its appendix, for codes as moving means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from m2_encoder.errors import UserError
+
+_INIT_STD = 0.02
+_FFN_RATIO = 4
+_ROWS_AT_ONCE = 8192  # vectors compared with all codes at a time: 256 MiB for 8,192 codes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisualTokenizerConfig:
+    """Shape of a visual tokenizer.
+
+    Attributes:
+        image_size: side S of the square images, pixels.
+        patch_size: side P of a patch, pixels; S must be a multiple.
+        num_codes: K.
+        code_dim: d.
+        embed_dim: D; a multiple of `num_heads`.
+        num_heads: attention heads of every layer.
+        num_layers: of the encoder.
+        num_decoder_layers: of the decoder.
+
+    Raises:
+        UserError: if a number is impossible.
+    """
+
+    image_size: int
+    patch_size: int
+    num_codes: int = 8192
+    code_dim: int = 32
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_layers: int = 2
+    num_decoder_layers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"visual tokenizer: {name}={value!r} must be a positive whole number")
+        for name, divisor in (("image_size", "patch_size"), ("embed_dim", "num_heads")):
+            if getattr(self, name) % getattr(self, divisor):
+                raise UserError(
+                    f"visual tokenizer: {name}={getattr(self, name)} must be a multiple of "
+                    f"{divisor}={getattr(self, divisor)}"
+                )
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def to_dict(self) -> dict[str, int]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VisualTokenizerConfig:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            UserError: for unknown or missing fields.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != fields:
+            raise UserError(
+                f"visual tokenizer: fields {', '.join(sorted(values))}; must be {', '.join(sorted(fields))}"
+            )
+        return cls(**values)
+
+
+class TokenizedImages(NamedTuple):
+    """What a training step needs.
+
+    Attributes:
+        images: as given back, (B, 3, S, S).
+        vectors: before the choice, of length 1, (B, N, d).
+        codes: chosen, (B, N) int64.
+        commitment: mean squared distance of the vectors to their codes, which moves the vectors alone, ().
+    """
+
+    images: Tensor
+    vectors: Tensor
+    codes: Tensor
+    commitment: Tensor
+
+
+class Codebook(nn.Module):
+    """K vectors of length 1 that follow what chooses them.
+
+    Args:
+        num_codes: K.
+        code_dim: d.
+    """
+
+    vectors: Tensor
+    usage: Tensor
+
+    def __init__(self, num_codes: int, code_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("vectors", functional.normalize(torch.randn(num_codes, code_dim), dim=1))
+        self.register_buffer("usage", torch.zeros(num_codes))
+
+    @torch.no_grad()
+    def choose(self, vectors: Tensor) -> Tensor:
+        """Number of the nearest code of each vector, (..., d) to (...) int64."""
+        flat = vectors.flatten(0, -2).to(self.vectors.dtype)
+        nearest = [(part @ self.vectors.t()).argmax(dim=1) for part in flat.split(_ROWS_AT_ONCE)]
+        return torch.cat(nearest).view(vectors.shape[:-1])
+
+    @torch.no_grad()
+    def follow(self, vectors: Tensor, codes: Tensor, *, decay: float, restart_below: float) -> int:
+        """Move codes to the vectors that chose them, and give those that nobody chooses another start.
+
+        Args:
+            vectors: of length 1, (..., d).
+            codes: chosen by each, (...).
+            decay: share of the past in the moving means.
+            restart_below: codes chosen less often than this share of the mean start again from vectors of this batch,
+                drawn without repetition.
+
+        Returns:
+            How many started again.
+        """
+        flat, chosen = vectors.detach().flatten(0, -2).to(self.vectors.dtype), codes.flatten()
+        counts = torch.bincount(chosen, minlength=len(self.vectors)).to(self.usage.dtype)
+        sums = torch.zeros_like(self.vectors).index_add(0, chosen, flat)
+        used = counts > 0
+        moved = functional.normalize(decay * self.vectors + (1 - decay) * functional.normalize(sums, dim=1), dim=1)
+        self.vectors[used] = moved[used]
+        self.usage.mul_(decay).add_(counts, alpha=1 - decay)
+        mean = len(flat) / len(self.vectors)
+        unused = (self.usage < restart_below * mean).nonzero()[:, 0]
+        drawn = torch.randperm(len(flat), device=flat.device)[: len(unused)]
+        unused = unused[torch.randperm(len(unused), device=flat.device)[: len(drawn)]]
+        self.vectors[unused] = flat[drawn]
+        self.usage[unused] = mean
+        return len(unused)
+
+
+class VisualTokenizer(nn.Module):
+    """Images to codes and back.
+
+    Args:
+        config: its shape.
+    """
+
+    def __init__(self, config: VisualTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, pixels = config.embed_dim, 3 * config.patch_size**2
+        self.from_pixels = nn.Linear(pixels, width)
+        self.encoder_positions = nn.Parameter(torch.empty(config.num_patches, width))
+        self.encoder = _Layers(config, config.num_layers)
+        self.to_code = nn.Linear(width, config.code_dim)
+        self.codebook = Codebook(config.num_codes, config.code_dim)
+        self.from_code = nn.Linear(config.code_dim, width)
+        self.decoder_positions = nn.Parameter(torch.empty(config.num_patches, width))
+        self.decoder = _Layers(config, config.num_decoder_layers)
+        self.to_pixels = nn.Linear(width, pixels)
+        for positions in (self.encoder_positions, self.decoder_positions):
+            nn.init.normal_(positions, std=_INIT_STD)
+
+    @property
+    def num_codes(self) -> int:
+        """K."""
+        return self.config.num_codes
+
+    @property
+    def image_size(self) -> int:
+        """S."""
+        return self.config.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """P."""
+        return self.config.patch_size
+
+    def forward(self, images: Tensor) -> TokenizedImages:
+        """Images through their codes, with gradients straight through the choice.
+
+        Args:
+            images: as in `encode`.
+        """
+        vectors = self._encode(images)
+        codes = self.codebook.choose(vectors)
+        chosen = self.codebook.vectors[codes].to(vectors.dtype)
+        commitment = functional.mse_loss(vectors, chosen)
+        return TokenizedImages(self._decode(vectors + (chosen - vectors).detach()), vectors, codes, commitment)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes of the patches.
+
+        Args:
+            images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1.
+
+        Returns:
+            (B, N) int64, row by row.
+
+        Raises:
+            UserError: for another size.
+        """
+        return self.codebook.choose(self._encode(images))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of codes, (B, N) to (B, 3, S, S) in 0..1."""
+        return self._decode(self.codebook.vectors[codes]).clamp(0, 1)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        side, patch = self.config.image_size, self.config.patch_size
+        if images.shape[1:] != (3, side, side):
+            raise UserError(f"images of shape {tuple(images.shape)}: the tokenizer reads (B, 3, {side}, {side})")
+        pixels = self.to_unit(images) * 2 - 1
+        patches = functional.unfold(pixels, patch, stride=patch).transpose(1, 2)
+        hidden = self.encoder(self.from_pixels(patches) + self.encoder_positions)
+        return functional.normalize(self.to_code(hidden), dim=-1)
+
+    def _decode(self, vectors: Tensor) -> Tensor:
+        side, patch = self.config.image_size, self.config.patch_size
+        hidden = self.decoder(self.from_code(vectors) + self.decoder_positions)
+        pixels = functional.fold(self.to_pixels(hidden).transpose(1, 2), side, patch, stride=patch)
+        return (pixels + 1) / 2
+
+    def to_unit(self, images: Tensor) -> Tensor:
+        """Images in 0..1, in the precision of the parameters."""
+        dtype = self.to_code.weight.dtype
+        return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
+class _Layers(nn.Module):
+    """Transformer layers with a norm before each part and one behind all.
+
+    Args:
+        config: gives the width.
+        number: of layers.
+    """
+
+    def __init__(self, config: VisualTokenizerConfig, number: int) -> None:
+        super().__init__()
+        width = config.embed_dim
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width,
+                config.num_heads,
+                _FFN_RATIO * width,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(number)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.norm(hidden)

@@ -1,0 +1,135 @@
+"""A visual tokenizer from Hydra to its picture and folder, and an encoder that learns its codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_visual_tokenizer
+from m2_encoder.cli import validate
+from m2_encoder.cli.build import build_model_config, load_visual_tokenizers
+from m2_encoder.cli.compose import Composer, open_composer
+from m2_encoder.cli.train import build_run, train
+from m2_encoder.errors import UserError
+from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
+from m2_encoder.objectives.masked_image import MaskedImage
+from m2_encoder.objectives.patch_targets import VisualCodes
+from m2_encoder.training.visual_tokenizer_module import perplexity, psnr
+from tests.support.training import LIGHTNING_WARNINGS
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+FEW = ("logger=csv", "trainer.accelerator=cpu", "data.global_batch_size=16", "scheduler.warmup_steps=1")
+SMALL = (
+    "+experiment=visual_tokenizer",
+    *FEW,
+    "trainer.max_steps=12",
+    "trainer.val_check_interval=12",
+    "task.num_codes=40",
+    "task.embed_dim=32",
+    "optimizer.lr=5e-3",
+)
+
+
+@pytest.fixture
+def composer() -> Iterator[Composer]:
+    with open_composer(CONF, "train") as opened:
+        yield opened
+
+
+def compose(composer: Composer, *lines: str) -> dict[str, Any]:
+    composition = composer.compose(list(lines))
+    assert composition.problems == []
+    assert validate.validate_train(composition.cfg) == []
+    return composition.cfg
+
+
+def test_tokenizer_trains_and_its_codes_are_learnt(
+    composer: Composer, emoji_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = (f"run.folder={tmp_path}", f"data.folder={emoji_folder}")
+    metrics = train(compose(composer, *SMALL, *places))
+    run = tmp_path / "visual_tokenizer"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss/reconstruction"] for line in lines if "train/loss/reconstruction" in line]
+    assert losses
+    assert metrics["val/emoji_val/psnr"] > 5
+    assert 1 <= metrics["val/emoji_val/perplexity"] <= metrics["val/emoji_val/codes_used"] <= 40
+    with Image.open(run / "reconstructions.png") as picture:
+        assert picture.width > 500
+    assert "PSNR" in capsys.readouterr().out
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    exported = load_visual_tokenizer(run / "export")
+    assert torch.equal(saved["tokenizer.codebook.vectors"], exported.codebook.vectors)
+
+    cfg = compose(
+        composer,
+        "+experiment=smoke",
+        *FEW,
+        *places,
+        "model.patch_size=8",
+        "trainer.max_steps=2",
+        "trainer.limit_val_batches=0",
+        "objective=[itc,cmim_codes]",
+        f"objective.cmim.targets.tokenizer={run / 'export'}",
+        "objective.cmim.masking=attentive",
+    )
+    codes = build_run(cfg, tmp_path / "codes")
+    codes.trainer.fit(codes.module, datamodule=codes.datamodule)
+    assert 0 <= codes.trainer.callback_metrics["train/accuracy/cmim"] <= 1
+    state = torch.load(next((tmp_path / "codes").rglob("last.ckpt")), weights_only=True)["state_dict"]
+    own = {name for name in state if name.startswith("objectives.")}
+    assert own == {"objectives.cmim.targets.head.weight", "objectives.cmim.targets.head.bias"}
+    assert state["objectives.cmim.targets.head.weight"].shape[0] == 40
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["objective=[itc]"], "objective=[itc]: must be empty: the task has a loss of its own"),
+        (["strategy=ddp", "trainer.devices=2"], "strategy: must be single"),
+        (["strategy.micro_batches=2"], "strategy.micro_batches=2: has no meaning"),
+        (["task.num_codes=1"], "task.num_codes=1: must be"),
+        (["task.decay=1"], "task.decay=1: must be"),
+    ],
+)
+def test_what_a_tokenizer_cannot_use_is_said(
+    composer: Composer, tmp_path: Path, lines: list[str], message: str
+) -> None:
+    composition = composer.compose([*SMALL, f"run.folder={tmp_path}", *lines])
+    problems = [*composition.problems, *validate.validate_train(composition.cfg)]
+    assert len(problems) == 1
+    assert problems[0].startswith(message)
+
+
+def test_codes_need_a_tokenizer_of_the_same_patches(composer: Composer, tmp_path: Path) -> None:
+    composition = composer.compose(
+        [
+            "+experiment=smoke",
+            f"run.folder={tmp_path}",
+            "objective=[itc,cmim_codes]",
+            "objective.cmim.targets.tokenizer=outputs/nowhere",
+        ]
+    )
+    (problem,) = validate.validate_train(composition.cfg)
+    assert problem.startswith("objective.cmim.targets.tokenizer=outputs/nowhere: no such folder; train one with")
+    config = VisualTokenizerConfig(image_size=64, patch_size=8, num_codes=5, code_dim=4, embed_dim=8, num_heads=2)
+    folder = save_visual_tokenizer(tmp_path / "t", VisualTokenizer(config))
+    objective = MaskedImage(targets=VisualCodes(tokenizer=str(folder)))
+    with pytest.raises(UserError, match=r"has image_size=64, the model 32; train one with .* model\.image_size=32"):
+        load_visual_tokenizers({"cmim": objective}, build_model_config({"name": "tiny"}))
+
+
+def test_numbers_are_those_of_their_formulas() -> None:
+    assert perplexity(torch.tensor([5, 5, 5, 5, 0])) == pytest.approx(4)
+    assert perplexity(torch.zeros(3)) == 0
+    true = torch.zeros(2, 3, 4, 4)
+    drawn = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.01)])
+    torch.testing.assert_close(psnr(true, drawn), torch.tensor([20.0, 40.0]))
