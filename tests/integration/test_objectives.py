@@ -26,7 +26,8 @@ from tests.support.training import LIGHTNING_WARNINGS
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-OBJECTIVES = sorted(path.stem for path in (CONF / "objective").glob("*.yaml"))
+# Codes of patches need a trained visual tokenizer, whose own tests make one.
+OBJECTIVES = sorted(path.stem for path in (CONF / "objective").glob("*.yaml") if path.stem != "cmim_codes")
 EVERYTHING = ["itc", "sigmoid", "soft_targets", "text_contrast", "captioning", "matching", "distillation"]
 FREE_TEXTS = {"teacher", "teacher_weights", "user_dictionary"}
 SMALL = (
