@@ -44,7 +44,7 @@ class Bench(PretrainModule):
 
     def evaluate(self, batch: ImageTextBatch) -> dict[str, ObjectiveOutput]:
         """What every objective says of a batch."""
-        return self._evaluate(batch, self._objectives())
+        return self._evaluate(batch, self.trained_objectives())
 
 
 def build_bench(objectives: Mapping[str, Objective], *, config: M2EncoderConfig = CONFIG, **topology: Any) -> Bench:

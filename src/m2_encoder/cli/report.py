@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from m2_encoder.cli.console import open_console
+from m2_encoder.cli.masked_showcase import PICTURE_FILE as MASKED_FILE
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.provenance import command_line, git_revision, machine, peak_memory_bytes, versions
 from m2_encoder.cli.showcase import SPLIT_TITLES, draw_showcase
@@ -109,6 +110,7 @@ def report_run(
     run_folder: Path,
     cfg: Mapping[str, Any],
     started: float,
+    draw_more: Callable[[Mapping[str, RetrievalSet]], object] | None = None,
 ) -> dict[str, float]:
     """Evaluates a trained model, prints the table and says where everything lies.
 
@@ -120,6 +122,7 @@ def report_run(
         run_folder: exists; files in it are replaced.
         cfg: the resolved configuration of the run.
         started: `time.time()` when the command started.
+        draw_more: makes further pictures of the sets, such as `masked.png`.
 
     Returns:
         Final metrics, percent: `val/emoji_heldout_style_zh/t2i_r@10` and so on.
@@ -142,6 +145,8 @@ def report_run(
             subtitle=_subtitle(cfg, run_folder),
             heldout_style=str(_section(cfg, "data").get("heldout_style", "")),
         )
+        if draw_more is not None:
+            draw_more(evaluation.sets)
         table = markdown_table(evaluation.results, titles=SPLIT_TITLES)
         (run_folder / TABLE_FILE).write_text(table, encoding="utf-8")
     metrics = evaluation.metrics()
@@ -213,7 +218,12 @@ def _subtitle(cfg: Mapping[str, Any], run_folder: Path) -> str:
 
 def _places(run_folder: Path, picture: Path, cfg: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """What the run left, in the order in which people look for it."""
-    places = [("picture", picture), ("table", run_folder / TABLE_FILE), ("numbers", run_folder / SUMMARY_FILE)]
+    places = [
+        ("picture", picture),
+        ("masked", run_folder / MASKED_FILE),
+        ("table", run_folder / TABLE_FILE),
+        ("numbers", run_folder / SUMMARY_FILE),
+    ]
     places += [("curves", run_folder / "metrics.jsonl"), ("checkpoints", run_folder / "checkpoints")]
     found = [(what, path) for what, path in places if path.exists()]
     if _section(cfg, "run").get("export"):

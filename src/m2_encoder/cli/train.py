@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -33,6 +34,8 @@ from m2_encoder.cli.data_start import check_data, write_check
 from m2_encoder.cli.export import export_run
 from m2_encoder.cli.loggers import QuietWandbLogger
 from m2_encoder.cli.main import Command, default_run_folder, run_command
+from m2_encoder.cli.masked_showcase import PICTURE_FILE as MASKED_FILE
+from m2_encoder.cli.masked_showcase import draw_masked
 from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.peers import end_together
@@ -120,7 +123,16 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     model = gather_model(run.module.model)  # where the weights are split, every rank takes part
     if model is None or not run.trainer.is_global_zero:
         return {}
-    metrics = report_run(module=Trained(model), datamodule=data, run_folder=folder, cfg=cfg, started=started)
+    metrics = report_run(
+        module=Trained(model),
+        datamodule=data,
+        run_folder=folder,
+        cfg=cfg,
+        started=started,
+        draw_more=partial(
+            draw_masked, folder / MASKED_FILE, model=model, objectives=run.module.trained_objectives(), cfg=cfg
+        ),
+    )
     _close_loggers(run, metrics)
     if cfg["run"]["export"]:
         exported = export_run(folder, model=model, cfg=cfg, overwrite=True)

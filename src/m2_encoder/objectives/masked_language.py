@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from torch import Tensor
+
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
 from m2_encoder.objectives.token_head import TokenHead, check_decoder
@@ -64,3 +66,20 @@ class MaskedLanguage(LocalObjective):
         assert masked is not None, "the pass exists only with hidden words"
         hidden = passes.masked_text
         return self.head.terms(hidden, passes.text.ids, masked.predicted[:, : hidden.shape[1]], passes)
+
+    def predict(self, passes: Passes, table: Tensor) -> Tensor:
+        """Captions with the likeliest tokens in place of hidden ones; for a few captions.
+
+        Args:
+            passes: of a piece with hidden words.
+            table: the model's token table, (V, D).
+
+        Returns:
+            (k * b, T) int64.
+        """
+        masked = passes.batch.masked_text
+        assert masked is not None, "the pass exists only with hidden words"
+        hidden, ids = passes.masked_text, passes.text.ids.clone()
+        chosen = masked.predicted[:, : hidden.shape[1]]
+        ids[chosen] = self.head.predict(hidden[chosen], table)
+        return ids

@@ -51,11 +51,25 @@ class TokenHead(nn.Module):
             Sums, counts, and under "accuracy" how many targets scored highest.
         """
         rows, places = chosen.nonzero(as_tuple=True)
-        states = self.norm(functional.gelu(self.transform(hidden[rows, places])))
+        states = self._states(hidden[rows, places])
         losses, hits = passes.token_losses(states, self.bias, targets[rows, places], self.table)
         sums = losses.new_zeros(len(chosen)).index_add(0, rows, losses)
         correct = torch.zeros_like(sums).index_add(0, rows, hits.to(sums.dtype))
         return LocalTerms(sums, chosen.sum(dim=1), {"accuracy": correct.detach()})
+
+    def predict(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """The token that scores highest for each state, (M, D) to (M,) int64; for a few, as it holds all logits.
+
+        Args:
+            hidden: (M, D).
+            table: the model's token table, (V, D), which a table of the objective's own replaces.
+        """
+        return (
+            functional.linear(self._states(hidden), table if self.table is None else self.table) + self.bias
+        ).argmax(1)
+
+    def _states(self, hidden: Tensor) -> Tensor:
+        return self.norm(functional.gelu(self.transform(hidden)))
 
 
 def check_decoder(decoder: str) -> None:

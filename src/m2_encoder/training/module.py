@@ -80,7 +80,7 @@ class PretrainModule(lightning.LightningModule):
         if hasattr(self, "model"):
             return
         self.model = M2Encoder(self.config)
-        for objective in self._objectives().values():
+        for objective in self.trained_objectives().values():
             objective.build(self.config)
         if self._initial_state is not None:
             self.model.load_state_dict(self._initial_state)
@@ -100,7 +100,7 @@ class PretrainModule(lightning.LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the objectives on one batch."""
-        objectives = self._objectives()
+        objectives = self.trained_objectives()
         weights = {name: objective.weight_at(self.global_step) for name, objective in objectives.items()}
         outputs = self._evaluate(batch, {name: objectives[name] for name, weight in weights.items() if weight > 0})
         report = report_step(outputs, batch.language)
@@ -176,7 +176,8 @@ class PretrainModule(lightning.LightningModule):
                     self.log(f"val/{self._validation_name}_{language}/{name}", value)
             recall.reset()
 
-    def _objectives(self) -> dict[str, Objective]:
+    def trained_objectives(self) -> dict[str, Objective]:
+        """Those that count, by name."""
         return {name: o for name, o in self.objectives.items() if isinstance(o, Objective)}
 
     def _recall(self, language: str) -> RetrievalRecall:
@@ -211,7 +212,7 @@ class PretrainModule(lightning.LightningModule):
 
     def _untouched(self, evaluated: Collection[str]) -> Tensor | float:
         """Nothing, from each parameter that only pausing objectives train: DDP waits for the gradients of all."""
-        objectives = self._objectives()
+        objectives = self.trained_objectives()
         if len(evaluated) == len(objectives):
             return 0.0
         paused = [objective for name, objective in objectives.items() if name not in evaluated]
@@ -221,7 +222,7 @@ class PretrainModule(lightning.LightningModule):
 
     def _trained_parts(self) -> frozenset[str]:
         """Names of `OPTIONAL_PARTS` that objectives train."""
-        return _parts(self._objectives().values())
+        return _parts(self.trained_objectives().values())
 
     def _topology(self) -> ContrastiveTopology:
         strategy = self.trainer.strategy

@@ -1,0 +1,197 @@
+"""The picture of a run with masked objectives: hidden patches drawn, hidden words said.
+
+Masks are drawn by a fixed key, before and after training the same; every hidden word is replaced by the mask token, so
+that none is left for copying. Each image is shown with its captions in the order of the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from m2_encoder.cli.build import build_masking, build_tokenizer
+from m2_encoder.cli.showcase import SPLIT_TITLES
+from m2_encoder.data.evaluation_set import RetrievalSet
+from m2_encoder.data.text_masking import MaskVocabulary
+from m2_encoder.evaluation.masked_page import MaskedRow, PredictedCaption, Words, draw_masked_page
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.objectives.base import Objective
+from m2_encoder.objectives.masked_image import MaskedImage
+from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.objectives.patch_targets import join_patches, split_patches
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.training.passes import PiecePasses
+from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
+
+PICTURE_FILE: Final = "masked.png"
+
+_ROWS: Final = 8
+_ORDER: Final = ("zh", "en")
+_SPLITS: Final = ("heldout_style", "val")
+_HIDDEN_GREY: Final = 0.84
+_KEY: Final = 2024  # of the masks
+
+
+@torch.no_grad()
+def draw_masked(
+    path: Path,
+    sets: Mapping[str, RetrievalSet],
+    *,
+    model: M2Encoder,
+    objectives: Mapping[str, Objective],
+    cfg: Mapping[str, Any],
+) -> Path | None:
+    """Draws what masked objectives predict on a reported set.
+
+    Args:
+        path: where to write.
+        sets: by split, images at the model's size.
+        model: trained, on any device.
+        objectives: of the run, with their heads.
+        cfg: the resolved configuration of the run.
+
+    Returns:
+        `path`, or None where no masked objective counted or no set is there.
+    """
+    masked = {n: o for n, o in objectives.items() if o.weight > 0 and isinstance(o, MaskedImage | MaskedLanguage)}
+    split = next((split for split in (*_SPLITS, *sets) if split in sets), None)
+    if not masked or split is None:
+        return None
+    was_training = model.training
+    model.eval()
+    device = model.logit_scale.device
+    dataset = sets[split]
+    chosen = choose_rows(dataset)
+    tokenizer = build_tokenizer(cfg["model"], model.config)
+    batch = _to(_make_batch(dataset, chosen, masked, tokenizer, model), device)
+    allowed = frozenset().union(*(objective.passes for objective in masked.values()))
+    passes = PiecePasses(
+        model, batch, allowed=allowed, text_expert=any(objective.text_expert for objective in masked.values())
+    )
+    pictures: dict[str, Tensor] = {"original": batch.images}
+    predicted: Tensor | None = None
+    for objective in masked.values():
+        objective.to(device).eval()
+        if isinstance(objective, MaskedImage):
+            pictures |= _draw_patches(objective, passes, model.config.patch_size)
+        else:
+            predicted = objective.predict(passes, model.text_embed.tokens.weight)
+    model.train(was_training)
+    rows = [
+        MaskedRow(
+            pictures={column: images[row].cpu() for column, images in pictures.items()},
+            captions={
+                language: _tell(
+                    batch, predicted, row * len(_ORDER) + place, dataset.captions[language][item], tokenizer
+                )
+                for place, language in enumerate(_ORDER)
+            },
+        )
+        for row, item in enumerate(chosen)
+    ]
+    return draw_masked_page(
+        path,
+        rows,
+        title="Hidden patches and hidden words",
+        subtitle=f"run {cfg['run']['name']}, {cfg['trainer']['max_steps']:,} steps, objectives {', '.join(objectives)}",
+        note=f"{SPLIT_TITLES.get(split, split)}; images, captions and masks fixed before training",
+    )
+
+
+def choose_rows(dataset: RetrievalSet, number: int = _ROWS) -> list[int]:
+    """Images at even distances among those with several words in English and several characters in Chinese.
+
+    Args:
+        dataset: where to choose.
+        number: how many at most.
+    """
+    wordy = [
+        row
+        for row in range(len(dataset.keys))
+        if len(dataset.captions["en"][row].split()) > 1 and len(dataset.captions["zh"][row]) > 2
+    ]
+    candidates = wordy if len(wordy) >= number else list(range(len(dataset.keys)))
+    return candidates[:: max(1, len(candidates) // number)][:number]
+
+
+def _make_batch(
+    dataset: RetrievalSet,
+    rows: list[int],
+    objectives: Mapping[str, Objective],
+    tokenizer: SentencePieceTokenizer,
+    model: M2Encoder,
+) -> ImageTextBatch:
+    texts = [dataset.captions[language][row] for row in rows for language in _ORDER]
+    masking = build_masking(objectives, tokenizer, model.config)
+    text, masked, patches = tokenizer(texts), None, None
+    if masking is not None:
+        patches = masking.mask_images([(_KEY, row) for row in rows])
+        if masking.hides_words:
+            text, drawn = masking.mask_texts(texts, [(_KEY, row, place) for row in rows for place in range(2)])
+            mask_id = MaskVocabulary.of(tokenizer).mask_id
+            masked = MaskedText(text.ids.masked_fill(drawn.predicted, mask_id), drawn.predicted)
+    return ImageTextBatch(
+        images=dataset.images[rows],
+        text=text,
+        language=torch.tensor([LANGUAGES.index(language) for _ in rows for language in _ORDER]),
+        identity=torch.arange(len(rows)),
+        keys=tuple(dataset.keys[row] for row in rows),
+        sources=(dataset.name,) * len(rows),
+        masked_text=masked,
+        patch_mask=patches,
+    )
+
+
+def _draw_patches(objective: MaskedImage, passes: PiecePasses, patch_size: int) -> dict[str, Tensor]:
+    """Images with hidden patches, and as drawn with each caption, by column."""
+    mask, images, captions = objective.choose(passes), passes.batch.images, len(_ORDER)
+    patches = split_patches(images, patch_size).masked_fill(mask[..., None], _HIDDEN_GREY)
+    drawn = objective.targets.draw(
+        passes.masked_image(mask), images.repeat_interleave(captions, 0), mask.repeat_interleave(captions, 0)
+    )
+    found = {"hidden": _to_uint8(join_patches(patches, patch_size))}
+    for place, name in enumerate(("with 中文", "with English")):
+        found[name] = _to_uint8(drawn[place::captions])
+    return found
+
+
+def _tell(
+    batch: ImageTextBatch, predicted: Tensor | None, row: int, caption: str, tokenizer: SentencePieceTokenizer
+) -> PredictedCaption:
+    """One caption with predictions in place of hidden words; neighbours that are hidden stand together."""
+    if predicted is None or batch.masked_text is None:
+        return PredictedCaption(caption, ())
+    length = min(int(batch.text.mask[row].sum()), predicted.shape[1])
+    true = batch.text.ids[row, :length].tolist()
+    hidden = batch.masked_text.predicted[row, :length].tolist()
+    said = predicted[row, :length].tolist()
+    words: list[Words] = []
+    for place in range(length):
+        if true[place] in (tokenizer.cls_id, tokenizer.end_id):
+            continue
+        is_right = said[place] == true[place] if hidden[place] else None
+        piece = tokenizer.pieces([said[place] if hidden[place] else true[place]])[0].replace("▁", " ")
+        if words and (words[-1].is_right is None) == (is_right is None):
+            both = None if is_right is None else bool(words[-1].is_right and is_right)
+            words[-1] = Words(words[-1].text + piece, both)
+        else:
+            words.append(Words(piece if words else piece.lstrip(), is_right))
+    return PredictedCaption(caption, tuple(words))
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)
+
+
+def _to(batch: ImageTextBatch, device: torch.device) -> ImageTextBatch:
+    masked = batch.masked_text
+    return batch._replace(
+        images=batch.images.to(device),
+        text=TextTokens(*(part.to(device) for part in batch.text)),
+        masked_text=None if masked is None else MaskedText(*(part.to(device) for part in masked)),
+        patch_mask=None if batch.patch_mask is None else batch.patch_mask.to(device),
+    )
