@@ -46,7 +46,7 @@ class RayExecutor:
             import ray.data
         except ImportError as error:
             raise UserError("executor=ray: needs an extra; install it with pip install 'm2-encoder[ray]'") from error
-        self._ray = ray
+        self._ray: Any = ray
         self._models, self._gpus = models, gpus
         self._starts = not ray.is_initialized()
         if self._starts:
