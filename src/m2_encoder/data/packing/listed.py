@@ -209,6 +209,11 @@ def slice_csv(paths: Sequence[Path], size: int, columns: Columns, *, root: str |
             header = next(rows, None)
             if header is None:
                 raise UserError(f"{path}: is empty; its first row must name the columns")
+            if len(header) == 1 and (other := next((sign for sign in "\t;," if sign in header[0]), None)):
+                raise UserError(
+                    f"{path}: its only column is {header[0]!r}, with {other!r} in it: a .csv is separated by commas, "
+                    "a .tsv by tabs; rename or convert it"
+                )
             columns.check(header, str(path))
             first_row = 1
             for group in batched((row for row in rows if row), size):

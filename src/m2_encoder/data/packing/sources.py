@@ -75,6 +75,8 @@ def find_source(
         UserError: if nothing is there, or it is of no known kind.
     """
     folder = Path(source).expanduser() if isinstance(source, str) else None
+    if format is None and folder is not None and folder.is_dir() and _holds_tars_alone(folder):
+        raise UserError(f"source={source}: holds tars already; m2-data check looks at them, m2-data curate chooses")
     if format in (None, "folder") and folder is not None and folder.is_dir() and _holds_images(folder, format):
         return Source("folder", (folder,), None, None, columns)
     if format == "folder":
@@ -101,6 +103,11 @@ def _holds_images(folder: Path, format: str | None) -> bool:
     """Whether a folder is one of images, not of tables."""
     tables = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
     return format == "folder" or not any(path.suffix.lower() in tables for path in folder.iterdir())
+
+
+def _holds_tars_alone(folder: Path) -> bool:
+    suffixes = {path.suffix.lower() for path in folder.iterdir()}
+    return ".tar" in suffixes and not suffixes & set(IMAGE_SUFFIXES)
 
 
 def _kind_of(paths: Sequence[Path]) -> str:
