@@ -177,8 +177,8 @@ class WebDatasetModule(lightning.LightningDataModule):
         """Batches of this rank; see `PositionLoader`.
 
         Raises:
-            UserError: if batches cannot be divided among the ranks, the sources cannot give the run what it wants, or
-                the trainer will want more batches than there are.
+            UserError: if batches cannot be divided among the ranks, or the trainer will want more batches than there
+                are. Sources that cannot give the run what it wants are found with the first batch.
         """
         rank, world_size = self._place()
         folder = None
@@ -190,7 +190,6 @@ class WebDatasetModule(lightning.LightningDataModule):
                 f"data.global_batch_size={self.global_batch_size} must be a multiple of the {world_size} ranks"
             )
         plan = self._plan((), 0)
-        plan.check_repeats(self._max_steps * self.global_batch_size)
         self.fault_log = self._build_fault_log(folder)
         self._check_cache(plan)
         self._report_faults(plan, is_first=rank == 0)
@@ -247,8 +246,10 @@ class WebDatasetModule(lightning.LightningDataModule):
         )
 
     def _build_stream(self, history: Sequence[Segment], start: int) -> SampleStream:
+        plan = self._plan(history, start)
+        plan.check_repeats(self._max_steps * self.global_batch_size)  # known only now, after earlier segments
         return SampleStream(
-            self._plan(history, start),
+            plan,
             reader=self._reader(),
             captions=self._captions,
             decode=self._decode,
