@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from m2_encoder.data.faults import SampleFault
-from m2_encoder.data.manifest import describe_difference, read_record
+from m2_encoder.data.manifest_record import describe_difference, read_record
 from m2_encoder.data.order import rank_positions
 from m2_encoder.data.plan import Segment, SegmentSource
 from m2_encoder.data.stages import STAGES, TOKENISING, StageBoard, StageClock
@@ -136,7 +136,8 @@ class PositionLoader:
             )
         board = StageBoard(self._num_workers)
         loader = self._build(board)
-        batches: _Batches = loader.dataset
+        batches = loader.dataset
+        assert isinstance(batches, _Batches), "made by _build"
         with batches.needed():
             for loaded in watch(loader, board, workers=self._num_workers, timeout_s=self._stall_timeout_s):
                 if isinstance(loaded, UserError):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from m2_encoder.data.manifest_record import RecordedSource, name_some, pack_record, write_weight
 from m2_encoder.data.watchdog import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
 _SOURCE_KEYS = ("shards", "languages", "weight", "max_samples", "max_epochs")
 _COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
-_NAMED = 5  # shards that a message names
 
 
 @dataclass(frozen=True)
@@ -182,84 +179,19 @@ class Manifest:
     def fingerprint(self) -> dict[str, str]:
         """One line for each source that changes whenever the order of samples would; plain and short."""
         return {
-            f"source {source.name}": f"{source.samples} samples in {len(source.shards)} shards, weight {_write(weight)}, "
-            f"content {source.digest()}"
+            f"source {source.name}": (
+                f"{source.samples} samples in {len(source.shards)} shards, weight {write_weight(weight)}, "
+                f"content {source.digest()}"
+            )
             for source, weight in zip(self.sources, self.weights, strict=True)
         }
 
     def record(self) -> Tensor:
         """All shards and shares, packed: what a later run needs to say how it differs, (bytes,) uint8."""
-        heads, columns = [], []
-        for source, weight in zip(self.sources, self.weights, strict=True):
-            names = "\0".join(source.shards).encode("utf-8", "replace")
-            heads.append([source.name, weight, source.digest(), len(source.shards), len(names)])
-            columns.append(names)
-            for column in (source.counts, source.sizes, source.layouts):
-                # Bytes of the same weight side by side, of which most are 0: they pack best so.
-                columns.append(np.ascontiguousarray(column, "<i8").view(np.uint8).reshape(-1, 8).T.tobytes())
-        head = json.dumps(heads, ensure_ascii=False).encode("utf-8", "replace")
-        packed = zlib.compress(b"\0".join([head, b"".join(columns)]), 1)
-        return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-
-
-def read_record(record: Tensor) -> dict[str, Any]:
-    """What `Manifest.record` packed: by source its `weight`, `digest`, `shards` as [path, samples, bytes, layout]."""
-    head, _, content = zlib.decompress(record.numpy()).partition(b"\0")
-    found, at = {}, 0
-    for name, weight, digest, shards, names_size in json.loads(head):
-        names = content[at : at + names_size].decode().split("\0")
-        at += names_size
-        columns = np.frombuffer(content, np.uint8, 3 * 8 * shards, at).reshape(3, 8, shards)
-        at += columns.size
-        numbers = np.ascontiguousarray(columns.transpose(2, 0, 1)).view("<i8")[..., 0].tolist()
-        rows = [[shard, *values] for shard, values in zip(names, numbers, strict=True)]
-        found[name] = {"weight": weight, "digest": digest, "shards": rows}
-    return found
-
-
-def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How two records differ, a line for each thing; empty if they describe the same order of samples.
-
-    Args:
-        before: of `read_record`.
-        now: of `read_record`.
-    """
-    lines = [f"source {name} removed" for name in before if name not in now]
-    lines += [f"source {name} added ({len(now[name]['shards'])} shards)" for name in now if name not in before]
-    for name in (name for name in now if name in before):
-        then, new = before[name], now[name]
-        if then["weight"] != new["weight"]:
-            lines.append(f"source {name}: weight {_write(then['weight'])} then, {_write(new['weight'])} now")
-        if then["digest"] != new["digest"]:
-            lines += [f"source {name}: {line}" for line in _describe_shards(then["shards"], new["shards"])]
-    return lines
-
-
-def _write(weight: float) -> str:
-    """All digits, because any of them may change the order; without the point of a whole number."""
-    return repr(float(weight)).removesuffix(".0")
-
-
-def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[str]:
-    then, new = ({shard: tuple(values) for shard, *values in part} for part in (before, now))
-    removed, added = [s for s in then if s not in new], [s for s in new if s not in then]
-    changed = [s for s in new if s in then and then[s] != new[s]]
-    for what, shards in (("added", added), ("removed", removed)):
-        if shards:
-            yield f"{len(shards)} shard(s) {what} ({_name_some(shards)})"
-    if changed:
-        first = changed[0]
-        what = f"{then[first][0]} samples in {then[first][1]} bytes then, {new[first][0]} in {new[first][1]} now"
-        if then[first][:2] == new[first][:2]:
-            what = "of the same size, but its samples have other names, sizes or places"
-        yield f"{len(changed)} shard(s) changed ({_name_some(changed)}; {first}: {what})"
-    if not (removed or added or changed):
-        yield "the same shards in another order"
-
-
-def _name_some(shards: Sequence[str]) -> str:
-    rest = len(shards) - _NAMED
-    return ", ".join(shards[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+        return pack_record(
+            RecordedSource(s.name, weight, s.digest(), s.shards, (s.counts, s.sizes, s.layouts))
+            for s, weight in zip(self.sources, self.weights, strict=True)
+        )
 
 
 def build_manifest(
@@ -297,7 +229,7 @@ def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize], stall_t
         describe=lambda shard: None if is_remote(shard) else shard,  # remote ones have time-outs of their own
     )
     if failed:
-        some = _name_some(sorted(failed))
+        some = name_some(sorted(failed))
         raise UserError(
             f"data.sources.{spec.name}: {len(failed)} of {len(shards)} shards cannot be read: {some}; "
             "bring them back or leave them out of data.sources"

@@ -12,11 +12,10 @@ from m2_encoder.data.manifest import (
     ShardSize,
     SourceSpec,
     build_manifest,
-    describe_difference,
     expand_shards,
     make_source,
-    read_record,
 )
+from m2_encoder.data.manifest_record import describe_difference, read_record
 from m2_encoder.errors import UserError
 
 
