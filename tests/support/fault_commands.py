@@ -102,8 +102,14 @@ def fatals() -> tuple[Fatal, ...]:
         Fatal("more bad samples than allowed", r"1 unusable samples are listed, .*max_bad_samples=0.*jsonl", _budget),
         Fatal("limit of bad samples spent at the start", r"missing_caption .*max_bad_samples=0: missing_c", _at_start),
         Fatal("validation with a cut image", r"0\.tar:000005: .*cannot be decoded", _validation),
-        Fatal("remote without the file", r"1 of 3 shards cannot be read: .*1\.tar \(FileNotFound", _remote("missing")),
-        Fatal("remote that never answers", r"1 of 3 shards .*1\.tar \(no byte for 0\.3 s", _remote("silent")),
+        Fatal(
+            "remote that lacks a shard at the start",
+            r"1 of 3 shards cannot be read: .*1\.tar \(FileNotFound",
+            _remote("missing"),
+        ),
+        Fatal(
+            "remote that never answers at the start", r"1 of 3 shards .*1\.tar \(no byte for 0\.3 s", _remote("silent")
+        ),
         Fatal("remote with HTML pages only", r"data\.sources\.a: no usable samples", _remote("page", all_of_it=True)),
         Fatal("full disk under the copies", r"takes no copy \(No space left on device\); make room", _full_disk),
         Fatal("too little room for copies", r"cache\.max_bytes=50,000: the 4 lanes .* 122,880 bytes", _small_cache),

@@ -87,10 +87,22 @@ def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, langu
             raise SampleProblem("empty_member", "its .txt has no bytes")
         captions = _tag([decode_text(text_file, "its .txt")], language)
     if not captions:
-        keys = ", ".join(metadata) or "no keys"
-        where = "no .json or .txt" if json_file is None and text_file is None else f"its JSON has {keys}"
-        raise SampleProblem("missing_caption", f"{where}; wanted captions, caption or text in a .json, or a .txt")
+        raise SampleProblem("missing_caption", _describe_nothing(metadata, json_file, text_file))
     return SampleText(captions, read_identity(metadata), tuple(metadata))
+
+
+def _describe_nothing(metadata: Mapping[str, Any], json_file: bytes | None, text_file: bytes | None) -> str:
+    by_language = metadata.get("captions")
+    if isinstance(by_language, Mapping):
+        found = ", ".join(map(str, by_language)) or "no language"
+        return f"its captions are of {found}; wanted a text in one of {', '.join(LANGUAGES)}"
+    if text_file is not None:
+        return "its .txt is blank"
+    where = "no .json or .txt" if json_file is None else f"its JSON has {', '.join(metadata) or 'no keys'}"
+    nulls = [key for key in ("captions", *PLAIN_CAPTION_KEYS) if key in metadata]
+    if nulls:
+        return f"{where}, but no text in {', '.join(nulls)}"
+    return f"{where}; wanted captions, caption or text in a .json, or a .txt"
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
