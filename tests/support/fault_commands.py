@@ -108,7 +108,7 @@ def fatals() -> tuple[Fatal, ...]:
             _remote("missing"),
         ),
         Fatal(
-            "remote that never answers at the start", r"1 of 3 shards .*1\.tar \(no byte for 0\.3 s", _remote("silent")
+            "remote that never answers at the start", r"1 of 3 shards .*1\.tar \(no byte for 2 s", _remote("silent")
         ),
         Fatal("remote with HTML pages only", r"data\.sources\.a: no usable samples", _remote("page", all_of_it=True)),
         Fatal("full disk under the copies", r"takes no copy \(No space left on device\); make room", _full_disk),
@@ -171,7 +171,7 @@ def _validation(folder: Path) -> Iterator[list[str]]:
 
 
 def _cache(folder: Path, *, max_bytes: float = 1e9) -> str:
-    return f"data.cache={{folder: {folder}/copies, max_bytes: {max_bytes}, timeout_s: 0.3, attempts: 1}}"
+    return f"data.cache={{folder: {folder}/copies, max_bytes: {max_bytes}, timeout_s: 2, attempts: 1}}"
 
 
 def _remote(what: str, *, all_of_it: bool = False) -> Callable[[Path], Any]:
