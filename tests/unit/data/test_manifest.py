@@ -16,7 +16,9 @@ from m2_encoder.data.manifest import (
     make_source,
 )
 from m2_encoder.data.manifest_record import describe_difference, read_record
+from m2_encoder.data.reading import ShardReader
 from m2_encoder.errors import UserError
+from tests.support.shards import make_sample, write_tar
 
 
 def manifest(**sources: dict[str, Any]) -> Manifest:
@@ -140,3 +142,18 @@ def test_sources_without_samples_or_shares_are_named() -> None:
         manifest(a={"sizes": {"0": (0, 1)}})
     with pytest.raises(UserError, match="all weights are 0"):
         manifest(a={"sizes": {"0": (1, 1)}, "weight": 0})
+
+
+def test_a_shard_of_the_same_size_with_other_samples_is_another_one(tmp_path: Path) -> None:
+    def measured(*keys: str) -> Manifest:
+        members = [member for key in keys for member in make_sample(key, 1)]
+        write_tar(tmp_path / "a.tar", members)
+        return build_manifest([SourceSpec("main", str(tmp_path))], measure=ShardReader().measure)
+
+    before, same, other = measured("one", "two"), measured("one", "two"), measured("two", "one")
+    assert before.sources[0].sizes == other.sources[0].sizes
+    assert before.fingerprint() == same.fingerprint()
+    assert before.fingerprint() != other.fingerprint()
+    (line,) = difference(before, other)
+    assert line.startswith(f"source main: 1 shard(s) changed ({tmp_path}/a.tar; ")
+    assert line.endswith("of the same size, but its samples have other names, sizes or places)")

@@ -259,3 +259,18 @@ def test_the_budget_is_a_share_or_a_number(tmp_path: Path) -> None:
         few.add([fault("c")], drawn=0)
     with pytest.raises(UserError, match=r"max_bad_share=1.5 must be in 0..1"):
         FaultLog(None, max_share=1.5)
+
+
+def test_only_indices_with_faults_are_read_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_numbers(tmp_path, [4, 4, 4])
+    (tmp_path / "garbage.tar").write_bytes(b"no tar at all" * 99)
+    write_tar(tmp_path / "mute.tar", [*make_sample("a", 1), ("b.png", make_image(2))])
+    stream = make_stream(tmp_path)
+    opened: list[str] = []
+    real = ShardReader.faults
+    monkeypatch.setattr(ShardReader, "faults", lambda self, shard: opened.append(shard) or real(self, shard))
+    found = {(Path(f.shard).name, f.key, f.reason) for f in list_index_faults(stream._plan, stream._reader)}
+    assert found == {("garbage.tar", None, "not_a_tar"), ("mute.tar", "b", "missing_caption")}
+    assert [Path(shard).name for shard in opened] == ["garbage.tar", "mute.tar"]
+    capped = [SourceSpec("s", [str(tmp_path / "000000.tar"), str(tmp_path / "garbage.tar")], max_samples=3)]
+    assert build_manifest(capped, measure=ShardReader().measure).sources[0].faulty == (), "beyond what is used"
