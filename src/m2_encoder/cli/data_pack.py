@@ -193,7 +193,8 @@ COMMAND: Final = Command(
     run=run_pack,
     notes=(
         "A run that was stopped, however it ended, goes on when it is started again; the tars are the same, byte for",
-        "byte, whatever the number of workers. What cannot be packed is counted by reason and listed.",
+        "byte, whatever the number of workers. Started again after images or captions were written again, it packs",
+        "their tars again. What cannot be packed is counted by reason and listed.",
         "",
         "Exit codes: 0 done, 1 done but too many failures (max_failed_share), 2 nothing packed: the message says why.",
     ),
