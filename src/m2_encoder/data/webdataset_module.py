@@ -154,7 +154,9 @@ class WebDatasetModule(lightning.LightningDataModule):
         self.__dict__.pop("manifest", None)
         for name, folder in self._validation.items():
             check_retrieval_set(folder, name=name)
-        reports = check_manifest(self.manifest, check, self._needs, remote=self._remote)
+        reports = check_manifest(
+            self.manifest, check, self._needs, remote=self._remote, stall_timeout_s=self._stall_timeout_s
+        )
         self._is_fresh = True
         return reports
 
