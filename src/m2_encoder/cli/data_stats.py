@@ -128,7 +128,7 @@ COMMAND: Final = Command(
     check=check_stats,
     run=run_stats,
     notes=(
-        "Words of Chinese captions are those of jieba (pip install 'm2-encoder[words]'); pictures need the extra plot.",
+        "Words of Chinese captions are those of jieba; pictures need the extra plot.",
         "A part of the source is read, unless full=true.",
     ),
 )

@@ -1,6 +1,6 @@
 """Words of captions in both languages: Chinese has no spaces, so jieba finds them.
 
-jieba comes with the extra `words` and takes about a second to read its dictionary, at the first Chinese text.
+jieba takes about a second to read its dictionary, at the first Chinese text.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import re
 import warnings
 from functools import lru_cache
 from typing import Any
-
-from m2_encoder.errors import UserError
 
 _WORD = re.compile(r"\w+(?:['’\-]\w+)*")
 _HAS_WORD_CHARACTER = re.compile(r"[^\W_]")
@@ -25,9 +23,6 @@ def split_words(text: str, language: str) -> list[str]:
         language: "zh" is cut by jieba, which leaves English words in it whole; any other at what is no letter,
             digit, or an apostrophe or hyphen inside a word.
 
-    Raises:
-        UserError: if the text is Chinese and jieba is not installed.
-
     Source: jieba 0.42, accurate mode with its hidden Markov model for unknown words.
     """
     if language != "zh":
@@ -36,23 +31,16 @@ def split_words(text: str, language: str) -> list[str]:
 
 
 def count_words(text: str, language: str) -> int:
-    """How many words `split_words` finds.
-
-    Raises:
-        UserError: as `split_words`.
-    """
+    """How many words `split_words` finds."""
     return len(split_words(text, language))
 
 
 @lru_cache(maxsize=1)
 def _segmenter() -> Any:
     """A segmenter of our own: jieba's shared one keeps its dictionary as a file in a folder open to everybody."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of jieba 0.42 itself: old escapes, an old way to find its files
-            import jieba
-    except ImportError as error:
-        raise UserError("words of Chinese texts need jieba; install it with pip install 'm2-encoder[words]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of jieba 0.42 itself: old escapes, an old way to find its files
+        import jieba
     jieba.setLogLevel(logging.WARNING)
     segmenter = jieba.Tokenizer()
     segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())

@@ -144,7 +144,6 @@ def test_remote_faults_are_counted(look: Look, tmp_path: Path) -> None:
 
 
 def test_stats_of_remote_shards(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
     write_numbers(tmp_path / "far", [6])
     with serve_shards(tmp_path / "far") as server:
         assert start("stats", f"source={server.url('000000.tar')}", "cache=copies", "output=s.json", "workers=0") == 0

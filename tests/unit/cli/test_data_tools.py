@@ -177,7 +177,6 @@ def test_pointless_source_ends_with_2(start: Start, tmp_path: Path, capsys: pyte
 
 
 def test_stats_with_numbers_and_picture(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
     pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
     odd = [{"captions": {"zh": ["一只猫$", "龘龘的罕见字"], "en": ["ünïcödé 🐈", "a cat"]}}] * 3
     members = [m for i, text in enumerate(odd) for m in make_sample(f"{i}", i, metadata=text)]

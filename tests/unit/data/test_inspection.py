@@ -137,7 +137,6 @@ def test_headers_alone_overlook_cut_images(tmp_path: Path) -> None:
 
 
 def test_words_and_tokens(tmp_path: Path) -> None:
-    pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
     text = {"captions": {"en": ["a red balloon"], "zh": ["我来到北京清华大学"]}}
     path = write_tar(tmp_path / "a.tar", make_sample("0", 0, metadata=text))
     model = load_emoji_tokenizer_model()
