@@ -109,6 +109,8 @@ def write_shard(task: WriteTask) -> None:
                 # Keys of different old shards may be equal; in one shard they must not.
                 name = key if keys[key] == 1 else f"{key}-{part.shard.number:06d}-{rows[0]['sample']:06d}"
                 _add(archive, f"{name}.{rows[0]['image_extension']}", image)
+                if metadata.get("key") == key:
+                    metadata = {**metadata, "key": name}  # still no more than the name of its files
                 _add(archive, f"{name}.json", _describe(rows, metadata))
                 samples, pairs = samples + 1, pairs + len(rows)
     open_index(tar)  # now, by whoever wrote it, so that no training has to

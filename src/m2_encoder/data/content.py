@@ -61,11 +61,13 @@ class SampleText(NamedTuple):
     Attributes:
         captions: at least one, by language in the order of `LANGUAGES`.
         identity: equal ones mark the same content; None if the sample says nothing.
+        is_marked: whether that is its `identity`, which somebody meant, and not only its `key`.
         keys: names in the JSON, in its order; none without a JSON.
     """
 
     captions: tuple[CaptionText, ...]
     identity: str | None
+    is_marked: bool
     keys: tuple[str, ...]
 
 
@@ -88,7 +90,27 @@ def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, langu
         captions = _tag([decode_text(text_file, "its .txt")], language)
     if not captions:
         raise SampleProblem("missing_caption", _describe_nothing(metadata, json_file, text_file))
-    return SampleText(captions, read_identity(metadata), tuple(metadata))
+    is_marked = metadata.get("identity") is not None
+    return SampleText(captions, read_identity(metadata), is_marked, tuple(metadata))
+
+
+def name_content(text: SampleText, *, key: str, shard: str, source: str) -> str:
+    """A name for what a sample shows: equal names mark the same content.
+
+    An `identity` counts in all sources, a `key` in its own one. A `key` that is the name of the sample's files says no
+    more than that name, which most tools count up from 0, in every shard or in every source: its sample is alone.
+
+    Args:
+        text: what the sample says.
+        key: its name in the tar.
+        shard: where it lies; differs between the shards of a source.
+        source: differs between sources.
+    """
+    if text.identity is not None and text.is_marked:
+        return text.identity
+    if text.identity in (None, key, key.rpartition("/")[2]):
+        return "\0".join((source, shard, key))
+    return "\0".join((source, str(text.identity)))
 
 
 def _describe_nothing(metadata: Mapping[str, Any], json_file: bytes | None, text_file: bytes | None) -> str:

@@ -197,7 +197,7 @@ def test_captions_languages_and_identity_travel(tmp_path: Path) -> None:
     members = []
     for key, content in (
         ("a", {"captions": {"en": ["one"], "zh": ["一"]}, "key": "concept"}),
-        ("b", {"caption": "一只猫", "identity": "concept"}),
+        ("b", {"caption": "一只猫", "key": "concept"}),
         ("c", {"text": "a dog"}),
     ):
         members += [(f"{key}.png", make_image(3)), (f"{key}.json", json.dumps(content).encode())]
@@ -218,8 +218,29 @@ def test_captions_languages_and_identity_travel(tmp_path: Path) -> None:
         "c": {("a dog", "en")},
         "d": {("纯文本", "zh")},
     }
-    assert identity["a"] == identity["b"] == content_identity("concept")
+    assert identity["a"] == identity["b"]
     assert len(set(identity.values())) == 3
+
+
+def test_names_of_files_that_come_again_in_other_shards_and_sources_mark_nothing(tmp_path: Path) -> None:
+    """Most tools count samples up from 0 in every shard, and img2dataset repeats that number as the `key`."""
+    said: dict[str, dict[str, Any]] = {
+        "0": {"caption": "x"},
+        "1": {"caption": "x", "key": "1"},
+        "cats/2": {"caption": "x", "key": "2"},
+        "3": {"caption": "x", "key": "photo"},
+        "4": {"caption": "x", "identity": "same"},
+    }
+    for shard in ("a/0.tar", "a/1.tar", "b/0.tar"):
+        write_tar(tmp_path / shard, [m for i, (k, v) in enumerate(said.items()) for m in make_sample(k, i, metadata=v)])
+    stream = make_stream(tmp_path / "a", tmp_path / "b")
+    identities: dict[str, set[int]] = {key: set() for key in said}
+    for position in range(60):
+        sample = stream[position].sample
+        identities[sample.key].add(sample.identity)
+    assert {key: len(found) for key, found in identities.items()} == {"0": 3, "1": 3, "cats/2": 3, "3": 2, "4": 1}
+    assert identities["4"] == {content_identity("same")}
+    assert len(set().union(*identities.values())) == 12, "nothing else is equal"
 
 
 def fault(key: str | None, shard: str = "0.tar", reason: str = "bad_json") -> SampleFault:
