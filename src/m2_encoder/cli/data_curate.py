@@ -254,11 +254,11 @@ def _list_shards(cfg: Mapping[str, Any]) -> list[Any]:
     shards, language = cfg["shards"], cfg["language"]
     sources = shards if isinstance(shards, Mapping) else {_source_name(shards): shards}
     found = {
-        name: [str(_place(part)) for part in (parts if isinstance(parts, list) else [parts])]
+        str(name): [str(_place(part)) for part in (parts if isinstance(parts, list) else [parts])]
         for name, parts in sources.items()
     }
     languages = language if isinstance(language, Mapping) else dict.fromkeys(found, language)
-    return list_shards(found, languages)
+    return list_shards(found, {str(name): value for name, value in languages.items()})  # {2024: ...} has a number
 
 
 def _place(part: str) -> str:
@@ -271,9 +271,12 @@ def _place(part: str) -> str:
 
 
 def _source_name(shards: Any) -> str:
-    """The name of a folder is the name of the source; anything else is `main`."""
+    """The name of a folder is the name of the source, if it can be one; anything else is `main`."""
+    from m2_encoder.curation.sources import is_source_name
+
     path = find_path(shards) if isinstance(shards, str) else None
-    return path.resolve().name if path is not None and path.is_dir() else "main"
+    name = path.resolve().name if path is not None and path.is_dir() else ""
+    return name if is_source_name(name) else "main"
 
 
 def _settings(cfg: Mapping[str, Any]) -> CurationSettings:

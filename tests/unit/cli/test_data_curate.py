@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_several_sources(start: Start, corpus: Path, tmp_path: Path) -> None:
     options = ("language={b: zh}", "images.min_side=null", "workers=0", "evaluation.near=null")
     assert start(shards, f"output={tmp_path / 'out'}", *options) == 0
     assert sorted(json.loads((tmp_path / "out" / "report.json").read_text())["sources"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "argument", "source"),
+    [
+        ("数据", "shards={folder}", "main"),
+        ("my tars [1]", "shards={folder}", "main"),
+        ("decisions", "shards={folder}", "main"),
+        ("2024", "shards={{2024: {folder}}}", "2024"),
+    ],
+)
+def test_any_folder_can_be_read(
+    start: Start, corpus: Path, tmp_path: Path, folder: str, argument: str, source: str
+) -> None:
+    shutil.copytree(corpus, tmp_path / folder)
+    arguments = (argument.format(folder=tmp_path / folder), f"output={tmp_path / 'out'}", "images.min_side=null")
+    assert start(*arguments, "workers=0", "evaluation.near=null") == 0
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())["sources"]) == [source]
 
 
 @pytest.mark.parametrize(
