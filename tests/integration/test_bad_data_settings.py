@@ -72,6 +72,8 @@ ONE_FAULT = [
     ("data.sources.main.shards=TMP/gone/{00..09}.tar", "gone/00.tar does not exist"),
     ("data.sources.main.shards=TMP/empty", "empty holds nothing"),
     ("data.sources.main.shards=[TMP/tars,TMP/tars]", "comes twice"),
+    ("data.sources.main.shards=[TMP/tars,TMP/./tars/000001.tar]", "comes twice"),
+    ("data.sources.main.shards=TMP/{00..", "its braces cannot be read"),
     ("data.sources.main.shards='pipe:cat a.tar'", "give a url"),
     (URL, "data.cache={folder: cache, max_bytes: 2e11}"),
     # other keys of a source
@@ -101,7 +103,9 @@ ONE_FAULT = [
     ("data.new_segment=maybe", "true or false"),
     ("+data.validation.own=TMP/gone", "give a folder of tars"),
     ("+data.validation.own=TMP/empty", "no *.tar there"),
-    ("+data.validation.own=3", "folders of tars by name"),
+    ("+data.validation.own=TMP/图=片", "no such file or folder"),
+    ("+data.validation.own=TMP/{0..", "its braces cannot be read"),
+    ("+data.validation.own=[3]", "folders of tars by name"),
     # order and decoding
     ("data.lanes=0", "1 or more"),
     ("data.window=0", "1 or more"),
@@ -124,6 +128,13 @@ def test_one_fault_gives_one_line(problems: Problems, tmp_path: Path, override: 
     (line,) = problems("data=webdataset", *shards, override)
     assert named.replace("TMP", str(tmp_path)) in line
     assert line.lstrip("+").startswith("data.")
+
+
+def test_braces_that_the_shell_has_expanded_are_not_taken_for_their_last_part(problems: Problems) -> None:
+    """In bash, data.sources.main.shards=/data/{0..1}.tar without quotes is two arguments, and Hydra takes the last."""
+    given = [f"data.sources.main.shards=TMP/tars/{number:06d}.tar" for number in range(2)]
+    (line,) = problems("data=webdataset", *given)
+    assert line.startswith("data.sources.main.shards is given 2 times; put its braces in quotes")
 
 
 def test_lanes_of_many_ranks(problems: Problems, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from m2_encoder.cli.changes import describe_changes
 from m2_encoder.cli.data_start import check_data, write_check
 from m2_encoder.cli.export import export_run
 from m2_encoder.cli.loggers import QuietWandbLogger
-from m2_encoder.cli.main import Command, default_run_folder, run_command
+from m2_encoder.cli.main import EXIT_USER_ERROR, Command, default_run_folder, report_problems, run_command
 from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.peers import end_together
@@ -33,6 +33,7 @@ from m2_encoder.cli.report import EvaluatedData, report_run, short_path
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.cli.validate import validate_train
 from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
+from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
 from m2_encoder.training.loggers import JsonlLogger
@@ -41,8 +42,9 @@ from m2_encoder.training.module import PretrainModule
 logger = logging.getLogger(__name__)
 
 METRICS_FILE: Final = "metrics.jsonl"
-_PATH_KEYS: Final = ("run.folder", "data.folder", "model.weights", "model.tokenizer")
+_PATH_KEYS: Final = ("run.folder", "data.folder", "data.cache.folder", "model.weights", "model.tokenizer")
 _SHARDS_KEY: Final = re.compile(r"\+*data\.sources\.[^.=]+\.shards")
+_VALIDATION_KEY: Final = re.compile(r"\+*data\.validation\.[^.=]+")
 
 
 class Run(NamedTuple):
@@ -306,8 +308,15 @@ COMMAND: Final = Command(
 def main() -> int:
     """Entry point of `m2-train`."""
     given = sys.argv[1:]
-    shards = [key for key in (argument.partition("=")[0] for argument in given) if _SHARDS_KEY.fullmatch(key)]
-    return run_command(COMMAND, protect_paths(given, [*_PATH_KEYS, *shards]))
+    keys = [argument.partition("=")[0] for argument in given if "=" in argument]
+    shards = [key for key in keys if _SHARDS_KEY.fullmatch(key)]
+    if repeated := next((key for key in shards if shards.count(key) > 1), None):
+        # bash makes several arguments of braces outside of quotes, and Hydra would train on the last one alone.
+        fix = f"put its braces in quotes, {repeated}='/data/{{000..099}}.tar', or give a list: '{repeated}=[A,B]'"
+        report_problems(COMMAND.name, UserError(f"{repeated} is given {shards.count(repeated)} times; {fix}"))
+        return EXIT_USER_ERROR
+    folders = [key for key in keys if _VALIDATION_KEY.fullmatch(key)]
+    return run_command(COMMAND, protect_paths(given, [*_PATH_KEYS, *shards, *folders]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from m2_encoder.data.files import expand_braces
 from m2_encoder.data.manifest_record import RecordedSource, name_some, pack_record, write_weight
 from m2_encoder.data.watchdog import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
@@ -295,8 +297,6 @@ def expand_shards(spec: SourceSpec) -> list[str]:
     Raises:
         UserError: for a pattern without a match, `pipe:` commands, or a shard that comes twice.
     """
-    from webdataset.shardlists import expand_urls
-
     patterns = [spec.shards] if isinstance(spec.shards, str) else list(spec.shards)
     shards: list[str] = []
     for pattern in patterns:
@@ -305,14 +305,33 @@ def expand_shards(spec: SourceSpec) -> list[str]:
                 f"data.sources.{spec.name}.shards={pattern!r}: what a command prints cannot be read by offset; "
                 "give a url such as s3://bucket/{000..099}.tar"
             )
-        found = [shard for url in expand_urls(os.path.expanduser(pattern)) for shard in _match(url)]
+        found = [shard for url in _expand(spec, pattern) for shard in _match(url)]
         if not found:
             raise UserError(f"data.sources.{spec.name}.shards={pattern!r} matches nothing")
         shards += found
-    if len(set(shards)) < len(shards):
-        twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
+    # Of a single pattern all are spelled alike; of several, one may say ./a.tar and another a.tar.
+    places = shards if len(patterns) == 1 else [_spell(shard) for shard in shards]
+    if len(set(places)) < len(places):
+        counts = Counter(places)
+        twice = next(shard for shard, place in zip(shards, places, strict=True) if counts[place] > 1)
         raise UserError(f"data.sources.{spec.name}: {twice} comes twice; leave one out, or raise the weight")
     return shards
+
+
+def _expand(spec: SourceSpec, pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    if not is_remote(path) and os.path.exists(path.removeprefix("file://")):
+        return [path]  # whatever signs are in its name
+    try:
+        return expand_braces(path)
+    except UserError as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"data.sources.{spec.name}.shards={pattern!r}: {problem}") from error
+
+
+def _spell(shard: str) -> str:
+    """The same word for a local file, however its path is written."""
+    return shard if is_remote(shard) else os.path.abspath(shard.removeprefix("file://"))
 
 
 def is_remote(shard: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ def test_shards_by_braces_glob_folder_list_and_url(tmp_path: Path) -> None:
     [
         ("{folder}/none-*.tar", "matches nothing"),
         (["{folder}/a.tar", "{folder}/*.tar"], "a.tar comes twice"),
+        (["{folder}/a.tar", "{folder}/../{folder.name}/a.tar"], "a.tar comes twice"),
+        (["{folder}/a.tar", "file://{folder}/./a.tar"], "a.tar comes twice"),
+        ("{folder}/{{0..1", "data.sources.main.shards='.*0..1': its braces cannot be read"),
+        ("{folder}/${{NOBODY_SET_THIS}}.tar", "its braces cannot be read"),
         ("pipe:cat {folder}/a.tar", "cannot be read by offset"),
     ],
 )
@@ -64,6 +69,23 @@ def test_impossible_shards_are_named(tmp_path: Path, shards: str | list[str], me
     given = [s.format(folder=tmp_path) for s in ([shards] if isinstance(shards, str) else shards)]
     with pytest.raises(UserError, match=message):
         expand_shards(SourceSpec("main", given))
+
+
+@pytest.mark.parametrize("name", ["{x", "a::b", "a\\b", "{a,b}", "[1]", "ü 图=片"])
+def test_what_is_there_by_its_full_name_needs_no_quoting(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    shard = tmp_path / name / f"{name}.tar"
+    shard.touch()
+    for given in (shard, shard.parent):
+        assert expand_shards(SourceSpec("main", str(given))) == [str(shard)]
+
+
+def test_a_shard_twice_among_many_is_found_at_once() -> None:
+    shards = [f"/data/{i}.tar" for i in range(60_000)]
+    started = time.process_time()
+    with pytest.raises(UserError, match=r"/data/59999\.tar comes twice"):
+        expand_shards(SourceSpec("main", [*shards, shards[-1]]))
+    assert time.process_time() - started < 5
 
 
 def test_missing_shards_are_listed() -> None:
