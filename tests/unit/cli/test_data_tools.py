@@ -125,7 +125,7 @@ FILES = {
         ),
         (["pack", "source=good.csv", "output=more", "columns.imge=x"], "did you mean image"),
         (["pack", "source=good.csv", "output=more", "columns.extra=[license]"], "no column 'license'"),
-        (["pack", "source=void.jsonl", "output=more"], "its first line is empty"),
+        (["pack", "source=void.jsonl", "output=more"], "no line in it; each line must be"),
         (["pack", "source=t.txt", "output=more"], "files end in .txt"),
         (["pack", "source=bad.parquet", "output=more"], "not a Parquet file"),
         (["check", "source=gone"], "no such file"),
