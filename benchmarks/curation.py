@@ -177,7 +177,7 @@ def main() -> None:
             hashes.append(hash_outputs(folder / name))
         compare_with_truth(report, result, planted, pairs)
         if len(hashes) > 1:
-            report.figures["identical"] = int(all(other == hashes[0] for other in hashes))
+            report.figures["identical"] = all(other == hashes[0] for other in hashes)
             report.figures["files_compared"] = len(hashes[0])
     report.finish(json_path=arguments.json)
 
