@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.mixtures import write_mixture
-from tests.support.ranks import run_lightning_ranks
+from m2_encoder.errors import UserError
+from tests.support.mixtures import make_mixture, write_mixture
+from tests.support.ranks import run_lightning_ranks, run_ranks
 from tests.support.resuming import fit, furthest, read_rows
 from tests.support.shards import write_numbers
 from tests.support.training import LIGHTNING_WARNINGS
@@ -163,3 +164,30 @@ def test_unusable_samples_are_counted_as_if_nothing_had_happened(results: tuple[
     whole = results[0]["whole one"]["skipped"]
     for part in ("one, more workers", "two to two", "one to two split", "two to one"):
         assert results[0][part]["skipped"] == whole, part
+
+
+def open_own(rank: int, folder: str) -> str:
+    """The same configuration on two machines, the second of which has a shard more."""
+    module = make_mixture(Path(folder) / f"machine{rank}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module.train_dataloader()
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_that_see_other_shards_all_say_so(tmp_path: Path) -> None:
+    shards, ranks = tmp_path / "shards", tmp_path / "ranks"
+    for rank in range(2):
+        write_mixture(shards / f"machine{rank}")
+    ranks.mkdir()
+    assert run_ranks(open_own, 2, str(shards), folder=ranks) == ["", ""], "folders may differ"
+    write_numbers(shards / "machine1" / "b" / "more", [3])[0].rename(shards / "machine1" / "b" / "1.tar")
+    (tmp_path / "again").mkdir()
+    for message in run_ranks(open_own, 2, str(shards), folder=tmp_path / "again"):
+        assert message.startswith(
+            "data.sources: the ranks see other shards; source b: 40 samples in 1 shards, weight 1"
+        )
+        assert "on rank 0, 43 samples in 2 shards" in message

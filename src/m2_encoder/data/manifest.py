@@ -137,7 +137,8 @@ class Source:
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.blake2b(digest_size=8)
-        digest.update("\n".join(shard.rpartition("/")[2] for shard in self.shards).encode())
+        names = "\n".join(shard.rpartition("/")[2] for shard in self.shards)
+        digest.update(names.encode("utf-8", "surrogateescape"))  # a name need not be UTF-8
         digest.update(self.counts.tobytes())
         digest.update(self.sizes.tobytes())
         digest.update(self.layouts.tobytes())

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 
 from m2_encoder.data.cache_size import check_cache
 from m2_encoder.data.captions import CaptionSampler
@@ -191,6 +192,7 @@ class WebDatasetModule(lightning.LightningDataModule):
             raise UserError(
                 f"data.global_batch_size={self.global_batch_size} must be a multiple of the {world_size} ranks"
             )
+        _check_ranks(self.manifest.fingerprint())
         plan = self._plan((), 0)
         self.fault_log = self._build_fault_log(folder)
         self._check_cache(plan)
@@ -305,6 +307,26 @@ class WebDatasetModule(lightning.LightningDataModule):
             raise UserError(
                 f"trainer.max_steps={trainer.max_steps} exceeds the {self._max_steps} steps of the data module; "
                 "give both the same number"
+            )
+
+
+def _check_ranks(own: dict[str, str]) -> None:
+    """Make sure that all ranks found the same shards: each reads its share of one order.
+
+    Raises:
+        UserError: on all ranks, with the first difference.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    for rank, other in enumerate(found):
+        changed = [key for key in sorted({*found[0], *other}) if other.get(key) != found[0].get(key)]
+        if changed:
+            raise UserError(
+                f"data.sources: the ranks see other shards; {changed[0]}: {found[0].get(changed[0])} on rank 0, "
+                f"{other.get(changed[0])} on rank {rank}; give all machines the same files, and start when none is "
+                "being written"
             )
 
 

@@ -314,7 +314,7 @@ def segmented(weight: float, **overrides: Any) -> PositionLoader:
     return number_loader(**{**values, **overrides})
 
 
-def test_another_mixture_is_refused_unless_a_new_segment_is_asked_for() -> None:
+def test_another_mixture_is_refused_unless_a_new_segment_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     first = segmented(1.0)
     batches = iter(first)
     next(batches)
@@ -329,7 +329,9 @@ def test_another_mixture_is_refused_unless_a_new_segment_is_asked_for() -> None:
     built: list[tuple[Sequence[Segment], int]] = []
     second = segmented(2.0, new_segment=True)
     second._build_dataset = lambda history, start: built.append((history, start)) or Numbers()  # type: ignore[func-returns-value]
-    second.load_state_dict(state)
+    with caplog.at_level("WARNING"):
+        second.load_state_dict(state)
+    assert "a new segment begins at position 4: source a: 'weight 1' then, 'weight 2' now" in caplog.text
     next(iter(second))
     old, new = Segment(0, (SegmentSource("a", "d", 1.0),)), Segment(4, (SegmentSource("a", "d", 2.0),))
     assert built == [((old,), 4)]

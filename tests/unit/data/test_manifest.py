@@ -71,6 +71,11 @@ def test_impossible_shards_are_named(tmp_path: Path, shards: str | list[str], me
         expand_shards(SourceSpec("main", given))
 
 
+def test_names_that_are_no_utf8_have_a_digest_of_their_own() -> None:
+    digests = {manifest(a={"sizes": {name: (1, 1)}}).sources[0].digest() for name in ("/d/\udcff.tar", "/d/\udcfe.tar")}
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize("name", ["{x", "a::b", "a\\b", "{a,b}", "[1]", "ü 图=片"])
 def test_what_is_there_by_its_full_name_needs_no_quoting(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()

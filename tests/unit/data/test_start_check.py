@@ -57,6 +57,10 @@ def test_nothing_speaks_against_a_sound_source(tmp_path: Path) -> None:
     ("members", "named"),
     [
         (lambda i: make_sample(f"{i}", i, metadata={"alt": "x"}), "no usable sample (200 missing_caption"),
+        (
+            lambda i: make_sample(f"{i}", i, metadata={"captions": {"en": [{"text": f"{i}", "role": "poem"}]}}),
+            "no usable sample (200 wrong_type, such as 0.tar:0: unknown role poem",
+        ),
         (lambda i: make_sample(f"{i}", i, metadata={"caption": "photo"}), "all captions are the same ('photo')"),
         (lambda i: [(f"{i}.png", make_image(0)), (f"{i}.txt", f"a {i}".encode())], "all images are the same file"),
         (lambda i: [(f"{i}.png", make_image(i, side=3)), (f"{i}.txt", b"a")], "no usable sample (200 too_small"),
