@@ -23,7 +23,7 @@ from m2_encoder.data.inspection import InspectionOptions
 from m2_encoder.data.manifest import SourceSpec, expand_shards, is_remote
 from m2_encoder.data.packing.shards import write_json
 from m2_encoder.data.remote import RemoteShards
-from m2_encoder.data.source_report import check_source
+from m2_encoder.data.source_report import check_source, judge_for_training
 from m2_encoder.data.survey import Survey, survey_source
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
@@ -51,10 +51,12 @@ SURVEY_RULES: Final[tuple[Rule, ...]] = (
 )
 """Of values that m2-data check and m2-data stats share."""
 
+_OWN_RULES: Final = (number("max_bad_share", "0.05", least=0, most=1), flag("json"))
+
 
 def check_check(cfg: dict[str, Any]) -> list[str]:
     """What is wrong with a configuration of m2-data check."""
-    problems = [problem.text for problem in check_rules(cfg, (*SURVEY_RULES, flag("json")))]
+    problems = [problem.text for problem in check_rules(cfg, (*SURVEY_RULES, *_OWN_RULES))]
     return [*problems, *output_problems(cfg["output"], overwrite=cfg["overwrite"]), *source_problems(cfg, problems)]
 
 
@@ -98,7 +100,9 @@ def run_check(cfg: dict[str, Any]) -> int:
     Raises:
         UserError: if the source is not there.
     """
-    report = check_source(survey(cfg, InspectionOptions()), batch_size=cfg["batch_size"])
+    found = survey(cfg, InspectionOptions())
+    report = check_source(found, batch_size=cfg["batch_size"])
+    report = judge_for_training(report, found, max_bad_share=cfg["max_bad_share"])
     write_output(cfg["output"], report.to_dict())
     if cfg["json"]:
         print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
@@ -176,6 +180,6 @@ COMMAND: Final = Command(
         "A few samples of a few shards are read, unless full=true; counts of the whole source are then estimates, and",
         "rare faults may be missed. Duplicates are exact: the same bytes of an image, the same text of a caption.",
         "",
-        "Exit codes: 0 fine, 2 training on it would be pointless: the last lines say why, and how to mend it.",
+        "Exit codes: 0 fine, 2 training on it would be pointless or refused: the last lines say why, and the way out.",
     ),
 )
