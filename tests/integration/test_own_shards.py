@@ -105,6 +105,27 @@ def test_from_photographs_to_a_model(start: Start, tmp_path: Path, monkeypatch: 
     assert "own: continuing at step 3 of 4" in continued.out
 
 
+def test_a_refused_run_leaves_things_as_they_were(start: Start, tmp_path: Path) -> None:
+    """A source too small for its lanes or epochs leaves no folder; a run that may not go on so keeps its settings."""
+    _draw(tmp_path / "photos", 100)
+    assert start("m2-data", "pack", "source=photos", "output=tars", "workers=0").code == 0
+    own = (*SMALL, "data.sources.main.shards=tars", "run.export=false", "logger=csv")
+    small = start("m2-train", *own, "run.name=own", "data.lanes=128")
+    assert (small.code, "data.lanes=128 exceeds the samples of a source" in small.err) == (2, True)
+    often = start("m2-train", *own, "run.name=own", "data.sources.main.max_epochs=1", "trainer.max_steps=7")
+    assert (often.code, "draws 112 samples of its 100, more than max_epochs=1" in often.err) == (2, True)
+    assert start("m2-train", *own, "run.name=own").code == 0, "no run is there"
+    config = (tmp_path / "outputs" / "own" / "config.yaml").read_bytes()
+    go_on = ("run.name=own", "run.resume=must", "trainer.max_steps=4")
+    for _ in range(2):
+        other = start("m2-train", *own, *go_on, "data.sources.main.max_samples=99")
+        assert other.code == 2
+        assert "data.sources.main.max_samples: None then, 99 now" in other.out
+        assert "the checkpoint was trained on another mixture" in other.err
+        assert (tmp_path / "outputs" / "own" / "config.yaml").read_bytes() == config
+    assert start("m2-train", *own, *go_on).code == 0
+
+
 def test_a_pointless_run_leaves_nothing_behind(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every caption the same: refused before W&B, the model or the run's folder."""
     _draw(tmp_path / "photos", 60)

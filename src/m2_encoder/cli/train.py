@@ -94,6 +94,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     datamodule = build_data(cfg)
     checked = check_data(datamodule, folder, resumes=resumes)  # before anything that costs money, or leaves a trace
     run = build_run(cfg, folder, datamodule)
+    old_config = (folder / CONFIG_FILE).read_bytes() if resumes and (folder / CONFIG_FILE).is_file() else None
     if run.trainer.is_global_zero:
         changes = describe_changes(folder / CONFIG_FILE, cfg) if resumes else []
         write_config(folder / CONFIG_FILE, cfg)
@@ -101,7 +102,12 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         _announce(cfg, folder, checkpoint if resumes else None, run)
         if changes:
             print(f"run {cfg['run']['name']}: changed since its last start: {'; '.join(changes)}")
-    _fit(run, checkpoint if resumes else None)
+    try:
+        _fit(run, checkpoint if resumes else None)
+    except UserError:
+        if old_config is not None and run.trainer.is_global_zero and run.trainer.global_step <= read_step(checkpoint):
+            (folder / CONFIG_FILE).write_bytes(old_config)  # refused: nothing was trained with the new one
+        raise
     model = gather_model(run.module.model)  # where the weights are split, every rank takes part
     if model is None or not run.trainer.is_global_zero:
         return {}

@@ -161,6 +161,19 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._is_fresh = True
         return reports
 
+    def check_order(self, *, resumes: bool) -> None:
+        """Make sure that the sources can be mixed as configured, before a run leaves a trace.
+
+        Args:
+            resumes: the run goes on; how often its sources are repeated is then known only with its checkpoint.
+
+        Raises:
+            UserError: with the numbers, if they cannot.
+        """
+        plan = self._plan((), 0)
+        if not resumes:
+            plan.check_repeats(self._max_steps * self.global_batch_size)
+
     def skip_check(self) -> None:
         """Look at nothing: the same sources were looked at before, or another process does."""
         self._check = None
