@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -79,7 +81,7 @@ def find_shards(source: str | Sequence[str], *, cache: str | None) -> list[str]:
         cache: folder for copies of remote shards; None refuses them.
 
     Raises:
-        UserError: if there are none, or they are remote and there is no place for copies.
+        UserError: if there are none, one comes twice, or they are remote and there is no place for copies.
     """
     found: list[str] = []
     for part in [source] if isinstance(source, str) else source:
@@ -91,6 +93,9 @@ def find_shards(source: str | Sequence[str], *, cache: str | None) -> list[str]:
             raise UserError(f"{part} is remote: say where copies of its shards are kept with cache=FOLDER")
         else:
             found += expand_shards(SourceSpec("source", part))
+    places = Counter(shard if is_remote(shard) else os.path.abspath(shard) for shard in found)
+    if twice := [place for place, count in places.items() if count > 1]:
+        raise UserError(f"{twice[0]} comes twice, which training refuses; leave one out")
     return found
 
 

@@ -94,8 +94,11 @@ def _plot_problems(plot: str) -> list[str]:
 def _read_tokenizer(name: str | None) -> bytes:
     if name is None:
         return load_emoji_tokenizer_model()
-    content = find_path(name).read_bytes()
-    SentencePieceTokenizer(content)  # says what is wrong with the file before any shard is read
+    try:
+        content = find_path(name).read_bytes()
+        SentencePieceTokenizer(content)  # says what is wrong with the file before any shard is read
+    except (UserError, OSError) as error:
+        raise UserError(f"tokenizer={name}: {str(error).removeprefix('tokenizer bytes: ')}") from error
     return content
 
 

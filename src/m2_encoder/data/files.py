@@ -61,15 +61,15 @@ def _expand(part: str, suffixes: Sequence[str], what: str) -> list[Path]:
             raise UserError(f"{part}: no {' or '.join('*' + suffix for suffix in suffixes)} there; it holds {inside}")
         return found
     if "{" in part:
-        return [
-            item for name in expand_braces(part) for item in (_glob(name) if _PATTERN & set(name) else [Path(name)])
-        ]
-    if _PATTERN & set(part):
-        found = _glob(part)
-        if not found:
-            raise UserError(f"{part}: no file fits; give a file, a folder or a pattern with {what}s")
-        return found
-    raise UserError(f"{part}: no such file or folder")
+        names = expand_braces(part)
+    elif _PATTERN & set(part):
+        names = [part]
+    else:
+        raise UserError(f"{part}: no such file or folder")
+    found = [item for name in names for item in (_glob(name) if _PATTERN & set(name) else [Path(name)])]
+    if not found:
+        raise UserError(f"{part}: no file fits; give a file, a folder or a pattern with {what}s")
+    return found
 
 
 def _glob(pattern: str) -> list[Path]:

@@ -183,6 +183,8 @@ def test_stats_of_remote_shards(start: Start, tmp_path: Path, capsys: pytest.Cap
         (["source=http://127.0.0.1:1/a.tar", "cache=''"], "cache"),
         (["source=http://127.0.0.1:1/a.tar", "cache=c", "timeout_s=0"], "timeout_s=0: must be a number, above 0"),
         (["source=gone/*.tar"], "gone/*.tar: no file fits"),
+        (["source=gone/{a,b}*.tar"], "gone/{a,b}*.tar: no file fits"),
+        (["source=[tars,./tars/000000.tar]"], "tars/000000.tar comes twice, which training refuses"),
         (["source=[]"], "source=[]: must be"),
         (["source=empty"], "no *.tar there; it holds nothing"),
         (["source=tars", "output=empty"], "output=empty: is a folder"),

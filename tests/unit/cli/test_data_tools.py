@@ -134,6 +134,7 @@ FILES = {
         (["check", "source=tars", "max_shards=0"], "1 or more"),
         (["stats", "source=tars", "plot=x.jpg"], "must end in .png, .svg, .pdf"),
         (["stats", "source=tars", "tokenizer=gone.model"], "tokenizer=gone.model: no such file"),
+        (["stats", "source=tars", "tokenizer=void.csv"], "tokenizer=void.csv: the tokenizer file is empty"),
         (["stats", "source=tars", "context_length=1"], "2 or more"),
     ],
 )
