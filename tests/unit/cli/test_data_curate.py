@@ -47,6 +47,16 @@ def test_report_is_printed_and_written(
     assert "overwrite=true" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_damaged_report_is_named(
+    start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "curation.json").write_text("{}")
+    (tmp_path / "report.json").write_text(content)
+    assert start(f"shards={corpus}", f"output={tmp_path}", "workers=0") == 2
+    assert f"{tmp_path}/report.json: is damaged; remove it and start again" in capsys.readouterr().err
+
+
 def test_several_sources(start: Start, corpus: Path, tmp_path: Path) -> None:
     shards = f"shards={{a: {corpus}/000.tar, b: [{corpus}/001.tar]}}"
     options = ("language={b: zh}", "images.min_side=null", "workers=0", "evaluation.near=null")
