@@ -236,9 +236,11 @@ def _once_it_trains(folder: Path, act: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def _killed(folder: Path) -> Iterator[list[str]]:
     write_set(folder, None)
+    others = multiprocessing.active_children()  # pools that something earlier has left
 
     def kill() -> None:
-        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        workers = [child for child in multiprocessing.active_children() if child not in others]
+        os.kill(workers[0].pid or 0, signal.SIGKILL)
 
     with _once_it_trains(folder, kill):
         yield ["data.num_workers=2"]
