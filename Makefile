@@ -11,7 +11,7 @@ BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST    := OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -q
 MEASURED  := $(VENV)/.benchmark
-BENCHES   := benchmark-encode benchmark-contrastive
+BENCHES   := benchmark-encode benchmark-contrastive benchmark-data benchmark-data_plan benchmark-curation
 
 ##@ Start here
 

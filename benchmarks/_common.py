@@ -7,17 +7,21 @@ A benchmark builds a `Report`, adds rows and figures, and calls `finish`. Times 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
+import gc
 import importlib.metadata
 import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +106,26 @@ def interleave(candidates: Mapping[str, Callable[[], object]], *, rounds: int, w
 def speedup(peer: Timing, ours: Timing) -> float:
     """Median over rounds of the peer's time over ours: both numbers of a round saw the same machine."""
     return statistics.median(p / o for p, o in zip(peer.seconds, ours.seconds, strict=True))
+
+
+class PeakMemory:
+    """Peak of this process's memory above what it held when the block began, bytes."""
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[None]:
+        """Start anew; what earlier calls freed goes back to the system, or later ones would seem to need less."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+        before = self._read("VmRSS")
+        yield
+        self.bytes = self._read("VmHWM") - before
+
+    @staticmethod
+    def _read(field: str) -> int:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return 1024 * int(found[1])
 
 
 def machine() -> dict[str, Any]:

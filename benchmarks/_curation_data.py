@@ -62,17 +62,18 @@ class WriteShard(NamedTuple):
 
 
 def write_crawl_shard(task: WriteShard) -> Counter[str]:
-    """Make a shard; gives how many pairs of each fate are in it."""
-    fates: Counter[str] = Counter()
-    with tarfile.open(task.path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for number in range(task.first, task.first + task.count):
-            fate = fate_of(number)
-            fates[fate] += 1
-            for extension, content in _members(number, fate):
-                info = tarfile.TarInfo(f"{number:09d}.{extension}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    return fates
+    """Make a shard, unless it is there; gives how many pairs of each fate are in it."""
+    fates = {number: fate_of(number) for number in range(task.first, task.first + task.count)}
+    if not Path(task.path).exists():
+        partial = Path(f"{task.path}.partial")
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for number, fate in fates.items():
+                for extension, content in _members(number, fate):
+                    info = tarfile.TarInfo(f"{number:09d}.{extension}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+        partial.rename(task.path)
+    return Counter(fates.values())
 
 
 def expected_repeats(count: int) -> int:

@@ -21,7 +21,7 @@ SHARDS = 20
 _SIDE = 768
 _LEAST, _MOST = 256, 512
 _QUALITY = 85
-_GRAIN = 6.0
+_GRAIN = 6.5
 _WORDS = (
     *("the", "of", "on", "in", "with", "near", "under", "old", "young", "red", "green", "blue", "small", "wooden"),
     *("street", "river", "mountain", "dog", "cat", "bird", "horse", "child", "woman", "man", "table", "window"),
@@ -40,7 +40,7 @@ def make_shards(folder: Path, *, count: int, processes: int) -> Path:
     Returns:
         The subfolder with `SHARDS` tars and `photos.json`: {"count", "mean_kb"}.
     """
-    made = folder / f"photos-{count}-v1"
+    made = folder / f"photos-{count}-v2"
     facts = made / "photos.json"
     if not facts.is_file():
         made.mkdir(parents=True, exist_ok=True)

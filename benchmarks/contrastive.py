@@ -10,16 +10,13 @@ open_clip need 17 GB of free memory.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import importlib.util
 import math
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +24,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from _common import Report, Timing, parse_arguments, speedup
+from _common import PeakMemory, Report, Timing, parse_arguments, speedup
 from _contrastive_ranks import load_clip_loss, measure_ranks
 from torch import Tensor
 from torch.nn import functional
@@ -166,26 +163,6 @@ class Ratios(NamedTuple):
 
     time: float
     memory: float
-
-
-class PeakMemory:
-    """Peak of this process's memory above what it held when the block began, bytes."""
-
-    @contextlib.contextmanager
-    def measure(self) -> Iterator[None]:
-        """Start anew; what earlier calls freed goes back to the system, or later ones would seem to need less."""
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-        before = self._read("VmRSS")
-        yield
-        self.bytes = self._read("VmHWM") - before
-
-    @staticmethod
-    def _read(field: str) -> int:
-        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found is not None
-        return 1024 * int(found[1])
 
 
 def measure(report: Report, what: str, steps: dict[str, Step], *, rounds: int) -> dict[str, Ratios]:

@@ -1,7 +1,8 @@
 """Curation from end to end: time per stage and peak memory, local and on Ray, against a known truth.
 
 Makes a crawl of a million pairs (about 2.5 GB) with planted faults and copies, curates it with each executor, compares
-the outputs byte for byte, and counts what fell against what was planted.
+the outputs byte for byte, and counts what fell against what was planted. Times leave out what the processes were
+suspended; processor time is the figure that a busy machine changes least.
 
     python benchmarks/curation.py --quick
     python benchmarks/curation.py --pairs 1000000 --executors local ray --json results.json
@@ -11,11 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from benchmarks._curation_data import (
     write_crawl_shard,
     write_evaluation_images,
 )
+from benchmarks._family import FamilyMeter, Reading
 from m2_encoder.curation.executors import Executor, LocalExecutor
 from m2_encoder.curation.pipeline import Curation, curate
 from m2_encoder.curation.ray_executor import RayExecutor
@@ -52,52 +52,9 @@ SETTINGS = CurationSettings(
 )
 
 
-class MemoryMeter:
-    """The most memory that this process and everything below it hold at a time, shared pages counted once, bytes."""
-
-    def __init__(self, interval_s: float = 0.5) -> None:
-        self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=(interval_s,), daemon=True)
-
-    def __enter__(self) -> MemoryMeter:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self, interval_s: float) -> None:
-        while not self._stop.wait(interval_s):
-            self.peak = max(self.peak, sum(map(_proportional_bytes, _family(os.getpid()))))
-
-
-def _family(root: int) -> list[int]:
-    """A process and all below it."""
-    parents: dict[int, int] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                stat = Path(entry.path, "stat").read_text()
-                parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    members = {root}
-    while more := {pid for pid, parent in parents.items() if parent in members} - members:
-        members |= more
-    return sorted(members)
-
-
-def _proportional_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
-
-
 def make_crawl(folder: Path, pairs: int, *, workers: int) -> Counter[str]:
-    """Write the crawl; gives what is planted in it."""
-    folder.mkdir(parents=True)
+    """Write the crawl, or the rest of it; gives what is planted in it."""
+    folder.mkdir(parents=True, exist_ok=True)
     tasks = [
         WriteShard(str(folder / f"{start // PAIRS_PER_SHARD:06d}.tar"), start, min(PAIRS_PER_SHARD, pairs - start))
         for start in range(0, pairs, PAIRS_PER_SHARD)
@@ -112,28 +69,40 @@ def run_executor(
     name: str, executor: Executor, crawl: Path, evaluation: Path, output: Path, report: Report
 ) -> Curation:
     """Curate with one executor and add a row per stage."""
-    with MemoryMeter() as meter:
-        started = time.perf_counter()
-        result = curate(
-            list_shards({"crawl": str(crawl)}), output, SETTINGS, executor=executor, evaluation=[str(evaluation)]
-        )
-        seconds = time.perf_counter() - started
+    shutil.rmtree(output, ignore_errors=True)  # of an earlier run in the same folder
+    starts: dict[str, Reading] = {}
+    with FamilyMeter() as meter:
+
+        def note(stage: str, _done: int, _total: int) -> None:
+            starts.setdefault(stage, meter.read())
+
+        before = meter.read()
+        shards = list_shards({"crawl": str(crawl)})
+        result = curate(shards, output, SETTINGS, executor=executor, evaluation=[str(evaluation)], progress=note)
+        after = meter.read()
         executor.close()
-    pairs = result.report.total["pairs"]
-    for stage in result.stages:
+    ends = [*list(starts.values())[1:], after]  # a stage lasts until the next one starts
+    stages = {stage.stage: stage for stage in result.stages}
+    for (stage, start), end in zip(starts.items(), ends, strict=True):
         report.add(
-            f"{name}: {stage.stage}",
-            tasks=stage.tasks,
-            seconds=round(stage.seconds, 2),
-            peak_of_a_process_mb=round(stage.peak_bytes / 1e6, 1),
+            f"{name}: {stage}",
+            tasks=stages[stage].tasks,
+            seconds=round(end.seconds - start.seconds, 2),
+            cpu_s=round(end.cpu_s - start.cpu_s, 1),
+            peak_of_a_process_mb=round(stages[stage].peak_bytes / 1e6, 1),
         )
+    pairs, seconds, cpu_s = result.report.total["pairs"], after.seconds - before.seconds, after.cpu_s - before.cpu_s
     report.add(
         f"{name}: all",
         seconds=round(seconds, 1),
+        cpu_s=round(cpu_s, 1),
+        cpu_ms_per_pair=round(1e3 * cpu_s / pairs, 3),
         pairs_per_s=round(pairs / seconds),
         peak_of_all_mb=round(meter.peak / 1e6),
+        suspended_s=round(meter.stopped_s, 1),
     )
     report.figures[f"seconds_{name}"] = round(seconds, 1)
+    report.figures[f"cpu_s_{name}"] = round(cpu_s, 1)
     report.figures[f"pairs_per_s_{name}"] = round(pairs / seconds)
     report.figures[f"peak_gb_{name}"] = round(meter.peak / 1e9, 2)
     return result
@@ -159,8 +128,11 @@ def hash_outputs(output: Path) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -180,7 +152,9 @@ def working_folder(given: Path | None) -> Iterator[Path]:
 def _configure(parser: Any) -> None:
     parser.add_argument("--pairs", type=int, default=1_000_000, help="size of the crawl (default: %(default)s)")
     parser.add_argument("--executors", nargs="+", choices=("local", "ray"), default=["local", "ray"])
-    parser.add_argument("--folder", type=Path, help="where to work and leave everything; default: a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="where to work, leave everything and find the crawl again; default: a temporary one"
+    )
 
 
 def main() -> None:
@@ -188,21 +162,22 @@ def main() -> None:
     pairs = min(arguments.pairs, QUICK_PAIRS) if arguments.quick else arguments.pairs
     report = Report(f"Curation of {pairs:,} pairs, {arguments.threads} processes", distributions=("pyarrow", "ray"))
     with working_folder(arguments.folder) as folder:
+        crawl, evaluation = folder / f"crawl-{pairs}", folder / f"evaluation-{pairs}"
         started = time.perf_counter()
-        planted = make_crawl(folder / "crawl", pairs, workers=arguments.threads)
-        write_evaluation_images(folder / "evaluation", pairs)
-        size = sum(path.stat().st_size for path in (folder / "crawl").glob("*.tar"))
+        planted = make_crawl(crawl, pairs, workers=arguments.threads)
+        write_evaluation_images(evaluation, pairs)
+        size = sum(path.stat().st_size for path in crawl.glob("*.tar"))
         report.add("make the crawl", seconds=round(time.perf_counter() - started, 1), gb=round(size / 1e9, 2))
         hashes = []
         for name in arguments.executors:
             executor: Executor = (
                 RayExecutor(workers=arguments.threads) if name == "ray" else LocalExecutor(arguments.threads)
             )
-            result = run_executor(name, executor, folder / "crawl", folder / "evaluation", folder / name, report)
+            result = run_executor(name, executor, crawl, evaluation, folder / name, report)
             hashes.append(hash_outputs(folder / name))
         compare_with_truth(report, result, planted, pairs)
         if len(hashes) > 1:
-            report.figures["identical"] = int(all(other == hashes[0] for other in hashes))
+            report.figures["identical"] = all(other == hashes[0] for other in hashes)
             report.figures["files_compared"] = len(hashes[0])
     report.finish(json_path=arguments.json)
 

@@ -36,7 +36,7 @@ from _common import Report, parse_arguments
 from _photos import make_shards
 
 COUNT, QUICK_COUNT = 5000, 2560
-ROUNDS, QUICK_ROUNDS = 5, 2
+ROUNDS, QUICK_ROUNDS = 3, 2
 OURS, PEER = "ours", "open_clip"
 LOADING = ("0 workers", "2 workers")
 DECODING = "decoding alone"

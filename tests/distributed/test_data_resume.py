@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.mixtures import write_mixture
-from tests.support.ranks import run_lightning_ranks
+from m2_encoder.errors import UserError
+from tests.support.mixtures import make_mixture, write_mixture
+from tests.support.ranks import run_lightning_ranks, run_ranks
 from tests.support.resuming import fit, furthest, read_rows
+from tests.support.shards import write_numbers
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
@@ -30,10 +32,13 @@ PARTS: dict[str, tuple[int, dict[str, Any]]] = {
     "early one": (1, {"stop": EARLY, "workers": 2}),
     "terminated one": (1, {"terminate": (EARLY, 0), "workers": 2, "drop_path_rate": 0.4}),
     "one, more workers": (1, {"resume": "terminated one", "workers": 3, "drop_path_rate": 0.4}),
+    "segment one": (1, {"resume": "early one", "stop": LATE, "mixture": "new"}),
+    "segments whole": (1, {"resume": "segment one", "mixture": "new", "workers": 2}),
     "whole two": (2, {"strategy": "ddp", "drop_path_rate": 0.4}),
     "one to two": (2, {"strategy": "ddp", "resume": "early one"}),
     "one to two split": (2, {"strategy": "fsdp", "resume": "early one", "workers": 1}),
     "terminated two": (2, {"strategy": "ddp", "terminate": (LATE, 1), "workers": 2, "drop_path_rate": 0.4}),
+    "segment two": (2, {"resume": "segment one", "strategy": "ddp", "workers": 1, "mixture": "kept"}),
     "two to two": (2, {"strategy": "ddp", "resume": "terminated two", "drop_path_rate": 0.4}),
     "late two": (2, {"strategy": "ddp", "stop": LATE, "workers": 1}),
     "late split": (2, {"strategy": "fsdp", "terminate": (LATE, 0), "workers": 2}),
@@ -49,14 +54,20 @@ def train(rank: int, world_size: int, parts: dict[str, dict[str, Any]], folder: 
     results = {}
     for name, settings in parts.items():
         given = dict(settings)
-        workers, source = given.pop("workers", 0), given.pop("resume", None)
+        workers, source, mixture = given.pop("workers", 0), given.pop("resume", None), given.pop("mixture", None)
+        data: dict[str, Any] = {"num_workers": workers}
+        if mixture is not None:
+            shards = Path(folder) / "shards"
+            sources = {"a": 1, "b": 1.5, "more": 2}
+            data["sources"] = {name: {"shards": f"{shards}/{name}/*.tar", "weight": sources[name]} for name in sources}
+            data["new_segment"] = mixture == "new"
         results[name] = fit(
             Path(folder) / name,
             Path(folder) / "shards",
             world_size=world_size,
             steps=STEPS,
             resume=None if source is None else Path(folder) / source / "checkpoints" / "last.ckpt",
-            data={"num_workers": workers},
+            data=data,
             **given,
         )
     return results
@@ -67,6 +78,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
     """What the first rank of every part ends with, and their folder."""
     folder = tmp_path_factory.mktemp("resume")
     write_mixture(folder / "shards")
+    write_numbers(folder / "shards" / "more", [20, 30], first=700)
     found: dict[str, Any] = {}
     waiting = dict(PARTS)
     while waiting:
@@ -103,7 +115,7 @@ def test_the_uninterrupted_run_meets_everything(results: tuple[dict[str, Any], P
     assert found["whole one"]["skipped"]["undecodable_image"] > 5
 
 
-@pytest.mark.parametrize("part", [name for name in PARTS if name != "whole one"])
+@pytest.mark.parametrize("part", [name for name, (_, given) in PARTS.items() if "mixture" not in given])
 def test_every_global_batch_is_the_uninterrupted_runs(results: tuple[dict[str, Any], Path], part: str) -> None:
     found, folder = results
     whole, own = rows_of(folder, "whole one"), rows_of(folder, part)
@@ -131,7 +143,51 @@ def test_with_other_ranks_the_weights_are_as_near_as_sums_in_another_order(
     assert furthest(results[0]["early one"]["weights"], results[0]["whole one"]["weights"]) > 100 * CLOSE
 
 
+def test_a_segment_goes_on_on_other_ranks(results: tuple[dict[str, Any], Path]) -> None:
+    """A source more, and other weights, from the early stop on; the rest of it with as many ranks, and with more."""
+    _, folder = results
+    middle, rest, other = (rows_of(folder, part) for part in ("segment one", "segments whole", "segment two"))
+    assert (sorted(middle), sorted(rest)) == (list(range(EARLY, LATE)), list(range(LATE, STEPS)))
+    assert rest == other
+    old = rows_of(folder, "whole one")
+    assert {row.split("/")[0] for rows in old.values() for row in rows} == {"a", "b"}
+    new = [row for rows in (middle | rest).values() for row in rows]
+    assert {row.split("/")[0] for row in new} == {"a", "b", "more"}
+    # What is left of b's first epoch comes first, lane by lane; none of the samples that it had already.
+    before = [row.split("/")[1] for step in range(EARLY) for row in old[step] if row.startswith("b/")]
+    after = [row.split("/")[1] for row in new if row.startswith("b/")]
+    assert len(set(before)) == len(before) < 40
+    assert not set(before) & set(after[: (40 - len(before)) // 2])
+
+
 def test_unusable_samples_are_counted_as_if_nothing_had_happened(results: tuple[dict[str, Any], Path]) -> None:
     whole = results[0]["whole one"]["skipped"]
     for part in ("one, more workers", "two to two", "one to two split", "two to one"):
         assert results[0][part]["skipped"] == whole, part
+
+
+def open_own(rank: int, folder: str) -> str:
+    """The same configuration on two machines, the second of which has a shard more."""
+    module = make_mixture(Path(folder) / f"machine{rank}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module.train_dataloader()
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_that_see_other_shards_all_say_so(tmp_path: Path) -> None:
+    shards, ranks = tmp_path / "shards", tmp_path / "ranks"
+    for rank in range(2):
+        write_mixture(shards / f"machine{rank}")
+    ranks.mkdir()
+    assert run_ranks(open_own, 2, str(shards), folder=ranks) == ["", ""], "folders may differ"
+    write_numbers(shards / "machine1" / "b" / "more", [3])[0].rename(shards / "machine1" / "b" / "1.tar")
+    (tmp_path / "again").mkdir()
+    for message in run_ranks(open_own, 2, str(shards), folder=tmp_path / "again"):
+        assert message.startswith(
+            "data.sources: the ranks see other shards; source b: 40 samples in 1 shards, weight 1"
+        )
+        assert "on rank 0, 43 samples in 2 shards" in message

@@ -24,10 +24,20 @@ from tests.support.fault_runs import (
     run_ranks,
     settings,
 )
+from tests.support.fault_table import COMMAND, DOCUMENT, Row, fatal_row, read_rows, survivor_row
 from tests.support.faults import Fault, faults, write_set
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
+
+
+@pytest.fixture(scope="module")
+def documented(repo_root: Path) -> dict[str, Row]:
+    return read_rows((repo_root / DOCUMENT).read_text(encoding="utf-8"))
+
+
+def test_the_document_has_every_fault_in_its_order(documented: dict[str, Row]) -> None:
+    assert list(documented) == [fault.name for fault in (*faults(), *fatals())]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +46,9 @@ def _in_the_checkout(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", faults(), ids=lambda fault: fault.name.replace(" ", "-"))
-def test_batches_stay_full_and_the_same_and_counts_are_exact(tmp_path: Path, fault: Fault) -> None:
+def test_batches_stay_full_and_the_same_and_counts_are_exact(
+    tmp_path: Path, fault: Fault, documented: dict[str, Row]
+) -> None:
     runs: dict[tuple[int, int], Outcome] = {}
     for workers, world in ((0, 1), (2, 1), (0, 2)):
         folder = tmp_path / f"{workers}-{world}"
@@ -57,16 +69,19 @@ def test_batches_stay_full_and_the_same_and_counts_are_exact(tmp_path: Path, fau
         assert set(found) == expected.listed
         assert {entry["source"] for entry in run.listed} == {"a"}
         assert all("\n" not in entry["detail"] and entry["detail"] for entry in run.listed)
+    row = survivor_row(fault, runs[0, 1], tmp_path / "0-1")
+    assert documented[fault.name].rest == row.rest, f"write {DOCUMENT} anew: {COMMAND}"
 
 
 @pytest.mark.parametrize("fatal", fatals(), ids=lambda fatal: fatal.name.replace(" ", "-"))
-def test_what_ends_a_run_is_one_clear_line(tmp_path: Path, fatal: Fatal) -> None:
+def test_what_ends_a_run_is_one_clear_line(tmp_path: Path, fatal: Fatal, documented: dict[str, Row]) -> None:
     ended = end(fatal, tmp_path)
     assert ended.code == 2, ended.err
     assert "Traceback" not in ended.err + ended.out
     said = [line for line in ended.err.splitlines() if line.startswith("m2-train: ")]
     assert len(said) == 1, ended.err
     assert re.search(fatal.message, said[0]), said[0]
+    assert documented[fatal.name].rest == fatal_row(fatal, ended, tmp_path).rest
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,13 +102,19 @@ def fatals() -> tuple[Fatal, ...]:
         Fatal("more bad samples than allowed", r"1 unusable samples are listed, .*max_bad_samples=0.*jsonl", _budget),
         Fatal("limit of bad samples spent at the start", r"missing_caption .*max_bad_samples=0: missing_c", _at_start),
         Fatal("validation with a cut image", r"0\.tar:000005: .*cannot be decoded", _validation),
-        Fatal("remote without the file", r"1 of 3 shards cannot be read: .*1\.tar \(FileNotFound", _remote("missing")),
-        Fatal("remote that never answers", r"1 of 3 shards .*1\.tar \(no byte for 0\.3 s", _remote("silent")),
+        Fatal(
+            "remote that lacks a shard at the start",
+            r"1 of 3 shards cannot be read: .*1\.tar \(FileNotFound",
+            _remote("missing"),
+        ),
+        Fatal("remote that never answers at the start", r"1 of 3 shards .*1\.tar \(no byte for 2 s", _remote("silent")),
         Fatal("remote with HTML pages only", r"data\.sources\.a: no usable samples", _remote("page", all_of_it=True)),
         Fatal("full disk under the copies", r"takes no copy \(No space left on device\); make room", _full_disk),
         Fatal("too little room for copies", r"cache\.max_bytes=50,000: the 4 lanes .* 122,880 bytes", _small_cache),
         Fatal("worker killed by the system", r"a worker of the data loader died", _killed),
-        Fatal("read that never ends", r"stands still for 1 s: waiting for worker 0 reading .*\.tar", _hanging),
+        Fatal("read that never ends", r"data stands still for 1 s: waiting for worker 0 reading .*\.tar", _hanging),
+        Fatal("read that never ends, of an index", r"shards stands still for 1 s: .*a/0\.tar", _hanging_index),
+        Fatal("read that never ends, in the check", r"still for 1 s: .* the check of source a, which", _hanging_check),
     )
 
 
@@ -165,7 +171,7 @@ def _validation(folder: Path) -> Iterator[list[str]]:
 
 
 def _cache(folder: Path, *, max_bytes: float = 1e9) -> str:
-    return f"data.cache={{folder: {folder}/copies, max_bytes: {max_bytes}, timeout_s: 0.3, attempts: 1}}"
+    return f"data.cache={{folder: {folder}/copies, max_bytes: {max_bytes}, timeout_s: 2, attempts: 1}}"
 
 
 def _remote(what: str, *, all_of_it: bool = False) -> Callable[[Path], Any]:
@@ -230,9 +236,11 @@ def _once_it_trains(folder: Path, act: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def _killed(folder: Path) -> Iterator[list[str]]:
     write_set(folder, None)
+    others = multiprocessing.active_children()  # pools that something earlier has left
 
     def kill() -> None:
-        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        workers = [child for child in multiprocessing.active_children() if child not in others]
+        os.kill(workers[0].pid or 0, signal.SIGKILL)
 
     with _once_it_trains(folder, kill):
         yield ["data.num_workers=2"]
@@ -241,6 +249,31 @@ def _killed(folder: Path) -> Iterator[list[str]]:
 @contextmanager
 def _hanging(folder: Path) -> Iterator[list[str]]:
     write_set(folder, None)
+    with _pread_that_hangs() as hangs, _once_it_trains(folder, hangs.set):
+        yield ["data.num_workers=0", "data.stall_timeout_s=1"]
+
+
+@contextmanager
+def _hanging_index(folder: Path) -> Iterator[list[str]]:
+    write_set(folder, None)
+    with _pread_that_hangs() as hangs:
+        hangs.set()
+        yield ["data.stall_timeout_s=1"]
+
+
+@contextmanager
+def _hanging_check(folder: Path) -> Iterator[list[str]]:
+    write_set(folder, None)
+    for path in folder.rglob("*.tar"):
+        open_index(path)
+    with _pread_that_hangs() as hangs:
+        hangs.set()
+        yield ["data.stall_timeout_s=1"]
+
+
+@contextmanager
+def _pread_that_hangs() -> Iterator[threading.Event]:
+    """From when the event is set on."""
     real = os.pread
     hangs, woken = threading.Event(), threading.Event()
 
@@ -249,8 +282,8 @@ def _hanging(folder: Path) -> Iterator[list[str]]:
             woken.wait(20)
         return real(descriptor, size, offset)
 
-    with ExitStack() as stack:
-        stack.callback(woken.set)
-        stack.enter_context(mock.patch.object(os, "pread", pread))
-        stack.enter_context(_once_it_trains(folder, hangs.set))
-        yield ["data.num_workers=0", "data.stall_timeout_s=1"]
+    try:
+        with mock.patch.object(os, "pread", pread):
+            yield hangs
+    finally:
+        woken.set()

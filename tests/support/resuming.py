@@ -23,6 +23,7 @@ from m2_encoder.strategies.grouped_fsdp import GroupedFSDPStrategy
 from m2_encoder.strategies.single import LocalStrategy
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.skipped_samples import SkippedSamples
+from m2_encoder.training.module import PretrainModule
 from m2_encoder.types import ImageTextBatch
 from tests.support.mixtures import make_mixture
 from tests.support.training import make_module, make_trainer, tiny_config
@@ -102,7 +103,6 @@ def fit(
     resume: Path | None = None,
     drop_path_rate: float = 0.0,
     data: dict[str, Any] | None = None,
-    callbacks: tuple[Callback, ...] = (),
     **trainer_settings: Any,
 ) -> dict[str, Any]:
     """A run over a mixture, or a part of one.
@@ -118,7 +118,6 @@ def fit(
         resume: checkpoint to go on from.
         drop_path_rate: with it, the random state of every rank matters.
         data: settings of the data module.
-        callbacks: more of them.
         **trainer_settings: of the trainer.
 
     Returns:
@@ -139,7 +138,6 @@ def fit(
             RowRecorder(folder / "rows"),
             skipped,
             *([Terminated(step=terminate[0], rank=terminate[1])] if terminate else []),
-            *callbacks,
         ],
         **{**many, **trainer_settings},
     )
@@ -149,12 +147,15 @@ def fit(
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     except SIGTERMException as stop_:
         code = stop_.code
+    weights = _gather_weights(module) if trainer.is_global_zero or strategy == "fsdp" else {}
+    return {"weights": weights, "skipped": dict(skipped.totals), "exit": code, "step": trainer.global_step}
+
+
+def _gather_weights(module: PretrainModule) -> dict[str, np.ndarray[Any, Any]]:
+    """Whole ones, on the first rank."""
     assert isinstance(module.model, M2Encoder)
     model = gather_model(module.model)
-    weights: dict[str, np.ndarray[Any, Any]] = {}
-    if model is not None and trainer.is_global_zero:
-        weights = {name: value.numpy() for name, value in model.state_dict().items()}
-    return {"weights": weights, "skipped": dict(skipped.totals), "exit": code, "step": trainer.global_step}
+    return {} if model is None else {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 def furthest(ours: dict[str, Any], expected: dict[str, Any]) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +25,7 @@ from m2_encoder.data.inspection import InspectionOptions
 from m2_encoder.data.manifest import SourceSpec, expand_shards, is_remote
 from m2_encoder.data.packing.shards import write_json
 from m2_encoder.data.remote import RemoteShards
-from m2_encoder.data.source_report import check_source
+from m2_encoder.data.source_report import check_source, judge_for_training
 from m2_encoder.data.survey import Survey, survey_source
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
@@ -51,10 +53,12 @@ SURVEY_RULES: Final[tuple[Rule, ...]] = (
 )
 """Of values that m2-data check and m2-data stats share."""
 
+_OWN_RULES: Final = (number("max_bad_share", "0.05", least=0, most=1), flag("json"))
+
 
 def check_check(cfg: dict[str, Any]) -> list[str]:
     """What is wrong with a configuration of m2-data check."""
-    problems = [problem.text for problem in check_rules(cfg, (*SURVEY_RULES, flag("json")))]
+    problems = [problem.text for problem in check_rules(cfg, (*SURVEY_RULES, *_OWN_RULES))]
     return [*problems, *output_problems(cfg["output"], overwrite=cfg["overwrite"]), *source_problems(cfg, problems)]
 
 
@@ -77,7 +81,7 @@ def find_shards(source: str | Sequence[str], *, cache: str | None) -> list[str]:
         cache: folder for copies of remote shards; None refuses them.
 
     Raises:
-        UserError: if there are none, or they are remote and there is no place for copies.
+        UserError: if there are none, one comes twice, or they are remote and there is no place for copies.
     """
     found: list[str] = []
     for part in [source] if isinstance(source, str) else source:
@@ -89,6 +93,9 @@ def find_shards(source: str | Sequence[str], *, cache: str | None) -> list[str]:
             raise UserError(f"{part} is remote: say where copies of its shards are kept with cache=FOLDER")
         else:
             found += expand_shards(SourceSpec("source", part))
+    places = Counter(shard if is_remote(shard) else os.path.abspath(shard) for shard in found)
+    if twice := [place for place, count in places.items() if count > 1]:
+        raise UserError(f"{twice[0]} comes twice, which training refuses; leave one out")
     return found
 
 
@@ -98,7 +105,9 @@ def run_check(cfg: dict[str, Any]) -> int:
     Raises:
         UserError: if the source is not there.
     """
-    report = check_source(survey(cfg, InspectionOptions()), batch_size=cfg["batch_size"])
+    found = survey(cfg, InspectionOptions())
+    report = check_source(found, batch_size=cfg["batch_size"])
+    report = judge_for_training(report, found, max_bad_share=cfg["max_bad_share"])
     write_output(cfg["output"], report.to_dict())
     if cfg["json"]:
         print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
@@ -176,6 +185,6 @@ COMMAND: Final = Command(
         "A few samples of a few shards are read, unless full=true; counts of the whole source are then estimates, and",
         "rare faults may be missed. Duplicates are exact: the same bytes of an image, the same text of a caption.",
         "",
-        "Exit codes: 0 fine, 2 training on it would be pointless: the last lines say why, and how to mend it.",
+        "Exit codes: 0 fine, 2 training on it would be pointless or refused: the last lines say why, and the way out.",
     ),
 )

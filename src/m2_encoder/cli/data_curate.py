@@ -124,7 +124,10 @@ def check_curate(cfg: dict[str, Any]) -> list[str]:
     problems = [problem.text for problem in check_rules(cfg, _RULES)]
     problems += _missing_extras(cfg)
     if cfg["score"]["model"] is not None:
-        problems += [f"score.{problem}" for problem in model_problems(cfg["score"])]
+        # With Ray, the model is where the GPUs are, which this machine cannot look at.
+        seen = {**cfg["score"], "device": "auto"} if cfg["executor"] == "ray" else cfg["score"]
+        problems += [f"score.{problem}" for problem in model_problems(seen)]
+        problems += _ray_device_problems(cfg)
     if not problems and not any(isinstance(cfg[key], Unset) for key in ("shards", "output")):
         try:
             _list_shards(cfg)
@@ -226,17 +229,36 @@ def _missing_extras(cfg: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _ray_device_problems(cfg: Mapping[str, Any]) -> list[str]:
+    device, gpus = cfg["score"]["device"], cfg["ray_gpus"]
+    if cfg["executor"] != "ray":
+        return []
+    if device not in ("auto", "cpu", "cuda"):
+        return [f"score.device={show(device)}: on Ray choose auto, cpu or cuda; Ray says which GPU"]
+    if device == "cuda" and gpus == 0:
+        return ["score.device=cuda: on Ray, say how much of a GPU each model needs; add ray_gpus=1"]
+    return []
+
+
+def _device(cfg: Mapping[str, Any]) -> str:
+    """Where the model runs; Ray hides GPUs from those who asked for none."""
+    device = cfg["score"]["device"]
+    if cfg["executor"] == "ray" and device == "auto":
+        return "cuda" if cfg["ray_gpus"] else "cpu"
+    return str(device_of(device))
+
+
 def _list_shards(cfg: Mapping[str, Any]) -> list[Any]:
     from m2_encoder.curation.sources import list_shards
 
     shards, language = cfg["shards"], cfg["language"]
     sources = shards if isinstance(shards, Mapping) else {_source_name(shards): shards}
     found = {
-        name: [str(_place(part)) for part in (parts if isinstance(parts, list) else [parts])]
+        str(name): [str(_place(part)) for part in (parts if isinstance(parts, list) else [parts])]
         for name, parts in sources.items()
     }
     languages = language if isinstance(language, Mapping) else dict.fromkeys(found, language)
-    return list_shards(found, languages)
+    return list_shards(found, {str(name): value for name, value in languages.items()})  # {2024: ...} has a number
 
 
 def _place(part: str) -> str:
@@ -249,9 +271,12 @@ def _place(part: str) -> str:
 
 
 def _source_name(shards: Any) -> str:
-    """The name of a folder is the name of the source; anything else is `main`."""
+    """The name of a folder is the name of the source, if it can be one; anything else is `main`."""
+    from m2_encoder.curation.sources import is_source_name
+
     path = find_path(shards) if isinstance(shards, str) else None
-    return path.resolve().name if path is not None and path.is_dir() else "main"
+    name = path.resolve().name if path is not None and path.is_dir() else ""
+    return name if is_source_name(name) else "main"
 
 
 def _settings(cfg: Mapping[str, Any]) -> CurationSettings:
@@ -279,13 +304,13 @@ def _settings(cfg: Mapping[str, Any]) -> CurationSettings:
         max_repeats=duplicates["captions"],
         caption_form=duplicates["caption_form"],
         evaluation_near=cfg["evaluation"]["near"],
-        score=_score(cfg["score"]),
+        score=_score(cfg["score"], _device(cfg)),
         samples_per_shard=cfg["samples_per_shard"],
         partition_rows=cfg["partition_rows"],
     )
 
 
-def _score(score: Mapping[str, Any]) -> ScoreSettings | None:
+def _score(score: Mapping[str, Any], device: str) -> ScoreSettings | None:
     from m2_encoder.curation.settings import ScoreSettings
 
     if score["model"] is None:
@@ -296,7 +321,7 @@ def _score(score: Mapping[str, Any]) -> ScoreSettings | None:
     }
     return ScoreSettings(
         model=str(folder.absolute()) if folder.is_dir() else score["model"],
-        device=device_of(score["device"]),
+        device=device,
         rewrite_below=score["rewrite_below"],
         drop_below=score["drop_below"],
         rows=score["batch_size"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from m2_encoder.cli.compose import Unset
 from m2_encoder.cli.main import Command
 from m2_encoder.cli.paths import anchor
-from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, text, whole
+from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, show, text, whole
 from m2_encoder.data.image_facts import ImageLimits
 from m2_encoder.data.packing.download import DownloadOptions
 from m2_encoder.data.packing.encoding import ImageOptions
@@ -25,6 +26,7 @@ from m2_encoder.types import LANGUAGES
 
 PATH_KEYS: Final = ("source", "output", "texts", "image_root", "pattern")
 EXIT_FAILURES: Final = 1
+_STARTS_WITH_KEY: Final = re.compile(r"[a-z_.]+=")
 
 
 def optional(rule: Rule) -> Rule:
@@ -83,9 +85,13 @@ def check_pack(cfg: dict[str, Any]) -> list[str]:
         return problems
     try:
         check_pattern(cfg["pattern"])
-        _find(cfg)
+        source = _find(cfg)
+        if source.format == "folder" and anchor(cfg["output"]).resolve().is_relative_to(source.paths[0].resolve()):
+            raise UserError(
+                f"output={cfg['output']}: lies inside of source={cfg['source']}; give a folder outside of it"
+            )
     except UserError as error:
-        problems.append(str(error))
+        problems.append(_with_key(cfg, error))
     return problems
 
 
@@ -97,14 +103,24 @@ def run_pack(cfg: dict[str, Any]) -> int:
     """
     output = anchor(cfg["output"])
     workers = default_workers() if cfg["workers"] is None else cfg["workers"]
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True)
-    ) as progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         meter = _Meter(progress)
-        summary = pack(_find(cfg), output, _options(cfg), workers=workers, overwrite=cfg["overwrite"], report=meter.add)
+        try:
+            summary = pack(
+                _find(cfg), output, _options(cfg), workers=workers, overwrite=cfg["overwrite"], report=meter.add
+            )
+        except UserError as error:
+            raise UserError(_with_key(cfg, error)) from error
     _print_summary(summary, output)
     failed = sum(summary.failed.values())
     return EXIT_FAILURES if failed > cfg["max_failed_share"] * (failed + summary.samples) else 0
+
+
+def _with_key(cfg: dict[str, Any], error: UserError) -> str:
+    """The message, with the source in front where it names no key: what is wrong then is in there."""
+    text = str(error)
+    return text if _STARTS_WITH_KEY.match(text) else f"source={show(cfg['source'])}: {text}"
 
 
 class _Meter:
@@ -177,7 +193,8 @@ COMMAND: Final = Command(
     run=run_pack,
     notes=(
         "A run that was stopped, however it ended, goes on when it is started again; the tars are the same, byte for",
-        "byte, whatever the number of workers. What cannot be packed is counted by reason and listed.",
+        "byte, whatever the number of workers. Started again after images or captions were written again, it packs",
+        "their tars again. What cannot be packed is counted by reason and listed.",
         "",
         "Exit codes: 0 done, 1 done but too many failures (max_failed_share), 2 nothing packed: the message says why.",
     ),

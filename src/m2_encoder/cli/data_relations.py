@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from m2_encoder.cli.compose import UNSET, nearest
+from m2_encoder.cli.compose import nearest
 from m2_encoder.cli.known import Known, UnknownValueError, count_ranks, make_problem
 from m2_encoder.cli.rules import Problem, show
 from m2_encoder.data.files import find_files
@@ -25,14 +25,6 @@ def _sources(known: Known) -> dict[str, Mapping[str, Any]]:
     return {name: values for name, values in known("data.sources").items() if isinstance(values, Mapping)}
 
 
-def _check_source_kinds(known: Known) -> Iterator[Problem]:
-    for name, values in known("data.sources").items():
-        if values is not None and values is not UNSET and not isinstance(values, Mapping):
-            key = f"data.sources.{name}"
-            fix = f"for example {key}.shards='/data/{{000..099}}.tar', or {key}=null to leave it out"
-            yield make_problem(key, show(values), "must be a mapping of keys, or null", fix)
-
-
 def _check_source_keys(known: Known) -> Iterator[Problem]:
     for name, values in _sources(known).items():
         key = f"data.sources.{name}"
@@ -45,10 +37,6 @@ def _check_cache_keys(known: Known) -> Iterator[Problem]:
     cache = known("data.cache")
     if cache is None:
         return
-    if not isinstance(cache, Mapping):
-        fix = "for example data.cache={folder: cache, max_bytes: 2e11}"
-        yield make_problem("data.cache", show(cache), "must be a mapping of keys, or null", fix)
-        return
     arguments = inspect.signature(RemoteShards).parameters
     yield from _check_keys("data.cache", cache, list(arguments))
     examples = {"folder": "cache", "max_bytes": "2e11"}
@@ -60,13 +48,7 @@ def _check_cache_keys(known: Known) -> Iterator[Problem]:
 
 def _check_check_keys(known: Known) -> Iterator[Problem]:
     check = known("data.check")
-    if check is None:
-        return
-    if not isinstance(check, Mapping):
-        fix = "for example data.check={shards: 4, samples: 2000}"
-        yield make_problem("data.check", show(check), "must be a mapping of keys, or null", fix)
-        return
-    yield from _check_keys("data.check", check, StartCheck._fields)
+    yield from _check_keys("data.check", check or {}, StartCheck._fields)
 
 
 def _check_keys(path: str, node: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
@@ -105,10 +87,10 @@ def _check_shards(known: Known) -> Iterator[Problem]:
             shards = known(key)
         except UnknownValueError:
             continue  # this one is reported; the others may have faults of their own
-        for pattern in [shards] if isinstance(shards, str) else shards:
-            if problem := _problem_of_pattern(name, pattern, known("data.cache", {})):
-                yield Problem(key, f"{key}={show(shards)}: {problem}")
-                break
+        patterns = [shards] if isinstance(shards, str) else shards
+        problems = (_problem_of_pattern(name, pattern, known("data.cache", {})) for pattern in patterns)
+        if problem := next(filter(None, problems), None) or _problem_of_all(name, patterns):
+            yield Problem(key, f"{key}={show(shards)}: {problem}")
 
 
 def _problem_of_pattern(source: str, pattern: str, cache: Any) -> str | None:
@@ -129,6 +111,15 @@ def _problem_of_pattern(source: str, pattern: str, cache: Any) -> str | None:
     return None
 
 
+def _problem_of_all(source: str, patterns: Sequence[str]) -> str | None:
+    """Shards that come twice."""
+    try:
+        expand_shards(SourceSpec(source, [pattern for pattern in patterns if not is_remote(pattern)]))
+    except UserError as error:
+        return str(error).removeprefix(f"data.sources.{source}: ")
+    return None
+
+
 def _what_is_there(pattern: str) -> str:
     """The way out: what the nearest folder above a pattern holds."""
     folder = pattern.removeprefix("file://")
@@ -142,9 +133,6 @@ def _what_is_there(pattern: str) -> str:
 def _check_validation(known: Known) -> Iterator[Problem]:
     for name, folder in known("data.validation").items():
         key = f"data.validation.{name}"
-        if not isinstance(folder, str) or not folder.strip():
-            yield make_problem(key, show(folder), "must be a folder of tars", f"for example {key}=tars/val")
-            continue
         try:
             find_files(folder, suffixes=(".tar",), what="shard")
         except UserError as error:
@@ -153,7 +141,6 @@ def _check_validation(known: Known) -> Iterator[Problem]:
 
 
 DATA_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
-    _check_source_kinds,
     _check_source_keys,
     _check_cache_keys,
     _check_check_keys,

@@ -41,7 +41,11 @@ def check_data(datamodule: lightning.LightningDataModule, folder: Path, *, resum
     """
     if not isinstance(datamodule, WebDatasetModule) or not datamodule.is_checked_at_start:
         return None
-    if not is_first_rank() or (resumes and _was_checked(folder / CHECK_FILE, datamodule.manifest.fingerprint())):
+    if not is_first_rank():
+        datamodule.skip_check()
+        return None
+    if resumes and _was_checked(folder / CHECK_FILE, datamodule.manifest.fingerprint()):
+        datamodule.check_order(resumes=True)
         datamodule.skip_check()
         return None
     reports = datamodule.check_sources()
@@ -50,6 +54,7 @@ def check_data(datamodule: lightning.LightningDataModule, folder: Path, *, resum
     _print_warnings(console, reports)
     if problems := describe_problems(reports):
         raise ProblemsError(problems)
+    datamodule.check_order(resumes=resumes)
     return {"manifest": datamodule.manifest.fingerprint(), "sources": to_plain(reports)}
 
 

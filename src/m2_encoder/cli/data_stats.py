@@ -94,8 +94,11 @@ def _plot_problems(plot: str) -> list[str]:
 def _read_tokenizer(name: str | None) -> bytes:
     if name is None:
         return load_emoji_tokenizer_model()
-    content = find_path(name).read_bytes()
-    SentencePieceTokenizer(content)  # says what is wrong with the file before any shard is read
+    try:
+        content = find_path(name).read_bytes()
+        SentencePieceTokenizer(content)  # says what is wrong with the file before any shard is read
+    except (UserError, OSError) as error:
+        raise UserError(f"tokenizer={name}: {str(error).removeprefix('tokenizer bytes: ')}") from error
     return content
 
 
@@ -128,7 +131,7 @@ COMMAND: Final = Command(
     check=check_stats,
     run=run_stats,
     notes=(
-        "Words of Chinese captions are those of jieba (pip install 'm2-encoder[words]'); pictures need the extra plot.",
+        "Words of Chinese captions are those of jieba; pictures need the extra plot.",
         "A part of the source is read, unless full=true.",
     ),
 )

@@ -8,7 +8,7 @@ from typing import Final
 _PLACEHOLDERS: Final = {
     "model": "FOLDER",
     "name": "NAME",
-    "output": "FILE",
+    "output": "PATH",
     "shards": "PATHS",
     "tokenizer": "FILE (the SentencePiece model of the weights, such as the official sp.model)",
 }

@@ -124,7 +124,12 @@ def _weights_rule(key: str, names: tuple[str, ...], example: str) -> Rule:
 
 
 def _is_sources(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(source, dict) for source in value.values())
+    sources = [source for source in value.values() if source is not None] if isinstance(value, dict) else []
+    return bool(sources) and all(isinstance(source, dict) for source in sources)
+
+
+def _is_folders(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(folder, str) and folder.strip() for folder in value.values())
 
 
 def _is_shards(value: Any) -> bool:
@@ -171,7 +176,13 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     whole("data.global_batch_size", 2, "256", note=" (over all ranks)"),
     whole("data.eval_batch_size", 1, "256"),
     whole("data.num_workers", 0, "0"),
-    Rule("data.sources", _is_sources, "sources by name, at least one of them not null", "{main: {shards: PATHS}}"),
+    Rule(
+        "data.sources",
+        _is_sources,
+        "sources by name, each a mapping of keys, or null to leave it out, and at least one not null",
+        "{main: {shards: PATHS}}",
+    ),
+    Rule("data.validation", _is_folders, "folders of tars by name", "{my: tars/val}"),
     Rule("data.sources.*.shards", _is_shards, "a path or url, or a list of them", "'/data/{000..099}.tar'"),
     Rule("data.sources.*.languages", _is_languages, f"some of {', '.join(LANGUAGES)}", "[zh, en]"),
     number("data.sources.*.weight", "0.5", least=0, optional=True),

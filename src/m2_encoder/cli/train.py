@@ -33,7 +33,7 @@ from m2_encoder.cli.changes import describe_changes
 from m2_encoder.cli.data_start import check_data, write_check
 from m2_encoder.cli.export import export_run
 from m2_encoder.cli.loggers import QuietWandbLogger
-from m2_encoder.cli.main import Command, default_run_folder, run_command
+from m2_encoder.cli.main import EXIT_USER_ERROR, Command, default_run_folder, report_problems, run_command
 from m2_encoder.cli.masked_showcase import PICTURE_FILE as MASKED_FILE
 from m2_encoder.cli.masked_showcase import draw_masked
 from m2_encoder.cli.path_values import protect_paths
@@ -44,6 +44,7 @@ from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, w
 from m2_encoder.cli.validate import validate_train
 from m2_encoder.cli.visual_tokenizer import finish_visual_tokenizer
 from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
+from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
 from m2_encoder.training.loggers import JsonlLogger
@@ -54,10 +55,11 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE: Final = "metrics.jsonl"
 _PATH_KEYS: Final = (
-    "run.folder", "data.folder", "model.weights", "model.tokenizer",
+    "run.folder", "data.folder", "data.cache.folder", "model.weights", "model.tokenizer",
     "objective.distillation.teacher", "objective.distillation.teacher_weights", "objective.cmim.targets.tokenizer",
 )  # fmt: skip
 _SHARDS_KEY: Final = re.compile(r"\+*data\.sources\.[^.=]+\.shards")
+_VALIDATION_KEY: Final = re.compile(r"\+*data\.validation\.[^.=]+")
 
 
 class Run(NamedTuple):
@@ -107,6 +109,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     datamodule = build_data(cfg)
     checked = check_data(datamodule, folder, resumes=resumes)  # before anything that costs money, or leaves a trace
     run = build_run(cfg, folder, datamodule)
+    old_config = (folder / CONFIG_FILE).read_bytes() if resumes and (folder / CONFIG_FILE).is_file() else None
     if run.trainer.is_global_zero:
         changes = describe_changes(folder / CONFIG_FILE, cfg) if resumes else []
         write_config(folder / CONFIG_FILE, cfg)
@@ -114,7 +117,12 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         _announce(cfg, folder, checkpoint if resumes else None, run)
         if changes:
             print(f"run {cfg['run']['name']}: changed since its last start: {'; '.join(changes)}")
-    _fit(run, checkpoint if resumes else None)
+    try:
+        _fit(run, checkpoint if resumes else None)
+    except UserError:
+        if old_config is not None and run.trainer.is_global_zero and run.trainer.global_step <= read_step(checkpoint):
+            (folder / CONFIG_FILE).write_bytes(old_config)  # refused: nothing was trained with the new one
+        raise
     data = cast(EvaluatedData, run.datamodule)
     if isinstance(run.module, VisualTokenizerModule):
         metrics = finish_visual_tokenizer(run.module.tokenizer, data, folder, cfg, started=started)
@@ -352,8 +360,15 @@ COMMAND: Final = Command(
 def main() -> int:
     """Entry point of `m2-train`."""
     given = sys.argv[1:]
-    shards = [key for key in (argument.partition("=")[0] for argument in given) if _SHARDS_KEY.fullmatch(key)]
-    return run_command(COMMAND, protect_paths(given, [*_PATH_KEYS, *shards]))
+    keys = [argument.partition("=")[0] for argument in given if "=" in argument]
+    shards = [key for key in keys if _SHARDS_KEY.fullmatch(key)]
+    if repeated := next((key for key in shards if shards.count(key) > 1), None):
+        # bash makes several arguments of braces outside of quotes, and Hydra would train on the last one alone.
+        fix = f"put its braces in quotes, {repeated}='/data/{{000..099}}.tar', or give a list: '{repeated}=[A,B]'"
+        report_problems(COMMAND.name, UserError(f"{repeated} is given {shards.count(repeated)} times; {fix}"))
+        return EXIT_USER_ERROR
+    folders = [key for key in keys if _VALIDATION_KEY.fullmatch(key)]
+    return run_command(COMMAND, protect_paths(given, [*_PATH_KEYS, *shards, *folders]))
 
 
 if __name__ == "__main__":

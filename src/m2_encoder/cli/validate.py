@@ -57,7 +57,9 @@ def _try_transform(cfg: Mapping[str, Any], reported: set[str]) -> list[Problem]:
     """The transform checks its own arguments and costs nothing: each is tried alone, so that all mistakes show."""
     data = cfg.get("data")
     node = data.get("transform") if isinstance(data, Mapping) else None
-    if not isinstance(node, Mapping) or not str(node.get("_target_")).endswith(".TrainTransform"):
+    if not isinstance(node, Mapping) or not str(node.get("_target_")).endswith(
+        (".TrainTransform", ".TensorTrainTransform")
+    ):
         return []
     problems = []
     for name, value in node.items():

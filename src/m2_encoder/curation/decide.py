@@ -20,6 +20,9 @@ from m2_encoder.curation.tables import read_notes, read_table, write_table
 NO_LANGUAGE: Final = "unknown"
 """In counts, the language of rows without a caption."""
 
+COPIED: Final = "copied"
+"""Column of rows whose image others have, too; only there if settings ask for marks."""
+
 _ADDED_BY_VERDICTS = ("first_shard", "first_row")
 
 
@@ -91,14 +94,18 @@ def merge_verdicts(task: MergeTask) -> None:
         first: dict[str, Any] = {name: np.zeros(len(batch), dtype=np.uint32) for name in _ADDED_BY_VERDICTS}
         rejected = np.zeros(len(batch), dtype=bool)
         sample = batch.column("sample").to_numpy()
+        marks: dict[str, pa.Array] = {}
         for rule, verdict in verdicts:
             mask, repeats = fallen(sample, number, rule, verdict)
+            if not rule.rejects:
+                marks[COPIED] = pa.array(mask)
+                continue
             mask &= batch.column("keep").to_numpy(zero_copy_only=False)
             batch = reject(batch, pa.array(mask), rule.reason)
             first = {name: np.where(mask, repeats[name[6:]], values) for name, values in first.items()}
             rejected |= mask
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-        columns |= {name: pa.array(values, mask=~rejected) for name, values in first.items()}
+        columns |= marks | {name: pa.array(values, mask=~rejected) for name, values in first.items()}
         write_final(Path(target), pa.record_batch(columns), notes=read_notes(Path(source)))
     marker = Path(task.output)
     marker.parent.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def _line(content: bytes, max_pixels: int) -> str:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"evaluation images {path}: cannot be read as a hash list ({error})") from error
 

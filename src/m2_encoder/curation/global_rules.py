@@ -42,6 +42,7 @@ class GlobalRule(NamedTuple):
         judge: from all rows of some keys, with `place`, to those that fall.
         is_on: whether settings ask for it.
         tables: how many keys a row has.
+        rejects: False for a rule that only marks rows: they stay, and get `copied` instead of a reason.
     """
 
     reason: str
@@ -50,6 +51,7 @@ class GlobalRule(NamedTuple):
     judge: Callable[[Columns, CurationSettings], Nearest]
     is_on: Callable[[CurationSettings], bool]
     tables: Callable[[CurationSettings, int], int] = lambda _settings, _rows: 1
+    rejects: bool = True
 
 
 class Chunk(NamedTuple):
@@ -183,6 +185,8 @@ def fallen(sample: npt.NDArray[Any], number: int, rule: GlobalRule, verdict: Nea
 def _survivors(table: pa.Table, number: int, verdicts: Sequence[tuple[GlobalRule, Nearest]]) -> Bools:
     keep = table.column("keep").to_numpy().copy()
     for rule, verdict in verdicts:
+        if not rule.rejects:
+            continue
         keep &= ~fallen(table.column("sample").to_numpy(), number, rule, verdict)[0]
     return keep
 
@@ -258,15 +262,28 @@ def _first_copies(image: npt.NDArray[np.uint64], place: npt.NDArray[np.uint64]) 
     return head
 
 
+def _judge_shared(columns: Columns, _settings: CurationSettings) -> Nearest:
+    """All rows of keys that several have, the first one included."""
+    place, begin = _sort_by_key(columns)
+    shared = np.bincount(begin, minlength=len(place))[begin] > 1
+    return Nearest(place[shared], place[begin[shared]])
+
+
 def _after_rank(columns: Columns, cap: int) -> Nearest:
     """Rows of a key beyond the first `cap`, in the order of places."""
+    place, begin = _sort_by_key(columns)
+    falls = np.arange(len(place)) - begin >= cap
+    return Nearest(place[falls], place[begin[falls]])
+
+
+def _sort_by_key(columns: Columns) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """Places in the order of keys, then of places, (n,); and for each where those of its key begin, (n,)."""
     order = np.lexsort((columns["place"], columns["low"], columns["high"]))
     high, low, place = (columns[name][order] for name in ("high", "low", "place"))
     starts = np.ones(len(place), dtype=bool)
     starts[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     begin = np.flatnonzero(starts)[np.cumsum(starts) - 1] if len(place) else np.empty(0, dtype=np.int64)
-    falls = np.arange(len(place)) - begin >= cap
-    return Nearest(place[falls], place[begin[falls]])
+    return place, begin
 
 
 RULES: Final[Mapping[str, GlobalRule]] = {
@@ -275,6 +292,14 @@ RULES: Final[Mapping[str, GlobalRule]] = {
         GlobalRule("duplicate_pair", False, _pair_keys, _judge_copies, lambda settings: settings.duplicate_pairs),
         GlobalRule(
             "duplicate_image", True, _image_keys, _judge_copies, lambda settings: settings.duplicate_images == "drop"
+        ),
+        GlobalRule(
+            "copied_image",
+            True,
+            _image_keys,
+            _judge_shared,
+            lambda settings: settings.duplicate_images == "mark",
+            rejects=False,
         ),
         GlobalRule(
             "near_duplicate_image",

@@ -22,8 +22,7 @@ _SIDE: Final = 32
 _KEPT: Final = 8
 _MEDIAN: Final = (_KEPT * _KEPT - 1) // 2  # place of the median among all frequencies but the mean
 _MIN_CONTRAST: Final = 16.0  # of the strongest frequency, grey levels times pixels: below it there is only noise
-_GREY: Final = (0.299, 0.587, 0.114)
-_BITS: Final = np.uint64(1) << np.arange(63, -1, -1, dtype=np.uint64)
+_GREY: Final = np.array([0.299, 0.587, 0.114])
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -60,38 +59,40 @@ def measure_image(content: bytes, *, max_pixels: int) -> ImageMeasure:
     with open_pixels(content, limits) as image:
         width, height = image.size
         thumbnail = _thumbnail(image)
-    red, green, blue = (round(float(value)) for value in thumbnail.mean(axis=(0, 1)))
+    red, green, blue = (round(int(value) / _SIDE**2) for value in thumbnail.reshape(-1, 3).sum(axis=0, dtype=np.int64))
     return ImageMeasure(
         image_hash=hashlib.sha256(content).digest(),
         width=width,
         height=height,
-        perceptual_hash=_hash(thumbnail @ np.array(_GREY)),
+        perceptual_hash=_hash(thumbnail),
         mean_color=red << 16 | green << 8 | blue,
     )
 
 
-def _thumbnail(image: Image.Image) -> FloatArray:
+def _thumbnail(image: Image.Image) -> npt.NDArray[np.uint8]:
     """(32, 32, 3) mean colours."""
     image.draft("RGB", (2 * _SIDE, 2 * _SIDE))  # JPEG only; never smaller than that
     load_pixels(image)
     image.info.pop("transparency", None)  # alpha is dropped as everywhere; the conversion would warn of it
     try:
-        small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        pixels = image if image.mode == "RGB" else image.convert("RGB")
+        small = pixels.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     except Exception as error:
         # Not too broad: odd modes fail in many ways.
         raise SampleProblem("undecodable_image", str(error) or type(error).__name__) from error
-    return np.asarray(small, dtype=np.float64)
+    return np.asarray(small)
 
 
-def _hash(grey: FloatArray) -> int | None:
+def _hash(thumbnail: npt.NDArray[np.uint8]) -> int | None:
     transform = _cosines()
+    grey = thumbnail @ _GREY
     # Rounded, so that bits do not hang on the order in which a library sums.
     low = np.round(transform @ grey @ transform.T, 3).reshape(-1)
     if np.abs(low[1:]).max() < _MIN_CONTRAST:
         return None
     bits = low > np.sort(low[1:])[_MEDIAN]
     bits[0] = False  # the mean brightness says nothing about shapes
-    return int(np.bitwise_or.reduce(np.where(bits, _BITS, np.uint64(0))))
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 @lru_cache(maxsize=1)

@@ -60,7 +60,7 @@ class OutputFolder:
             marker.write_text('{"made_by": "m2-data curate"}\n', encoding="ascii")
         report = self.path / REPORT
         if report.is_file():
-            finished: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+            finished = _read_report(report)
             is_same = finished["fingerprint"] == self.fingerprint
             if is_same and (finished["written"] or not write):
                 return finished
@@ -136,3 +136,13 @@ class OutputFolder:
         """Those of writers that were killed; `checkpoints.atomic` names them."""
         for path in self.path.rglob(".*.tmp"):
             path.unlink(missing_ok=True)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and {"fingerprint", "written", "total", "sources"} <= set(found):
+            return found
+    except ValueError:
+        pass
+    raise UserError(f"{path}: is damaged; remove it and start again: what is finished beside it is then made anew")

@@ -277,12 +277,7 @@ class _Run:
         planned = plan_shards(kept if write else [], samples_per_shard=settings.samples_per_shard)
         folder = self._folder.stage("write", self._folder.fingerprint)
         tasks = [
-            WriteTask(
-                str(folder / f"{name.replace('/', '-')}.json"),
-                str(self._folder.path / name),
-                parts,
-                settings.duplicate_images == "mark",
-            )
+            WriteTask(str(folder / f"{name.replace('/', '-')}.json"), str(self._folder.path / name), parts)
             for name, parts in planned
         ]
         self._folder.keep_only([name for name, _ in planned], [Path(task.output) for task in tasks])

@@ -18,6 +18,8 @@ from typing import Any
 from m2_encoder.curation.executors import peak_memory
 from m2_encoder.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _PATIENCE_S = 10.0
 _MAX_BLOCKS = 1024  # a block is what Ray schedules; more tasks than this share them
 
@@ -44,7 +46,7 @@ class RayExecutor:
             import ray.data
         except ImportError as error:
             raise UserError("executor=ray: needs an extra; install it with pip install 'm2-encoder[ray]'") from error
-        self._ray = ray
+        self._ray: Any = ray
         self._models, self._gpus = models, gpus
         self._starts = not ray.is_initialized()
         if self._starts:
@@ -54,6 +56,7 @@ class RayExecutor:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else own))
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise UserError(f"executor=ray: no cluster at {address!r}: {_first_line(error)}") from error
+        self._check_gpus(address)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.verbose_stats_logs = False
@@ -82,6 +85,17 @@ class RayExecutor:
         """End the local cluster, or leave the one that was there before."""
         if self._starts:
             self._ray.shutdown()
+
+    def _check_gpus(self, address: str | None) -> None:
+        """Ray would wait for ever, in silence."""
+        wanted, there = self._models * self._gpus, self._ray.cluster_resources().get("GPU", 0)
+        if wanted <= there:
+            return
+        message = f"{self._models} models with {self._gpus:g} GPUs each, and there are {there:g}"
+        if address is None:
+            self.close()
+            raise UserError(f"executor=ray: {message}; lower ray_gpus or ray_models, or name a cluster by ray_address")
+        logger.warning("%s in the cluster now: scoring waits until it grows", message)
 
     def _dataset(self, tasks: Sequence[Any]) -> Any:
         rows = [{"task": pickle.dumps(task)} for task in tasks]

@@ -86,7 +86,7 @@ class CurationSettings:
         mismatch: what happens to a caption that is declared to be in another language than it is detected to be.
         duplicate_pairs: drop every copy but the first of an image (same bytes) with a caption (same `caption_form`).
         duplicate_images: "drop" every sample but the first with an image (same bytes); "mark" gives all of them the
-            same `identity`, so that training does not contrast them.
+            same `identity` (unless they have one), so that training does not contrast them.
         near_images: drop samples whose image is within so many of 64 bits of an earlier one's perceptual hash.
         near_color: and whose mean colour differs by at most so much in each channel, 0..255.
         max_repeats: how many samples may have the same caption.

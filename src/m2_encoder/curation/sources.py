@@ -58,8 +58,10 @@ def list_shards(
     found: dict[str, str] = {}
     shards: list[Shard] = []
     for name, expression in sources.items():
-        if not _NAME.fullmatch(name) or name in RESERVED_NAMES:
-            raise UserError(f"source {name!r}: use letters, digits, dots, dashes and underscores, and not `decisions`")
+        if not is_source_name(name):
+            raise UserError(
+                f"source {name!r}: use letters of English, digits, dots, dashes and underscores, and not `decisions`"
+            )
         for path in _find(name, expression):
             if path in found:
                 raise UserError(f"{path}: is in the sources {found[path]} and {name}, or twice in one; leave one out")
@@ -69,6 +71,11 @@ def list_shards(
     if not shards:
         raise UserError("no sources: give at least one folder or pattern of tars")
     return shards
+
+
+def is_source_name(name: str) -> bool:
+    """Whether a source can be called that: it becomes the name of a folder and of files."""
+    return _NAME.fullmatch(name) is not None and name not in RESERVED_NAMES
 
 
 def _find(name: str, expression: str | Sequence[str]) -> list[str]:

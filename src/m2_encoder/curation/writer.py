@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from m2_encoder.checkpoints.atomic import atomic_file
-from m2_encoder.curation.decide import kept_samples
+from m2_encoder.curation.decide import COPIED, kept_samples
 from m2_encoder.curation.measure import check_unchanged, read_member
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import column_names, read_table
@@ -55,13 +55,11 @@ class WriteTask(NamedTuple):
         output: a marker with `samples`, `pairs` and `bytes`, written after the tar.
         tar: the shard.
         parts: what goes into it, in order.
-        mark: whether samples get their image's hash as `identity`, unless they say who they are themselves.
     """
 
     output: str
     tar: str
     parts: tuple[Part, ...]
-    mark: bool
 
 
 def plan_shards(
@@ -111,7 +109,9 @@ def write_shard(task: WriteTask) -> None:
                 # Keys of different old shards may be equal; in one shard they must not.
                 name = key if keys[key] == 1 else f"{key}-{part.shard.number:06d}-{rows[0]['sample']:06d}"
                 _add(archive, f"{name}.{rows[0]['image_extension']}", image)
-                _add(archive, f"{name}.json", _describe(rows, metadata, mark=task.mark))
+                if metadata.get("key") == key:
+                    metadata = {**metadata, "key": name}  # still no more than the name of its files
+                _add(archive, f"{name}.json", _describe(rows, metadata))
                 samples, pairs = samples + 1, pairs + len(rows)
     open_index(tar)  # now, by whoever wrote it, so that no training has to
     marker = Path(task.output)
@@ -125,7 +125,7 @@ def _table(part: Part) -> pa.Table:
     """Rows of the part that are kept."""
     columns = list(_COLUMNS)
     names = column_names(Path(part.decisions))
-    columns += [name for name in ("score", "rewrite") if name in names]
+    columns += [name for name in ("score", "rewrite", COPIED) if name in names]
     table = read_table(Path(part.decisions), columns)
     samples = kept_samples(table)[part.start : part.stop]
     keep = table.column("keep").to_numpy() & np.isin(table.column("sample").to_numpy(), samples)
@@ -169,7 +169,7 @@ def _read(file: BinaryIO, part: Part, row: dict[str, Any], what: str) -> bytes:
     return content
 
 
-def _describe(rows: list[dict[str, Any]], metadata: dict[str, Any], *, mark: bool) -> bytes:
+def _describe(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> bytes:
     """The sample's JSON: its own metadata, and the captions that are kept, by language."""
     by_language: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -184,7 +184,8 @@ def _describe(rows: list[dict[str, Any]], metadata: dict[str, Any], *, mark: boo
     if "score" in rows[0]:
         described["caption_scores"] = column("score", lambda score: None if score is None else round(score, 4))
         described["caption_rewrite"] = column("rewrite")
-    if mark and not {"key", "identity"} & set(metadata):
+    # Over its `key`, which most tools make up for each sample; an `identity` that is there was meant.
+    if rows[0].get(COPIED) and metadata.get("identity") is None:
         described["identity"] = rows[0]["image_hash"][:_IDENTITY_BYTES].hex()
     return json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
 

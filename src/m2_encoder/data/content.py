@@ -61,11 +61,13 @@ class SampleText(NamedTuple):
     Attributes:
         captions: at least one, by language in the order of `LANGUAGES`.
         identity: equal ones mark the same content; None if the sample says nothing.
+        is_marked: whether that is its `identity`, which somebody meant, and not only its `key`.
         keys: names in the JSON, in its order; none without a JSON.
     """
 
     captions: tuple[CaptionText, ...]
     identity: str | None
+    is_marked: bool
     keys: tuple[str, ...]
 
 
@@ -87,10 +89,42 @@ def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, langu
             raise SampleProblem("empty_member", "its .txt has no bytes")
         captions = _tag([decode_text(text_file, "its .txt")], language)
     if not captions:
-        keys = ", ".join(metadata) or "no keys"
-        where = "no .json or .txt" if json_file is None and text_file is None else f"its JSON has {keys}"
-        raise SampleProblem("missing_caption", f"{where}; wanted captions, caption or text in a .json, or a .txt")
-    return SampleText(captions, read_identity(metadata), tuple(metadata))
+        raise SampleProblem("missing_caption", _describe_nothing(metadata, json_file, text_file))
+    is_marked = metadata.get("identity") is not None
+    return SampleText(captions, read_identity(metadata), is_marked, tuple(metadata))
+
+
+def name_content(text: SampleText, *, key: str, shard: str, source: str) -> str:
+    """A name for what a sample shows: equal names mark the same content.
+
+    An `identity` counts in all sources, a `key` in its own one. A `key` that is the name of the sample's files says no
+    more than that name, which most tools count up from 0, in every shard or in every source: its sample is alone.
+
+    Args:
+        text: what the sample says.
+        key: its name in the tar.
+        shard: where it lies; differs between the shards of a source.
+        source: differs between sources.
+    """
+    if text.identity is not None and text.is_marked:
+        return text.identity
+    if text.identity in (None, key, key.rpartition("/")[2]):
+        return "\0".join((source, shard, key))
+    return "\0".join((source, str(text.identity)))
+
+
+def _describe_nothing(metadata: Mapping[str, Any], json_file: bytes | None, text_file: bytes | None) -> str:
+    by_language = metadata.get("captions")
+    if isinstance(by_language, Mapping):
+        found = ", ".join(map(str, by_language)) or "no language"
+        return f"its captions are of {found}; wanted a text in one of {', '.join(LANGUAGES)}"
+    if text_file is not None:
+        return "its .txt is blank"
+    where = "no .json or .txt" if json_file is None else f"its JSON has {', '.join(metadata) or 'no keys'}"
+    nulls = [key for key in ("captions", *PLAIN_CAPTION_KEYS) if key in metadata]
+    if nulls:
+        return f"{where}, but no text in {', '.join(nulls)}"
+    return f"{where}; wanted captions, caption or text in a .json, or a .txt"
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:

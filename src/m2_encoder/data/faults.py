@@ -180,7 +180,7 @@ class FaultLog:
         """Learn what other processes, or this run before it was interrupted, have listed since the last look."""
         file.seek(self._read_to)
         for line in file:
-            with contextlib.suppress(ValueError, KeyError):  # the half line of a process that was killed
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the half line of a process that was killed
                 entry = json.loads(line)
                 self._listed.add((entry["shard"], entry["key"]))
 

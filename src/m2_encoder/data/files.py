@@ -34,6 +34,22 @@ def find_files(source: str | Sequence[str], *, suffixes: Sequence[str], what: st
     return [path for part in parts for path in _expand(os.path.expanduser(str(part)), suffixes, what)]
 
 
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a brace expression such as "data/{000..099}.tar" stands for; a name without braces is itself.
+
+    Raises:
+        UserError: if a brace is not closed, or a variable `${NAME}` has no value.
+    """
+    from webdataset.shardlists import expand_urls
+
+    try:
+        return list(expand_urls(pattern))
+    except (ValueError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"{pattern}: its braces cannot be read ({error}); write ranges as {{000..099}}, alternatives as {{a,b}}"
+        ) from error
+
+
 def _expand(part: str, suffixes: Sequence[str], what: str) -> list[Path]:
     path = Path(part)
     if path.is_file():
@@ -45,15 +61,15 @@ def _expand(part: str, suffixes: Sequence[str], what: str) -> list[Path]:
             raise UserError(f"{part}: no {' or '.join('*' + suffix for suffix in suffixes)} there; it holds {inside}")
         return found
     if "{" in part:
-        from webdataset.shardlists import expand_urls
-
-        return [item for name in expand_urls(part) for item in (_glob(name) if _PATTERN & set(name) else [Path(name)])]
-    if _PATTERN & set(part):
-        found = _glob(part)
-        if not found:
-            raise UserError(f"{part}: no file fits; give a file, a folder or a pattern with {what}s")
-        return found
-    raise UserError(f"{part}: no such file or folder")
+        names = expand_braces(part)
+    elif _PATTERN & set(part):
+        names = [part]
+    else:
+        raise UserError(f"{part}: no such file or folder")
+    found = [item for name in names for item in (_glob(name) if _PATTERN & set(name) else [Path(name)])]
+    if not found:
+        raise UserError(f"{part}: no file fits; give a file, a folder or a pattern with {what}s")
+    return found
 
 
 def _glob(pattern: str) -> list[Path]:

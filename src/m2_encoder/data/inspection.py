@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2_encoder.data.content import SampleProblem, SampleText, parse_sample_text
+from m2_encoder.data.captions import STORED_ROLES
+from m2_encoder.data.content import SampleProblem, SampleText, name_content, parse_sample_text
 from m2_encoder.data.image_facts import ImageFacts, ImageLimits, read_image_facts
 from m2_encoder.data.manifest import is_remote
 from m2_encoder.data.remote import RemoteShards
@@ -135,7 +136,7 @@ class ShardInspection(NamedTuple):
 def inspect_shard(task: ShardTask) -> ShardInspection:
     """Look at one shard; whatever is in it, or if it is not there, becomes a fault."""
     faults = _Faults(task.path)
-    seen = _Seen()
+    seen = _Seen(task.path)
     index, descriptor = None, -1
     indexed = inspected = 0
     header_faults: Counter[str] = Counter()
@@ -233,7 +234,8 @@ class _Faults:
 class _Seen:
     """What the usable samples of a shard are like."""
 
-    def __init__(self) -> None:
+    def __init__(self, shard: str) -> None:
+        self._shard = shard
         self.rows: list[tuple[int, ...]] = []
         self.captions: list[tuple[int, ...]] = []
         self.json_keys: Counter[str] = Counter()
@@ -242,7 +244,7 @@ class _Seen:
         self.decoded = self.damaged = 0
 
     def add(self, sample: IndexedSample, image: bytes, facts: ImageFacts, said: SampleText, counter: _Counter) -> None:
-        identity = sample.key if said.identity is None else said.identity
+        identity = name_content(said, key=sample.key, shard=self._shard, source="")
         self.formats[facts.format] += 1
         for caption in said.captions:
             words, tokens = counter.words(caption.text, caption.language), counter.tokens(caption.text)
@@ -324,6 +326,7 @@ def _inspect_sample(
 ) -> None:
     said = _read_text(descriptor, sample, options)
     seen.json_keys.update(said.keys)
+    check_roles(said)
     image = _read(descriptor, sample.image)
     assert image is not None, "an indexed sample has an image"
     facts = read_image_facts(image, options.limits, decode=False)
@@ -335,6 +338,18 @@ def _inspect_sample(
             seen.damaged += 1
             raise
     seen.add(sample, image, facts, said, counter)
+
+
+def check_roles(said: SampleText) -> None:
+    """Refuse what `CaptionSampler` does not know how to draw.
+
+    Raises:
+        SampleProblem: wrong_type.
+    """
+    for caption in said.captions:
+        if caption.role is not None and caption.role not in STORED_ROLES:
+            known = ", ".join(STORED_ROLES)
+            raise SampleProblem("wrong_type", f"unknown role {caption.role} of {caption.language!r}; known: {known}")
 
 
 def _read_text(descriptor: int, sample: IndexedSample, options: InspectionOptions) -> SampleText:

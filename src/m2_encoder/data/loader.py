@@ -7,6 +7,7 @@ only, so the state must not depend on the rank; the global position does not.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from m2_encoder.data.faults import SampleFault
-from m2_encoder.data.manifest import describe_difference, read_record
+from m2_encoder.data.manifest_record import describe_difference, read_record
 from m2_encoder.data.order import rank_positions
 from m2_encoder.data.plan import Segment, SegmentSource
 from m2_encoder.data.stages import STAGES, TOKENISING, StageBoard, StageClock
@@ -28,6 +29,8 @@ from m2_encoder.data.stream import Delivery
 from m2_encoder.data.watchdog import POLL_S, STALL_TIMEOUT_S, watch
 from m2_encoder.errors import UserError
 from m2_encoder.types import ImageTextBatch
+
+logger = logging.getLogger(__name__)
 
 SOURCE_PREFIX = "source "
 """Begins the keys of a fingerprint that describe the mixture; a new segment may change these."""
@@ -136,7 +139,8 @@ class PositionLoader:
             )
         board = StageBoard(self._num_workers)
         loader = self._build(board)
-        batches: _Batches = loader.dataset
+        batches = loader.dataset
+        assert isinstance(batches, _Batches), "made by _build"
         with batches.needed():
             for loaded in watch(loader, board, workers=self._num_workers, timeout_s=self._stall_timeout_s):
                 if isinstance(loaded, UserError):
@@ -186,6 +190,8 @@ class PositionLoader:
         ]
         if is_new:
             self._history, self._segment = tuple(segments), self._segment._replace(start=position)
+            if self._rank == 0:
+                logger.warning("a new segment begins at position %d: %s", position, "; ".join(self._describe(state)))
         elif segments:
             self._history, self._segment = tuple(segments[:-1]), segments[-1]
         self._dataset = None
@@ -206,18 +212,25 @@ class PositionLoader:
                 "give these settings their old values, or start a new run with another run.name"
             )
         if mixture and not self._new_segment:
-            if "manifest" in state and self._record is not None:
-                lines = describe_difference(read_record(state["manifest"]), read_record(self._record))
-            else:
-                lines = [f"{key}: {saved.get(key)!r} then, {self._fingerprint.get(key)!r} now" for key in mixture]
             fix = "bring the old one back, or start a new run with another run.name"
             if self._new_segment is not None:
                 fix += (
                     ", or go on with the new one by data.new_segment=true: sources with the same shards continue where "
                     "they were"
                 )
+            lines = self._describe(state)
             raise UserError(f"the checkpoint was trained on another mixture of data ({'; '.join(lines)}); {fix}")
         return bool(mixture)
+
+    def _describe(self, state: Mapping[str, Any]) -> list[str]:
+        """How the mixture differs from a saved one, a line for each thing."""
+        if "manifest" in state and self._record is not None:
+            return describe_difference(read_record(state["manifest"]), read_record(self._record))
+        saved, now = state["fingerprint"], self._fingerprint
+        changed = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
+        return [
+            f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now" for key in changed if key.startswith(SOURCE_PREFIX)
+        ]
 
     @property
     def _stop(self) -> int:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from m2_encoder.data.files import expand_braces
+from m2_encoder.data.manifest_record import RecordedSource, name_some, pack_record, write_weight
 from m2_encoder.data.watchdog import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
 _SOURCE_KEYS = ("shards", "languages", "weight", "max_samples", "max_epochs")
 _COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
-_NAMED = 5  # shards that a message names
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,13 @@ class Source:
 
     def digest(self) -> str:
         """A word for content and order: file names, samples, sizes and layouts; folders may move."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.blake2b(digest_size=8)
-        digest.update("\n".join(shard.rpartition("/")[2] for shard in self.shards).encode())
+        names = "\n".join(shard.rpartition("/")[2] for shard in self.shards)
+        digest.update(names.encode("utf-8", "surrogateescape"))  # a name need not be UTF-8
         digest.update(self.counts.tobytes())
         digest.update(self.sizes.tobytes())
         digest.update(self.layouts.tobytes())
@@ -177,81 +182,19 @@ class Manifest:
     def fingerprint(self) -> dict[str, str]:
         """One line for each source that changes whenever the order of samples would; plain and short."""
         return {
-            f"source {source.name}": f"{source.samples} samples in {len(source.shards)} shards, weight {_write(weight)}, "
-            f"content {source.digest()}"
+            f"source {source.name}": (
+                f"{source.samples} samples in {len(source.shards)} shards, weight {write_weight(weight)}, "
+                f"content {source.digest()}"
+            )
             for source, weight in zip(self.sources, self.weights, strict=True)
         }
 
     def record(self) -> Tensor:
         """All shards and shares, packed: what a later run needs to say how it differs, (bytes,) uint8."""
-        plain = {
-            source.name: {
-                "weight": weight,
-                "digest": source.digest(),
-                "shards": list(
-                    zip(
-                        source.shards,
-                        source.counts.tolist(),
-                        source.sizes.tolist(),
-                        source.layouts.tolist(),
-                        strict=True,
-                    )
-                ),
-            }
-            for source, weight in zip(self.sources, self.weights, strict=True)
-        }
-        packed = zlib.compress(json.dumps(plain, ensure_ascii=False).encode("utf-8", "replace"), 1)
-        return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-
-
-def read_record(record: Tensor) -> dict[str, Any]:
-    """What `Manifest.record` packed: by source its `weight`, `digest`, `shards` as [path, samples, bytes, layout]."""
-    return json.loads(zlib.decompress(record.numpy().tobytes()))
-
-
-def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How two records differ, a line for each thing; empty if they describe the same order of samples.
-
-    Args:
-        before: of `read_record`.
-        now: of `read_record`.
-    """
-    lines = [f"source {name} removed" for name in before if name not in now]
-    lines += [f"source {name} added ({len(now[name]['shards'])} shards)" for name in now if name not in before]
-    for name in (name for name in now if name in before):
-        then, new = before[name], now[name]
-        if then["weight"] != new["weight"]:
-            lines.append(f"source {name}: weight {_write(then['weight'])} then, {_write(new['weight'])} now")
-        if then["digest"] != new["digest"]:
-            lines += [f"source {name}: {line}" for line in _describe_shards(then["shards"], new["shards"])]
-    return lines
-
-
-def _write(weight: float) -> str:
-    """All digits, because any of them may change the order; without the point of a whole number."""
-    return repr(float(weight)).removesuffix(".0")
-
-
-def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[str]:
-    then, new = ({shard: tuple(values) for shard, *values in part} for part in (before, now))
-    removed, added = [s for s in then if s not in new], [s for s in new if s not in then]
-    changed = [s for s in new if s in then and then[s] != new[s]]
-    for what, shards in (("added", added), ("removed", removed)):
-        if shards:
-            yield f"{len(shards)} shard(s) {what} ({_name_some(shards)})"
-    if changed:
-        first = changed[0]
-        what = f"{then[first][0]} samples in {then[first][1]} bytes then, {new[first][0]} in {new[first][1]} now"
-        if then[first][:2] == new[first][:2]:
-            what = "of the same size, but its samples have other names, sizes or places"
-        yield f"{len(changed)} shard(s) changed ({_name_some(changed)}; {first}: {what})"
-    if not (removed or added or changed):
-        yield "the same shards in another order"
-
-
-def _name_some(shards: Sequence[str]) -> str:
-    rest = len(shards) - _NAMED
-    return ", ".join(shards[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+        return pack_record(
+            RecordedSource(s.name, weight, s.digest(), s.shards, (s.counts, s.sizes, s.layouts))
+            for s, weight in zip(self.sources, self.weights, strict=True)
+        )
 
 
 def build_manifest(
@@ -289,7 +232,7 @@ def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize], stall_t
         describe=lambda shard: None if is_remote(shard) else shard,  # remote ones have time-outs of their own
     )
     if failed:
-        some = _name_some(sorted(failed))
+        some = name_some(sorted(failed))
         raise UserError(
             f"data.sources.{spec.name}: {len(failed)} of {len(shards)} shards cannot be read: {some}; "
             "bring them back or leave them out of data.sources"
@@ -355,8 +298,6 @@ def expand_shards(spec: SourceSpec) -> list[str]:
     Raises:
         UserError: for a pattern without a match, `pipe:` commands, or a shard that comes twice.
     """
-    from webdataset.shardlists import expand_urls
-
     patterns = [spec.shards] if isinstance(spec.shards, str) else list(spec.shards)
     shards: list[str] = []
     for pattern in patterns:
@@ -365,14 +306,33 @@ def expand_shards(spec: SourceSpec) -> list[str]:
                 f"data.sources.{spec.name}.shards={pattern!r}: what a command prints cannot be read by offset; "
                 "give a url such as s3://bucket/{000..099}.tar"
             )
-        found = [shard for url in expand_urls(os.path.expanduser(pattern)) for shard in _match(url)]
+        found = [shard for url in _expand(spec, pattern) for shard in _match(url)]
         if not found:
             raise UserError(f"data.sources.{spec.name}.shards={pattern!r} matches nothing")
         shards += found
-    if len(set(shards)) < len(shards):
-        twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
+    # Of a single pattern all are spelled alike; of several, one may say ./a.tar and another a.tar.
+    places = shards if len(patterns) == 1 else [_spell(shard) for shard in shards]
+    if len(set(places)) < len(places):
+        counts = Counter(places)
+        twice = next(shard for shard, place in zip(shards, places, strict=True) if counts[place] > 1)
         raise UserError(f"data.sources.{spec.name}: {twice} comes twice; leave one out, or raise the weight")
     return shards
+
+
+def _expand(spec: SourceSpec, pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    if not is_remote(path) and os.path.exists(path.removeprefix("file://")):
+        return [path]  # whatever signs are in its name
+    try:
+        return expand_braces(path)
+    except UserError as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"data.sources.{spec.name}.shards={pattern!r}: {problem}") from error
+
+
+def _spell(shard: str) -> str:
+    """The same word for a local file, however its path is written."""
+    return shard if is_remote(shard) else os.path.abspath(shard.removeprefix("file://"))
 
 
 def is_remote(shard: str) -> bool:
@@ -389,8 +349,11 @@ def _match(url: str) -> list[str]:
         system, path = fsspec.core.url_to_fs(url)
         return sorted(system.unstrip_protocol(found) for found in system.glob(path))
     url = url.removeprefix("file://")
+    is_pattern = any(sign in url for sign in "*?[")
+    if url.endswith(".tar") and not is_pattern:  # of 600,000 names, none is looked up twice
+        return [url]
     if os.path.isdir(url):
         return sorted(str(path) for path in Path(url).glob("*.tar"))
-    if any(sign in PurePosixPath(url).as_posix() for sign in "*?[") and not os.path.exists(url):
+    if is_pattern and not os.path.exists(url):
         return sorted(glob.glob(url, recursive=True))
     return [url]

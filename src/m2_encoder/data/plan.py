@@ -2,7 +2,8 @@
 
     position p -> lane = p mod L, j = p div L              L lanes: who shares shards; any number of ranks reads them
     mixture    -> block j div 1000: whole quotas per source, shuffled by (seed, segment, lane, block)
-    source     -> how many of its samples the lane had before: its epoch, and the offset in the lane's part of it
+    source     -> n, how many of its samples the lane had before; n*L + lane counts through epoch after epoch of the
+                  source: which one, and the offset in the lane's part of it
     sample     -> shards are shuffled anew in every epoch, cut into lanes and windows, each window is shuffled
     batch t of rank r of R holds the positions t*B + r, t*B + r + R, ...
 
@@ -178,10 +179,10 @@ class PositionPlan:
             UserError: with the numbers, if the run to `stop` needs more.
         """
         counts = self.counts(stop)
+        last = (counts - 1) * self.lanes + np.arange(self.lanes)[:, None]  # that a lane draws, as its source counts
         for number, source in enumerate(self.manifest.sources):
             limit = source.spec.max_epochs
-            fewest = source.samples // self.lanes
-            if limit is not None and int(counts[:, number].max()) > limit * fewest:
+            if limit is not None and int(last[:, number].max()) >= limit * source.samples:
                 raise UserError(
                     f"data.sources.{source.name}: the run draws {int(counts[:, number].sum())} samples of its "
                     f"{source.samples}, more than max_epochs={limit} allow; give it less weight, train fewer steps, "
@@ -242,8 +243,8 @@ class _Layout:
         self._epochs: OrderedDict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = OrderedDict()
 
     def locate(self, lane: int, ordinal: int, *, spare: tuple[int, int]) -> Place:
-        first, length = self._part(lane)
-        epoch, offset = divmod(ordinal, length)
+        epoch, offset = self._offset(lane, ordinal)
+        first, length = self._part(lane, epoch)
         position, attempt = spare
         low, high, shuffle = self._open_window(lane, epoch, offset, length)
         if attempt == 0:
@@ -271,26 +272,33 @@ class _Layout:
         return found[1]
 
     def stretch(self, lane: int, ordinal: int) -> Stretch:
-        epoch, offset = divmod(ordinal, self._part(lane)[1])
-        return Stretch(self._number, lane, epoch, self._window_of(offset, self._part(lane)[1])[0])
+        epoch, offset = self._offset(lane, ordinal)
+        return Stretch(self._number, lane, epoch, self._window_of(offset, self._part(lane, epoch)[1])[0])
 
     def following(self, stretch: Stretch) -> Stretch:
-        if stretch.window + 1 < self._num_windows(self._part(stretch.lane)[1]):
+        if stretch.window + 1 < self._num_windows(self._part(stretch.lane, stretch.epoch)[1]):
             return stretch._replace(window=stretch.window + 1)
         return stretch._replace(epoch=stretch.epoch + 1, window=0)
 
     def shards(self, stretch: Stretch) -> list[int]:
-        first, length = self._part(stretch.lane)
+        first, length = self._part(stretch.lane, stretch.epoch)
         windows = self._num_windows(length)
         low, high = (first + (stretch.window + end) * length // windows for end in (0, 1))
         order, starts = self._epoch(stretch.epoch)
         begin, end = int(starts.searchsorted(low, "right")) - 1, int(starts.searchsorted(high - 1, "right"))
         return order[begin:end].tolist()
 
-    def _part(self, lane: int) -> tuple[int, int]:
-        """First sample and number of samples of a lane in every epoch."""
-        first = lane * self._samples // self._lanes
-        return first, (lane + 1) * self._samples // self._lanes - first
+    def _offset(self, lane: int, ordinal: int) -> tuple[int, int]:
+        """The epoch in which a lane comes to so many samples before, and how many of them it had in that epoch."""
+        epoch = (ordinal * self._lanes + lane) // self._samples
+        return epoch, ordinal - _count(epoch * self._samples, lane, self._lanes)
+
+    def _part(self, lane: int, epoch: int) -> tuple[int, int]:
+        """First sample and number of samples of a lane in an epoch: lanes end it together, also where one has more."""
+        begin, end = epoch * self._samples, (epoch + 1) * self._samples
+        lanes = self._lanes
+        lower = [place // lanes * lane + min(place % lanes, lane) for place in (begin, end)]  # of all lanes before it
+        return lower[1] - lower[0], _count(end, lane, lanes) - _count(begin, lane, lanes)
 
     def _num_windows(self, length: int) -> int:
         return max(1, (length + self._window // 2) // self._window)

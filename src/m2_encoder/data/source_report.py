@@ -23,6 +23,9 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 _MAX_EXAMPLES = 5  # faults of one reason that a report names
 _MANY_FAULTS = 0.01  # share of unusable samples that is worth a warning
+_SIGMAS = 3.0  # by which a share in a part of a source must exceed its limit
+_ROUNDING = 1e-9  # 4 of 80 are not more than 5 %
+_LEAST_READ = 50  # samples, below which a share says nothing
 _MANY_FALSE_NEGATIVES = 0.05  # share of rows
 
 
@@ -172,6 +175,35 @@ def check_source(
     return report._replace(problems=tuple(_problems(report)), warnings=tuple(_warnings(report, languages)))
 
 
+def judge_for_training(report: SourceReport, survey: Survey, *, max_bad_share: float) -> SourceReport:
+    """Add what m2-train would refuse: shards that are missing, or too many samples that cannot be used.
+
+    Args:
+        report: of the survey.
+        survey: of the source.
+        max_bad_share: of samples that headers tell to be usable and that are not; must be exceeded beyond chance.
+    """
+    problems = list(report.problems)
+    is_gone = {item.path for item in survey.shards if item.shard_faults["shard_missing"]}
+    gone = list(dict.fromkeys([*survey.missing, *sorted(is_gone)]))
+    if gone and report.usable:
+        names = ", ".join(gone[:_MAX_EXAMPLES]) + (" and others" if len(gone) > _MAX_EXAMPLES else "")
+        problems.append(
+            f"{len(gone):,} of {report.shards:,} shards are not there or cannot be read ({names}): bring them back, or "
+            "leave them out; training refuses such a source"
+        )
+    bad = 1 - survey.usable_of_indexed()
+    has_damage = any(item.damaged for item in survey.shards)
+    read = sum(item.decoded if has_damage else item.inspected for item in survey.shards)
+    beyond_chance = 0.0 if survey.is_whole else _SIGMAS * math.sqrt(bad * (1 - bad) / max(1, read))
+    if report.usable and report.inspected >= _LEAST_READ and bad - beyond_chance > max_bad_share + _ROUNDING:
+        problems.append(
+            f"{bad:.1%} of the samples that would be drawn cannot be used, more than max_bad_share={max_bad_share:g}, "
+            "at which training ends: mend the shards, or allow more"
+        )
+    return report._replace(problems=tuple(problems))
+
+
 def refuse_pointless(report: SourceReport, source: str) -> None:
     """Stop before a run that could learn nothing.
 
@@ -190,6 +222,8 @@ def _problems(report: SourceReport) -> list[str]:
         members = ", ".join(report.extensions) or "none"
         keys = f"; keys of its JSON: {', '.join(report.json_keys)}" if report.json_keys else ""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.faults.items()) or "it is empty"
+        if set(report.faults) and set(report.faults) <= _UNREACHED:
+            return [f"no usable sample ({reasons}{first}): bring the shards back, or correct their names or address"]
         wanted = f"one of {', '.join('.' + name for name in IMAGE_EXTENSIONS)} with a .json or .txt of the same name"
         return [
             f"no usable sample ({reasons}{first}): members seen: {members}{keys}; a sample is {wanted}: "
@@ -239,6 +273,9 @@ _SHARD_REASONS = {
     "remote_timeout": "did not come in time",
     "remote_incomplete": "did not come whole",
 }
+
+
+_UNREACHED = frozenset({"shard_missing", "remote_timeout", "remote_incomplete"})
 
 
 def _estimate(survey: Survey) -> tuple[float, int]:

@@ -51,7 +51,7 @@ class StageBoard:
 
     def write(self, worker: int, stage: str, detail: str) -> None:
         """Say what a worker does now; what does not fit its slot is cut."""
-        text = f"{stage} {detail}".encode()[: _SLOT_BYTES - _HEAD.size]
+        text = f"{stage} {detail}".encode("utf-8", "replace")[: _SLOT_BYTES - _HEAD.size]
         start = worker * _SLOT_BYTES
         self._memory[start : start + _HEAD.size + len(text)] = _HEAD.pack(time.monotonic(), len(text)) + text
 

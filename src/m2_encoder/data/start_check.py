@@ -17,6 +17,7 @@ from m2_encoder.data.manifest import Manifest, Source, is_remote
 from m2_encoder.data.remote import RemoteShards
 from m2_encoder.data.source_report import SourceReport, check_source
 from m2_encoder.data.survey import Survey, survey_source
+from m2_encoder.data.watchdog import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
@@ -69,7 +70,12 @@ class TrainingNeeds(NamedTuple):
 
 
 def check_manifest(
-    manifest: Manifest, check: StartCheck, needs: TrainingNeeds, *, remote: RemoteShards | None = None
+    manifest: Manifest,
+    check: StartCheck,
+    needs: TrainingNeeds,
+    *,
+    remote: RemoteShards | None = None,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> dict[str, SourceReport]:
     """Look at a part of each source that the mixture uses, and judge it for this run.
 
@@ -78,10 +84,14 @@ def check_manifest(
         check: how much to look at.
         needs: what the run wants.
         remote: local copies of remote shards.
+        stall_timeout_s: after which a source on local disks counts as stuck.
 
     Returns:
         By name of the source; problems say why the run is pointless, warnings what to know. The false negatives are
         those among the rows that a source has in a batch.
+
+    Raises:
+        UserError: for a source that is stuck, with its name.
     """
     total = sum(manifest.weights)
     reports: dict[str, SourceReport] = {}
@@ -90,7 +100,13 @@ def check_manifest(
         if not weight:
             continue
         share = weight / total
-        survey = _survey(source, check, needs.limits, remote)
+        (survey,) = map_watched(
+            lambda each: _survey(each, check, needs.limits, remote),
+            [source],
+            threads=1,
+            timeout_s=stall_timeout_s,
+            describe=_describe_local,
+        )
         rows = max(2, round(share * needs.global_batch_size))
         report = check_source(survey, batch_size=rows, num_frequent=1, languages=source.spec.languages)
         report = _judge_languages(report, survey, needs.languages)
@@ -120,6 +136,12 @@ def describe_problems(reports: Mapping[str, SourceReport]) -> list[str]:
         for name, report in reports.items()
         for problem in report.problems
     ]
+
+
+def _describe_local(source: Source) -> str | None:
+    if any(map(is_remote, source.shards)):
+        return None  # downloads have time-outs of their own
+    return f"the check of source {source.name}, which data.check=null leaves out"
 
 
 def _survey(source: Source, check: StartCheck, limits: ImageLimits, remote: RemoteShards | None) -> Survey:

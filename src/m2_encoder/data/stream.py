@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from m2_encoder.data.captions import Caption, CaptionSampler
-from m2_encoder.data.content import SampleProblem, SampleText, parse_sample_text
+from m2_encoder.data.content import SampleProblem, SampleText, name_content, parse_sample_text
 from m2_encoder.data.faults import SHARD_REASONS, SampleFault
 from m2_encoder.data.manifest import is_remote
 from m2_encoder.data.pixel_rows import PixelRows
@@ -233,7 +233,8 @@ class SampleStream(Dataset[Delivery]):
         language = source.spec.languages[0] if len(source.spec.languages) == 1 else None
         text = parse_sample_text(raw.json, raw.text, language=language)
         captions = self._sort_captions(text)
-        return _Opened(raw.key, raw.image, False, captions, content_identity(text.identity or raw.key))
+        content = name_content(text, key=raw.key, shard=str(place.shard), source=source.name)
+        return _Opened(raw.key, raw.image, False, captions, content_identity(content))
 
     def _sort_captions(self, text: SampleText) -> dict[str, dict[str, list[str]]]:
         captions: dict[str, list[str]] = {language: [] for language in LANGUAGES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ class Survey(NamedTuple):
         shards: each inspected one, in order.
         num_shards: of the source.
         num_bytes: of all its shards, as far as they are there.
+        missing: local shards that are not there, also of those that were not looked at.
         is_whole: whether every sample was inspected.
         rows: usable inspected samples, `SAMPLE_ROW`.
         captions: theirs, `CAPTION_ROW`, with rows counted over all shards.
@@ -39,6 +41,7 @@ class Survey(NamedTuple):
     shards: tuple[ShardInspection, ...]
     num_shards: int
     num_bytes: int
+    missing: tuple[str, ...]
     is_whole: bool
     rows: npt.NDArray[np.void]
     captions: npt.NDArray[np.void]
@@ -86,10 +89,12 @@ def survey_source(
     captions = [item.captions.copy() for item in found]
     for part, first in zip(captions, first_rows, strict=False):
         part["row"] += first
+    num_bytes, missing = _measure_files(shards, found)
     return Survey(
         shards=tuple(found),
         num_shards=len(shards),
-        num_bytes=_total_bytes(shards, found),
+        num_bytes=num_bytes,
+        missing=missing,
         is_whole=count == len(shards) and all(item.inspected == item.indexed for item in found),
         rows=np.concatenate([np.empty(0, SAMPLE_ROW), *(item.rows for item in found)]),
         captions=np.concatenate([np.empty(0, CAPTION_ROW), *captions]),
@@ -98,9 +103,11 @@ def survey_source(
     )
 
 
-def _total_bytes(shards: Sequence[str | Path], found: Sequence[ShardInspection]) -> int:
-    """Of all tars; remote ones that were not fetched count like those that were."""
-    local = [Path(str(shard).removeprefix("file://")) for shard in shards if not is_remote(str(shard))]
+def _measure_files(shards: Sequence[str | Path], found: Sequence[ShardInspection]) -> tuple[int, tuple[str, ...]]:
+    """Bytes of all tars, and those that are missing; remote ones that were not fetched count like those that were."""
+    local = [str(shard).removeprefix("file://") for shard in shards if not is_remote(str(shard))]
+    sizes = [os.path.getsize(path) if os.path.isfile(path) else None for path in local]
     fetched = [item.num_bytes for item in found if is_remote(item.path)]
     mean = sum(fetched) / len(fetched) if fetched else 0
-    return sum(path.stat().st_size for path in local if path.is_file()) + round(mean * (len(shards) - len(local)))
+    total = sum(size or 0 for size in sizes) + round(mean * (len(shards) - len(local)))
+    return total, tuple(path for path, size in zip(local, sizes, strict=True) if size is None)

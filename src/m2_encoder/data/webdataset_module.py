@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 
 from m2_encoder.data.batch_masking import BatchMasking
 from m2_encoder.data.cache_size import check_cache
@@ -158,9 +159,24 @@ class WebDatasetModule(lightning.LightningDataModule):
         self.__dict__.pop("manifest", None)
         for name, folder in self._validation.items():
             check_retrieval_set(folder, name=name)
-        reports = check_manifest(self.manifest, check, self._needs, remote=self._remote)
+        reports = check_manifest(
+            self.manifest, check, self._needs, remote=self._remote, stall_timeout_s=self._stall_timeout_s
+        )
         self._is_fresh = True
         return reports
+
+    def check_order(self, *, resumes: bool) -> None:
+        """Make sure that the sources can be mixed as configured, before a run leaves a trace.
+
+        Args:
+            resumes: the run goes on; how often its sources are repeated is then known only with its checkpoint.
+
+        Raises:
+            UserError: with the numbers, if they cannot.
+        """
+        plan = self._plan((), 0)
+        if not resumes:
+            plan.check_repeats(self._max_steps * self.global_batch_size)
 
     def skip_check(self) -> None:
         """Look at nothing: the same sources were looked at before, or another process does."""
@@ -181,8 +197,8 @@ class WebDatasetModule(lightning.LightningDataModule):
         """Batches of this rank; see `PositionLoader`.
 
         Raises:
-            UserError: if batches cannot be divided among the ranks, the sources cannot give the run what it wants, or
-                the trainer will want more batches than there are.
+            UserError: if batches cannot be divided among the ranks, or the trainer will want more batches than there
+                are. Sources that cannot give the run what it wants are found with the first batch.
         """
         rank, world_size = self._place()
         folder = None
@@ -193,8 +209,8 @@ class WebDatasetModule(lightning.LightningDataModule):
             raise UserError(
                 f"data.global_batch_size={self.global_batch_size} must be a multiple of the {world_size} ranks"
             )
+        _check_ranks(self.manifest.fingerprint())
         plan = self._plan((), 0)
-        plan.check_repeats(self._max_steps * self.global_batch_size)
         self.fault_log = self._build_fault_log(folder)
         self._check_cache(plan)
         self._report_faults(plan, is_first=rank == 0)
@@ -251,8 +267,10 @@ class WebDatasetModule(lightning.LightningDataModule):
         )
 
     def _build_stream(self, history: Sequence[Segment], start: int) -> SampleStream:
+        plan = self._plan(history, start)
+        plan.check_repeats(self._max_steps * self.global_batch_size)  # known only now, after earlier segments
         return SampleStream(
-            self._plan(history, start),
+            plan,
             reader=self._reader(),
             captions=self._captions,
             decode=self._decode,
@@ -306,6 +324,26 @@ class WebDatasetModule(lightning.LightningDataModule):
             raise UserError(
                 f"trainer.max_steps={trainer.max_steps} exceeds the {self._max_steps} steps of the data module; "
                 "give both the same number"
+            )
+
+
+def _check_ranks(own: dict[str, str]) -> None:
+    """Make sure that all ranks found the same shards: each reads its share of one order.
+
+    Raises:
+        UserError: on all ranks, with the first difference.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    for rank, other in enumerate(found):
+        changed = [key for key in sorted({*found[0], *other}) if other.get(key) != found[0].get(key)]
+        if changed:
+            raise UserError(
+                f"data.sources: the ranks see other shards; {changed[0]}: {found[0].get(changed[0])} on rank 0, "
+                f"{other.get(changed[0])} on rank {rank}; give all machines the same files, and start when none is "
+                "being written"
             )
 
 

@@ -1,6 +1,6 @@
 """Words of captions in both languages: Chinese has no spaces, so jieba finds them.
 
-jieba comes with the extra `words` and takes about a second to read its dictionary, at the first Chinese text.
+jieba takes about a second to read its dictionary, at the first Chinese text.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ def split_words(text: str, language: str) -> list[str]:
         language: "zh" is cut by jieba, which leaves English words in it whole; any other at what is no letter,
             digit, or an apostrophe or hyphen inside a word.
 
-    Raises:
-        UserError: if the text is Chinese and jieba is not installed.
-
     Source: jieba 0.42, accurate mode with its hidden Markov model for unknown words.
     """
     if language != "zh":
@@ -36,11 +33,7 @@ def split_words(text: str, language: str) -> list[str]:
 
 
 def count_words(text: str, language: str) -> int:
-    """How many words `split_words` finds.
-
-    Raises:
-        UserError: as `split_words`.
-    """
+    """How many words `split_words` finds."""
     return len(split_words(text, language))
 
 
@@ -54,14 +47,11 @@ def load_jieba(user_dictionary: str | None = None) -> Any:
         A `jieba.Tokenizer` with its dictionary in memory.
 
     Raises:
-        UserError: if jieba is not installed, or the file cannot be read or is no such dictionary.
+        UserError: if the file cannot be read or is no such dictionary.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of jieba 0.42 itself: old escapes, an old way to find its files
-            import jieba
-    except ImportError as error:
-        raise UserError("words of Chinese texts need jieba; install it with pip install 'm2-encoder[words]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of jieba 0.42 itself: old escapes, an old way to find its files
+        import jieba
     jieba.setLogLevel(logging.WARNING)
     segmenter = jieba.Tokenizer()
     segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())

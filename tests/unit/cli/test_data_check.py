@@ -87,8 +87,8 @@ def test_exact_counts_of_every_fault_in_samples(look: Look, tmp_path: Path) -> N
     for shard in range(2):
         members = [member for sample in [*bad, *good][shard::2] for member in sample]
         write_tar(tmp_path / "tars" / f"{shard}.tar", members)
-    code, report = look("tars", "full=true", "max_pixels=10000")
-    assert code == 0
+    code, report = look("tars", "full=true", "max_pixels=10000", "max_bad_share=1")
+    assert (code, report["problems"]) == (0, [])
     assert report["faults"] == dict(sorted(wanted.items(), key=lambda item: (-item[1], item[0])))
     assert (report["usable"], report["samples"]) == (40, 40)
     assert report["usable_share"] == pytest.approx(40 / (40 + len(bad)))
@@ -102,7 +102,9 @@ def test_exact_counts_of_every_fault_in_shards(look: Look, tmp_path: Path) -> No
     twice = [*make_sample("same", 1), *make_sample("same", 2), *make_sample("other", 3)]
     write_tar(tmp_path / "tars" / "9.tar", twice)
     code, report = look("[tars,'tars/{5..6}.tar']", "full=true")
-    assert code == 0
+    assert code == 2
+    (problem,) = report["problems"]
+    assert problem.startswith("2 of 6 shards are not there or cannot be read (tars/5.tar, tars/6.tar)")
     assert report["faults"]["not_a_tar"] == 1
     assert report["faults"]["shard_missing"] == 2
     assert report["faults"]["duplicate_key"] == 1
@@ -110,6 +112,27 @@ def test_exact_counts_of_every_fault_in_shards(look: Look, tmp_path: Path) -> No
     assert set(report["faults"]) == {"not_a_tar", "shard_missing", "duplicate_key", "truncated_shard"}
     for text in ("2 shard(s) are not there", "1 shard(s) are no tars"):
         assert any(text in warning for warning in report["warnings"])
+
+
+def test_a_missing_shard_is_found_beside_those_that_are_looked_at(look: Look, tmp_path: Path) -> None:
+    paths = write_numbers(tmp_path / "tars", [3] * 9)
+    paths[0].unlink()
+    code, report = look("tars/{000000..000008}.tar", "max_shards=2")
+    assert (code, report["faults"]) == (2, {})
+    assert report["problems"][0].startswith("1 of 9 shards are not there or cannot be read (tars/000000.tar)")
+
+
+@pytest.mark.parametrize(("bad", "code"), [(0, 0), (4, 0), (5, 2), (40, 2)])
+def test_more_bad_samples_than_training_bears_end_with_2(look: Look, tmp_path: Path, bad: int, code: int) -> None:
+    members = [m for i in range(80 - bad) for m in make_sample(f"good{i}", i)]
+    members += [m for i in range(bad) for m in FAULTS["bad_json"](f"bad{i}", 100 + i)]
+    write_tar(tmp_path / "tars" / "0.tar", members)
+    found, report = look("tars")
+    assert found == code
+    assert [text.partition(" of the samples that would")[0] for text in report["problems"]] == (
+        [f"{bad / 80:.1%}"] if code else []
+    )
+    assert look("tars", "max_bad_share=0.6")[0] == 0
 
 
 @pytest.mark.parametrize("reason", ["missing_caption", "undecodable_image", "bad_json", "too_small"])
@@ -138,13 +161,13 @@ def test_remote_faults_are_counted(look: Look, tmp_path: Path) -> None:
     with serve_shards(tmp_path / "far") as server:
         server.always = {"000000.tar": "half", "000001.tar": "hang"}
         code, report = look(server.url("{000000..000003}.tar"), "cache=copies", "timeout_s=0.5")
-    assert code == 0
+    assert code == 2
+    assert report["problems"][0].startswith("1 of 4 shards are not there")
     assert report["faults"] == {"remote_incomplete": 1, "remote_timeout": 1, "shard_missing": 1}
     assert report["usable"] == 6
 
 
 def test_stats_of_remote_shards(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
     write_numbers(tmp_path / "far", [6])
     with serve_shards(tmp_path / "far") as server:
         assert start("stats", f"source={server.url('000000.tar')}", "cache=copies", "output=s.json", "workers=0") == 0
@@ -160,6 +183,8 @@ def test_stats_of_remote_shards(start: Start, tmp_path: Path, capsys: pytest.Cap
         (["source=http://127.0.0.1:1/a.tar", "cache=''"], "cache"),
         (["source=http://127.0.0.1:1/a.tar", "cache=c", "timeout_s=0"], "timeout_s=0: must be a number, above 0"),
         (["source=gone/*.tar"], "gone/*.tar: no file fits"),
+        (["source=gone/{a,b}*.tar"], "gone/{a,b}*.tar: no file fits"),
+        (["source=[tars,./tars/000000.tar]"], "tars/000000.tar comes twice, which training refuses"),
         (["source=[]"], "source=[]: must be"),
         (["source=empty"], "no *.tar there; it holds nothing"),
         (["source=tars", "output=empty"], "output=empty: is a folder"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from m2_encoder.cli import data
-from tests.support.curation import write_corpus
+from tests.support.curation import export_scorer, write_corpus
 
 Start = Callable[..., int]
 
@@ -46,11 +47,39 @@ def test_report_is_printed_and_written(
     assert "overwrite=true" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_damaged_report_is_named(
+    start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "curation.json").write_text("{}")
+    (tmp_path / "report.json").write_text(content)
+    assert start(f"shards={corpus}", f"output={tmp_path}", "workers=0") == 2
+    assert f"{tmp_path}/report.json: is damaged; remove it and start again" in capsys.readouterr().err
+
+
 def test_several_sources(start: Start, corpus: Path, tmp_path: Path) -> None:
     shards = f"shards={{a: {corpus}/000.tar, b: [{corpus}/001.tar]}}"
     options = ("language={b: zh}", "images.min_side=null", "workers=0", "evaluation.near=null")
     assert start(shards, f"output={tmp_path / 'out'}", *options) == 0
     assert sorted(json.loads((tmp_path / "out" / "report.json").read_text())["sources"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "argument", "source"),
+    [
+        ("数据", "shards={folder}", "main"),
+        ("my tars [1]", "shards={folder}", "main"),
+        ("decisions", "shards={folder}", "main"),
+        ("2024", "shards={{2024: {folder}}}", "2024"),
+    ],
+)
+def test_any_folder_can_be_read(
+    start: Start, corpus: Path, tmp_path: Path, folder: str, argument: str, source: str
+) -> None:
+    shutil.copytree(corpus, tmp_path / folder)
+    arguments = (argument.format(folder=tmp_path / folder), f"output={tmp_path / 'out'}", "images.min_side=null")
+    assert start(*arguments, "workers=0", "evaluation.near=null") == 0
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())["sources"]) == [source]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +97,10 @@ def test_several_sources(start: Start, corpus: Path, tmp_path: Path) -> None:
         ("shards=nowhere", "no such file or folder"),
         ("shards=s3://bucket/{0..9}.tar", "download the shards first"),
         ("duplicates.near_image=3", "did you mean near_images"),
+        ("languages.allowed=[zh,eng]", "tells apart en, zh, ja, ko, other"),
+        ("languages.allowed=[]", "would drop every caption"),
+        ("ray_models=0", "whole number, in 1.."),
+        ("write=maybe", "true or false"),
     ],
 )
 def test_mistakes(
@@ -78,6 +111,58 @@ def test_mistakes(
     assert named in captured.err
     assert captured.out == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("score.device=cuda",), "add ray_gpus=1"),
+        (("score.device=cuda:1", "ray_gpus=1"), "Ray says which GPU"),
+    ],
+)
+def test_devices_on_ray(
+    start: Start,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    named: str,
+) -> None:
+    model = export_scorer(tmp_path / "model")
+    shared = (f"shards={corpus}", f"output={tmp_path / 'out'}", f"score.model={model}", "executor=ray")
+    assert start(*shared, *arguments) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_deciding_without_writing(
+    start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (f"shards={corpus}", f"output={tmp_path / 'out'}", "images.min_side=16", "workers=0")
+    assert start(*arguments, "write=false") == 0
+    assert "write=true" in capsys.readouterr().out
+    assert list((tmp_path / "out" / "decisions").iterdir())
+    assert not list((tmp_path / "out").glob("*/*.tar"))
+    assert start(*arguments) == 0
+    assert list((tmp_path / "out" / "web").glob("*.tar"))
+
+
+def test_nothing_kept_names_the_key(
+    start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        start(
+            f"shards={corpus}",
+            f"output={tmp_path / 'out'}",
+            "images.min_side=9999",
+            "lengths.en.min=null",
+            "lengths.zh.min=null",
+            "workers=0",
+        )
+        == 2
+    )
+    captured = capsys.readouterr()
+    assert "pairs fell by too_small; see images.min_side" in captured.err
+    assert "kept 0 of" in captured.out
 
 
 def test_missing_extra(

@@ -90,6 +90,12 @@ def test_pack_tables_by_named_columns(start: Start, photos: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "tars").glob("*.tar")] == ["n-00000.tar"]
 
 
+FILES = {
+    "t.txt": "x", "void.csv": "", "void.jsonl": "", "head.csv": "image,caption\n", "bad.parquet": "abc",
+    "commas.tsv": "image,caption\n1.png,a\n", "good.csv": "image,caption\n1.png,a\n",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
@@ -102,12 +108,33 @@ def test_pack_tables_by_named_columns(start: Start, photos: Path, tmp_path: Path
         (["pack", "source=图片=photos", "output=tars", "columns=x"], "columns"),
         (["pack", "source=图片=photos", "output=tars", "columns.extra=x"], "a list of names of columns"),
         (["pack", "source=图片=photos", "output=tars", "language=fr"], "one of en, zh"),
+        (["pack", "source=gone", "output=tars"], "source=gone: "),
+        (["pack", "source=图片=photos", "output=图片=photos/tars"], "lies inside of source"),
+        (["pack", "source=图片=photos", "output=图片=photos"], "lies inside of source"),
+        (["pack", "source=图片=photos", "output=t.txt"], "cannot be written: Not a directory"),
+        (["pack", "source=图片=photos", "output=tars"], "output=TMP/tars: holds other files (000000.tar)"),
+        (["pack", "source=tars", "output=more"], "source=tars: holds tars already; m2-data check"),
+        (["pack", "source=empty", "output=more"], "source=empty: "),
+        (["pack", "source=图片=photos/0.png", "output=more"], "give a folder with images"),
+        (["pack", "source=commas.tsv", "output=more"], "its only column is 'image,caption', with ',' in it"),
+        (["pack", "source=head.csv", "output=more"], "source=head.csv: nothing could be packed: there are no records"),
+        (["pack", "source=void.csv", "output=more"], "void.csv: is empty"),
+        (
+            ["pack", "source=good.csv", "output=more", "columns.caption=title"],
+            "it has 'image', 'caption', wanted title",
+        ),
+        (["pack", "source=good.csv", "output=more", "columns.imge=x"], "did you mean image"),
+        (["pack", "source=good.csv", "output=more", "columns.extra=[license]"], "no column 'license'"),
+        (["pack", "source=void.jsonl", "output=more"], "no line in it; each line must be"),
+        (["pack", "source=t.txt", "output=more"], "files end in .txt"),
+        (["pack", "source=bad.parquet", "output=more"], "not a Parquet file"),
         (["check", "source=gone"], "no such file"),
-        (["check", "source=s3://bucket/a.tar"], "only local shards"),
+        (["check", "source=s3://bucket/a.tar"], "cache=FOLDER"),
         (["check", "source=图片=photos"], "no *.tar there"),
         (["check", "source=tars", "max_shards=0"], "1 or more"),
         (["stats", "source=tars", "plot=x.jpg"], "must end in .png, .svg, .pdf"),
         (["stats", "source=tars", "tokenizer=gone.model"], "tokenizer=gone.model: no such file"),
+        (["stats", "source=tars", "tokenizer=void.csv"], "tokenizer=void.csv: the tokenizer file is empty"),
         (["stats", "source=tars", "context_length=1"], "2 or more"),
     ],
 )
@@ -115,10 +142,13 @@ def test_mistakes(
     start: Start, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], named: str
 ) -> None:
     write_numbers(tmp_path / "tars", [3])
+    (tmp_path / "empty").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
     assert start(*argv) == 2
     captured = capsys.readouterr()
-    assert named in captured.err
-    assert "Traceback" not in captured.err
+    assert named.replace("TMP", str(tmp_path)) in captured.err
+    assert len(captured.err.strip().splitlines()) == (3 if argv == ["pack"] else 1), captured.err
     assert captured.out == ""
 
 
@@ -148,7 +178,6 @@ def test_pointless_source_ends_with_2(start: Start, tmp_path: Path, capsys: pyte
 
 
 def test_stats_with_numbers_and_picture(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
     pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
     odd = [{"captions": {"zh": ["一只猫$", "龘龘的罕见字"], "en": ["ünïcödé 🐈", "a cat"]}}] * 3
     members = [m for i, text in enumerate(odd) for m in make_sample(f"{i}", i, metadata=text)]

@@ -51,9 +51,10 @@ def test_many_images_are_several_tasks(tmp_path: Path) -> None:
     assert collect_hashes(tmp_path) == sorted(hashlib.sha256(b"image %d" % n).hexdigest() for n in range(300))
 
 
-def test_output_of_sha256sum_is_a_list(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_output_of_sha256sum_is_a_list(tmp_path: Path, mark: str) -> None:
     path = tmp_path / "sums.txt"
-    path.write_text(f"{'0A' * 32}  images/a b.jpg\n\n{'b' * 64} *c.jpg\n")
+    path.write_text(f"{mark}{'0A' * 32}  images/a b.jpg\n\n{'b' * 64} *c.jpg\n", encoding="utf-8")
     found = read_hash_list(path)
     assert found.hashes.to_pylist() == [b"\n" * 32, b"\xbb" * 32]
     assert len(found.perceptual) == 0

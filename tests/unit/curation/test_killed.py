@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from m2_encoder.curation.global_rules import RULES
-from tests.support.curation import export_scorer, file_hashes, write_corpus
+from tests.support.curation import SETTINGS, export_scorer, file_hashes, write_corpus
 
 _KILLS = 8
 _STAGES = (
     "measure",
     "rules",
-    *(f"{reason}: {part}" for reason in RULES for part in ("spill", "judge")),
+    *(f"{rule.reason}: {part}" for rule in RULES.values() if rule.is_on(SETTINGS) for part in ("spill", "judge")),
     "merge",
     "score",
     "flag",

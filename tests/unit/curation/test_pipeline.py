@@ -23,10 +23,13 @@ from tests.support.curation import (
     count_reasons,
     decide_plainly,
     decided,
+    draw,
+    encode,
     file_hashes,
     read_decisions,
     write_corpus,
 )
+from tests.support.shards import write_tar
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +141,27 @@ def test_marked_copies_share_an_identity(corpus: Path, tmp_path: Path, near: int
         with tarfile.open(path) as tar:
             members = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
         for (_, image), (_, metadata) in zip(members[::2], members[1::2], strict=True):
-            identities.setdefault(image, set()).add(json.loads(metadata)["identity"])
+            identities.setdefault(image, set()).add(json.loads(metadata).get("identity"))
             copies[image] += 1
     assert max(copies.values()) > 1, "copies are marked, not dropped"
     assert all(len(names) == 1 for names in identities.values())
+    assert all(None not in names for image, names in identities.items() if copies[image] > 1)
+    identities = {image: names for image, names in identities.items() if None not in names}
     assert len({name for names in identities.values() for name in names}) == len(identities)
+
+
+def test_marks_respect_what_samples_say(tmp_path: Path) -> None:
+    said = [{"key": "a"}, {"key": "b", "identity": "c"}, {}, {"key": "other"}]
+    members = []
+    for number, metadata in enumerate(said):
+        members.append((f"{number}.png", encode(draw(1 if number < 3 else 2))))
+        members.append((f"{number}.json", json.dumps({**metadata, "caption": f"a red cat {number}"}).encode()))
+    write_tar(tmp_path / "web" / "0.tar", members)
+    run(tmp_path / "web", tmp_path / "out", dataclasses.replace(SETTINGS, duplicate_images="mark"))
+    with tarfile.open(tmp_path / "out" / "web" / "000000.tar") as tar:
+        found = [json.load(tar.extractfile(i)) for i in tar if i.name.endswith(".json")]  # type: ignore[arg-type]
+    digest = hashlib.sha256(encode(draw(1))).hexdigest()[:24]
+    assert [sample.get("identity") for sample in found] == [digest, "c", digest, None]
 
 
 class Stopped(Exception):

@@ -35,7 +35,7 @@ def test_unreachable_cluster_is_said_at_once(address: str) -> None:
 @pytest.fixture(scope="module")
 def executor() -> Iterator[RayExecutor]:
     pytest.importorskip("ray", reason="the extra ray is not installed")
-    executor = RayExecutor(workers=2)
+    executor = RayExecutor(workers=2, models=2)
     yield executor
     executor.close()
 
@@ -45,6 +45,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> CurationSettings:
     torch.manual_seed(3)
     model = export_scorer(tmp_path_factory.mktemp("model") / "export")
     return dataclasses.replace(SETTINGS, score=ScoreSettings(model=str(model), rows=16, rewrite_below=0.0))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_gpus_that_are_not_there_are_said(executor: RayExecutor) -> None:
+    with pytest.raises(UserError, match="2 models with 99 GPUs each"):
+        RayExecutor(models=2, gpus=99)
 
 
 @pytest.mark.slow

@@ -137,7 +137,6 @@ def test_headers_alone_overlook_cut_images(tmp_path: Path) -> None:
 
 
 def test_words_and_tokens(tmp_path: Path) -> None:
-    pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
     text = {"captions": {"en": ["a red balloon"], "zh": ["我来到北京清华大学"]}}
     path = write_tar(tmp_path / "a.tar", make_sample("0", 0, metadata=text))
     model = load_emoji_tokenizer_model()
@@ -147,11 +146,15 @@ def test_words_and_tokens(tmp_path: Path) -> None:
     assert found["tokens"].tolist() == [len(tokenizer.encode(texts[0])) for texts in text["captions"].values()]
 
 
-def test_identity_is_that_of_the_json_or_the_key(tmp_path: Path) -> None:
-    metadata = [{"caption": "a"}, {"caption": "a", "key": "k"}, {"caption": "a", "key": "k", "identity": "0"}]
+def test_identity_is_that_of_the_json_or_the_samples_own(tmp_path: Path) -> None:
+    said = [{}, {"key": "k"}, {"key": "k", "identity": "0"}, {"key": "k"}, {"key": "4"}, {"identity": "0"}]
+    metadata = [{"caption": "a", **each} for each in said]
     members = [member for i, value in enumerate(metadata) for member in make_sample(str(i), i, metadata=value)]
     found = _inspect(write_tar(tmp_path / "a.tar", members)).rows["identity"].tolist()
-    assert found == [hash_bytes(b"0"), hash_bytes(b"k"), hash_bytes(b"0")]
+    again = _inspect(write_tar(tmp_path / "b.tar", members)).rows["identity"].tolist()
+    assert found[1] == found[3] == again[1]
+    assert found[2] == found[5] == again[2] == hash_bytes(b"0")
+    assert len({*found, *again}) == 6, "those without a word of their own are alone in every shard"
 
 
 def test_captions_are_found_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from m2_encoder.data.manifest import (
     ShardSize,
     SourceSpec,
     build_manifest,
-    describe_difference,
     expand_shards,
     make_source,
-    read_record,
 )
+from m2_encoder.data.manifest_record import describe_difference, read_record
+from m2_encoder.data.reading import ShardReader
 from m2_encoder.errors import UserError
+from tests.support.shards import make_sample, write_tar
 
 
 def manifest(**sources: dict[str, Any]) -> Manifest:
@@ -55,6 +57,10 @@ def test_shards_by_braces_glob_folder_list_and_url(tmp_path: Path) -> None:
     [
         ("{folder}/none-*.tar", "matches nothing"),
         (["{folder}/a.tar", "{folder}/*.tar"], "a.tar comes twice"),
+        (["{folder}/a.tar", "{folder}/../{folder.name}/a.tar"], "a.tar comes twice"),
+        (["{folder}/a.tar", "file://{folder}/./a.tar"], "a.tar comes twice"),
+        ("{folder}/{{0..1", "data.sources.main.shards='.*0..1': its braces cannot be read"),
+        ("{folder}/${{NOBODY_SET_THIS}}.tar", "its braces cannot be read"),
         ("pipe:cat {folder}/a.tar", "cannot be read by offset"),
     ],
 )
@@ -63,6 +69,28 @@ def test_impossible_shards_are_named(tmp_path: Path, shards: str | list[str], me
     given = [s.format(folder=tmp_path) for s in ([shards] if isinstance(shards, str) else shards)]
     with pytest.raises(UserError, match=message):
         expand_shards(SourceSpec("main", given))
+
+
+def test_names_that_are_no_utf8_have_a_digest_of_their_own() -> None:
+    digests = {manifest(a={"sizes": {name: (1, 1)}}).sources[0].digest() for name in ("/d/\udcff.tar", "/d/\udcfe.tar")}
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("name", ["{x", "a::b", "a\\b", "{a,b}", "[1]", "ü 图=片"])
+def test_what_is_there_by_its_full_name_needs_no_quoting(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    shard = tmp_path / name / f"{name}.tar"
+    shard.touch()
+    for given in (shard, shard.parent):
+        assert expand_shards(SourceSpec("main", str(given))) == [str(shard)]
+
+
+def test_a_shard_twice_among_many_is_found_at_once() -> None:
+    shards = [f"/data/{i}.tar" for i in range(60_000)]
+    started = time.process_time()
+    with pytest.raises(UserError, match=r"/data/59999\.tar comes twice"):
+        expand_shards(SourceSpec("main", [*shards, shards[-1]]))
+    assert time.process_time() - started < 5
 
 
 def test_missing_shards_are_listed() -> None:
@@ -141,3 +169,18 @@ def test_sources_without_samples_or_shares_are_named() -> None:
         manifest(a={"sizes": {"0": (0, 1)}})
     with pytest.raises(UserError, match="all weights are 0"):
         manifest(a={"sizes": {"0": (1, 1)}, "weight": 0})
+
+
+def test_a_shard_of_the_same_size_with_other_samples_is_another_one(tmp_path: Path) -> None:
+    def measured(*keys: str) -> Manifest:
+        members = [member for key in keys for member in make_sample(key, 1)]
+        write_tar(tmp_path / "a.tar", members)
+        return build_manifest([SourceSpec("main", str(tmp_path))], measure=ShardReader().measure)
+
+    before, same, other = measured("one", "two"), measured("one", "two"), measured("two", "one")
+    assert before.sources[0].sizes == other.sources[0].sizes
+    assert before.fingerprint() == same.fingerprint()
+    assert before.fingerprint() != other.fingerprint()
+    (line,) = difference(before, other)
+    assert line.startswith(f"source main: 1 shard(s) changed ({tmp_path}/a.tar; ")
+    assert line.endswith("of the same size, but its samples have other names, sizes or places)")

@@ -52,6 +52,30 @@ def test_every_sample_of_a_source_once_per_its_epoch(plan: PositionPlan, epochs:
                 assert set(found) == {(s, i) for s, count in enumerate(own.counts) for i in range(count)}
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    counts=COUNTS.filter(lambda c: sum(c) >= 16),
+    lanes=st.integers(1, 16),
+    window=st.integers(1, 50),
+    epoch=st.integers(0, 40),
+)
+def test_a_source_alone_comes_once_in_every_round_of_its_size(
+    counts: list[int], lanes: int, window: int, epoch: int
+) -> None:
+    """Also where the lanes do not divide its samples."""
+    plan = PositionPlan(Manifest([source("a", counts)]), seed=1, lanes=lanes, window=window)
+    places = [plan.locate(epoch * sum(counts) + i) for i in range(sum(counts))]
+    assert {place.epoch for place in places} == {epoch}
+    assert len({place[2:] for place in places}) == sum(counts)
+
+
+def test_a_source_may_be_drawn_to_its_last_sample_and_no_further() -> None:
+    plan = PositionPlan(Manifest([source("a", [100], max_epochs=2)]), seed=0, lanes=64, window=50)
+    plan.check_repeats(200)
+    with pytest.raises(UserError, match="draws 201 samples of its 100, more than max_epochs=2"):
+        plan.check_repeats(201)
+
+
 @settings(deadline=None, max_examples=30)
 @given(plan=plans(), block=st.integers(0, 3000))
 def test_quotas_hold_in_every_block_of_every_lane(plan: PositionPlan, block: int) -> None:

@@ -12,10 +12,12 @@ import pytest
 
 from m2_encoder.data.captions import CaptionSampler
 from m2_encoder.data.decode import decode_image_uint8
+from m2_encoder.data.shard_index import open_index
 from m2_encoder.data.source_report import SourceReport
 from m2_encoder.data.start_check import describe_problems
 from m2_encoder.errors import UserError
 from tests.support.mixtures import make_mixture
+from tests.support.shard_server import serve_shards
 from tests.support.shards import make_image, make_sample, write_numbers, write_tar
 
 CHECK = {"shards": 2, "samples": 400}
@@ -55,6 +57,10 @@ def test_nothing_speaks_against_a_sound_source(tmp_path: Path) -> None:
     ("members", "named"),
     [
         (lambda i: make_sample(f"{i}", i, metadata={"alt": "x"}), "no usable sample (200 missing_caption"),
+        (
+            lambda i: make_sample(f"{i}", i, metadata={"captions": {"en": [{"text": f"{i}", "role": "poem"}]}}),
+            "no usable sample (200 wrong_type, such as 0.tar:0: unknown role poem",
+        ),
         (lambda i: make_sample(f"{i}", i, metadata={"caption": "photo"}), "all captions are the same ('photo')"),
         (lambda i: [(f"{i}.png", make_image(0)), (f"{i}.txt", f"a {i}".encode())], "all images are the same file"),
         (lambda i: [(f"{i}.png", make_image(i, side=3)), (f"{i}.txt", b"a")], "no usable sample (200 too_small"),
@@ -150,6 +156,18 @@ def test_a_part_of_a_large_shard_is_read(tmp_path: Path) -> None:
     assert time.process_time() - start < 1, "a start waits for this"
     assert report.inspected == 100
     assert report.samples == 4000
+
+
+def test_one_shard_of_a_remote_source_is_fetched(tmp_path: Path) -> None:
+    for path in write_numbers(tmp_path / "far", [40, 40, 40]):
+        open_index(path)
+    with serve_shards(tmp_path / "far") as server:
+        cache = {"folder": str(tmp_path / "copies"), "max_bytes": 1 << 30}
+        report = _check(tmp_path, {"main": server.url("{000000..000002}.tar")}, cache=cache)["main"]
+        fetched = [name for name in server.requests if name.endswith(".tar")]
+    assert not report.problems
+    assert fetched == ["000001.tar"]
+    assert (report.inspected, report.samples, report.shards) == (40, 120, 3)
 
 
 @pytest.mark.parametrize("values", [{"shard": 3}, {"shards": 0}, {"samples": True}])

@@ -197,7 +197,7 @@ def test_captions_languages_and_identity_travel(tmp_path: Path) -> None:
     members = []
     for key, content in (
         ("a", {"captions": {"en": ["one"], "zh": ["一"]}, "key": "concept"}),
-        ("b", {"caption": "一只猫", "identity": "concept"}),
+        ("b", {"caption": "一只猫", "key": "concept"}),
         ("c", {"text": "a dog"}),
     ):
         members += [(f"{key}.png", make_image(3)), (f"{key}.json", json.dumps(content).encode())]
@@ -218,8 +218,29 @@ def test_captions_languages_and_identity_travel(tmp_path: Path) -> None:
         "c": {("a dog", "en")},
         "d": {("纯文本", "zh")},
     }
-    assert identity["a"] == identity["b"] == content_identity("concept")
+    assert identity["a"] == identity["b"]
     assert len(set(identity.values())) == 3
+
+
+def test_names_of_files_that_come_again_in_other_shards_and_sources_mark_nothing(tmp_path: Path) -> None:
+    """Most tools count samples up from 0 in every shard, and img2dataset repeats that number as the `key`."""
+    said: dict[str, dict[str, Any]] = {
+        "0": {"caption": "x"},
+        "1": {"caption": "x", "key": "1"},
+        "cats/2": {"caption": "x", "key": "2"},
+        "3": {"caption": "x", "key": "photo"},
+        "4": {"caption": "x", "identity": "same"},
+    }
+    for shard in ("a/0.tar", "a/1.tar", "b/0.tar"):
+        write_tar(tmp_path / shard, [m for i, (k, v) in enumerate(said.items()) for m in make_sample(k, i, metadata=v)])
+    stream = make_stream(tmp_path / "a", tmp_path / "b")
+    identities: dict[str, set[int]] = {key: set() for key in said}
+    for position in range(60):
+        sample = stream[position].sample
+        identities[sample.key].add(sample.identity)
+    assert {key: len(found) for key, found in identities.items()} == {"0": 3, "1": 3, "cats/2": 3, "3": 2, "4": 1}
+    assert identities["4"] == {content_identity("same")}
+    assert len(set().union(*identities.values())) == 12, "nothing else is equal"
 
 
 def fault(key: str | None, shard: str = "0.tar", reason: str = "bad_json") -> SampleFault:
@@ -259,3 +280,18 @@ def test_the_budget_is_a_share_or_a_number(tmp_path: Path) -> None:
         few.add([fault("c")], drawn=0)
     with pytest.raises(UserError, match=r"max_bad_share=1.5 must be in 0..1"):
         FaultLog(None, max_share=1.5)
+
+
+def test_only_indices_with_faults_are_read_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_numbers(tmp_path, [4, 4, 4])
+    (tmp_path / "garbage.tar").write_bytes(b"no tar at all" * 99)
+    write_tar(tmp_path / "mute.tar", [*make_sample("a", 1), ("b.png", make_image(2))])
+    stream = make_stream(tmp_path)
+    opened: list[str] = []
+    real = ShardReader.faults
+    monkeypatch.setattr(ShardReader, "faults", lambda self, shard: opened.append(shard) or real(self, shard))
+    found = {(Path(f.shard).name, f.key, f.reason) for f in list_index_faults(stream._plan, stream._reader)}
+    assert found == {("garbage.tar", None, "not_a_tar"), ("mute.tar", "b", "missing_caption")}
+    assert [Path(shard).name for shard in opened] == ["garbage.tar", "mute.tar"]
+    capped = [SourceSpec("s", [str(tmp_path / "000000.tar"), str(tmp_path / "garbage.tar")], max_samples=3)]
+    assert build_manifest(capped, measure=ShardReader().measure).sources[0].faulty == (), "beyond what is used"

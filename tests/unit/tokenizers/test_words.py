@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import builtins
 from typing import Any
 
 import pytest
 
-from m2_encoder.errors import UserError
 from m2_encoder.tokenizers import words
-
-pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
 
 
 @pytest.mark.parametrize(
@@ -32,18 +28,3 @@ def test_own_dictionary_leaves_no_cache_behind(monkeypatch: pytest.MonkeyPatch, 
     words._segmenter.cache_clear()
     words.count_words("图片", "zh")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_without_jieba_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real_import = builtins.__import__
-
-    def no_jieba(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "jieba":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    words._segmenter.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", no_jieba)
-    with pytest.raises(UserError, match=r"m2-encoder\[words\]"):
-        words.count_words("图片", "zh")
-    assert words.count_words("a picture", "en") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Final, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from m2_encoder.data.content import SampleProblem
@@ -52,8 +53,9 @@ class PreparedImage(NamedTuple):
 def prepare_image(content: bytes, options: ImageOptions) -> PreparedImage:
     """Check an image and, where asked for, reduce or encode it again.
 
-    A kind that shards do not hold (GIF, BMP, TIFF, AVIF, …) becomes PNG without loss, its first frame. Encoding
-    again applies the EXIF orientation, because the result has no EXIF. Images with alpha are encoded as PNG.
+    A kind that shards do not hold (GIF, BMP, TIFF, AVIF, …) becomes PNG without loss, its first frame. Grey levels of
+    16 bits become 8, because decoders clip them, and training would see a white area. Encoding again applies the EXIF
+    orientation, because the result has no EXIF. Images with alpha are encoded as PNG.
 
     Raises:
         SampleProblem: as `read_image_facts`.
@@ -62,7 +64,7 @@ def prepare_image(content: bytes, options: ImageOptions) -> PreparedImage:
         extension = _EXTENSIONS.get(image.format or "")
         reduced = options.max_side_px is not None and max(image.size) > options.max_side_px
         is_lossy = reduced or options.quality is not None
-        if extension is not None and not is_lossy:
+        if extension is not None and not is_lossy and not _is_deep(image):
             if options.verify:
                 load_pixels(image)
             return PreparedImage(content, extension, *image.size, False)
@@ -87,8 +89,14 @@ def _encode(image: Image.Image, options: ImageOptions | None) -> PreparedImage:
     return PreparedImage(buffer.getvalue(), "jpg", *picture.size, True)
 
 
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16")
+
+
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """The image as L, RGB or RGBA, without the metadata of its source."""
+    if _is_deep(image):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
     mode = "RGBA" if has_alpha else "L" if image.mode in ("1", "L") else "RGB"
     picture = image.convert(mode) if image.mode != mode else image.copy()

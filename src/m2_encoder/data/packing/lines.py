@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ from m2_encoder.data.packing.records import Columns, Failure, Record, image_path
 from m2_encoder.errors import UserError
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_LINES_LOOKED_AT = 100  # of a file, for the keys of its objects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +87,11 @@ def slice_json_lines(
         root: where relative paths of images count from; the folder of each file by default.
 
     Raises:
-        UserError: if a file is empty, or its first line lacks images or captions.
+        UserError: if a file is empty, or its first lines are no JSON or lack images or captions.
     """
     for path in paths:
         with path.open("rb") as file:
-            _check_first_line(path, file, columns)
+            _check_start(path, file, columns)
             offset, first_line = 0, 1
             for lines in batched(file, size):
                 content = b"".join(lines)
@@ -100,17 +102,23 @@ def slice_json_lines(
                 offset, first_line = offset + len(content), first_line + len(lines)
 
 
-def _check_first_line(path: Path, file: BinaryIO, columns: Columns) -> None:
-    line = file.readline()
+def _check_start(path: Path, file: BinaryIO, columns: Columns) -> None:
+    """Refuse a file whose first lines hold no pair at all; single bad lines are failures like later ones."""
+    seen: dict[str, None] = {}
+    first_problem = "no line in it"
+    problems = 0
+    for number, line in enumerate(islice(file, _LINES_LOOKED_AT), start=1):
+        if not line.strip():
+            continue
+        try:
+            seen |= dict.fromkeys(parse_json_object(line))
+        except SampleProblem as problem:
+            problems += 1
+            first_problem = first_problem if problems > 1 else f"line {number}: {problem.reason}: {problem.detail}"
     file.seek(0)
-    if not line.strip():
-        raise UserError(f"{path}: its first line is empty; each line must be a JSON object")
-    try:
-        columns._replace(extra=()).check(list(parse_json_object(line)), f"{path}, line 1")
-    except SampleProblem as problem:
-        raise UserError(
-            f"{path}, line 1: {problem.reason}: {problem.detail}; each line must be a JSON object"
-        ) from None
+    if not seen:
+        raise UserError(f"{path}: {first_problem}; each line must be a JSON object")
+    columns._replace(extra=()).check(list(seen), str(path))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from m2_encoder.data.content import SampleProblem, parse_json_object, parse_sample_text
+from m2_encoder.data.packing.csv_rows import read_rows
 from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row, stamp_files, stamp_images
 from m2_encoder.errors import UserError
 
@@ -20,8 +20,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 """Files of a folder that count as images, in lower or upper case."""
 
 _TEXT_SUFFIXES = (".json", ".txt")
-_MAX_FIELD_BYTES = 2**27  # an image in a field, as base64, fits; a missing quotation mark does not eat the disk
-_BAD_ROW = "\0bad row"
 
 Item = TypeVar("Item")
 
@@ -179,9 +177,7 @@ class RowSlice:
         """Give the rows as records."""
         for number, row in enumerate(self.rows, start=self.first_row):
             name = f"{self.name}: row {number}"
-            if row[:1] == (_BAD_ROW,):
-                yield Failure(name, "wrong_type", row[1])
-            elif len(row) != len(self.header):
+            if len(row) != len(self.header):
                 yield Failure(name, "wrong_type", f"{len(row)} fields, the header has {len(self.header)}")
             else:
                 record = read_row(dict(zip(self.header, row, strict=True)), self.columns, name)
@@ -194,7 +190,7 @@ def slice_csv(paths: Sequence[Path], size: int, columns: Columns, *, root: str |
     """Cut CSV or TSV files with a header into slices, none of which spans two files.
 
     Args:
-        paths: the files; `.tsv` is separated by tabs. Quotation marks are those of RFC 4180.
+        paths: the files; `.tsv` is separated by tabs. Quotation marks are those of RFC 4180, where they can be.
         size: rows of a slice.
         columns: what the columns mean.
         root: where relative paths of images count from; the folder of each file by default.
@@ -205,28 +201,20 @@ def slice_csv(paths: Sequence[Path], size: int, columns: Columns, *, root: str |
     for path in paths:
         # surrogateescape: bytes that are not UTF-8 spoil one row, not the file.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = _read_rows(file, "\t" if path.suffix.lower() == ".tsv" else ",")
+            rows = read_rows(file, "\t" if path.suffix.lower() == ".tsv" else ",")
             header = next(rows, None)
             if header is None:
                 raise UserError(f"{path}: is empty; its first row must name the columns")
+            if len(header) == 1 and (other := next((sign for sign in "\t;," if sign in header[0]), None)):
+                raise UserError(
+                    f"{path}: its only column is {header[0]!r}, with {other!r} in it: a .csv is separated by commas, "
+                    "a .tsv by tabs; rename or convert it"
+                )
             columns.check(header, str(path))
             first_row = 1
-            for group in batched((row for row in rows if row), size):
+            for group in batched(rows, size):
                 yield RowSlice(root or str(path.parent), path.name, first_row, header, group, columns)
                 first_row += len(group)
-
-
-def _read_rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[str, ...]]:
-    csv.field_size_limit(_MAX_FIELD_BYTES)
-    reader = csv.reader(file, delimiter=delimiter)
-    row: list[str] | tuple[str, ...] | None = ()
-    while row is not None:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            row = (_BAD_ROW, f"line {reader.line_num}: {error}")
-        if row is not None:
-            yield tuple(row)
 
 
 def hash_json(value: Any) -> str:

@@ -28,6 +28,9 @@ KNOWN_COLUMNS = {
 
 URL_SCHEMES = ("http://", "https://")
 
+_SHOWN_NAMES = 20
+_SHOWN_CHARACTERS = 40
+
 
 class Record(NamedTuple):
     """One pair before its image is read.
@@ -119,12 +122,12 @@ class Columns(NamedTuple):
         for role, names in (("image", self.names("image")), ("caption", self.caption_names())):
             if not set(names) & set(present):
                 raise UserError(
-                    f"{where}: no column with the {role}: it has {', '.join(map(repr, present)) or 'none'}, wanted "
+                    f"{where}: no column with the {role}: it has {_show_names(present)}, wanted "
                     f"{' or '.join(names)}; say which it is with columns.{role}=NAME"
                 )
         missing = [name for name in self.extra if name not in present]
         if missing:
-            raise UserError(f"{where}: no column {missing[0]!r} for columns.extra; it has {', '.join(present)}")
+            raise UserError(f"{where}: no column {missing[0]!r} for columns.extra; it has {_show_names(present)}")
 
 
 def read_row(row: Mapping[str, Any], columns: Columns, name: str) -> Record | Failure:
@@ -159,6 +162,13 @@ def stamp_files(paths: Iterable[str]) -> str:
         is_empty = False
         digest.update(_describe_file(path))
     return "" if is_empty else digest.hexdigest()
+
+
+def _show_names(names: Sequence[str]) -> str:
+    """Some names, shortened: a table without a header has anything in its first row, a whole image included."""
+    shown = [repr(name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}…") for name in names]
+    more = [f"and {len(names) - _SHOWN_NAMES:,} more"] if len(names) > _SHOWN_NAMES else []
+    return ", ".join([*shown[:_SHOWN_NAMES], *more]) or "none"
 
 
 def _describe_file(path: str) -> bytes:

@@ -99,7 +99,9 @@ def write_shard(task: ShardTask) -> ShardResult:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{target}: cannot be packed: {error}; mend that and start again, done shards stay") from error
+        raise UserError(
+            f"output={task.folder}: {task.name} cannot be packed: {error}; mend that and start again, done shards stay"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     return result

@@ -16,6 +16,7 @@ from m2_encoder.errors import UserError
 FORMATS = ("folder", "jsonl", "csv", "chinese_clip", "parquet")
 """Kinds of sources that can be packed."""
 
+_IMAGES_ENDING, _TEXTS_ENDING = "_imgs.tsv", "_texts.jsonl"  # of Chinese-CLIP's two files
 _SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
 
 
@@ -65,7 +66,8 @@ def find_source(
     """Find the files of a source and say what kind it is.
 
     Args:
-        source: a folder, a table, or several tables as `find_files` takes them.
+        source: a folder of images, or with a pair of files in Chinese-CLIP's format; a table, or several tables as
+            `find_files` takes them.
         columns: what the columns of a table mean.
         format: one of `FORMATS`; None decides by what is there.
         texts: Chinese-CLIP's JSON lines with texts; by default `…_texts.jsonl` beside `…_imgs.tsv`.
@@ -75,6 +77,11 @@ def find_source(
         UserError: if nothing is there, or it is of no known kind.
     """
     folder = Path(source).expanduser() if isinstance(source, str) else None
+    if format in (None, "chinese_clip") and folder is not None and folder.is_dir():
+        source = _find_pair(folder, str(source))
+        folder = Path(source).expanduser()
+    if format is None and folder is not None and folder.is_dir() and _holds_tars_alone(folder):
+        raise UserError(f"source={source}: holds tars already; m2-data check looks at them, m2-data curate chooses")
     if format in (None, "folder") and folder is not None and folder.is_dir() and _holds_images(folder, format):
         return Source("folder", (folder,), None, None, columns)
     if format == "folder":
@@ -92,6 +99,11 @@ def find_source(
                 "give source=…_imgs.tsv texts=…_texts.jsonl"
             )
         return Source("chinese_clip", paths, partner, None, columns)
+    if format is None and len(paths) == 1 and paths[0].name.endswith(_IMAGES_ENDING):
+        raise UserError(
+            f"source={source}: is called like images in Chinese-CLIP's format, and {_texts_name(paths[0])} is not "
+            "beside it; name the file of texts with texts=FILE, or say format=csv if its first row names columns"
+        )
     if texts is not None:
         raise UserError(f"texts={texts}: goes with one .tsv of images in Chinese-CLIP's format; source is {kind}")
     return Source(kind, paths, None, image_root, columns)
@@ -101,6 +113,11 @@ def _holds_images(folder: Path, format: str | None) -> bool:
     """Whether a folder is one of images, not of tables."""
     tables = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
     return format == "folder" or not any(path.suffix.lower() in tables for path in folder.iterdir())
+
+
+def _holds_tars_alone(folder: Path) -> bool:
+    suffixes = {path.suffix.lower() for path in folder.iterdir()}
+    return ".tar" in suffixes and not suffixes & set(IMAGE_SUFFIXES)
 
 
 def _kind_of(paths: Sequence[Path]) -> str:
@@ -121,7 +138,22 @@ def _find_texts(paths: Sequence[Path], texts: str | None) -> Path | None:
         if not path.is_file():
             raise UserError(f"texts={texts}: no such file")
         return path
-    if len(paths) == 1 and paths[0].name.endswith("_imgs.tsv"):
-        path = paths[0].with_name(paths[0].name.removesuffix("_imgs.tsv") + "_texts.jsonl")
+    if len(paths) == 1 and paths[0].name.endswith(_IMAGES_ENDING):
+        path = paths[0].with_name(_texts_name(paths[0]))
         return path if path.is_file() else None
     return None
+
+
+def _texts_name(images: Path) -> str:
+    return images.name.removesuffix(_IMAGES_ENDING) + _TEXTS_ENDING
+
+
+def _find_pair(folder: Path, source: str) -> str:
+    """The images of the one pair of files in Chinese-CLIP's format in a folder; the folder if there is none."""
+    found = [path for path in sorted(folder.glob(f"*{_IMAGES_ENDING}")) if path.with_name(_texts_name(path)).is_file()]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(
+            f"source={source}: holds several sets of images and texts ({names}); give one, source={found[0]}"
+        )
+    return str(found[0]) if found else source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,13 @@ class ParquetSlice:
         return hash_json(["parquet", name, self.file_bytes, self.first_row, self.num_rows, self.names, self.columns])
 
     def stamp(self) -> str:
-        """Of the images that rows name; only columns with paths are read."""
+        """Of the file, whose rows the fingerprint leaves out, and of the images that rows name."""
         if not self.path_names:
-            return ""
+            return stamp_files([self.path])
         rows = self._rows(self.path_names)
         found = (self.columns.find(row, "image") for row in rows)
         paths = (image_path(image, self.root) for image in found if isinstance(image, str))
-        return stamp_files(path for path in paths if not path.startswith(URL_SCHEMES))
+        return stamp_files(chain([self.path], (path for path in paths if not path.startswith(URL_SCHEMES))))
 
     def read(self) -> Iterator[Record | Failure]:
         """Read the rows, a few at a time."""

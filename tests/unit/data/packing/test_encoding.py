@@ -64,6 +64,15 @@ def test_modes_can_be_encoded_again(mode: str) -> None:
     assert (found.width, found.height) == (25, 20)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("options", [ImageOptions(), ImageOptions(quality=95)], ids=["kept", "encoded again"])
+def test_grey_levels_of_sixteen_bits_are_not_clipped(kind: str, options: ImageOptions) -> None:
+    levels = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    found = prepare_image(_save(Image.fromarray(levels.astype(np.uint16)), kind), options)
+    assert found.is_changed
+    assert np.abs(np.asarray(_open(found.content).convert("L"), np.float64) - levels / 257).max() < 6
+
+
 def test_cut_images_fail_if_verified() -> None:
     content = make_image(3, side=64, kind="JPEG")[:-300]
     with pytest.raises(SampleProblem, match="undecodable_image"):

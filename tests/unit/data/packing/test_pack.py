@@ -216,6 +216,20 @@ def test_images_of_tables_that_were_written_again_are_packed_again(photos: Path,
     assert _members(tmp_path / "out" / "000001.tar")["000000006.png"] == make_image(600)
 
 
+def test_parquet_with_other_rows_of_the_same_size_is_packed_again(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs the extra `parquet`")
+    table = tmp_path / "table.parquet"
+    sizes = set()
+    for word in ("cat", "dog"):
+        rows = [{"image": make_image(i), "caption": f"{word} {i}"} for i in range(8)]
+        options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        importlib.import_module("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), table, **options)
+        sizes.add(table.stat().st_size)
+        assert _pack(table, tmp_path / "out").reused == 0
+    assert len(sizes) == 1
+    assert b"dog 0" in _members(tmp_path / "out" / "000000.tar")["000000000.json"]
+
+
 def test_shards_come_with_true_indices(photos: Path, tmp_path: Path) -> None:
     _pack(photos, tmp_path / "out", workers=2)
     tars = sorted((tmp_path / "out").glob("*.tar"))

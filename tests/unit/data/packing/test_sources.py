@@ -69,6 +69,14 @@ def test_json_lines(tmp_path: Path) -> None:
     assert [record.key for record in sound] == [f"{i}.jpg" for i in range(4)]
 
 
+def test_a_bad_first_line_is_a_failure_like_others(tmp_path: Path) -> None:
+    lines = ["", "{broken", '{"image": "a.jpg"}', '{"image": "b.jpg", "caption": "cat"}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    records = _read(_find(tmp_path / "t.jsonl"))
+    assert _failures(records) == [("t.jsonl: line 2", "bad_json"), ("t.jsonl: line 3", "missing_caption")]
+    assert _captions(records[-1]) == [("cat", "en")]
+
+
 def test_csv(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(
         '\ufeffurl,caption,id\nhttp://x/1,"a ""cat"",\nthere",1\nhttp://x/2\n\n'.encode()
@@ -83,12 +91,17 @@ def test_csv(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_missing_quotation_mark_spoils_a_row_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m2_encoder.data.packing.listed._MAX_FIELD_BYTES", 40)
-    (tmp_path / "t.tsv").write_text('image\tcaption\na\tcat\nb\t"' + "x" * 60 + "\nc\tdog\n", encoding="utf-8")
+def test_missing_quotation_mark_costs_no_row(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text('image\tcaption\na\tcat\nb\t"Big\nc\tdog\n', encoding="utf-8")
     records = _read(_find(tmp_path / "t.tsv"))
-    assert _captions(records[0]) == [("cat", "en")]
-    assert _failures(records)[0] == ("t.tsv: row 2", "wrong_type")
+    assert [_captions(record) for record in records] == [[("cat", "en")], [('"Big', "en")], [("dog", "en")]]
+
+
+def test_folder_in_the_format_of_chinese_clip(tmp_path: Path) -> None:
+    (tmp_path / "valid_imgs.tsv").write_bytes(b"7\t" + base64.b64encode(make_image(7)) + b"\n")
+    (tmp_path / "valid_texts.jsonl").write_text('{"text": "猫", "image_ids": [7]}', encoding="utf-8")
+    (record,) = _read(_find(tmp_path))
+    assert _captions(record) == [("猫", "zh")]
 
 
 def test_chinese_clip(tmp_path: Path) -> None:
@@ -154,6 +167,15 @@ def test_slices_are_equal_wherever_the_source_lies(tmp_path: Path) -> None:
         ({"a.csv": "x,y\n"}, "a.csv", {}, "no column with the image"),
         ({"a.jsonl": "nonsense"}, "a.jsonl", {}, "line 1: bad_json"),
         ({"a.jsonl": '{"url": 1}'}, "a.jsonl", {}, "no column with the caption"),
+        ({"a.jsonl": "\n\n"}, "a.jsonl", {}, "no line in it"),
+        ({"a.tsv": f"1\t{'x' * 999}"}, "a.tsv", {}, f"it has '1', '{'x' * 40}…', wanted"),
+        ({"a_imgs.tsv": "1\tx"}, "a_imgs.tsv", {}, "a_texts.jsonl is not beside it; name the file"),
+        (
+            {"a_imgs.tsv": "1\tx", "a_texts.jsonl": "", "b_imgs.tsv": "", "b_texts.jsonl": ""},
+            "",
+            {},
+            r"holds several sets .* \(a_imgs.tsv, b_imgs.tsv\)",
+        ),
         ({"a.parquet": "x"}, "a.parquet", {}, "not a Parquet file"),
         ({"a_imgs.tsv": "1\tx"}, "a_imgs.tsv", {"format": "chinese_clip"}, "texts=…_texts.jsonl"),
         ({"a_imgs.tsv": "1\tx", "a_texts.jsonl": "{}"}, "a_imgs.tsv", {}, "line 1: has {}"),

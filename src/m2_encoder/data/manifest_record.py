@@ -1,0 +1,113 @@
+"""What a checkpoint keeps of the shards a run trains on, so that a later run can say what changed."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_NAMED = 5  # shards that a message names
+
+
+class RecordedSource(NamedTuple):
+    """A source of a mixture.
+
+    Attributes:
+        name: as configured.
+        weight: share in the mixture, not normalised.
+        digest: of content and order.
+        shards: paths or urls.
+        columns: samples, bytes and layout of each shard, int64.
+    """
+
+    name: str
+    weight: float
+    digest: str
+    shards: Sequence[str]
+    columns: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+def pack_record(sources: Iterable[RecordedSource]) -> Tensor:
+    """Sources in little memory, (bytes,) uint8: 12 bytes a shard, and a quarter of a second for 600,000 shards."""
+    heads, parts = [], []
+    for name, weight, digest, shards, columns in sources:
+        names = "\0".join(shards).encode("utf-8", "replace")
+        heads.append([name, weight, digest, len(shards), len(names)])
+        parts += [names, *map(_by_weight, columns)]
+    head = json.dumps(heads, ensure_ascii=False).encode("utf-8", "replace")
+    packed = zlib.compress(b"\0".join([head, b"".join(parts)]), 1)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def read_record(record: Tensor) -> dict[str, Any]:
+    """What `pack_record` packed: by source its `weight`, `digest`, `shards` as [path, samples, bytes, layout]."""
+    head, _, content = zlib.decompress(record.numpy().tobytes()).partition(b"\0")
+    found, at = {}, 0
+    for name, weight, digest, shards, names_size in json.loads(head):
+        names = content[at : at + names_size].decode().split("\0")
+        at += names_size
+        columns = np.frombuffer(content, np.uint8, 3 * 8 * shards, at).reshape(3, 8, shards)
+        at += columns.size
+        numbers = np.ascontiguousarray(columns.transpose(2, 0, 1)).view("<i8")[..., 0].tolist()
+        rows = [[shard, *values] for shard, values in zip(names, numbers, strict=True)]
+        found[name] = {"weight": weight, "digest": digest, "shards": rows}
+    return found
+
+
+def _by_weight(column: npt.NDArray[np.int64]) -> bytes:
+    """Bytes of the same weight side by side, (8, shards): most of the heavy ones are 0, so they pack best."""
+    return np.ascontiguousarray(column, "<i8").view(np.uint8).reshape(-1, 8).T.tobytes()
+
+
+def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How two records differ, a line for each thing; empty if they describe the same order of samples.
+
+    Args:
+        before: of `read_record`.
+        now: of `read_record`.
+    """
+    lines = [f"source {name} removed" for name in before if name not in now]
+    lines += [f"source {name} added ({len(now[name]['shards'])} shards)" for name in now if name not in before]
+    for name in (name for name in now if name in before):
+        then, new = before[name], now[name]
+        if then["weight"] != new["weight"]:
+            lines.append(
+                f"source {name}: weight {write_weight(then['weight'])} then, {write_weight(new['weight'])} now"
+            )
+        if then["digest"] != new["digest"]:
+            lines += [f"source {name}: {line}" for line in _describe_shards(then["shards"], new["shards"])]
+    return lines
+
+
+def write_weight(weight: float) -> str:
+    """All digits, because any of them may change the order; without the point of a whole number."""
+    return repr(float(weight)).removesuffix(".0")
+
+
+def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[str]:
+    then, new = ({shard: tuple(values) for shard, *values in part} for part in (before, now))
+    removed, added = [s for s in then if s not in new], [s for s in new if s not in then]
+    changed = [s for s in new if s in then and then[s] != new[s]]
+    for what, shards in (("added", added), ("removed", removed)):
+        if shards:
+            yield f"{len(shards)} shard(s) {what} ({name_some(shards)})"
+    if changed:
+        first = changed[0]
+        what = f"{then[first][0]} samples in {then[first][1]} bytes then, {new[first][0]} in {new[first][1]} now"
+        if then[first][:2] == new[first][:2]:
+            what = "of the same size, but its samples have other names, sizes or places"
+        yield f"{len(changed)} shard(s) changed ({name_some(changed)}; {first}: {what})"
+    if not (removed or added or changed):
+        yield "the same shards in another order"
+
+
+def name_some(shards: Sequence[str]) -> str:
+    """The first few of some shards, and how many there are besides."""
+    rest = len(shards) - _NAMED
+    return ", ".join(shards[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,88 @@
+"""Rows of CSV and TSV files as people write them: quoted by RFC 4180, or with quotation marks that mean nothing.
+
+`csv.reader` lets a quotation mark that is never closed swallow all lines up to the next one, without a word: one
+caption such as `"Big` in a TSV costs the rows behind it. Here a line whose quotation makes no sense is taken as it is.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+_MAX_FIELD_CHARACTERS = 2**27  # an image in a field, as base64, fits
+_MAX_LINES = 100  # of one row
+
+
+def read_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, ...]]:
+    """Split lines into rows; the first one is the header, blank lines are left out.
+
+    Args:
+        lines: of a file that was opened with `newline=""`, their ends included.
+        delimiter: a comma or a tab.
+
+    Yields:
+        Fields of a row; as many as it has, whatever the header has.
+    """
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    source = iter(lines)
+    returned: deque[str] = deque()
+    width = 0
+
+    def take() -> str | None:
+        return returned.popleft() if returned else next(source, None)
+
+    while (line := take()) is not None:
+        bare = line.rstrip("\r\n")
+        if not bare:
+            continue
+        row = tuple(bare.split(delimiter))
+        if '"' in bare:
+            held = [line]
+            quoted = _read_quoted(held, take, delimiter, width)
+            returned.extendleft(reversed(held))
+            row = quoted or row
+        width = width or len(row)
+        yield row
+
+
+def _read_quoted(held: list[str], take: Callable[[], str | None], delimiter: str, width: int) -> tuple[str, ...] | None:
+    """A row by RFC 4180, over several lines if need be; None if the first line is no such row.
+
+    Args:
+        held: the first line; afterwards the lines that belong to later rows.
+        take: gives the next line.
+        delimiter: as above.
+        width: fields of the header; 0 for the header itself.
+    """
+    while True:
+        reader = csv.reader(held, delimiter=delimiter, strict=True)
+        try:
+            row = tuple(next(reader))
+        except csv.Error:
+            row = ()
+        if row and (len(held) == 1 or len(row) == width or not width):
+            del held[: reader.line_num]
+            return row
+        more = _take_to_quote(held, take, delimiter, width)
+        if not more:
+            del held[0]
+            return None
+        held += more
+
+
+def _take_to_quote(held: list[str], take: Callable[[], str | None], delimiter: str, width: int) -> list[str]:
+    """Lines up to the next one with a quotation mark; empty if they cannot complete the row."""
+    text = "".join(held)
+    if text.count('"') % 2 == 0:  # nothing is open: the row is wrong in itself
+        return []
+    more: list[str] = []
+    while len(held) + len(more) < _MAX_LINES and (line := take()) is not None:
+        more.append(line)
+        text += line
+        if delimiter == "\t" and width and text.count("\t") >= width:
+            break  # a tab inside of quotation marks is rarer than a mark that means nothing
+        if '"' in line:
+            return more
+    held += more
+    return []
