@@ -120,8 +120,8 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     try:
         _fit(run, checkpoint if resumes else None)
     except UserError:
-        if old_config is not None and run.trainer.is_global_zero and run.trainer.global_step <= read_step(checkpoint):
-            (folder / CONFIG_FILE).write_bytes(old_config)  # refused: nothing was trained with the new one
+        if old_config is not None:
+            _restore_config(folder / CONFIG_FILE, old_config, run, checkpoint)
         raise
     data = cast(EvaluatedData, run.datamodule)
     if isinstance(run.module, VisualTokenizerModule):
@@ -131,21 +131,21 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     model = gather_model(run.module.model)  # where the weights are split, every rank takes part
     if model is None or not run.trainer.is_global_zero:
         return {}
-    metrics = report_run(
-        module=Trained(model),
-        datamodule=data,
-        run_folder=folder,
-        cfg=cfg,
-        started=started,
-        draw_more=partial(
-            draw_masked, folder / MASKED_FILE, model=model, objectives=run.module.trained_objectives(), cfg=cfg
-        ),
-    )
+    objectives = run.module.trained_objectives()
+    draw = partial(draw_masked, folder / MASKED_FILE, model=model, objectives=objectives, cfg=cfg)
+    trained = Trained(model)
+    metrics = report_run(module=trained, datamodule=data, run_folder=folder, cfg=cfg, started=started, draw_more=draw)
     _close_loggers(run, metrics)
     if cfg["run"]["export"]:
         exported = export_run(folder, model=model, cfg=cfg, overwrite=True)
         print(f'  use it       m2_encoder.load("{short_path(exported)}")')
     return metrics
+
+
+def _restore_config(path: Path, content: bytes, run: Run, checkpoint: Path) -> None:
+    """Put the old configuration back where a run was refused: nothing was trained with the new one."""
+    if run.trainer.is_global_zero and run.trainer.global_step <= read_step(checkpoint):
+        path.write_bytes(content)
 
 
 def build_data(cfg: dict[str, Any]) -> lightning.LightningDataModule:
