@@ -22,7 +22,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
-from m2_encoder.objectives.patch_targets import join_patches, split_patches
+from m2_encoder.objectives.patch_targets import NormalizedPixels, join_patches, split_patches
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.passes import PiecePasses
 from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
@@ -98,8 +98,15 @@ def draw_masked(
         rows,
         title="Hidden patches and hidden words",
         subtitle=f"run {cfg['run']['name']}, {cfg['trainer']['max_steps']:,} steps, objectives {', '.join(objectives)}",
-        note=f"{SPLIT_TITLES.get(split, split)}; images, captions and masks fixed before training",
+        note=f"{SPLIT_TITLES.get(split, split)}, chosen before training{_caveat(masked)}",
     )
+
+
+def _caveat(objectives: Mapping[str, Objective]) -> str:
+    """What the drawings do not show."""
+    targets = [objective.targets for objective in objectives.values() if isinstance(objective, MaskedImage)]
+    shows_pixels = any(isinstance(target, NormalizedPixels) for target in targets)
+    return "; mean and contrast of each hidden patch are the true ones" if shows_pixels else ""
 
 
 def choose_rows(dataset: RetrievalSet, number: int = _ROWS) -> list[int]:

@@ -25,7 +25,7 @@ _AMBER_PILL: Color = (251, 238, 214)
 _BLUE: Color = (42, 98, 196)
 
 _MARGIN, _PADDING, _HEAD, _FOOT, _TITLES = 40, 24, 96, 54, 40
-_CARD, _GAP, _ROW, _TEXT_WIDTH = 84, 12, 108, 470
+_CARD, _GAP, _ROW, _TEXT_WIDTH = 84, 12, 108, 430
 _LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
 
 
