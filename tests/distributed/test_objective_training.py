@@ -22,6 +22,7 @@ from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.distillation import Distillation
+from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.matching import Matching
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
 from m2_encoder.objectives.soft_targets import SoftTargetContrastive
@@ -70,6 +71,7 @@ def build_objectives() -> dict[str, Objective]:
         "soft_targets": SoftTargetContrastive(),
         "text_contrast": TextContrast(weight=0.3),
         "captioning": Captioning(weight=0.5),
+        "cmim": MaskedImage(masking="attentive", mask_ratio=0.5),
         "matching": Matching(schedule={0: 0, 1: 1}),  # pauses in the first step
         "distillation": distillation,
     }
