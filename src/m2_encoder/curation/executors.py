@@ -7,14 +7,13 @@ not matter who runs a task, when, how often, or whether the one before died in t
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final, Protocol
 
-from m2_encoder.data.worker_pool import start_worker
+from m2_encoder.data.worker_pool import open_pool
 from m2_encoder.errors import UserError
 
 _PRELOAD: Final = "m2_encoder.curation.pipeline"
@@ -120,10 +119,7 @@ class LocalExecutor:
 
     def _open_pool(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            # Forked from a clean process, never from this one and its threads.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([_PRELOAD])
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=start_worker)
+            self._pool = open_pool(self._workers, preload=_PRELOAD)
         return self._pool
 
 

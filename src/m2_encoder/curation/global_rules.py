@@ -19,9 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from m2_encoder.curation.near import Nearest, band_keys, band_masks, earliest, find_earlier, mix
+from m2_encoder.curation.near import Nearest, band_keys, band_masks, earliest, find_earlier
 from m2_encoder.curation.settings import CurationSettings
 from m2_encoder.curation.tables import hash_words, read_bucket, read_table, write_buckets
+from m2_encoder.data.keyed import scramble
 
 Columns = dict[str, npt.NDArray[Any]]
 Bools = npt.NDArray[np.bool_]
@@ -210,7 +211,7 @@ def _caption_keys(table: pa.Table, _settings: CurationSettings, _rows: int) -> C
 
 def _pair_keys(table: pa.Table, _settings: CurationSettings, _rows: int) -> Columns:
     image, caption = hash_words(table.column("image_hash")), hash_words(table.column("caption_hash"))
-    return {"high": mix(image[0] ^ mix(caption[0])), "low": mix(image[1] ^ mix(caption[1]))}
+    return {"high": scramble(image[0] ^ scramble(caption[0])), "low": scramble(image[1] ^ scramble(caption[1]))}
 
 
 def _near_keys(table: pa.Table, settings: CurationSettings, rows: int) -> Columns:

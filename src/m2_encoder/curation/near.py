@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from m2_encoder.data.keyed import scramble
+
 UInts = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -55,7 +57,7 @@ def band_masks(distance: int, rows: int) -> list[int]:
 
 def band_keys(hashes: UInts, masks: list[int]) -> UInts:
     """Bucket of each hash in each table, (T, n) uint64, spread evenly."""
-    keys = [mix((hashes & np.uint64(mask)) + np.uint64(number)) for number, mask in enumerate(masks)]
+    keys = [scramble((hashes & np.uint64(mask)) + np.uint64(number)) for number, mask in enumerate(masks)]
     return np.stack(keys) if keys else np.empty((0, len(hashes)), dtype=np.uint64)
 
 
@@ -149,11 +151,3 @@ def _near(a: UInts, b: UInts, color_a: UInts, color_b: UInts, distance: int, tol
         channel_b = ((color_b >> np.uint64(shift)) & np.uint64(255)).astype(np.int64)
         near &= np.abs(channel_a - channel_b) <= tolerance
     return near
-
-
-def mix(values: UInts) -> UInts:
-    """Spread 64-bit numbers evenly: the finaliser of splitmix64, a bijection."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

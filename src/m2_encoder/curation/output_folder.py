@@ -16,6 +16,7 @@ from m2_encoder.errors import UserError
 
 MARKER: Final = "curation.json"
 REPORT: Final = "report.json"
+_KEPT: Final = "kept"  # in WORK
 WORK: Final = ".work"
 DECISIONS: Final = "decisions"
 
@@ -127,6 +128,14 @@ class OutputFolder:
             os.link(decided, target)
         except OSError:  # a file system without hard links
             shutil.copyfile(decided, target)
+
+    def keep_work(self) -> None:
+        """Say that the intermediate files are to stay."""
+        (self.path / WORK / _KEPT).touch()
+
+    def is_untidy(self) -> bool:
+        """Whether intermediate files are left that nobody wanted to stay, such as by a run killed at its very end."""
+        return (self.path / WORK).is_dir() and not (self.path / WORK / _KEPT).exists()
 
     def remove_work(self) -> None:
         """Remove all intermediate files."""

@@ -113,12 +113,16 @@ def curate(
     }
     folder = OutputFolder(output, fingerprint(identity))
     if (finished := folder.open(write=write, overwrite=overwrite)) is not None:
+        if finished["written"] and folder.is_untidy():
+            folder.remove_work()
         return Curation(report=Report(finished), stages=())
     with folder.lock():
         run = _Run(shards, folder, settings, executor, progress, identity)
         report = run.all_stages(evaluation, write=write)
         write_report(folder.path, report)
-        if write and not keep_work:
+        if keep_work:
+            folder.keep_work()
+        elif write:
             folder.remove_work()
     return Curation(report=report, stages=tuple(run.stats))
 

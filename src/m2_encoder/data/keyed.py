@@ -96,9 +96,9 @@ class KeyedPermutation:
         for step in range(_ROUNDS):
             key = (key + _GOLDEN) & _MASK
             if step % 2:
-                column = _add(column, _scramble_all(np.uint64(key) ^ row), width)
+                column = _add(column, scramble(np.uint64(key) ^ row), width)
             else:
-                row = _add(row, _scramble_all(np.uint64(key) ^ column), height)
+                row = _add(row, scramble(np.uint64(key) ^ column), height)
         return row * width + column
 
 
@@ -114,7 +114,8 @@ def _scramble(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def _scramble_all(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def scramble(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Spread 64-bit numbers evenly, each to another one: a step of SplitMix64, a bijection."""
     state = state + np.uint64(_GOLDEN)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(_FIRST)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(_SECOND)

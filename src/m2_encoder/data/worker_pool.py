@@ -31,9 +31,6 @@ def map_in_processes(
 ) -> Iterator[Result]:
     """Apply a function to tasks, in the order of the tasks; tasks are taken as workers become free.
 
-    The processes are forked from a clean one, never from this one and its threads, and end with this one however
-    it ends, `kill -9` included.
-
     Args:
         function: of a module; it and tasks are sent to other processes.
         tasks: what to work on; may be endless or larger than the memory.
@@ -46,10 +43,8 @@ def map_in_processes(
     if workers == 0:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
     waiting: deque[Future[Result]] = deque()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    pool = open_pool(workers, preload=preload)
     try:
         for task in tasks:
             waiting.append(pool.submit(function, task))
@@ -65,7 +60,21 @@ def map_in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def start_worker() -> None:
+def open_pool(workers: int, *, preload: str) -> ProcessPoolExecutor:
+    """Processes that are forked from a clean one, never from this one and its threads.
+
+    They end with this one however it ends, `kill -9` included.
+
+    Args:
+        workers: how many, 1 or more.
+        preload: module that is imported once, before they are forked.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+
+
+def _start_worker() -> None:
     """Initialise a process of a pool: it ends with its parent, however that ends, and leaves Ctrl-C to it."""
     # Ctrl-C reaches the whole group; the main process alone says so and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from m2_encoder.cli import data
+from tests.support.data_commands import Start
 from tests.support.shard_server import serve_shards
 from tests.support.shards import make_image, make_sample, write_numbers, write_tar
-
-Start = Callable[..., int]
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["m2-data", *argv])
-        return data.main()
-
-    return run
 
 
 @pytest.fixture

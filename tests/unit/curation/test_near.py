@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2_encoder.curation.near import band_keys, band_masks, earliest, find_earlier, is_near_any, mix
+from m2_encoder.curation.near import band_keys, band_masks, earliest, find_earlier, is_near_any
+from m2_encoder.data.keyed import scramble
 
 BITS = 2**64 - 1
 
@@ -38,7 +39,7 @@ def test_more_rows_get_finer_tables() -> None:
 
 
 def test_mixing_is_a_bijection_that_spreads() -> None:
-    values = mix(np.arange(10_000, dtype=np.uint64))
+    values = scramble(np.arange(10_000, dtype=np.uint64))
     assert len(np.unique(values)) == 10_000
     counts = np.bincount((values % np.uint64(16)).astype(np.int64))
     assert counts.min() > 500

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from m2_encoder.curation.executors import LocalExecutor
+from m2_encoder.curation.output_folder import OutputFolder
 from m2_encoder.curation.pipeline import Curation, curate, make_chunks
 from m2_encoder.curation.settings import CurationSettings
 from m2_encoder.curation.sources import list_shards
@@ -214,6 +215,29 @@ def test_dead_worker_is_said(corpus: Path) -> None:
     with pytest.raises(UserError, match="start again to go on"):
         list(executor.run(kill_worker, [1, 2]))
     executor.close()
+
+
+@pytest.mark.parametrize("keep_work", [False, True])
+def test_killed_between_the_report_and_tidying_up(
+    corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_work: bool
+) -> None:
+    output = tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "remove_work", stop)
+        if keep_work:
+            run(corpus, output, keep_work=True)
+        else:
+            with pytest.raises(Stopped):
+                run(corpus, output)
+    assert (output / ".work").is_dir()
+    assert run(corpus, output).stages == (), "it was finished already"
+    assert (output / ".work").is_dir() == keep_work, "what was to be kept is kept, anything else is removed"
+    if not keep_work:
+        assert file_hashes(output) == file_hashes(finished)
 
 
 def test_interrupted_run_with_other_settings_leaves_nothing(corpus: Path, finished: Path, tmp_path: Path) -> None:
