@@ -44,7 +44,7 @@ def uniforms(keys: Sequence[int], count: int) -> npt.NDArray[np.float64]:
     """
     starts = np.array(keys, dtype=np.uint64)[:, None]
     steps = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return (_scramble_all(starts + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (scramble(starts + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class KeyedPermutation:
