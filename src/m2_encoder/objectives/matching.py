@@ -134,7 +134,7 @@ class PairEncoder(Protocol):
         ...
 
     def fuse(self, image_hidden: Tensor, text_hidden: Tensor, mask: Tensor, *, text_expert: bool = False) -> Tensor:
-        """Hidden states of pairs, (B, N + T, D)."""
+        """Hidden states of the first token of each text beside its image, (B, D)."""
         ...
 
 
@@ -206,7 +206,7 @@ def score_pairs(
         head(
             model.fuse(
                 image_hidden[part[:, 0]], text_hidden[part[:, 1]], tokens.mask[part[:, 1]], text_expert=text_expert
-            )[:, image_hidden.shape[1]]
+            )
         ).squeeze(1)
         for part in pairs.split(chunk_size)
     ]
