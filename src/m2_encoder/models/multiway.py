@@ -325,6 +325,7 @@ class MultiwayEncoder(nn.Module):
         split = num_image_tokens if text_expert else num_image_tokens + text.shape[1]
         packing = Packing(text_mask) if packs(text_mask) else None
         *lower, last = self.layers
+        assert isinstance(last, MultiwayLayer)
         if lower:
             image = image.repeat_interleave(text.shape[0] // max(1, image.shape[0]), dim=0)
             x = torch.cat([image, text], dim=1)

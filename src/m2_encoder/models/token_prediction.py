@@ -2,7 +2,7 @@
 
 A vocabulary of 115,244 makes 1.5 GB of fp32 logits for 64 captions of 52 tokens, and as much again for their gradient.
 Only the states of predicted tokens come here, and their logits are made, used and forgotten a few rows at a time;
-backward makes them again.
+backward makes them again. Where one such tile is all, as with a small vocabulary, it is kept for backward.
 
 Legend: M predicted tokens · V vocabulary · D width.
 """
@@ -48,6 +48,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         hits = torch.empty(len(states), dtype=torch.bool, device=states.device)
         weight = table.to(states.dtype)
         tiles = _tiles(len(states), len(table))
+        ctx.kept = None
         for start, stop in tiles:
             logits = _logits(states[start:stop], weight, bias, wide)
             highest = logits.amax(dim=1)
@@ -56,7 +57,8 @@ class _TokenCrossEntropy(torch.autograd.Function):
             logsumexp[start:stop] = logits.sub_(highest[:, None]).exp_().sum(dim=1).log_().add_(highest)
             losses[start:stop] = logsumexp[start:stop] - own
             hits[start:stop] = own >= highest
-        ctx.kept = (logits, highest) if len(tiles) == 1 else None
+            if len(tiles) == 1:
+                ctx.kept = logits, highest
         ctx.save_for_backward(states, table, bias, targets, logsumexp)
         ctx.mark_non_differentiable(hits)
         ctx.set_materialize_grads(False)
