@@ -27,6 +27,7 @@ from m2_encoder.data.emoji import load_emoji_concepts
 from m2_encoder.distributed.topology import divisors, resolve_group_size
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
+from m2_encoder.objectives.base import check_schedule, find_pause
 
 MAX_CPU_RANKS: Final = 8
 _EMOJI_TARGET: Final = "m2_encoder.data.datamodule.EmojiDataModule"
@@ -114,6 +115,18 @@ def _check_objectives(known: Known) -> Iterator[Problem]:
         names = ", ".join(objectives)
         fix = f"for example objective.{next(iter(objectives))}.weight=1.0"
         yield Problem("objective", f"objective.*.weight=0: must be above 0 for at least one of {names}; {fix}")
+
+
+def _check_schedules(known: Known) -> Iterator[Problem]:
+    """Some objective must count at every step."""
+    weighted = [name for name in known("objective") if known(f"objective.{name}.weight", 1.0)]
+    schedules = {name: known(f"objective.{name}.schedule", None) for name in weighted}
+    pause = find_pause(None if schedule is None else check_schedule(schedule) for schedule in schedules.values())
+    if schedules and pause is not None and pause < known("trainer.max_steps"):
+        name, schedule = next(iter(schedules.items()))
+        rule = f"must not be 0 at step {pause}, where no other objective counts, either"
+        fix = f"give a factor above 0 there, or objective.{name}.schedule=null"
+        yield make_problem(f"objective.{name}.schedule", show(schedule), rule, fix)
 
 
 def _check_shared_passes(known: Known) -> Iterator[Problem]:
@@ -299,6 +312,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_tokenizer,
     _check_steps,
     _check_objectives,
+    _check_schedules,
     _check_shared_passes,
     _check_captions,
     _check_one_sided,

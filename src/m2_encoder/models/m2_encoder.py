@@ -300,15 +300,11 @@ class M2Encoder(nn.Module):
         """Features of both heads of what `encode_text_backbone` gave for texts with this mask, (B, T) bool."""
         if packs(mask):
             packing = Packing(mask)
-            packed = packing.pack(backbone_hidden)
-            hidden = self.vl_encoder(packed, num_image_tokens=packed.shape[1], packing=packing, first_token_only=True)[
-                0
-            ]
+            x = packing.pack(backbone_hidden)
+            hidden = self.vl_encoder(x, num_image_tokens=x.shape[1], packing=packing, first_token_only=True)[0]
         else:
-            length = backbone_hidden.shape[1]
-            hidden = self.vl_encoder(backbone_hidden, num_image_tokens=length, token_mask=mask, first_token_only=True)[
-                :, 0
-            ]
+            x = backbone_hidden
+            hidden = self.vl_encoder(x, num_image_tokens=x.shape[1], token_mask=mask, first_token_only=True)[:, 0]
         return HeadFeatures(_normalize(self.vl_text_proj(hidden)), _normalize(self.text_proj(backbone_hidden[:, 0])))
 
     def fuse(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch.distributed as dist
@@ -315,6 +315,22 @@ def check_schedule(schedule: Mapping[Any, Any]) -> dict[int, float]:
     if not points or not any(points.values()):
         raise UserError(f"schedule={dict(schedule)} never lets the objective count; give {{0: 0, 1000: 1}}, or null")
     return dict(sorted(points.items()))
+
+
+def find_pause(schedules: Iterable[Mapping[int, float] | None]) -> int | None:
+    """The first step at which none of these schedules lets its objective count, if there is one.
+
+    Factors are not negative and linear in between, so if all vanish anywhere, they do at a point of some schedule.
+
+    Args:
+        schedules: of objectives with a weight, checked; None for one that always counts.
+    """
+    known = list(schedules)
+    if any(schedule is None for schedule in known):
+        return None
+    found = [schedule for schedule in known if schedule is not None]
+    steps = sorted({0}.union(*found))
+    return next((step for step in steps if not any(interpolate_schedule(each, step) for each in found)), None)
 
 
 def interpolate_schedule(schedule: Mapping[int, float], step: int) -> float:

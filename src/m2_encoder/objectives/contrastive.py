@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -147,6 +147,7 @@ class ImageTextContrastive(Objective):
 
     Args:
         weight: factor in the sum of objectives.
+        schedule: see `Objective`.
         label_smoothing: share of the target spread evenly over all rows, in [0, 1).
         multi_positive: treat rows with the same identity (the same picture or concept drawn twice) as positives of
             each other instead of as false negatives.
@@ -165,6 +166,7 @@ class ImageTextContrastive(Objective):
         self,
         *,
         weight: float = 1.0,
+        schedule: Mapping[int, float] | None = None,
         label_smoothing: float = 0.0,
         multi_positive: bool = True,
         heads: Sequence[Literal["features", "backbone_features"]] = ("features",),
@@ -172,7 +174,7 @@ class ImageTextContrastive(Objective):
         one_sided: bool = False,
         feature_dtype: Literal["bfloat16", "float16"] | None = None,
     ) -> None:
-        super().__init__(weight=weight)
+        super().__init__(weight=weight, schedule=schedule)
         _check_smoothing(label_smoothing)
         if one_sided and not equal_rows:
             raise UserError("one_sided=true needs equal_rows=true")

@@ -102,6 +102,8 @@ class PretrainModule(lightning.LightningModule):
         """Weighted sum of the objectives on one batch."""
         objectives = self.trained_objectives()
         weights = {name: objective.weight_at(self.global_step) for name, objective in objectives.items()}
+        if not any(weights.values()):
+            raise UserError(f"at step {self.global_step} the schedules of all objectives are 0; let one count there")
         outputs = self._evaluate(batch, {name: objectives[name] for name, weight in weights.items() if weight > 0})
         report = report_step(outputs, batch.language)
         self._last_losses = report.losses
