@@ -116,7 +116,7 @@ def masked_table(
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
-        caption="right partner | another's | blind: always the commonest token, or a patch's mean",
+        caption="blind: always the commonest token, or each patch's mean",
         caption_justify="left",
         caption_style="dim",
     )
