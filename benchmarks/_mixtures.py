@@ -91,7 +91,7 @@ def render(report: Mapping[str, Any], source: str) -> str:
     parts = [head, _retrieval_table(figures["mixtures"], signed=False)]
     parts += ["Paired differences to `[itc]`, seed by seed:", _retrieval_table(figures["differences"], signed=True)]
     parts += [
-        "Hidden words said right, percent, beside the caption's own image / another image / always the commonest token:",
+        "Hidden words said right, percent, beside the own image / another image / always the commonest token:",
         _masked_table(figures["mixtures"], "cmlm"),
         "Loss of hidden patches beside the image's own caption / another image's / answering each patch's mean:",
         _masked_table(figures["mixtures"], "cmim"),

@@ -14,11 +14,13 @@ from m2_encoder.cli.masked_batches import ORDER, make_batch, make_passes
 from m2_encoder.cli.masked_report import masked_metrics, masked_table, measure_sets
 from m2_encoder.data.evaluation_set import RetrievalSet
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.objectives.base import LocalObjective, Objective
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.objectives.patch_targets import VisualCodes
 from m2_encoder.types import ImageTextBatch, MaskedText, TextTokens
 from tests.support.training import make_tokenizer, tiny_config
 
@@ -156,6 +158,27 @@ def test_patches_are_the_same_beside_either_caption(masking: Any) -> None:
         }
         assert numbers["loss"] != numbers["other_loss"]
         assert numbers["mean_loss"] == pytest.approx(1 - 1 / NUMBER, abs=0.01), "nothing to say of one colour"
+
+
+def test_codes_have_an_accuracy_beside_either_caption() -> None:
+    torch.manual_seed(1)
+    sizes = {"image_size": 16, "patch_size": 8, "num_codes": 3, "code_dim": 4, "embed_dim": 16, "num_heads": 2}
+    tokenizer = VisualTokenizer(VisualTokenizerConfig(**sizes, num_layers=1, num_decoder_layers=1))
+    targets = VisualCodes(tokenizer="here")
+    targets.read_with(tokenizer)
+    objective = MaskedImage(mask_ratio=0.5, targets=targets)
+    objectives: dict[str, Objective] = {"cmim": objective}
+    model = build(objectives)
+    found = measure_sets({"val": SET}, model=model, objectives=objectives, cfg=CFG)["val"]["cmim"]
+    batch = whole(model.eval(), {"cmim": objective})
+    shared = make_passes(model, batch, {"cmim": objective})
+    with torch.no_grad():
+        terms = objective.terms(shared)
+    for place, language in enumerate(ORDER):
+        numbers = found[language]
+        assert set(numbers) == {"count", "loss", "accuracy", "other_loss", "other_accuracy"}
+        assert numbers["accuracy"] == pytest.approx(float(terms.scores["accuracy"][place::2].sum()) / (2 * NUMBER))
+        assert 0 < (numbers["accuracy"] or 0) < 1
 
 
 def test_captions_are_measured_too() -> None:
