@@ -11,7 +11,8 @@ BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST    := OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -q
 MEASURED  := $(VENV)/.benchmark
-BENCHES   := benchmark-encode benchmark-contrastive benchmark-data benchmark-data_plan benchmark-curation
+BENCHES   := benchmark-encode benchmark-contrastive benchmark-data benchmark-data_plan benchmark-curation \
+             benchmark-objective_mixtures
 
 ##@ Start here
 
@@ -68,6 +69,13 @@ benchmark: $(BENCHES) ## benchmarks, quickly; benchmark-NAME runs one (grouped_t
 
 benchmark-%: $(MEASURED)
 	$(BIN)/python benchmarks/$*.py --quick --threads $(THREADS)
+
+# Every seed's runs are kept as they finish, so a second call goes on where the first was stopped.
+.PHONY: mixtures
+mixtures: $(MEASURED) ## what each objective adds: trains a dozen models, for hours
+	$(BIN)/python benchmarks/objective_mixtures.py --threads $(THREADS) \
+	  --json benchmarks/results/objective_mixtures-$(or $(MACHINE),here).json
+	$(BIN)/python benchmarks/objective_mixtures.py --markdown
 
 .PHONY: clean
 clean: ## remove caches and builds; keeps .venv and outputs

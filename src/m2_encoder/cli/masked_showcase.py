@@ -1,7 +1,6 @@
 """The picture of a run with masked objectives: hidden patches drawn, hidden words said.
 
-Masks are drawn by a fixed key, before and after training the same; every hidden word is replaced by the mask token, so
-that none is left for copying. Each image is shown with its captions in the order of the page.
+Each image is shown with its captions in the order of the page; `masked_batches` says what is hidden.
 """
 
 from __future__ import annotations
@@ -13,30 +12,28 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from m2_encoder.cli.build import build_masking, build_tokenizer
+from m2_encoder.cli.build import build_tokenizer
+from m2_encoder.cli.masked_batches import ORDER, make_batch, make_passes
 from m2_encoder.cli.showcase import SPLIT_TITLES
 from m2_encoder.data.evaluation_set import RetrievalSet
-from m2_encoder.data.text_masking import MaskVocabulary
+from m2_encoder.evaluation.encode import evaluation_mode
 from m2_encoder.evaluation.masked_page import MaskedRow, PredictedCaption, Words, draw_masked_page
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.objectives.base import Objective
+from m2_encoder.objectives.base import LocalObjective, Objective
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.patch_targets import NormalizedPixels, join_patches, split_patches
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.passes import PiecePasses
-from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
+from m2_encoder.types import ImageTextBatch
 
 PICTURE_FILE: Final = "masked.png"
 
 _ROWS: Final = 8
-_ORDER: Final = ("zh", "en")
 _SPLITS: Final = ("heldout_style", "val")
 _HIDDEN_GREY: Final = 0.84
-_KEY: Final = 2024  # of the masks
 
 
-@torch.no_grad()
 def draw_masked(
     path: Path,
     sets: Mapping[str, RetrievalSet],
@@ -61,37 +58,19 @@ def draw_masked(
     split = next((split for split in (*_SPLITS, *sets) if split in sets), None)
     if not masked or split is None:
         return None
-    was_training = model.training
-    model.eval()
-    device = model.logit_scale.device
-    dataset = sets[split]
-    chosen = choose_rows(dataset)
     tokenizer = build_tokenizer(cfg["model"], model.config)
-    batch = _to(_make_batch(dataset, chosen, masked, tokenizer, model), device)
-    allowed = frozenset().union(*(objective.passes for objective in masked.values()))
-    passes = PiecePasses(
-        model, batch, allowed=allowed, text_expert=any(objective.text_expert for objective in masked.values())
-    )
-    pictures: dict[str, Tensor] = {"original": batch.images}
-    predicted: Tensor | None = None
-    for objective in masked.values():
-        objective.to(device).eval()
-        if isinstance(objective, MaskedImage):
-            pictures |= _draw_patches(objective, passes, model.config.patch_size)
-        else:
-            predicted = objective.predict(passes, model.text_embed.tokens.weight)
-    model.train(was_training)
+    chosen = choose_rows(sets[split])
+    with evaluation_mode(model):
+        batch = make_batch(sets[split], chosen, objectives=masked, tokenizer=tokenizer, model=model)
+        pictures, predicted = _predict(make_passes(model, batch, masked), masked, model)
+    captions = [sets[split].captions[language][item] for item in chosen for language in ORDER]
+    told = [_tell(batch, predicted, row, caption, tokenizer) for row, caption in enumerate(captions)]
     rows = [
         MaskedRow(
             pictures={column: images[row].cpu() for column, images in pictures.items()},
-            captions={
-                language: _tell(
-                    batch, predicted, row * len(_ORDER) + place, dataset.captions[language][item], tokenizer
-                )
-                for place, language in enumerate(_ORDER)
-            },
+            captions=dict(zip(ORDER, told[row * len(ORDER) :], strict=False)),
         )
-        for row, item in enumerate(chosen)
+        for row in range(len(chosen))
     ]
     return draw_masked_page(
         path,
@@ -125,37 +104,24 @@ def choose_rows(dataset: RetrievalSet, number: int = _ROWS) -> list[int]:
     return candidates[:: max(1, len(candidates) // number)][:number]
 
 
-def _make_batch(
-    dataset: RetrievalSet,
-    rows: list[int],
-    objectives: Mapping[str, Objective],
-    tokenizer: SentencePieceTokenizer,
-    model: M2Encoder,
-) -> ImageTextBatch:
-    texts = [dataset.captions[language][row] for row in rows for language in _ORDER]
-    masking = build_masking(objectives, tokenizer, model.config)
-    text, masked, patches = tokenizer(texts), None, None
-    if masking is not None:
-        patches = masking.mask_images([(_KEY, row) for row in rows])
-        if masking.hides_words:
-            text, drawn = masking.mask_texts(texts, [(_KEY, row, place) for row in rows for place in range(2)])
-            mask_id = MaskVocabulary.of(tokenizer).mask_id
-            masked = MaskedText(text.ids.masked_fill(drawn.predicted, mask_id), drawn.predicted)
-    return ImageTextBatch(
-        images=dataset.images[rows],
-        text=text,
-        language=torch.tensor([LANGUAGES.index(language) for _ in rows for language in _ORDER]),
-        identity=torch.arange(len(rows)),
-        keys=tuple(dataset.keys[row] for row in rows),
-        sources=(dataset.name,) * len(rows),
-        masked_text=masked,
-        patch_mask=patches,
-    )
+def _predict(
+    passes: PiecePasses, objectives: Mapping[str, LocalObjective], model: M2Encoder
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Pictures by the heading of their column, and captions with predicted tokens, (k * b, T), if words were hidden."""
+    pictures: dict[str, Tensor] = {"original": passes.batch.images}
+    predicted: Tensor | None = None
+    for objective in objectives.values():
+        objective.to(model.logit_scale.device).eval()
+        if isinstance(objective, MaskedImage):
+            pictures |= _draw_patches(objective, passes, model.config.patch_size)
+        elif isinstance(objective, MaskedLanguage):
+            predicted = objective.predict(passes, model.text_embed.tokens.weight).cpu()
+    return pictures, predicted
 
 
 def _draw_patches(objective: MaskedImage, passes: PiecePasses, patch_size: int) -> dict[str, Tensor]:
     """Images with hidden patches, and as drawn with each caption, by column."""
-    mask, images, captions = objective.choose(passes), passes.batch.images, len(_ORDER)
+    mask, images, captions = objective.choose(passes), passes.batch.images, len(ORDER)
     patches = split_patches(images, patch_size).masked_fill(mask[..., None], _HIDDEN_GREY)
     drawn = objective.targets.draw(
         passes.masked_image(mask), images.repeat_interleave(captions, 0), mask.repeat_interleave(captions, 0)
@@ -192,13 +158,3 @@ def _tell(
 
 def _to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().to(torch.uint8)
-
-
-def _to(batch: ImageTextBatch, device: torch.device) -> ImageTextBatch:
-    masked = batch.masked_text
-    return batch._replace(
-        images=batch.images.to(device),
-        text=TextTokens(*(part.to(device) for part in batch.text)),
-        masked_text=None if masked is None else MaskedText(*(part.to(device) for part in masked)),
-        patch_mask=None if batch.patch_mask is None else batch.patch_mask.to(device),
-    )

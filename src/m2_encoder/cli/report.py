@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from rich.console import Console
+
 from m2_encoder.cli.console import open_console
+from m2_encoder.cli.masked_report import masked_metrics, masked_table
 from m2_encoder.cli.masked_showcase import PICTURE_FILE as MASKED_FILE
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.provenance import command_line, git_revision, machine, peak_memory_bytes, versions
@@ -18,6 +21,7 @@ from m2_encoder.cli.tables import results_table
 from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.transforms import EvalTransform
 from m2_encoder.evaluation.encode import FeatureModel, Tokenize
+from m2_encoder.evaluation.masked import MaskedResults
 from m2_encoder.evaluation.retrieval import SetFeatures, encode_set, evaluate_features
 from m2_encoder.evaluation.table import markdown_table, table_rows
 
@@ -111,6 +115,7 @@ def report_run(
     cfg: Mapping[str, Any],
     started: float,
     draw_more: Callable[[Mapping[str, RetrievalSet]], object] | None = None,
+    measure_more: Callable[[Mapping[str, RetrievalSet]], dict[str, MaskedResults]] | None = None,
 ) -> dict[str, float]:
     """Evaluates a trained model, prints the table and says where everything lies.
 
@@ -123,9 +128,11 @@ def report_run(
         cfg: the resolved configuration of the run.
         started: `time.time()` when the command started.
         draw_more: makes further pictures of the sets, such as `masked.png`.
+        measure_more: says what masked objectives predict on the sets, by split; nothing where there are none.
 
     Returns:
-        Final metrics, percent: `val/emoji_heldout_style_zh/t2i_r@10` and so on.
+        Final metrics: recalls in percent, `val/emoji_heldout_style_zh/t2i_r@10` and so on, and what
+        `measure_more` found, under the names of `masked_metrics`.
 
     Raises:
         ValueError: if the model's features are not finite.
@@ -133,6 +140,7 @@ def report_run(
     console = open_console()
     with console.status("evaluating"):
         evaluation = evaluate_sets(module.model, datamodule.retrieval_sets(), datamodule.tokenizer)
+        masked = {} if measure_more is None else measure_more(evaluation.sets)
     picture = run_folder / PICTURE_FILE
     if evaluation.sets:  # a run on shards alone has none
         draw_showcase(
@@ -149,19 +157,11 @@ def report_run(
             draw_more(evaluation.sets)
         table = markdown_table(evaluation.results, titles=SPLIT_TITLES)
         (run_folder / TABLE_FILE).write_text(table, encoding="utf-8")
-    metrics = evaluation.metrics()
-    summary = _summary(evaluation, metrics, run_folder, started)
-    partial = run_folder / f".{SUMMARY_FILE}.partial"
-    partial.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(run_folder / SUMMARY_FILE)
-    if evaluation.sets:
-        console.print()
-        console.print(results_table(evaluation.results, titles=SPLIT_TITLES))
-    console.print()
-    for what, path in _places(run_folder, picture, cfg):
-        console.print(f"  [bold]{what:<12}[/bold] {path}", soft_wrap=True, highlight=False)
-    minutes, seconds = divmod(round(summary["wall_time_s"]), 60)
-    console.print(f"  [bold]{'wall time':<12}[/bold] {minutes} min {seconds:02d} s", highlight=False)
+    metrics = evaluation.metrics() | masked_metrics(masked, evaluation.sets)
+    summary = _summary(evaluation, metrics, run_folder, started) | ({"masked": masked} if masked else {})
+    _write_summary(run_folder, summary)
+    _print_results(console, evaluation, masked)
+    _print_places(console, _places(run_folder, picture, cfg), wall_time_s=summary["wall_time_s"])
     return metrics
 
 
@@ -178,6 +178,30 @@ def _summary(evaluation: Evaluation, metrics: Mapping[str, float], run_folder: P
         "machine": machine(),
         "command": command_line(),
     }
+
+
+def _print_results(console: Console, evaluation: Evaluation, masked: Mapping[str, MaskedResults]) -> None:
+    if evaluation.sets:
+        console.print()
+        console.print(results_table(evaluation.results, titles=SPLIT_TITLES))
+    if masked:
+        sizes = {split: len(dataset.keys) for split, dataset in evaluation.sets.items()}
+        console.print()
+        console.print(masked_table(masked, titles=SPLIT_TITLES, num_images=sizes))
+
+
+def _print_places(console: Console, places: Sequence[tuple[str, Path]], *, wall_time_s: float) -> None:
+    console.print()
+    for what, path in places:
+        console.print(f"  [bold]{what:<12}[/bold] {path}", soft_wrap=True, highlight=False)
+    minutes, seconds = divmod(round(wall_time_s), 60)
+    console.print(f"  [bold]{'wall time':<12}[/bold] {minutes} min {seconds:02d} s", highlight=False)
+
+
+def _write_summary(run_folder: Path, summary: Mapping[str, Any]) -> None:
+    partial = run_folder / f".{SUMMARY_FILE}.partial"
+    partial.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(run_folder / SUMMARY_FILE)
 
 
 def _throughput(metrics_file: Path) -> dict[str, float]:

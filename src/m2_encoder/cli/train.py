@@ -34,6 +34,7 @@ from m2_encoder.cli.data_start import check_data, write_check
 from m2_encoder.cli.export import export_run
 from m2_encoder.cli.loggers import QuietWandbLogger
 from m2_encoder.cli.main import EXIT_USER_ERROR, Command, default_run_folder, report_problems, run_command
+from m2_encoder.cli.masked_report import measure_sets
 from m2_encoder.cli.masked_showcase import PICTURE_FILE as MASKED_FILE
 from m2_encoder.cli.masked_showcase import draw_masked
 from m2_encoder.cli.path_values import protect_paths
@@ -132,9 +133,15 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     if model is None or not run.trainer.is_global_zero:
         return {}
     objectives = run.module.trained_objectives()
-    draw = partial(draw_masked, folder / MASKED_FILE, model=model, objectives=objectives, cfg=cfg)
-    trained = Trained(model)
-    metrics = report_run(module=trained, datamodule=data, run_folder=folder, cfg=cfg, started=started, draw_more=draw)
+    metrics = report_run(
+        module=Trained(model),
+        datamodule=data,
+        run_folder=folder,
+        cfg=cfg,
+        started=started,
+        draw_more=partial(draw_masked, folder / MASKED_FILE, model=model, objectives=objectives, cfg=cfg),
+        measure_more=partial(measure_sets, model=model, objectives=objectives, cfg=cfg),
+    )
     _close_loggers(run, metrics)
     if cfg["run"]["export"]:
         exported = export_run(folder, model=model, cfg=cfg, overwrite=True)

@@ -1,0 +1,192 @@
+"""What masked objectives predict on a whole set, with the right partner and with a wrong one.
+
+Every image of a set is measured once with each of its captions, and once with the captions of another image; so every
+caption is, too. What is hidden of an image or of a caption is the same both times, and both means are over the same
+terms: hidden tokens, or hidden patches. By objective and language of the caption:
+
+    count                terms
+    loss                 mean of the objective's own loss
+    accuracy             mean of its score of this name: the share of terms for which the truth scored highest
+    other_loss, other_accuracy    the same beside the wrong partner, half the set away; absent where all images show
+                         the same
+    commonest_accuracy   of tokens: what always answering the commonest hidden token of this language in this set gets
+
+A difference between `accuracy` and `other_accuracy` is what the partner is good for; one between `other_accuracy` and
+`commonest_accuracy` is what the rest of the caption tells.
+
+Letters: n images · k captions of each · T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
+
+NOTHING = -1
+"""In targets: no token is predicted here."""
+
+MaskedResults: TypeAlias = dict[str, dict[str, dict[str, float | int | None]]]
+"""Objective -> language -> the numbers above; None where there are no terms to take the mean of."""
+
+
+class CaptionTerms(Protocol):
+    """What an objective says of some captions; `m2_encoder.objectives.base.LocalTerms` is that."""
+
+    @property
+    def sums(self) -> Tensor:
+        """Of the losses of a caption's terms, (k * b,)."""
+        ...
+
+    @property
+    def counts(self) -> Tensor:
+        """Terms of a caption, (k * b,)."""
+        ...
+
+    @property
+    def scores(self) -> Mapping[str, Tensor]:
+        """Sums of scores, by name, (k * b,) each."""
+        ...
+
+
+TermsByName: TypeAlias = Mapping[str, CaptionTerms]
+
+Evaluate: TypeAlias = Callable[[ImageTextBatch, ImageTextBatch | None], tuple[TermsByName, TermsByName | None]]
+"""Terms by objective of a batch, and of the same images and hidden patches with other captions."""
+
+
+class _Sums(NamedTuple):
+    """By language, (languages,) fp64: number of terms, and sums by name."""
+
+    terms: Tensor
+    sums: dict[str, Tensor]
+
+
+def measure_masked(
+    batch: ImageTextBatch,
+    evaluate: Evaluate,
+    *,
+    targets: Mapping[str, Tensor],
+    batch_size: int = 64,
+) -> MaskedResults:
+    """Measures a whole set.
+
+    Args:
+        batch: all of it, on the CPU, masks drawn; `identity` says which images show the same.
+        evaluate: what the objectives say of some of its rows.
+        targets: for objectives that predict tokens, the true ones, (n * k, T) int64, `NOTHING` elsewhere.
+        batch_size: images per call.
+
+    Returns:
+        By objective and language, in the order in which the languages come.
+    """
+    shift = choose_shift(batch.identity)
+    right: dict[str, _Sums] = {}
+    other: dict[str, _Sums] = {}
+    number = len(batch.identity)
+    for rows in torch.arange(number).split(batch_size):
+        own = take_rows(batch, rows)
+        beside = None if shift is None else take_rows(batch, rows, captions_of=(rows + shift) % number)
+        terms, other_terms = evaluate(own, beside)
+        _add(right, terms, own.language)
+        if beside is not None and other_terms is not None:
+            _add(other, other_terms, beside.language)
+    codes = list(dict.fromkeys(batch.language.tolist()))
+    return {
+        name: {
+            LANGUAGES[code]: _describe(sums, other.get(name), code)
+            | ({"commonest_accuracy": _commonest(targets[name][batch.language == code])} if name in targets else {})
+            for code in codes
+        }
+        for name, sums in right.items()
+    }
+
+
+def choose_shift(identity: Tensor) -> int | None:
+    """By how many places captions are moved: half the set, or the nearest number that leaves none with its own content.
+
+    Args:
+        identity: equal numbers mark the same content, (n,) int64.
+
+    Returns:
+        1..n - 1, the one that leaves the fewest captions with their own content; None if all show the same.
+    """
+    number = len(identity)
+    best, fewest = None, number
+    for shift in sorted(range(1, number), key=lambda shift: abs(2 * shift - number)):
+        same = int((identity == identity.roll(-shift)).sum())
+        if same < fewest:
+            best, fewest = shift, same
+        if not fewest:
+            break
+    return best
+
+
+def take_rows(batch: ImageTextBatch, rows: Tensor, *, captions_of: Tensor | None = None) -> ImageTextBatch:
+    """Some images of a batch with the captions of the same, or of other ones.
+
+    Args:
+        batch: k captions per image.
+        rows: which images, with their hidden patches, (b,) int64.
+        captions_of: images whose captions, with their hidden words, stand beside them, (b,) int64; None for their own.
+    """
+    captions = batch.captions_per_image
+    texts = rows if captions_of is None else captions_of
+    places = (texts[:, None] * captions + torch.arange(captions)).flatten()
+    masked, keys = batch.masked_text, rows.tolist()
+    return ImageTextBatch(
+        images=batch.images[rows],
+        text=TextTokens(*(part[places] for part in batch.text)),
+        language=batch.language[places],
+        identity=batch.identity[rows],
+        keys=tuple(batch.keys[row] for row in keys),
+        sources=tuple(batch.sources[row] for row in keys),
+        masked_text=None if masked is None else MaskedText(*(part[places] for part in masked)),
+        patch_mask=None if batch.patch_mask is None else batch.patch_mask[rows],
+    )
+
+
+def hidden_tokens(batch: ImageTextBatch) -> Tensor:
+    """True ids of hidden tokens, (n * k, T) int64, `NOTHING` elsewhere.
+
+    Args:
+        batch: with hidden words.
+    """
+    assert batch.masked_text is not None, "words are hidden where an objective predicts them"
+    return batch.text.ids.masked_fill(~batch.masked_text.predicted, NOTHING)
+
+
+def next_tokens(batch: ImageTextBatch) -> Tensor:
+    """Ids of all tokens but the first, (n * k, T - 1) int64, `NOTHING` on padding."""
+    return batch.text.ids[:, 1:].masked_fill(~batch.text.mask[:, 1:], NOTHING)
+
+
+def _add(found: dict[str, _Sums], terms: TermsByName, language: Tensor) -> None:
+    """Adds up by language."""
+    for name, own in terms.items():
+        values = {"count": own.counts, "loss": own.sums, **own.scores}
+        empty = {key: torch.zeros(len(LANGUAGES), dtype=torch.float64) for key in values}
+        count, sums = found.setdefault(name, _Sums(empty.pop("count"), empty))
+        count.index_add_(0, language, values.pop("count").cpu().double())
+        for key, value in values.items():
+            sums[key].index_add_(0, language, value.cpu().double())
+
+
+def _describe(right: _Sums, other: _Sums | None, code: int) -> dict[str, float | int | None]:
+    """Numbers of a language."""
+    count = int(right.terms[code])
+    assert other is None or int(other.terms[code]) == count, "every caption is measured once beside either image"
+    found: dict[str, float | int | None] = {"count": count}
+    for prefix, each in (("", right.sums), ("other_", {} if other is None else other.sums)):
+        found |= {f"{prefix}{key}": float(sums[code]) / count if count else None for key, sums in each.items()}
+    return found
+
+
+def _commonest(targets: Tensor) -> float | None:
+    """Share of the commonest token."""
+    tokens = targets[targets != NOTHING]
+    return float(tokens.bincount().max() / len(tokens)) if len(tokens) else None

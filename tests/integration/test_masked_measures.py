@@ -1,0 +1,75 @@
+"""A run with masked objectives ends with what they predict on every set: in its summary, its metrics and its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from m2_encoder.cli import validate
+from m2_encoder.cli.compose import Composer, open_composer
+from m2_encoder.cli.train import train
+from tests.support.training import LIGHTNING_WARNINGS
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+SHORT = (
+    "+experiment=smoke",
+    "logger=csv",
+    "trainer.max_steps=2",
+    "trainer.limit_val_batches=0",
+    "scheduler.warmup_steps=1",
+    "run.export=false",
+)
+SPLITS = {"heldout_style": 1494, "heldout_families": 153, "val": 721}
+WORDS = {"accuracy", "other_accuracy", "commonest_accuracy", "loss", "other_loss"}
+PATCHES = {"loss", "other_loss", "mean_loss"}
+
+
+@pytest.fixture
+def composer() -> Iterator[Composer]:
+    with open_composer(CONF, "train") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("objectives", ["itc,cmlm,cmim", "itc"])
+def test_end_of_a_run(
+    composer: Composer, emoji_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], objectives: str
+) -> None:
+    composition = composer.compose(
+        [*SHORT, f"objective=[{objectives}]", f"run.folder={tmp_path}", f"data.folder={emoji_folder}"]
+    )
+    assert composition.problems == []
+    assert validate.validate_train(composition.cfg) == []
+    metrics = train(composition.cfg)
+    summary = json.loads((tmp_path / "smoke" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["metrics"] == metrics, "what the loggers get"
+    out = capsys.readouterr().out
+    masked = {name: value for name, value in metrics.items() if "/cm" in name}
+    if objectives == "itc":
+        assert not masked
+        assert "masked" not in summary
+        assert "Hidden words" not in out
+        return
+    assert "Hidden words and patches" in out
+    assert set(summary["masked"]) == set(SPLITS)
+    for split, images in SPLITS.items():
+        found = summary["masked"][split]
+        assert list(found) == ["cmlm", "cmim"]
+        for language in ("zh", "en"):
+            words, patches = found["cmlm"][language], found["cmim"][language]
+            assert set(words) == {"count", *WORDS}
+            assert set(patches) == {"count", *PATCHES}
+            assert words["count"] >= images, "each caption has a hidden word"
+            assert patches["count"] % images == 0, "each image has as many hidden patches"
+            assert 0 < words["commonest_accuracy"] < 0.2
+            assert 0.8 < patches["mean_loss"] < 1
+            assert 0.8 < patches["loss"] < 1.5
+            for objective, numbers in found.items():
+                for name, value in numbers[language].items():
+                    key = f"val/emoji_{split}_{language}/{objective}_{name}"
+                    assert (name == "count") == (masked.pop(key, None) != value)
+    assert not masked
