@@ -22,6 +22,7 @@ from m2_encoder.checkpoints.exported import (
     file_sha256,
 )
 from m2_encoder.checkpoints.io import save_safetensors
+from m2_encoder.checkpoints.matching_head import CONFIG_KEY, MatchingHead, save_head
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -80,6 +81,7 @@ def export_model(
     metrics: Metrics | None = None,
     provenance: Mapping[str, Any] | None = None,
     card: CardInfo | None = None,
+    matching: MatchingHead | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model as a folder; it appears whole or not at all.
@@ -94,6 +96,7 @@ def export_model(
         metrics: results for the model card and `config.json`.
         provenance: plain facts about the origin (run, command, revision, versions); must be JSON.
         card: what the model card says beyond that.
+        matching: the head that ranks retrieved candidates again, stored in a file of its own; None for no such file.
         overwrite: replace an existing folder.
 
     Returns:
@@ -121,6 +124,8 @@ def export_model(
         content = _config_content(config, tokenizer, file_sha256(temporary / TOKENIZER_FILE))
         content["metrics"] = metrics or {}
         content["provenance"] = provenance or {}
+        if matching is not None:
+            content[CONFIG_KEY] = save_head(temporary, matching)
         try:
             text = json.dumps(content, indent=2, ensure_ascii=False)
         except (TypeError, ValueError) as error:

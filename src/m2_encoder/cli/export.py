@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from m2_encoder.checkpoints.matching_head import MatchingHead, read_head
 from m2_encoder.cli.build import build_model_config, build_tokenizer
 from m2_encoder.cli.card import build_card
 from m2_encoder.cli.compose import UNSET
@@ -15,6 +16,7 @@ from m2_encoder.cli.main import Command, default_run_folder, run_command
 from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.provenance import command_line, git_revision, versions
+from m2_encoder.cli.reranking import find_head
 from m2_encoder.cli.rules import Rule, check_rules, flag, text
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.errors import UserError
@@ -36,7 +38,13 @@ _KEYS: Final = ("run", "checkpoint", "output", "overwrite")
 
 
 def export_run(
-    run_folder: Path, *, model: M2Encoder, cfg: Mapping[str, Any], output: Path | None = None, overwrite: bool = False
+    run_folder: Path,
+    *,
+    model: M2Encoder,
+    cfg: Mapping[str, Any],
+    matching: MatchingHead | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Exports a model with what its run's folder knows about it.
 
@@ -44,6 +52,7 @@ def export_run(
         run_folder: `summary.json` in it gives the metrics, if it is there.
         model: what is exported.
         cfg: the run's resolved configuration.
+        matching: the trained head, where the run had one.
         output: where; `<run_folder>/export` by default.
         overwrite: replace an existing folder.
 
@@ -62,6 +71,7 @@ def export_run(
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         },
         card=build_card(cfg),
+        matching=matching,
         overwrite=overwrite,
     )
 
@@ -125,7 +135,11 @@ def _run(cfg: dict[str, Any]) -> int:
     folder = default_run_folder(cfg)
     trained = read_config(folder / CONFIG_FILE)
     model = load(build_model_config(trained["model"]), weights=_checkpoint(cfg)).model
-    output = export_run(folder, model=model, cfg=trained, output=_output(cfg), overwrite=cfg["overwrite"])
+    found = find_head(trained)
+    head = found and read_head(_checkpoint(cfg), name=found.name, text_expert=found.text_expert)
+    output = export_run(
+        folder, model=model, cfg=trained, matching=head, output=_output(cfg), overwrite=cfg["overwrite"]
+    )
     print(f"exported to {output}; use it with m2_encoder.load({str(output)!r})")
     return 0
 
