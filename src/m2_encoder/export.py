@@ -126,15 +126,18 @@ def export_model(
         content["provenance"] = provenance or {}
         if matching is not None:
             content[CONFIG_KEY] = save_head(temporary, matching)
-        try:
-            text = json.dumps(content, indent=2, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"metrics and provenance must be plain JSON values: {error}") from error
-        (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        (temporary / CONFIG_FILE).write_text(_json_text(content), encoding="utf-8")
         (temporary / CARD_FILE).write_text(
             model_card(model, card=card, metrics=metrics or {}, provenance=provenance or {}), encoding="utf-8"
         )
     return folder
+
+
+def _json_text(content: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UserError(f"metrics and provenance must be plain JSON values: {error}") from error
 
 
 def _config_content(

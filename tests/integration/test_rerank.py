@@ -51,7 +51,9 @@ def test_the_head_of_a_run_reaches_its_export(outputs: Path, repo_root: Path, mo
     assert torch.equal(head.linear.weight, trained.linear.weight)
     assert torch.equal(head.linear.bias, trained.linear.bias)
     assert head.linear.bias.item() != 0, "it was trained"
+    assert "rerank=16" in (outputs / "with" / "export" / "README.md").read_text(encoding="utf-8")
     assert not (outputs / "without" / "export" / HEAD_FILE).exists()
+    assert "rerank" not in (outputs / "without" / "export" / "README.md").read_text(encoding="utf-8")
     assert call(export.main, f"run.folder={outputs}", "run.name=with", f"output={outputs / 'again'}") == 0
     assert (outputs / "again" / HEAD_FILE).read_bytes() == (outputs / "with" / "export" / HEAD_FILE).read_bytes()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from m2_encoder.checkpoints.matching_head import MatchingHead, read_head
+from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead, read_head
 from m2_encoder.cli.build import build_model_config, build_tokenizer
 from m2_encoder.cli.card import build_card
 from m2_encoder.cli.compose import UNSET
@@ -20,7 +21,7 @@ from m2_encoder.cli.reranking import find_head
 from m2_encoder.cli.rules import Rule, check_rules, flag, text
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.errors import UserError
-from m2_encoder.export import export_model
+from m2_encoder.export import CardInfo, export_model
 from m2_encoder.hub import load
 from m2_encoder.models.m2_encoder import M2Encoder
 
@@ -70,10 +71,18 @@ def export_run(
             "command": command_line(),
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         },
-        card=build_card(cfg),
+        card=_card(cfg, matching),
         matching=matching,
         overwrite=overwrite,
     )
+
+
+def _card(cfg: Mapping[str, Any], matching: MatchingHead | None) -> CardInfo:
+    card = build_card(cfg)
+    if matching is None:
+        return card
+    use = f"{HEAD_FILE}; it orders retrieved candidates anew: m2-evaluate model=FOLDER rerank=16"
+    return dataclasses.replace(card, training={**card.training, "matching head": use})
 
 
 def read_metrics(path: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -108,6 +117,11 @@ def check_export(cfg: dict[str, Any]) -> list[str]:
         names = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
         known = f"; there is: {', '.join(names)}" if names else ""
         problems.append(f"run.name={cfg['run']['name']}: no run in {folder}{known}; train it first with m2-train")
+    elif read_config(folder / CONFIG_FILE).get("task") is not None:
+        return [
+            f"run.name={cfg['run']['name']}: trained no encoder but what task= names; m2-train exports that itself, to "
+            f"{folder / EXPORT_FOLDER}, unless run.export=false"
+        ]
     elif not _checkpoint(cfg).is_file():
         problems.append(
             f"checkpoint={cfg['checkpoint']}: no file {_checkpoint(cfg)}; give `last` or the path of a checkpoint"

@@ -86,7 +86,7 @@ def rerank(
 
     Args:
         model: a trained encoder, on any device; its mode is restored.
-        head: of `Matching`, on the same device.
+        head: of `Matching`, on the same device and of the same dtype.
         images: (n, 3, S, S), as in `M2Encoder.encode_image`.
         text: (m, T), as the tokenizer gives them.
         image_features: (n, E), what `model.encode_image` makes of the images.
