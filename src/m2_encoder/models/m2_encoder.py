@@ -12,16 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
+from m2_encoder.models.chosen import ChosenTokens
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
 from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
 from m2_encoder.models.multiway import MultiwayEncoder
-from m2_encoder.models.packing import Packing
+from m2_encoder.models.packing import Packing, packs
 from m2_encoder.models.token_prediction import token_cross_entropy
 from m2_encoder.models.trimming import trim_text
 from m2_encoder.types import EncoderOutput, FusionOutput, HeadFeatures, TextTokens
@@ -274,7 +276,7 @@ class M2Encoder(nn.Module):
             tokens: of `trim_text`.
             attention_mask: as in `forward_text`.
         """
-        if attention_mask is not None or not _packs(tokens.mask):
+        if attention_mask is not None or not packs(tokens.mask):
             return self._text_backbone(tokens, attention_mask=attention_mask)[0]
         packing = Packing(tokens.mask)
         return packing.unpack(
@@ -296,7 +298,7 @@ class M2Encoder(nn.Module):
 
     def finish_text(self, backbone_hidden: Tensor, mask: Tensor) -> HeadFeatures:
         """Features of both heads of what `encode_text_backbone` gave for texts with this mask, (B, T) bool."""
-        if _packs(mask):
+        if packs(mask):
             packing = Packing(mask)
             packed = packing.pack(backbone_hidden)
             hidden = self.vl_encoder(packed, num_image_tokens=packed.shape[1], packing=packing, first_token_only=True)[
@@ -315,28 +317,39 @@ class M2Encoder(nn.Module):
         text_hidden: Tensor,
         mask: Tensor,
         *,
+        chosen: Tensor | None = None,
+        reads: Literal["image", "text"] = "text",
         attention_mask: Tensor | None = None,
         text_expert: bool = False,
     ) -> Tensor:
         """Let images and texts that the backbone encoded alone see each other in the vision-language encoder.
 
+        Only the states of chosen tokens are computed to the end, of images or of texts.
+
         Args:
             image_hidden: (B, N, D).
-            text_hidden: (B, T, D), one text per image.
-            mask: True on tokens of the texts, (B, T) bool.
-            attention_mask: as in `forward_fusion`, for N + T tokens.
+            text_hidden: (k * B, T, D); text j goes with image j // k.
+            mask: True on tokens of the texts, (k * B, T) bool.
+            chosen: True where a state is wanted, a row for each text: (k * B, T) bool, or (k * B, N) of the images.
+                None for the first token alone.
+            reads: whose tokens are chosen.
+            attention_mask: as in `forward_fusion`, (N + T, N + T) bool.
             text_expert: send text tokens through the text experts; otherwise through the vision experts, too.
 
         Returns:
-            (B, N + T, D).
+            Of the chosen tokens, row by row, (M, D).
         """
-        num_image_tokens = image_hidden.shape[1]
-        hidden = torch.cat([image_hidden, text_hidden], dim=1)
-        return self.vl_encoder(
-            hidden,
-            num_image_tokens=num_image_tokens if text_expert else hidden.shape[1],
-            token_mask=torch.cat([mask.new_ones(image_hidden.shape[:2]), mask], dim=1),
+        if chosen is None:
+            length = (text_hidden if reads == "text" else image_hidden).shape[1]
+            chosen = (torch.arange(length, device=mask.device) == 0).expand(len(mask), length)
+        return self.vl_encoder.read(
+            image_hidden,
+            text_hidden,
+            chosen=ChosenTokens(chosen),
+            reads_text=reads == "text",
+            text_mask=mask,
             attention_mask=attention_mask,
+            text_expert=text_expert,
         )
 
     def token_losses(
@@ -358,7 +371,7 @@ class M2Encoder(nn.Module):
         if tokens.ids.shape[0] == 0:
             empty = self.vl_text_proj.weight.new_zeros((0, self.config.feature_dim))
             return HeadFeatures(empty, empty if backbone else None)
-        if not _packs(tokens.mask):
+        if not packs(tokens.mask):
             lower, token_mask = self._text_backbone(tokens)
             # The released model sends texts, too, through the *vision* experts of the vision-language encoder.
             hidden = self.vl_encoder(
@@ -384,11 +397,6 @@ class M2Encoder(nn.Module):
             attention_mask=attention_mask,
         )
         return hidden, tokens.mask
-
-
-def _packs(mask: Tensor) -> bool:
-    """Whether packing gains anything: not without padding, nor in compiled graphs, whose shapes depend on no data."""
-    return not (torch.compiler.is_compiling() or mask.is_meta or bool(mask.all()))
 
 
 def _normalize(features: Tensor) -> Tensor:

@@ -11,15 +11,17 @@ stochastic depth: arXiv:1603.09382.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from m2_encoder.models.chosen import ChosenTokens
 from m2_encoder.models.config import M2EncoderConfig
-from m2_encoder.models.packing import Packing
+from m2_encoder.models.packing import Packing, packs
 
 EXPERTS = ("vision_expert", "text_expert")
 """Names of the two branches (`A` and `B` in the official checkpoints)."""
@@ -62,6 +64,26 @@ class TransformerExpert(nn.Module):
             self._heads(self.k_proj(x)),
             self._heads(self.v_proj(x)),
         )
+
+    def project_keys(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values alone.
+
+        Args:
+            x: (B, N, D).
+            packing: of x, if it has padding; nothing is then projected for it.
+
+        Returns:
+            k and v, (B, H, N, D/H) each; on padding, those of some token.
+        """
+        if packing is None:
+            x = self.attention_norm(x)
+            return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        x = self.attention_norm(packing.pack(x))
+        return self._heads(packing.unpack(self.k_proj(x))), self._heads(packing.unpack(self.v_proj(x)))
+
+    def project_queries(self, x: Tensor, chosen: ChosenTokens) -> Tensor:
+        """Queries of chosen tokens, (M, D) to (R, H, C, D/H)."""
+        return self._heads(chosen.spread(self.q_proj(self.attention_norm(x))))
 
     def attention_output(self, attended: Tensor) -> Tensor:
         """Merge heads, normalise (sub-LN) and project: (B, H, N, D/H) -> (B, N, D)."""
@@ -124,6 +146,56 @@ class MultiwayLayer(nn.Module):
         x = x + self._drop(_join([e.attention_output(attended[:, :, a:b]) for e, a, b in routes], dim=1), packing)
         return x + self._drop(_join([e.feed_forward(x[:, a:b]) for e, a, b in routes], dim=1), packing)
 
+    def read(
+        self,
+        image: Tensor,
+        text: Tensor,
+        *,
+        chosen: ChosenTokens,
+        reads_text: bool,
+        text_mask: Tensor,
+        text_packing: Packing | None = None,
+        attention_mask: Tensor | None = None,
+        text_expert: bool = False,
+    ) -> Tensor:
+        """What `forward` computes of the sequence image + text, for chosen tokens of one of the two.
+
+        Keys and values of an image are computed once for all of its texts.
+
+        Args:
+            image: (R / k, N, D); image i stands before texts k * i … k * i + k - 1.
+            text: (R, T, D).
+            chosen: tokens of the texts, or of the images, a row for each text.
+            reads_text: which of both.
+            text_mask: True on tokens, (R, T) bool.
+            text_packing: of that mask, to project no padding.
+            attention_mask: True where token i of the sequence may look at token j, (N + T, N + T) bool.
+            text_expert: send texts through the text expert.
+
+        Returns:
+            (M, D).
+        """
+        of_text = self.text_expert if text_expert else self.vision_expert
+        expert = of_text if reads_text else self.vision_expert
+        repeats = text.shape[0] // max(1, image.shape[0])
+        keys, values = (
+            torch.cat([of_image.repeat_interleave(repeats, dim=0), of_text], dim=2)
+            for of_image, of_text in zip(
+                self.vision_expert.project_keys(image), of_text.project_keys(text, text_packing), strict=True
+            )
+        )
+        length = image.shape[1]
+        mask = torch.cat([text_mask.new_ones((text.shape[0], length)), text_mask], dim=1)[:, None, None, :]
+        if attention_mask is not None:
+            places = chosen.spread(chosen.places + length if reads_text else chosen.places)
+            mask = mask & attention_mask[places][:, None]
+        x = chosen.take(text if reads_text else image)
+        queries = expert.project_queries(x, chosen)
+        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        branch = expert.attention_output(attended)
+        x = x + self._drop_chosen(chosen.collect(branch), chosen)
+        return x + self._drop_chosen(expert.feed_forward(x), chosen)
+
     def _routes(self, length: int, num_image_tokens: int) -> list[tuple[TransformerExpert, int, int]]:
         split = (
             (self.vision_expert, 0, min(num_image_tokens, length)),
@@ -135,12 +207,20 @@ class MultiwayLayer(nn.Module):
         """Stochastic depth: drop a sample's branch with probability p, scale the others by 1/(1-p)."""
         if not self.training or self.drop_path == 0:
             return branch
-        keep = 1 - self.drop_path
-        samples = branch.shape[0] if packing is None else packing.batch_size
-        kept = torch.empty((samples, 1, 1), dtype=branch.dtype, device=branch.device).bernoulli_(keep) / keep
+        kept = self._draw_kept(branch.shape[0] if packing is None else packing.batch_size, branch)
         if packing is not None:
             kept = kept[packing.texts[: branch.shape[1]]].transpose(0, 1)
         return branch * kept
+
+    def _drop_chosen(self, branch: Tensor, chosen: ChosenTokens) -> Tensor:
+        """As `_drop`, for chosen tokens, (M, D): those of a row share its fate."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        return branch * self._draw_kept(chosen.num_rows, branch)[chosen.rows, 0]
+
+    def _draw_kept(self, samples: int, branch: Tensor) -> Tensor:
+        keep = 1 - self.drop_path
+        return torch.empty((samples, 1, 1), dtype=branch.dtype, device=branch.device).bernoulli_(keep) / keep
 
 
 class MultiwayNorm(nn.Module):
@@ -212,8 +292,8 @@ class MultiwayEncoder(nn.Module):
             allowed = attention_mask if attention_mask.dim() == 2 else attention_mask[:, None]
             mask = allowed if mask is None else mask & allowed
         for i, layer in enumerate(self.layers):
-            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute_layers and self.training else layer
-            x = run(
+            x = self._run(
+                layer,
                 x,
                 num_image_tokens=num_image_tokens,
                 mask=mask,
@@ -221,6 +301,59 @@ class MultiwayEncoder(nn.Module):
                 first_token_only=first_token_only and i == len(self.layers) - 1,
             )
         return self.norm(x, num_image_tokens=num_image_tokens)
+
+    def read(
+        self,
+        image: Tensor,
+        text: Tensor,
+        *,
+        chosen: ChosenTokens,
+        reads_text: bool,
+        text_mask: Tensor,
+        attention_mask: Tensor | None = None,
+        text_expert: bool = False,
+    ) -> Tensor:
+        """Encode images with their texts as one sequence each, for chosen tokens alone; see `MultiwayLayer.read`.
+
+        All layers but the last compute every token, since any of them may be a key of the last.
+
+        Returns:
+            Normalised hidden states of the chosen tokens, (M, D).
+        """
+        text = text * text_mask.unsqueeze(-1).to(text.dtype)
+        num_image_tokens = image.shape[1]
+        split = num_image_tokens if text_expert else num_image_tokens + text.shape[1]
+        packing = Packing(text_mask) if packs(text_mask) else None
+        *lower, last = self.layers
+        assert isinstance(last, MultiwayLayer)
+        if lower:
+            image = image.repeat_interleave(text.shape[0] // max(1, image.shape[0]), dim=0)
+            x = torch.cat([image, text], dim=1)
+            mask = torch.cat([text_mask.new_ones(image.shape[:2]), text_mask], dim=1)[:, None, None, :]
+            if attention_mask is not None:
+                mask = mask & attention_mask
+            for layer in lower:
+                x = self._run(layer, x, num_image_tokens=split, mask=mask)
+            image, text = x[:, :num_image_tokens], x[:, num_image_tokens:]
+        x = self._run(
+            last.read,
+            image,
+            text,
+            chosen=chosen,
+            reads_text=reads_text,
+            text_mask=text_mask,
+            text_packing=packing,
+            attention_mask=attention_mask,
+            text_expert=text_expert,
+        )
+        norm: Tensor = (self.norm.text_expert if reads_text and text_expert else self.norm.vision_expert)(x)
+        return norm
+
+    def _run(self, layer: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
+        if self.recompute_layers and self.training:
+            output: Tensor = checkpoint(layer, *inputs, use_reentrant=False, **options)
+            return output
+        return layer(*inputs, **options)
 
 
 def _join(parts: list[Tensor] | tuple[Tensor, ...], *, dim: int) -> Tensor:

@@ -71,3 +71,8 @@ class Packing:
         """(1, H, M, head_dim) to (B, H, T, head_dim); padding holds some token's values, which the mask hides."""
         rectangle = heads[0].transpose(0, 1).index_select(0, self.slots)
         return rectangle.unflatten(0, (self.batch_size, self.length)).transpose(1, 2)
+
+
+def packs(mask: Tensor) -> bool:
+    """Whether packing gains anything: not without padding, nor in compiled graphs, whose shapes depend on no data."""
+    return not (torch.compiler.is_compiling() or mask.is_meta or bool(mask.all()))

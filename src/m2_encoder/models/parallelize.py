@@ -72,6 +72,7 @@ def shard_model(
         if isinstance(module, MultiwayLayer):
             _equalize(module, mesh)
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+            register_fsdp_forward_method(module, "read")
     _equalize(model, mesh)
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, ignored_params=scalars)

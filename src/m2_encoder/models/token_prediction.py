@@ -2,7 +2,7 @@
 
 A vocabulary of 115,244 makes 1.5 GB of fp32 logits for 64 captions of 52 tokens, and as much again for their gradient.
 Only the states of predicted tokens come here, and their logits are made, used and forgotten a few rows at a time;
-backward makes them again.
+backward makes them again. Where one such tile is all, as with a small vocabulary, it is kept for backward.
 
 Legend: M predicted tokens · V vocabulary · D width.
 """
@@ -47,12 +47,18 @@ class _TokenCrossEntropy(torch.autograd.Function):
         logsumexp = torch.empty_like(losses)
         hits = torch.empty(len(states), dtype=torch.bool, device=states.device)
         weight = table.to(states.dtype)
-        for start, stop in _tiles(len(states), len(table)):
+        tiles = _tiles(len(states), len(table))
+        ctx.kept = None
+        for start, stop in tiles:
             logits = _logits(states[start:stop], weight, bias, wide)
-            logsumexp[start:stop] = logits.logsumexp(dim=1)
+            highest = logits.amax(dim=1)
             own = logits.gather(1, targets[start:stop, None]).squeeze(1)
+            # In place: the tile becomes exp(logits - highest), which backward can use again.
+            logsumexp[start:stop] = logits.sub_(highest[:, None]).exp_().sum(dim=1).log_().add_(highest)
             losses[start:stop] = logsumexp[start:stop] - own
-            hits[start:stop] = own >= logits.amax(dim=1)
+            hits[start:stop] = own >= highest
+            if len(tiles) == 1:
+                ctx.kept = logits, highest
         ctx.save_for_backward(states, table, bias, targets, logsumexp)
         ctx.mark_non_differentiable(hits)
         ctx.set_materialize_grads(False)
@@ -71,8 +77,13 @@ class _TokenCrossEntropy(torch.autograd.Function):
         of_table = torch.zeros_like(table) if wants_table else None
         of_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if wants_bias else None
         for start, stop in _tiles(len(states), len(table)):
-            tile = _logits(states[start:stop], weight, bias, wide)
-            tile.sub_(logsumexp[start:stop, None]).exp_()
+            if ctx.kept is None:
+                tile = _logits(states[start:stop], weight, bias, wide)
+                tile.sub_(logsumexp[start:stop, None]).exp_()
+            else:
+                tile, highest = ctx.kept
+                ctx.kept = None
+                tile.mul_((highest - logsumexp).exp_()[:, None])
             tile[torch.arange(stop - start, device=tile.device), targets[start:stop]] -= 1
             tile.mul_(upstream[start:stop, None])
             if of_bias is not None:

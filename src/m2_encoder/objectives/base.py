@@ -178,8 +178,8 @@ class EncodedPair(NamedTuple):
 class Passes(Protocol):
     """The passes of the model over one piece of a batch; each is run when it is first asked for, and once.
 
-    Hidden states are those after the vision-language layers, which see image and text together, of the part that is to
-    be predicted. Captions of one image share its backbone pass.
+    Hidden states are those after the vision-language layers, which see image and text together, of the tokens that are
+    to be predicted, row by row. No others are computed to the end. Captions of one image share its backbone pass.
     """
 
     @property
@@ -203,13 +203,18 @@ class Passes(Protocol):
         ...
 
     @property
+    def hidden_tokens(self) -> Tensor:
+        """Which tokens of the captions are hidden, (k * b, T) bool."""
+        ...
+
+    @property
     def masked_text(self) -> Tensor:
-        """Captions with hidden words beside their clean image, (k * b, T, D)."""
+        """Captions with hidden words beside their clean image: states of the M hidden tokens, (M, D)."""
         ...
 
     @property
     def caption(self) -> Tensor:
-        """Captions beside their image; each token sees the image and the tokens up to itself, (k * b, T, D)."""
+        """Captions beside their image, read from left to right: states of the M tokens with a next one, (M, D)."""
         ...
 
     def masked_image(self, patch_mask: Tensor) -> Tensor:
@@ -219,7 +224,7 @@ class Passes(Protocol):
             patch_mask: True where a patch is hidden, (b, patches) bool.
 
         Returns:
-            The patches, without cls, (k * b, patches, D).
+            States of the M hidden patches, once for each caption, (M, D).
         """
         ...
 

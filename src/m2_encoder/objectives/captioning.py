@@ -58,4 +58,4 @@ class Captioning(LocalObjective):
     def terms(self, passes: Passes) -> LocalTerms:
         """One term per token but the first."""
         text = passes.text
-        return self.head.terms(passes.caption[:, :-1], text.ids[:, 1:], text.mask[:, 1:], passes)
+        return self.head.terms(passes.caption, text.ids[:, 1:], text.mask[:, 1:], passes)

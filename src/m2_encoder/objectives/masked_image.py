@@ -98,11 +98,10 @@ class MaskedImage(LocalObjective):
         """One term per hidden patch."""
         batch = passes.batch
         mask = self.choose(passes)
-        hidden = passes.masked_image(mask)
         chosen = mask.repeat_interleave(batch.captions_per_image, dim=0)
         rows, places = chosen.nonzero(as_tuple=True)
         losses, scores = self.targets.compare(
-            hidden[rows, places], batch.images, rows // batch.captions_per_image, places
+            passes.masked_image(mask), batch.images, rows // batch.captions_per_image, places
         )
 
         def by_caption(values: Tensor) -> Tensor:

@@ -62,10 +62,7 @@ class MaskedLanguage(LocalObjective):
 
     def terms(self, passes: Passes) -> LocalTerms:
         """One term per hidden token."""
-        masked = passes.batch.masked_text
-        assert masked is not None, "the pass exists only with hidden words"
-        hidden = passes.masked_text
-        return self.head.terms(hidden, passes.text.ids, masked.predicted[:, : hidden.shape[1]], passes)
+        return self.head.terms(passes.masked_text, passes.text.ids, passes.hidden_tokens, passes)
 
     def predict(self, passes: Passes, table: Tensor) -> Tensor:
         """Captions with the likeliest tokens in place of hidden ones; for a few captions.
@@ -77,9 +74,6 @@ class MaskedLanguage(LocalObjective):
         Returns:
             (k * b, T) int64.
         """
-        masked = passes.batch.masked_text
-        assert masked is not None, "the pass exists only with hidden words"
-        hidden, ids = passes.masked_text, passes.text.ids.clone()
-        chosen = masked.predicted[:, : hidden.shape[1]]
-        ids[chosen] = self.head.predict(hidden[chosen], table)
+        ids = passes.text.ids.clone()
+        ids[passes.hidden_tokens] = self.head.predict(passes.masked_text, table)
         return ids

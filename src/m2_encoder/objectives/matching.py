@@ -134,7 +134,7 @@ class PairEncoder(Protocol):
         ...
 
     def fuse(self, image_hidden: Tensor, text_hidden: Tensor, mask: Tensor, *, text_expert: bool = False) -> Tensor:
-        """Hidden states of pairs, (B, N + T, D)."""
+        """Hidden states of the first token of each text beside its image, (B, D)."""
         ...
 
 
@@ -160,8 +160,7 @@ def score_hidden(
     Returns:
         Log-odds that the text describes the image, (P,), fp32 at least.
     """
-    fused = model.fuse(image_hidden, text_hidden, mask, text_expert=text_expert)
-    scores: Tensor = head(fused[:, image_hidden.shape[1]]).squeeze(1)
+    scores: Tensor = head(model.fuse(image_hidden, text_hidden, mask, text_expert=text_expert)).squeeze(1)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -219,11 +218,8 @@ def score_pairs(
         )
         for part in pairs.split(chunk_size)
     ]
-    return (
-        torch.cat(scores)
-        if scores
-        else head.weight.new_empty(0, dtype=torch.promote_types(head.weight.dtype, torch.float32))
-    )
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    return torch.cat(scores) if scores else head.weight.new_empty(0, dtype=dtype)
 
 
 def draw_partners(

@@ -67,7 +67,7 @@ class PatchTargets(nn.Module, ABC):
         """Images in which hidden patches look as predicted.
 
         Args:
-            states: of all patches, (B, N, D).
+            states: of the hidden patches, row by row, (M, D).
             images: as they are, (B, 3, S, S).
             patch_mask: True where a patch is hidden, (B, N) bool.
 
@@ -97,8 +97,8 @@ class NormalizedPixels(PatchTargets):
         """As MAE draws: predictions get the mean and the deviation of the true patch, which nobody predicts."""
         true = split_patches(images, self._patch_size).float()
         mean, scale = true.mean(dim=-1, keepdim=True), (true.var(dim=-1, keepdim=True) + _EPS).sqrt()
-        predicted = self.head(states).float() * scale + mean
-        drawn = torch.where(patch_mask[..., None], predicted, true)
+        drawn = true.clone()
+        drawn[patch_mask] = self.head(states).float() * scale[patch_mask] + mean[patch_mask]
         return join_patches(drawn, self._patch_size).clamp(0, 1)
 
 
@@ -194,7 +194,8 @@ class VisualCodes(PatchTargets):
     @torch.no_grad()
     def draw(self, states: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
         """What the tokenizer makes of the true codes of visible patches and the likeliest codes of hidden ones."""
-        codes = torch.where(patch_mask, self.head(states).argmax(dim=-1), self._encode(images))
+        codes = self._encode(images).clone()
+        codes[patch_mask] = self.head(states).argmax(dim=-1)
         drawn = split_patches(self._get_tokenizer().decode(codes).float(), self._patch_size())
         true = split_patches(images, self._patch_size()).float()
         return join_patches(torch.where(patch_mask[..., None], drawn, true), self._patch_size()).clamp(0, 1)

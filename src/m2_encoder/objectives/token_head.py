@@ -42,17 +42,16 @@ class TokenHead(nn.Module):
         """Losses of the chosen tokens, summed by caption.
 
         Args:
-            hidden: (k * b, T, D).
+            hidden: of the chosen tokens, row by row, (M, D).
             targets: true ids, (k * b, T) int64.
-            chosen: which tokens are predicted, (k * b, T) bool.
+            chosen: which of them are predicted, (k * b, T) bool.
             passes: gives the model's token table.
 
         Returns:
             Sums, counts, and under "accuracy" how many targets scored highest.
         """
         rows, places = chosen.nonzero(as_tuple=True)
-        states = self._states(hidden[rows, places])
-        losses, hits = passes.token_losses(states, self.bias, targets[rows, places], self.table)
+        losses, hits = passes.token_losses(self._states(hidden), self.bias, targets[rows, places], self.table)
         sums = losses.new_zeros(len(chosen)).index_add(0, rows, losses)
         correct = torch.zeros_like(sums).index_add(0, rows, hits.to(sums.dtype))
         return LocalTerms(sums, chosen.sum(dim=1), {"accuracy": correct.detach()})

@@ -35,6 +35,7 @@ class PiecePasses:
         self._model = model
         self._allowed = allowed
         self._text_expert = text_expert
+        self._masked_images: list[tuple[Tensor, Tensor]] = []  # masks and what came of them
         self.batch = batch
 
     @cached_property
@@ -77,18 +78,24 @@ class PiecePasses:
             return self._model.finish_patches(hidden)
 
     @cached_property
-    def masked_text(self) -> Tensor:
-        """Captions with hidden words beside their clean image, (k * b, T, D)."""
-        self._check("masked_text")
+    def hidden_tokens(self) -> Tensor:
+        """Which tokens of the captions are to be predicted, (k * b, T) bool."""
         if self.batch.masked_text is None:
             raise UserError("an objective predicts hidden words, but the batch has none; set data masking up for it")
-        length = self.text.ids.shape[1]
-        masked = TextTokens(self.batch.masked_text.ids[:, :length], self.text.mask)
-        return self._fuse_text(self._model.encode_text_backbone(masked))
+        return self.batch.masked_text.predicted[:, : self.text.ids.shape[1]]
+
+    @cached_property
+    def masked_text(self) -> Tensor:
+        """Captions with hidden words beside their clean image: of the hidden tokens, (M, D)."""
+        self._check("masked_text")
+        chosen = self.hidden_tokens
+        assert self.batch.masked_text is not None
+        masked = TextTokens(self.batch.masked_text.ids[:, : chosen.shape[1]], self.text.mask)
+        return self._fuse_text(self._model.encode_text_backbone(masked), chosen)
 
     @cached_property
     def caption(self) -> Tensor:
-        """Captions beside their image, each token seeing the ones up to itself, (k * b, T, D)."""
+        """Captions beside their image, each token seeing the ones up to itself: of those with a next one, (M, D)."""
         self._check("caption")
         length = self.text.ids.shape[1]
         causal = torch.ones((length, length), dtype=torch.bool, device=self.text.ids.device).tril()
@@ -98,14 +105,27 @@ class PiecePasses:
         allowed = causal.new_zeros((patches + length, patches + length))
         allowed[:, :patches] = True
         allowed[patches:, patches:] = causal
-        return self._fuse_text(hidden, attention_mask=allowed)
+        followed = torch.nn.functional.pad(self.text.mask[:, 1:], (0, 1))
+        return self._fuse_text(hidden, followed, attention_mask=allowed)
 
     def masked_image(self, patch_mask: Tensor) -> Tensor:
-        """Images with hidden patches beside their clean captions, (k * b, patches, D)."""
+        """Images with hidden patches beside their clean captions: of the hidden patches, once per caption, (M, D)."""
         self._check("masked_image")
+        for known, states in self._masked_images:
+            if known is patch_mask:
+                return states
         hidden = self._model.encode_image_backbone(self.batch.images, patch_mask=patch_mask)
-        fused = self._model.fuse(self._repeat(hidden), self.text_hidden, self.text.mask, text_expert=self._text_expert)
-        return fused[:, 1 : hidden.shape[1]]
+        patches = patch_mask.repeat_interleave(self.batch.captions_per_image, dim=0)
+        states = self._model.fuse(
+            hidden,
+            self.text_hidden,
+            self.text.mask,
+            chosen=torch.nn.functional.pad(patches, (1, 0)),  # cls is never hidden
+            reads="image",
+            text_expert=self._text_expert,
+        )
+        self._masked_images.append((patch_mask, states))
+        return states
 
     def token_losses(
         self, states: Tensor, bias: Tensor, targets: Tensor, table: Tensor | None = None
@@ -113,17 +133,15 @@ class PiecePasses:
         """Cross-entropy of tokens, (M,), and whether the target scored highest, (M,)."""
         return self._model.token_losses(states, bias, targets, table)
 
-    def _fuse_text(self, text_hidden: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
-        image = self._repeat(self.image_hidden)
-        fused = self._model.fuse(
-            image, text_hidden, self.text.mask, attention_mask=attention_mask, text_expert=self._text_expert
+    def _fuse_text(self, text_hidden: Tensor, chosen: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+        return self._model.fuse(
+            self.image_hidden,
+            text_hidden,
+            self.text.mask,
+            chosen=chosen,
+            attention_mask=attention_mask,
+            text_expert=self._text_expert,
         )
-        return fused[:, image.shape[1] :]
-
-    def _repeat(self, image_hidden: Tensor) -> Tensor:
-        """A row per caption."""
-        captions = self.batch.captions_per_image
-        return image_hidden if captions == 1 else image_hidden.repeat_interleave(captions, dim=0)
 
     def _check(self, name: str) -> None:
         if name not in self._allowed:

@@ -56,27 +56,21 @@ class PiecePairs:
     @cached_property
     def matched(self) -> Tensor:
         """Every caption beside its image, (k * b, D)."""
-        return self._fuse(self._image_hidden, self._passes.text_hidden, self._passes.text)
+        return self._fuse(self._passes.image_hidden, self._passes.text_hidden, self._passes.text)
 
     @cached_property
     def wrong_text(self) -> Tensor:
         """Every caption's image beside a wrong caption, (k * b, D)."""
         text = self._model.trim_text(self._wrong.text)
-        return self._fuse(self._image_hidden, self._model.encode_text_backbone(text), text)
+        return self._fuse(self._passes.image_hidden, self._model.encode_text_backbone(text), text)
 
     @cached_property
     def wrong_image(self) -> Tensor:
         """Every caption beside a wrong image, (k * b, D)."""
         return self._fuse(self._wrong_image_hidden, self._passes.text_hidden, self._passes.text)
 
-    @property
-    def _image_hidden(self) -> Tensor:
-        captions = self._passes.batch.captions_per_image
-        return self._passes.image_hidden.repeat_interleave(captions, dim=0)
-
     def _fuse(self, image_hidden: Tensor, text_hidden: Tensor, text: TextTokens) -> Tensor:
-        hidden = self._model.fuse(image_hidden, text_hidden, text.mask, text_expert=self._text_expert)
-        return hidden[:, image_hidden.shape[1]]
+        return self._model.fuse(image_hidden, text_hidden, text.mask, text_expert=self._text_expert)
 
 
 def evaluate_pairs(

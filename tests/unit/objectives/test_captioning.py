@@ -70,10 +70,11 @@ def test_loss_and_gradients_are_those_of_the_plain_encoder(pieces: int, recomput
 def test_no_token_sees_what_comes_after_it() -> None:
     module = build_bench({"captioning": Captioning()})
     batch = make_batch(2, 1)
+    allowed = frozenset({"caption"})
     other = batch.text.ids.clone()
     other[:, 4] = (other[:, 4] + 1) % module.config.vocab_size
     hidden = [
-        PiecePasses(module.model, batch._replace(text=text), allowed=frozenset({"caption"})).caption
+        PiecePasses(module.model, batch._replace(text=text), allowed=allowed).caption.unflatten(0, (2, -1))
         for text in (TextTokens(batch.text.ids, batch.text.mask | True), TextTokens(other, batch.text.mask | True))
     ]
     torch.testing.assert_close(hidden[0][:, :4], hidden[1][:, :4], rtol=0, atol=1e-12)
