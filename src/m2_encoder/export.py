@@ -22,6 +22,7 @@ from m2_encoder.checkpoints.exported import (
     file_sha256,
 )
 from m2_encoder.checkpoints.io import save_safetensors
+from m2_encoder.checkpoints.matching_head import CONFIG_KEY, MatchingHead, save_head
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -80,6 +81,7 @@ def export_model(
     metrics: Metrics | None = None,
     provenance: Mapping[str, Any] | None = None,
     card: CardInfo | None = None,
+    matching: MatchingHead | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model as a folder; it appears whole or not at all.
@@ -94,6 +96,7 @@ def export_model(
         metrics: results for the model card and `config.json`.
         provenance: plain facts about the origin (run, command, revision, versions); must be JSON.
         card: what the model card says beyond that.
+        matching: the head that ranks retrieved candidates again, stored in a file of its own; None for no such file.
         overwrite: replace an existing folder.
 
     Returns:
@@ -121,15 +124,20 @@ def export_model(
         content = _config_content(config, tokenizer, file_sha256(temporary / TOKENIZER_FILE))
         content["metrics"] = metrics or {}
         content["provenance"] = provenance or {}
-        try:
-            text = json.dumps(content, indent=2, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"metrics and provenance must be plain JSON values: {error}") from error
-        (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        if matching is not None:
+            content[CONFIG_KEY] = save_head(temporary, matching)
+        (temporary / CONFIG_FILE).write_text(_json_text(content), encoding="utf-8")
         (temporary / CARD_FILE).write_text(
             model_card(model, card=card, metrics=metrics or {}, provenance=provenance or {}), encoding="utf-8"
         )
     return folder
+
+
+def _json_text(content: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UserError(f"metrics and provenance must be plain JSON values: {error}") from error
 
 
 def _config_content(

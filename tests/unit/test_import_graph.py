@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "distributed": set(),
     "models": set(),
     "tokenizers": set(),
-    "evaluation": set(),
+    "evaluation": {"objectives.matching"},
     "checkpoints": {"models"},
     "data": {"tokenizers", "assets"},
     "objectives": {"distributed"},

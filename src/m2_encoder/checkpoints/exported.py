@@ -68,7 +68,7 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
         raise CheckpointError(
             f"{folder} is not a complete exported model: {', '.join(missing)} missing; write it with m2-export"
         )
-    content = _read_json(folder / CONFIG_FILE)
+    content = read_object(folder / CONFIG_FILE)
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: format {content.get('format')!r} version {content.get('format_version')!r}, "
@@ -116,7 +116,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_object(path: Path) -> Mapping[str, Any]:
+    """The JSON object in a file of an exported folder.
+
+    Raises:
+        CheckpointError: if there is no such file, or something else is in it.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

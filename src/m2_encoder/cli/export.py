@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead, read_head
 from m2_encoder.cli.build import build_model_config, build_tokenizer
 from m2_encoder.cli.card import build_card
 from m2_encoder.cli.compose import UNSET
@@ -15,10 +17,11 @@ from m2_encoder.cli.main import Command, default_run_folder, run_command
 from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.provenance import command_line, git_revision, versions
+from m2_encoder.cli.reranking import find_head
 from m2_encoder.cli.rules import Rule, check_rules, flag, text
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.errors import UserError
-from m2_encoder.export import export_model
+from m2_encoder.export import CardInfo, export_model
 from m2_encoder.hub import load
 from m2_encoder.models.m2_encoder import M2Encoder
 
@@ -36,7 +39,13 @@ _KEYS: Final = ("run", "checkpoint", "output", "overwrite")
 
 
 def export_run(
-    run_folder: Path, *, model: M2Encoder, cfg: Mapping[str, Any], output: Path | None = None, overwrite: bool = False
+    run_folder: Path,
+    *,
+    model: M2Encoder,
+    cfg: Mapping[str, Any],
+    matching: MatchingHead | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Exports a model with what its run's folder knows about it.
 
@@ -44,6 +53,7 @@ def export_run(
         run_folder: `summary.json` in it gives the metrics, if it is there.
         model: what is exported.
         cfg: the run's resolved configuration.
+        matching: the trained head, where the run had one.
         output: where; `<run_folder>/export` by default.
         overwrite: replace an existing folder.
 
@@ -61,9 +71,18 @@ def export_run(
             "command": command_line(),
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         },
-        card=build_card(cfg),
+        card=_card(cfg, matching),
+        matching=matching,
         overwrite=overwrite,
     )
+
+
+def _card(cfg: Mapping[str, Any], matching: MatchingHead | None) -> CardInfo:
+    card = build_card(cfg)
+    if matching is None:
+        return card
+    use = f"{HEAD_FILE}; it orders retrieved candidates anew: m2-evaluate model=FOLDER rerank=16"
+    return dataclasses.replace(card, training={**card.training, "matching head": use})
 
 
 def read_metrics(path: Path) -> dict[str, dict[str, dict[str, float]]]:
@@ -98,6 +117,11 @@ def check_export(cfg: dict[str, Any]) -> list[str]:
         names = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
         known = f"; there is: {', '.join(names)}" if names else ""
         problems.append(f"run.name={cfg['run']['name']}: no run in {folder}{known}; train it first with m2-train")
+    elif read_config(folder / CONFIG_FILE).get("task") is not None:
+        return [
+            f"run.name={cfg['run']['name']}: trained no encoder but what task= names; m2-train exports that itself, to "
+            f"{folder / EXPORT_FOLDER}, unless run.export=false"
+        ]
     elif not _checkpoint(cfg).is_file():
         problems.append(
             f"checkpoint={cfg['checkpoint']}: no file {_checkpoint(cfg)}; give `last` or the path of a checkpoint"
@@ -125,7 +149,11 @@ def _run(cfg: dict[str, Any]) -> int:
     folder = default_run_folder(cfg)
     trained = read_config(folder / CONFIG_FILE)
     model = load(build_model_config(trained["model"]), weights=_checkpoint(cfg)).model
-    output = export_run(folder, model=model, cfg=trained, output=_output(cfg), overwrite=cfg["overwrite"])
+    found = find_head(trained)
+    head = found and read_head(_checkpoint(cfg), name=found.name, text_expert=found.text_expert)
+    output = export_run(
+        folder, model=model, cfg=trained, matching=head, output=_output(cfg), overwrite=cfg["overwrite"]
+    )
     print(f"exported to {output}; use it with m2_encoder.load({str(output)!r})")
     return 0
 

@@ -41,6 +41,7 @@ from m2_encoder.cli.path_values import protect_paths
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.peers import end_together
 from m2_encoder.cli.report import EvaluatedData, report_run, short_path
+from m2_encoder.cli.reranking import trained_head
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.cli.validate import validate_train
 from m2_encoder.cli.visual_tokenizer import finish_visual_tokenizer
@@ -144,7 +145,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     )
     _close_loggers(run, metrics)
     if cfg["run"]["export"]:
-        exported = export_run(folder, model=model, cfg=cfg, overwrite=True)
+        exported = export_run(folder, model=model, cfg=cfg, matching=trained_head(objectives), overwrite=True)
         print(f'  use it       m2_encoder.load("{short_path(exported)}")')
     return metrics
 

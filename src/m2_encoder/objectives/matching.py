@@ -138,25 +138,30 @@ class PairEncoder(Protocol):
         ...
 
 
-def read_head(state: Mapping[str, Tensor], *, name: str = "matching") -> nn.Linear:
-    """The trained head of `Matching`, for `score_pairs`; exported folders hold the encoder alone.
+def score_hidden(
+    model: PairEncoder,
+    head: nn.Linear,
+    image_hidden: Tensor,
+    text_hidden: Tensor,
+    mask: Tensor,
+    *,
+    text_expert: bool = False,
+) -> Tensor:
+    """Matching scores of images and texts that the backbone has encoded, row by row.
 
     Args:
-        state: `state_dict` of a training checkpoint (`torch.load(path, weights_only=True)["state_dict"]`).
-        name: of the objective in that run.
+        model: a trained encoder.
+        head: of `Matching`.
+        image_hidden: (P, N, D).
+        text_hidden: (P, T, D), one text per image.
+        mask: True on tokens of the texts, (P, T) bool.
+        text_expert: as it was trained.
 
-    Raises:
-        UserError: if the run had no such objective.
+    Returns:
+        Log-odds that the text describes the image, (P,), fp32 at least.
     """
-    prefix = f"objectives.{name}.head."
-    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if set(found) != {"weight", "bias"}:
-        raise UserError(
-            f"the checkpoint holds no {prefix}weight and {prefix}bias; name the matching objective of its run"
-        )
-    head = nn.Linear(found["weight"].shape[1], 1, dtype=found["weight"].dtype)
-    head.load_state_dict(found)
-    return head.requires_grad_(False)
+    scores: Tensor = head(model.fuse(image_hidden, text_hidden, mask, text_expert=text_expert)).squeeze(1)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 @torch.inference_mode()
@@ -176,7 +181,7 @@ def score_pairs(
 
     Args:
         model: a trained encoder.
-        head: of `Matching`, or what `read_head` found in a checkpoint.
+        head: of `Matching`, or the `linear` of `m2_encoder.checkpoints.matching_head.read_head`.
         images: (B, 3, S, S), as in `M2Encoder.encode_image`.
         text: (C, T).
         pairs: rows of an image and of a text, (P, 2) int64.
@@ -203,15 +208,18 @@ def score_pairs(
         ]
     )
     scores = [
-        head(
-            model.fuse(
-                image_hidden[part[:, 0]], text_hidden[part[:, 1]], tokens.mask[part[:, 1]], text_expert=text_expert
-            )
-        ).squeeze(1)
+        score_hidden(
+            model,
+            head,
+            image_hidden[part[:, 0]],
+            text_hidden[part[:, 1]],
+            tokens.mask[part[:, 1]],
+            text_expert=text_expert,
+        )
         for part in pairs.split(chunk_size)
     ]
-    found = torch.cat(scores) if scores else head.weight.new_empty(0)
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    return torch.cat(scores) if scores else head.weight.new_empty(0, dtype=dtype)
 
 
 def draw_partners(

@@ -16,7 +16,7 @@ from m2_encoder.training.muon import MuonWithAdamW
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LambdaLR]
 
-_SCALES = ("logit_scale", "logit_vl_scale")
+_SCALES = ("logit_scale", "logit_vl_scale", "logit_bias")
 _NO_DECAY_SUFFIXES = ("bias", "positions.weight", "cls_token", "mask_token", *_SCALES)
 
 
@@ -33,7 +33,7 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, logit_scale_lr_ratio: float = 1.0
 ) -> list[dict[str, Any]]:
-    """AdamW's groups of the parameters that want a gradient: with decay, without, and the logit scales.
+    """AdamW's groups of the parameters that want a gradient: with decay, without, and the scales and bias of logits.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and the parameters' `names` (for `key_by_name`).
@@ -68,8 +68,9 @@ def build_optimizer(
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, on matrices and convolutions only (`is_decayed`).
-        logit_scale_lr_ratio: learning rate of the logit scales over `lr`. Short runs want more than 1: at the peak
-            rate of the others a scale moves by less than a tenth in a hundred steps.
+        logit_scale_lr_ratio: learning rate of the logit scales over `lr`, and of the bias that `SigmoidContrastive` has
+            beside them: where a scale grows, the bias has to follow by several units. Short runs want more than 1: at
+            the peak rate of the others a scale moves by less than a tenth in a hundred steps.
 
     Raises:
         UserError: if nothing is trainable, or a number is impossible.

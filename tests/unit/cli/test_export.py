@@ -12,7 +12,7 @@ import torch
 from m2_encoder import M2Encoder, M2EncoderConfig, load
 from m2_encoder.cli import export
 from m2_encoder.cli.compose import open_composer
-from m2_encoder.cli.run_folder import write_config
+from m2_encoder.cli.run_folder import read_config, write_config
 from m2_encoder.errors import UserError
 
 Start = Callable[..., int]
@@ -90,6 +90,18 @@ def test_mistakes(start: Start, capsys: pytest.CaptureFixture[str], argv: list[s
     captured = capsys.readouterr()
     assert named in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+def test_a_run_without_an_encoder_has_nothing_to_export(
+    start: Start, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = read_config(run_folder / "config.yaml")
+    write_config(run_folder / "config.yaml", {**cfg, "task": {"_target_": "m2_encoder.training.Other"}})
+    (run_folder / "export").mkdir()
+    assert start("run.name=try") == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "trained no encoder" in said
+    assert "overwrite" not in said
 
 
 def test_existing_export_needs_overwrite(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from benchmarks.plain_encoder import PlainEncoder
 from m2_encoder.checkpoints.adapters import to_official_state
+from m2_encoder.checkpoints.matching_head import head_of_state
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives import matching
 from m2_encoder.objectives.base import FeaturePair, ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
-from m2_encoder.objectives.matching import Matching, draw_partners, read_head, score_pairs
+from m2_encoder.objectives.matching import Matching, draw_partners, score_pairs
 from m2_encoder.objectives.pairs import HardPairs
 from m2_encoder.types import ImageTextBatch
 from tests.support.objectives import Bench, build_bench, draw_inputs, make_batch
@@ -182,11 +183,11 @@ def test_scores_of_pairs() -> None:
         plain_score(module, plain, batch.images[i], batch.text.ids[j][batch.text.mask[j]]) for i, j in pairs.tolist()
     ]
     torch.testing.assert_close(scores, torch.stack(expected).detach(), rtol=1e-9, atol=1e-12)
-    again = score_pairs(module.model, read_head(module.state_dict()), batch.images, batch.text, pairs)
+    again = score_pairs(module.model, head_of_state(module.state_dict()).linear, batch.images, batch.text, pairs)
     torch.testing.assert_close(again, scores, rtol=1e-9, atol=1e-12)
     assert score_pairs(module.model, head, batch.images, batch.text, pairs[:0]).shape == (0,)
     with pytest.raises(UserError, match=r"holds no objectives\.itm\.head\.weight"):
-        read_head(module.state_dict(), name="itm")
+        head_of_state(module.state_dict(), name="itm")
     with pytest.raises(UserError, match="rows outside of 3 images and 3 texts"):
         score_pairs(module.model, head, batch.images, batch.text, torch.tensor([[0, 3]]))
     with pytest.raises(UserError, match=r"must be \(P, 2\)"):

@@ -14,6 +14,7 @@ from torch import nn
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import OPTIONAL_PARTS, M2Encoder
+from m2_encoder.objectives.sigmoid import SigmoidContrastive
 from m2_encoder.training.optim import build_optimizer, parameter_groups, warmup_constant, warmup_cosine
 from tests.support.training import tiny_config
 
@@ -48,6 +49,14 @@ def groups_of(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]
 
 def test_the_scales_have_their_own_learning_rate(model: M2Encoder) -> None:
     assert [group["lr"] for group in groups_of(model, weight_decay=0.1)] == pytest.approx([1e-3, 1e-3, 2e-2])
+
+
+def test_the_bias_of_sigmoid_losses_goes_with_the_scale_that_it_follows(model: M2Encoder) -> None:
+    module = nn.ModuleDict({"model": model, "objectives": nn.ModuleDict({"sigmoid": SigmoidContrastive()})})
+    decayed, plain, scales = groups_of(module, weight_decay=0.1)
+    assert "objectives.sigmoid.logit_bias" in scales["names"]
+    assert (scales["lr"], scales["weight_decay"]) == (pytest.approx(2e-2), 0.0)
+    assert not [name for name in (*decayed["names"], *plain["names"]) if "logit" in name]
 
 
 def test_exactly_the_matrices_and_convolutions_are_decayed(model: M2Encoder) -> None:
