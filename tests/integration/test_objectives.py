@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNI
 CONF = Path(__file__).resolve().parents[2] / "conf"
 # Codes of patches need a trained visual tokenizer, whose own tests make one.
 OBJECTIVES = sorted(path.stem for path in (CONF / "objective").glob("*.yaml") if path.stem != "cmim_codes")
-EVERYTHING = ["itc", "sigmoid", "soft_targets", "text_contrast", "captioning", "matching", "distillation"]
+EVERYTHING = ["itc", "sigmoid", "soft_targets", "text_contrast", "captioning", "itm", "distillation"]
 FREE_TEXTS = {"teacher", "teacher_weights", "user_dictionary"}
 SMALL = (
     "+experiment=smoke",
@@ -104,15 +104,15 @@ def test_all_of_them_train_together(
     metrics = run.trainer.callback_metrics
     for name in EVERYTHING:
         assert math.isfinite(metrics[f"train/loss/{name}"]), name
-    assert 0 <= metrics["train/accuracy/matching"] <= 1
+    assert 0 <= metrics["train/accuracy/itm"] <= 1
     assert metrics["train/skipped_steps"] == 0
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     own = {key.removeprefix("objectives.") for key in saved if key.startswith("objectives.")}
     assert own == {
         "sigmoid.logit_bias",
-        "matching.head.weight",
-        "matching.head.bias",
+        "itm.head.weight",
+        "itm.head.bias",
         "distillation.projection.weight",
         *(
             f"captioning.head.{key}"
@@ -142,8 +142,8 @@ def test_all_of_them_train_together(
             "objective.soft_targets.softness=1: must be",
         ),
         (
-            ["objective=[captioning,matching]", "objective.matching.text_expert=true"],
-            "objective.matching.text_expert=true: must be that of objective.captioning",
+            ["objective=[captioning,itm]", "objective.itm.text_expert=true"],
+            "objective.itm.text_expert=true: must be that of objective.captioning",
         ),
     ],
 )

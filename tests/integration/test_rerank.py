@@ -1,4 +1,4 @@
-"""From a trained run with the objective matching through its export to `m2-evaluate rerank=K`."""
+"""From a trained run with the objective itm through its export to `m2-evaluate rerank=K`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, emoji_folder: Path, repo_r
     common += ("trainer.val_check_interval=6", "run.checkpoint_every=6", "model.num_layers=1", "run.export=true")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(repo_root)
-        assert call(train.main, *common, "run.name=with", "objective=[itc,matching]") == 0
+        assert call(train.main, *common, "run.name=with", "objective=[itc,itm]") == 0
         assert call(train.main, *common, "run.name=without") == 0
     return folder
 
@@ -109,7 +109,7 @@ def test_more_candidates_than_there_are_is_said(
         (["model={outputs}/with/export", "rerank=many"], ["rerank=many: must be null"]),
         (
             ["model={outputs}/without/export", "rerank=16"],
-            ["rerank=16", "without/export has no matching head", "objective matching", "m2-export run.name="],
+            ["rerank=16", "without/export has no matching head", "objective itm", "m2-export run.name="],
         ),
         (
             ["model={outputs}/with/export", "weights={outputs}/without/checkpoints/last.ckpt", "rerank=16"],

@@ -64,7 +64,7 @@ def rerank_problems(cfg: Mapping[str, Any]) -> list[str]:
             "query are ordered anew"
         ]
     fix = (
-        "train with the objective matching (m2-train +experiment=r2d2 does), export that run again with "
+        "train with the objective itm (m2-train +experiment=r2d2 does), export that run again with "
         "m2-export run.name=NAME overwrite=true and give its export as the model, or leave rerank out"
     )
     if weights is not None or is_model_name(model):
