@@ -60,13 +60,13 @@ def has_head(folder: str | os.PathLike[str]) -> bool:
     return CONFIG_KEY in read_object(Path(folder) / CONFIG_FILE)
 
 
-def read_head(path: str | os.PathLike[str], *, name: str = "matching", text_expert: bool = False) -> MatchingHead:
+def read_head(path: str | os.PathLike[str], *, name: str = "itm", text_expert: bool = False) -> MatchingHead:
     """The trained head of an exported folder, or of a training checkpoint.
 
     Args:
         path: a folder of `m2-export`, which says everything, or a checkpoint of `m2-train`.
         name: of the objective in the run; for a checkpoint.
-        text_expert: `objective.matching.text_expert` of the run; for a checkpoint, which does not hold it.
+        text_expert: `objective.itm.text_expert` of the run; for a checkpoint, which does not hold it.
 
     Returns:
         The head on the CPU, frozen.
@@ -87,7 +87,7 @@ def read_head(path: str | os.PathLike[str], *, name: str = "matching", text_expe
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def head_of_state(state: Mapping[str, Tensor], *, name: str = "matching", text_expert: bool = False) -> MatchingHead:
+def head_of_state(state: Mapping[str, Tensor], *, name: str = "itm", text_expert: bool = False) -> MatchingHead:
     """The trained head in the parameters of a training module.
 
     Args:
@@ -111,7 +111,7 @@ def _read_exported(folder: Path) -> MatchingHead:
     facts = read_object(folder / CONFIG_FILE).get(CONFIG_KEY)
     if facts is None:
         raise CheckpointError(
-            f"{folder}: holds no matching head; train with the objective matching (m2-train +experiment=r2d2 does) "
+            f"{folder}: holds no matching head; train with the objective itm (m2-train +experiment=r2d2 does) "
             "and export that run with m2-export"
         )
     try:

@@ -62,13 +62,13 @@ def test_without_a_head_a_folder_is_what_it_was(export: Callable[[MatchingHead |
 
 def test_checkpoints(tmp_path: Path) -> None:
     head = nn.Linear(4, 1)
-    state = {f"objectives.itm.head.{name}": value for name, value in head.state_dict().items()}
+    state = {f"objectives.ranking.head.{name}": value for name, value in head.state_dict().items()}
     state["model.logit_scale"] = torch.zeros(())
     torch.save({"state_dict": state, "global_step": 3}, tmp_path / "last.ckpt")
-    found = read_head(tmp_path / "last.ckpt", name="itm", text_expert=True)
+    found = read_head(tmp_path / "last.ckpt", name="ranking", text_expert=True)
     assert found.text_expert
     assert torch.equal(found.linear.weight, head.weight)
-    with pytest.raises(CheckpointError, match=r"last\.ckpt: the checkpoint holds no objectives\.matching\.head"):
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: the checkpoint holds no objectives\.itm\.head"):
         read_head(tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="name the matching objective"):
         head_of_state(state, name="other")
