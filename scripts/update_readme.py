@@ -44,6 +44,9 @@ _FIGURES: Mapping[str, str] = {
     "cpu_ratio_2w": "the same with 2 workers",
     "plan_s": "600,000 shards of 10,000 samples: seconds from names to the first batch's places",
     "plan_peak_mb": "the same: peak memory of the process, MB",
+    "full_step_ratio": "a training step with hidden words and patches: time over that of the contrastive loss alone",
+    "mlm_memory_ratio": "vocabulary head, 115,244 pieces, 64 x 52 tokens: peak memory of all logits over ours",
+    "wwm_captions_per_s": "captions tokenised and masked by whole words, per second and core",
     "identical": "a million pairs curated: outputs of the local executor and of Ray are the same bytes",
     "comm_matches_formula": "bytes and collectives that ranks send equal the formula, in every setting counted",
 }

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+import yaml
 from torch.nn import functional
 
 from m2_encoder.cli import validate
@@ -17,7 +18,7 @@ from tests.support.readme import commands, inline_code, links, split_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS, PROSE = split_blocks((ROOT / "docs" / "objectives.md").read_text(encoding="utf-8"))
-TRAINING = [words for block in BLOCKS if block.kind == "bash" for words in commands(block)]
+COMMANDS = [words for block in BLOCKS if block.kind == "bash" for words in commands(block)]
 
 
 def test_every_objective_has_its_row() -> None:
@@ -26,14 +27,19 @@ def test_every_objective_has_its_row() -> None:
 
 
 def test_commands_are_valid(tmp_path: Path) -> None:
-    assert TRAINING
-    for words in TRAINING:
-        assert words[0] == "m2-train"
+    assert {words[0] for words in COMMANDS} == {"m2-train", "m2-evaluate"}
+    for words in (words for words in COMMANDS if words[0] == "m2-train"):
         with open_composer(ROOT / "conf", "train") as composer:
             composition = composer.compose([*words[1:], "logger=csv", f"run.folder={tmp_path}"])
         assert composition.problems == []
         problems = [line for line in validate.validate_train(composition.cfg) if "visual_tokenizer/export" not in line]
         assert problems == []  # but for the folder that the command before it writes
+
+
+def test_keys_of_evaluation_exist() -> None:
+    known = yaml.safe_load((ROOT / "conf" / "commands" / "evaluate.yaml").read_text(encoding="utf-8"))
+    for words in (words for words in COMMANDS if words[0] == "m2-evaluate"):
+        assert {word.partition("=")[0] for word in words[1:]} <= set(known)
 
 
 def test_named_files_and_links_exist() -> None:
