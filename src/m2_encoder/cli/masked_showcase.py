@@ -5,6 +5,7 @@ Each image is shown with its captions in the order of the page; `masked_batches`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +33,7 @@ PICTURE_FILE: Final = "masked.png"
 _ROWS: Final = 8
 _SPLITS: Final = ("heldout_style", "val")
 _HIDDEN_GREY: Final = 0.84
+_BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def draw_masked(
@@ -153,7 +155,17 @@ def _tell(
             words[-1] = Words(words[-1].text + piece, both)
         else:
             words.append(Words(piece if words else piece.lstrip(), is_right))
-    return PredictedCaption(caption, tuple(words))
+    return PredictedCaption(caption, tuple(Words(spell_bytes(word.text), word.is_right) for word in words))
+
+
+def spell_bytes(text: str) -> str:
+    """Runs of byte pieces (<0xE7><0xBB><0x83>) as the characters they spell; � for bytes that spell none."""
+
+    def spell(run: re.Match[str]) -> str:
+        values = bytes(int(value, 16) for value in _BYTE.findall(run[0]))
+        return re.sub("\N{REPLACEMENT CHARACTER}+", "\N{REPLACEMENT CHARACTER}", values.decode(errors="replace"))
+
+    return re.sub(rf"(?:{_BYTE.pattern})+", spell, text)
 
 
 def _to_uint8(images: Tensor) -> Tensor:

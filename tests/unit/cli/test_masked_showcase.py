@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from m2_encoder.cli import masked_showcase
-from m2_encoder.cli.masked_showcase import choose_rows, draw_masked
+from m2_encoder.cli.masked_showcase import choose_rows, draw_masked, spell_bytes
 from m2_encoder.data.evaluation_set import RetrievalSet
 from m2_encoder.evaluation.masked_page import MaskedRow
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -61,6 +61,19 @@ def draw(
     for objective in objectives.values():
         objective.build(config)
     return draw_masked(path, {"val": SET}, model=model, objectives=objectives, cfg=CFG), shown
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        ("<0xE7><0xBB><0x83>习", "练习"),
+        ("a <0xE7><0xE7><0x95><0x89> b", "a �畉 b"),
+        ("<0x41><0xE7>", "A�"),
+        ("<0xZZ> plain 中文", "<0xZZ> plain 中文"),
+    ],
+)
+def test_byte_pieces_are_spelt(pieces: str, shown: str) -> None:
+    assert spell_bytes(pieces) == shown
 
 
 def test_both_objectives_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
