@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from m2_encoder.distributed.gradients import whole_tensor
-from m2_encoder.models.m2_encoder import OPTIONAL_PARTS, M2Encoder
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.parts import OPTIONAL_PARTS
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.strategies.grouped_ddp import GroupedDDPStrategy
 from m2_encoder.strategies.grouped_fsdp import GroupedFSDPStrategy

@@ -17,7 +17,7 @@ from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, 
 from m2_encoder.training.micro_batches import split_rows
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.optim import build_optimizer, warmup_cosine
-from m2_encoder.types import ImageTextBatch, TextTokens
+from m2_encoder.types import ImageTextBatch, MaskedText, TextTokens
 from tests.support.models import small_config
 
 Numbers = dict[str, npt.NDArray[np.float64]]
@@ -71,19 +71,25 @@ def build_bench(objectives: Mapping[str, Objective], *, config: M2EncoderConfig 
 
 
 def make_batch(rows: int, captions: int, *, seed: int = 1, config: M2EncoderConfig = CONFIG) -> ImageTextBatch:
-    """Random pairs; some content comes twice, and captions differ in length."""
+    """Random pairs; some content comes twice, captions differ in length, and those of the second half hide no word."""
     generator = torch.Generator().manual_seed(seed)
     texts, side = rows * captions, config.image_size
     lengths = torch.randint(3, LENGTH + 1, (texts, 1), generator=generator)
+    images = torch.rand((rows, 3, side, side), generator=generator, dtype=torch.float64)
+    text = TextTokens(
+        torch.randint(5, config.vocab_size, (texts, LENGTH), generator=generator), torch.arange(LENGTH) < lengths
+    )
+    predicted = text.mask & (torch.rand(text.mask.shape, generator=generator) < 0.5)
+    predicted[texts // 2 :] = False
     return ImageTextBatch(
-        images=torch.rand((rows, 3, side, side), generator=generator, dtype=torch.float64),
-        text=TextTokens(
-            torch.randint(5, config.vocab_size, (texts, LENGTH), generator=generator), torch.arange(LENGTH) < lengths
-        ),
+        images=images,
+        text=text,
         language=torch.arange(texts) % 2,
         identity=torch.tensor([0, 1, 0, 2, 3, 1, 4, 5] * rows)[:rows],
         keys=tuple(map(str, range(rows))),
         sources=("test",) * rows,
+        masked_text=MaskedText(text.ids.masked_fill(predicted, 4), predicted),
+        patch_mask=torch.rand((rows, (side // config.patch_size) ** 2), generator=generator) < 0.4,
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -24,22 +23,12 @@ from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
 from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
 from m2_encoder.models.multiway import MultiwayEncoder
 from m2_encoder.models.packing import Packing, packs
+from m2_encoder.models.parts import is_part
 from m2_encoder.models.token_prediction import token_cross_entropy
 from m2_encoder.models.trimming import trim_text
 from m2_encoder.types import EncoderOutput, FusionOutput, HeadFeatures, TextTokens
 
 _UNUSED_NORM_EPS = 1e-6
-
-
-OPTIONAL_PARTS: dict[str, tuple[str, ...]] = {
-    "features": ("vl_image_proj.*", "vl_text_proj.*", "logit_scale"),
-    "backbone_features": ("image_proj.*", "text_proj.*", "logit_vl_scale"),
-    "mask_token": ("image_embed.mask_token",),
-    "vl_text_expert": ("vl_encoder.*.text_expert.*",),
-    "official_leftovers": ("pooler.*", "norm.*"),
-}
-"""Parameters, as name patterns, that not every objective trains. Training freezes the parts that no objective names: a
-parameter without a gradient would stall DDP and be decayed for nothing."""
 
 
 class M2Encoder(nn.Module):
@@ -90,7 +79,7 @@ class M2Encoder(nn.Module):
         init_heads(self.pooler, self.text_proj, self.image_proj, self.vl_text_proj, self.vl_image_proj)
 
     def freeze_parts(self, names: Iterable[str]) -> int:
-        """Stop training some of `OPTIONAL_PARTS`.
+        """Stop training some of `parts.PARTS`.
 
         Returns:
             How many parameters (scalars) were frozen.
@@ -102,9 +91,9 @@ class M2Encoder(nn.Module):
         return frozen
 
     def part_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """Parameters of some of `OPTIONAL_PARTS`."""
-        patterns = [pattern for name in names for pattern in OPTIONAL_PARTS[name]]
-        return [p for name, p in self.named_parameters() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        """Parameters of some of `parts.PARTS`."""
+        parts, layers = frozenset(names), self.config.num_vl_layers
+        return [p for name, p in self.named_parameters() if is_part(name, parts, num_vl_layers=layers)]
 
     # ------------------------------------------------------------------------------------------------- features
 

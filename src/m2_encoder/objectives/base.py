@@ -129,8 +129,9 @@ class Objective(nn.Module, ABC):
             at which it is 0 cost nothing. Step s counts the updates before it.
 
     Attributes:
-        optional_parts: names of `m2_encoder.models.m2_encoder.OPTIONAL_PARTS` that this objective trains. Parts that no
-            objective of a run names are frozen, so that no rank waits for a gradient that never comes.
+        optional_parts: names of `m2_encoder.models.parts.PARTS` that this objective trains beside those that all of its
+            kind do. Parts that no objective of a run names are frozen, so that no rank waits for a gradient that never
+            comes.
 
     Raises:
         UserError: for a weight or schedule that makes no sense.
@@ -147,6 +148,10 @@ class Objective(nn.Module, ABC):
 
     def build(self, shape: ModelShape) -> None:
         """Make parameters that depend on the model; called once, before the optimizer is made."""
+
+    def trained_parts(self) -> frozenset[str]:
+        """Names of `PARTS` that get a gradient of this objective."""
+        return self.optional_parts | {"features", "vision_expert_reader"}
 
     def weight_at(self, step: int) -> float:
         """The weight, times the schedule's factor before update `step` + 1."""
@@ -288,8 +293,11 @@ class LocalObjective(Objective):
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert
-        if text_expert:
-            self.optional_parts = self.optional_parts | {"vl_text_expert"}
+
+    def trained_parts(self) -> frozenset[str]:
+        """Names of `PARTS` that get a gradient of this objective."""
+        parts = self.optional_parts | fused_parts(text_expert=self.text_expert, reads=self.passes)
+        return parts | {"vision_expert_reader"} if "features" in parts else parts
 
     @abstractmethod
     def terms(self, passes: Passes) -> LocalTerms:
@@ -298,6 +306,19 @@ class LocalObjective(Objective):
     def forward(self, inputs: Passes) -> LocalTerms:  # type: ignore[override]  # the other kind of input
         """As `terms`."""
         return self.terms(inputs)
+
+
+def fused_parts(*, text_expert: bool, reads: Iterable[str]) -> frozenset[str]:
+    """Names of `PARTS` that states of image and text together train.
+
+    Args:
+        text_expert: whether texts take the text experts there.
+        reads: names of the `PASSES` whose states are wanted.
+    """
+    if not text_expert:
+        return frozenset({"vision_expert_reader"})
+    readers = {"vision_expert_reader" if name == "masked_image" else "text_expert_reader" for name in reads}
+    return frozenset({"vl_text_expert"} | readers)
 
 
 def check_schedule(schedule: Mapping[Any, Any]) -> dict[int, float]:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from m2_encoder.objectives.base import LocalTerms, Objective, ObjectiveInputs
+from m2_encoder.objectives.base import LocalTerms, Objective, ObjectiveInputs, fused_parts
 from m2_encoder.types import TextTokens
 
 
@@ -83,8 +83,10 @@ class PairObjective(Objective):
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert
-        if text_expert:
-            self.optional_parts = self.optional_parts | {"vl_text_expert"}
+
+    def trained_parts(self) -> frozenset[str]:
+        """Names of `PARTS` that get a gradient of this objective."""
+        return self.optional_parts | fused_parts(text_expert=self.text_expert, reads=["caption"])
 
     @abstractmethod
     def select(self, inputs: ObjectiveInputs) -> HardPairs:

@@ -18,7 +18,8 @@ from m2_encoder.distributed.gradients import clip_gradients
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.metrics import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
-from m2_encoder.models.m2_encoder import OPTIONAL_PARTS, M2Encoder
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.parts import PARTS
 from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.pairs import PairObjective
 from m2_encoder.objectives.report import report_step
@@ -85,7 +86,7 @@ class PretrainModule(lightning.LightningModule):
         if self._initial_state is not None:
             self.model.load_state_dict(self._initial_state)
             self._initial_state = None
-        frozen = self.model.freeze_parts(OPTIONAL_PARTS.keys() - self._trained_parts())
+        frozen = self.model.freeze_parts(PARTS.keys() - self._trained_parts())
         logger.info("%s parameters that no objective trains are frozen", f"{frozen:,}")
         strategy = None if self._trainer is None else self._trainer.strategy
         prepare = getattr(strategy, "parallelize", None)  # a strategy from elsewhere takes the model as it is
@@ -223,7 +224,7 @@ class PretrainModule(lightning.LightningModule):
         return sum(p.flatten()[0] * 0 for p in alone if not isinstance(p, DTensor))  # FSDP2 waits for nobody
 
     def _trained_parts(self) -> frozenset[str]:
-        """Names of `OPTIONAL_PARTS` that objectives train."""
+        """Names of `PARTS` that objectives train."""
         return _parts(self.trained_objectives().values())
 
     def _topology(self) -> ContrastiveTopology:
@@ -240,9 +241,4 @@ class PretrainModule(lightning.LightningModule):
 
 
 def _parts(objectives: Iterable[Objective]) -> frozenset[str]:
-    parts: set[str] = set()
-    for objective in objectives:
-        parts |= objective.optional_parts
-        if not isinstance(objective, LocalObjective | PairObjective):
-            parts.add("features")
-    return frozenset(parts)
+    return frozenset().union(*(objective.trained_parts() for objective in objectives))

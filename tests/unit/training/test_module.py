@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
-from m2_encoder.models.m2_encoder import OPTIONAL_PARTS
+from m2_encoder.models.parts import OPTIONAL_PARTS
 from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.strategies.single import LocalStrategy

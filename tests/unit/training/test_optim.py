@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from m2_encoder.errors import UserError
-from m2_encoder.models.m2_encoder import OPTIONAL_PARTS, M2Encoder
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.parts import OPTIONAL_PARTS
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
 from m2_encoder.training.optim import build_optimizer, parameter_groups, warmup_constant, warmup_cosine
 from tests.support.training import tiny_config
