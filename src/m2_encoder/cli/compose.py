@@ -26,6 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from m2_encoder.cli.missing import describe_missing
+from m2_encoder.cli.unchosen import drop_unchosen
 from m2_encoder.errors import UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
@@ -168,6 +169,7 @@ class Composer:
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(self._explain(error)) from error
         OmegaConf.set_struct(cfg, False)
+        drop_unchosen(cfg, self.folder)
         return cfg
 
     def _explain(self, error: Exception) -> str:

@@ -312,6 +312,7 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
         if node is not UNSET and not isinstance(node, Mapping):
             fix = "choose an option with group=option when composing from conf/, or set single keys"
             problems.append(Problem(group, f"{group}={show(node)}: must be a mapping of keys; {fix}"))
+    problems += _check_objectives(cfg.get("objective"))
     run, model, cluster = (cfg.get(name) for name in ("run", "model", "cluster"))
     if isinstance(run, Mapping):
         problems += _check_keys("run", run, RUN_KEYS, required=RUN_KEYS)
@@ -321,6 +322,17 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
         name = cluster.get("name")
         allowed = CLUSTER_KEYS.get(name, CLUSTER_KEYS["slurm"]) if isinstance(name, str) else CLUSTER_KEYS["slurm"]
         problems += _check_keys("cluster", cluster, allowed, required=("name",))
+    return problems
+
+
+def _check_objectives(objectives: Any) -> list[Problem]:
+    """Entries from which nothing could be built."""
+    problems = []
+    for name, value in (objectives if isinstance(objectives, Mapping) else {}).items():
+        if not isinstance(value, Mapping) or "_target_" not in value:
+            key = f"objective.{name}"
+            fix = f"choose {name} in objective=[...] if there is such an option, or name its class in {key}._target_"
+            problems.append(Problem(key, f"{key}={show(value)}: must have a _target_; {fix}"))
     return problems
 
 
