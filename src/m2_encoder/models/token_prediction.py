@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m2_encoder.errors import UserError
+
 _TILE_BYTES = 64 << 20
 """Of the logits that exist at a time."""
 
@@ -29,7 +31,8 @@ def token_cross_entropy(states: Tensor, table: Tensor, bias: Tensor, targets: Te
 
     Returns:
         Losses, (M,), fp32 (fp64 for fp64), differentiable by states, table and bias; and whether the target scored
-        highest, (M,) bool. Products are in the dtype that autocast asks for, all sums in fp32 at least.
+        highest, (M,) bool. Products are in the dtype that autocast asks for, all sums in fp32 at least. Gradients
+        cannot be differentiated in turn: `create_graph=True` is refused with a `UserError`.
     """
     dtype = states.dtype
     device = states.device.type
@@ -48,7 +51,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         hits = torch.empty(len(states), dtype=torch.bool, device=states.device)
         weight = table.to(states.dtype)
         tiles = _tiles(len(states), len(table))
-        ctx.kept = None
+        kept: tuple[Tensor, ...] = ()
         for start, stop in tiles:
             logits = _logits(states[start:stop], weight, bias, wide)
             highest = logits.amax(dim=1)
@@ -58,15 +61,19 @@ class _TokenCrossEntropy(torch.autograd.Function):
             losses[start:stop] = logsumexp[start:stop] - own
             hits[start:stop] = own >= highest
             if len(tiles) == 1:
-                ctx.kept = logits, highest
-        ctx.save_for_backward(states, table, bias, targets, logsumexp)
+                kept = logits, highest
+        # Saved as any activation is: checkpointing forgets it and makes it again.
+        ctx.save_for_backward(states, table, bias, targets, logsumexp, *kept)
+        ctx.is_spent = not kept
         ctx.mark_non_differentiable(hits)
         ctx.set_materialize_grads(False)
         return losses, hits
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        states, table, bias, targets, logsumexp = ctx.saved_tensors
+        if torch.is_grad_enabled():  # torch would take what is computed here for constant, and leave terms out
+            raise UserError("the loss of tokens has no second derivative; call backward with create_graph=False")
+        states, table, bias, targets, logsumexp, *kept = ctx.saved_tensors
         upstream = gradients[0]
         if upstream is None:
             return None, None, None, None
@@ -74,15 +81,15 @@ class _TokenCrossEntropy(torch.autograd.Function):
         weight = table.to(states.dtype)
         wants_states, wants_table, wants_bias = ctx.needs_input_grad[:3]
         of_states = torch.empty_like(states) if wants_states else None
-        of_table = torch.zeros_like(table) if wants_table else None
+        of_table = torch.zeros_like(table, dtype=torch.promote_types(table.dtype, wide)) if wants_table else None
         of_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if wants_bias else None
         for start, stop in _tiles(len(states), len(table)):
-            if ctx.kept is None:
+            if ctx.is_spent:
                 tile = _logits(states[start:stop], weight, bias, wide)
                 tile.sub_(logsumexp[start:stop, None]).exp_()
             else:
-                tile, highest = ctx.kept
-                ctx.kept = None
+                tile, highest = kept[0].data, kept[1]  # of no version: a second backward is told that it is spent
+                ctx.is_spent = True
                 tile.mul_((highest - logsumexp).exp_()[:, None])
             tile[torch.arange(stop - start, device=tile.device), targets[start:stop]] -= 1
             tile.mul_(upstream[start:stop, None])
@@ -96,7 +103,12 @@ class _TokenCrossEntropy(torch.autograd.Function):
                     of_table.addmm_(product.t(), states[start:stop])
                 else:
                     of_table += product.t() @ states[start:stop]
-        return of_states, of_table, None if of_bias is None else of_bias.to(bias.dtype), None
+        return (
+            of_states,
+            None if of_table is None else of_table.to(table.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None,
+        )
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:

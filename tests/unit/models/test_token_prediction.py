@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from m2_encoder.errors import UserError
 from m2_encoder.models import token_prediction
 from m2_encoder.models.token_prediction import token_cross_entropy
+from m2_encoder.training.micro_batches import encode_pieces
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -64,6 +66,64 @@ def test_half_precision_products_sum_in_fp32() -> None:
     for own, wanted in zip(found, torch.autograd.grad(expected.mean(), [states, table, bias]), strict=True):
         assert own.dtype == torch.float32
         assert (own - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_gradients_of_a_table_in_half_precision_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_prediction, "_TILE_BYTES", 2 * 4 * 500)  # two rows a tile: 300 sums
+    states, table, bias, targets = draw(600, vocab=500, width=16, dtype=torch.float32)
+    half = [part.detach().bfloat16().requires_grad_() for part in (states, table, bias)]
+    wide = [part.detach().float().requires_grad_() for part in half]
+    losses, _ = token_cross_entropy(half[0], half[1], half[2], targets)
+    found = torch.autograd.grad(losses.mean(), half)
+    expected = torch.autograd.grad(plain(wide[0], wide[1], wide[2], targets)[0].mean(), wide)
+    for own, wanted in zip(found, expected, strict=True):
+        assert own.dtype == torch.bfloat16
+        assert (own - wanted).norm() < 0.005 * wanted.norm()
+
+
+@pytest.mark.parametrize("rows_of_a_tile", [3, 100])
+def test_backward_comes_twice_but_not_of_itself(rows_of_a_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_prediction, "_TILE_BYTES", rows_of_a_tile * 4 * 50)
+    states, table, bias, targets = draw(7)
+    losses, _ = token_cross_entropy(states, table, bias, targets)
+    first = torch.autograd.grad(losses.sum(), [states, table, bias], retain_graph=True)
+    for own, wanted in zip(torch.autograd.grad(losses.sum(), [states, table, bias]), first, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-12, atol=1e-13)
+    losses, _ = token_cross_entropy(states, table, bias, targets)
+    with pytest.raises(UserError, match="no second derivative; call backward with create_graph=False"):
+        torch.autograd.grad(losses.sum(), states, create_graph=True)
+
+
+def test_pieces_that_are_computed_again_keep_no_tile() -> None:
+    states, table, bias, targets = draw(64, vocab=20_000, dtype=torch.float32)
+
+    def piece(rows: Tensor) -> tuple[Tensor, ...]:
+        return token_cross_entropy(rows, table, bias, targets)
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        losses, _ = encode_pieces(piece, [states * factor for factor in (1.0, 0.5)], recompute=True)
+    events = measured.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    assert held < 64 * 20_000 * 4 / 10
+    found = torch.autograd.grad(losses.sum(), states)[0]
+    expected = sum(plain(states * factor, table, bias, targets)[0].sum() for factor in (1.0, 0.5))
+    torch.testing.assert_close(found, torch.autograd.grad(expected, states)[0])
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+def test_values_that_are_not_finite_are_those_of_torch(value: float) -> None:
+    states, table, bias, targets = draw(6, dtype=torch.float32)
+    with torch.no_grad():
+        bias[int(targets[0])] = value
+    (losses, hits), (expected, _) = (
+        token_cross_entropy(states, table, bias, targets),
+        plain(states, table, bias, targets),
+    )
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+    assert not hits[0] or value == torch.inf
+    found = torch.autograd.grad(losses.sum(), [states, table, bias])
+    for own, wanted in zip(found, torch.autograd.grad(expected.sum(), [states, table, bias]), strict=True):
+        torch.testing.assert_close(own, wanted, equal_nan=True)
 
 
 def test_extreme_logits_stay_finite() -> None:

@@ -1,4 +1,4 @@
-"""What trains in a run: every parameter that wants a gradient gets one, in whatever company, or DDP would wait for it."""
+"""What trains: every parameter that wants a gradient gets one, in whatever company, or DDP would wait for it."""
 
 from __future__ import annotations
 
