@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,9 +48,12 @@ class BatchMasking:
         self._vocabulary = MaskVocabulary.of(tokenizer)
         self._patches = None
         if patch_ratio is not None:
-            count = round(patch_ratio * grid * grid)
+            count = round(patch_ratio * grid * grid) if math.isfinite(patch_ratio) else 0
             if not 0 < count < grid * grid:
-                raise UserError(f"mask_ratio={patch_ratio} hides {count} of the {grid * grid} patches; some must be")
+                raise UserError(
+                    f"mask_ratio={patch_ratio} hides {count} of the {grid * grid} patches; it must hide at least one "
+                    "and not all"
+                )
             self._patches = BlockMasking(grid, count=count)
 
     @property

@@ -83,7 +83,10 @@ class MaskedImage(LocalObjective):
         patches = (shape.image_size // shape.patch_size) ** 2
         self._count = round(self._mask_ratio * patches)
         if not 0 < self._count < patches:
-            raise UserError(f"mask_ratio={self._mask_ratio} hides {self._count} of the {patches} patches; some must be")
+            raise UserError(
+                f"mask_ratio={self._mask_ratio} hides {self._count} of the {patches} patches; it must hide at least "
+                "one and not all"
+            )
 
     def choose(self, passes: Passes) -> Tensor:
         """Which patches are hidden, (b, patches) bool."""

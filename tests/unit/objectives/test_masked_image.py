@@ -65,7 +65,7 @@ def make_bench(kind: str, masking: Any, **topology: Any) -> Bench:
 def batch_of(masking: str) -> ImageTextBatch:
     batch = make_batch(ROWS, CAPTIONS)
     mask = torch.rand((ROWS, PATCHES), generator=torch.Generator().manual_seed(4)) < 0.4
-    return batch._replace(patch_mask=mask) if masking == "block" else batch
+    return batch._replace(patch_mask=mask if masking == "block" else None)
 
 
 def plain_mask(model: M2Encoder, batch: ImageTextBatch, row: int) -> Tensor:
