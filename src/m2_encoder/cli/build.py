@@ -88,6 +88,8 @@ def build_masking(
         wanted[key] = next(iter(values.values()), None)
     if wanted["word_ratio"] is None and wanted["patch_ratio"] is None:
         return None
+    if wanted["user_dictionary"] is not None:
+        wanted["user_dictionary"] = str(find_path(wanted["user_dictionary"]))
     return BatchMasking(tokenizer, grid=config.image_size // config.patch_size, **wanted)
 
 

@@ -43,6 +43,7 @@ from m2_encoder.cli.compose import HYDRA_VERSION_BASE, Composer, Composition, op
 from m2_encoder.cli.help import read_values, render_help
 from m2_encoder.cli.paths import anchor, find_conf
 from m2_encoder.cli.sweeps import expand_sweep, is_sweep_line, job_name, sweep_problems
+from m2_encoder.cli.unchosen import drop_unchosen
 from m2_encoder.errors import UserError
 
 EXIT_USER_ERROR: Final = 2
@@ -157,7 +158,7 @@ def _run(command: Command, argv: Sequence[str]) -> int:
         plan = _plan(command, arguments, composer)
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
     sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
-    job = _Job(command, plan.constant_lines)
+    job = _Job(command, plan.constant_lines, folder)
     hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
     return job.exit_code
 
@@ -242,8 +243,8 @@ def _hydra_line(key: str, value: str) -> str:
 class _Job:
     """What Hydra calls with the composed configuration of one job."""
 
-    def __init__(self, command: Command, constant_lines: Sequence[str]) -> None:
-        self._command = command
+    def __init__(self, command: Command, constant_lines: Sequence[str], folder: Path) -> None:
+        self._command, self._folder = command, folder
         self._constant = list(constant_lines)
         self.exit_code = 0
 
@@ -251,6 +252,7 @@ class _Job:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
         plain = {str(key): value for key, value in values.items()}
+        drop_unchosen(plain, self._folder)
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN:
             name = _rename(self._command, plain, list(settings.overrides.task), self._constant)

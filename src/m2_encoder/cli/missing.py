@@ -10,6 +10,8 @@ _PLACEHOLDERS: Final = {
     "name": "NAME",
     "output": "PATH",
     "shards": "PATHS",
+    "targets.tokenizer": "FOLDER (a visual tokenizer's, such as outputs/visual_tokenizer/export)",
+    "teacher": "FOLDER (of m2-export)",
     "tokenizer": "FILE (the SentencePiece model of the weights, such as the official sp.model)",
 }
 
@@ -43,4 +45,5 @@ def describe_missing(keys: Sequence[str]) -> list[str]:
 
 
 def _placeholder(key: str) -> str:
-    return _PLACEHOLDERS.get(key.rpartition(".")[2], "VALUE")
+    parts = key.split(".")
+    return _PLACEHOLDERS.get(".".join(parts[-2:])) or _PLACEHOLDERS.get(parts[-1], "VALUE")

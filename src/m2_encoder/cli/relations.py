@@ -18,8 +18,9 @@ from m2_encoder.cli.build import build_model_config, build_tokenizer
 from m2_encoder.cli.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
 from m2_encoder.cli.known import Known, count_devices, count_ranks, make_problem, run_check
 from m2_encoder.cli.main import default_run_folder, is_first_rank
+from m2_encoder.cli.objective_relations import OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS
 from m2_encoder.cli.paths import anchor
-from m2_encoder.cli.rules import Problem, show
+from m2_encoder.cli.rules import Problem
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.cli.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
 from m2_encoder.cli.task_relations import TASK_CHECKS, TASK_PLACE_CHECKS
@@ -27,7 +28,6 @@ from m2_encoder.data.emoji import load_emoji_concepts
 from m2_encoder.distributed.topology import divisors, resolve_group_size
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
-from m2_encoder.objectives.base import check_schedule, find_pause
 
 MAX_CPU_RANKS: Final = 8
 _EMOJI_TARGET: Final = "m2_encoder.data.datamodule.EmojiDataModule"
@@ -106,65 +106,6 @@ def _check_steps(known: Known) -> Iterator[Problem]:
     if warmup > steps:
         fix = f"for example scheduler.warmup_steps={steps // 10}"
         yield make_problem("scheduler.warmup_steps", warmup, f"must be in 0..trainer.max_steps={steps}", fix)
-
-
-def _check_objectives(known: Known) -> Iterator[Problem]:
-    objectives = known("objective")
-    weights = [known(f"objective.{name}.weight", 1.0) for name in objectives]
-    if weights and not any(weights):
-        names = ", ".join(objectives)
-        fix = f"for example objective.{next(iter(objectives))}.weight=1.0"
-        yield Problem("objective", f"objective.*.weight=0: must be above 0 for at least one of {names}; {fix}")
-
-
-def _check_schedules(known: Known) -> Iterator[Problem]:
-    """Some objective must count at every step."""
-    weighted = [name for name in known("objective") if known(f"objective.{name}.weight", 1.0)]
-    schedules = {name: known(f"objective.{name}.schedule", None) for name in weighted}
-    pause = find_pause(None if schedule is None else check_schedule(schedule) for schedule in schedules.values())
-    if schedules and pause is not None and pause < known("trainer.max_steps"):
-        name, schedule = next(iter(schedules.items()))
-        rule = f"must not be 0 at step {pause}, where no other objective counts, either"
-        fix = f"give a factor above 0 there, or objective.{name}.schedule=null"
-        yield make_problem(f"objective.{name}.schedule", show(schedule), rule, fix)
-
-
-def _check_shared_passes(known: Known) -> Iterator[Problem]:
-    """Objectives that share a pass must want the same of it."""
-    for key, targets in (("mask_ratio", "masked words or patches"), ("text_expert", "the pass of image and text")):
-        by_target: dict[str, tuple[str, Any]] = {}
-        for name in known("objective"):
-            value = known(f"objective.{name}.{key}", None)
-            kind = str(known(f"objective.{name}._target_", name)) if key == "mask_ratio" else ""
-            if value is None:
-                continue
-            first, wanted = by_target.setdefault(kind, (name, value))
-            if value != wanted:
-                rule = f"must be that of objective.{first}, {show(wanted)}: they share {targets}"
-                fix = f"use objective.{name}.{key}={show(wanted)}"
-                yield make_problem(f"objective.{name}.{key}", show(value), rule, fix)
-
-
-def _check_captions(known: Known) -> Iterator[Problem]:
-    """Objectives that compare the captions of an image need several of them."""
-    if known("data.captions.every_language", True):
-        return
-    for name in known("objective"):
-        target = str(known(f"objective.{name}._target_", ""))
-        key = f"objective.{name}.teacher_language"
-        if known(key, None) is not None:
-            rule = "needs captions in every language (data.captions.every_language=false)"
-            yield make_problem(key, known(key), rule, "use data.captions.every_language=true, or null")
-        elif target.endswith(".TextContrast"):
-            rule = f"must be true: objective.{name} compares the captions of an image"
-            yield make_problem("data.captions.every_language", "false", rule, "use data.captions.every_language=true")
-
-
-def _check_one_sided(known: Known) -> Iterator[Problem]:
-    for name in known("objective"):
-        if known(f"objective.{name}.one_sided", False) and not known(f"objective.{name}.equal_rows", True):
-            rule = f"must be false where ranks may differ in rows (objective.{name}.equal_rows=false)"
-            yield make_problem(f"objective.{name}.one_sided", "true", rule, f"use objective.{name}.equal_rows=true")
 
 
 def _check_devices(known: Known) -> Iterator[Problem]:
@@ -311,11 +252,8 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_weights,
     _check_tokenizer,
     _check_steps,
-    _check_objectives,
-    _check_schedules,
-    _check_shared_passes,
-    _check_captions,
-    _check_one_sided,
+    *OBJECTIVE_CHECKS,
+    *OBJECTIVE_PLACE_CHECKS,
     _check_devices,
     _check_ranks,
     _check_groups,
@@ -331,7 +269,9 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_resumed_model,
 )
 
-_MACHINE_CHECKS: Final = (_check_devices, _check_cluster, *DATA_PLACE_CHECKS, *TASK_PLACE_CHECKS)
+_MACHINE_CHECKS: Final = (
+    _check_devices, _check_cluster, *OBJECTIVE_PLACE_CHECKS, *DATA_PLACE_CHECKS, *TASK_PLACE_CHECKS,
+)  # fmt: skip
 
 
 def _size(known: Known, field: str) -> int:

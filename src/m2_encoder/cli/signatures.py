@@ -15,6 +15,8 @@ from m2_encoder.cli.rules import Problem, is_number, is_whole, show
 _SPECIAL_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
 # Classes whose **kwargs go to something other than their parent.
 _PASSED_ON: Final = (("lightning.pytorch.strategies.ddp", "DDPStrategy", "torch.nn.parallel.DistributedDataParallel"),)
+# Takes *args and **kwargs, and refuses any.
+_TAKES_NOTHING: Final = (("torch.nn.modules.module", "Module"),)
 _PLAIN_TYPES: Final[dict[Any, Callable[[Any], bool]]] = {
     None: lambda value: value is None,
     type(None): lambda value: value is None,
@@ -105,6 +107,8 @@ def _parameters(called: Any) -> dict[str, inspect.Parameter]:
         owners = [cls for cls in called.__mro__ if "__init__" in vars(cls) and cls is not object]
     found: dict[str, inspect.Parameter] = {}
     for owner in owners:
+        if (owner.__module__, getattr(owner, "__name__", "")) in _TAKES_NOTHING:
+            return found
         function = vars(owner)["__init__"] if inspect.isclass(owner) else owner
         function = inspect.unwrap(function)
         own = list(inspect.signature(function).parameters.values())[1 if inspect.isclass(owner) else 0 :]

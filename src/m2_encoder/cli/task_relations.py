@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from m2_encoder.cli.known import Known, count_ranks, make_problem
+from m2_encoder.cli.objective_relations import counting
 from m2_encoder.cli.path_values import find_path
 from m2_encoder.cli.rules import Problem, show
 
@@ -40,7 +41,7 @@ def _check_tokenizer_task(known: Known) -> Iterator[Problem]:
 
 def _check_visual_tokenizer(known: Known) -> Iterator[Problem]:
     """A run that reads one needs it."""
-    for name in known("objective"):
+    for name in counting(known):
         key = f"objective.{name}.targets.tokenizer"
         folder = known(key, None)
         if folder is not None and not find_path(folder).is_dir():

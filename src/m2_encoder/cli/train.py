@@ -59,6 +59,7 @@ METRICS_FILE: Final = "metrics.jsonl"
 _PATH_KEYS: Final = (
     "run.folder", "data.folder", "data.cache.folder", "model.weights", "model.tokenizer",
     "objective.distillation.teacher", "objective.distillation.teacher_weights", "objective.cmim.targets.tokenizer",
+    "objective.cmlm.user_dictionary",
 )  # fmt: skip
 _SHARDS_KEY: Final = re.compile(r"\+*data\.sources\.[^.=]+\.shards")
 _VALIDATION_KEY: Final = re.compile(r"\+*data\.validation\.[^.=]+")

@@ -6,29 +6,29 @@ choice on the command line, as in `+experiment=emoji_full 'objective=[itc]'`, wa
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
-from omegaconf import DictConfig
 
 _GROUP: Final = "objective"
 
 
-def drop_unchosen(cfg: DictConfig, folder: Path) -> None:
+def drop_unchosen(cfg: MutableMapping[Any, Any], folder: Path) -> None:
     """Removes such values in place.
 
     What is left of an option that was not chosen has no `_target_`, and its key is that of an option's file. Keys that
     no file has stay: they are mistakes, which validation names.
 
     Args:
-        cfg: composed, not in struct mode.
+        cfg: composed, plain or not in struct mode.
         folder: of the configurations.
     """
     node = cfg.get(_GROUP)
-    if not isinstance(node, DictConfig):
+    if not isinstance(node, MutableMapping):
         return
-    left = [key for key, value in node.items() if isinstance(value, DictConfig) and "_target_" not in value]
+    left = [key for key, value in node.items() if isinstance(value, MutableMapping) and "_target_" not in value]
     known = _keys_of_options(folder / _GROUP) if left else set()
     for key in left:
         if key in known:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from m2_encoder.cli import validate
+from m2_encoder.cli import train, validate
 from m2_encoder.cli.compose import Composition, open_composer
+from m2_encoder.cli.main import run_command
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
@@ -29,6 +32,14 @@ def test_what_stays_chosen_keeps_its_values(tmp_path: Path) -> None:
     found = compose(CONF, "+experiment=emoji_full", "objective=[cmlm,itc]", f"run.folder={tmp_path}")
     assert found.cfg["objective"]["cmlm"]["weight"] == 0.1
     assert set(found.cfg["objective"]) == {"cmlm", "itc"}
+
+
+def test_the_command_sees_the_same(tmp_path: Path) -> None:
+    """Hydra composes once more for the job itself."""
+    seen: list[dict[str, Any]] = []
+    command = dataclasses.replace(train.COMMAND, run=seen.append)
+    assert run_command(command, ["+experiment=emoji_full", "objective=[itc]", f"run.folder={tmp_path}"]) == 0
+    assert list(seen[0]["objective"]) == ["itc"]
 
 
 def test_values_on_the_command_line_must_be_of_chosen_ones() -> None:
