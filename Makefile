@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST    := OMP_NUM_THREADS=$(THREADS) $(BIN)/pytest -q
 MEASURED  := $(VENV)/.benchmark
 BENCHES   := benchmark-encode benchmark-contrastive benchmark-data benchmark-data_plan benchmark-curation \
-             benchmark-objective_mixtures
+             benchmark-objectives benchmark-objective_mixtures
 
 ##@ Start here
 
