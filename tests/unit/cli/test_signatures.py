@@ -98,6 +98,12 @@ def test_keyword_arguments_are_followed_to_the_parent() -> None:
     assert "did you mean rate" in problem
 
 
+def test_modules_without_a_constructor_take_nothing() -> None:
+    node = {"_target_": "m2_encoder.objectives.patch_targets.NormalizedPixels", "tokenizer": "x"}
+    (problem,) = check_targets({"node": node}, given={}, skip=lambda _: False)
+    assert problem.text.startswith("node.tokenizer=x: unknown argument")
+
+
 @pytest.mark.parametrize(
     "target", ["signature_targets.Nothing", "no.such.module", "signature_targets.value", 3, "", "."]
 )
