@@ -16,6 +16,8 @@ from m2_encoder.objectives.base import Objective, ObjectiveInputs
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.distillation import Distillation
+from m2_encoder.objectives.masked_image import MaskedImage
+from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.matching import Matching
 from m2_encoder.objectives.pairs import HardPairs
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
@@ -66,6 +68,17 @@ def mixture() -> Objectives:
     }
 
 
+def published() -> Objectives:
+    """Contrast, hidden words, of which the second rank has none, and hidden patches."""
+    return {"itc": ImageTextContrastive(), "cmlm": MaskedLanguage(weight=0.5), "cmim": MaskedImage()}
+
+
+def text_experts() -> Objectives:
+    """Local objectives alone, with texts in the text experts."""
+    image = MaskedImage(masking="attentive", mask_ratio=0.5, text_expert=True)
+    return {"cmlm": MaskedLanguage(decoder="own", text_expert=True), "cmim": image}
+
+
 CASES: dict[str, tuple[Callable[[], Objectives], int]] = {
     "captioning": (lambda: {"captioning": Captioning(decoder="own")}, 2),
     "sigmoid": (lambda: {"sigmoid": SigmoidContrastive(initial_bias=-2.0)}, 2),
@@ -74,6 +87,8 @@ CASES: dict[str, tuple[Callable[[], Objectives], int]] = {
     "matching": (lambda: {"matching": BlockMatching()}, 2),
     "distillation": (distillation, 2),
     "mixture": (mixture, 1),
+    "published mixture": (published, 2),
+    "text experts": (text_experts, 1),
 }
 PIECES = ((1, True), (2, False), (4, True))
 

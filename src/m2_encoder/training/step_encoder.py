@@ -130,11 +130,11 @@ def mean_terms(terms: Mapping[str, LocalTerms]) -> dict[str, ObjectiveOutput]:
     if not terms:
         return {}
     counts = torch.stack([each.counts.sum().to(each.sums.dtype) for each in terms.values()])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks > 1:
         dist.all_reduce(counts)
-        counts = counts / dist.get_world_size()
     outputs = {}
-    for (name, each), count in zip(terms.items(), counts.clamp(min=torch.finfo(counts.dtype).tiny), strict=True):
+    for (name, each), count in zip(terms.items(), counts.clamp(min=1) / ranks, strict=True):
         own = each.counts.clamp(min=1)
         outputs[name] = ObjectiveOutput(
             loss=each.sums.sum() / count,

@@ -151,6 +151,16 @@ def test_scores_and_losses_by_caption(batch: ImageTextBatch) -> None:
     assert 0 <= whole.scores["accuracy"].min() <= whole.scores["accuracy"].max() <= 1
 
 
+def test_no_term_at_all_is_a_loss_of_nothing() -> None:
+    losses = torch.ones(3, requires_grad=True)
+    terms = LocalTerms(losses * torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+    found = mean_terms({"nothing": terms})["nothing"]
+    (10 * found.loss).backward()
+    assert found.loss == 0
+    assert losses.grad is not None
+    assert torch.equal(losses.grad, torch.zeros(3)), "the reciprocal of a tiny number, times 0"
+
+
 def test_passes_that_nobody_named_are_refused(batch: ImageTextBatch) -> None:
     class Greedy(LocalObjective):
         def terms(self, passes: Passes) -> LocalTerms:
