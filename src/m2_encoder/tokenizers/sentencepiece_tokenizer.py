@@ -115,6 +115,13 @@ class SentencePieceTokenizer:
         return int(self._processor.unk_id())
 
     @property
+    def textless_ids(self) -> frozenset[int]:
+        """Ids that the model gives to no text: its control pieces, such as `<s>`, and those it marks as unused."""
+        processor, ids = self._processor, list(range(self.vocab_size))
+        flags = zip(ids, processor.is_control(ids), processor.is_unused(ids), strict=True)
+        return frozenset(index for index, is_control, is_unused in flags if is_control or is_unused)
+
+    @property
     def model_bytes(self) -> bytes:
         """Content of the SentencePiece file."""
         return self._model_bytes

@@ -36,7 +36,7 @@ NO_WORD = -1
 """Word number of pieces that are no part of a word."""
 
 _SPACE = "▁"  # how SentencePiece writes it
-_SPECIAL = re.compile(r"\[[A-Za-z]+\]|<\|\w+\|>|</?\w+>")
+_SPECIAL = re.compile(r"\[[A-Za-z]\w*\]|<\|\w+\|>|</?\w+>")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _FIRST_HAN, _LAST_HAN = HAN[0], HAN[-1]
 # Ideographs that jieba does not know, each a word: 々 and 〇, extensions, compatibility ideographs.
@@ -226,11 +226,12 @@ def special_ids(tokenizer: SentencePieceTokenizer) -> frozenset[int]:
     """Ids of pieces that are signs for a model and no text: `[CLS]`, `<|blank_2|>`, `</s>` and such.
 
     Never masked, and never put in a word's place. SentencePiece marks few of them as control pieces, since literal text
-    may ask for them, so it goes by their form: a name in square brackets or in `<>`. Pieces of bytes are text.
+    may ask for them, so it goes by their form, too: a name in square brackets or in `<>`. Pieces of bytes are text.
     """
     pieces = tokenizer.pieces(range(tokenizer.vocab_size))
     named = (index for index, piece in enumerate(pieces) if _SPECIAL.fullmatch(piece) and not _BYTE.fullmatch(piece))
-    return frozenset((*named, tokenizer.unknown_id, tokenizer.cls_id, tokenizer.end_id, tokenizer.mask_id))
+    own = (tokenizer.unknown_id, tokenizer.cls_id, tokenizer.end_id, tokenizer.mask_id)
+    return frozenset((*named, *tokenizer.textless_ids, *own))
 
 
 def _rebuild(tokenizer: SentencePieceTokenizer, user_dictionary: str | None, use_model: bool) -> WordSegmenter:

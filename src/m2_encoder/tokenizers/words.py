@@ -47,11 +47,14 @@ def load_jieba(user_dictionary: str | None = None) -> Any:
         A `jieba.Tokenizer` with its dictionary in memory.
 
     Raises:
-        UserError: if the file cannot be read or is no such dictionary.
+        UserError: if the file cannot be read or is no such dictionary, or if jieba is not installed.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of jieba 0.42 itself: old escapes, an old way to find its files
-        import jieba
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of jieba 0.42 itself: old escapes, an old way to find its files
+            import jieba
+    except ImportError as error:
+        raise UserError("Chinese words are found by jieba, which is not installed; pip install jieba") from error
     jieba.setLogLevel(logging.WARNING)
     segmenter = jieba.Tokenizer()
     segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())

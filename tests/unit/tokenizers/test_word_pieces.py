@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
 from m2_encoder.data.emoji import load_emoji_tokenizer_model
@@ -143,6 +145,25 @@ def test_special_ids(segmenter: WordSegmenter) -> None:
 
 def test_special_ids_of_the_official_tokenizer(official: WordSegmenter) -> None:
     assert special_ids(official.tokenizer) == {0, 1, 2, 3, *range(50000, 50020)}
+
+
+def test_pieces_that_no_text_has_are_special_whatever_their_name() -> None:
+    """A model of somebody else's, with control pieces and numbered spare ones."""
+    content = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat on the mat", "a dog in the sun", "[1] one"] * 20),
+        model_writer=content,
+        vocab_size=45,
+        hard_vocab_limit=False,
+        user_defined_symbols=["[CLS]", "[MASK]", "<|endoftext|>", "[unused12]", "[1]"],
+        control_symbols=["PADDING", "<sep-1>"],
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(content.getvalue())
+    names = set(tokenizer.pieces(sorted(special_ids(tokenizer))))
+    assert names == {
+        "<unk>", "<s>", "</s>", "[CLS]", "[MASK]", "<|endoftext|>", "[unused12]", "PADDING", "<sep-1>",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "path"), [("segmenter", EMOJI_FILE), ("official", OFFICIAL_FILE)])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
+from m2_encoder.errors import UserError
 from m2_encoder.tokenizers import words
 
 
@@ -28,3 +30,9 @@ def test_own_dictionary_leaves_no_cache_behind(monkeypatch: pytest.MonkeyPatch, 
     words._segmenter.cache_clear()
     words.count_words("图片", "zh")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_jieba_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(UserError, match="pip install jieba"):
+        words.load_jieba()
