@@ -23,13 +23,14 @@ from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.distillation import Distillation
 from m2_encoder.objectives.masked_image import MaskedImage
+from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.matching import Matching
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
 from m2_encoder.objectives.soft_targets import SoftTargetContrastive
 from m2_encoder.objectives.text_contrast import TextContrast
 from m2_encoder.strategies.grouped_ddp import GroupedDDPStrategy
 from m2_encoder.strategies.grouped_fsdp import GroupedFSDPStrategy
-from m2_encoder.types import ImageTextBatch, TextTokens
+from m2_encoder.types import ImageTextBatch, MaskedText, TextTokens
 from tests.support.models import random_model
 from tests.support.ranks import run_lightning_ranks
 from tests.support.training import LIGHTNING_WARNINGS, make_module, make_trainer, tiny_config
@@ -71,6 +72,7 @@ def build_objectives() -> dict[str, Objective]:
         "soft_targets": SoftTargetContrastive(),
         "text_contrast": TextContrast(weight=0.3),
         "captioning": Captioning(weight=0.5),
+        "cmlm": MaskedLanguage(weight=0.5),
         "cmim": MaskedImage(masking="attentive", mask_ratio=0.5),
         "matching": Matching(schedule={0: 0, 1: 1}),  # pauses in the first step
         "distillation": distillation,
@@ -81,13 +83,18 @@ def make_rows(rank: int, step: int) -> ImageTextBatch:
     generator = torch.Generator().manual_seed(100 * step + rank)
     texts, length = ROWS * CAPTIONS, 8 - rank  # ranks pad to different lengths
     lengths = torch.randint(3, length + 1, (texts, 1), generator=generator)
+    images = torch.randint(0, 256, (ROWS, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    ids, mask = torch.randint(5, 90, (texts, length), generator=generator), torch.arange(length) < lengths
+    predicted = mask & (torch.rand(mask.shape, generator=generator) < 0.5)
+    predicted &= rank != step  # a rank without any hidden word
     return ImageTextBatch(
-        images=torch.randint(0, 256, (ROWS, 3, 16, 16), generator=generator, dtype=torch.uint8),
-        text=TextTokens(torch.randint(5, 90, (texts, length), generator=generator), torch.arange(length) < lengths),
+        images=images,
+        text=TextTokens(ids, mask),
         language=torch.arange(texts) % 2,
         identity=torch.randint(0, 6, (ROWS,), generator=generator),
         keys=("row",) * ROWS,
         sources=("test",) * ROWS,
+        masked_text=MaskedText(ids.masked_fill(predicted, 4), predicted),
     )
 
 
