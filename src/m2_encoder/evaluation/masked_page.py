@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from m2_encoder.evaluation.drawing import Canvas, Color, text_width
+from m2_encoder.evaluation.drawing import Canvas, Color, text_width, wrap_text
 
 _PAGE: Color = (244, 246, 248)
 _PANEL: Color = (255, 255, 255)
@@ -24,8 +24,9 @@ _AMBER: Color = (176, 106, 12)
 _AMBER_PILL: Color = (251, 238, 214)
 _BLUE: Color = (42, 98, 196)
 
-_MARGIN, _PADDING, _HEAD, _FOOT, _TITLES = 40, 24, 96, 54, 40
+_MARGIN, _PADDING, _HEAD, _FOOT, _TITLES = 40, 24, 114, 54, 40
 _CARD, _GAP, _ROW, _TEXT_WIDTH = 84, 12, 108, 430
+_BLANK = "(blank)"
 _LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
 
 
@@ -66,14 +67,14 @@ class MaskedRow(NamedTuple):
 
 
 def draw_masked_page(path: Path, rows: Sequence[MaskedRow], *, title: str, subtitle: str, note: str) -> Path:
-    """Draws pictures on the left and captions on the right.
+    """Draws pictures on the left and captions on the right; what does not fit on a line ends in "…".
 
     Args:
         path: where to write, a PNG.
         rows: at least one.
         title: heading.
         subtitle: line below it.
-        note: what the images are.
+        note: line below that, what the images are.
 
     Returns:
         `path`.
@@ -84,7 +85,8 @@ def draw_masked_page(path: Path, rows: Sequence[MaskedRow], *, title: str, subti
     height = _HEAD + _TITLES + len(rows) * _ROW + _FOOT
     canvas = Canvas(width, height, background=_PAGE)
     canvas.text(title, _MARGIN, 46, 23, color=_INK, bold=True)
-    canvas.text(f"{subtitle}   ·   {note}", _MARGIN, 72, 12.5, color=_SOFT)
+    for text, y in ((subtitle, 72), (note, 91)):
+        canvas.text(_shorten(text, 12.5, width - 2 * _MARGIN), _MARGIN, y, 12.5, color=_SOFT)
     canvas.box(_MARGIN, _HEAD, width - 2 * _MARGIN, height - _HEAD - _FOOT, fill=_PANEL, outline=_LINE, radius=14)
     left = _MARGIN + _PADDING
     for number, column in enumerate(columns):
@@ -104,16 +106,30 @@ def _draw_captions(canvas: Canvas, captions: Mapping[str, PredictedCaption], x: 
     for number, (language, caption) in enumerate(captions.items()):
         top = y + 17 + number * 46
         canvas.text(_LANGUAGE_NAMES.get(language, language), x, top, 11, color=_BLUE)
-        canvas.text(caption.text, x + 56, top, 12, color=_SOFT)
-        end = x + 56
+        canvas.text(_shorten(caption.text, 12, _TEXT_WIDTH - 56), x + 56, top, 12, color=_SOFT)
+        end, limit = x + 56, x + _TEXT_WIDTH - text_width("…", 16)
         for words in caption.words:
+            if end + _words_width(words) > limit:
+                rest = _shorten(words.text, 16, limit - end) if words.is_right is None else "…"
+                canvas.text(rest, end, top + 23, 16, color=_INK)
+                break
             end = _draw_words(canvas, words, end, top + 23)
+
+
+def _shorten(text: str, size: float, width: float) -> str:
+    return wrap_text(text, size, width, max_lines=1)[0]
+
+
+def _words_width(words: Words) -> float:
+    """As `_draw_words` draws them, at most."""
+    is_visible = words.is_right is None
+    return text_width(words.text, 16) if is_visible else text_width(words.text.strip() or _BLANK, 16) + 22
 
 
 def _draw_words(canvas: Canvas, words: Words, x: float, y: float) -> float:
     if words.is_right is None:
         return canvas.text(words.text, x, y, 16, color=_INK)
-    text = words.text.strip() or "(blank)"
+    text = words.text.strip() or _BLANK
     color, pill = (_GREEN, _GREEN_PILL) if words.is_right else (_AMBER, _AMBER_PILL)
     x += 4 if words.text.startswith(" ") else 2
     inner = text_width(text, 16) + 12
