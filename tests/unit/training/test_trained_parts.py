@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parts import OPTIONAL_PARTS, PARTS
@@ -71,6 +74,45 @@ def test_a_pause_leaves_no_parameter_without_a_gradient(pausing: str, text_exper
         module.zero_grad(set_to_none=True)
         backward(module, counting)
         assert without_gradient(module) == [], counting
+
+
+class Operations(TorchDispatchMode):
+    """Counts those of matrix products, recomputed ones included."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def count_operations(objectives: dict[str, Objective], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
+    """Of a first step, forward and backward; and what it logs."""
+    module, logged = build_bench(objectives), list[str]()
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, "log_dict", logged.extend)
+    with Operations() as counted:
+        module.training_step(make_batch(4, 2), 0).backward()
+    return counted.total, logged
+
+
+def test_what_does_not_count_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = {0: 0.0, 1: 0.0, 2: 1.0}
+    alone, names = count_operations({"itc": ImageTextContrastive()}, monkeypatch)
+    beside: dict[str, Objective] = {
+        "cmlm": MaskedLanguage(weight=0),
+        "cmim": MaskedImage(schedule=later),
+        "attentive": MaskedImage(masking="attentive", mask_ratio=0.5, schedule=later),
+        "captioning": Captioning(decoder="own", schedule=later),
+        "itm": Matching(schedule=later),
+    }
+    assert count_operations({"itc": ImageTextContrastive(), **beside}, monkeypatch) == (alone, names)
+    for name, objective in beside.items():
+        objective.weight, objective.schedule = 1.0, None
+        with_it, _ = count_operations({"itc": ImageTextContrastive(), name: objective}, monkeypatch)
+        assert with_it > 1.1 * alone, name
 
 
 def test_the_features_depend_on_no_optional_part() -> None:
