@@ -321,16 +321,18 @@ def fused_parts(*, text_expert: bool, reads: Iterable[str]) -> frozenset[str]:
     return frozenset({"vl_text_expert"} | readers)
 
 
-def check_schedule(schedule: Mapping[Any, Any]) -> dict[int, float]:
+def check_schedule(schedule: Any) -> dict[int, float]:
     """A schedule with its steps in order.
 
     Raises:
         UserError: if it is empty, or a step or factor makes no sense.
     """
+    if not isinstance(schedule, Mapping):
+        raise UserError(f"schedule={schedule!r} must be factors by step, {{0: 0, 1000: 1}}, or null")
     points: dict[int, float] = {}
     for step, factor in schedule.items():
         is_factor = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 <= factor < math.inf
-        if not str(step).isdigit() or not is_factor:
+        if not str(step).isdecimal() or not is_factor:
             raise UserError(f"schedule has {step!r}: {factor!r}; give factors of 0 or more by step, {{0: 0, 1000: 1}}")
         points[int(step)] = float(factor)
     if not points or not any(points.values()):

@@ -19,7 +19,7 @@ class StepReport(NamedTuple):
     Attributes:
         losses: by objective, and by `<objective>_<language>`; NaN for a language without terms.
         scores: by `<score>/<objective>` and `<score>/<objective>_<language>`.
-        shares: of the rows that are in each language, by language.
+        shares: of the captions that are in each language, by language.
     """
 
     losses: dict[str, Tensor]
@@ -28,13 +28,13 @@ class StepReport(NamedTuple):
 
 
 def report_step(outputs: Mapping[str, ObjectiveOutput], language: Tensor) -> StepReport:
-    """Means over the rows of all ranks; collective, so every rank calls it with the same objectives.
+    """Means over the terms of all ranks; collective, so every rank calls it with the same objectives.
 
     One small reduction for all of them, and no synchronisation with the device.
 
     Args:
         outputs: by objective.
-        language: index into `LANGUAGES` of each local row, (B,) int64.
+        language: index into `LANGUAGES` of each local caption, (k * B,) int64.
     """
     selected = torch.stack([language == index for index in range(len(LANGUAGES))])
     parts = [selected.sum(dim=1).float()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -42,9 +44,24 @@ def test_the_first_pause_is_found(schedules: list[dict[int, float]]) -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    [{}, {0: 0}, {0: -1.0, 5: 1.0}, {-1: 1.0}, {0.5: 1.0}, {"x": 1.0}, {0: "1"}, {0: True}, {0: float("inf")}],
+    [
+        {},
+        {0: 0},
+        {0: -1.0, 5: 1.0},
+        {-1: 1.0},
+        {0.5: 1.0},
+        {"x": 1.0},
+        {0: "1"},
+        {0: True},
+        {0: float("inf")},
+        {"²": 1.0},
+        {True: 1.0},
+        5,
+        [0, 1],
+        "late",
+    ],
 )
-def test_senseless_schedules_are_refused(schedule: dict[int, float]) -> None:
+def test_senseless_schedules_are_refused(schedule: Any) -> None:
     with pytest.raises(UserError, match="schedule"):
         check_schedule(schedule)
 
