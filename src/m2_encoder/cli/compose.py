@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from m2_encoder.cli.choices import find_conflict
 from m2_encoder.cli.missing import describe_missing
 from m2_encoder.cli.unchosen import drop_unchosen
 from m2_encoder.errors import UserError
@@ -216,7 +217,8 @@ class Composer:
             if name is not None and name not in options:
                 near = nearest(str(name), options)
                 return f"{group}={name}: no such option{near}; choose from {', '.join(options)}"
-        return None
+        conflict = find_conflict(self.folder / group, chosen)
+        return None if conflict is None else f"{line}: {conflict}"
 
 
 @contextlib.contextmanager

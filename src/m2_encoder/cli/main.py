@@ -39,6 +39,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.cli.arguments import Arguments, parse_arguments
+from m2_encoder.cli.by_step import replace_by_step
 from m2_encoder.cli.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
 from m2_encoder.cli.help import read_values, render_help
 from m2_encoder.cli.paths import anchor, find_conf
@@ -174,6 +175,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
         if not any(is_sweep_line(line) for line in lines):
             _raise_if_any(composer.compose(lines).problems)
         return _Plan(lines, lines)
+    lines = replace_by_step(lines, lambda others: composer.compose(others).cfg)
     constant = [line for line in lines if not is_sweep_line(line)]
     first = composer.compose(constant)
     mode = first.hydra.mode

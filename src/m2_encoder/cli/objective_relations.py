@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
+
+from hydra.utils import instantiate
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.cli.known import Known, make_problem
@@ -18,6 +20,26 @@ from m2_encoder.objectives.base import Objective, check_schedule, find_pause
 def counting(known: Known) -> list[str]:
     """Names of the objectives with a weight; the others are no part of a run, whatever they say."""
     return [name for name in known("objective") if known(f"objective.{name}.weight", 1.0)]
+
+
+def trained_by(objectives: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """What objectives train: checkpoints of runs for which this is equal fit each other.
+
+    Args:
+        objectives: those with a weight, as a resolved configuration has them.
+
+    Returns:
+        Those with parameters of their own, with what decides on their shapes; and the parts of the model.
+    """
+    own: dict[str, Any] = {}
+    parts: set[str] = set()
+    for name, node in objectives.items():
+        objective = instantiate(node)
+        parts |= objective.trained_parts()
+        if type(objective).build is not Objective.build or next(objective.parameters(), None) is not None:
+            targets = node.get("targets") or {}
+            own[name] = (node["_target_"], node.get("decoder"), targets.get("_target_"), targets.get("tokenizer"))
+    return own, frozenset(parts)
 
 
 def _check_kinds(known: Known) -> Iterator[Problem]:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from m2_encoder.cli import train as train_command
 from m2_encoder.cli import validate
 from m2_encoder.cli.compose import open_composer
 from m2_encoder.cli.path_values import protect_paths
+from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, write_config
 from m2_encoder.cli.train import _PATH_KEYS, COMMAND
 
 Problems = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Problems]:
+def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Problems:
     outputs = tmp_path_factory.mktemp("outputs")
-    with open_composer(repo_root / "conf", COMMAND.config_name) as composer:
 
-        def find(*lines: str) -> list[str]:
-            given = protect_paths(lines, _PATH_KEYS)
-            composition = composer.compose([*given, "logger=csv", f"run.folder={outputs}", "trainer.accelerator=cpu"])
-            found = [*composition.problems, *validate.validate_train(composition.cfg)]
-            return composition.without_echoes(found)
+    def find(*lines: str) -> list[str]:
+        given = protect_paths([f"run.folder={outputs}", *lines], _PATH_KEYS)
+        with open_composer(repo_root / "conf", COMMAND.config_name) as composer:
+            composition = composer.compose([*given, "logger=csv", "trainer.accelerator=cpu"])
+        return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
 
-        yield find
+    return find
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,75 @@ def test_dictionaries_are_read_before_a_run_starts(problems: Problems, tmp_path:
     assert problems("objective=[cmlm]", f"{key}={words}") == []
     (problem,) = problems("objective=[cmlm]", f"{key}={tmp_path}")
     assert "Is a directory" in problem
+
+
+@pytest.mark.parametrize(
+    ("lines", "fits"),
+    [
+        (("objective=[itc,cmlm]", "objective.cmlm.weight=0.1", "objective.cmlm.schedule={0: 1, 9: 0}"), True),
+        (("objective=[itc,cmlm,soft_targets]",), True),
+        (("objective=[soft_targets,cmlm]",), True),
+        (("objective=[itc,cmlm,cmim]", "objective.cmim.weight=0"), True),
+        (("objective=[itc]",), False),
+        (("objective=[cmlm]",), False),
+        (("objective=[itc,cmlm]", "objective.cmlm.weight=0"), False),
+        (("objective=[itc,cmlm]", "objective.cmlm.decoder=own"), False),
+        (("objective=[itc,cmlm]", "objective.cmlm.text_expert=true"), False),
+        (("objective=[itc,cmlm,sigmoid]",), False),
+        (("objective=[itc,cmlm,cmim]",), False),
+    ],
+)
+def test_a_continued_run_trains_what_it_began_with(
+    problems: Problems, repo_root: Path, tmp_path: Path, lines: tuple[str, ...], fits: bool
+) -> None:
+    with open_composer(repo_root / "conf", "train") as composer:
+        cfg = composer.compose(["objective=[itc,cmlm]", "logger=csv"]).cfg
+    write_config(tmp_path / "emoji" / CONFIG_FILE, cfg)
+    checkpoint = tmp_path / "emoji" / LAST_CHECKPOINT
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    found = problems(*lines, "run.resume=must", f"run.folder={tmp_path}")
+    assert len(found) == (not fits)
+    assert all("must train the same parameters as [itc,cmlm], whose run is continued" in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("lines", "rule"),
+    [
+        (("objective=[itc,cmim,cmim_codes]",), "cmim and cmim_codes both define cmim"),
+        (("objective=[itc,cmlm,itc]",), "itc is there twice"),
+        (("objective=[itc,cmim_codes]", "objective.cmim.targets.tokenizer=/no/folder"), "no such folder"),
+    ],
+)
+def test_what_is_chosen_together_must_add_something(problems: Problems, lines: tuple[str, ...], rule: str) -> None:
+    (problem,) = problems(*lines)
+    assert rule in problem
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("objective.soft_targets.softness={0: 0.3, 100: 0.1}", {"0": 0.3, "100": 0.1}),
+        ("++objective.soft_targets.softness={ 0: 0.3}", {"0": 0.3}),
+        ("objective.soft_targets.softness=0.3", 0.3),
+    ],
+)
+def test_a_mapping_by_step_takes_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo_root: Path, given: str, expected: object
+) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.chdir(repo_root)
+    monkeypatch.setattr(train_command, "train", seen.append)
+    lines = ["+experiment=r2d2", "objective.itm.schedule={0: 0, 5: 1}", given, "logger=csv", f"run.folder={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["m2-train", *lines])
+    assert train_command.main() == 0
+    objectives = seen[0]["objective"]
+    assert _by_name(objectives["soft_targets"]["softness"]) == expected
+    assert _by_name(objectives["itm"]["schedule"]) == {"0": 0, "5": 1}
+
+
+def _by_name(value: object) -> object:
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
 @pytest.mark.parametrize(
