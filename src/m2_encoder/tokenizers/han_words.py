@@ -12,7 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import groupby, takewhile
 from math import log
+from operator import itemgetter
 from typing import NamedTuple
 
 from m2_encoder.tokenizers.words import load_jieba
@@ -164,14 +166,28 @@ def _walk(ends: list[int]) -> Iterable[int]:
 
 
 def _compile_others(words: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern of the words that are not of Chinese characters alone, longest first."""
+    """A pattern of the words that are not of Chinese characters alone, the longest that fits."""
     pure = re.compile(f"[{HAN}]+")
     others = {word.replace(" ", "▁") for word in words if not pure.fullmatch(word)}
     if not others:
         return None
     # As written and in lower case, as tokenizers leave it: ignoring case would cost ten times as much.
     forms = {form for word in others for form in (word, word.lower())}
-    return re.compile("|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True)))
+    return re.compile(_spell(sorted(forms)))
+
+
+def _spell(words: list[str]) -> str:
+    """A pattern of sorted words, of which the longest fits; what they begin with alike is looked at once.
+
+    A plain list of alternatives is tried one by one at every place of a text: thousands would cost milliseconds.
+    """
+    ends = zip(words[0], words[-1], strict=False)  # what these two share, all between them do
+    prefix = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    rests = [word[len(prefix) :] for word in words]
+    branches = [_spell(list(group)) for _, group in groupby(filter(None, rests), key=itemgetter(0))]
+    if not branches:
+        return re.escape(prefix)
+    return f"{re.escape(prefix)}(?:{'|'.join(branches)}){'' if rests[0] else '?'}"
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:

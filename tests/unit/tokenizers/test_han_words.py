@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,27 @@ def test_user_dictionary_changes_words_as_in_jieba(tmp_path: Path, han_words: Ha
 )
 def test_words_with_letters(han_words: HanWords, text: str, expected: list[tuple[int, int]]) -> None:
     assert han_words.find_others(text) == expected
+
+
+def _is_inside(text: str, place: int) -> bool:
+    return re.fullmatch("[A-Za-z0-9]{2}", text[max(0, place - 1) : place + 1]) is not None
+
+
+def test_of_words_that_begin_alike_the_longest_is_found(tmp_path: Path) -> None:
+    """Against all of them in a row, the longest first, as a plain pattern."""
+    draw = random.Random(3)
+    listed = {"".join(draw.choices("ab+.红x", k=draw.randint(1, 5))) for _ in range(300)}
+    path = tmp_path / "words.txt"
+    path.write_text("".join(f"{word} 5\n" for word in sorted(listed)), encoding="utf-8")
+    words = HanWords(user_dictionary=str(path))
+    entries = {w for w in load_jieba(str(path)).FREQ.items() if w[1] and not re.fullmatch("[\u4e00-\u9fd5]+", w[0])}
+    forms = {form for word, _ in entries for form in (word, word.lower())}
+    plain = re.compile("|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True)))
+    for _ in range(300):
+        text = "".join(draw.choices("ab+.红x是", k=30))
+        spans = [match.span() for match in plain.finditer(text)]
+        whole = [span for span in spans if not any(_is_inside(text, place) for place in span)]
+        assert words.find_others(text) == whole
 
 
 def test_pickles_without_its_dictionary(han_words: HanWords) -> None:
