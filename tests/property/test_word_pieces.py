@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import unicodedata
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,13 @@ def segmenter(request: pytest.FixtureRequest) -> WordSegmenter:
     return found
 
 
+@pytest.fixture(scope="module")
+def worker(segmenter: WordSegmenter) -> WordSegmenter:
+    """As a worker gets it."""
+    copied: WordSegmenter = pickle.loads(pickle.dumps(segmenter))
+    return copied
+
+
 @examples
 @given(text=texts)
 def test_words_follow_the_rules(segmenter: WordSegmenter, text: str) -> None:
@@ -266,7 +275,12 @@ def test_batches_and_truncation(segmenter: WordSegmenter, batch: list[str], cont
     seed=st.integers(0, 2**32),
 )
 def test_words_are_hidden_whole(
-    segmenter: WordSegmenter, batch: list[str], ratio: float, shares: tuple[float, float], seed: int
+    segmenter: WordSegmenter,
+    worker: WordSegmenter,
+    batch: list[str],
+    ratio: float,
+    shares: tuple[float, float],
+    seed: int,
 ) -> None:
     masking = TextMasking(ratio, *shares)
     vocabulary = _vocabulary(segmenter.tokenizer)
@@ -282,6 +296,8 @@ def test_words_are_hidden_whole(
         assert hidden == [word in chosen for word in words]
         assert NO_WORD not in chosen
         assert bool(chosen) == any(word != NO_WORD for word in words)
+        sizes = Counter(word for word in words if word != NO_WORD)
+        assert not sizes or abs(sum(hidden) - ratio * sizes.total()) < max(sizes.values()), "within a word of the ratio"
         for before, after, is_hidden in zip(ids, masked.ids[row].tolist(), hidden, strict=True):
             assert after == before or is_hidden
             assert not (is_hidden and before in special)
@@ -290,3 +306,6 @@ def test_words_are_hidden_whole(
         length = len(alone.ids)
         assert torch.equal(alone.ids, masked.ids[row, :length])
         assert torch.equal(alone.predicted, masked.predicted[row, :length])
+    copied = worker.segment_batch(batch)
+    again = mask_words_of_batch(copied, masking=masking, vocabulary=vocabulary, keys=keys)
+    assert all(map(torch.equal, (*copied, *again), (*pieces, *masked)))
