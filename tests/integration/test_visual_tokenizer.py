@@ -15,6 +15,7 @@ from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_
 from m2_encoder.cli import validate
 from m2_encoder.cli.build import build_model_config, load_visual_tokenizers
 from m2_encoder.cli.compose import Composer, open_composer
+from m2_encoder.cli.run_folder import write_config
 from m2_encoder.cli.train import build_run, train
 from m2_encoder.errors import UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
@@ -107,6 +108,21 @@ def test_what_a_tokenizer_cannot_use_is_said(
     problems = [*composition.problems, *validate.validate_train(composition.cfg)]
     assert len(problems) == 1
     assert problems[0].startswith(message)
+
+
+def test_a_tokenizer_and_an_encoder_do_not_go_on_in_each_others_run(composer: Composer, tmp_path: Path) -> None:
+    encoder = ("+experiment=emoji", *FEW)
+    for number, (first, then, what) in enumerate(
+        [(SMALL, encoder, "a visual tokenizer"), (encoder, SMALL, "an encoder")]
+    ):
+        shared = (f"run.folder={tmp_path}", f"run.name=run{number}", "run.resume=auto")
+        folder = tmp_path / f"run{number}"
+        (folder / "checkpoints").mkdir(parents=True)
+        write_config(folder / "config.yaml", compose(composer, *first, *shared))
+        (folder / "checkpoints" / "last.ckpt").touch()
+        assert compose(composer, *first, *shared)
+        problems = validate.validate_train(composer.compose([*then, *shared]).cfg)
+        assert f"run.name=run{number}: its run trains {what}; give another run.name" in problems
 
 
 def test_codes_need_a_tokenizer_of_the_same_patches(composer: Composer, tmp_path: Path) -> None:

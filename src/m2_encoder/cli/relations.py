@@ -233,10 +233,15 @@ def _check_resumed_model(known: Known) -> Iterator[Problem]:
     if not (folder / CONFIG_FILE).is_file() or not (folder / LAST_CHECKPOINT).is_file():
         return
     try:
-        before = build_model_config(read_config(folder / CONFIG_FILE)["model"]).to_dict()
+        saved = read_config(folder / CONFIG_FILE)
+        before = build_model_config(saved["model"]).to_dict()
     except (UserError, KeyError, TypeError) as error:
         fix = "restore the file, or start again with another run.name"
         yield make_problem("run.resume", known("run.resume"), f"cannot read {folder / CONFIG_FILE} ({error})", fix)
+        return
+    if (saved.get("task") is None) != (known("task", None) is None):
+        what = "an encoder" if saved.get("task") is None else "a visual tokenizer"
+        yield make_problem("run.name", known("run.name"), f"its run trains {what}", "give another run.name")
         return
     for field in _SHAPE_FIELDS:
         if (value := _size(known, field)) != before[field]:
