@@ -211,7 +211,10 @@ class PretrainModule(lightning.LightningModule):
             recompute=topology.recompute,
         )
         means = mean_terms(encoded.terms | second)
-        return {name: means[name] if name in means else objective(inputs) for name, objective in objectives.items()}
+        outputs = {name: means[name] if name in means else objective(inputs) for name, objective in objectives.items()}
+        if first := next((name for name in outputs if name not in means), None):
+            outputs[first] = _reach_all(outputs[first], inputs)
+        return outputs
 
     def _untouched(self, evaluated: Collection[str]) -> Tensor | float:
         """Nothing, from each parameter that only pausing objectives train: DDP waits for the gradients of all."""
@@ -238,6 +241,12 @@ class PretrainModule(lightning.LightningModule):
         fp64, because fp32 counts no further than 16.7 million.
         """
         self.log("step", torch.tensor(float(step), dtype=torch.float64))
+
+
+def _reach_all(output: ObjectiveOutput, inputs: ObjectiveInputs) -> ObjectiveOutput:
+    """The same loss, with a gradient of 0 for features and scales that no objective looks at: DDP waits for all."""
+    nothing = [(images.sum() + texts.sum() + scale) * 0 for images, texts, scale in inputs.heads.values()]
+    return output._replace(loss=output.loss + sum(nothing))
 
 
 def _parts(objectives: Iterable[Objective]) -> frozenset[str]:
