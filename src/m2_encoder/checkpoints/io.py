@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from m2_encoder.checkpoints.adapters import (
 from m2_encoder.checkpoints.atomic import atomic_file
 from m2_encoder.checkpoints.formats import file_kind, read_safetensors, read_torch
 from m2_encoder.checkpoints.positions import resize_image_positions
+from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -297,7 +297,7 @@ def save_safetensors(
     """
     state = {name: tensor.float() for name, tensor in _portable_state(model).items()}
     with atomic_file(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata=dict(metadata or {}))
+        write_tensors(state, temporary, metadata=metadata or {})
 
 
 def _portable_state(model: M2Encoder) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE, file_sha256, read_object
 from m2_encoder.checkpoints.formats import read_safetensors, read_torch
+from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError, UserError
 
 HEAD_FILE: Final = "matching.safetensors"
@@ -47,7 +47,7 @@ def save_head(folder: Path, head: MatchingHead) -> dict[str, Any]:
         What `config.json` has to say of it under `CONFIG_KEY`.
     """
     state = {name: value.detach().float().cpu().contiguous() for name, value in head.linear.state_dict().items()}
-    safetensors.torch.save_file(state, folder / HEAD_FILE, metadata={"format": "pt"})
+    write_tensors(state, folder / HEAD_FILE, metadata={"format": "pt"})
     return {"file": HEAD_FILE, "text_expert": head.text_expert, "sha256": file_sha256(folder / HEAD_FILE)}
 
 

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from m2_encoder.checkpoints.atomic import atomic_folder
 from m2_encoder.checkpoints.exported import CONFIG_FILE, WEIGHTS_FILE
 from m2_encoder.checkpoints.formats import read_safetensors
+from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 
@@ -40,7 +39,7 @@ def save_visual_tokenizer(
     """
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         weights = {name: value.detach().float().cpu().contiguous() for name, value in tokenizer.state_dict().items()}
-        safetensors.torch.save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         content = {
             "format": _FORMAT,
             "format_version": _VERSION,
