@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 BASE = "itc"
-SETS = {"heldout_style": "unseen style", "heldout_families": "unseen concepts and style"}
+SETS = {
+    "val": "validation: unseen concepts",
+    "heldout_style": "unseen style",
+    "heldout_families": "unseen concepts and style",
+}
 LANGUAGES = ("zh", "en")
 SECONDS = "seconds_per_step"
 BEGIN, END = "<!-- mixtures:begin -->", "<!-- mixtures:end -->"
@@ -133,11 +137,15 @@ def _describe(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _retrieval_table(mixtures: Mapping[str, Any], *, signed: bool) -> str:
-    columns = [f"{split}/{what}" for split in SETS for what in (*(f"{code} R@10" for code in LANGUAGES), "mean recall")]
-    heads = [f"{title}: {'T→I ' if 'R@' in what else ''}{what}" for title, what in _titles(columns)]
-    lines = [["objectives", *heads, "s/step"], ["---", *["--:"] * (len(columns) + 1)]]
+    heads = [
+        f"{title}: {what}" for title in SETS.values() for what in ("T→I R@10 " + " / ".join(LANGUAGES), "mean recall")
+    ]
+    lines = [["objectives", *heads, "s/step"], ["---", *["--:"] * (len(heads) + 1)]]
     for mixture, numbers in mixtures.items():
-        cells = [_cell(numbers[name], digits=1, signed=signed) for name in columns]
+        cells = []
+        for split in SETS:
+            recalls = [_cell(numbers[f"{split}/{code} R@10"], digits=1, signed=signed) for code in LANGUAGES]
+            cells += [" / ".join(recalls), _cell(numbers[f"{split}/mean recall"], digits=1, signed=signed)]
         lines.append([f"`[{mixture}]`", *cells, _cell(numbers[SECONDS], digits=2, signed=signed)])
     return _markdown(lines)
 

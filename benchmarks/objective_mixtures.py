@@ -156,7 +156,7 @@ def fill(report: Report, journal: Journal, mixtures: Sequence[str], seeds: Seque
 
 def _shorten(numbers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Means under the names of a narrow table: recalls and time."""
-    shown = {name.replace(split, place): name for place, split in zip(("style", "concepts"), SETS, strict=True)
+    shown = {name.replace(split, place): name for place, split in zip(("val", "style", "concepts"), SETS, strict=True)
              for name in numbers if name.startswith(split) and ("R@" in name or "recall" in name)}  # fmt: skip
     return {short: float(numbers[name]["mean"]) for short, name in {**shown, "s/step": SECONDS}.items()}
 
