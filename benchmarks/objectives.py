@@ -75,7 +75,7 @@ def measure_head(report: Report, *, rounds: int) -> None:
         value.backward()
         gradient = leaves[0].grad
         assert gradient is not None
-        return float(value), float(gradient.norm())
+        return float(value.detach()), float(gradient.norm())
 
     candidates = {"ours": ours, "plain": plain}
     found = {name: step(loss) for name, loss in candidates.items()}  # and what is only made once
