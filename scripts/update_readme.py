@@ -121,6 +121,11 @@ def results_section(run: Path) -> str:
     return "\n\n".join([results_table(summary), origin, picture])
 
 
+def format_figure(value: float) -> str:
+    """Three digits; of large numbers all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def results_table(summary: Mapping[str, Any]) -> str:
     """Recalls by split and language, chance below them, as narrow Markdown."""
     ks = " / ".join(f"@{k}" for k in RECALL_KS)
@@ -149,7 +154,7 @@ def benchmarks_section(root: Path) -> str:
         where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
         for key in (key for key in _FIGURES if key in report["figures"]):
             value = report["figures"][key]
-            shown = ("no", "yes")[value] if isinstance(value, bool) else f"{value:.3g}"
+            shown = ("no", "yes")[value] if isinstance(value, bool) else format_figure(value)
             lines.append([_FIGURES[key], shown, where, f"`{path.relative_to(root)}`"])
     if len(lines) == 2:
         return "No result is committed yet; `make benchmark` measures on your machine."
