@@ -1,6 +1,7 @@
 """Write measured numbers into README.md: a run's results and picture, and the committed benchmarks.
 
     python scripts/update_readme.py outputs/emoji
+    python scripts/update_readme.py --pictures outputs/emoji_full/masked.png
 
 Everything between the markers `<!-- results:begin -->` and `<!-- results:end -->` comes from the run's `summary.json`
 and its export; `docs/retrieval.png` is its picture, made smaller. Between the markers of `benchmarks` stands what
@@ -57,15 +58,25 @@ def main() -> int:
     """Update the README; exit code 2 if the run or the README is not as expected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", help="folder of a finished run, such as outputs/emoji")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="of runs, to be put into docs/, made smaller",
+    )
     parser.add_argument("--readme", type=Path, default=REPO_ROOT / "README.md", help="default: %(default)s")
     arguments = parser.parse_args()
     try:
         text = arguments.readme.read_text(encoding="utf-8")
         text = replace_section(text, "benchmarks", benchmarks_section(arguments.readme.parent))
         if arguments.run is not None:
-            picture = shrink_picture(arguments.run / "retrieval.png")
             text = replace_section(text, "results", results_section(arguments.run))
-            target = arguments.readme.parent / "docs" / "retrieval.png"
+            arguments.pictures.append(arguments.run / "retrieval.png")
+        for path in arguments.pictures:
+            picture = shrink_picture(path)
+            target = arguments.readme.parent / "docs" / path.name
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(picture)
             print(f"{target}: {len(picture) / 1e3:.0f} kB")

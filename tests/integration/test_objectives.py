@@ -62,10 +62,10 @@ def compose(composer: Composer, *lines: str, folder: Path) -> tuple[dict[str, An
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_composes_and_its_values_are_those_of_the_code(
-    composer: Composer, tmp_path: Path, name: str
+    composer: Composer, tmp_path: Path, teacher: Path, name: str
 ) -> None:
     lines = [f"objective=[{name}]"]
-    lines += ["objective.distillation.teacher=outputs/emoji/export"] if name == "distillation" else []
+    lines += [f"objective.distillation.teacher={teacher}"] if name == "distillation" else []
     lines += ["objective.cmim.targets.tokenizer=outputs/visual_tokenizer/export"] if name == "cmim_codes" else []
     cfg, problems = compose(composer, *lines, folder=tmp_path)
     assert problems == []
@@ -131,7 +131,7 @@ def test_all_of_them_train_together(
         (
             [
                 "objective=[distillation]",
-                "objective.distillation.teacher=x",
+                "objective.distillation.teacher=TEACHER",
                 "objective.distillation.teacher_language=en",
                 "data.captions.every_language=false",
             ],
@@ -148,8 +148,9 @@ def test_all_of_them_train_together(
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_starts(
-    composer: Composer, tmp_path: Path, lines: list[str], message: str
+    composer: Composer, tmp_path: Path, teacher: Path, lines: list[str], message: str
 ) -> None:
+    lines = [line.replace("TEACHER", str(teacher)) for line in lines]
     _, problems = compose(composer, *lines, folder=tmp_path)
     assert len(problems) == 1
     assert problems[0].startswith(message)

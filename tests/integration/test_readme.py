@@ -296,7 +296,8 @@ def test_named_keys_options_and_targets_exist(trained: Path) -> None:
         elif re.fullmatch(r"(model|data|run|trainer|optimizer|scheduler|strategy)\.[\w.]+", group):
             assert _has_key(cfg, group) or _has_key({"data": shards}, group), f"there is no key {group}"
         elif (ROOT / "conf" / group).is_dir() and option.islower():
-            assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{group} has no option {option}"
+            for name in option.strip("[]").split(","):
+                assert (ROOT / "conf" / group / f"{name}.yaml").is_file(), f"{group} has no option {name}"
 
 
 def test_links_lead_somewhere() -> None:

@@ -159,11 +159,11 @@ def _tell(
 
 
 def spell_bytes(text: str) -> str:
-    """Runs of byte pieces (<0xE7><0xBB><0x83>) as the characters they spell; � for bytes that spell none."""
+    """Runs of byte pieces (<0xE7><0xBB><0x83>) as the characters they spell; ? for bytes that spell none."""
 
     def spell(run: re.Match[str]) -> str:
         values = bytes(int(value, 16) for value in _BYTE.findall(run[0]))
-        return re.sub("\N{REPLACEMENT CHARACTER}+", "\N{REPLACEMENT CHARACTER}", values.decode(errors="replace"))
+        return re.sub("\N{REPLACEMENT CHARACTER}+", "?", values.decode(errors="replace"))
 
     return re.sub(rf"(?:{_BYTE.pattern})+", spell, text)
 

@@ -183,7 +183,9 @@ def test_scores_of_pairs() -> None:
         plain_score(module, plain, batch.images[i], batch.text.ids[j][batch.text.mask[j]]) for i, j in pairs.tolist()
     ]
     torch.testing.assert_close(scores, torch.stack(expected).detach(), rtol=1e-9, atol=1e-12)
-    again = score_pairs(module.model, head_of_state(module.state_dict()).linear, batch.images, batch.text, pairs)
+    again = score_pairs(
+        module.model, head_of_state(module.state_dict(), name="matching").linear, batch.images, batch.text, pairs
+    )
     torch.testing.assert_close(again, scores, rtol=1e-9, atol=1e-12)
     assert score_pairs(module.model, head, batch.images, batch.text, pairs[:0]).shape == (0,)
     with pytest.raises(UserError, match=r"holds no objectives\.itm\.head\.weight"):
