@@ -88,7 +88,8 @@ def test_examples_of_the_table_keep_their_own_rules() -> None:
 
     parser = OverridesParser.create()
     for rule in TRAIN_RULES:
-        typed = rule.example[1:-1] if rule.example.startswith("'") else rule.example  # a shell takes such quotes away
+        # Quotes around a mapping are for the shell, which takes them away; around text they are Hydra's.
+        typed = rule.example[1:-1] if rule.example.startswith("'{") else rule.example
         value = parser.parse_override(f"key={typed}").value()
         assert rule.holds(value), f"{rule.key}={rule.example}"
         assert yaml.safe_load(rule.example) is not None or rule.example == "null"
