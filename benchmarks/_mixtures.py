@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m2_encoder.evaluation.markdown import to_markdown
+
 BASE = "itc"
 SETS = {
     "val": "validation: unseen concepts",
@@ -20,7 +22,8 @@ SETS = {
 }
 LANGUAGES = ("zh", "en")
 SECONDS = "seconds_per_step"
-BEGIN, END = "<!-- mixtures:begin -->", "<!-- mixtures:end -->"
+SECTION = "mixtures"
+"""Of docs/objectives.md."""
 NOT_YET = "No result is committed yet; the command above measures on your machine."
 
 _WORDS = {"right": "accuracy", "other": "other_accuracy", "blind": "commonest_accuracy"}
@@ -103,18 +106,6 @@ def render(report: Mapping[str, Any], source: str) -> str:
     return "\n\n".join(parts)
 
 
-def splice(text: str, content: str) -> str:
-    """A document with `content` between its markers.
-
-    Raises:
-        ValueError: unless each marker is there once, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the document must hold {BEGIN} and then {END}, once each")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{content.strip()}\n\n{END}{rest.split(END)[1]}"
-
-
 def render_committed(root: Path) -> str:
     """The section of all committed results, in the order of their names.
 
@@ -147,7 +138,7 @@ def _retrieval_table(mixtures: Mapping[str, Any], *, signed: bool) -> str:
             recalls = [_cell(numbers[f"{split}/{code} R@10"], digits=1, signed=signed) for code in LANGUAGES]
             cells += [" / ".join(recalls), _cell(numbers[f"{split}/mean recall"], digits=1, signed=signed)]
         lines.append([f"`[{mixture}]`", *cells, _cell(numbers[SECONDS], digits=2, signed=signed)])
-    return _markdown(lines)
+    return to_markdown(lines)
 
 
 def _masked_table(mixtures: Mapping[str, Any], objective: str) -> str:
@@ -162,7 +153,7 @@ def _masked_table(mixtures: Mapping[str, Any], objective: str) -> str:
                 for name in columns
             ]
             lines.append([f"`[{mixture}]`", *cells])
-    return _markdown(lines)
+    return to_markdown(lines)
 
 
 def _titles(columns: Sequence[str]) -> list[tuple[str, str]]:
@@ -173,7 +164,3 @@ def _cell(number: Mapping[str, Any], *, digits: int, signed: bool = False) -> st
     """Mean and spread; a spread that is 0, as of what no training decides, is left out."""
     mean = f"{number['mean']:{'+' if signed else ''}.{digits}f}"
     return f"{mean} ± {number['spread']:.{digits}f}" if number["spread"] else mean
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -31,7 +31,9 @@ from typing import Any
 import yaml
 from _common import Report, parse_arguments
 from _journal import Journal
-from _mixtures import BASE, SECONDS, SETS, collect, render_committed, splice, summarize
+from _mixtures import BASE, SECONDS, SECTION, SETS, collect, render_committed, summarize
+
+from m2_encoder.evaluation.markdown import replace_section
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "objectives.md"
@@ -185,7 +187,8 @@ def add_arguments(parser: Any) -> None:
 def main() -> None:
     arguments = parse_arguments(__doc__, configure=add_arguments)
     if arguments.markdown:
-        DOCUMENT.write_text(splice(DOCUMENT.read_text(encoding="utf-8"), render_committed(ROOT)), encoding="utf-8")
+        text = replace_section(DOCUMENT.read_text(encoding="utf-8"), SECTION, render_committed(ROOT))
+        DOCUMENT.write_text(text, encoding="utf-8")
         print(DOCUMENT.relative_to(ROOT))
         return
     arguments.seeds = list(dict.fromkeys(arguments.seeds or ([0] if arguments.quick else [0, 1, 2])))

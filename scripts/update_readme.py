@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from m2_encoder.cli.showcase import SPLIT_TITLES
+from m2_encoder.evaluation.markdown import replace_section, to_markdown
 from m2_encoder.evaluation.metrics import RECALL_KS
 from m2_encoder.evaluation.table import CHANCE, DIRECTIONS, format_percent
 
@@ -88,19 +89,6 @@ def main() -> int:
     return 0
 
 
-def replace_section(text: str, name: str, content: str) -> str:
-    """Put `content` between the two markers of a section.
-
-    Raises:
-        ValueError: unless each marker is there exactly once, in order.
-    """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"the README must hold {begin} and then {end}, once each")
-    head, rest = text.split(begin)
-    return f"{head}{begin}\n\n{content.strip()}\n\n{end}{rest.split(end)[1]}"
-
-
 def results_section(run: Path) -> str:
     """Table, picture and origin of a run.
 
@@ -153,7 +141,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
             cells = [f"*{cell}*" for cell in cells] if language == CHANCE else cells
             lines.append([first, f"*{CHANCE}*" if language == CHANCE else language, *cells])
             first = ""
-    return _markdown(lines)
+    return to_markdown(lines)
 
 
 def benchmarks_section(root: Path) -> str:
@@ -169,7 +157,7 @@ def benchmarks_section(root: Path) -> str:
             lines.append([_FIGURES[key], shown, where, f"`{path.relative_to(root)}`"])
     if len(lines) == 2:
         return "No result is committed yet; `make benchmark` measures on your machine."
-    return _markdown(lines)
+    return to_markdown(lines)
 
 
 def count_parameters(weights: Path) -> int:
@@ -195,10 +183,6 @@ def shrink_picture(path: Path) -> bytes:
         if buffer.tell() <= MAX_PICTURE_BYTES:
             return buffer.getvalue()
     raise ValueError(f"{path}: more than {MAX_PICTURE_BYTES:,} bytes at {_WIDTHS_PX[-1]} px")
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

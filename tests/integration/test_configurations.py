@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,6 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "base")
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
-
-
-@pytest.fixture
-def composer() -> Iterator[Composer]:
-    with open_composer(CONF, "train") as opened:
-        yield opened
 
 
 @pytest.fixture

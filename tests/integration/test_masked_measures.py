@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from m2_encoder.cli import validate
-from m2_encoder.cli.compose import Composer, open_composer
+from m2_encoder.cli.compose import Composer
 from m2_encoder.cli.train import train
 from tests.support.training import LIGHTNING_WARNINGS
 
@@ -27,12 +26,6 @@ SHORT = (
 SPLITS = {"heldout_style": 1494, "heldout_families": 153, "val": 721}
 WORDS = {"accuracy", "other_accuracy", "commonest_accuracy", "loss", "other_loss"}
 PATCHES = {"loss", "other_loss", "mean_loss"}
-
-
-@pytest.fixture
-def composer() -> Iterator[Composer]:
-    with open_composer(CONF, "train") as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("objectives", ["itc,cmlm,cmim", "itc"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hydra.utils import instantiate
 
 from m2_encoder.cli import validate
 from m2_encoder.cli.build import build_model_config, build_tokenizer, load_teachers
-from m2_encoder.cli.compose import Composer, open_composer
+from m2_encoder.cli.compose import Composer
 from m2_encoder.cli.train import build_run
 from m2_encoder.errors import UserError
 from m2_encoder.export import export_model
@@ -37,12 +36,6 @@ SMALL = (
     "trainer.limit_val_batches=0",
     "scheduler.warmup_steps=1",
 )
-
-
-@pytest.fixture
-def composer() -> Iterator[Composer]:
-    with open_composer(CONF, "train") as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from PIL import Image
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_visual_tokenizer
 from m2_encoder.cli import validate
 from m2_encoder.cli.build import build_model_config, load_visual_tokenizers
-from m2_encoder.cli.compose import Composer, open_composer
+from m2_encoder.cli.compose import Composer
 from m2_encoder.cli.run_folder import write_config
 from m2_encoder.cli.train import build_run, train
 from m2_encoder.errors import UserError
@@ -37,12 +36,6 @@ SMALL = (
     "task.embed_dim=32",
     "optimizer.lr=5e-3",
 )
-
-
-@pytest.fixture
-def composer() -> Iterator[Composer]:
-    with open_composer(CONF, "train") as opened:
-        yield opened
 
 
 def compose(composer: Composer, *lines: str) -> dict[str, Any]:

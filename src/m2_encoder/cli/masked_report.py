@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from m2_encoder.cli.build import build_tokenizer
 from m2_encoder.cli.masked_batches import make_batch, make_passes
+from m2_encoder.cli.tables import start_table
 from m2_encoder.data.evaluation_set import RetrievalSet
 from m2_encoder.evaluation.encode import evaluation_mode
 from m2_encoder.evaluation.masked import MaskedResults, TermsByName, hidden_tokens, measure_masked, next_tokens
@@ -108,19 +108,8 @@ def masked_table(
         titles: what a split is called; its name where there is none.
         num_images: by split.
     """
-    table = Table(
-        title="Hidden words and patches",
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-        caption="blind: always the commonest token, or each patch's mean",
-        caption_justify="left",
-        caption_style="dim",
-    )
-    table.add_column("\nsplit", no_wrap=True)
+    caption = "blind: always the commonest token, or each patch's mean"
+    table = start_table("Hidden words and patches", caption=caption)
     table.add_column("\nobjective")
     table.add_column("\n")
     table.add_column("\nmeasure")

@@ -23,16 +23,7 @@ def results_table(results: Results, *, titles: Mapping[str, str]) -> Table:
         titles: what a split is called; its name where there is none.
     """
     rows = table_rows(results)
-    table = Table(
-        title="Retrieval, percent",
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    table.add_column("\nsplit", no_wrap=True)
+    table = start_table("Retrieval, percent")
     table.add_column("\n")
     for heading in _headings(list(rows[0].values)):
         table.add_column(heading, justify="right")
@@ -43,6 +34,24 @@ def results_table(results: Results, *, titles: Mapping[str, str]) -> Table:
         for note, row in itertools.zip_longest(notes, numbers):
             table.add_row(note, *(_cells(row) if row else []))
         table.add_section()
+    return table
+
+
+def start_table(title: str, *, caption: str | None = None) -> Table:
+    """A table of results without rows, its first column for the split."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        caption=caption,
+        caption_justify="left",
+        caption_style="dim",
+    )
+    table.add_column("\nsplit", no_wrap=True)
     return table
 
 

@@ -107,7 +107,7 @@ def rerank(
     texts = first_candidates(image_features, text_features, k=k)
     pictures = first_candidates(text_features, image_features, k=k)
     pairs = _pairs_of(texts, pictures)
-    scores = score_in_order(model, head, images, text, pairs, text_expert=text_expert, chunk_size=chunk_size)
+    scores = score_pairs(model, head, images, text, pairs, text_expert=text_expert, chunk_size=chunk_size)
     return _join(texts, pictures, scores)
 
 
@@ -157,7 +157,7 @@ def rerank_set(
         pairs.append(_pairs_of(candidates, pictures) + torch.tensor([0, len(words)]))
         words += texts.texts
     every = torch.cat(pairs)
-    scores = score_in_order(
+    scores = score_pairs(
         model, head, dataset.images, tokenizer(words), every, text_expert=text_expert, chunk_size=chunk_size
     ).split([len(part) for part in pairs])
     return {
@@ -199,7 +199,7 @@ def first_candidates(queries: Tensor, gallery: Tensor, *, k: int, right: Tensor 
     return torch.cat(found)
 
 
-def score_in_order(
+def score_pairs(
     model: RerankingModel,
     head: nn.Linear,
     images: Tensor,
@@ -218,16 +218,20 @@ def score_in_order(
         head: as in `rerank`.
         images: (n, 3, S, S).
         text: (m, T).
-        pairs: rows of an image and of a text, (P, 2) int64 on the CPU.
+        pairs: rows of an image and of a text, (P, 2) int64 on the CPU; any order, repeated ones too.
         text_expert: as the head was trained.
         chunk_size: images, texts or pairs per forward.
 
     Returns:
-        Scores on the CPU, (P,), fp32 at least.
+        Log-odds that the text describes the image, on the CPU, (P,), fp32 at least.
 
     Raises:
+        UserError: for pairs that are not (P, 2), or rows that do not exist.
         ValueError: if a score is not finite.
     """
+    _check_pairs(pairs, len(images), len(text.ids))
+    if not len(pairs):
+        return torch.empty(0, dtype=torch.promote_types(head.weight.dtype, torch.float32))
     ids, mask = text.ids.cpu(), text.mask.cpu().bool()
     # Padding may hold anything, so the mask takes part in what makes two texts equal.
     known, numbers = torch.unique(
@@ -258,6 +262,13 @@ def score_in_order(
     if broken:
         raise ValueError(f"{broken} of {len(rows)} matching scores are not finite: the model or its head is broken")
     return together[inverse]
+
+
+def _check_pairs(pairs: Tensor, num_images: int, num_texts: int) -> None:
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise UserError(f"pairs are {tuple(pairs.shape)}; they must be (P, 2): the row of an image and of a text")
+    if bool(((pairs < 0) | (pairs >= torch.tensor([num_images, num_texts]))).any()):
+        raise UserError(f"pairs name rows outside of {num_images} images and {num_texts} texts")
 
 
 def _score_chunk(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from m2_encoder.evaluation.markdown import to_markdown
 from m2_encoder.evaluation.metrics import RECALL_KS
 
 CHANCE = "chance"
@@ -73,7 +74,7 @@ def markdown_table(results: Results, *, titles: Mapping[str, str], ks: Sequence[
         name = f"*{CHANCE}*" if row.language == CHANCE else row.language
         start = ["", ""] if same else [titles.get(row.split, row.split), f"{row.num_images:,}"]
         lines.append([*start, name, *numbers])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return to_markdown(lines) + "\n"
 
 
 def format_percent(value: float) -> str:

@@ -153,9 +153,8 @@ class MultiwayLayer(nn.Module):
         *,
         chosen: ChosenTokens,
         reads_text: bool,
-        text_mask: Tensor,
+        mask: Tensor,
         text_packing: Packing | None = None,
-        attention_mask: Tensor | None = None,
         text_expert: bool = False,
     ) -> Tensor:
         """What `forward` computes of the sequence image + text, for chosen tokens of one of the two.
@@ -167,9 +166,9 @@ class MultiwayLayer(nn.Module):
             text: (R, T, D).
             chosen: tokens of the texts, or of the images, a row for each text.
             reads_text: which of both.
-            text_mask: True on tokens, (R, T) bool.
-            text_packing: of that mask, to project no padding.
-            attention_mask: True where token i of the sequence may look at token j, (N + T, N + T) bool.
+            mask: True where a chosen token may look at a key, broadcastable to (R, H, C, N + T) bool, C as in
+                `ChosenTokens`.
+            text_packing: of the texts, to project no padding.
             text_expert: send texts through the text expert.
 
         Returns:
@@ -184,11 +183,6 @@ class MultiwayLayer(nn.Module):
                 self.vision_expert.project_keys(image), of_text.project_keys(text, text_packing), strict=True
             )
         )
-        length = image.shape[1]
-        mask = torch.cat([text_mask.new_ones((text.shape[0], length)), text_mask], dim=1)[:, None, None, :]
-        if attention_mask is not None:
-            places = chosen.spread(chosen.places + length if reads_text else chosen.places)
-            mask = mask & attention_mask[places][:, None]
         x = chosen.take(text if reads_text else image)
         queries = expert.project_queries(x, chosen)
         attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
@@ -324,14 +318,15 @@ class MultiwayEncoder(nn.Module):
         num_image_tokens = image.shape[1]
         split = num_image_tokens if text_expert else num_image_tokens + text.shape[1]
         packing = Packing(text_mask) if packs(text_mask) else None
+        mask = chosen_mask = functional.pad(text_mask, (num_image_tokens, 0), value=True)[:, None, None, :]
+        if attention_mask is not None:
+            places = chosen.spread(chosen.places + num_image_tokens if reads_text else chosen.places)
+            mask, chosen_mask = mask & attention_mask, mask & attention_mask[places][:, None]
         *lower, last = self.layers
         assert isinstance(last, MultiwayLayer)
         if lower:
             image = image.repeat_interleave(text.shape[0] // max(1, image.shape[0]), dim=0)
             x = torch.cat([image, text], dim=1)
-            mask = torch.cat([text_mask.new_ones(image.shape[:2]), text_mask], dim=1)[:, None, None, :]
-            if attention_mask is not None:
-                mask = mask & attention_mask
             for layer in lower:
                 x = self._run(layer, x, num_image_tokens=split, mask=mask)
             image, text = x[:, :num_image_tokens], x[:, num_image_tokens:]
@@ -341,9 +336,8 @@ class MultiwayEncoder(nn.Module):
             text,
             chosen=chosen,
             reads_text=reads_text,
-            text_mask=text_mask,
+            mask=chosen_mask,
             text_packing=packing,
-            attention_mask=attention_mask,
             text_expert=text_expert,
         )
         norm: Tensor = (self.norm.text_expert if reads_text and text_expert else self.norm.vision_expert)(x)

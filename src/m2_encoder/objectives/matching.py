@@ -164,64 +164,6 @@ def score_hidden(
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-@torch.inference_mode()
-def score_pairs(
-    model: PairEncoder,
-    head: nn.Linear,
-    images: Tensor,
-    text: TextTokens,
-    pairs: Tensor,
-    *,
-    text_expert: bool = False,
-    chunk_size: int = 64,
-) -> Tensor:
-    """Matching scores of pairs, to rank candidates again that a search by features has found.
-
-    Every image and text passes the backbone once, in however many pairs it is.
-
-    Args:
-        model: a trained encoder.
-        head: of `Matching`, or the `linear` of `m2_encoder.checkpoints.matching_head.read_head`.
-        images: (B, 3, S, S), as in `M2Encoder.encode_image`.
-        text: (C, T).
-        pairs: rows of an image and of a text, (P, 2) int64.
-        text_expert: as it was trained.
-        chunk_size: images, texts or pairs per forward.
-
-    Returns:
-        Log-odds that the text describes the image, (P,), fp32 at least.
-
-    Raises:
-        UserError: for pairs that are not (P, 2), or rows that do not exist.
-    """
-    if pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise UserError(f"pairs are {tuple(pairs.shape)}; they must be (P, 2): the row of an image and of a text")
-    limits = torch.tensor([len(images), len(text.ids)], device=pairs.device)
-    if bool(((pairs < 0) | (pairs >= limits)).any()):
-        raise UserError(f"pairs name rows outside of {len(images)} images and {len(text.ids)} texts")
-    tokens = model.trim_text(text)
-    image_hidden = torch.cat([model.encode_image_backbone(part) for part in images.split(chunk_size)])
-    text_hidden = torch.cat(
-        [
-            model.encode_text_backbone(TextTokens(ids, mask))
-            for ids, mask in zip(tokens.ids.split(chunk_size), tokens.mask.split(chunk_size), strict=True)
-        ]
-    )
-    scores = [
-        score_hidden(
-            model,
-            head,
-            image_hidden[part[:, 0]],
-            text_hidden[part[:, 1]],
-            tokens.mask[part[:, 1]],
-            text_expert=text_expert,
-        )
-        for part in pairs.split(chunk_size)
-    ]
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    return torch.cat(scores) if scores else head.weight.new_empty(0, dtype=dtype)
-
-
 def draw_partners(
     queries: Tensor, keys: Tensor, scale: Tensor, query_identity: Tensor, key_identity: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -105,7 +106,7 @@ class PiecePasses:
         allowed = causal.new_zeros((patches + length, patches + length))
         allowed[:, :patches] = True
         allowed[patches:, patches:] = causal
-        followed = torch.nn.functional.pad(self.text.mask[:, 1:], (0, 1))
+        followed = functional.pad(self.text.mask[:, 1:], (0, 1))
         return self._fuse_text(hidden, followed, attention_mask=allowed)
 
     def masked_image(self, patch_mask: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class PiecePasses:
             hidden,
             self.text_hidden,
             self.text.mask,
-            chosen=torch.nn.functional.pad(patches, (1, 0)),  # cls is never hidden
+            chosen=functional.pad(patches, (1, 0)),  # cls is never hidden
             reads="image",
             text_expert=self._text_expert,
         )

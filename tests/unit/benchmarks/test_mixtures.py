@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks._mixtures import BASE, BEGIN, END, NOT_YET, collect, render, render_committed, splice, summarize
+from benchmarks._mixtures import BASE, NOT_YET, SECTION, collect, render, render_committed, summarize
+from m2_encoder.evaluation.markdown import replace_section
+
+BEGIN, END = "<!-- mixtures:begin -->", "<!-- mixtures:end -->"
 
 
 def make_summary(offset: float, *, masked: bool) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def test_tables() -> None:
 def test_the_document_says_what_the_committed_files_say(repo_root: Path) -> None:
     text = (repo_root / "docs" / "objectives.md").read_text(encoding="utf-8")
     content = render_committed(repo_root)
-    assert splice(text, content) == text, "python benchmarks/objective_mixtures.py --markdown"
+    assert replace_section(text, SECTION, content) == text, "python benchmarks/objective_mixtures.py --markdown"
 
 
 def test_results_replace_what_was_there(tmp_path: Path) -> None:
@@ -96,11 +99,11 @@ def test_results_replace_what_was_there(tmp_path: Path) -> None:
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     (results / "objective_mixtures-here.json").write_text(json.dumps(make_report()))
-    changed = splice(text, render_committed(tmp_path))
+    changed = replace_section(text, SECTION, render_committed(tmp_path))
     assert changed.startswith(f"before\n{BEGIN}\n\n10 steps")
     assert changed.endswith(f"\n\n{END}\nafter\n")
     assert "`benchmarks/results/objective_mixtures-here.json`" in changed
     assert "former" not in changed
-    assert splice(changed, render_committed(tmp_path)) == changed
+    assert replace_section(changed, SECTION, render_committed(tmp_path)) == changed
     with pytest.raises(ValueError, match="once each"):
-        splice(text + BEGIN, "")
+        replace_section(text + BEGIN, SECTION, "")

@@ -12,11 +12,12 @@ from benchmarks.plain_encoder import PlainEncoder
 from m2_encoder.checkpoints.adapters import to_official_state
 from m2_encoder.checkpoints.matching_head import head_of_state
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.rerank import score_pairs
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives import matching
 from m2_encoder.objectives.base import FeaturePair, ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
-from m2_encoder.objectives.matching import Matching, draw_partners, score_pairs
+from m2_encoder.objectives.matching import Matching, draw_partners
 from m2_encoder.objectives.pairs import HardPairs
 from m2_encoder.types import ImageTextBatch
 from tests.support.objectives import Bench, build_bench, draw_inputs, make_batch
