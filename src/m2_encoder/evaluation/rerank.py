@@ -234,9 +234,8 @@ def score_pairs(
         return torch.empty(0, dtype=torch.promote_types(head.weight.dtype, torch.float32))
     ids, mask = text.ids.cpu(), text.mask.cpu().bool()
     # Padding may hold anything, so the mask takes part in what makes two texts equal.
-    known, numbers = torch.unique(
-        torch.cat([ids.masked_fill(~mask, 0), mask.long()], dim=1), dim=0, return_inverse=True
-    )
+    marked = torch.cat([ids.masked_fill(~mask, 0), mask.long()], dim=1)
+    known, numbers = torch.unique(marked, dim=0, return_inverse=True)
     places = pairs[:, 0] * len(known) + numbers[pairs[:, 1]]
     places, inverse = places.unique(return_inverse=True)  # sorted: image by image
     rows = torch.stack([places // len(known), places % len(known)], dim=1)
@@ -245,9 +244,8 @@ def score_pairs(
         distinct = TextTokens(known[:, : ids.shape[1]], known[:, ids.shape[1] :].bool())
         states = _TextStates.encode(model, distinct, device=device, chunk_size=chunk_size)
         for start in range(0, len(images), chunk_size):
-            first, last = torch.searchsorted(
-                rows[:, 0].contiguous(), torch.tensor([start, start + chunk_size])
-            ).tolist()
+            bounds = torch.tensor([start, start + chunk_size])
+            first, last = torch.searchsorted(rows[:, 0].contiguous(), bounds).tolist()
             if first == last:
                 continue
             hidden = model.encode_image_backbone(images[start : start + chunk_size].to(device))
@@ -258,8 +256,7 @@ def score_pairs(
                 )
             )  # fmt: skip
     together = torch.cat(scores)
-    broken = int((~together.isfinite()).sum())
-    if broken:
+    if broken := int((~together.isfinite()).sum()):
         raise ValueError(f"{broken} of {len(rows)} matching scores are not finite: the model or its head is broken")
     return together[inverse]
 
