@@ -95,12 +95,12 @@ def _headers(descriptor: int, size: int) -> Iterator[tuple[int, bytes, bool]]:
     while offset < size:
         offsets: list[int] = []
         headers: list[bytes] = []
-        offset = _follow(descriptor, offset, offsets, headers)
+        offset = _follow(descriptor, offset, size, offsets, headers)
         yield from zip(offsets, headers, _check(headers), strict=True)
 
 
-def _follow(descriptor: int, offset: int, offsets: list[int], headers: list[bytes]) -> int:
-    """Collect headers from a place on; gives the place of the next one, or one beyond every file at the end."""
+def _follow(descriptor: int, offset: int, size: int, offsets: list[int], headers: list[bytes]) -> int:
+    """Collect headers from a place on; gives the place of the next one, or `size` where the chain ends."""
     pread = os.pread
     pax_size: int | None = None
     while len(headers) < _CHUNK or pax_size is not None:
@@ -119,14 +119,16 @@ def _follow(descriptor: int, offset: int, offsets: list[int], headers: list[byte
         kind = header[156]
         if pax_size is not None:
             length, pax_size = pax_size, None
-        elif kind == _PAX:
+        if not 0 <= length <= size:
+            break  # checksums come later: a damaged size leads before the file, or further than an offset reaches
+        if kind == _PAX:
             if length > _MAX_EXTENDED_BYTES:
                 break
             pax_size = _parse_pax(pread(descriptor, length, offset + BLOCK))[1]
         offset += BLOCK + _padded(length)
     else:
         return offset
-    return 1 << 63
+    return size
 
 
 def _check(headers: list[bytes]) -> list[bool]:
@@ -160,15 +162,19 @@ def _parse_pax(content: bytes) -> tuple[str | None, int | None]:
     name, size = None, None
     while content:
         digits = content.split(b" ", 1)[0]
-        if not digits.isdigit() or not 0 < int(digits) <= len(content):
+        if not _is_number(digits) or not 0 < int(digits) <= len(content):
             break
         record, content = content[len(digits) + 1 : int(digits) - 1], content[int(digits) :]
         key, _, value = record.partition(b"=")
         if key == b"path":
             name = _decode(value)
-        elif key == b"size" and value.isdigit():
+        elif key == b"size" and _is_number(value):
             size = int(value)
     return name, size
+
+
+def _is_number(digits: bytes) -> bool:
+    return digits.isdigit() and len(digits) <= 20  # 2^64 has 20; `int` raises from 4,300 on
 
 
 def _name(header: bytes) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from m2_encoder.data.shard_index import INDEX_SUFFIX, ShardIndex, build_index, load_index, open_index
@@ -17,6 +18,7 @@ from tests.support.shards import write_tar
 
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/."), min_size=1, max_size=60)
 FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+NOISE = random.Random(0).randbytes(4096)
 
 
 def pair(key: str, image: bytes = b"image", caption: bytes = b"{}") -> list[tuple[str, bytes]]:
@@ -183,10 +185,10 @@ def test_no_bytes_raise(tmp_path: Path, content: bytes, position: int, bits: int
 @pytest.mark.parametrize(
     ("content", "detail"),
     [
-        (os.urandom(4096), "not a tar"),
+        (NOISE, "not a tar"),
         (b"", "empty, 0 bytes"),
         (b"short", "no tar, 5 bytes"),
-        (b"\x1f\x8b" + os.urandom(2048), "packed with gzip; unpack it"),
+        (b"\x1f\x8b" + NOISE[:2048], "packed with gzip; unpack it"),
         (b"<html>Not found</html>" * 50, "not a tar"),
     ],
 )
@@ -198,9 +200,60 @@ def test_what_is_no_tar_is_said(tmp_path: Path, content: bytes, detail: str) -> 
     assert detail in fault.detail
 
 
+def damaged_header(size: bytes, *, kind: bytes, is_sound: bool) -> bytes:
+    """A header of 512 bytes with its field of 12 bytes for the size set, and its checksum made anew if sound."""
+    header = bytearray(tarfile.TarInfo("b.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[156:157] = size, kind
+    if is_sound:
+        header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * ord(" "))
+    return bytes(header)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(
+    size=st.one_of(
+        st.binary(min_size=11, max_size=11).map(lambda rest: b"\x80" + rest),  # binary, up to 2^88
+        st.text("01234567-_+ \0", min_size=12, max_size=12).map(str.encode),
+        st.binary(min_size=12, max_size=12),
+    ),
+    kind=st.sampled_from([b"0", b"x", b"L", b"g", b"K", b"5"]),
+    is_sound=st.booleans(),
+)
+@example(size=b"\x80" + b"\xff" * 11, kind=b"0", is_sound=False)  # beyond the largest offset of a file
+@example(size=b"\x80" + b"\xff" * 11, kind=b"0", is_sound=True)
+@example(size=b"\x80\0\0\0\x7f" + b"\xff" * 7, kind=b"L", is_sound=True)
+@example(size=b"-7777777777\0", kind=b"0", is_sound=True)  # would lead before the beginning
+@example(size=b"-7777777777\0", kind=b"x", is_sound=False)
+@example(size=b"-0000002000\0", kind=b"0", is_sound=False)  # would lead back to the beginning
+def test_no_size_raises(tmp_path: Path, size: bytes, kind: bytes, is_sound: bool) -> None:
+    content = bytearray(write_tar(tmp_path / "a.tar", [m for key in "abc" for m in pair(key)]).read_bytes())
+    content[2048:2560] = damaged_header(size, kind=kind, is_sound=is_sound)
+    (tmp_path / "b.tar").write_bytes(content)
+    index = build_index(tmp_path / "b.tar")
+    assert index[0].key == "a"
+    if not is_sound:
+        assert [(f.key, f.reason, f.detail) for f in index.faults] == [
+            (None, "truncated_shard", "damaged at byte 2048")
+        ]
+
+
+@pytest.mark.parametrize("length", [b"9" * 24, b"9" * 5000], ids=["beyond a file", "beyond what int() reads"])
+@pytest.mark.parametrize("record", [b"size=%s", b"%s path=x"], ids=["of the file", "of the record"])
+def test_lengths_of_extended_headers_never_raise(tmp_path: Path, length: bytes, record: bytes) -> None:
+    text = record % length
+    text = text if record.startswith(b"%s") else b"%d %s\n" % (len(text) + 6, text)
+    info = tarfile.TarInfo("a.pax")
+    info.type, info.size = tarfile.XHDTYPE, len(text)
+    padding = bytes(-len(text) % 512)
+    whole = write_tar(tmp_path / "a.tar", [m for key in "ab" for m in pair(key)]).read_bytes()
+    before, after = whole[:2048], whole[2048:]
+    (tmp_path / "b.tar").write_bytes(before + info.tobuf(tarfile.USTAR_FORMAT) + text + padding + after)
+    assert build_index(tmp_path / "b.tar")[0].key == "a"
+
+
 def test_damage_in_the_middle_keeps_what_is_before(tmp_path: Path) -> None:
     content = bytearray(write_tar(tmp_path / "a.tar", [m for key in "abc" for m in pair(key)]).read_bytes())
-    content[2048:2560] = os.urandom(512)  # the header of b.jpg
+    content[2048:2560] = NOISE[:512]  # the header of b.jpg
     (tmp_path / "b.tar").write_bytes(content)
     index = build_index(tmp_path / "b.tar")
     assert [index[i].key for i in range(len(index))] == ["a"]
