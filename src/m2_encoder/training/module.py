@@ -24,7 +24,7 @@ from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInput
 from m2_encoder.objectives.pairs import PairObjective
 from m2_encoder.objectives.report import report_step
 from m2_encoder.training.non_finite import NonFiniteGuard
-from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, key_by_name
+from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, fill_state, key_by_name
 from m2_encoder.training.second_round import evaluate_pairs
 from m2_encoder.training.step_encoder import StepEncoder, mean_terms
 from m2_encoder.types import LANGUAGES, ContrastiveTopology, ImageTextBatch, RetrievalBatch
@@ -75,6 +75,7 @@ class PretrainModule(lightning.LightningModule):
         self._max_log_scale = math.log(max_logit_scale)
         self._validation_name = validation_name
         self._last_losses: dict[str, Tensor] = {}
+        self._paused: list[nn.Parameter] = []  # what only objectives that pause in this step train
 
     def configure_model(self) -> None:
         """Build the encoder on the device and in the precision Lightning wants, once."""
@@ -144,6 +145,8 @@ class PretrainModule(lightning.LightningModule):
         if gradient_clip_algorithm not in (None, "norm"):
             given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)  # Lightning makes it an enum
             raise UserError(f"trainer.gradient_clip_algorithm={given} must be norm")
+        for parameter in self._paused:  # DDP has waited; to an optimizer 0 is a gradient, for decay and momentum
+            parameter.grad = None
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = clip_gradients(parameters, gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
@@ -153,9 +156,12 @@ class PretrainModule(lightning.LightningModule):
             optimizer.zero_grad(set_to_none=True)  # an optimizer leaves parameters without a gradient alone
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters of skipped steps, and key the optimizer's state so that every strategy can go on."""
+        """Add the counters of skipped steps, and make the optimizer's state one with which every strategy can go on."""
         if "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = [key_by_name(state) for state in checkpoint["optimizer_states"]]
+            weights = checkpoint["state_dict"]
+            checkpoint["optimizer_states"] = [
+                fill_state(key_by_name(state), weights) for state in checkpoint["optimizer_states"]
+            ]
         checkpoint["non_finite"] = self.non_finite.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -219,11 +225,10 @@ class PretrainModule(lightning.LightningModule):
     def _untouched(self, evaluated: Collection[str]) -> Tensor | float:
         """Nothing, from each parameter that only pausing objectives train: DDP waits for the gradients of all."""
         objectives = self.trained_objectives()
-        if len(evaluated) == len(objectives):
-            return 0.0
         paused = [objective for name, objective in objectives.items() if name not in evaluated]
         parts = _parts(paused) - _parts(objectives[name] for name in evaluated)
         alone = [*self.model.part_parameters(parts), *(p for objective in paused for p in objective.parameters())]
+        self._paused = alone
         return sum(p.flatten()[0] * 0 for p in alone if not isinstance(p, DTensor))  # FSDP2 waits for nobody
 
     def _trained_parts(self) -> frozenset[str]:

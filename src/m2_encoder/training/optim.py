@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -109,6 +110,34 @@ def key_by_name(state: dict[str, Any]) -> dict[str, Any]:
         "state": {names[key]: value for key, value in state["state"].items()},
         "param_groups": [{**group, "params": list(group["names"])} for group in groups],
     }
+
+
+def fill_state(state: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """An optimizer's state by name, with the beginning of a state for parameters that never had a gradient.
+
+    Those of an objective that has paused since the start have none, which split weights refuse to load. Moments and
+    counts of AdamW, and of all of torch's optimizers with such a state but Adagrad, Rprop and ASGD, begin at 0.
+
+    Args:
+        state: as `key_by_name` gives it. Without any parameter's state, or not by name, it stays as it is.
+        weights: the parameters by name, shaped (and split) as the state is.
+
+    Returns:
+        The same tensors, and zeros like those of another parameter, of a matrix or vector if there is one.
+    """
+    own: dict[str, dict[str, Any]] = state.get("state", {})
+    missing = [name for group in state.get("param_groups", []) for name in group["params"] if name not in own]
+    if not own or not missing or not all(isinstance(name, str) for name in missing):
+        return state
+    example = max(own, key=lambda name: weights[name].ndim > 0)  # a scalar's moments look like a count
+    filled = {
+        name: {
+            key: torch.zeros_like(weights[name] if value.shape == weights[example].shape else value)
+            for key, value in own[example].items()
+        }
+        for name in missing
+    }
+    return {**state, "state": {**own, **filled}}
 
 
 def build_muon(

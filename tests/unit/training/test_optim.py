@@ -16,7 +16,14 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parts import OPTIONAL_PARTS
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
-from m2_encoder.training.optim import build_optimizer, parameter_groups, warmup_constant, warmup_cosine
+from m2_encoder.training.optim import (
+    build_optimizer,
+    fill_state,
+    key_by_name,
+    parameter_groups,
+    warmup_constant,
+    warmup_cosine,
+)
 from tests.support.training import tiny_config
 
 EXPERT_MATRICES = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -107,6 +114,34 @@ def test_the_optimizer_takes_its_arguments(model: M2Encoder) -> None:
 def test_one_group_is_enough() -> None:
     optimizer = build_optimizer(nn.Linear(2, 2, bias=False), lr=1.0)
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_filled_state_goes_on_as_one_that_was_never_written() -> None:
+    """Whatever has had a gradient before, a scalar or a matrix."""
+    for late in ("matrix", "scale", "bias"):
+        results = []
+        for fills in (False, True):
+            torch.manual_seed(0)
+            values = {"matrix": torch.randn(3, 2), "scale": torch.randn(()), "bias": torch.randn(4)}
+            module = nn.ParameterDict({name: nn.Parameter(value) for name, value in values.items()})
+            optimizer = build_optimizer(module, lr=0.1)
+            for step in range(4):
+                if step == 2 and fills:
+                    filled = fill_state(key_by_name(optimizer.state_dict()), module.state_dict())
+                    assert filled["state"][late]["exp_avg"].shape == module[late].shape
+                    optimizer = build_optimizer(module, lr=0.1)
+                    optimizer.load_state_dict(filled)
+                for name, parameter in module.items():
+                    parameter.grad = torch.randn(parameter.shape) if name != late or step > 2 else None
+                optimizer.step()
+            results.append({name: value.clone() for name, value in module.state_dict().items()})
+        for name, value in results[0].items():
+            assert torch.equal(value, results[1][name]), (late, name)
+
+
+@pytest.mark.parametrize("state", [{}, {"muon": {}, "adamw": {}}, {"state": {}, "param_groups": [{"params": ["a"]}]}])
+def test_a_state_of_nobody_stays_as_it_is(state: dict[str, Any]) -> None:
+    assert fill_state(state, {"a": torch.ones(2)}) is state
 
 
 def test_nothing_to_train_is_an_error() -> None:
