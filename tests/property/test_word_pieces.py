@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from m2_encoder.data.emoji import load_emoji_tokenizer_model
 from m2_encoder.data.keyed import mix
 from m2_encoder.data.text_masking import MaskVocabulary, TextMasking, mask_words, mask_words_of_batch
+from m2_encoder.tokenizers.dictionary import load_jieba
 from m2_encoder.tokenizers.han_words import HanWords
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.word_pieces import NO_WORD, WordSegmenter, special_ids
-from m2_encoder.tokenizers.words import load_jieba
 
 pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
 

@@ -15,6 +15,7 @@ from m2_encoder.cli.known import Known, make_problem
 from m2_encoder.cli.path_values import find_path, is_model_name
 from m2_encoder.cli.rules import Problem, show
 from m2_encoder.objectives.base import Objective, check_schedule, find_pause
+from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
 
 
 def counting(known: Known) -> list[str]:
@@ -136,12 +137,11 @@ def _check_dictionaries(known: Known) -> Iterator[Problem]:
         if (value := known(key, None)) is None:
             continue
         try:
-            find_path(value).read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-            yield make_problem(
-                key, value, str(reason), "give a UTF-8 file with `word [frequency] [tag]` a line, or null"
-            )
+            read_user_words(find_path(value))
+        except OSError as error:
+            yield make_problem(key, value, str(error.strerror), f"{DICTIONARY_FIX}, or null")
+        except ValueError as error:
+            yield Problem(key, f"{key}={value}: {error}")
 
 
 OBJECTIVE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (

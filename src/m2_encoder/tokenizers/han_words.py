@@ -2,7 +2,8 @@
 
 jieba looks for the path of dictionary words with the highest product of their frequencies, then lets a hidden Markov
 model join what is left as single characters. The path is found here, on jieba's own dictionary, in one pass with the
-logarithms taken beforehand and without its generality; the model is jieba's. The tests hold both to the same words.
+logarithms taken beforehand and without its generality; the model is jieba's, but not the words that it must not join:
+jieba keeps one set of them for the whole process. The tests hold both to the same words.
 
 Source: jieba 0.42, accurate mode.
 """
@@ -10,14 +11,15 @@ Source: jieba 0.42, accurate mode.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Set
 from functools import lru_cache
-from itertools import groupby, takewhile
+from itertools import accumulate, groupby, pairwise, takewhile
 from math import log
 from operator import itemgetter
 from typing import NamedTuple
 
-from m2_encoder.tokenizers.words import load_jieba
+from m2_encoder.errors import UserError
+from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, UserWord, load_jieba, read_user_words
 
 HAN = "\u4e00-\u9fd5"
 """The characters that jieba joins to words, as a range of a regular expression; other ideographs stand alone."""
@@ -32,13 +34,13 @@ class _Lexicon(NamedTuple):
     Attributes:
         scores: logarithm of a word's probability, `_NO_WORD` for what only begins a word.
         floor: score of a character that the dictionary lacks.
-        join: words of a run of single characters, by the hidden Markov model.
+        join: where the words of a run of single characters begin, by the hidden Markov model.
         others: finds the words that are not of Chinese characters alone.
     """
 
     scores: dict[str, float]
     floor: float
-    join: Callable[[str], Iterable[str]]
+    join: Callable[[str], tuple[int, ...]]
     others: re.Pattern[str] | None
 
 
@@ -48,14 +50,23 @@ class HanWords:
     Args:
         user_dictionary: a UTF-8 file of words beyond jieba's own, in its format: `word [frequency] [tag]` a line.
         use_model: whether the hidden Markov model joins characters that the dictionary does not, as names.
+        write: spells the user's words as the texts do, "" for one that they cannot hold; None for as they are. Must
+            pickle where this object does.
 
     Raises:
-        UserError: from the calls, if jieba is not installed or the user dictionary cannot be read.
+        UserError: from the calls, if jieba is not installed or the user dictionary cannot be read or holds no words.
     """
 
-    def __init__(self, *, user_dictionary: str | None = None, use_model: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        user_dictionary: str | None = None,
+        use_model: bool = True,
+        write: Callable[[list[str]], list[str]] | None = None,
+    ) -> None:
         self.user_dictionary = user_dictionary
         self.use_model = use_model
+        self._write = write
         self._lexicon: _Lexicon | None = None
         # A cache that belongs to this object; captions repeat words like 一只 and 的.
         self._cached = lru_cache(maxsize=_CACHED_RUNS)(self._cut)
@@ -64,7 +75,7 @@ class HanWords:
         """Where the words of a run begin.
 
         Args:
-            run: characters of `HAN` alone.
+            run: characters of `HAN` alone, or with others that jieba looks at together: `a-zA-Z0-9+#&._%-`.
 
         Returns:
             The start of every word, from 0, ascending.
@@ -86,8 +97,8 @@ class HanWords:
         spans = (match.span() for match in pattern.finditer(text)) if pattern else ()
         return [span for span in spans if _is_whole(text, *span)]
 
-    def __reduce__(self) -> tuple[Callable[[str | None, bool], HanWords], tuple[str | None, bool]]:
-        return _rebuild, (self.user_dictionary, self.use_model)
+    def __reduce__(self) -> tuple[Callable[..., HanWords], tuple[object, ...]]:
+        return _rebuild, (self.user_dictionary, self.use_model, self._write)
 
     def _cut(self, run: str) -> tuple[int, ...]:
         lexicon = self._lexicon or self._load()
@@ -110,29 +121,63 @@ class HanWords:
         """Starts of the words of single characters, joined by the model unless they are a word of the dictionary."""
         if end - start == 1 or not self.use_model or lexicon.scores.get(run[start:end], _NO_WORD) != _NO_WORD:
             return range(start, end)
-        starts = []
-        for word in lexicon.join(run[start:end]):
-            starts.append(start)
-            start += len(word)
-        return starts
+        return [start + place for place in lexicon.join(run[start:end])]
 
     def _load(self) -> _Lexicon:
-        segmenter = load_jieba(self.user_dictionary)
-        from jieba import finalseg
-
+        words = self._read_words()
+        segmenter = load_jieba(words)
+        apart = frozenset(word for word, frequency in words if frequency == 0)
         total = log(segmenter.total)
         frequencies: dict[str, int] = segmenter.FREQ
         self._lexicon = _Lexicon(
             scores={word: log(count) - total if count else _NO_WORD for word, count in frequencies.items()},
             floor=log(1) - total,
-            join=lru_cache(maxsize=_CACHED_RUNS)(lambda run: tuple(finalseg.cut(run))),
+            join=lru_cache(maxsize=_CACHED_RUNS)(lambda run: tuple(_join(run, apart))),
             others=_compile_others(word for word, count in frequencies.items() if count),
         )
         return self._lexicon
 
+    def _read_words(self) -> list[UserWord]:
+        """The user's words, spelt as the texts are."""
+        if self.user_dictionary is None:
+            return []
+        try:
+            words = read_user_words(self.user_dictionary)
+        except OSError as error:
+            raise UserError(f"user dictionary {self.user_dictionary}: {error.strerror}; {DICTIONARY_FIX}") from error
+        except ValueError as error:
+            raise UserError(f"user dictionary {self.user_dictionary}: {error}") from error
+        if self._write is None:
+            return words
+        written = self._write([word.text for word in words])
+        return [word._replace(text=text) for word, text in zip(words, written, strict=True) if text]
 
-def _rebuild(user_dictionary: str | None, use_model: bool) -> HanWords:
-    return HanWords(user_dictionary=user_dictionary, use_model=use_model)
+
+def _rebuild(user_dictionary: str | None, use_model: bool, write: Callable[[list[str]], list[str]] | None) -> HanWords:
+    return HanWords(user_dictionary=user_dictionary, use_model=use_model, write=write)
+
+
+def _join(run: str, apart: Set[str]) -> Iterator[int]:
+    """Starts of the words of single characters: Chinese by the model, letters and digits in a row, the rest apart.
+
+    Args:
+        run: the characters.
+        apart: Chinese words that are none.
+    """
+    from jieba import finalseg
+
+    start = 0
+    for part in filter(None, finalseg.re_han.split(run)):
+        if HAN[0] <= part[0] <= HAN[-1]:
+            _, tags = finalseg.viterbi(part, "BMES", finalseg.start_P, finalseg.trans_P, finalseg.emit_P)
+            # Of the tags, B begins a word of several characters, S is a word.
+            places = [place for place, tag in enumerate(tags) if tag in "BS"]
+            for first, end in pairwise((*places, len(part))):
+                yield from range(start + first, start + end) if part[first:end] in apart else (start + first,)
+        else:
+            lengths = [len(word) for word in finalseg.re_skip.split(part) if word]
+            yield from accumulate(lengths[:-1], initial=start)
+        start += len(part)
 
 
 def _best_ends(run: str, lexicon: _Lexicon) -> list[int]:

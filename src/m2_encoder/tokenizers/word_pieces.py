@@ -71,7 +71,8 @@ class WordSegmenter:
 
     Args:
         tokenizer: makes the ids.
-        user_dictionary: a UTF-8 file of words beyond jieba's own, in its format: `word [frequency] [tag]` a line.
+        user_dictionary: a UTF-8 file of words beyond jieba's own, in its format: `word [frequency] [tag]` a line. They
+            are normalised as the texts are, so full-width letters and signs may be written either way.
         use_model: whether jieba's hidden Markov model joins characters that its dictionary does not.
 
     Raises:
@@ -85,7 +86,7 @@ class WordSegmenter:
         self, tokenizer: SentencePieceTokenizer, *, user_dictionary: str | None = None, use_model: bool = True
     ) -> None:
         self.tokenizer = tokenizer
-        self._han = HanWords(user_dictionary=user_dictionary, use_model=use_model)
+        self._han = HanWords(user_dictionary=user_dictionary, use_model=use_model, write=self._normalise)
         self._has_user_words = user_dictionary is not None
         self._scan = _compile_scanner().findall
         pieces = tokenizer.pieces(range(tokenizer.vocab_size))
@@ -167,11 +168,7 @@ class WordSegmenter:
     def _words_of_opaque(self, text: str, ids: list[int]) -> list[int]:
         """As `_words_of`, where ids stand for bytes or for what the vocabulary lacks."""
         unknown = self.tokenizer.unknown_id
-        parts = [self._texts[index] for index in ids]
-        if unknown in ids:
-            cut = self.tokenizer.split(text)
-            parts = [cut[place] if index == unknown else parts[place] for place, index in enumerate(ids)]
-        _join_bytes([self._bytes.get(index) for index in ids], parts)
+        parts = self._parts(text, ids)
         words = _number(parts, [_leading_spaces(part) for part in parts], self._starts("".join(parts)))
         lost = {words[place] for place, index in enumerate(ids) if index == unknown}
         if not lost:
@@ -179,6 +176,22 @@ class WordSegmenter:
         kept = sorted(set(words) - lost - {NO_WORD})  # the numbers stay without gaps
         renumbered = {number: place for place, number in enumerate(kept)}
         return [renumbered.get(number, NO_WORD) for number in words]
+
+    def _parts(self, text: str, ids: list[int]) -> list[str]:
+        """What each id of a text stands for; joined, the text in which words are looked for."""
+        parts = [self._texts[index] for index in ids]
+        if (unknown := self.tokenizer.unknown_id) in ids:
+            cut = self.tokenizer.split(text)
+            parts = [cut[place] if index == unknown else parts[place] for place, index in enumerate(ids)]
+        _join_bytes([self._bytes.get(index) for index in ids], parts)
+        return parts
+
+    def _normalise(self, words: list[str]) -> list[str]:
+        """Words of a dictionary as `_starts` sees them; "" for what holds a special piece, which no word does."""
+        special = self._special - {self.tokenizer.unknown_id}
+        rows = zip(words, self.tokenizer.encode_all(words), strict=True)
+        forms = ["".join(self._parts(word, ids)) if special.isdisjoint(ids) else "" for word, ids in rows]
+        return [form.strip(_SPACE).replace(_SPACE, " ") for form in forms]
 
     def _starts(self, text: str) -> set[int]:
         """Where the words of a normalised text begin."""

@@ -76,6 +76,13 @@ def test_dictionaries_are_read_before_a_run_starts(problems: Problems, tmp_path:
     words.write_bytes("表情符号".encode("gb18030"))
     (problem,) = problems("objective=[cmlm]", f"{key}={words}")
     assert "is not UTF-8" in problem
+    words.write_text("表情符号\n笑脸 -5 n\n", encoding="utf-8")
+    (problem,) = problems("objective=[cmlm]", f"{key}={words}")
+    assert problem.startswith(f"{key}={words}: line 2: ")
+    assert "笑脸 -5" in problem
+    words.write_text("\n", encoding="utf-8")
+    (problem,) = problems("objective=[cmlm]", f"{key}={words}")
+    assert "holds no words" in problem
     words.write_text("表情符号 100 n\n", encoding="utf-8")
     assert problems("objective=[cmlm]", f"{key}={words}") == []
     (problem,) = problems("objective=[cmlm]", f"{key}={tmp_path}")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from m2_encoder.errors import UserError
+from m2_encoder.tokenizers.dictionary import load_jieba, read_user_words
 from m2_encoder.tokenizers.han_words import HanWords
-from m2_encoder.tokenizers.words import load_jieba
+from m2_encoder.tokenizers.words import split_words
 
 pytest.importorskip("jieba", reason="words of Chinese texts need the extra `words`")
 
@@ -64,9 +65,30 @@ def test_user_dictionary_changes_words_as_in_jieba(tmp_path: Path, han_words: Ha
     assert words("网易杭研大厦") == (0, 2)
     assert words("红苹果和梨") == (0, 3, 4)
     assert (han_words("网易杭研大厦"), han_words("红苹果和梨")) == ((0, 2, 4), (0, 1, 3, 4))
-    expected = load_jieba(str(path)).lcut("他在网易杭研大厦吃红苹果")
+    expected = load_jieba(read_user_words(path)).lcut("他在网易杭研大厦吃红苹果")
     assert words("他在网易杭研大厦吃红苹果") == tuple(accumulate(map(len, expected[:-1]), initial=0))
     assert words.find_others("▁in▁new▁york▁用m2编码器") == [(4, 12), (14, 19)]
+
+
+def test_a_word_taken_away_is_taken_from_this_dictionary_alone(tmp_path: Path) -> None:
+    """Frequency 0 takes a word away, and what the model joins apart; jieba does the latter for the whole process."""
+    from jieba import finalseg
+
+    path = tmp_path / "words.txt"
+    path.write_text("杭研 0\n", encoding="utf-8")
+    assert HanWords()("来到了网易杭研大厦") == (0, 2, 3, 5, 7)
+    assert HanWords(user_dictionary=str(path))("来到了网易杭研大厦") == (0, 2, 3, 5, 6, 7)
+    assert HanWords()("来到了网易杭研大厦") == (0, 2, 3, 5, 7)
+    assert split_words("网易杭研大厦", "zh") == ["网易", "杭研", "大厦"]
+    assert not finalseg.Force_Split_Words
+
+
+def test_words_do_not_depend_on_what_else_uses_jieba(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jieba import finalseg
+
+    monkeypatch.setattr(finalseg, "Force_Split_Words", {"杭研"})
+    assert HanWords()("网易杭研大厦") == (0, 2, 4)
+    assert split_words("网易杭研大厦", "zh") == ["网易", "杭研", "大厦"]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +116,9 @@ def test_of_words_that_begin_alike_the_longest_is_found(tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
     path.write_text("".join(f"{word} 5\n" for word in sorted(listed)), encoding="utf-8")
     words = HanWords(user_dictionary=str(path))
-    entries = {w for w in load_jieba(str(path)).FREQ.items() if w[1] and not re.fullmatch("[\u4e00-\u9fd5]+", w[0])}
-    forms = {form for word, _ in entries for form in (word, word.lower())}
+    counts = load_jieba(read_user_words(path)).FREQ
+    entries = {word for word, count in counts.items() if count and not re.fullmatch("[\u4e00-\u9fd5]+", word)}
+    forms = {form for word in entries for form in (word, word.lower())}
     plain = re.compile("|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True)))
     for _ in range(300):
         text = "".join(draw.choices("ab+.红x是", k=30))

@@ -136,6 +136,48 @@ def test_user_dictionary_reaches_the_pieces(segmenter: WordSegmenter, tmp_path: 
     assert int(own.segment("a big apple").words.max()) == 1
 
 
+def _words(segmenter: WordSegmenter, text: str) -> list[str]:
+    """The normalised words of a text without unknown characters or bytes."""
+    numbers = segmenter.segment(text).words.tolist()[1:-1]
+    found = [""] * (max(numbers) + 1)
+    for number, part in zip(numbers, segmenter.tokenizer.split(text), strict=True):
+        if number != NO_WORD:
+            found[number] += part
+    return [word.strip("▁") for word in found]
+
+
+@pytest.mark.parametrize(
+    ("entry", "text", "expected"),
+    [
+        ("黑神话：悟空 100 nz", "玩黑神话：悟空的人", "黑神话:悟空"),
+        ("黑神话:悟空", "玩黑神话：悟空的人", "黑神话:悟空"),
+        ("ＡＢＣ公司", "去ＡＢＣ公司上班", "ABC公司"),
+        ("ＡＢＣ公司", "去ABC公司上班", "ABC公司"),
+        ("Wi－Fi密码", "问Wi－Fi密码", "Wi-Fi密码"),
+        ("Ⅳ号坦克 5", "一辆Ⅳ号坦克", "IV号坦克"),
+        ("２０２４年会", "参加２０２４年会", "2024年会"),
+        ("⼈⼼苹果", "吃⼈⼼苹果", "人心苹果"),  # radicals, which become characters that jieba joins
+        ("人\u200b猫 5", "是人\u200b猫", "人▁猫"),
+    ],
+)
+def test_user_words_are_found_as_the_tokenizer_writes_them(
+    official: WordSegmenter, tmp_path: Path, entry: str, text: str, expected: str
+) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text(f"{entry}\n\u200b\n[MASK]\n", encoding="utf-8")
+    own = WordSegmenter(official.tokenizer, user_dictionary=str(path))
+    assert expected in _words(own, text)
+    assert expected in _words(pickle.loads(pickle.dumps(own)), text)
+    assert _words(own, "cat[MASK]▁ dog") == ["cat", "dog"]
+
+
+def test_user_words_of_characters_that_are_bytes_are_found(segmenter: WordSegmenter, tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("麒麟：Ａ\n", encoding="utf-8")
+    own = WordSegmenter(segmenter.tokenizer, user_dictionary=str(path))
+    assert [int(of.segment("麒麟：A").words.max()) for of in (segmenter, own)] == [2, 0]
+
+
 def test_special_ids(segmenter: WordSegmenter) -> None:
     tokenizer = segmenter.tokenizer
     names = tokenizer.pieces(sorted(special_ids(tokenizer)))

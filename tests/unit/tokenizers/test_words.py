@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import sys
+import random
 from typing import Any
 
 import pytest
 
-from m2_encoder.errors import UserError
 from m2_encoder.tokenizers import words
+from m2_encoder.tokenizers.dictionary import load_jieba
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,22 @@ def test_words(text: str, language: str, expected: list[str]) -> None:
 
 def test_own_dictionary_leaves_no_cache_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    words._segmenter.cache_clear()
+    words._cutter.cache_clear()
     words.count_words("图片", "zh")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_jieba_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(UserError, match="pip install jieba"):
-        words.load_jieba()
+def test_words_are_those_of_jieba() -> None:
+    """In texts of both languages, with signs that jieba keeps with letters, and numbers."""
+    draw = random.Random(11)
+    jieba_words = load_jieba()
+    chunks = [
+        *"一只红色的苹果和猫在上了麒麟々〇ー",
+        *["网易杭研大厦", "乒乓球拍卖完了", "T恤", "卡拉OK", "c++", "C#", "AT&T", "iPhone15", "3.14%", "1.2.3", "a_b"],
+        *["isn't", "well-known", "café", "猫です", ".", "-", "_", "#", "%", "，", "……", "👍🏽", "é", "①"],
+        *" \n\u3000",
+    ]
+    for _ in range(3000):
+        text = "".join(draw.choices(chunks, k=draw.randint(1, 9)))
+        expected = [word for word in jieba_words.lcut(text) if any(map(str.isalnum, word))]
+        assert words.split_words(text, "zh") == expected, text

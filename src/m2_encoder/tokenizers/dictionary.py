@@ -1,0 +1,119 @@
+"""jieba's dictionary, and files of more words for it.
+
+A file of words is read here and not by jieba, which takes whatever a line holds for a word: `笑脸 -5 n` for the word
+`笑脸 -5`, and a file with an old Mac's ends of lines for one word. What jieba reads as intended, it reads the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m2_encoder.errors import UserError
+
+DICTIONARY_FIX = "give a UTF-8 file with `word [frequency] [tag]` a line"
+
+_LINE = re.compile(r"(.+?)(?: ([0-9]+))?(?: ([a-z]+))?")
+_OTHER_SPACE = re.compile(r"[^\S ]|  ")
+_LIKE_A_NUMBER = re.compile(r" \W?\d")
+_MOST_DIGITS = 15  # of a frequency: jieba's own add up to 60 million, and a float holds these exactly
+
+
+class UserWord(NamedTuple):
+    """A word of a user's dictionary.
+
+    Attributes:
+        text: may hold single spaces.
+        frequency: beside jieba's; None for one that lets it be found, 0 for a word taken away.
+    """
+
+    text: str
+    frequency: int | None
+
+
+def read_user_words(path: str | os.PathLike[str]) -> list[UserWord]:
+    """The words of a file in jieba's format, `word [frequency] [tag]` a line; does not need jieba.
+
+    Args:
+        path: a UTF-8 file. Byte order marks, blank lines, and words with single spaces and a frequency are allowed.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no such dictionary; the message names the line, what is wrong and what to write.
+    """
+    words = []
+    for number, content in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        try:
+            line = content.decode("utf-8").lstrip("\ufeff").strip(" \t\r\v\f")
+        except UnicodeDecodeError:
+            raise ValueError(f"line {number}: is not UTF-8; {DICTIONARY_FIX}") from None
+        if not line:
+            continue
+        if fault := _find_fault(line):
+            raise ValueError(f"line {number}: {line!r:.80} {fault}")
+        word, frequency, _ = _match(line)
+        words.append(UserWord(word, None if frequency is None else int(frequency)))
+    if not words:
+        raise ValueError(f"holds no words; {DICTIONARY_FIX}")
+    return words
+
+
+def load_jieba(words: Iterable[UserWord] = ()) -> Any:
+    """A jieba tokenizer of our own, in about a second; jieba's shared one keeps a file in a folder open to everybody.
+
+    What jieba's model joins is no part of it: that of `HanWords` is.
+
+    Args:
+        words: beyond jieba's own.
+
+    Returns:
+        A `jieba.Tokenizer` with its dictionary in memory.
+
+    Raises:
+        UserError: if jieba is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of jieba 0.42 itself: old escapes, an old way to find its files
+            import jieba
+    except ImportError as error:
+        raise UserError("Chinese words are found by jieba, which is not installed; pip install jieba") from error
+    jieba.setLogLevel(logging.WARNING)
+    segmenter = jieba.Tokenizer()
+    segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
+    segmenter.initialized = True
+    for word, frequency in words:
+        if frequency == 0:
+            # jieba's own way would keep the word apart in every other tokenizer of the process, too.
+            segmenter.FREQ[word] = 0
+        else:
+            segmenter.add_word(word, frequency)
+    return segmenter
+
+
+def _match(line: str) -> tuple[str, str | None, str | None]:
+    """Word, frequency and tag of a line, as jieba tells them apart."""
+    match = _LINE.fullmatch(line)
+    assert match is not None, "holds at least one character"
+    word, frequency, tag = match.groups()
+    return word, frequency, tag
+
+
+def _find_fault(line: str) -> str:
+    """What is wrong with a line and what to write; empty if nothing is."""
+    if space := _OTHER_SPACE.search(line):
+        found = "two spaces in a row" if space[0] == "  " else f"white space U+{ord(space[0]):04X}"
+        return f"holds {found}; write `word [frequency] [tag]` with single spaces"
+    word, frequency, tag = _match(line)
+    if frequency is not None and len(frequency) > _MOST_DIGITS:
+        return f"has a frequency of {len(frequency)} digits; give at most {_MOST_DIGITS}"
+    if frequency is None and " " in word and (tag is not None or _LIKE_A_NUMBER.search(word)):
+        # Nobody can tell whether this is a word of several parts, or a frequency or tag that is none.
+        rule = "a whole number from 0, after the word, and a tag of small letters behind it or none"
+        return f"would be the word {word!r:.60}, without a frequency; write {rule}"
+    return ""
