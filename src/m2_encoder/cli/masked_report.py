@@ -17,13 +17,13 @@ from m2_encoder.cli.masked_batches import make_batch, make_passes
 from m2_encoder.cli.tables import start_table
 from m2_encoder.data.evaluation_set import RetrievalSet
 from m2_encoder.evaluation.encode import evaluation_mode
-from m2_encoder.evaluation.masked import MaskedResults, TermsByName, hidden_tokens, measure_masked, next_tokens
+from m2_encoder.evaluation.masked import NOTHING, Evaluated, MaskedResults, hidden_tokens, measure_masked, next_tokens
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, Objective
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
-from m2_encoder.objectives.patch_targets import NormalizedPixels, normalized_patches
+from m2_encoder.objectives.patch_targets import NormalizedPixels, VisualCodes, normalized_patches
 from m2_encoder.training.passes import PiecePasses
 from m2_encoder.types import ImageTextBatch
 
@@ -75,7 +75,6 @@ def measure_sets(
             found[split] = measure_masked(
                 batch,
                 lambda own, other: _evaluate(model, measured, own, other),
-                targets=_list_targets(measured, batch),
                 batch_size=_BATCH_SIZE,
             )
     return found
@@ -108,7 +107,7 @@ def masked_table(
         titles: what a split is called; its name where there is none.
         num_images: by split.
     """
-    caption = "blind: always the commonest token, or each patch's mean"
+    caption = "blind: always the commonest token or code, or each patch's mean"
     table = start_table("Hidden words and patches", caption=caption)
     table.add_column("\nobjective")
     table.add_column("\n")
@@ -137,17 +136,18 @@ def _evaluate(
     objectives: Mapping[str, LocalObjective],
     own: ImageTextBatch,
     other: ImageTextBatch | None,
-) -> tuple[TermsByName, TermsByName | None]:
-    """Terms with the images' own captions and with other ones."""
+) -> Evaluated:
+    """Terms with the images' own captions and with other ones, and what is true."""
     passes = make_passes(model, own, objectives)
     terms = {name: _add_blind(objective, passes, objective.terms(passes)) for name, objective in objectives.items()}
+    targets = _list_targets(objectives, own, passes)
     if other is None:
-        return terms, None
+        return Evaluated(terms, None, targets)
     beside = make_passes(model, other, objectives)
     beside.image_hidden = passes.image_hidden  # the images are the same
     if any(isinstance(objective, MaskedImage) and objective.patch_ratio is None for objective in objectives.values()):
         beside.pair = passes.pair  # attentive masks hide what the right captions speak of, both times
-    return terms, {name: objective.terms(beside) for name, objective in objectives.items()}
+    return Evaluated(terms, {name: objective.terms(beside) for name, objective in objectives.items()}, targets)
 
 
 def _add_blind(objective: LocalObjective, passes: PiecePasses, terms: LocalTerms) -> LocalTerms:
@@ -162,12 +162,17 @@ def _add_blind(objective: LocalObjective, passes: PiecePasses, terms: LocalTerms
     return terms._replace(scores={**terms.scores, "mean_loss": repeated})
 
 
-def _list_targets(objectives: Mapping[str, LocalObjective], batch: ImageTextBatch) -> dict[str, Tensor]:
-    """True tokens of objectives that predict tokens."""
+def _list_targets(
+    objectives: Mapping[str, LocalObjective], batch: ImageTextBatch, passes: PiecePasses
+) -> dict[str, Tensor]:
+    """True tokens or codes of objectives that predict them."""
     found = {}
     for name, objective in objectives.items():
         if isinstance(objective, MaskedLanguage):
             found[name] = hidden_tokens(batch)
         elif isinstance(objective, Captioning):
             found[name] = next_tokens(batch)
+        elif isinstance(objective, MaskedImage) and isinstance(objective.targets, VisualCodes):
+            codes = objective.targets.encode(passes.batch.images).masked_fill(~objective.choose(passes), NOTHING)
+            found[name] = codes.repeat_interleave(batch.captions_per_image, dim=0)
     return found

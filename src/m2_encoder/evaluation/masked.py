@@ -9,10 +9,11 @@ terms: hidden tokens, or hidden patches. By objective and language of the captio
     accuracy             mean of its score of this name: the share of terms for which the truth scored highest
     other_loss, other_accuracy    the same beside the wrong partner, half the set away; absent where all images show
                          the same
-    commonest_accuracy   of tokens: what always answering the commonest hidden token of this language in this set gets
+    commonest_accuracy   of tokens and codes: what always answering the commonest hidden one of this language in this
+                         set gets
 
 A difference between `accuracy` and `other_accuracy` is what the partner is good for; one between `other_accuracy` and
-`commonest_accuracy` is what the rest of the caption tells.
+`commonest_accuracy` is what the rest of the caption or image tells.
 
 Letters: n images · k captions of each · T tokens.
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 
 NOTHING = -1
-"""In targets: no token is predicted here."""
+"""In targets: nothing is predicted here."""
 
 MaskedResults: TypeAlias = dict[str, dict[str, dict[str, float | int | None]]]
 """Objective -> language -> the numbers above; None where there are no terms to take the mean of."""
@@ -55,8 +56,24 @@ class CaptionTerms(Protocol):
 
 TermsByName: TypeAlias = Mapping[str, CaptionTerms]
 
-Evaluate: TypeAlias = Callable[[ImageTextBatch, ImageTextBatch | None], tuple[TermsByName, TermsByName | None]]
-"""Terms by objective of a batch, and of the same images and hidden patches with other captions."""
+
+class Evaluated(NamedTuple):
+    """What objectives say of some images with their own captions and with other ones.
+
+    Attributes:
+        own: terms by objective.
+        other: of the same images and hidden patches with other captions; None without such captions.
+        targets: for objectives that predict tokens or codes, the true ones of own captions, (k * b, T) int64, `NOTHING`
+            elsewhere; as wide in every call.
+    """
+
+    own: TermsByName
+    other: TermsByName | None
+    targets: Mapping[str, Tensor]
+
+
+Evaluate: TypeAlias = Callable[[ImageTextBatch, ImageTextBatch | None], Evaluated]
+"""What objectives say of a batch, and of the same images and hidden patches with other captions."""
 
 
 class _Sums(NamedTuple):
@@ -66,19 +83,12 @@ class _Sums(NamedTuple):
     sums: dict[str, Tensor]
 
 
-def measure_masked(
-    batch: ImageTextBatch,
-    evaluate: Evaluate,
-    *,
-    targets: Mapping[str, Tensor],
-    batch_size: int = 64,
-) -> MaskedResults:
+def measure_masked(batch: ImageTextBatch, evaluate: Evaluate, *, batch_size: int = 64) -> MaskedResults:
     """Measures a whole set.
 
     Args:
         batch: all of it, on the CPU, masks drawn; `identity` says which images show the same.
         evaluate: what the objectives say of some of its rows.
-        targets: for objectives that predict tokens, the true ones, (n * k, T) int64, `NOTHING` elsewhere.
         batch_size: images per call.
 
     Returns:
@@ -87,14 +97,18 @@ def measure_masked(
     shift = choose_shift(batch.identity)
     right: dict[str, _Sums] = {}
     other: dict[str, _Sums] = {}
+    pieces: dict[str, list[Tensor]] = {}
     number = len(batch.identity)
     for rows in torch.arange(number).split(batch_size):
         own = take_rows(batch, rows)
         beside = None if shift is None else take_rows(batch, rows, captions_of=(rows + shift) % number)
-        terms, other_terms = evaluate(own, beside)
-        _add(right, terms, own.language)
-        if beside is not None and other_terms is not None:
-            _add(other, other_terms, beside.language)
+        found = evaluate(own, beside)
+        _add(right, found.own, own.language)
+        if beside is not None and found.other is not None:
+            _add(other, found.other, beside.language)
+        for name, true in found.targets.items():
+            pieces.setdefault(name, []).append(true.cpu())
+    targets = {name: torch.cat(each) for name, each in pieces.items()}
     codes = list(dict.fromkeys(batch.language.tolist()))
     return {
         name: {
@@ -187,6 +201,6 @@ def _describe(right: _Sums, other: _Sums | None, code: int) -> dict[str, float |
 
 
 def _commonest(targets: Tensor) -> float | None:
-    """Share of the commonest token."""
+    """Share of the commonest token or code."""
     tokens = targets[targets != NOTHING]
     return float(tokens.bincount().max() / len(tokens)) if len(tokens) else None

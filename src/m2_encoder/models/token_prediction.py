@@ -31,8 +31,9 @@ def token_cross_entropy(states: Tensor, table: Tensor, bias: Tensor, targets: Te
 
     Returns:
         Losses, (M,), fp32 (fp64 for fp64), differentiable by states, table and bias; and whether the target scored
-        highest, (M,) bool. Products are in the dtype that autocast asks for, all sums in fp32 at least. Gradients
-        cannot be differentiated in turn: `create_graph=True` is refused with a `UserError`.
+        highest, of equal scores the first, as argmax has it, (M,) bool. Products are in the dtype that autocast asks
+        for, all sums in fp32 at least. Gradients cannot be differentiated in turn: `create_graph=True` is refused with
+        a `UserError`.
     """
     dtype = states.dtype
     device = states.device.type
@@ -54,12 +55,13 @@ class _TokenCrossEntropy(torch.autograd.Function):
         kept: tuple[Tensor, ...] = ()
         for start, stop in tiles:
             logits = _logits(states[start:stop], weight, bias, wide)
-            highest = logits.amax(dim=1)
+            highest, first = logits.max(dim=1)
             own = logits.gather(1, targets[start:stop, None]).squeeze(1)
             # In place: the tile becomes exp(logits - highest), which backward can use again.
             logsumexp[start:stop] = logits.sub_(highest[:, None]).exp_().sum(dim=1).log_().add_(highest)
             losses[start:stop] = logsumexp[start:stop] - own
-            hits[start:stop] = own >= highest
+            # Not for a NaN, which max takes for the highest.
+            hits[start:stop] = (first == targets[start:stop]) & (own >= highest)
             if len(tiles) == 1:
                 kept = logits, highest
         # Saved as any activation is: checkpointing forgets it and makes it again.

@@ -10,11 +10,14 @@ Wrong partners are drawn by the contrastive scores of the step, so that no round
     j' ~ softmax_t(s x_i . y_t)  over the captions t of the whole group that do not describe image i
     i' ~ softmax_r(s x_r . y_j)  over the images r of this rank that caption j does not describe
 
-Content with the same identity is never a wrong partner. Captions come from all ranks because their ids are cheap to
-send; an image of another rank would cost its pixels or hidden states. The draw is the inverse of the cumulative
-probabilities at a number that belongs to the seed, the step and the caption's place in the group: for j' it is the same
-(up to rounding) however the rows of the group are divided, for i' only the choice of images changes. It happens once
-per step, outside of what is recomputed.
+A caption describes the images of its identity, and those that come with the very same words: there it would score as
+high as the right caption, be drawn for that, and train one pair as right and wrong in one step. Words are compared
+token by token, without padding, so nothing else is taken for the same.
+
+Captions come from all ranks because their ids are cheap to send; an image of another rank would cost its pixels or
+hidden states. The draw is the inverse of the cumulative probabilities at a number that belongs to the seed, the step
+and the caption's place in the group: for j' it is the same (up to rounding) however the rows of the group are divided,
+for i' only the choice of images changes. It happens once per step, outside of what is recomputed.
 
 Cost per rank and step: sent k (g - 1) n (E elements and T + 2 whole numbers); three fusions of N + T tokens for each
 caption; the backbone for one more caption each and, where micro-batches are recomputed, for the pairs a second time and
@@ -91,13 +94,16 @@ class Matching(PairObjective):
         batch, captions = inputs.batch, inputs.batch.captions_per_image
         scale = inputs.logit_scale.exp()
         others = _gather(inputs, batch.text)
-        places = _draw_uniform(len(others.identity), seed=self._seed, step=inputs.step)[:, others.own]
+        places = _draw_uniform(len(others.features), seed=self._seed, step=inputs.step)[:, others.own]
         uniform = places.to(inputs.identity.device)
+        about = Content(others.identity, _number_texts(others.text)[:, None])
+        own = Content(*(part[others.own] for part in about))
+        by_image = own.words.view(-1, captions)
+        shown = Content(own.identity, by_image.repeat_interleave(captions, dim=0))
         images = inputs.image_features.repeat_interleave(captions, dim=0)
-        identity = inputs.identity.repeat_interleave(captions)
-        text_rows, has_text = draw_partners(images, others.features, scale, identity, others.identity, uniform[0])
+        text_rows, has_text = draw_partners(images, others.features, scale, shown, about, uniform[0])
         image_rows, has_image = draw_partners(
-            inputs.text_features, inputs.image_features, scale, identity, inputs.identity, uniform[1]
+            inputs.text_features, inputs.image_features, scale, own, Content(inputs.identity, by_image), uniform[1]
         )
         return HardPairs(
             TextTokens(others.text.ids[text_rows], others.text.mask[text_rows]), has_text, image_rows, has_image
@@ -164,17 +170,29 @@ def score_hidden(
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
+class Content(NamedTuple):
+    """What rows are about: an image and a caption belong together if the identity or any of the words are the same.
+
+    Attributes:
+        identity: (N,) int64.
+        words: numbers of the captions of an image, or that of a caption, (N, W) int64; equal words, equal numbers.
+    """
+
+    identity: Tensor
+    words: Tensor
+
+
 def draw_partners(
-    queries: Tensor, keys: Tensor, scale: Tensor, query_identity: Tensor, key_identity: Tensor, uniform: Tensor
+    queries: Tensor, keys: Tensor, scale: Tensor, query_content: Content, key_content: Content, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Draw one key for each query in proportion to exp(scale * query . key), among keys of another identity.
+    """Draw one key for each query in proportion to exp(scale * query . key), among keys that do not belong to it.
 
     Args:
         queries: (N, E).
         keys: (K, E).
         scale: s, ().
-        query_identity: (N,) int64.
-        key_identity: (K,) int64.
+        query_content: of N rows.
+        key_content: of K rows.
         uniform: where in the cumulative probabilities, (N,) in [0, 1).
 
     Returns:
@@ -187,10 +205,10 @@ def draw_partners(
     size = max(1, _TILE_ELEMENTS // max(1, keys.shape[1]))
     for start in range(0, len(queries), size):
         part = slice(start, start + size)
-        allowed = query_identity[part, None] != key_identity
+        own = _belongs(Content(*(each[part] for each in query_content)), key_content)
         with torch.autocast(queries.device.type, enabled=False):
-            logits = (scale * (queries[part].to(dtype) @ keys)).masked_fill_(~allowed, -torch.inf)
-        found[part] = allowed.any(dim=1)
+            logits = (scale * (queries[part].to(dtype) @ keys)).masked_fill_(own, -torch.inf)
+        found[part] = ~own.all(dim=1)
         # fp32 would lose what is less than 1e-7 of all.
         sums = logits.softmax(dim=1, dtype=torch.float64).nan_to_num_(0.0).cumsum(dim=1)
         total = sums[:, -1:]
@@ -198,6 +216,21 @@ def draw_partners(
         target = torch.minimum(uniform[part, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         rows[part] = torch.searchsorted(sums, target, right=True).squeeze(1).clamp(max=keys.shape[1] - 1)
     return rows.where(found, 0), found
+
+
+def _belongs(queries: Content, keys: Content) -> Tensor:
+    """Which keys belong to which queries, (N, K) bool."""
+    found = queries.identity[:, None] == keys.identity
+    for one in queries.words.unbind(1):
+        for other in keys.words.unbind(1):
+            found |= one[:, None] == other
+    return found
+
+
+def _number_texts(text: TextTokens) -> Tensor:
+    """A number for each text, (K,) int64: equal ones for equal tokens, whatever stands on padding and however wide."""
+    _, numbers = torch.unique(text.ids.where(text.mask, -1), dim=0, return_inverse=True)
+    return numbers
 
 
 class _GroupTexts(NamedTuple):

@@ -185,7 +185,7 @@ class VisualCodes(PatchTargets):
         self, states: Tensor, images: Tensor, rows: Tensor, places: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Cross-entropy, and whether the code scored highest."""
-        codes = self._encode(images)[rows, places]
+        codes = self.encode(images)[rows, places]
         logits = self.head(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         hits = (logits.detach().argmax(dim=1) == codes).to(logits.dtype)
@@ -194,14 +194,15 @@ class VisualCodes(PatchTargets):
     @torch.no_grad()
     def draw(self, states: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
         """What the tokenizer makes of the true codes of visible patches and the likeliest codes of hidden ones."""
-        codes = self._encode(images).clone()
+        codes = self.encode(images).clone()
         codes[patch_mask] = self.head(states).argmax(dim=-1)
         drawn = split_patches(self._get_tokenizer().decode(codes).float(), self._patch_size())
         true = split_patches(images, self._patch_size()).float()
         return join_patches(torch.where(patch_mask[..., None], drawn, true), self._patch_size()).clamp(0, 1)
 
     @torch.no_grad()
-    def _encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
+        """True codes of all patches, (B, 3, S, S) to (B, N) int64."""
         tokenizer = self._get_tokenizer()
         tokenizer.to(images.device)
         with torch.autocast(images.device.type, enabled=False):

@@ -46,7 +46,7 @@ class PretrainModule(lightning.LightningModule):
         validation_name: name of the validation set in metric names.
 
     Raises:
-        UserError: if no objective has a weight, or `max_logit_scale` is below 1.
+        UserError: if no objective has a weight, local ones want different experts, or `max_logit_scale` is below 1.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class PretrainModule(lightning.LightningModule):
             raise UserError(f"max_logit_scale={max_logit_scale!r} must be 1 or more")
         self.config = model
         self.objectives = nn.ModuleDict({name: o for name, o in objectives.items() if o.weight > 0})
+        _check_shared_pass(self.trained_objectives())
         self.validation_recall = nn.ModuleDict({language: RetrievalRecall() for language in LANGUAGES})
         self.non_finite = NonFiniteGuard(max_in_a_row=max_skipped_in_a_row)
         self._build_optimizer, self._build_scheduler = optimizer, scheduler
@@ -252,6 +253,18 @@ def _reach_all(output: ObjectiveOutput, inputs: ObjectiveInputs) -> ObjectiveOut
     """The same loss, with a gradient of 0 for features and scales that no objective looks at: DDP waits for all."""
     nothing = [(images.sum() + texts.sum() + scale) * 0 for images, texts, scale in inputs.heads.values()]
     return output._replace(loss=output.loss + sum(nothing))
+
+
+def _check_shared_pass(objectives: Mapping[str, Objective]) -> None:
+    """Local objectives look at one pass of image and text, which takes one kind of expert."""
+    wanted = {name: each.text_expert for name, each in objectives.items() if isinstance(each, LocalObjective)}
+    first = next(iter(wanted), "")
+    for name, value in wanted.items():
+        if value != wanted[first]:
+            raise UserError(
+                f"objectives {name}: text_expert={value} must be that of {first}, {wanted[first]}: they share the pass "
+                f"of image and text; use text_expert={wanted[first]}"
+            )
 
 
 def _parts(objectives: Iterable[Objective]) -> frozenset[str]:

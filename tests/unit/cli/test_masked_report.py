@@ -160,13 +160,14 @@ def test_patches_are_the_same_beside_either_caption(masking: Any) -> None:
         assert numbers["mean_loss"] == pytest.approx(1 - 1 / NUMBER, abs=0.01), "nothing to say of one colour"
 
 
-def test_codes_have_an_accuracy_beside_either_caption() -> None:
+@pytest.mark.parametrize("masking", ["block", "attentive"])
+def test_codes_have_an_accuracy_beside_either_caption_and_blind(masking: Any) -> None:
     torch.manual_seed(1)
     sizes = {"image_size": 16, "patch_size": 8, "num_codes": 3, "code_dim": 4, "embed_dim": 16, "num_heads": 2}
     tokenizer = VisualTokenizer(VisualTokenizerConfig(**sizes, num_layers=1, num_decoder_layers=1))
     targets = VisualCodes(tokenizer="here")
     targets.read_with(tokenizer)
-    objective = MaskedImage(mask_ratio=0.5, targets=targets)
+    objective = MaskedImage(masking=masking, mask_ratio=0.5, targets=targets)
     objectives: dict[str, Objective] = {"cmim": objective}
     model = build(objectives)
     found = measure_sets({"val": SET}, model=model, objectives=objectives, cfg=CFG)["val"]["cmim"]
@@ -174,9 +175,13 @@ def test_codes_have_an_accuracy_beside_either_caption() -> None:
     shared = make_passes(model, batch, {"cmim": objective})
     with torch.no_grad():
         terms = objective.terms(shared)
+        hidden = tokenizer.encode(batch.images)[objective.choose(shared)].tolist()
+    commonest = Counter(hidden).most_common(1)[0][1] / (2 * NUMBER)
+    assert 1 / 3 < commonest < 1
     for place, language in enumerate(ORDER):
         numbers = found[language]
-        assert set(numbers) == {"count", "loss", "accuracy", "other_loss", "other_accuracy"}
+        assert set(numbers) == {"count", "loss", "accuracy", "other_loss", "other_accuracy", "commonest_accuracy"}
+        assert numbers["commonest_accuracy"] == pytest.approx(commonest)
         assert numbers["accuracy"] == pytest.approx(float(terms.scores["accuracy"][place::2].sum()) / (2 * NUMBER))
         assert 0 < (numbers["accuracy"] or 0) < 1
 

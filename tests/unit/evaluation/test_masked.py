@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m2_encoder.evaluation.masked import (
     NOTHING,
-    CaptionTerms,
+    Evaluated,
     choose_shift,
     hidden_tokens,
     measure_masked,
@@ -65,16 +65,21 @@ def say(batch: ImageTextBatch) -> Terms:
     return Terms((image * 1000 + caption).float() * counts, counts, {"accuracy": right})
 
 
-def evaluate(
-    own: ImageTextBatch, other: ImageTextBatch | None
-) -> tuple[dict[str, CaptionTerms], dict[str, CaptionTerms] | None]:
-    return {"words": say(own)}, None if other is None else {"words": say(other)}
+def evaluate(own: ImageTextBatch, other: ImageTextBatch | None) -> Evaluated:
+    return Evaluated(
+        {"words": say(own)}, None if other is None else {"words": say(other)}, {"words": hidden_tokens(own)}
+    )
+
+
+def evaluate_blind(own: ImageTextBatch, other: ImageTextBatch | None) -> Evaluated:
+    """As an objective that predicts neither tokens nor codes."""
+    return evaluate(own, other)._replace(targets={})
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_numbers_are_those_of_a_loop(batch_size: int) -> None:
     number, batch = 7, make_set(7)
-    found = measure_masked(batch, evaluate, targets={"words": hidden_tokens(batch)}, batch_size=batch_size)
+    found = measure_masked(batch, evaluate, batch_size=batch_size)
     assert list(found) == ["words"]
     assert list(found["words"]) == ["zh", "en"], "as the captions come"
     masked = batch.masked_text
@@ -110,7 +115,7 @@ def test_a_language_without_hidden_tokens_has_no_means() -> None:
     assert batch.masked_text is not None
     batch.masked_text.predicted[1::2] = False
     batch.masked_text.predicted[0, 1] = True
-    found = measure_masked(batch, evaluate, targets={"words": hidden_tokens(batch)})["words"]
+    found = measure_masked(batch, evaluate)["words"]
     assert found["en"] == {
         "count": 0,
         **dict.fromkeys(("loss", "accuracy", "other_loss", "other_accuracy", "commonest_accuracy")),
@@ -120,12 +125,12 @@ def test_a_language_without_hidden_tokens_has_no_means() -> None:
 
 def test_other_languages_are_not_made_up() -> None:
     batch = make_set(3, languages=(EN,))
-    assert list(measure_masked(batch, evaluate, targets={})["words"]) == ["en"]
+    assert list(measure_masked(batch, evaluate)["words"]) == ["en"]
 
 
 def test_one_content_has_no_other_partner() -> None:
     batch = make_set(3, identity=[4, 4, 4])
-    (numbers,) = {tuple(each) for each in measure_masked(batch, evaluate, targets={})["words"].values()}
+    (numbers,) = {tuple(each) for each in measure_masked(batch, evaluate_blind)["words"].values()}
     assert numbers == ("count", "loss", "accuracy")
 
 

@@ -68,6 +68,25 @@ def test_half_precision_products_sum_in_fp32() -> None:
         assert (own - wanted).norm() < 0.03 * wanted.norm()
 
 
+@pytest.mark.parametrize("rows_of_a_tile", [3, 100])
+def test_of_equal_scores_the_first_is_the_prediction(rows_of_a_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As argmax has it, by which predictions are read: a table that says the same of all tokens is not right of all."""
+    monkeypatch.setattr(token_prediction, "_TILE_BYTES", rows_of_a_tile * 4 * 50)
+    states, table, bias, _ = draw(64, dtype=torch.float32)
+    with torch.no_grad():
+        states[:32] = 0.0
+        bias.copy_(bias.round())
+        table[25:] = table[:25]  # every score comes twice
+        bias[25:] = bias[:25]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        said = (functional.linear(states, table) + bias).argmax(dim=1)
+        scores = functional.linear(states, table) + bias
+        for targets, expected in ((said, True), (said + 25, False)):
+            assert torch.equal(scores.gather(1, targets[:, None]).squeeze(1), scores.amax(dim=1))
+            _, hits = token_cross_entropy(states, table, bias, targets)
+            assert (hits == expected).all()
+
+
 def test_gradients_of_a_table_in_half_precision_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_prediction, "_TILE_BYTES", 2 * 4 * 500)  # two rows a tile: 300 sums
     states, table, bias, targets = draw(600, vocab=500, width=16, dtype=torch.float32)

@@ -17,9 +17,9 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives import matching
 from m2_encoder.objectives.base import FeaturePair, ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
-from m2_encoder.objectives.matching import Matching, draw_partners
+from m2_encoder.objectives.matching import Content, Matching, draw_partners
 from m2_encoder.objectives.pairs import HardPairs
-from m2_encoder.types import ImageTextBatch
+from m2_encoder.types import ImageTextBatch, TextTokens
 from tests.support.objectives import Bench, build_bench, draw_inputs, make_batch
 
 
@@ -113,10 +113,13 @@ def test_partners_follow_the_softmax_and_are_never_alike() -> None:
     inputs = draw_inputs(6, 2)
     scale = torch.tensor(3.0, dtype=torch.float64)
     identity = inputs.identity.repeat_interleave(2)
+    words = torch.arange(12)
+    words[[3, 8]] = 0  # images 1 and 4 come with a caption of image 0's words
+    shown = words.view(6, 2)
     draws = 4000
     generator = torch.Generator().manual_seed(0)
     expected = (scale * inputs.image_features @ inputs.text_features.t()).exp().detach()
-    expected = expected * (inputs.identity[:, None] != identity)
+    expected = expected * (inputs.identity[:, None] != identity) * (shown[:, None] != words[:, None]).all(dim=2)
     expected = expected / expected.sum(dim=1, keepdim=True)
     seen: Counter[tuple[int, int]] = Counter()
     for _ in range(draws // 100):
@@ -125,17 +128,58 @@ def test_partners_follow_the_softmax_and_are_never_alike() -> None:
             inputs.image_features.detach().repeat(100, 1),
             inputs.text_features.detach(),
             scale,
-            inputs.identity.repeat(100),
-            identity,
+            Content(inputs.identity.repeat(100), shown.repeat(100, 1)),
+            Content(identity, words[:, None]),
             uniform,
         )
         assert found.all()
         seen.update((place % 6, int(row)) for place, row in enumerate(rows))
     for (query, key), count in seen.items():
         assert identity[key] != inputs.identity[query]
+        assert words[key] not in shown[query]
         share = float(expected[query, key])
         assert abs(count / draws - share) < 5 * (share * (1 - share) / draws) ** 0.5 + 1e-9
     assert sum(float(expected[place]) > 0.01 for place in [*seen]) > 20, "most possible partners came"
+
+
+def list_words(text: TextTokens) -> list[tuple[int, ...]]:
+    """Tokens of each caption, without padding."""
+    return [tuple(ids[mask].tolist()) for ids, mask in zip(*text, strict=True)]
+
+
+def with_equal_words(batch: ImageTextBatch) -> ImageTextBatch:
+    """All contents differ; image 1's first caption is image 0's second, image 2's first one is its beginning."""
+    ids, mask = batch.text.ids.clone(), batch.text.mask.clone()
+    mask[1] = torch.arange(mask.shape[1]) < 5
+    ids[2], mask[2] = torch.where(mask[1], ids[1], 7), mask[1]  # what stands on padding is no word
+    ids[4], mask[4] = ids[1], torch.arange(mask.shape[1]) < 4
+    return batch._replace(text=TextTokens(ids, mask), identity=torch.arange(len(batch.identity)))
+
+
+def test_equal_words_are_never_wrong_partners_whatever_the_identity() -> None:
+    module, batch = build_bench({"matching": Matching()}), with_equal_words(make_batch(4, 2))
+    inputs = features_of(module, batch)
+    flat = inputs.heads["features"]._replace(logit_scale=torch.tensor(0.0))
+    words = list_words(batch.text)
+    of_image = [set(words[2 * image : 2 * image + 2]) for image in range(4)]
+    texts, images = set(), set()
+    for step in range(150):
+        wrong = Matching().select(inputs._replace(heads={"features": flat}, step=step))
+        assert wrong.has_text.all()
+        assert wrong.has_image.all()
+        texts |= set(enumerate(list_words(wrong.text)))
+        images |= set(enumerate(wrong.image_rows.tolist()))
+    others = [(row, image) for row in range(8) for image in range(4) if image != row // 2]
+    assert texts == {(row, said) for row, image in others for said in of_image[image] - of_image[row // 2]}
+    assert images == {(row, image) for row, image in others if words[row] not in of_image[image]}
+
+
+def test_equal_captions_everywhere_leave_no_partner() -> None:
+    module, batch = build_bench({"matching": Matching()}), make_batch(4, 1)
+    text = TextTokens(batch.text.ids[:1].repeat(4, 1), batch.text.mask[:1].repeat(4, 1))
+    wrong = Matching().select(features_of(module, batch._replace(text=text, identity=torch.arange(4))))
+    assert not wrong.has_text.any()
+    assert not wrong.has_image.any()
 
 
 @pytest.mark.parametrize("edge", [0.0, 1 - 2**-53])
@@ -143,13 +187,14 @@ def test_the_ends_of_the_draw_are_allowed_partners(edge: float, monkeypatch: pyt
     monkeypatch.setattr(matching, "_TILE_ELEMENTS", 1)
     inputs = draw_inputs(8, 1)
     own = inputs.identity
+    content = Content(own, torch.arange(8)[:, None])
     for scale in (0.0, 1.0, 300.0):
         rows, found = draw_partners(
             inputs.image_features.detach(),
             inputs.text_features.detach(),
             torch.tensor(scale),
-            own,
-            own,
+            content,
+            content,
             torch.full((8,), edge, dtype=torch.float64),
         )
         assert found.all()

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from m2_encoder.errors import UserError
 from m2_encoder.models.parts import OPTIONAL_PARTS
 from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
+from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.strategies.single import LocalStrategy
 from m2_encoder.training.loggers import JsonlLogger
 from m2_encoder.training.module import PretrainModule
@@ -287,6 +289,17 @@ def test_unused_parts_are_frozen_when_the_model_is_built() -> None:
         (lambda: make_module(max_logit_scale=0.5), "max_logit_scale=0.5"),
         (lambda: make_module(max_logit_scale=math.nan), "max_logit_scale=nan"),
         (lambda: make_module(max_skipped_in_a_row=0), "max_skipped_in_a_row=0"),
+        (
+            lambda: make_module(
+                objectives={
+                    "off": Captioning(weight=0),
+                    "itc": ImageTextContrastive(),
+                    "cmlm": MaskedLanguage(text_expert=True),
+                    "captioning": Captioning(),
+                }
+            ),
+            "^objectives captioning: text_expert=False must be that of cmlm, True: they share .*use text_expert=True$",
+        ),
     ],
 )
 def test_impossible_arguments_are_named(build: Callable[[], object], message: str) -> None:
