@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -151,6 +152,15 @@ def output_problems(value: object, *, overwrite: object) -> list[str]:
     if path.exists() and overwrite is not True:
         return [f"output={value}: exists; choose another name, or replace it with overwrite=true"]
     folder = next((parent for parent in path.absolute().parents if parent.exists()), Path(os.sep))
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not _takes_files(folder):
         return [f"output={value}: cannot be written, because {folder} is no folder that you may write to"]
     return []
+
+
+def _takes_files(folder: Path) -> bool:
+    """Tried, because to root every folder seems to be writable; nothing is left behind."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
