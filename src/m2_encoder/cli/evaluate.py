@@ -75,7 +75,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     """Prints the table and writes the numbers.
 
     Raises:
-        UserError: for a model or a set that cannot be used.
+        UserError: for a model or a set that cannot be used, or a place that takes no numbers.
     """
     started = time.time()
     console = open_console()

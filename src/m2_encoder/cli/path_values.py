@@ -152,12 +152,12 @@ def output_problems(value: object, *, overwrite: object) -> list[str]:
     if path.exists() and overwrite is not True:
         return [f"output={value}: exists; choose another name, or replace it with overwrite=true"]
     folder = next((parent for parent in path.absolute().parents if parent.exists()), Path(os.sep))
-    if not _takes_files(folder):
+    if not takes_files(folder):
         return [f"output={value}: cannot be written, because {folder} is no folder that you may write to"]
     return []
 
 
-def _takes_files(folder: Path) -> bool:
+def takes_files(folder: Path) -> bool:
     """Tried, because to root every folder seems to be writable; nothing is left behind."""
     try:
         with tempfile.TemporaryFile(dir=folder):
