@@ -15,5 +15,9 @@ class CheckpointError(UserError):
     """A checkpoint that is foreign, truncated, unsafe, or does not match the model."""
 
 
+class NotGivenError(UserError):
+    """Something that code hands over, such as a teacher, was not handed over yet."""
+
+
 class ImageError(UserError):
     """An image that cannot be decoded; the message names the file and the reason."""

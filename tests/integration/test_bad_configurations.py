@@ -326,6 +326,16 @@ def test_outputs_that_are_a_file(m2_train: Command, tmp_path: Path) -> None:
     assert "is not a folder" in outcome.text
 
 
+def test_outputs_that_take_no_file(m2_train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    outcome = m2_train("trainer.accelerator=cpu")
+    assert outcome.code == 2
+    assert f"run.folder={tmp_path / 'outputs'}: {tmp_path} may not be written" in outcome.text
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

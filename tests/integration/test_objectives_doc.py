@@ -6,10 +6,12 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from torch.nn import functional
 
+import m2_encoder.objectives
 from m2_encoder.cli import validate
 from m2_encoder.cli.compose import open_composer
 from m2_encoder.types import TextTokens
@@ -18,6 +20,7 @@ from tests.support.readme import commands, inline_code, links, split_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS, PROSE = split_blocks((ROOT / "docs" / "objectives.md").read_text(encoding="utf-8"))
+FILES = {block.file: block for block in BLOCKS if block.file}
 COMMANDS = [words for block in BLOCKS if block.kind == "bash" for words in commands(block)]
 
 
@@ -25,6 +28,25 @@ def test_every_objective_has_its_row() -> None:
     table = PROSE.split("## What there is")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
     assert sorted(rows) == sorted(path.stem for path in (ROOT / "conf" / "objective").glob("*.yaml"))
+
+
+def test_the_new_objective_takes_what_all_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo_root: Path
+) -> None:
+    """The two blocks where they say they belong, and the keys that every objective has."""
+    for name, block in FILES.items():
+        assert name is not None
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(block.text, encoding="utf-8")
+    package = tmp_path / "src" / "m2_encoder" / "objectives"
+    monkeypatch.setattr(m2_encoder.objectives, "__path__", [*m2_encoder.objectives.__path__, str(package)])
+    own = [f'hydra.searchpath=["file://{tmp_path / "conf"}"]']
+    keys = ["objective.first_token.weight=0.5", "objective.first_token.schedule={0: 0, 9: 1}"]
+    with open_composer(repo_root / "conf", "train", own) as composer:
+        composition = composer.compose(["objective=[itc,first_token]", "logger=csv", f"run.folder={tmp_path}", *keys])
+    assert [*composition.problems, *validate.validate_train(composition.cfg)] == []
+    (file,) = (Path(name) for name in FILES if name and name.endswith(".yaml"))
+    assert set(composition.cfg["objective"]) == {"itc", file.stem}
 
 
 def test_commands_are_valid(tmp_path: Path) -> None:
@@ -55,7 +77,7 @@ def test_named_files_and_links_exist() -> None:
 
 def test_the_new_objective_is_what_it_says(tmp_path: Path) -> None:
     """Against the whole sequence of image and caption, under a mask by which the template's token sees no other."""
-    (block,) = (block for block in BLOCKS if block.file)
+    block = FILES["src/m2_encoder/objectives/first_token.py"]
     assert block.file is not None
     assert not (ROOT / block.file).exists()
     path = tmp_path / "first_token.py"

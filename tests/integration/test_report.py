@@ -157,6 +157,28 @@ def test_evaluate_command(
     assert "overwrite=true" in capsys.readouterr().err
 
 
+def test_numbers_that_cannot_be_written_are_printed(
+    exported: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["m2-evaluate", f"model={exported}", f"data={folder / 'val'}", "output=r.json"])
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert evaluate.main() == 2
+    out, err = capsys.readouterr()
+    report = json.loads(out[out.index("{\n") :])
+    assert report["metrics"]["val/val_zh/t2i_r@10"] == report["evaluation"]["val"]["zh"]["t2i_r@10"]
+    assert "chance" in out
+    assert err == (
+        "m2-evaluate: output=r.json: cannot be written (No space left on device); its content is printed above\n"
+    )
+    assert not list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.glob(".r*"))
+
+
 def test_evaluate_finds_all_mistakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,7 @@ def test_tokenizer_trains_and_its_codes_are_learnt(
         (["strategy.micro_batches=2"], "strategy.micro_batches=2: has no meaning"),
         (["task.num_codes=1"], "task.num_codes=1: must be"),
         (["task.decay=1"], "task.decay=1: must be"),
+        (["task.num_heads=3"], "task.num_heads=3: must divide task.embed_dim=32; for example task.num_heads=4"),
     ],
 )
 def test_what_a_tokenizer_cannot_use_is_said(

@@ -15,6 +15,8 @@ from m2_encoder.models.config import M2EncoderConfig
 
 FORMAT = "m2-encoder"
 FORMAT_VERSION = 1
+VISUAL_TOKENIZER_FORMAT = "m2-visual-tokenizer"
+"""Of the other kind of folder, which `checkpoints.visual_tokenizer` writes and reads."""
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -50,6 +52,15 @@ def config_text(config: M2EncoderConfig) -> str:
     return json.dumps(config.to_dict(), sort_keys=True)
 
 
+def read_format(folder: str | os.PathLike[str]) -> str | None:
+    """What the `config.json` of a folder says that it describes; None where nothing legible does."""
+    try:
+        found = read_object(Path(folder) / CONFIG_FILE).get("format")
+    except CheckpointError:
+        return None
+    return found if isinstance(found, str) else None
+
+
 def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
     """Read and check a folder written by `m2_encoder.export.export_model`.
 
@@ -63,6 +74,8 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
         CheckpointError: if a file is missing, or the files contradict each other.
     """
     folder = Path(folder)
+    if read_format(folder) == VISUAL_TOKENIZER_FORMAT:
+        raise CheckpointError(f"{folder} is a visual tokenizer, not an encoder; give a folder that m2-export wrote")
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.checkpoints.atomic import atomic_folder
-from m2_encoder.checkpoints.exported import CONFIG_FILE, WEIGHTS_FILE
+from m2_encoder.checkpoints.exported import (
+    CONFIG_FILE,
+    FORMAT,
+    VISUAL_TOKENIZER_FORMAT,
+    WEIGHTS_FILE,
+    read_format,
+)
 from m2_encoder.checkpoints.formats import read_safetensors
 from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 
-_FORMAT = "m2-visual-tokenizer"
 _VERSION = 1
 
 
@@ -41,7 +46,7 @@ def save_visual_tokenizer(
         weights = {name: value.detach().float().cpu().contiguous() for name, value in tokenizer.state_dict().items()}
         write_tensors(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         content = {
-            "format": _FORMAT,
+            "format": VISUAL_TOKENIZER_FORMAT,
             "format_version": _VERSION,
             "tokenizer": tokenizer.config.to_dict(),
             "provenance": dict(provenance or {}),
@@ -58,6 +63,10 @@ def load_visual_tokenizer(folder: str | os.PathLike[str]) -> VisualTokenizer:
         CheckpointError: if it is no such folder, or a damaged one.
     """
     folder = Path(folder)
+    if read_format(folder) == FORMAT:
+        raise CheckpointError(
+            f"{folder} is an encoder, not a visual tokenizer; train one with m2-train +experiment=visual_tokenizer"
+        )
     if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise CheckpointError(
             f"{folder}: no visual tokenizer, which is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; "
@@ -65,10 +74,11 @@ def load_visual_tokenizer(folder: str | os.PathLike[str]) -> VisualTokenizer:
         )
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if content.get("format") != _FORMAT or content.get("format_version") != _VERSION:
+        if content.get("format") != VISUAL_TOKENIZER_FORMAT or content.get("format_version") != _VERSION:
             raise CheckpointError(
                 f"{folder}: format {content.get('format')!r} version {content.get('format_version')!r}, expected "
-                f"{_FORMAT!r} version {_VERSION}; train a tokenizer with m2-train +experiment=visual_tokenizer"
+                f"{VISUAL_TOKENIZER_FORMAT!r} version {_VERSION}; "
+                "train a tokenizer with m2-train +experiment=visual_tokenizer"
             )
         tokenizer = VisualTokenizer(VisualTokenizerConfig.from_dict(content["tokenizer"]))
         tokenizer.load_state_dict(read_safetensors(folder / WEIGHTS_FILE))

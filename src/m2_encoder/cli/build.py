@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from torch import Tensor
@@ -116,7 +117,8 @@ def load_teachers(
         named = is_model_name(objective.teacher_name)
         source = objective.teacher_name if named else str(find_path(objective.teacher_name))
         weights = None if objective.teacher_weights is None else find_path(objective.teacher_weights)
-        teacher = load(source, weights=weights, tokenizer=tokenizer if named else None)
+        with _named(f"objective.{name}.teacher={objective.teacher_name}"):
+            teacher = load(source, weights=weights, tokenizer=tokenizer if named else None)
         read = teacher.tokenizer
         if not isinstance(read, SentencePieceTokenizer) or read.model_bytes != tokenizer.model_bytes:
             raise UserError(
@@ -144,7 +146,8 @@ def load_visual_tokenizers(objectives: Mapping[str, Objective], config: M2Encode
         if not isinstance(objective, MaskedImage) or not objective.weight:
             continue
         if isinstance(targets := objective.targets, VisualCodes):
-            tokenizer = load_visual_tokenizer(find_path(targets.tokenizer_name))
+            with _named(f"objective.{name}.targets.tokenizer={targets.tokenizer_name}"):
+                tokenizer = load_visual_tokenizer(find_path(targets.tokenizer_name))
             for key in ("image_size", "patch_size"):
                 own, wanted = getattr(tokenizer, key), getattr(config, key)
                 if own != wanted:
@@ -154,3 +157,12 @@ def load_visual_tokenizers(objectives: Mapping[str, Objective], config: M2Encode
                     )
             targets.read_with(tokenizer)
     return objectives
+
+
+@contextlib.contextmanager
+def _named(given: str) -> Iterator[None]:
+    """Puts the key and the value in front of what cannot be loaded."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{given}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -38,6 +39,7 @@ from m2_encoder.cli.tables import results_table
 from m2_encoder.data.emoji import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
 from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.transforms import EvalTransform
+from m2_encoder.errors import UserError
 from m2_encoder.hub import LoadedModel, MissingTokenizer
 
 PATH_KEYS = ("model", "weights", "tokenizer", "data", "folder", "output")
@@ -73,7 +75,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     """Prints the table and writes the numbers.
 
     Raises:
-        UserError: for a model or a set that cannot be used.
+        UserError: for a model or a set that cannot be used, or a place that takes no numbers.
     """
     started = time.time()
     console = open_console()
@@ -105,15 +107,24 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         "machine": machine(),
         "command": command_line(),
     }
-    path = _write(Path(cfg["output"]).expanduser(), report)
+    path = _write(cfg["output"], report)
     console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
 
 
-def _write(path: Path, report: Mapping[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(output: str, report: Mapping[str, Any]) -> Path:
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    path = Path(output).expanduser()
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        return partial.replace(path)
+    except OSError as error:
+        print(text, end="", flush=True)  # what took long to compute is not lost
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = f"cannot be written ({error.strerror or error}); its content is printed above"
+        raise UserError(f"output={output}: {reason}") from error
 
 
 def _rerank(loaded: LoadedModel, head: MatchingHead, evaluation: Evaluation, *, candidates: int) -> Results:

@@ -40,12 +40,24 @@ class Known:
             return default
         return node
 
+    def is_complete(self, key: str) -> bool:
+        """Whether nothing at this key or below it is missing or wrong."""
+        inside = any(found == key or found.startswith(f"{key}.") for found in self._reported)
+        return not inside and not _lacks(self(key, UNSET))
+
     def has(self, key: str) -> bool:
         """Whether the key is there at all, right or wrong."""
         node: Any = self._cfg
         for part in key.split("."):
             node = node.get(part, _MISSING) if isinstance(node, Mapping) else _MISSING
         return node is not _MISSING
+
+
+def _lacks(node: Any) -> bool:
+    """Whether there is a value in a node that was not given."""
+    if isinstance(node, Mapping | list):
+        return any(_lacks(item) for item in (node.values() if isinstance(node, Mapping) else node))
+    return node is UNSET
 
 
 def run_check(check: Callable[[Known], Iterator[Problem]], known: Known) -> list[Problem]:

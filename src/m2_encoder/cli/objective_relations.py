@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from hydra.utils import instantiate
 
-from m2_encoder.checkpoints.exported import CONFIG_FILE
+from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT
 from m2_encoder.cli.known import Known, make_problem
-from m2_encoder.cli.path_values import find_path, is_model_name
+from m2_encoder.cli.path_values import NO_ENCODER, find_path, format_of, is_model_name
 from m2_encoder.cli.rules import Problem, show
 from m2_encoder.objectives.base import Objective, check_schedule, find_pause
 from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
@@ -125,6 +125,8 @@ def _check_teachers(known: Known) -> Iterator[Problem]:
         elif teacher is not None and is_model_name(teacher):
             if weights is None:
                 yield make_problem(key, teacher, "needs its checkpoint", f"add {key}_weights=FILE")
+        elif teacher is not None and format_of(teacher) == VISUAL_TOKENIZER_FORMAT:
+            yield Problem(key, f"{key}={teacher}: {NO_ENCODER}")
         elif teacher is not None and not (find_path(teacher) / CONFIG_FILE).is_file():
             inside = Path(teacher) / "export"
             fix = f"use {key}={inside}" if (find_path(teacher) / "export").is_dir() else "give one of m2-export"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from m2_encoder.checkpoints.exported import CONFIG_FILE
+from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT, read_format
 from m2_encoder.cli.compose import Unset
 from m2_encoder.cli.paths import anchor
 from m2_encoder.hub import LoadedModel, list_models, load
 
+NO_ENCODER: Final = "is a visual tokenizer, not an encoder; give a folder that m2-export wrote"
 _HYDRA_SYNTAX = ("'", '"', "[", "{", "$")
 
 
@@ -52,6 +54,12 @@ def find_path(value: str) -> Path:
     return here if here.exists() else anchor(value)
 
 
+def format_of(value: str) -> str | None:
+    """The format of an exported folder, or of the one in a run's folder; None if it is neither."""
+    folder = find_path(value)
+    return read_format(folder) or read_format(folder / "export")
+
+
 def model_problems(cfg: dict[str, Any]) -> list[str]:
     """What is wrong with `model`, `weights`, `tokenizer` and `device`, without loading anything."""
     problems = []
@@ -65,6 +73,8 @@ def model_problems(cfg: dict[str, Any]) -> list[str]:
             problems.append(
                 f"model={model}: no such folder; give one that m2-export wrote, or one of {known} with weights="
             )
+        elif format_of(model) == VISUAL_TOKENIZER_FORMAT:
+            problems.append(f"model={model}: {NO_ENCODER}")
         elif not (find_path(model) / CONFIG_FILE).is_file() and (find_path(model) / "export").is_dir():
             problems.append(f"model={model}: is a run's folder; its model is in model={model.rstrip('/')}/export")
     for key in ("weights", "tokenizer"):
@@ -142,6 +152,15 @@ def output_problems(value: object, *, overwrite: object) -> list[str]:
     if path.exists() and overwrite is not True:
         return [f"output={value}: exists; choose another name, or replace it with overwrite=true"]
     folder = next((parent for parent in path.absolute().parents if parent.exists()), Path(os.sep))
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not takes_files(folder):
         return [f"output={value}: cannot be written, because {folder} is no folder that you may write to"]
     return []
+
+
+def takes_files(folder: Path) -> bool:
+    """Tried, because to root every folder seems to be writable; nothing is left behind."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

@@ -20,6 +20,8 @@ from m2_encoder.cli.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
 from m2_encoder.cli.known import Known, count_devices, count_ranks, make_problem, run_check
 from m2_encoder.cli.main import default_run_folder, is_first_rank
 from m2_encoder.cli.objective_relations import OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS, counting, trained_by
+from m2_encoder.cli.objective_trial import TRIAL_CHECKS
+from m2_encoder.cli.path_values import takes_files
 from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.rules import Problem
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
@@ -279,6 +281,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_steps,
     *OBJECTIVE_CHECKS,
     *OBJECTIVE_PLACE_CHECKS,
+    *TRIAL_CHECKS,
     _check_devices,
     _check_ranks,
     _check_groups,
@@ -321,6 +324,6 @@ def _unusable(folder: Path) -> str | None:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         return f"{existing} is not a folder"
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not takes_files(existing):
         return f"{existing} may not be written"
     return None

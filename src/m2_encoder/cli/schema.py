@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from torch import nn
+
 from m2_encoder.cli.compose import UNSET, nearest
 from m2_encoder.cli.rules import (
     RESERVED_NAMES,
@@ -96,7 +98,7 @@ def _is_softness(value: Any) -> bool:
 
 
 def _is_targets(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and "_target_" in value)
+    return isinstance(value, dict) and "_target_" in value  # null would train pixels where codes were chosen
 
 
 def _is_interval(value: Any) -> bool:
@@ -210,7 +212,12 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     number("objective.*.mask_ratio", "0.5", above=0, below=1),
     choice("objective.*.decoder", DECODERS),
     choice("objective.*.masking", MASKINGS),
-    Rule("objective.*.targets", _is_targets, "keys with a _target_, or null", "null"),
+    Rule(
+        "objective.*.targets",
+        _is_targets,
+        "keys with a _target_ (pixels: objective=[cmim])",
+        "'{_target_: m2_encoder.objectives.patch_targets.NormalizedPixels}'",
+    ),
     text("objective.*.targets.tokenizer", "outputs/visual_tokenizer/export"),
     flag("objective.*.text_expert"),
     number("objective.*.label_smoothing", "0.1", least=0, below=1),
@@ -329,11 +336,22 @@ def _check_objectives(objectives: Any) -> list[Problem]:
     """Entries from which nothing could be built."""
     problems = []
     for name, value in (objectives if isinstance(objectives, Mapping) else {}).items():
-        if not isinstance(value, Mapping) or "_target_" not in value:
-            key = f"objective.{name}"
+        key = f"objective.{name}"
+        if not _may_be_named(str(name)):
+            rule = "an objective cannot have this name, which means something else"
+            problems.append(Problem(key, f"{key}: {rule}; give it another, for example objective.my_{name}"))
+        elif not isinstance(value, Mapping) or "_target_" not in value:
             fix = f"choose {name} in objective=[...] if there is such an option, or name its class in {key}._target_"
             problems.append(Problem(key, f"{key}={show(value)}: must have a _target_; {fix}"))
     return problems
+
+
+def _may_be_named(name: str) -> bool:
+    try:
+        nn.ModuleDict({name: nn.Identity()})  # where objectives are kept, which has attributes of its own
+    except KeyError:
+        return False
+    return name != "total"  # of the losses
 
 
 def _check_keys(

@@ -43,9 +43,9 @@ from m2_encoder.cli.peers import end_together
 from m2_encoder.cli.report import EvaluatedData, report_run, short_path
 from m2_encoder.cli.reranking import trained_head
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
+from m2_encoder.cli.start_notes import describe_start
 from m2_encoder.cli.validate import validate_train
 from m2_encoder.cli.visual_tokenizer import finish_visual_tokenizer
-from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
@@ -257,33 +257,12 @@ def _announce(cfg: dict[str, Any], folder: Path, checkpoint: Path | None, run: R
             print(f"run {name}: all {done} steps are done already; evaluating again")
             return
         print(f"run {name}: continuing at step {done} of {steps}, in {folder}")
-    if cfg.get("task") is not None:
-        return  # nothing is contrasted
-    batch = describe_batch(cfg, world_size=run.trainer.world_size, ranks_per_node=run.trainer.num_devices)
-    print(f"run {name}: {batch}")
-    logger.info(batch)
-
-
-def describe_batch(cfg: dict[str, Any], *, world_size: int, ranks_per_node: int) -> str:
-    """The contrastive batch of a configuration in words.
-
-    Args:
-        cfg: the resolved configuration.
-        world_size: W.
-        ranks_per_node: processes per node.
-    """
-    strategy = cfg["strategy"]
-    group_size = resolve_group_size(
-        world_size=world_size,
-        ranks_per_node=ranks_per_node,
-        group_size=strategy.get("group_size"),
-        group_nodes=strategy.get("group_nodes"),
-    )
-    return describe_contrastive_batch(
-        GroupTopology(world_size, group_size),
-        micro_batches=strategy.get("micro_batches", 1),
-        rows_per_rank=cfg["data"]["global_batch_size"] // world_size,
-    )
+    if isinstance(run.module, VisualTokenizerModule):
+        return  # it has no objectives
+    ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}
+    for line in describe_start(cfg, run.module.trained_objectives(), **ranks):
+        print(f"run {name}: {line}")
+        logger.info(line)
 
 
 def _fit(run: Run, checkpoint: Path | None) -> None:

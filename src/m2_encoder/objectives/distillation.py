@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2_encoder.errors import UserError
+from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.objectives.alignment import mean_alignment
 from m2_encoder.objectives.base import ModelShape, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import contrastive_losses
@@ -259,7 +259,9 @@ class Distillation(Objective):
 
     def _get_teacher(self) -> Teacher:
         if not self._teacher:
-            raise UserError(f"distillation has no teacher yet; load {self.teacher_name!r} and call teach_with(model)")
+            raise NotGivenError(
+                f"distillation has no teacher yet; load {self.teacher_name!r} and call teach_with(model)"
+            )
         return self._teacher[0]
 
 

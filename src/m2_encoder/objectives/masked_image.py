@@ -79,14 +79,15 @@ class MaskedImage(LocalObjective):
         Raises:
             UserError: if the targets do not fit the model, or attentive masks would hide no patch or all.
         """
-        self.targets.build(shape)
         patches = (shape.image_size // shape.patch_size) ** 2
         self._count = round(self._mask_ratio * patches)
         if not 0 < self._count < patches:
+            nearest = min(max(self._count, 1), patches - 1) / patches
             raise UserError(
-                f"mask_ratio={self._mask_ratio} hides {self._count} of the {patches} patches; it must hide at least "
-                "one and not all"
+                f"mask_ratio={self._mask_ratio}: hides {self._count} of the {patches} patches, and must hide at least "
+                f"one and not all; {f'for example {nearest:g}' if nearest else 'give the model smaller patches'}"
             )
+        self.targets.build(shape)
 
     def choose(self, passes: Passes) -> Tensor:
         """Which patches are hidden, (b, patches) bool."""

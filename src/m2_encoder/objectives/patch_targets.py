@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2_encoder.errors import UserError
+from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.objectives.base import ModelShape
 
 _EPS = 1e-6  # of the variance of a patch, in units of 255 levels squared; MAE's
@@ -213,7 +213,9 @@ class VisualCodes(PatchTargets):
 
     def _get_tokenizer(self) -> VisualTokenizer:
         if not self._tokenizer:
-            raise UserError(f"codes have no tokenizer yet; load {self.tokenizer_name!r} and call read_with(tokenizer)")
+            raise NotGivenError(
+                f"codes have no tokenizer yet; load {self.tokenizer_name!r} and call read_with(tokenizer)"
+            )
         return self._tokenizer[0]
 
 

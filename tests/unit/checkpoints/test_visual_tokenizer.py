@@ -39,7 +39,7 @@ def test_broken_folders_are_named(tokenizer: VisualTokenizer, tmp_path: Path) ->
     content = json.loads(config.read_text())
     for broken, message in (
         ("{", "damaged or edited"),
-        (json.dumps({**content, "format": "m2-encoder"}), "format 'm2-encoder' version 1, expected"),
+        (json.dumps({**content, "format": "m2-encoders"}), "format 'm2-encoders' version 1, expected"),
         (json.dumps({**content, "tokenizer": {**content["tokenizer"], "num_codes": 8}}), "damaged or edited .*shape"),
         (json.dumps({**content, "tokenizer": {"image_size": 8}}), "damaged or edited"),
     ):

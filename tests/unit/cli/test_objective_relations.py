@@ -174,3 +174,15 @@ def test_classes_that_are_no_objectives(problems: Problems, target: str, rule: s
 def test_a_missing_visual_tokenizer_is_no_sentencepiece_model(problems: Problems) -> None:
     (problem,) = problems("objective=[itc,cmim_codes]")
     assert "outputs/visual_tokenizer/export" in problem
+
+
+def test_what_is_predicted_of_patches_must_be_said(problems: Problems) -> None:
+    (problem,) = problems("objective=[itc,cmim_codes]", "objective.cmim.targets=null")
+    assert problem.startswith("objective.cmim.targets=null: must be keys with a _target_ (pixels: objective=[cmim]); ")
+
+
+@pytest.mark.parametrize("name", ["forward", "training", "keys", "total"])
+def test_names_that_mean_something_else(problems: Problems, name: str) -> None:
+    target = "m2_encoder.objectives.contrastive.ImageTextContrastive"
+    (problem,) = problems(f"+objective.{name}={{_target_: {target}, weight: 1.0}}")
+    assert problem.startswith(f"objective.{name}: an objective cannot have this name, which means something else; ")

@@ -92,3 +92,17 @@ def test_output_problems(tmp_path: Path) -> None:
     assert output_problems(str(file), overwrite=True) == []
     assert "is a folder" in output_problems(str(tmp_path), overwrite=True)[0]
     assert "no folder that you may write to" in output_problems(str(file / "b.json"), overwrite=False)[0]
+
+
+def test_a_folder_that_takes_no_file_is_found_by_trying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To root, every folder seems to be writable."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    (problem,) = output_problems(str(tmp_path / "b.json"), overwrite=False)
+    assert problem == (
+        f"output={tmp_path}/b.json: cannot be written, because {tmp_path} is no folder that you may write to"
+    )
+    assert not list(tmp_path.iterdir())

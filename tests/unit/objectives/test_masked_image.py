@@ -174,5 +174,5 @@ def test_what_does_not_fit_is_refused() -> None:
         VisualCodes(tokenizer="somewhere").build(CONFIG)
     with pytest.raises(UserError, match="images of 16 pixels in patches of 4, the model images of 32 in patches of 4"):
         make_targets("codes").build(dataclasses.replace(CONFIG, image_size=32))
-    with pytest.raises(UserError, match=r"mask_ratio=0\.01 hides 0 of the 16 patches"):
+    with pytest.raises(UserError, match=r"mask_ratio=0\.01: hides 0 of the 16 patches"):
         MaskedImage(mask_ratio=0.01, masking="attentive").build(CONFIG)
