@@ -260,7 +260,11 @@ def _check_resumed_objectives(known: Known) -> Iterator[Problem]:
         return
     now = {name: known(f"objective.{name}") for name in counting(known)}
     try:
-        before = {name: node for name, node in read_config(folder / CONFIG_FILE)["objective"].items() if node["weight"]}
+        before = {
+            name: node
+            for name, node in read_config(folder / CONFIG_FILE)["objective"].items()
+            if node.get("weight", 1.0)
+        }
         fits = trained_by(before) == trained_by(now)
     except (UserError, KeyError, TypeError, AttributeError, InstantiationException):
         return  # reported for the model, or of another version, which loading the checkpoint will tell
