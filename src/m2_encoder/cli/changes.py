@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from m2_encoder.cli.run_folder import read_config
 
@@ -22,6 +22,22 @@ _FREE: Final = (
     "data.new_segment",
 )
 """Settings that change neither what is trained nor on what."""
+
+_FREE_ARGUMENTS: Final = ("weight", "schedule")
+
+
+class Change(NamedTuple):
+    """A setting that is not what it was.
+
+    Attributes:
+        key: dotted, below the node that was compared.
+        before: None where it was not given.
+        now: likewise.
+    """
+
+    key: str
+    before: Any
+    now: Any
 
 
 def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
@@ -50,3 +66,23 @@ def _compare(key: str, before: Any, now: Any) -> Iterator[str]:
             yield from _compare(f"{key}.{name}".lstrip("."), before.get(name), now.get(name))
     else:
         yield f"{key}: {before!r} then, {now!r} now"
+
+
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Arguments of an objective that differ, in the order of the configuration; weight and schedule are free.
+
+    Args:
+        before: the objective's node, as a resolved configuration has it.
+        now: likewise.
+    """
+    old, new = (dict(_leaves(node)) for node in (before, now))
+    keys = [key for key in dict.fromkeys((*new, *old)) if key not in _FREE_ARGUMENTS and old.get(key) != new.get(key)]
+    return [Change(key, old.get(key), new.get(key)) for key in keys]
+
+
+def _leaves(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and key not in _FREE_ARGUMENTS:
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value

@@ -126,6 +126,11 @@ def check_export(cfg: dict[str, Any]) -> list[str]:
         problems.append(
             f"checkpoint={cfg['checkpoint']}: no file {_checkpoint(cfg)}; give `last` or the path of a checkpoint"
         )
+    elif (owner := _find_owner(_checkpoint(cfg))) is not None and owner != folder.resolve():
+        elsewhere = "" if owner.parent == folder.resolve().parent else f" run.folder={owner.parent}"
+        problems.append(
+            f"checkpoint={cfg['checkpoint']}: is of the run in {owner}; use run.name={owner.name}{elsewhere}"
+        )
     if _output(cfg).exists() and not cfg["overwrite"]:
         problems.append(f"output={_output(cfg)}: exists already; add overwrite=true, or give another output")
     return problems
@@ -139,6 +144,12 @@ def _checkpoint(cfg: Mapping[str, Any]) -> Path:
         return folder / LAST_CHECKPOINT
     inside = (folder / LAST_CHECKPOINT).parent / named
     return inside if inside.is_file() else anchor(named)
+
+
+def _find_owner(checkpoint: Path) -> Path | None:
+    """The run in whose folder a checkpoint lies; None for one that was copied to where no run is."""
+    folder = checkpoint.resolve().parent.parent
+    return folder if (folder / CONFIG_FILE).is_file() else None
 
 
 def _output(cfg: Mapping[str, Any]) -> Path:
@@ -169,7 +180,7 @@ COMMAND: Final = Command(
     ),
     check=check_export,
     run=_run,
-    notes=("checkpoint: `last`, the name of a file in the run's checkpoints/, or a path.",),
+    notes=("checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",),
 )
 
 

@@ -39,7 +39,7 @@ def trained_by(objectives: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset
         parts |= objective.trained_parts()
         if type(objective).build is not Objective.build or next(objective.parameters(), None) is not None:
             targets = node.get("targets") or {}
-            own[name] = (node["_target_"], node.get("decoder"), targets.get("_target_"), targets.get("tokenizer"))
+            own[name] = (node["_target_"], node.get("decoder"), targets.get("_target_"))
     return own, frozenset(parts)
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from hydra.errors import InstantiationException
 
 from m2_encoder.cli.build import build_model_config, build_tokenizer
 from m2_encoder.cli.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
 from m2_encoder.cli.known import Known, count_devices, count_ranks, make_problem, run_check
 from m2_encoder.cli.main import default_run_folder, is_first_rank
-from m2_encoder.cli.objective_relations import OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS, counting, trained_by
+from m2_encoder.cli.objective_relations import OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS
 from m2_encoder.cli.objective_trial import TRIAL_CHECKS
 from m2_encoder.cli.path_values import takes_files
 from m2_encoder.cli.paths import anchor
+from m2_encoder.cli.resume_relations import RESUME_CHECKS, find_resumed
 from m2_encoder.cli.rules import Problem
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.cli.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
@@ -229,10 +229,7 @@ def _check_folders(known: Known) -> Iterator[Problem]:
 
 
 def _check_resumed_model(known: Known) -> Iterator[Problem]:
-    if known("run.resume") == "never":
-        return
-    folder = default_run_folder({"run": {"name": known("run.name"), "folder": known("run.folder")}})
-    if not (folder / CONFIG_FILE).is_file() or not (folder / LAST_CHECKPOINT).is_file():
+    if (folder := find_resumed(known)) is None:
         return
     try:
         saved = read_config(folder / CONFIG_FILE)
@@ -251,25 +248,6 @@ def _check_resumed_model(known: Known) -> Iterator[Problem]:
             yield make_problem(
                 f"model.{field}", value, f"must be {before[field]}, as in the run that is continued", fix
             )
-
-
-def _check_resumed_objectives(known: Known) -> Iterator[Problem]:
-    """A checkpoint holds the parameters that its objectives train, no others."""
-    if known("run.resume") == "never":
-        return
-    folder = default_run_folder({"run": {"name": known("run.name"), "folder": known("run.folder")}})
-    if not (folder / CONFIG_FILE).is_file() or not (folder / LAST_CHECKPOINT).is_file():
-        return
-    now = {name: known(f"objective.{name}") for name in counting(known)}
-    try:
-        before = {name: node for name, node in read_config(folder / CONFIG_FILE)["objective"].items() if node["weight"]}
-        fits = trained_by(before) == trained_by(now)
-    except (UserError, KeyError, TypeError, AttributeError, InstantiationException):
-        return  # reported for the model, or of another version, which loading the checkpoint will tell
-    if not fits:
-        rule = f"must train the same parameters as [{','.join(before)}], whose run is continued"
-        fix = "leave it out, or give another run.name; weights may change, but not from or to 0"
-        yield make_problem("objective", f"[{','.join(now)}]", rule, fix)
 
 
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
@@ -295,7 +273,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     *TASK_PLACE_CHECKS,
     _check_folders,
     _check_resumed_model,
-    _check_resumed_objectives,
+    *RESUME_CHECKS,
 )
 
 _MACHINE_CHECKS: Final = (

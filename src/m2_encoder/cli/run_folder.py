@@ -49,16 +49,25 @@ def read_config(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in cfg.items()}
 
 
-def read_step(checkpoint: Path) -> int:
-    """Optimizer steps that a training checkpoint has done; its tensors are not read.
+def read_content(checkpoint: Path) -> dict[str, Any]:
+    """What a training checkpoint holds, its tensors without their values, which are not read.
 
     Raises:
         CheckpointError: if the file is damaged or something else.
     """
     try:
         content = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
-        return int(content["global_step"])
+        return {**content, "global_step": int(content["global_step"]), "state_dict": dict(content["state_dict"])}
     except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}: no training checkpoint, or a damaged one; start again with another run.name"
         ) from error
+
+
+def read_step(checkpoint: Path) -> int:
+    """Optimizer steps that a training checkpoint has done; its tensors are not read.
+
+    Raises:
+        CheckpointError: if the file is damaged or something else.
+    """
+    return int(read_content(checkpoint)["global_step"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
@@ -32,6 +33,7 @@ from m2_encoder.cli.build import (
 from m2_encoder.cli.changes import describe_changes
 from m2_encoder.cli.data_start import check_data, write_check
 from m2_encoder.cli.export import export_run
+from m2_encoder.cli.frozen_files import check_frozen, write_frozen
 from m2_encoder.cli.loggers import QuietWandbLogger
 from m2_encoder.cli.main import EXIT_USER_ERROR, Command, default_run_folder, report_problems, run_command
 from m2_encoder.cli.masked_report import measure_sets
@@ -42,6 +44,7 @@ from m2_encoder.cli.paths import anchor
 from m2_encoder.cli.peers import end_together
 from m2_encoder.cli.report import EvaluatedData, report_run, short_path
 from m2_encoder.cli.reranking import trained_head
+from m2_encoder.cli.resuming import check_parameters, restored_unless_trained
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.cli.start_notes import describe_start
 from m2_encoder.cli.validate import validate_train
@@ -109,23 +112,20 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     checkpoint = folder / LAST_CHECKPOINT
     resumes = cfg["run"]["resume"] != "never" and checkpoint.is_file()
+    frozen = check_frozen(cfg, folder, resumes=resumes)  # all checks: before what costs money, or leaves a trace
     datamodule = build_data(cfg)
-    checked = check_data(datamodule, folder, resumes=resumes)  # before anything that costs money, or leaves a trace
-    run = build_run(cfg, folder, datamodule)
-    old_config = (folder / CONFIG_FILE).read_bytes() if resumes and (folder / CONFIG_FILE).is_file() else None
-    if run.trainer.is_global_zero:
-        changes = describe_changes(folder / CONFIG_FILE, cfg) if resumes else []
-        write_config(folder / CONFIG_FILE, cfg)
-        write_check(folder, checked)
-        _announce(cfg, folder, checkpoint if resumes else None, run)
-        if changes:
-            print(f"run {cfg['run']['name']}: changed since its last start: {'; '.join(changes)}")
-    try:
+    checked = check_data(datamodule, folder, resumes=resumes)
+    run = build_run(cfg, folder, datamodule, checkpoint=checkpoint if resumes else None)
+    with restored_unless_trained(folder, cfg, run.trainer) if resumes else contextlib.nullcontext():
+        if run.trainer.is_global_zero:
+            changes = describe_changes(folder / CONFIG_FILE, cfg) if resumes else []
+            write_config(folder / CONFIG_FILE, cfg)
+            write_frozen(folder, frozen, resumes=resumes)
+            write_check(folder, checked)
+            _announce(cfg, folder, checkpoint if resumes else None, run)
+            if changes:
+                print(f"run {cfg['run']['name']}: changed since its last start: {'; '.join(changes)}")
         _fit(run, checkpoint if resumes else None)
-    except UserError:
-        if old_config is not None:
-            _restore_config(folder / CONFIG_FILE, old_config, run, checkpoint)
-        raise
     data = cast(EvaluatedData, run.datamodule)
     if isinstance(run.module, VisualTokenizerModule):
         metrics = finish_visual_tokenizer(run.module.tokenizer, data, folder, cfg, started=started)
@@ -151,12 +151,6 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _restore_config(path: Path, content: bytes, run: Run, checkpoint: Path) -> None:
-    """Put the old configuration back where a run was refused: nothing was trained with the new one."""
-    if run.trainer.is_global_zero and run.trainer.global_step <= read_step(checkpoint):
-        path.write_bytes(content)
-
-
 def build_data(cfg: dict[str, Any]) -> lightning.LightningDataModule:
     """Builds the data module of a configuration; it reads nothing yet.
 
@@ -178,16 +172,22 @@ def build_data(cfg: dict[str, Any]) -> lightning.LightningDataModule:
     )
 
 
-def build_run(cfg: dict[str, Any], folder: Path, datamodule: Any = None) -> Run:
+def build_run(cfg: dict[str, Any], folder: Path, datamodule: Any = None, *, checkpoint: Path | None = None) -> Run:
     """Builds everything a run needs; nothing is read from the training data.
 
     Args:
         cfg: the resolved configuration.
         folder: the run's.
         datamodule: that of the run, where it is built already.
+        checkpoint: that the run shall go on from; one that does not fit is refused before any logger starts.
+
+    Raises:
+        UserError: for data, weights or a checkpoint that cannot be used.
     """
     datamodule = build_data(cfg) if datamodule is None else datamodule
     module = _build_module(cfg, datamodule.validation_name)
+    if checkpoint is not None:
+        check_parameters(module, checkpoint, cfg=cfg, folder=folder)
     metrics = JsonlLogger(folder / METRICS_FILE)
     trainer = instantiate(
         cfg["trainer"],

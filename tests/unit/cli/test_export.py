@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -119,3 +120,22 @@ def test_damaged_summary_is_named(run_folder: Path) -> None:
 
 def test_no_summary_gives_no_metrics(tmp_path: Path) -> None:
     assert export.read_metrics(tmp_path / "summary.json") == {}
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    start: Start, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = run_folder.parent / "other"
+    shutil.copytree(run_folder, other)
+    checkpoint = other / "checkpoints" / "last.ckpt"
+    assert start("run.name=try", f"checkpoint={checkpoint}") == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said == f"m2-export: checkpoint={checkpoint}: is of the run in {other}; use run.name=other"
+    assert not (run_folder / "export").exists()
+    moved = tmp_path / "elsewhere" / "checkpoints" / "last.ckpt"
+    shutil.copytree(other, moved.parents[1])
+    assert start("run.name=try", f"checkpoint={moved}") == 2
+    assert capsys.readouterr().err.strip().endswith(f"; use run.name=elsewhere run.folder={tmp_path}")
+    copied = tmp_path / "kept.ckpt"
+    shutil.copy(run_folder / "checkpoints" / "last.ckpt", copied)
+    assert start("run.name=try", f"checkpoint={copied}") == 0

@@ -99,8 +99,6 @@ def test_dictionaries_are_read_before_a_run_starts(problems: Problems, tmp_path:
         (("objective=[itc]",), False),
         (("objective=[cmlm]",), False),
         (("objective=[itc,cmlm]", "objective.cmlm.weight=0"), False),
-        (("objective=[itc,cmlm]", "objective.cmlm.decoder=own"), False),
-        (("objective=[itc,cmlm]", "objective.cmlm.text_expert=true"), False),
         (("objective=[itc,cmlm,sigmoid]",), False),
         (("objective=[itc,cmlm,cmim]",), False),
     ],

@@ -1,0 +1,176 @@
+"""A run that goes on finds what it began with, or is refused in one line and stays as it was."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
+from m2_encoder.cli import train as train_command
+from m2_encoder.cli.build import build_model_config, build_tokenizer
+from m2_encoder.cli.run_folder import read_config
+from m2_encoder.export import export_model
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
+from m2_encoder.training.module import PretrainModule
+from tests.support.training import LIGHTNING_WARNINGS
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
+
+SMALL = (
+    "+experiment=smoke", "scheduler.warmup_steps=0", "data.global_batch_size=8", "model.patch_size=8",
+    "trainer.limit_val_batches=0", "run.export=false", "logger=csv", "run.name=r",
+)  # fmt: skip
+PROTOTYPES = "+objective.mine={_target_: tests.support.own_objectives.Prototypes}"
+GO_ON = ("run.resume=auto", "trainer.max_steps=3")
+
+Start = Callable[..., int]
+
+
+@pytest.fixture
+def start(repo_root: Path, emoji_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """`m2-train` of two steps without its report, in this process."""
+    monkeypatch.chdir(repo_root)
+    monkeypatch.setattr(train_command, "report_run", lambda **_: {})
+    places = (f"run.folder={tmp_path}", f"data.folder={emoji_folder}")
+
+    def run(*lines: str) -> int:
+        steps = () if any(line.startswith("trainer.max_steps=") for line in lines) else ("trainer.max_steps=2",)
+        monkeypatch.setattr(sys, "argv", ["m2-train", *SMALL, *places, *steps, *lines])
+        return train_command.main()
+
+    return run
+
+
+@pytest.fixture
+def refuse(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Starts a run that is refused; gives the one line that says why."""
+
+    def run(*lines: str) -> str:
+        before = _files(tmp_path / "r")
+        with monkeypatch.context() as patch:
+            patch.setattr(train_command, "_build_logger", lambda *_: pytest.fail("a logger was started"))
+            capsys.readouterr()
+            assert start(*lines) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert _files(tmp_path / "r") == before
+        return line.removeprefix("m2-train: ")
+
+    return run
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """What a run keeps; Hydra's records say what was asked for."""
+    return {
+        str(path): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".hydra" not in path.parts and "csv" not in path.parts
+    }
+
+
+def _save_tokenizer(folder: Path, *, num_codes: int = 8) -> Path:
+    config = VisualTokenizerConfig(
+        image_size=32, patch_size=8, num_codes=num_codes, code_dim=4, embed_dim=8, num_heads=2, num_layers=1
+    )
+    return save_visual_tokenizer(folder, VisualTokenizer(config), overwrite=True)
+
+
+def _save_teacher(folder: Path, *, width: int) -> Path:
+    values: dict[str, Any] = {
+        "name": "tiny", "tokenizer": "emoji", "feature_dim": width, "embed_dim": 32, "num_heads": 2, "num_layers": 1
+    }  # fmt: skip
+    config = build_model_config(values)
+    tokenizer = build_tokenizer(values, config)
+    return export_model(folder, model=M2Encoder(config), tokenizer=tokenizer, overwrite=True)
+
+
+@pytest.mark.parametrize("num_codes", [8, 12])
+def test_another_visual_tokenizer_at_the_same_place(start: Start, refuse: Any, tmp_path: Path, num_codes: int) -> None:
+    folder = _save_tokenizer(tmp_path / "codes")
+    key = "objective.cmim.targets.tokenizer"
+    lines = ("objective=[cmim_codes,itc]", f"{key}={folder}")
+    assert start(*lines) == 0
+    shutil.copytree(folder, tmp_path / "moved")
+    _save_tokenizer(folder, num_codes=num_codes)
+    said = refuse(*lines, *GO_ON)
+    assert said.startswith(f"{key}={folder}: ")
+    assert str(folder / "model.safetensors") in said
+    assert "give another run.name" in said
+    assert start(lines[0], f"{key}={tmp_path / 'moved'}", *GO_ON) == 0
+    assert "give another run.name" in refuse(*lines, "run.resume=auto", "trainer.max_steps=4")
+
+
+@pytest.mark.parametrize("width", [48, 40])
+def test_another_teacher_at_the_same_place(start: Start, refuse: Any, tmp_path: Path, width: int) -> None:
+    folder = _save_teacher(tmp_path / "teacher", width=48)
+    lines = ("objective=[itc,distillation]", f"objective.distillation.teacher={folder}")
+    assert start(*lines) == 0
+    _save_teacher(folder, width=width)
+    said = refuse(*lines, *GO_ON)
+    assert said.startswith(f"objective.distillation.teacher={folder}: ")
+    assert str(folder / "model.safetensors") in said
+
+
+def test_a_run_without_digests_compares_places(start: Start, refuse: Any, tmp_path: Path, repo_root: Path) -> None:
+    folder = _save_tokenizer(tmp_path / "codes")
+    key = "objective.cmim.targets.tokenizer"
+    assert start("objective=[cmim_codes,itc]", f"{key}={folder}") == 0
+    (tmp_path / "r" / "frozen.json").unlink()
+    other = _save_tokenizer(tmp_path / "other")
+    assert refuse("objective=[cmim_codes,itc]", f"{key}={other}", *GO_ON).startswith(f"{key}={other}: ")
+    spelt = f"{folder.parent}/other/../codes"
+    assert start("objective=[cmim_codes,itc]", f"{key}={spelt}", *GO_ON) == 0
+    assert (tmp_path / "r" / "frozen.json").is_file()
+
+
+def test_parameters_of_another_shape(start: Start, refuse: Any) -> None:
+    assert start(PROTOTYPES) == 0
+    said = refuse(PROTOTYPES.replace("}", ", sharpness: 2.0, rows: 5}"), *GO_ON)
+    assert said == (
+        "run.name=r: its checkpoint does not fit: objectives.mine.table is (4, 64) there, (5, 64) now; "
+        "leave objective.mine as it was, or give another run.name"
+    )
+    assert start(PROTOTYPES.replace("}", ", sharpness: 2.0, rows: 4}"), *GO_ON) == 0
+
+
+def test_an_objective_without_a_weight_counts(start: Start, refuse: Any) -> None:
+    assert start(PROTOTYPES) == 0
+    said = refuse(*GO_ON)
+    assert said.startswith("objective=[itc]: must train the same parameters as [itc,mine], whose run is continued")
+
+
+def test_what_cannot_be_compared_early_is_still_one_line(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = PROTOTYPES.replace("Prototypes", "FromFile")
+    assert start(line) == 0
+    before = (tmp_path / "r" / "config.yaml").read_bytes()
+    capsys.readouterr()
+    assert start(line.replace("}", ", rows: 5}"), *GO_ON) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("m2-train: run.name=r: its checkpoint does not fit: size mismatch for objectives.mine.table")
+    assert said.endswith("; give another run.name")
+    assert (tmp_path / "r" / "config.yaml").read_bytes() == before
+
+
+def test_a_run_that_ends_before_its_first_step_stays_as_it_was(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no more memory")
+
+    assert start() == 0
+    before = (tmp_path / "r" / "config.yaml").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainModule, "training_step", fail)
+        assert start(*GO_ON) == 1
+    assert (tmp_path / "r" / "config.yaml").read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainModule, "on_train_batch_end", fail)
+        assert start(*GO_ON) == 1
+    assert read_config(tmp_path / "r" / "config.yaml")["trainer"]["max_steps"] == 3
