@@ -63,6 +63,7 @@ def test_the_setting_that_changed_is_named(
 
 
 def test_codes_in_place_of_pixels(resume: Resume, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     (problem,) = resume(("objective=[itc,cmim]",), ("objective=[itc,cmim_codes]", f"{CODES}={tmp_path}"))
     assert problem == (
         f"objective.cmim.targets._target_={TARGETS}.VisualCodes: must be {TARGETS}.NormalizedPixels, {AS_BEFORE}; "
@@ -73,6 +74,7 @@ def test_codes_in_place_of_pixels(resume: Resume, tmp_path: Path) -> None:
 def test_the_place_of_a_visual_tokenizer_is_free(resume: Resume, tmp_path: Path) -> None:
     """Its content is compared when the run starts."""
     (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("{}")
     first, second = (("objective=[itc,cmim_codes]", f"{CODES}={tmp_path}{way}") for way in ("/one", "/one/../one"))
     assert resume(first, second) == []
 
