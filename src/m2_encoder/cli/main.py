@@ -160,7 +160,10 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     config_name = arguments.config_name or command.config_name
     fixed = [f'hydra.searchpath=["file://{arguments.config_dir}"]'] if arguments.config_dir else []
     # Ranks that Lightning starts get the folder as an override.
-    fixed += [line for line in arguments.overrides if line.startswith("hydra.searchpath=")]
+    given = [line for line in arguments.overrides if line.startswith("hydra.searchpath=")]
+    if fixed and given:
+        raise UserError(f"{given[0]}: --config-dir is given, too; name all folders in this one")
+    fixed += given
     arguments = arguments._replace(overrides=[line for line in arguments.overrides if line not in fixed])
     with open_composer(folder, config_name, fixed) as composer:
         if arguments.help:
@@ -192,8 +195,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
     mode = first.hydra.mode
     if arguments.multirun or mode == RunMode.MULTIRUN:
         _check_sweep(command, composer, lines, constant, first)
-        folder = f"{anchor('outputs')}/multirun/${{now:%Y-%m-%d_%H-%M-%S}}"
-        return _Plan([*lines, *_quiet(lines), _hydra_line("hydra.sweep.dir", folder)], constant)
+        return _Plan([*lines, *_quiet(lines), *_sweep_lines(lines)], constant)
     composition = first if constant == lines else composer.compose(lines)
     if command.complete is not None and not composition.problems and _is_only_rank():
         more = command.complete(composition.cfg, composer.folder, lines)
@@ -256,6 +258,13 @@ def _folder_lines(command: Command, cfg: dict[str, Any], lines: Sequence[str]) -
     if command.run_folder is None:
         return ["hydra.run.dir=.", "hydra.output_subdir=null"]
     return [_hydra_line("hydra.run.dir", str(command.run_folder(cfg)))]
+
+
+def _sweep_lines(lines: Sequence[str]) -> list[str]:
+    """Where Hydra keeps its records of a sweep, unless the user says."""
+    if any(line.startswith("hydra.sweep.dir=") for line in lines):
+        return []
+    return [_hydra_line("hydra.sweep.dir", f"{anchor('outputs')}/multirun/${{now:%Y-%m-%d_%H-%M-%S}}")]
 
 
 def _hydra_line(key: str, value: str) -> str:

@@ -102,6 +102,12 @@ def test_own_folders_reach_other_ranks(own: Path, monkeypatch: pytest.MonkeyPatc
     assert seen[0] == seen[1]
 
 
+def test_own_folders_are_named_once(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f'hydra.searchpath=["file://{own}"]'
+    assert run_own(own, line) == []
+    assert capsys.readouterr().err == f"m2-train: {line}: --config-dir is given, too; name all folders in this one\n"
+
+
 def test_conflicts_and_owners_in_an_own_folder(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "objective" / "twin.yaml").write_text("mine: {weight: 2}\n", encoding="utf-8")
     assert run_own(own, "objective=[mine,twin]") == []
