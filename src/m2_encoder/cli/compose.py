@@ -57,6 +57,7 @@ class Composition(NamedTuple):
         references: keys that take their value from another key, with that key.
         hydra: Hydra's own settings for the run.
         unchosen: keys that were left out, because they say something of options that are not chosen.
+        refused: the part of `problems` that lies in the overrides, whatever the values of other keys are.
     """
 
     cfg: dict[str, Any]
@@ -64,6 +65,7 @@ class Composition(NamedTuple):
     references: dict[str, str]
     hydra: DictConfig
     unchosen: list[str]
+    refused: list[str]
 
     def without_echoes(self, problems: Sequence[str]) -> list[str]:
         """Leaves out problems of a key that only repeats the wrong value of another."""
@@ -137,7 +139,7 @@ class Composer:
         unchosen = self._drop_unchosen(cfg)
         problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
         values, unresolved, references = to_plain(cfg)
-        return Composition(values, problems + unresolved, references, cfg.hydra, unchosen)
+        return Composition(values, problems + unresolved, references, cfg.hydra, unchosen, problems)
 
     def _drop_unchosen(self, cfg: DictConfig) -> list[str]:
         return drop_unchosen(cfg, config_folders(self.folder, cfg.hydra.searchpath))

@@ -229,7 +229,7 @@ def _check_sweep(
     problems += sweep_problems(first.cfg, first.hydra)
     # Hydra composes what is not swept alone, before any job.
     fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
-    _raise_if_any(problems or [f"{problem}; {fix}" for problem in first.problems])
+    _raise_if_any(problems or [f"{problem}; {fix}" for problem in first.refused])
 
 
 def _find_problems(command: Command, composition: Composition) -> list[str]:
