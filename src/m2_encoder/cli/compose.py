@@ -8,9 +8,8 @@ validated too.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,15 +18,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from m2_encoder.cli.choices import find_conflict
+from m2_encoder.cli.choices import config_folders, describe_nameless, find_conflict, read_options
+from m2_encoder.cli.keys import key_problem
 from m2_encoder.cli.missing import describe_missing
-from m2_encoder.cli.unchosen import drop_unchosen
+from m2_encoder.cli.overrides import adds, parse_overrides, refuse_sweeps
+from m2_encoder.cli.unchosen import CHOSEN_AS_LIST, drop_unchosen
+from m2_encoder.cli.words import nearest
 from m2_encoder.errors import UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
@@ -55,12 +56,16 @@ class Composition(NamedTuple):
         problems: everything that is wrong so far, one line each.
         references: keys that take their value from another key, with that key.
         hydra: Hydra's own settings for the run.
+        unchosen: keys that were left out, because they say something of options that are not chosen.
+        refused: the part of `problems` that lies in the overrides, whatever the values of other keys are.
     """
 
     cfg: dict[str, Any]
     problems: list[str]
     references: dict[str, str]
     hydra: DictConfig
+    unchosen: list[str]
+    refused: list[str]
 
     def without_echoes(self, problems: Sequence[str]) -> list[str]:
         """Leaves out problems of a key that only repeats the wrong value of another."""
@@ -122,16 +127,28 @@ class Composer:
         except UserError as error:
             problems.append(str(error))
             base, choices = default, []
+        self._drop_unchosen(base)
         for override in overrides:
             if override not in groups:
-                reason = _key_problem(override, base)
+                reason = key_problem(override, base)
                 reasons[id(override)] = (reason and self._other_option(override, base)) or reason
         problems += [reason for override in overrides if (reason := reasons[id(override)])]
         good = [override for override in overrides if reasons[id(override)] is None]
         good = [override for override in good if override in choices or override not in groups]
         cfg = self._load_leniently(good, base) if problems else self._load(good)
+        unchosen = self._drop_unchosen(cfg)
+        problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
         values, unresolved, references = to_plain(cfg)
-        return Composition(values, problems + unresolved, references, cfg.hydra)
+        return Composition(values, problems + unresolved, references, cfg.hydra, unchosen, problems)
+
+    def _drop_unchosen(self, cfg: DictConfig) -> list[str]:
+        return drop_unchosen(cfg, config_folders(self.folder, cfg.hydra.searchpath))
+
+    def _lost(self, override: Override, unchosen: Sequence[str], base: DictConfig) -> str | None:
+        """The problem of a value that was added to an option that is not chosen, or None; null is no loss."""
+        is_value = adds(override) and override.value() is not None
+        is_lost = is_value and any(f"{override.key_or_group}.".startswith(f"{key}.") for key in unchosen)
+        return self._other_option(override, base) if is_lost else None
 
     def _other_option(self, override: Override, base: DictConfig) -> str | None:
         """The problem of a key that other options of its group have and the chosen one does not, or None."""
@@ -140,18 +157,16 @@ class Composer:
         chosen = base.get(group)
         if group not in self.groups() or not key or not isinstance(chosen, DictConfig) or key in list(chosen):
             return None
-        files = ((option, self.folder / group / f"{option}.yaml") for option in self.options(group))
-        having = [
-            f"{group}={option}"
-            for option, path in files
-            if path.is_file() and key in (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-        ]
+        files = read_options(config_folders(self.folder, base.hydra.searchpath), group)
+        form = f"{group}=[...,%s]" if group == CHOSEN_AS_LIST else f"{group}=%s"
+        having = [form % option for option in self.options(group) if option in files and key in files[option][1]]
         line, choose = override.input_line, "choose it" if len(having) == 1 else "choose one of them"
         return f"{line}: the chosen {group} has no {key}, unlike {' and '.join(having)}; {choose}" if having else None
 
     def _load_default(self) -> DictConfig:
         if self._default is None:
             self._default = self._load([])
+            self._drop_unchosen(self._default)
         return self._default
 
     def _load_leniently(self, good: Sequence[Override], base: DictConfig) -> DictConfig:
@@ -170,7 +185,11 @@ class Composer:
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(self._explain(error)) from error
         OmegaConf.set_struct(cfg, False)
-        drop_unchosen(cfg, self.folder)
+        objectives = cfg.get(CHOSEN_AS_LIST)
+        if isinstance(objectives, DictConfig) and "_target_" in objectives:
+            folders = config_folders(self.folder, cfg.hydra.searchpath)
+            if problem := describe_nameless(folders, CHOSEN_AS_LIST, objectives["_target_"]):
+                raise UserError(problem)
         return cfg
 
     def _explain(self, error: Exception) -> str:
@@ -205,19 +224,23 @@ class Composer:
             known = ", ".join(self.groups())
             near = nearest(group, self.groups())
             return f"{line}: there is no group {group!r}{near}; the groups are {known}"
+        value = override.value()
         if override.is_add() and group in selected:
             return f"{line}: {group} is chosen already; leave out the +"
-        if not _adds(override) and group not in selected:
-            return f"{line}: {group} is not chosen by default; add it with +{line}"
+        if not adds(override) and group not in selected:
+            fix = "leave this out" if value is None else f"add it with +{line}"  # a ~group has no value
+            return f"{line}: {group} is not chosen by default; {fix}"
         if override.is_delete():
             return f"{line}: a group cannot be taken away; choose one of {', '.join(options)}"
-        value = override.value()
+        if value is None:
+            return f"{line}: a group cannot be null; choose from {', '.join(options)}"
         chosen = value if isinstance(value, list) else [value]
         for name in chosen:
-            if name is not None and name not in options:
-                near = nearest(str(name), options)
-                return f"{group}={name}: no such option{near}; choose from {', '.join(options)}"
-        conflict = find_conflict(self.folder / group, chosen)
+            if name not in options:
+                shown = "null" if name is None else name
+                return f"{group}={shown}: no such option{nearest(str(name), options)}; choose from {', '.join(options)}"
+        default = self._load_default()
+        conflict = find_conflict(config_folders(self.folder, default.hydra.searchpath), group, chosen)
         return None if conflict is None else f"{line}: {conflict}"
 
 
@@ -238,50 +261,6 @@ def open_composer(folder: Path, config_name: str, fixed: Sequence[str] = ()) -> 
     with initialize_config_dir(str(folder), version_base=HYDRA_VERSION_BASE, job_name=config_name):
         hydra = GlobalHydra.instance()
         yield Composer(hydra.config_loader(), folder, config_name, fixed)
-
-
-def parse_overrides(
-    lines: Sequence[str], suggest: Callable[[str], str] = lambda _: ""
-) -> tuple[list[Override], list[str]]:
-    """Parses each override on its own.
-
-    Args:
-        lines: as typed.
-        suggest: gives a hint for a word that is no `key=value`.
-
-    Returns:
-        The ones that can be read, and one problem per other line.
-    """
-    parsed = [(line, parse_override(line)) for line in lines]
-    problems = [
-        f"{line}: cannot be read; write key=value, and quote special characters for both the shell and Hydra, as in "
-        "'key=\"a b\"'"
-        if "=" in line
-        else f"{line}: has no value{suggest(line)}; write key=value"
-        for line, override in parsed
-        if override is None
-    ]
-    return [override for _, override in parsed if override is not None], problems
-
-
-def parse_override(line: str) -> Override | None:
-    """Parses one override; None if it cannot be read."""
-    try:
-        return OverridesParser.create().parse_override(line)
-    except HydraException:
-        return None
-
-
-def refuse_sweeps(overrides: Sequence[Override]) -> list[str]:
-    """Problems of overrides that hold several values although one run was asked for."""
-    problems = []
-    for override in overrides:
-        if override.is_sweep_override():
-            several = override.value_type == ValueType.SIMPLE_CHOICE_SWEEP
-            value = str(override.input_line).partition("=")[2]
-            hint = f"for a list write {override.key_or_group}=[{value}]; " if several else ""
-            problems.append(f"{override.input_line}: holds several values; {hint}to run them all add --multirun")
-    return problems
 
 
 def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]]:
@@ -323,64 +302,6 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
 
     values = plain(cfg, "")
     return values, [*describe_missing(missing), *problems], references
-
-
-def _key_problem(override: Override, base: DictConfig) -> str | None:
-    """What is wrong with the key of a value override, or None."""
-    key = override.key_or_group
-    line = override.input_line
-    if key == "hydra" or key.startswith("hydra."):
-        return None
-    node: Any = base
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        above = ".".join(parts[:depth])
-        if not isinstance(node, DictConfig):
-            return None if _adds(override) and node is None else f"{line}: {above} is a value and holds no keys"
-        if part not in {str(name) for name in node}:  # `in` denies keys that are ???
-            return None if _adds(override) else _unknown_key(override, part, above, node)
-        node = node._get_node(part) if OmegaConf.is_interpolation(node, part) else _peek(node, part)
-    if override.is_add() and node is not None and not isinstance(node, DictConfig | ListConfig):
-        return f"{line}: {key} exists; leave out the +"
-    return None if _adds(override) or override.is_delete() else _unknown_inside(override, override.value(), key, node)
-
-
-def _unknown_inside(override: Override, value: Any, path: str, node: Any) -> str | None:
-    """What is wrong with the keys of a mapping that is given as a value, or None."""
-    if not isinstance(value, dict) or not isinstance(node, DictConfig):
-        return None
-    for name, item in value.items():
-        if name not in node:
-            return _unknown_key(override, str(name), path, node)
-        if reason := _unknown_inside(override, item, f"{path}.{name}", _peek(node, name)):
-            return reason
-    return None
-
-
-def _adds(override: Override) -> bool:
-    return override.is_add() or override.is_force_add()
-
-
-def _peek(node: DictConfig, part: str) -> Any:
-    return None if OmegaConf.is_missing(node, part) else node[part]
-
-
-def _unknown_key(override: Override, part: str, above: str, node: DictConfig) -> str:
-    names = [str(key) for key in node]
-    known = [name for name in names if not name.startswith("_") and (above or name != "hydra")]
-    near, line = nearest(part, known), override.input_line
-    where = above or "the configuration"
-    hint = ""
-    if "_target_" in node and not near:
-        target = str(node["_target_"])
-        hint = f"; other arguments of {target} take a +, as in +{line}"
-    return f"{line}: {where} has no key {part!r}{near}; it has {', '.join(known) or 'none'}{hint}"
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """A hint with the most similar known names, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
-    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
 def flatten(error: BaseException) -> str:

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from m2_encoder.cli.compose import nearest
 from m2_encoder.cli.known import Known, UnknownValueError, count_ranks, make_problem
 from m2_encoder.cli.rules import Problem, show
+from m2_encoder.cli.words import nearest
 from m2_encoder.data.files import find_files
 from m2_encoder.data.manifest import SourceSpec, expand_shards, is_remote
 from m2_encoder.data.remote import RemoteShards

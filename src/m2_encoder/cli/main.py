@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -40,10 +40,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.cli.arguments import Arguments, parse_arguments
 from m2_encoder.cli.by_step import replace_by_step
+from m2_encoder.cli.choices import config_folders
 from m2_encoder.cli.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
 from m2_encoder.cli.help import read_values, render_help
 from m2_encoder.cli.paths import anchor, find_conf
-from m2_encoder.cli.sweeps import expand_sweep, is_sweep_line, job_name, sweep_problems
+from m2_encoder.cli.sweeps import (
+    expand_sweep,
+    is_sweep_line,
+    job_name,
+    name_globbed,
+    sweep_problems,
+    without_constant,
+)
 from m2_encoder.cli.unchosen import drop_unchosen
 from m2_encoder.errors import UserError
 
@@ -151,6 +159,12 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     folder = arguments.config_path or find_conf() / command.config_folder
     config_name = arguments.config_name or command.config_name
     fixed = [f'hydra.searchpath=["file://{arguments.config_dir}"]'] if arguments.config_dir else []
+    # Ranks that Lightning starts get the folder as an override.
+    given = [line for line in arguments.overrides if line.startswith("hydra.searchpath=")]
+    if fixed and given:
+        raise UserError(f"{given[0]}: --config-dir is given, too; name all folders in this one")
+    fixed += given
+    arguments = arguments._replace(overrides=[line for line in arguments.overrides if line not in fixed])
     with open_composer(folder, config_name, fixed) as composer:
         if arguments.help:
             values = read_values(find_conf() / command.config_folder / f"{command.config_name}.yaml")
@@ -170,25 +184,32 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
     Raises:
         ProblemsError: with everything that is wrong.
     """
-    lines = [*arguments.overrides]
+    lines = name_globbed([*arguments.overrides], composer.options)
+    lines = replace_by_step(lines, lambda others: _choices_of(composer, others))
     if arguments.shows_only:
-        if not any(is_sweep_line(line) for line in lines):
-            _raise_if_any(composer.compose(lines).problems)
-        return _Plan(lines, lines)
-    lines = replace_by_step(lines, lambda others: composer.compose(others).cfg)
+        composition = composer.compose(lines)
+        _raise_if_any(composition.problems)
+        return _Plan([*lines, *(f"~{key}" for key in composition.unchosen)], lines)
     constant = [line for line in lines if not is_sweep_line(line)]
     first = composer.compose(constant)
     mode = first.hydra.mode
     if arguments.multirun or mode == RunMode.MULTIRUN:
         _check_sweep(command, composer, lines, constant, first)
-        folder = f"{anchor('outputs')}/multirun/${{now:%Y-%m-%d_%H-%M-%S}}"
-        return _Plan([*lines, *_quiet(lines), _hydra_line("hydra.sweep.dir", folder)], constant)
+        return _Plan([*lines, *_quiet(lines), *_sweep_lines(lines)], constant)
     composition = first if constant == lines else composer.compose(lines)
     if command.complete is not None and not composition.problems and _is_only_rank():
         more = command.complete(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
     _raise_if_any(_find_problems(command, composition))
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
+
+
+def _choices_of(composer: Composer, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The configurations of all combinations of options, whatever values are swept beside them."""
+    constant = [line for line in lines if not is_sweep_line(line)]
+    swept = [line for line in lines if line not in constant and "." not in line.partition("=")[0]]
+    for job in expand_sweep([*constant, *swept], composer.compose(constant).hydra):
+        yield composer.compose(job).cfg
 
 
 def _check_sweep(
@@ -205,7 +226,10 @@ def _check_sweep(
         if name is not None and name in names:
             problems.append(f"run.name={name}: two jobs of the sweep have this name; sweep distinct values")
         names.add(name or "")
-    _raise_if_any([*problems, *sweep_problems(first.cfg, first.hydra)])
+    problems += sweep_problems(first.cfg, first.hydra)
+    # Hydra composes what is not swept alone, before any job.
+    fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
+    _raise_if_any(problems or [f"{problem}; {fix}" for problem in first.refused])
 
 
 def _find_problems(command: Command, composition: Composition) -> list[str]:
@@ -217,7 +241,7 @@ def _rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant:
     run = cfg.get("run")
     if command.run_folder is None or not isinstance(run, dict) or not isinstance(run.get("name"), str):
         return None
-    run["name"] = job_name(run["name"], [line for line in job if line not in constant])
+    run["name"] = job_name(run["name"], without_constant(job, constant))
     return str(run["name"])
 
 
@@ -234,6 +258,13 @@ def _folder_lines(command: Command, cfg: dict[str, Any], lines: Sequence[str]) -
     if command.run_folder is None:
         return ["hydra.run.dir=.", "hydra.output_subdir=null"]
     return [_hydra_line("hydra.run.dir", str(command.run_folder(cfg)))]
+
+
+def _sweep_lines(lines: Sequence[str]) -> list[str]:
+    """Where Hydra keeps its records of a sweep, unless the user says."""
+    if any(line.startswith("hydra.sweep.dir=") for line in lines):
+        return []
+    return [_hydra_line("hydra.sweep.dir", f"{anchor('outputs')}/multirun/${{now:%Y-%m-%d_%H-%M-%S}}")]
 
 
 def _hydra_line(key: str, value: str) -> str:
@@ -254,8 +285,8 @@ class _Job:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
         plain = {str(key): value for key, value in values.items()}
-        drop_unchosen(plain, self._folder)
         settings = HydraConfig.get()
+        drop_unchosen(plain, config_folders(self._folder, settings.searchpath))
         if settings.mode == RunMode.MULTIRUN:
             name = _rename(self._command, plain, list(settings.overrides.task), self._constant)
             _say(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}")

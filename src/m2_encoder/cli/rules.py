@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from m2_encoder.cli.compose import UNSET, nearest
+from m2_encoder.cli.compose import UNSET
+from m2_encoder.cli.words import nearest
 
 SAFE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
 RESERVED_NAMES: Final = ("data", "multirun")

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from m2_encoder.cli.compose import UNSET, nearest
+from m2_encoder.cli.compose import UNSET
 from m2_encoder.cli.rules import (
     RESERVED_NAMES,
     SAFE_NAME,
@@ -27,6 +27,7 @@ from m2_encoder.cli.rules import (
     text,
     whole,
 )
+from m2_encoder.cli.words import nearest
 from m2_encoder.data.captions import CAPTION_ROLES
 from m2_encoder.data.emoji import EMOJI_STYLES
 from m2_encoder.errors import UserError
@@ -313,7 +314,9 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
     """Names at the levels that have no `_target_`, and that every group is there at all."""
     has_task = cfg.get("task") is not None
     required = [key for key in ROOT_KEYS if not (has_task and key == "objective")]
-    problems = _check_keys("", cfg, (*ROOT_KEYS, "task"), required=required)
+    # A group whose every option was taken away is as good as none.
+    present = {key: value for key, value in cfg.items() if key != "objective" or value != {}}
+    problems = _check_keys("", present, (*ROOT_KEYS, "task"), required=required)
     for group in (*TARGET_GROUPS, *KEYED_GROUPS, "run", "model", "cluster", *(["task"] if has_task else [])):
         node = cfg.get(group, UNSET)
         if node is not UNSET and not isinstance(node, Mapping):

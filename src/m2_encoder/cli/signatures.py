@@ -9,8 +9,9 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
-from m2_encoder.cli.compose import UNSET, flatten, nearest
+from m2_encoder.cli.compose import UNSET, flatten
 from m2_encoder.cli.rules import Problem, is_number, is_whole, show
+from m2_encoder.cli.words import nearest
 
 _SPECIAL_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
 # Classes whose **kwargs go to something other than their parent.

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import Glob, ValueType
 from omegaconf import DictConfig
 
-from m2_encoder.cli.compose import parse_override, parse_overrides
+from m2_encoder.cli.overrides import parse_override, parse_overrides
+from m2_encoder.errors import UserError
 
 MAX_NAME_LENGTH: Final = 100
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._=+-]+")
@@ -35,27 +37,74 @@ def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
         lines: the overrides of the command line.
         hydra: Hydra's settings; another sweeper than the basic one decides its values while it runs, so that
             only the constant part can be known beforehand.
+
+    Raises:
+        UserError: for an interval, of which every value would be a job.
     """
     params = dict(hydra.sweeper.get("params") or {})
     all_lines = [*(f"{key}={value}" for key, value in params.items()), *lines]
     if not str(hydra.sweeper._target_).endswith(".BasicSweeper"):
         return [[line for line in all_lines if not is_sweep_line(line)]]
     readable, _ = parse_overrides(all_lines)
+    for override in readable:
+        if override.value_type == ValueType.INTERVAL_SWEEP:
+            fix = f"use {override.key_or_group}=VALUE,VALUE"
+            raise UserError(f"{override.input_line}: a sweep runs every value, and an interval names none; {fix}")
     known = {override.input_line for override in readable}
     unreadable = [line for line in all_lines if line not in known]  # reported when the job is composed
     batches = BasicSweeper.split_arguments(readable, None)
     return [[*job, *unreadable] for batch in batches for job in batch]
 
 
+def name_globbed(lines: Sequence[str], options: Callable[[str], list[str]]) -> list[str]:
+    """Overrides in which `group=glob(a*)` has become the options that it stands for.
+
+    Args:
+        lines: the overrides of the command line.
+        options: gives the options of a group.
+
+    Raises:
+        UserError: if it stands for none.
+    """
+    named = []
+    for line in lines:
+        override = parse_override(line)
+        glob: object = None if override is None else override.value()
+        if override is not None and isinstance(glob, Glob):
+            known = options(override.key_or_group)
+            found = glob.filter(known)
+            if not found:
+                fix = f"choose from {', '.join(known)}" if known else "only groups have options to choose from"
+                raise UserError(f"{line}: stands for no option; {fix}")
+            line = f"{override.get_key_element()}={','.join(found)}"
+        named.append(line)
+    return named
+
+
+def without_constant(job: Sequence[str], constant: Sequence[str]) -> list[str]:
+    """The overrides of a job that not every job has.
+
+    Args:
+        job: as the sweeper writes them.
+        constant: those that all jobs have, as typed.
+    """
+    readable, _ = parse_overrides(constant)
+    written = {f"{item.get_key_element()}={item.get_value_element_as_str()}" for item in readable}
+    return [line for line in job if line not in written and line not in constant]
+
+
 def job_name(name: str, swept: Sequence[str]) -> str:
     """Name of one job: what is swept behind the common name.
 
-    >>> job_name("smoke", ["optimizer.lr=1e-3", "seed=2"])
-    'smoke-lr=1e-3-seed=2'
+    >>> job_name("smoke", ["optimizer.lr=1e-3", "objective.cmlm.weight=2", "objective=[itc,cmlm]"])
+    'smoke-lr=1e-3-cmlm.weight=2-objective=itc+cmlm'
     """
-    parts = [part for line in swept if (part := _short(line))]
-    if not parts:
+    pairs = [_split(line) for line in swept]
+    pairs = [(key, value) for key, value in pairs if key != "run.name" and not key.startswith("hydra.")]
+    if not pairs:
         return name
+    labels = _label([key for key, _ in pairs])
+    parts = [f"{label}={value}" for label, (_, value) in zip(labels, pairs, strict=True)]
     full = _UNSAFE.sub("-", "-".join([name, *parts]))
     if len(full) <= MAX_NAME_LENGTH:
         return full
@@ -77,8 +126,36 @@ def sweep_problems(cfg: dict[str, Any], hydra: DictConfig) -> list[str]:
     return []
 
 
-def _short(line: str) -> str:
-    key, _, value = line.lstrip("+").partition("=")
-    if key == "run.name" or key.startswith("hydra."):
-        return ""
-    return f"{key.rpartition('.')[2]}={value}"
+def _split(line: str) -> tuple[str, str]:
+    """Key and value, the value as it looks in a name."""
+    key, _, text = line.lstrip("+").partition("=")
+    override = parse_override(line)
+    value = None if override is None else override.value()
+    return key, _show(value) if isinstance(value, list | dict) else text.strip("'\"")
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return "+".join(map(_show, value))
+    if isinstance(value, dict):
+        return "+".join(f"{_show(key)}-{_show(item)}" for key, item in value.items())
+    return "null" if value is None else str(value)
+
+
+def _label(keys: Sequence[str]) -> list[str]:
+    """The end of each key that says whose value it is: `lr`, but `cmlm.weight` of `objective.cmlm.weight`.
+
+    What lies below a name, such as an objective's, always keeps that name: it is called the same in every sweep. Keys
+    that would be called the same get longer.
+    """
+    parts = [key.split(".") for key in keys]
+    lengths = [min(len(part), 2 if len(part) > 2 else 1) for part in parts]
+    while True:
+        labels = [".".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
+        longer = [
+            length + (labels.count(label) > 1 and length < len(part))
+            for part, length, label in zip(parts, lengths, labels, strict=True)
+        ]
+        if longer == lengths:
+            return labels
+        lengths = longer

@@ -6,16 +6,16 @@ choice on the command line, as in `+experiment=emoji_full 'objective=[itc]'`, wa
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
+from m2_encoder.cli.choices import read_options
 
-_GROUP: Final = "objective"
+CHOSEN_AS_LIST: Final = "objective"
 
 
-def drop_unchosen(cfg: MutableMapping[Any, Any], folder: Path) -> None:
+def drop_unchosen(cfg: MutableMapping[Any, Any], folders: Sequence[Path]) -> list[str]:
     """Removes such values in place.
 
     What is left of an option that was not chosen has no `_target_`, and its key is that of an option's file. Keys that
@@ -23,19 +23,18 @@ def drop_unchosen(cfg: MutableMapping[Any, Any], folder: Path) -> None:
 
     Args:
         cfg: composed, plain or not in struct mode.
-        folder: of the configurations.
+        folders: of the configurations (`choices.config_folders`).
+
+    Returns:
+        The dotted keys of what was removed.
     """
-    node = cfg.get(_GROUP)
+    node = cfg.get(CHOSEN_AS_LIST)
     if not isinstance(node, MutableMapping):
-        return
+        return []
     left = [key for key, value in node.items() if isinstance(value, MutableMapping) and "_target_" not in value]
-    known = _keys_of_options(folder / _GROUP) if left else set()
-    for key in left:
-        if key in known:
-            del node[key]
-
-
-def _keys_of_options(folder: Path) -> set[str]:
-    return {
-        str(key) for path in folder.glob("*.yaml") for key in yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    }
+    files = read_options(folders, CHOSEN_AS_LIST).values() if left else ()
+    known = {key for _, content in files for key in content}
+    dropped = [key for key in left if key in known]
+    for key in dropped:
+        del node[key]
+    return [f"{CHOSEN_AS_LIST}.{key}" for key in dropped]

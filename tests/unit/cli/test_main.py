@@ -160,6 +160,19 @@ def test_sweep_gives_every_job_its_name(start: Callable[..., int], tmp_path: Pat
     assert (tmp_path / "outputs" / "multirun").is_dir()
 
 
+def test_values_may_refer_to_swept_ones(start: Callable[..., int]) -> None:
+    seen: list[dict[str, Any]] = []
+    assert start(seen.append, "-m", "size=${more}", "+more=1,2", has_folder=True) == 0
+    assert [(cfg["run"]["name"], cfg["size"]) for cfg in seen] == [("try-more=1", 1), ("try-more=2", 2)]
+
+
+def test_records_of_a_sweep_go_where_they_are_wanted(start: Callable[..., int], tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    assert start(lambda _cfg: None, "-m", "size=1,2", f"hydra.sweep.dir={folder}", has_folder=True) == 0
+    assert (folder / "multirun.yaml").is_file()
+    assert not (tmp_path / "outputs" / "multirun").exists()
+
+
 def test_sweep_with_one_bad_job_starts_none(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert start(_never, "-m", "size=1,-1", has_folder=True) == 2
     assert "size=-1" in capsys.readouterr().err

@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import string
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.cli.rules import SAFE_NAME
-from m2_encoder.cli.sweeps import MAX_NAME_LENGTH, expand_sweep, is_sweep_line, job_name, sweep_problems
+from m2_encoder.cli.sweeps import (
+    MAX_NAME_LENGTH,
+    expand_sweep,
+    is_sweep_line,
+    job_name,
+    sweep_problems,
+    without_constant,
+)
 
 SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -44,7 +52,31 @@ def test_another_sweeper_decides_its_values_later() -> None:
 def test_names_say_what_is_swept() -> None:
     assert job_name("smoke", ["optimizer.lr=1e-3", "+seed=2"]) == "smoke-lr=1e-3-seed=2"
     assert job_name("smoke", ["run.name=smoke", "hydra.x=1"]) == "smoke"
-    assert job_name("smoke", ["data.captions={zh: 1}"]) == "smoke-captions=-zh-1-"
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (["objective=[itc,cmlm]"], "objective=itc+cmlm"),
+        (["optimizer.betas=[0.9,0.98]"], "betas=0.9+0.98"),
+        (["data.captions={zh: 1, en: 2}"], "captions=zh-1+en-2"),
+        (["+experiment=emoji"], "experiment=emoji"),
+        (["objective.cmlm.weight=0.5"], "cmlm.weight=0.5"),
+        (["data.sources.a.weight=1", "data.sources.b.weight=2"], "a.weight=1-b.weight=2"),
+        (["model.name=x", "scheduler.name=y", "seed=1"], "model.name=x-scheduler.name=y-seed=1"),
+        (["objective.a.targets.size=1", "objective.b.targets.size=2"], "a.targets.size=1-b.targets.size=2"),
+        (["seed=1", "data.seed=2"], "seed=1-data.seed=2"),
+        (["logger.group='a b'", "optimizer.x=null", "optimizer.y=true"], "group=a-b-x=null-y=true"),
+    ],
+)
+def test_names_say_whose_value_it_is(lines: list[str], name: str) -> None:
+    assert job_name("run", lines) == f"run-{name}"
+
+
+def test_what_all_jobs_share_is_not_swept() -> None:
+    constant = ["a={0: 1, 2: 3}", "~b.c", "+d='x'", "seed=1"]
+    (job, _) = expand_sweep([*constant, "seed=2,3"], _hydra())
+    assert without_constant(job, constant) == ["seed=2"]
 
 
 values = st.text(string.ascii_letters + string.digits + " /={}.,~'\"中", min_size=1, max_size=60)
