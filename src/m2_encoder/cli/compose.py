@@ -86,6 +86,7 @@ class Composer:
         self._config_name = config_name
         self._fixed = list(fixed)
         self._default: DictConfig | None = None
+        self._options: dict[str, list[str]] = {}  # Hydra reads all configurations again whenever it is asked
 
     def groups(self) -> dict[str, list[str]]:
         """Every group of the configuration folder with its options."""
@@ -103,10 +104,12 @@ class Composer:
 
     def options(self, group: str) -> list[str]:
         """Options of a group; `base` files are shared parts, not choices."""
-        found = self._loader.get_group_options(
-            group, results_filter=ObjectType.CONFIG, config_name=self._config_name, overrides=self._fixed
-        )
-        return sorted(name for name in found if name != "base")
+        if group not in self._options:
+            found = self._loader.get_group_options(
+                group, results_filter=ObjectType.CONFIG, config_name=self._config_name, overrides=self._fixed
+            )
+            self._options[group] = sorted(name for name in found if name != "base")
+        return self._options[group]
 
     def compose(self, lines: Sequence[str]) -> Composition:
         """Composes with all overrides that make sense and says what is wrong with the others.
@@ -127,7 +130,7 @@ class Composer:
         except UserError as error:
             problems.append(str(error))
             base, choices = default, []
-        self._drop_unchosen(base)
+        unchosen = self._drop_unchosen(base)
         for override in overrides:
             if override not in groups:
                 reason = key_problem(override, base)
@@ -135,8 +138,10 @@ class Composer:
         problems += [reason for override in overrides if (reason := reasons[id(override)])]
         good = [override for override in overrides if reasons[id(override)] is None]
         good = [override for override in good if override in choices or override not in groups]
-        cfg = self._load_leniently(good, base) if problems else self._load(good)
-        unchosen = self._drop_unchosen(cfg)
+        cfg = base
+        if good != choices:
+            cfg = self._load_leniently(good, base) if problems else self._load(good)
+            unchosen = self._drop_unchosen(cfg)
         problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
         values, unresolved, references = to_plain(cfg)
         return Composition(values, problems + unresolved, references, cfg.hydra, unchosen, problems)
@@ -207,7 +212,7 @@ class Composer:
 
     def _is_group(self, override: Override) -> bool:
         key = override.key_or_group
-        return key.startswith("hydra/") or "/" in key or bool(self.options(key))
+        return "/" in key or ("." not in key and bool(self.options(key)))
 
     def _suggest(self, word: str) -> str:
         """What a word without a value may have meant: an option of a group."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from m2_encoder.cli import validate
-from m2_encoder.cli.compose import open_composer
+from m2_encoder.cli.compose import Composer, open_composer
 from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, write_config
 
 Resume = Callable[[tuple[str, ...], tuple[str, ...]], list[str]]
@@ -18,18 +18,23 @@ TARGETS = "m2_encoder.objectives.patch_targets"
 AS_BEFORE = "as in the run that is continued"
 
 
+@pytest.fixture(scope="module")
+def composer(repo_root: Path) -> Iterator[Composer]:
+    with open_composer(repo_root / "conf", "train") as opened:
+        yield opened
+
+
 @pytest.fixture
-def resume(repo_root: Path, tmp_path: Path) -> Resume:
+def resume(composer: Composer, tmp_path: Path) -> Resume:
     """What is wrong with going on with some lines where a run began with others."""
 
     def find(begun: tuple[str, ...], now: tuple[str, ...]) -> list[str]:
         shared = ("logger=csv", "run.name=r", f"run.folder={tmp_path}", "run.resume=must", "trainer.accelerator=cpu")
-        with open_composer(repo_root / "conf", "train") as composer:
-            write_config(tmp_path / "r" / CONFIG_FILE, composer.compose([*begun, *shared]).cfg)
-            checkpoint = tmp_path / "r" / LAST_CHECKPOINT
-            checkpoint.parent.mkdir(exist_ok=True)
-            checkpoint.touch()
-            composition = composer.compose([*now, *shared])
+        write_config(tmp_path / "r" / CONFIG_FILE, composer.compose([*begun, *shared]).cfg)
+        checkpoint = tmp_path / "r" / LAST_CHECKPOINT
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.touch()
+        composition = composer.compose([*now, *shared])
         return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
 
     return find

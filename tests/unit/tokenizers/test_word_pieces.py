@@ -146,11 +146,10 @@ def _words(segmenter: WordSegmenter, text: str) -> list[str]:
     return [word.strip("▁") for word in found]
 
 
-@pytest.mark.parametrize(
-    ("entry", "text", "expected"),
-    [
+def test_user_words_are_found_as_the_tokenizer_writes_them(official: WordSegmenter, tmp_path: Path) -> None:
+    cases = [
         ("黑神话：悟空 100 nz", "玩黑神话：悟空的人", "黑神话:悟空"),
-        ("黑神话:悟空", "玩黑神话：悟空的人", "黑神话:悟空"),
+        ("最终幻想:重生", "玩最终幻想：重生的人", "最终幻想:重生"),
         ("ＡＢＣ公司", "去ＡＢＣ公司上班", "ABC公司"),
         ("ＡＢＣ公司", "去ABC公司上班", "ABC公司"),
         ("Wi－Fi密码", "问Wi－Fi密码", "Wi-Fi密码"),
@@ -158,16 +157,14 @@ def _words(segmenter: WordSegmenter, text: str) -> list[str]:
         ("２０２４年会", "参加２０２４年会", "2024年会"),
         ("⼈⼼苹果", "吃⼈⼼苹果", "人心苹果"),  # radicals, which become characters that jieba joins
         ("人\u200b猫 5", "是人\u200b猫", "人▁猫"),
-    ],
-)
-def test_user_words_are_found_as_the_tokenizer_writes_them(
-    official: WordSegmenter, tmp_path: Path, entry: str, text: str, expected: str
-) -> None:
+    ]
     path = tmp_path / "words.txt"
-    path.write_text(f"{entry}\n\u200b\n[MASK]\n", encoding="utf-8")
+    path.write_text("\n".join([*(entry for entry, _, _ in cases), "\u200b", "[MASK]"]), encoding="utf-8")
     own = WordSegmenter(official.tokenizer, user_dictionary=str(path))
-    assert expected in _words(own, text)
-    assert expected in _words(pickle.loads(pickle.dumps(own)), text)
+    for segmenter in (own, pickle.loads(pickle.dumps(own))):
+        for _, text, expected in cases:
+            assert expected in _words(segmenter, text)
+            assert expected not in _words(official, text)
     assert _words(own, "cat[MASK]▁ dog") == ["cat", "dog"]
 
 
