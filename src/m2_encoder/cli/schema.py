@@ -227,6 +227,7 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     Rule("objective.*.softness", _is_softness, "a number in [0, 1), or such numbers by step", "'{0: 0, 10000: 0.3}'"),
     choice("objective.*.source", SOURCES),
     number("objective.*.temperature", "0.07", above=0, optional=True),
+    number("objective.*.hardness", "0.1", least=0),
     whole("objective.*.hard_negatives", 1, "10", optional=True),
     number("objective.*.max_similarity", "0.95", above=-1, most=1),
     whole("objective.*.seed", 0, "0", most=2**32 - 1),

@@ -3,12 +3,16 @@
     z(i, j) = w . h_ij + c          h_ij: state of the caption's first token after the vision-language layers
     loss = mean over captions j of image i of  softplus(-z(i, j)), softplus(z(i, j')) and softplus(z(i', j))
 
-Letters: n local images · k captions per image · M images of the group · g ranks of the group · s = exp(logit_scale).
+Letters: n local images · k captions per image · M images of the group · g ranks of the group · s = exp(logit_scale)
+· h hardness.
 
 Wrong partners are drawn by the contrastive scores of the step, so that no round of mining is needed:
 
-    j' ~ softmax_t(s x_i . y_t)  over the captions t of the whole group that do not describe image i
-    i' ~ softmax_r(s x_r . y_j)  over the images r of this rank that caption j does not describe
+    j' ~ softmax_t(h s x_i . y_t)  over the captions t of the whole group that do not describe image i
+    i' ~ softmax_r(h s x_r . y_j)  over the images r of this rank that caption j does not describe
+
+With the hardness h = 1 (ALBEF's) they are as hard as the contrast finds them. A model that starts from nothing learns
+nothing from those: its loss stays that of guessing. Smaller values draw more evenly; 0 takes every one alike.
 
 A caption describes the images of its identity, and those that come with the very same words: there it would score as
 high as the right caption, be drawn for that, and train one pair as right and wrong in one step. Words are compared
@@ -29,6 +33,7 @@ ranking stage after a contrastive pre-ranking this is, with one cross encoder fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final, NamedTuple, Protocol
 
@@ -54,11 +59,12 @@ class Matching(PairObjective):
     Args:
         weight: factor in the sum of objectives.
         schedule: see `Objective`. Scores of the first steps are noise: a later start loses little.
+        hardness: h, factor of the scores by which wrong partners are drawn; ours, ALBEF has 1.
         seed: of the draws.
         text_expert: see `LocalObjective`.
 
     Raises:
-        UserError: for a negative seed.
+        UserError: for a negative seed or hardness, or one that is not finite.
     """
 
     score_names = ("accuracy",)
@@ -68,13 +74,16 @@ class Matching(PairObjective):
         *,
         weight: float = 1.0,
         schedule: Mapping[int, float] | None = None,
+        hardness: float = 1.0,
         seed: int = 0,
         text_expert: bool = False,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
+        if not 0 <= hardness < math.inf:
+            raise UserError(f"hardness={hardness!r} must be 0 or more, and finite")
         if seed < 0:
             raise UserError(f"seed={seed!r} must be 0 or more")
-        self._seed = seed
+        self._hardness, self._seed = hardness, seed
 
     def build(self, shape: ModelShape) -> None:
         """Make the head."""
@@ -92,7 +101,7 @@ class Matching(PairObjective):
         if inputs.batch is None:
             raise UserError("matching looks at images and captions themselves; ObjectiveInputs needs the batch")
         batch, captions = inputs.batch, inputs.batch.captions_per_image
-        scale = inputs.logit_scale.exp()
+        scale = self._hardness * inputs.logit_scale.exp()
         others = _gather(inputs, batch.text)
         places = _draw_uniform(len(others.features), seed=self._seed, step=inputs.step)[:, others.own]
         uniform = places.to(inputs.identity.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -215,6 +216,23 @@ def test_steps_and_seeds_draw_anew() -> None:
         Matching(seed=-1)
     with pytest.raises(UserError, match="needs the batch"):
         Matching().select(features_of(module, batch)._replace(batch=None))
+
+
+def test_hardness_is_a_factor_of_the_scores_in_the_draw_alone() -> None:
+    module, batch = build_bench({"matching": Matching()}), make_batch(16, 2)
+    inputs = features_of(module, batch)
+    pair = inputs.heads["features"]
+
+    def draw(hardness: float, log_scale: float) -> list[int]:
+        heads = {"features": pair._replace(logit_scale=torch.tensor(log_scale, dtype=torch.float64))}
+        wrong = Matching(hardness=hardness).select(inputs._replace(heads=heads))
+        return [*wrong.image_rows.tolist(), *wrong.text.ids.flatten().tolist()]
+
+    assert draw(0.1, math.log(40)) == draw(1.0, math.log(4)) != draw(1.0, math.log(40))
+    assert draw(0.0, 0.0) == draw(0.0, 4.0)
+    for wrong in (-0.1, math.inf, math.nan):
+        with pytest.raises(UserError, match=f"hardness={wrong}"):
+            Matching(hardness=wrong)
 
 
 def test_scores_of_pairs() -> None:
