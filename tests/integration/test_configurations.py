@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from m2_encoder.cli import validate
 from m2_encoder.cli.build import build_model_config
 from m2_encoder.cli.compose import Composer, open_composer
-from m2_encoder.cli.run_folder import read_config, write_config
+from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config, write_config
 from m2_encoder.cli.train import build_run
 from m2_encoder.data.emoji import load_emoji_tokenizer_model
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -178,6 +178,19 @@ def test_validation_command(
     monkeypatch.chdir(repo_root)
     assert validate.main() == 0
     assert capsys.readouterr().out.splitlines() == ["defaults: ok", *(f"+experiment={x}: ok" for x in EXPERIMENTS)]
+
+
+def test_runs_of_the_same_names_say_nothing_about_configurations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_composer(CONF, "train") as composer:
+        cfg = composer.compose(["optimizer=muon", "model.num_layers=1", "objective=[itc,cmlm]"]).cfg
+    write_config(tmp_path / "outputs" / "emoji" / CONFIG_FILE, cfg)
+    checkpoint = tmp_path / "outputs" / "emoji" / LAST_CHECKPOINT
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    assert not any(validate.validate_experiments().values())
 
 
 def test_validation_command_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,6 +278,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
 
 _MACHINE_CHECKS: Final = (
     _check_devices, _check_cluster, *OBJECTIVE_PLACE_CHECKS, *DATA_PLACE_CHECKS, *TASK_PLACE_CHECKS,
+    _check_resumed_model, *RESUME_CHECKS,
 )  # fmt: skip
 
 
