@@ -56,7 +56,7 @@ typecheck: install ## mypy, strict, on all of src
 
 .PHONY: validate-config
 validate-config: install ## compose and validate every experiment; touches no data
-	$(BIN)/python -m m2_encoder.cli.validate
+	$(BIN)/python -m m2_encoder.config.validate
 
 .PHONY: test-slow
 test-slow: install ## the tests that take minutes

@@ -30,10 +30,10 @@ Measurement = Callable[[], int]
 
 def build_ours(folder: Path, count: int) -> dict[str, Measurement]:
     """Our engine with 0 and 2 workers, and decoding alone."""
-    from m2_encoder.data.captions import CaptionSampler
-    from m2_encoder.data.decode import decode_image_uint8
-    from m2_encoder.data.emoji import load_emoji_tokenizer_model
-    from m2_encoder.data.tensor_transforms import TensorTrainTransform
+    from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
+    from m2_encoder.data.images.decode import decode_image_uint8
+    from m2_encoder.data.images.tensor_transforms import TensorTrainTransform
+    from m2_encoder.data.samples.captions import CaptionSampler
     from m2_encoder.data.webdataset_module import WebDatasetModule
     from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 

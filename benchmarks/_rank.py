@@ -35,7 +35,7 @@ from _candidates import PairEncoder, build_loss, list_candidates, new_groups
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from m2_encoder.data.emoji import load_emoji_concepts, load_emoji_tokenizer_model
+from m2_encoder.data.emoji.dataset import load_emoji_concepts, load_emoji_tokenizer_model
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.optim import build_optimizer
 from m2_encoder.types import TextTokens

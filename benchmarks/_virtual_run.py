@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from m2_encoder.data.manifest import Manifest, SourceSpec, expand_shards, make_source
-from m2_encoder.data.manifest_record import read_record
-from m2_encoder.data.plan import PositionPlan
+from m2_encoder.data.order.manifest import Manifest, SourceSpec, expand_shards, make_source
+from m2_encoder.data.order.manifest_record import read_record
+from m2_encoder.data.order.plan import PositionPlan
 
 BATCH = 8192
 

@@ -40,7 +40,7 @@ from m2_encoder.curation.pipeline import Curation, curate
 from m2_encoder.curation.ray_executor import RayExecutor
 from m2_encoder.curation.settings import CurationSettings, LengthLimit
 from m2_encoder.curation.sources import list_shards
-from m2_encoder.data.shard_index import INDEX_SUFFIX
+from m2_encoder.data.shards.index import INDEX_SUFFIX
 from m2_encoder.data.worker_pool import map_in_processes
 
 QUICK_PAIRS = 20_000

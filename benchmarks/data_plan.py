@@ -31,8 +31,8 @@ import numpy as np
 from _common import Report, parse_arguments
 from _virtual_run import BATCH
 
-from m2_encoder.data.manifest import Manifest, SourceSpec, make_source
-from m2_encoder.data.plan import PositionPlan
+from m2_encoder.data.order.manifest import Manifest, SourceSpec, make_source
+from m2_encoder.data.order.plan import PositionPlan
 
 SHARDS, SAMPLES = 600_000, 10_000
 LOCAL_BATCH = 128

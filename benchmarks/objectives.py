@@ -31,9 +31,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2_encoder.cli.train import build_data
-from m2_encoder.data.batch_masking import BatchMasking
-from m2_encoder.data.emoji import load_emoji_concepts, load_emoji_tokenizer_model
+from m2_encoder.data.emoji.dataset import load_emoji_concepts, load_emoji_tokenizer_model
+from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.token_prediction import token_cross_entropy
@@ -41,6 +40,7 @@ from m2_encoder.objectives.base import LocalObjective, ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.runs.run import build_data
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.optim import build_muon
 from m2_encoder.training.step_encoder import StepEncoder, mean_terms

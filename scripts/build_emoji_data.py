@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops
 
-from m2_encoder.data.emoji import EMOJI_STYLES, IMAGE_SIZE_PX
+from m2_encoder.data.emoji.dataset import EMOJI_STYLES, IMAGE_SIZE_PX
 
 VERSIONS = {
     "cldr-annotations-full": "48.2.0",

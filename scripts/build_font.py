@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from m2_encoder.data.emoji import load_emoji_concepts
+from m2_encoder.data.emoji.dataset import load_emoji_concepts
 
 PACKAGE, VERSION = "@fontsource/noto-sans-sc", "5.3.0"
 REGULAR = "noto-sans-sc-{}-400-normal.woff2"

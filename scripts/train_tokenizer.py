@@ -27,7 +27,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from m2_encoder.data.emoji import load_emoji_concepts
+from m2_encoder.data.emoji.dataset import load_emoji_concepts
 from m2_encoder.types import LANGUAGES
 
 VOCAB_SIZE = 3500

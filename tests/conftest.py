@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2_encoder.data.emoji import write_emoji_shards
+from m2_encoder.data.emoji.dataset import write_emoji_shards
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ import torch
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import ExportedFolder, read_exported
 from m2_encoder.checkpoints.io import load_model
-from m2_encoder.data.transforms import EvalTransform
+from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder

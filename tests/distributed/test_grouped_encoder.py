@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from m2_encoder.distributed.gradients import average_over_ranks, whole_tensor
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import shard_model
-from m2_encoder.models.parts import OPTIONAL_PARTS
+from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
 from m2_encoder.objectives import image_text_contrastive
 from m2_encoder.training.micro_batches import encode_pieces
 from m2_encoder.types import HeadFeatures, TextTokens

@@ -20,7 +20,7 @@ from m2_encoder.distributed.gradients import average_over_ranks, clip_gradients,
 from m2_encoder.distributed.topology import GroupTopology
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers, gather_model, shard_model
-from m2_encoder.models.parts import OPTIONAL_PARTS
+from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
 from m2_encoder.objectives.contrastive import image_text_contrastive
 from m2_encoder.strategies.groups import ContrastiveGroups
 from m2_encoder.training.non_finite import NonFiniteGuard

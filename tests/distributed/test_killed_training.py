@@ -69,7 +69,9 @@ class Life:
             port = probe.getsockname()[1]
         # Forked from a process that has imported everything: twenty imports would take longer than the runs.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["m2_encoder.cli.train", "m2_encoder.data.datamodule", "tests.support.resuming"])
+        context.set_forkserver_preload(
+            ["m2_encoder.cli.train", "m2_encoder.data.emoji.emoji_module", "tests.support.resuming"]
+        )
         self._steps_before = self._lines()
         self._ranks: list[Any] = [
             context.Process(target=command, args=(rank, port, arguments, str(self._log))) for rank in range(2)

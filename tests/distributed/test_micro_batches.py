@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from m2_encoder.distributed.gradients import whole_tensor
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.models.parts import OPTIONAL_PARTS
+from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.strategies.grouped_ddp import GroupedDDPStrategy
 from m2_encoder.strategies.grouped_fsdp import GroupedFSDPStrategy

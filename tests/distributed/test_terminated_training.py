@@ -14,7 +14,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from m2_encoder.cli.run_folder import read_config
+from m2_encoder.runs.folder import read_config
 from tests.support.resuming import digest_rows, read_rows
 from tests.support.training import make_tokenizer
 

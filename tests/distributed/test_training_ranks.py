@@ -13,10 +13,10 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
+from m2_encoder.runs.jsonl_logger import JsonlLogger
 from m2_encoder.strategies.grouped_ddp import GroupedDDPStrategy
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.throughput import Throughput
-from m2_encoder.training.loggers import JsonlLogger
 from tests.support.ranks import run_lightning_ranks
 from tests.support.training import LIGHTNING_WARNINGS, make_captions, make_datamodule, make_module, make_trainer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.cli.compose import Composer, open_composer
+from m2_encoder.config.compose import Composer, open_composer
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from m2_encoder.cli import train as train_command
-from m2_encoder.data import datamodule, emoji
+from m2_encoder.data.emoji import dataset as emoji
+from m2_encoder.data.emoji import emoji_module as datamodule
 
 
 class Outcome(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from m2_encoder.cli import train as train_command
-from m2_encoder.data import shard_index
+from m2_encoder.data.shards import index as shard_index
 from tests.support.shards import write_numbers
 
 Problems = Callable[..., list[str]]

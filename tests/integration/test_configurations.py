@@ -12,13 +12,13 @@ from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf
 
-from m2_encoder.cli import validate
-from m2_encoder.cli.build import build_model_config
-from m2_encoder.cli.compose import Composer, open_composer
-from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config, write_config
-from m2_encoder.cli.train import build_run
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
+from m2_encoder.config import validate
+from m2_encoder.config.compose import Composer, open_composer
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.runs.build import build_model_config
+from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config, write_config
+from m2_encoder.runs.run import build_run
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from m2_encoder.data.transforms import TrainTransform, open_image
+from m2_encoder.data.images.transforms import TrainTransform, open_image
 from tests.support.resuming import fit, furthest, read_rows
 from tests.support.shards import write_numbers
 from tests.support.training import LIGHTNING_WARNINGS

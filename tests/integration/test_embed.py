@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from m2_encoder import M2Encoder, M2EncoderConfig, load
+from m2_encoder.checkpoints.export import export_model
 from m2_encoder.cli import embed
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.evaluation.feature_file import read_features
-from m2_encoder.export import export_model
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 Run = Callable[..., tuple[int, str, str]]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.cli import validate
-from m2_encoder.cli.compose import Composer
-from m2_encoder.cli.train import train
+from m2_encoder.config import validate
+from m2_encoder.config.compose import Composer
+from m2_encoder.runs.run import train
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]

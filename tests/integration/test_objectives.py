@@ -11,15 +11,15 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from m2_encoder.cli import validate
-from m2_encoder.cli.build import build_model_config, build_tokenizer, load_teachers
-from m2_encoder.cli.compose import Composer
-from m2_encoder.cli.train import build_run
+from m2_encoder.checkpoints.export import export_model
+from m2_encoder.config import validate
+from m2_encoder.config.compose import Composer
 from m2_encoder.errors import UserError
-from m2_encoder.export import export_model
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.distillation import Distillation
+from m2_encoder.runs.build import build_model_config, build_tokenizer, load_teachers
+from m2_encoder.runs.run import build_run
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]

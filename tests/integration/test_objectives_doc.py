@@ -12,8 +12,8 @@ import yaml
 from torch.nn import functional
 
 import m2_encoder.objectives
-from m2_encoder.cli import validate
-from m2_encoder.cli.compose import open_composer
+from m2_encoder.config import validate
+from m2_encoder.config.compose import open_composer
 from m2_encoder.types import TextTokens
 from tests.support.objectives import build_bench, make_batch
 from tests.support.readme import commands, inline_code, links, split_blocks

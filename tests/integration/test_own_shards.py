@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw
 
 import m2_encoder
 from m2_encoder.cli import data as data_command
-from m2_encoder.cli import loggers
 from m2_encoder.cli import train as train_command
 from m2_encoder.data import webdataset_module
-from m2_encoder.data.start_check import check_manifest
+from m2_encoder.data.inspect.start_check import check_manifest
+from m2_encoder.runs import loggers
 
 COLORS = {"red": "红色", "green": "绿色", "blue": "蓝色", "orange": "橙色"}
 SMALL = (

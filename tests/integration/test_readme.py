@@ -30,8 +30,8 @@ import m2_encoder.objectives
 from m2_encoder import M2Encoder, M2EncoderConfig, hub
 from m2_encoder.checkpoints.io import save_official
 from m2_encoder.cli import train as train_command
-from m2_encoder.cli.main import run_command
-from m2_encoder.data.emoji import load_emoji_concepts, load_emoji_tokenizer_model
+from m2_encoder.config.command import run_command
+from m2_encoder.data.emoji.dataset import load_emoji_concepts, load_emoji_tokenizer_model
 from m2_encoder.objectives.base import FeaturePair, ObjectiveInputs
 from tests.support.readme import KINDS, anchors, commands, inline_code, links, split_blocks
 

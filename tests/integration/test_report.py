@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from m2_encoder import M2Encoder, M2EncoderConfig
+from m2_encoder.checkpoints.export import export_model
 from m2_encoder.cli import evaluate
-from m2_encoder.cli.report import report_run
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
-from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
-from m2_encoder.data.transforms import EvalTransform
-from m2_encoder.export import export_model
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
+from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.runs.report import report_run
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 SPLITS = ("val", "heldout_style", "heldout_families")

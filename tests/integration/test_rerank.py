@@ -13,8 +13,8 @@ import torch
 from m2_encoder import load
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, read_head
 from m2_encoder.cli import evaluate, export, train
-from m2_encoder.data.evaluation_set import read_retrieval_set
-from m2_encoder.data.transforms import EvalTransform
+from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.retrieval_set import read_retrieval_set
 from m2_encoder.evaluation.rerank import rerank_set
 from m2_encoder.evaluation.retrieval import encode_set, evaluate_features
 from tests.support.training import LIGHTNING_WARNINGS

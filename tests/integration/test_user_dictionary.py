@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from m2_encoder.cli import train as train_command
-from m2_encoder.cli.build import build_masking, build_model_config, build_tokenizer
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.runs.build import build_masking, build_model_config, build_tokenizer
 
 KEY = "objective.cmlm.user_dictionary"
 

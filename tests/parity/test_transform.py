@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from m2_encoder.data.transforms import EvalTransform, open_image
+from m2_encoder.data.images.transforms import EvalTransform, open_image
 
 JPEG_LEVELS = 2  # decoders may differ by a level, and bicubic weights can add one
 

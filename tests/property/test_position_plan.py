@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2_encoder.data.loader import PositionLoader
-from m2_encoder.data.manifest import Manifest, Source, SourceSpec, make_source
-from m2_encoder.data.plan import PositionPlan, Segment
-from m2_encoder.data.stages import StageClock
-from m2_encoder.data.stream import Delivery
+from m2_encoder.data.loading.loader import PositionLoader
+from m2_encoder.data.loading.stages import StageClock
+from m2_encoder.data.loading.stream import Delivery
+from m2_encoder.data.order.manifest import Manifest, Source, SourceSpec, make_source
+from m2_encoder.data.order.plan import PositionPlan, Segment
 from m2_encoder.errors import UserError
 from m2_encoder.types import ImageTextBatch, TextTokens
 from tests.support.mixtures import make_mixture

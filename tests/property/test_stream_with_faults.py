@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2_encoder.data.captions import CaptionSampler
-from m2_encoder.data.decode import decode_image_uint8
-from m2_encoder.data.faults import SampleFault
-from m2_encoder.data.manifest import SourceSpec, build_manifest
-from m2_encoder.data.order import rank_positions
-from m2_encoder.data.plan import PositionPlan
-from m2_encoder.data.reading import ShardReader
-from m2_encoder.data.stream import Delivery, SampleStream
-from m2_encoder.data.tensor_transforms import TensorTrainTransform
+from m2_encoder.data.images.decode import decode_image_uint8
+from m2_encoder.data.images.tensor_transforms import TensorTrainTransform
+from m2_encoder.data.loading.faults import SampleFault
+from m2_encoder.data.loading.sample_order import rank_positions
+from m2_encoder.data.loading.stream import Delivery, SampleStream
+from m2_encoder.data.order.manifest import SourceSpec, build_manifest
+from m2_encoder.data.order.plan import PositionPlan
+from m2_encoder.data.samples.captions import CaptionSampler
+from m2_encoder.data.shards.reader import ShardReader
 from tests.support.shards import make_image, make_sample, write_tar
 
 BATCH, STEPS, SIDE = 12, 8, 8

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
-from m2_encoder.data.keyed import mix
-from m2_encoder.data.text_masking import MaskVocabulary, TextMasking, mask_words, mask_words_of_batch
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
+from m2_encoder.data.masking.text_masking import MaskVocabulary, TextMasking, mask_words, mask_words_of_batch
+from m2_encoder.data.order.keyed_random import mix
 from m2_encoder.tokenizers.dictionary import load_jieba
 from m2_encoder.tokenizers.han_words import HanWords
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer

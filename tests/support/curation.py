@@ -16,10 +16,10 @@ import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from m2_encoder import M2EncoderConfig
+from m2_encoder.checkpoints.export import export_model
 from m2_encoder.curation.settings import CurationSettings, LengthLimit
 from m2_encoder.curation.tables import read_table
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
-from m2_encoder.export import export_model
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.models import random_model
 from tests.support.shards import write_tar

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from m2_encoder.cli import train
-from m2_encoder.data.shard_index import open_index
+from m2_encoder.data.shards.index import open_index
 from tests.support.fault_runs import BATCH, STEPS
 from tests.support.faults import DAMAGED, Fault, faults, write_set
 from tests.support.shard_server import serve_shards

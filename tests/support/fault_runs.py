@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
-from m2_encoder.data.plan import PositionPlan
-from m2_encoder.data.shard_index import open_index
+from m2_encoder.data.order.plan import PositionPlan
+from m2_encoder.data.shards.index import open_index
 from m2_encoder.data.webdataset_module import BAD_SAMPLES_FILE, WebDatasetModule
 from tests.support.faults import DAMAGED, PER_SHARD, Fault, write_set
 from tests.support.mixtures import make_module_over

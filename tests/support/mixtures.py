@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m2_encoder.data.captions import CaptionSampler
-from m2_encoder.data.decode import decode_image_uint8
-from m2_encoder.data.tensor_transforms import TensorTrainTransform
+from m2_encoder.data.images.decode import decode_image_uint8
+from m2_encoder.data.images.tensor_transforms import TensorTrainTransform
+from m2_encoder.data.samples.captions import CaptionSampler
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from tests.support.shards import make_image, make_sample, write_tar
 from tests.support.training import IMAGE_SIZE, make_tokenizer

@@ -17,7 +17,12 @@ import torch
 import torch.distributed as dist
 
 # Imported once, by the server from which every rank is forked: a fresh process would spend seconds on them.
-_PRELOADED = ("torch.distributed", "lightning.pytorch", "m2_encoder.training.module", "m2_encoder.data.datamodule")
+_PRELOADED = (
+    "torch.distributed",
+    "lightning.pytorch",
+    "m2_encoder.training.module",
+    "m2_encoder.data.emoji.emoji_module",
+)
 
 
 class _Report(NamedTuple):

@@ -10,10 +10,10 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Checkpoint
 
-from m2_encoder.data.captions import CaptionSampler
-from m2_encoder.data.datamodule import EmojiDataModule
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
-from m2_encoder.data.transforms import TrainTransform
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
+from m2_encoder.data.emoji.emoji_module import EmojiDataModule
+from m2_encoder.data.images.transforms import TrainTransform
+from m2_encoder.data.samples.captions import CaptionSampler
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.contrastive import ImageTextContrastive

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
-from m2_encoder.data.keyed import mix
-from m2_encoder.data.text_masking import choose_words
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
+from m2_encoder.data.masking.text_masking import choose_words
+from m2_encoder.data.order.keyed_random import mix
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.word_pieces import NO_WORD, WordPieces, WordSegmenter
 

@@ -62,7 +62,7 @@ def read_format(folder: str | os.PathLike[str]) -> str | None:
 
 
 def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
-    """Read and check a folder written by `m2_encoder.export.export_model`.
+    """Read and check a folder written by `m2_encoder.checkpoints.export.export_model`.
 
     Args:
         folder: the folder.

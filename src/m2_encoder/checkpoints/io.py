@@ -19,11 +19,11 @@ from m2_encoder.checkpoints.adapters import (
     ours_to_official,
     to_official_state,
 )
-from m2_encoder.checkpoints.atomic import atomic_file
 from m2_encoder.checkpoints.formats import file_kind, read_safetensors, read_torch
 from m2_encoder.checkpoints.positions import resize_image_positions
 from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError
+from m2_encoder.files import atomic_file
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 

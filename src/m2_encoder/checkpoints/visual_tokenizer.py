@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2_encoder.checkpoints.atomic import atomic_folder
 from m2_encoder.checkpoints.exported import (
     CONFIG_FILE,
     FORMAT,
@@ -19,6 +18,7 @@ from m2_encoder.checkpoints.exported import (
 from m2_encoder.checkpoints.formats import read_safetensors
 from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.files import atomic_folder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 
 _VERSION = 1

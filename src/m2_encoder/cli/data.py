@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from m2_encoder.cli import data_check, data_curate, data_pack, data_stats
-from m2_encoder.cli.main import EXIT_USER_ERROR, Command, report_problems, run_command
-from m2_encoder.cli.path_values import protect_paths, protect_value
-from m2_encoder.cli.paths import anchor
-from m2_encoder.cli.rules import Rule, check_rules, choice, text, whole
-from m2_encoder.data.emoji import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
+from m2_encoder.config.command import EXIT_USER_ERROR, Command, report_problems, run_command
+from m2_encoder.config.model_choice import protect_paths, protect_value
+from m2_encoder.config.paths import anchor
+from m2_encoder.config.rules import Rule, check_rules, choice, text, whole
+from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
 from m2_encoder.errors import UserError
 
 _EMOJI_RULES: Final[tuple[Rule, ...]] = (

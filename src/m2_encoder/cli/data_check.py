@@ -12,23 +12,23 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from m2_encoder.cli.compose import UNSET
-from m2_encoder.cli.console import open_console
 from m2_encoder.cli.data_pack import optional, source_rule
-from m2_encoder.cli.data_tables import print_report
-from m2_encoder.cli.main import EXIT_USER_ERROR, Command
-from m2_encoder.cli.path_values import output_problems
-from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, text, whole
-from m2_encoder.data.files import find_files
-from m2_encoder.data.image_facts import ImageLimits
-from m2_encoder.data.inspection import InspectionOptions
-from m2_encoder.data.manifest import SourceSpec, expand_shards, is_remote
+from m2_encoder.config.command import EXIT_USER_ERROR, Command
+from m2_encoder.config.compose import UNSET
+from m2_encoder.config.model_choice import output_problems
+from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, text, whole
+from m2_encoder.data.images.limits import ImageLimits
+from m2_encoder.data.inspect.inspection import InspectionOptions
+from m2_encoder.data.inspect.source_report import check_source, judge_for_training
+from m2_encoder.data.inspect.survey import Survey, survey_source
+from m2_encoder.data.inspect.tables import print_report
+from m2_encoder.data.order.manifest import SourceSpec, expand_shards, is_remote
 from m2_encoder.data.packing.shards import write_json
-from m2_encoder.data.remote import RemoteShards
-from m2_encoder.data.source_report import check_source, judge_for_training
-from m2_encoder.data.survey import Survey, survey_source
+from m2_encoder.data.shards.paths import find_files
+from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.console import open_console
 from m2_encoder.types import LANGUAGES
 
 PATH_KEYS: Final = ("source", "output", "cache")

@@ -9,11 +9,11 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from m2_encoder.cli.compose import Unset
-from m2_encoder.cli.main import Command
-from m2_encoder.cli.paths import anchor
-from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, show, text, whole
-from m2_encoder.data.image_facts import ImageLimits
+from m2_encoder.config.command import Command
+from m2_encoder.config.compose import Unset
+from m2_encoder.config.paths import anchor
+from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, show, text, whole
+from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.packing.download import DownloadOptions
 from m2_encoder.data.packing.encoding import ImageOptions
 from m2_encoder.data.packing.pack import FAILURES_FILE, PackOptions, PackSummary, check_pattern, pack

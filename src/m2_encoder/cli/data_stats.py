@@ -8,18 +8,18 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from m2_encoder.cli.console import open_console
 from m2_encoder.cli.data_check import PATH_KEYS as CHECK_PATH_KEYS
 from m2_encoder.cli.data_check import SURVEY_RULES, source_problems, survey, title_of, write_output
-from m2_encoder.cli.data_tables import make_table, print_report, print_titled
-from m2_encoder.cli.main import EXIT_USER_ERROR, Command
-from m2_encoder.cli.path_values import find_path, output_problems
-from m2_encoder.cli.rules import Rule, check_rules, text, whole
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
-from m2_encoder.data.inspection import InspectionOptions
-from m2_encoder.data.source_report import check_source
-from m2_encoder.data.statistics import REPETITION_CLASSES, Statistics, measure_statistics
+from m2_encoder.config.command import EXIT_USER_ERROR, Command
+from m2_encoder.config.model_choice import find_path, output_problems
+from m2_encoder.config.rules import Rule, check_rules, text, whole
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
+from m2_encoder.data.inspect.inspection import InspectionOptions
+from m2_encoder.data.inspect.source_report import check_source
+from m2_encoder.data.inspect.statistics import REPETITION_CLASSES, Statistics, measure_statistics
+from m2_encoder.data.inspect.tables import make_table, print_report, print_titled
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.console import open_console
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 
@@ -74,7 +74,7 @@ def run_stats(cfg: dict[str, Any]) -> int:
     write_output(cfg["output"], {"report": report.to_dict(), "statistics": statistics.to_dict()})
     if cfg["plot"] is not None:
         # Here, because it loads matplotlib, which no other part of the command needs.
-        from m2_encoder.cli.data_figure import draw_statistics
+        from m2_encoder.data.inspect.figure import draw_statistics
 
         path = Path(cfg["plot"]).expanduser()
         font = None if cfg["font"] is None else find_path(cfg["font"])

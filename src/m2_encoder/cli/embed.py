@@ -19,10 +19,9 @@ from rich.progress import (
 )
 
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE, file_sha256
-from m2_encoder.cli.compose import Unset
-from m2_encoder.cli.inputs import IMAGE_SUFFIXES, list_images, read_lines
-from m2_encoder.cli.main import Command, run_command
-from m2_encoder.cli.path_values import (
+from m2_encoder.config.command import Command, run_command
+from m2_encoder.config.compose import Unset
+from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
     load_from,
@@ -33,6 +32,7 @@ from m2_encoder.cli.path_values import (
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.embedding import EmbeddedBatch, Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
+from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
 from m2_encoder.hub import LoadedModel
 
 PATH_KEYS = ("model", "weights", "tokenizer", "images", "texts", "output")

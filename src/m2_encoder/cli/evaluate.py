@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.checkpoints.matching_head import MatchingHead, read_head
-from m2_encoder.cli.compose import Unset
-from m2_encoder.cli.console import open_console
-from m2_encoder.cli.main import Command, run_command
-from m2_encoder.cli.path_values import (
+from m2_encoder.config.command import Command, run_command
+from m2_encoder.config.compose import Unset
+from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
     load_from,
@@ -23,10 +22,14 @@ from m2_encoder.cli.path_values import (
     output_problems,
     protect_paths,
 )
-from m2_encoder.cli.paths import anchor
-from m2_encoder.cli.provenance import command_line, git_revision, machine, versions
-from m2_encoder.cli.report import Evaluation, evaluate_sets
-from m2_encoder.cli.reranking import (
+from m2_encoder.config.paths import anchor
+from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
+from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.errors import UserError
+from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.console_tables import results_table
+from m2_encoder.evaluation.tasks.rerank import (
     Results,
     rerank_problems,
     rerank_sets,
@@ -34,13 +37,10 @@ from m2_encoder.cli.reranking import (
     side_by_side,
     small_galleries,
 )
-from m2_encoder.cli.showcase import SPLIT_TITLES
-from m2_encoder.cli.tables import results_table
-from m2_encoder.data.emoji import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
-from m2_encoder.data.evaluation_set import RetrievalSet, read_retrieval_set
-from m2_encoder.data.transforms import EvalTransform
-from m2_encoder.errors import UserError
+from m2_encoder.evaluation.tasks.showcase import SPLIT_TITLES
 from m2_encoder.hub import LoadedModel, MissingTokenizer
+from m2_encoder.runs.provenance import command_line, git_revision, machine, versions
+from m2_encoder.runs.report import Evaluation, evaluate_sets
 
 PATH_KEYS = ("model", "weights", "tokenizer", "data", "folder", "output")
 EMBEDDED = "emoji"

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead, read_head
-from m2_encoder.cli.build import build_model_config, build_tokenizer
-from m2_encoder.cli.card import build_card
-from m2_encoder.cli.compose import UNSET
-from m2_encoder.cli.main import Command, default_run_folder, run_command
-from m2_encoder.cli.path_values import protect_paths
-from m2_encoder.cli.paths import anchor
-from m2_encoder.cli.provenance import command_line, git_revision, versions
-from m2_encoder.cli.reranking import find_head
-from m2_encoder.cli.rules import Rule, check_rules, flag, text
-from m2_encoder.cli.run_folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
-from m2_encoder.errors import UserError
-from m2_encoder.export import CardInfo, export_model
+from m2_encoder.checkpoints.matching_head import read_head
+from m2_encoder.config.command import Command, run_command
+from m2_encoder.config.compose import UNSET
+from m2_encoder.config.model_choice import protect_paths
+from m2_encoder.config.paths import anchor, default_run_folder
+from m2_encoder.config.rules import Rule, check_rules, flag, text
+from m2_encoder.evaluation.tasks.rerank import find_head
 from m2_encoder.hub import load
-from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.runs.build import build_model_config
+from m2_encoder.runs.export import EXPORT_FOLDER, export_run
+from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 
-EXPORT_FOLDER: Final = "export"
-SUMMARY_FILE: Final = "summary.json"
 _RULES: Final[tuple[Rule, ...]] = (
     text("run.name", "emoji"),
     text("run.folder", "outputs"),
@@ -36,74 +28,6 @@ _RULES: Final[tuple[Rule, ...]] = (
 )
 _PATH_KEYS: Final = ("run.folder", "checkpoint", "output")
 _KEYS: Final = ("run", "checkpoint", "output", "overwrite")
-
-
-def export_run(
-    run_folder: Path,
-    *,
-    model: M2Encoder,
-    cfg: Mapping[str, Any],
-    matching: MatchingHead | None = None,
-    output: Path | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Exports a model with what its run's folder knows about it.
-
-    Args:
-        run_folder: `summary.json` in it gives the metrics, if it is there.
-        model: what is exported.
-        cfg: the run's resolved configuration.
-        matching: the trained head, where the run had one.
-        output: where; `<run_folder>/export` by default.
-        overwrite: replace an existing folder.
-
-    Returns:
-        The folder written.
-    """
-    return export_model(
-        output or run_folder / EXPORT_FOLDER,
-        model=model,
-        tokenizer=build_tokenizer(cfg["model"], model.config),
-        metrics=read_metrics(run_folder / SUMMARY_FILE),
-        provenance={
-            "run": cfg["run"]["name"],
-            "git_revision": git_revision(),
-            "command": command_line(),
-            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        },
-        card=_card(cfg, matching),
-        matching=matching,
-        overwrite=overwrite,
-    )
-
-
-def _card(cfg: Mapping[str, Any], matching: MatchingHead | None) -> CardInfo:
-    card = build_card(cfg)
-    if matching is None:
-        return card
-    use = f"{HEAD_FILE}; it orders retrieved candidates anew: m2-evaluate model=FOLDER rerank=16"
-    return dataclasses.replace(card, training={**card.training, "matching head": use})
-
-
-def read_metrics(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Final metrics of a `summary.json` as split, language, metric; empty if there is no such file.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))["table"]
-        return {
-            split: {
-                language: {name: float(value) for name, value in values.items()}
-                for language, values in languages.items()
-            }
-            for split, languages in table.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is damaged; evaluate again with m2-train ... run.resume=auto") from error
 
 
 def check_export(cfg: dict[str, Any]) -> list[str]:

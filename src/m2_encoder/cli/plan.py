@@ -13,21 +13,21 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from m2_encoder.cli.compose import UNSET
-from m2_encoder.cli.console import open_console
-from m2_encoder.cli.main import Command, run_command
-from m2_encoder.cli.path_values import find_path, output_problems, protect_paths
-from m2_encoder.cli.paths import find_conf
-from m2_encoder.cli.plan_report import NOT_MODELLED, print_plan, to_report, train_overrides
-from m2_encoder.cli.provenance import command_line, git_revision, versions
-from m2_encoder.cli.rules import Rule, check_rules, choice, flag, number, show, whole
+from m2_encoder.config.command import Command, run_command
+from m2_encoder.config.compose import UNSET
+from m2_encoder.config.model_choice import find_path, output_problems, protect_paths
+from m2_encoder.config.paths import find_conf
+from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, show, whole
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.console import open_console
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.planning.cost import PRECISIONS, ModelCost, estimate_cost
 from m2_encoder.planning.hardware import Hardware
+from m2_encoder.planning.report import NOT_MODELLED, print_plan, to_report, train_overrides
 from m2_encoder.planning.search import ScalingPoint, Wish, find_baselines, find_best, scale_worlds
 from m2_encoder.planning.setting import STRATEGIES
 from m2_encoder.planning.step import Prediction
+from m2_encoder.runs.provenance import command_line, git_revision, versions
 
 PATH_KEYS: Final = ("cluster", "output", "plot")
 WORLD_SIZES: Final = tuple(2**power for power in range(3, 11))
@@ -229,7 +229,7 @@ def run_plan(cfg: dict[str, Any]) -> None:
         print(f"numbers: {cfg['output']}")
     if cfg["plot"] is not None:
         # Here, because it loads matplotlib, which no other part of the command needs.
-        from m2_encoder.cli.plan_figure import draw_scaling
+        from m2_encoder.planning.figure import draw_scaling
 
         draw = functools.partial(draw_scaling, cluster=cfg["cluster"], planned=plan.best[0].setting)
         _write("plot", cfg["plot"], lambda path: draw(path, plan.scaling, plan.cost, plan.wish))

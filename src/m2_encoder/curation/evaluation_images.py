@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from m2_encoder.checkpoints.atomic import atomic_file
 from m2_encoder.curation.images import measure_image
 from m2_encoder.curation.measure import read_member
 from m2_encoder.curation.tables import HASH_BYTES
-from m2_encoder.data.content import SampleProblem
-from m2_encoder.data.shard_index import build_index
-from m2_encoder.data.shards import IMAGE_EXTENSIONS
+from m2_encoder.data.samples.parse import SampleProblem
+from m2_encoder.data.shards.index import build_index
+from m2_encoder.data.shards.members import IMAGE_EXTENSIONS
 from m2_encoder.errors import UserError
+from m2_encoder.files import atomic_file
 
 _IMAGES_PER_TASK = 256
 _LINE = re.compile(r"(?P<sha>[0-9a-fA-F]{64})(?:\s+(?P<hash>[0-9a-fA-F]{16}|-)\s+(?P<color>[0-9a-fA-F]{6}))?(?:\s.*)?")

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from m2_encoder.curation.near import Nearest, band_keys, band_masks, earliest, find_earlier
 from m2_encoder.curation.settings import CurationSettings
 from m2_encoder.curation.tables import hash_words, read_bucket, read_table, write_buckets
-from m2_encoder.data.keyed import scramble
+from m2_encoder.data.order.keyed_random import scramble
 
 Columns = dict[str, npt.NDArray[Any]]
 Bools = npt.NDArray[np.bool_]

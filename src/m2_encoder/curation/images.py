@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from m2_encoder.data.content import SampleProblem
-from m2_encoder.data.image_facts import ImageLimits, load_pixels, open_pixels
+from m2_encoder.data.images.limits import ImageLimits, load_pixels, open_pixels
+from m2_encoder.data.samples.parse import SampleProblem
 
 _SIDE: Final = 32
 _KEPT: Final = 8

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2_encoder.data.keyed import scramble
+from m2_encoder.data.order.keyed_random import scramble
 
 UInts = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]

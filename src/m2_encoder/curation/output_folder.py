@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from m2_encoder.data.shard_index import INDEX_SUFFIX
+from m2_encoder.data.shards.index import INDEX_SUFFIX
 from m2_encoder.errors import UserError
 
 MARKER: Final = "curation.json"

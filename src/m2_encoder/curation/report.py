@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m2_encoder.checkpoints.atomic import atomic_file
 from m2_encoder.curation.output_folder import REPORT
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import read_notes
+from m2_encoder.files import atomic_file
 
 KEPT = "kept"
 REWRITE = "rewrite"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from m2_encoder.data.files import find_files
+from m2_encoder.data.shards.paths import find_files
 from m2_encoder.errors import UserError
 
 RESERVED_NAMES: Final = ("decisions",)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from m2_encoder.checkpoints.atomic import atomic_file
 from m2_encoder.errors import UserError
+from m2_encoder.files import atomic_file
 
 HASH_BYTES: Final = 32
 

@@ -13,15 +13,15 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from m2_encoder.checkpoints.atomic import atomic_file
 from m2_encoder.curation.decide import COPIED, kept_samples
 from m2_encoder.curation.measure import check_unchanged, read_member
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import column_names, read_table
-from m2_encoder.data.content import PLAIN_CAPTION_KEYS, parse_json_object
-from m2_encoder.data.shard_index import open_index
-from m2_encoder.data.shards import Member
+from m2_encoder.data.samples.parse import PLAIN_CAPTION_KEYS, parse_json_object
+from m2_encoder.data.shards.index import open_index
+from m2_encoder.data.shards.members import Member
 from m2_encoder.errors import UserError
+from m2_encoder.files import atomic_file
 
 _COLUMNS = (
     "sample", "keep", "key", "text", "language", "role", "image_extension", "image_offset", "image_size", "json_offset",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from m2_encoder.data.evaluation_set import RetrievalSet
+from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import RetrievalBatch
 

@@ -13,24 +13,24 @@ import lightning
 import torch
 import torch.distributed as dist
 
-from m2_encoder.data.batch_masking import BatchMasking
-from m2_encoder.data.cache_size import check_cache
-from m2_encoder.data.captions import CaptionSampler
-from m2_encoder.data.collate import collate_samples
-from m2_encoder.data.evaluation_set import RetrievalSet, check_retrieval_set, read_retrieval_set
-from m2_encoder.data.faults import FaultLog
-from m2_encoder.data.image_facts import ImageLimits
-from m2_encoder.data.loader import PositionLoader
-from m2_encoder.data.manifest import Manifest, SourceSpec, build_manifest
-from m2_encoder.data.plan import PositionPlan, Segment
-from m2_encoder.data.reading import ShardReader
-from m2_encoder.data.remote import RemoteShards
-from m2_encoder.data.source_report import SourceReport
-from m2_encoder.data.start_check import StartCheck, TrainingNeeds, check_manifest, describe_problems
-from m2_encoder.data.stream import ImageTransform, SampleStream, list_index_faults
-from m2_encoder.data.transforms import EvalTransform
+from m2_encoder.data.images.limits import ImageLimits
+from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.inspect.source_report import SourceReport
+from m2_encoder.data.inspect.start_check import StartCheck, TrainingNeeds, check_manifest, describe_problems
+from m2_encoder.data.loading.collate import collate_samples
+from m2_encoder.data.loading.faults import FaultLog
+from m2_encoder.data.loading.loader import PositionLoader
+from m2_encoder.data.loading.stream import ImageTransform, SampleStream, list_index_faults
+from m2_encoder.data.loading.watchdog import STALL_TIMEOUT_S
+from m2_encoder.data.masking.batch_masking import BatchMasking
+from m2_encoder.data.order.cache_size import check_cache
+from m2_encoder.data.order.manifest import Manifest, SourceSpec, build_manifest
+from m2_encoder.data.order.plan import PositionPlan, Segment
+from m2_encoder.data.retrieval_set import RetrievalSet, check_retrieval_set, read_retrieval_set
+from m2_encoder.data.samples.captions import CaptionSampler
+from m2_encoder.data.shards.reader import ShardReader
+from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.validation import ValidationChunks
-from m2_encoder.data.watchdog import STALL_TIMEOUT_S
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -55,7 +55,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         captions: draws the captions of a sample.
         decode: makes of an image file what the transform takes.
         transform: builds the augmentation for an image size.
-        lanes: L, see `m2_encoder.data.plan`; a power of two, not below the number of ranks if ranks are to read
+        lanes: L, see `m2_encoder.data.order.plan`; a power of two, not below the number of ranks if ranks are to read
             different shards.
         window: samples of a lane that are shuffled together; its shards are open at the same time.
         keep_decoded: decode each image once and keep it.

@@ -22,7 +22,7 @@ from m2_encoder.evaluation.metrics import RECALL_KS, retrieval_metrics
 
 
 class CaptionedImages(Protocol):
-    """What evaluation needs of a set; `m2_encoder.data.evaluation_set.RetrievalSet` is one."""
+    """What evaluation needs of a set; `m2_encoder.data.retrieval_set.RetrievalSet` is one."""
 
     @property
     def name(self) -> str:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
-from m2_encoder.models.chosen import ChosenTokens
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
 from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
 from m2_encoder.models.multiway import MultiwayEncoder
-from m2_encoder.models.packing import Packing, packs
-from m2_encoder.models.parts import is_part
+from m2_encoder.models.selected_tokens import ChosenTokens
 from m2_encoder.models.token_prediction import token_cross_entropy
+from m2_encoder.models.trainable_parts import is_part
 from m2_encoder.models.trimming import trim_text
+from m2_encoder.models.unpadded_text import Packing, packs
 from m2_encoder.types import EncoderOutput, FusionOutput, HeadFeatures, TextTokens
 
 _UNUSED_NORM_EPS = 1e-6

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from m2_encoder.models.chosen import ChosenTokens
 from m2_encoder.models.config import M2EncoderConfig
-from m2_encoder.models.packing import Packing, packs
+from m2_encoder.models.selected_tokens import ChosenTokens
+from m2_encoder.models.unpadded_text import Packing, packs
 
 EXPERTS = ("vision_expert", "text_expert")
 """Names of the two branches (`A` and `B` in the official checkpoints)."""

@@ -129,9 +129,9 @@ class Objective(nn.Module, ABC):
             at which it is 0 cost nothing. Step s counts the updates before it.
 
     Attributes:
-        optional_parts: names of `m2_encoder.models.parts.PARTS` that this objective trains beside those that all of its
-            kind do. Parts that no objective of a run names are frozen, so that no rank waits for a gradient that never
-            comes.
+        optional_parts: names of `m2_encoder.models.trainable_parts.PARTS` that this objective trains beside those that
+            all of its kind do. Parts that no objective of a run names are frozen, so that no rank waits for a gradient
+            that never comes.
 
     Raises:
         UserError: for a weight or schedule that makes no sense.

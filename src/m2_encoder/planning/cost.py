@@ -18,7 +18,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.multiway import MultiwayLayer
-from m2_encoder.models.parts import OPTIONAL_PARTS
+from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
 
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 """Precisions of training that the formulas know, as Lightning names them."""

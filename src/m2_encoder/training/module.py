@@ -19,14 +19,14 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.metrics import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.models.parts import PARTS
+from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.pairs import PairObjective
-from m2_encoder.objectives.report import report_step
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, fill_state, key_by_name
 from m2_encoder.training.second_round import evaluate_pairs
 from m2_encoder.training.step_encoder import StepEncoder, mean_terms
+from m2_encoder.training.step_report import report_step
 from m2_encoder.types import LANGUAGES, ContrastiveTopology, ImageTextBatch, RetrievalBatch
 
 logger = logging.getLogger(__name__)

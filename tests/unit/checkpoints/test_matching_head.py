@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from m2_encoder import CheckpointError, UserError, load
+from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import save_official
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead, has_head, head_of_state, read_head
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
-from m2_encoder.export import export_model
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.models import random_model, small_config
 

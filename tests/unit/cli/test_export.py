@@ -12,9 +12,11 @@ import torch
 
 from m2_encoder import M2Encoder, M2EncoderConfig, load
 from m2_encoder.cli import export
-from m2_encoder.cli.compose import open_composer
-from m2_encoder.cli.run_folder import read_config, write_config
+from m2_encoder.config.compose import open_composer
 from m2_encoder.errors import UserError
+from m2_encoder.runs.build import build_model_config
+from m2_encoder.runs.export import read_metrics
+from m2_encoder.runs.folder import read_config, write_config
 
 Start = Callable[..., int]
 RECALLS = {"i2t_r@1": 12.5, "mean_recall": 20.0}
@@ -29,7 +31,7 @@ def run_folder(tmp_path: Path, repo_root: Path) -> Path:
             ["+experiment=smoke", "run.name=try", f"run.folder={tmp_path / 'outputs'}"]
         ).cfg
     write_config(folder / "config.yaml", cfg)
-    model = M2Encoder(export.build_model_config(cfg["model"]))
+    model = M2Encoder(build_model_config(cfg["model"]))
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     (folder / "checkpoints").mkdir()
     for name in ("last.ckpt", "step=3.ckpt"):
@@ -115,11 +117,11 @@ def test_existing_export_needs_overwrite(start: Start, capsys: pytest.CaptureFix
 def test_damaged_summary_is_named(run_folder: Path) -> None:
     (run_folder / "summary.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"summary\.json"):
-        export.read_metrics(run_folder / "summary.json")
+        read_metrics(run_folder / "summary.json")
 
 
 def test_no_summary_gives_no_metrics(tmp_path: Path) -> None:
-    assert export.read_metrics(tmp_path / "summary.json") == {}
+    assert read_metrics(tmp_path / "summary.json") == {}
 
 
 def test_a_checkpoint_of_another_run_is_refused(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.cli import validate
-from m2_encoder.cli.compose import open_composer
-from m2_encoder.cli.main import run_command
-from m2_encoder.cli.run_folder import write_config
 from m2_encoder.cli.train import COMMAND
+from m2_encoder.config import validate
+from m2_encoder.config.command import run_command
+from m2_encoder.config.compose import open_composer
+from m2_encoder.runs.folder import write_config
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 SOFTNESS = "objective.soft_targets.softness"

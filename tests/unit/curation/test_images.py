@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from m2_encoder.curation.images import measure_image
-from m2_encoder.data.content import SampleProblem
+from m2_encoder.data.samples.parse import SampleProblem
 from tests.support.curation import draw, encode
 
 MAX_PIXELS = 10**6

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2_encoder.curation.near import band_keys, band_masks, earliest, find_earlier, is_near_any
-from m2_encoder.data.keyed import scramble
+from m2_encoder.data.order.keyed_random import scramble
 
 BITS = 2**64 - 1
 

@@ -14,7 +14,7 @@ from m2_encoder.curation.executors import LocalExecutor
 from m2_encoder.curation.pipeline import Curation, curate
 from m2_encoder.curation.settings import CurationSettings
 from m2_encoder.curation.sources import list_shards
-from m2_encoder.data.shard_index import INDEX_SUFFIX, build_index, load_index
+from m2_encoder.data.shards.index import INDEX_SUFFIX, build_index, load_index
 from m2_encoder.errors import UserError
 from tests.support.curation import SETTINGS, file_hashes, write_corpus
 

@@ -15,7 +15,7 @@ from m2_encoder.curation.executors import LocalExecutor
 from m2_encoder.curation.pipeline import Curation, curate
 from m2_encoder.curation.settings import ScoreSettings
 from m2_encoder.curation.sources import list_shards
-from m2_encoder.data.transforms import EvalTransform
+from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import ImageError
 from tests.support.curation import SETTINGS, export_scorer, file_hashes, read_decisions, write_corpus
 

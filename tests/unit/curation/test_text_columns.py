@@ -14,7 +14,7 @@ from m2_encoder.curation.text_columns import (
     detect_script,
     hash_captions,
 )
-from m2_encoder.data.language import detect_language as declared_language
+from m2_encoder.data.samples.language import detect_language as declared_language
 from m2_encoder.errors import UserError
 
 

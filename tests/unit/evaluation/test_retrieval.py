@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2_encoder.data.evaluation_set import RetrievalSet
+from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.retrieval import encode_set, evaluate_retrieval
 from m2_encoder.types import TextTokens
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m2_encoder.models.chosen import ChosenTokens
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
+from m2_encoder.models.selected_tokens import ChosenTokens
 
 CONFIG = dataclasses.replace(
     M2EncoderConfig.from_name("tiny"),

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.models.parts import OPTIONAL_PARTS
+from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
 from m2_encoder.planning.cost import ModelCost, estimate_cost
 
 TINY = NAME_TO_CONFIG["tiny"]

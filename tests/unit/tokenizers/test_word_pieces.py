@@ -9,7 +9,7 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
-from m2_encoder.data.emoji import load_emoji_tokenizer_model
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.word_pieces import NO_WORD, WordPieces, WordSegmenter, special_ids

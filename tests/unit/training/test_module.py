@@ -17,13 +17,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
-from m2_encoder.models.parts import OPTIONAL_PARTS
+from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
 from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.runs.jsonl_logger import JsonlLogger
 from m2_encoder.strategies.single import LocalStrategy
-from m2_encoder.training.loggers import JsonlLogger
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.non_finite import NonFiniteError
 from m2_encoder.training.optim import OptimizerFactory, build_muon, build_optimizer

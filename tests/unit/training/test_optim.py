@@ -14,7 +14,7 @@ from torch import nn
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.models.parts import OPTIONAL_PARTS
+from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
 from m2_encoder.training.optim import (
     build_optimizer,

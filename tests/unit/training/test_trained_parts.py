@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.models.parts import OPTIONAL_PARTS, PARTS
+from m2_encoder.models.trainable_parts import OPTIONAL_PARTS, PARTS
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive

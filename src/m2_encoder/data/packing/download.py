@@ -9,7 +9,7 @@ import urllib.parse
 import urllib.request
 from typing import Any, NamedTuple
 
-from m2_encoder.data.content import SampleProblem
+from m2_encoder.data.samples.parse import SampleProblem
 
 _PIECE_BYTES = 1 << 16
 _LONGEST_WAIT_S = 30.0

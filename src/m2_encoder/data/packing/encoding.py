@@ -8,8 +8,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from m2_encoder.data.content import SampleProblem
-from m2_encoder.data.image_facts import ImageLimits, load_pixels, open_pixels
+from m2_encoder.data.images.limits import ImageLimits, load_pixels, open_pixels
+from m2_encoder.data.samples.parse import SampleProblem
 
 _EXTENSIONS: Final = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _DEFAULT_QUALITY: Final = 90

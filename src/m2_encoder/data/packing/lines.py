@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from m2_encoder.data.content import SampleProblem, parse_json_object, read_captions
-from m2_encoder.data.language import detect_language
 from m2_encoder.data.packing.listed import batched, hash_json
 from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row, stamp_images
+from m2_encoder.data.samples.language import detect_language
+from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, read_captions
 from m2_encoder.errors import UserError
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from m2_encoder.data.content import SampleProblem, parse_json_object, parse_sample_text
 from m2_encoder.data.packing.csv_rows import read_rows
 from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row, stamp_files, stamp_images
+from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text
 from m2_encoder.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")

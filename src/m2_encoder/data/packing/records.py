@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from m2_encoder.data.content import CaptionText, SampleProblem, read_captions, read_identity
-from m2_encoder.data.language import detect_language
+from m2_encoder.data.samples.language import detect_language
+from m2_encoder.data.samples.parse import CaptionText, SampleProblem, read_captions, read_identity
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 

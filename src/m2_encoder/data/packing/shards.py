@@ -12,11 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m2_encoder.data.content import CaptionText, SampleProblem
 from m2_encoder.data.packing.download import DownloadOptions, fetch
 from m2_encoder.data.packing.encoding import ImageOptions, PreparedImage, prepare_image
 from m2_encoder.data.packing.records import URL_SCHEMES, Failure, Record, Slice
-from m2_encoder.data.shard_index import open_index
+from m2_encoder.data.samples.parse import CaptionText, SampleProblem
+from m2_encoder.data.shards.index import open_index
 from m2_encoder.errors import UserError
 
 MARKER_FOLDER = ".pack"

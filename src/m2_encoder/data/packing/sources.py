@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from m2_encoder.data.files import find_files
 from m2_encoder.data.packing.lines import slice_chinese_clip, slice_json_lines
 from m2_encoder.data.packing.listed import IMAGE_SUFFIXES, slice_csv, slice_folder
 from m2_encoder.data.packing.records import Columns, Slice
 from m2_encoder.data.packing.tables import slice_parquet
+from m2_encoder.data.shards.paths import find_files
 from m2_encoder.errors import UserError
 
 FORMATS = ("folder", "jsonl", "csv", "chinese_clip", "parquet")

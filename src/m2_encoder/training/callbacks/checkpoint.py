@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from m2_encoder.checkpoints.atomic import atomic_file
 from m2_encoder.errors import UserError
+from m2_encoder.files import atomic_file
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from m2_encoder.data.content import SampleProblem
 from m2_encoder.data.packing.download import DownloadOptions, fetch
+from m2_encoder.data.samples.parse import SampleProblem
 from tests.support.image_server import ImageServer, serve_images
 from tests.support.shards import make_image
 

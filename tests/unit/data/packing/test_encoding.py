@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2_encoder.data.content import SampleProblem
 from m2_encoder.data.packing.encoding import ImageOptions, prepare_image
+from m2_encoder.data.samples.parse import SampleProblem
 from tests.support.shards import make_image
 
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from m2_encoder.data.faults import SKIP_REASONS
-from m2_encoder.data.inspection import InspectionOptions
+from m2_encoder.data.inspect.inspection import InspectionOptions
+from m2_encoder.data.inspect.survey import survey_source
+from m2_encoder.data.loading.faults import SKIP_REASONS
 from m2_encoder.data.packing.download import DownloadOptions
 from m2_encoder.data.packing.encoding import ImageOptions
 from m2_encoder.data.packing.pack import PackOptions, PackSummary, pack
 from m2_encoder.data.packing.records import Columns
 from m2_encoder.data.packing.sources import Source, find_source
-from m2_encoder.data.shard_index import INDEX_SUFFIX, build_index, load_index
-from m2_encoder.data.survey import survey_source
+from m2_encoder.data.shards.index import INDEX_SUFFIX, build_index, load_index
 from m2_encoder.errors import UserError
 from tests.support.image_server import serve_images
 from tests.support.shards import make_image

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from m2_encoder.data.webdataset_module import WebDatasetModule
+from m2_encoder.runs.jsonl_logger import JsonlLogger
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.skipped_samples import SkippedSamples
-from m2_encoder.training.loggers import JsonlLogger
 from tests.support.mixtures import make_mixture
 from tests.support.training import LIGHTNING_WARNINGS, make_module, make_trainer
 

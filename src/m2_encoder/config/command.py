@@ -1,0 +1,308 @@
+"""What all commands share: Hydra underneath, mistakes in words, exit codes that scripts can rely on.
+
+A command describes itself and hands over (see `cli/train.py`, or `cli/embed.py` for one without a run
+folder)::
+
+    COMMAND = Command(
+        name="m2-embed",                       # what the user types
+        config_name="embed",                   # conf/embed.yaml, the primary configuration
+        summary="Write features of images or texts.",
+        examples=("m2-embed model=outputs/emoji/export images=photos output=features.safetensors",),
+        check=check_embed,                     # (cfg: dict) -> list of problems; nothing heavy, nothing
+        written run=run_embed,                         # (cfg: dict) -> exit code or None; only called when
+        check found none
+    )
+
+    def main() -> int:
+        return run_command(COMMAND)
+
+`check` and `run` get plain, resolved containers (`dict`, `list`, scalars). In `check` a value that is missing
+or cannot be resolved is `UNSET`: skip it, it has been reported. A problem is one line, `key=value: rule;
+fix`. `run` may raise `UserError`; its message is printed without a traceback.
+
+Exit codes: 0 done, 2 the user can mend it (all problems on stderr), 130 interrupted, 1 anything else; a
+command may return its own. `HYDRA_FULL_ERROR=1` shows the traceback of a user error too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from m2_encoder.config.arguments import Arguments, parse_arguments
+from m2_encoder.config.by_step import replace_by_step
+from m2_encoder.config.choices import config_folders
+from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
+from m2_encoder.config.help import read_values, render_help
+from m2_encoder.config.paths import anchor, find_conf
+from m2_encoder.config.sweeps import (
+    expand_sweep,
+    is_sweep_line,
+    job_name,
+    name_globbed,
+    sweep_problems,
+    without_constant,
+)
+from m2_encoder.config.unchosen import drop_unchosen
+from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
+from m2_encoder.errors import UserError
+
+EXIT_USER_ERROR: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+
+class ProblemsError(UserError):
+    """Several things that the user has to mend, in one exception.
+
+    Attributes:
+        lines: one each.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.lines = list(dict.fromkeys(problems))
+        super().__init__("; ".join(self.lines))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """One console command.
+
+    Attributes:
+        name: what the user types.
+        config_name: the primary configuration in `conf/`, without suffix.
+        summary: one sentence for `--help`.
+        examples: command lines for `--help`.
+        check: finds what is wrong with a configuration, before anything heavy starts.
+        run: does the work; its return value is the exit code (None is 0).
+        run_folder: the folder of a run, for commands that have one: Hydra's records go there.
+        complete: more overrides that follow from the configuration and the folder it was read from; only
+            asked for when this process is the only rank so far.
+        notes: more lines for `--help`, such as exit codes of its own.
+        config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it,
+            `model=PATH` is a plain value, although `conf/` has a group of that name.
+    """
+
+    name: str
+    config_name: str
+    summary: str
+    examples: tuple[str, ...]
+    check: Callable[[dict[str, Any]], list[str]]
+    run: Callable[[dict[str, Any]], int | None]
+    run_folder: Callable[[dict[str, Any]], Path] | None = None
+    complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | None = None
+    notes: tuple[str, ...] = ()
+    config_folder: str = ""
+
+
+class _Plan(NamedTuple):
+    """A validated command line: overrides to start Hydra with, and those that a sweep does not vary."""
+
+    argv: list[str]
+    constant_lines: list[str]
+
+
+def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+        command: what to run.
+        argv: its arguments; those of `sys.argv` by default.
+    """
+    started_argv = sys.argv
+    try:
+        return _run(command, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        _say(f"\n{command.name}: interrupted")
+        return EXIT_INTERRUPTED
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        report_problems(command.name, error)
+        return EXIT_USER_ERROR
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.argv = started_argv
+
+
+def report_problems(name: str, error: UserError) -> None:
+    """Prints a user error on stderr: one line, or a list; only the first of several ranks speaks."""
+    problems = error.lines if isinstance(error, ProblemsError) else [" ".join(str(error).split())]
+    if not is_first_rank():
+        return
+    if len(problems) == 1:
+        _say(f"{name}: {problems[0]}")
+    else:
+        _say(f"{name}: {len(problems)} problems:", *(f"  {problem}" for problem in problems))
+
+
+def _run(command: Command, argv: Sequence[str]) -> int:
+    arguments = parse_arguments(command.name, argv)
+    folder = arguments.config_path or find_conf() / command.config_folder
+    config_name = arguments.config_name or command.config_name
+    fixed = [f'hydra.searchpath=["file://{arguments.config_dir}"]'] if arguments.config_dir else []
+    # Ranks that Lightning starts get the folder as an override.
+    given = [line for line in arguments.overrides if line.startswith("hydra.searchpath=")]
+    if fixed and given:
+        raise UserError(f"{given[0]}: --config-dir is given, too; name all folders in this one")
+    fixed += given
+    arguments = arguments._replace(overrides=[line for line in arguments.overrides if line not in fixed])
+    with open_composer(folder, config_name, fixed) as composer:
+        if arguments.help:
+            values = read_values(find_conf() / command.config_folder / f"{command.config_name}.yaml")
+            print(render_help(command, composer.groups(), chosen=composer.chosen(), values=values))
+            return 0
+        plan = _plan(command, arguments, composer)
+    # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
+    sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
+    job = _Job(command, plan.constant_lines, folder)
+    hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
+    return job.exit_code
+
+
+def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
+    """Validates the command line as a whole and completes it with Hydra's settings.
+
+    Raises:
+        ProblemsError: with everything that is wrong.
+    """
+    lines = name_globbed([*arguments.overrides], composer.options)
+    lines = replace_by_step(lines, lambda others: _choices_of(composer, others))
+    if arguments.shows_only:
+        composition = composer.compose(lines)
+        _raise_if_any(composition.problems)
+        return _Plan([*lines, *(f"~{key}" for key in composition.unchosen)], lines)
+    constant = [line for line in lines if not is_sweep_line(line)]
+    first = composer.compose(constant)
+    mode = first.hydra.mode
+    if arguments.multirun or mode == RunMode.MULTIRUN:
+        _check_sweep(command, composer, lines, constant, first)
+        return _Plan([*lines, *_quiet(lines), *_sweep_lines(lines)], constant)
+    composition = first if constant == lines else composer.compose(lines)
+    if command.complete is not None and not composition.problems and is_only_rank():
+        more = command.complete(composition.cfg, composer.folder, lines)
+        lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
+    _raise_if_any(_find_problems(command, composition))
+    return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
+
+
+def _choices_of(composer: Composer, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The configurations of all combinations of options, whatever values are swept beside them."""
+    constant = [line for line in lines if not is_sweep_line(line)]
+    swept = [line for line in lines if line not in constant and "." not in line.partition("=")[0]]
+    for job in expand_sweep([*constant, *swept], composer.compose(constant).hydra):
+        yield composer.compose(job).cfg
+
+
+def _check_sweep(
+    command: Command, composer: Composer, lines: list[str], constant: list[str], first: Composition
+) -> None:
+    """Validates every job of a sweep before the first one starts."""
+    jobs = expand_sweep(lines, first.hydra)
+    problems: list[str] = []
+    names: set[str] = set()
+    for job in jobs:
+        composition = composer.compose(job)
+        name = _rename(command, composition.cfg, job, constant)
+        problems += _find_problems(command, composition)
+        if name is not None and name in names:
+            problems.append(f"run.name={name}: two jobs of the sweep have this name; sweep distinct values")
+        names.add(name or "")
+    problems += sweep_problems(first.cfg, first.hydra)
+    # Hydra composes what is not swept alone, before any job.
+    fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
+    _raise_if_any(problems or [f"{problem}; {fix}" for problem in first.refused])
+
+
+def _find_problems(command: Command, composition: Composition) -> list[str]:
+    return composition.without_echoes([*composition.problems, *command.check(composition.cfg)])
+
+
+def _rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:
+    """Gives one job of a sweep its own run name, derived from what is swept; returns it."""
+    run = cfg.get("run")
+    if command.run_folder is None or not isinstance(run, dict) or not isinstance(run.get("name"), str):
+        return None
+    run["name"] = job_name(run["name"], without_constant(job, constant))
+    return str(run["name"])
+
+
+def _quiet(lines: Sequence[str]) -> list[str]:
+    """Hydra's own logging off: the commands speak for themselves."""
+    wanted = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+    return [line for line in wanted if not any(given.startswith(line.partition("=")[0]) for given in lines)]
+
+
+def _folder_lines(command: Command, cfg: dict[str, Any], lines: Sequence[str]) -> list[str]:
+    """Where Hydra keeps its records: in the run's folder, or nowhere."""
+    if any(line.startswith("hydra.run.dir=") for line in lines):
+        return []
+    if command.run_folder is None:
+        return ["hydra.run.dir=.", "hydra.output_subdir=null"]
+    return [_hydra_line("hydra.run.dir", str(command.run_folder(cfg)))]
+
+
+def _sweep_lines(lines: Sequence[str]) -> list[str]:
+    """Where Hydra keeps its records of a sweep, unless the user says."""
+    if any(line.startswith("hydra.sweep.dir=") for line in lines):
+        return []
+    return [_hydra_line("hydra.sweep.dir", f"{anchor('outputs')}/multirun/${{now:%Y-%m-%d_%H-%M-%S}}")]
+
+
+def _hydra_line(key: str, value: str) -> str:
+    """An override whose value Hydra reads literally, whatever is in it."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
+class _Job:
+    """What Hydra calls with the composed configuration of one job."""
+
+    def __init__(self, command: Command, constant_lines: Sequence[str], folder: Path) -> None:
+        self._command, self._folder = command, folder
+        self._constant = list(constant_lines)
+        self.exit_code = 0
+
+    def __call__(self, cfg: DictConfig) -> None:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        assert isinstance(values, dict)
+        plain = {str(key): value for key, value in values.items()}
+        settings = HydraConfig.get()
+        drop_unchosen(plain, config_folders(self._folder, settings.searchpath))
+        if settings.mode == RunMode.MULTIRUN:
+            name = _rename(self._command, plain, list(settings.overrides.task), self._constant)
+            _say(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}")
+        try:
+            code = self._command.run(plain)
+        except Exception as error:
+            # Hydra wraps what a constructor raises; the user's mistake is inside.
+            mistake = _find_user_error(error)
+            if mistake is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            report_problems(self._command.name, mistake)
+            raise SystemExit(EXIT_USER_ERROR) from error
+        self.exit_code = max(self.exit_code, code or 0)
+
+
+def _find_user_error(error: BaseException | None) -> UserError | None:
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
+def _raise_if_any(problems: Sequence[str]) -> None:
+    if problems:
+        raise ProblemsError(problems)
+
+
+def _say(*lines: str) -> None:
+    print(*lines, sep="\n", file=sys.stderr)

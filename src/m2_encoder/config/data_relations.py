@@ -1,0 +1,153 @@
+"""Rules of `data=webdataset` that look at more than one value: sources, weights, copies of remote shards, folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from m2_encoder.config.known import Known, UnknownValueError, count_ranks, make_problem
+from m2_encoder.config.rules import Problem, show
+from m2_encoder.config.words import nearest
+from m2_encoder.data.inspect.start_check import StartCheck
+from m2_encoder.data.order.manifest import SourceSpec, expand_shards, is_remote
+from m2_encoder.data.shards.paths import find_files
+from m2_encoder.data.shards.remote import RemoteShards
+from m2_encoder.errors import UserError
+
+_SOURCE_KEYS: Final = tuple(field.name for field in dataclasses.fields(SourceSpec) if field.name != "name")
+
+
+def _sources(known: Known) -> dict[str, Mapping[str, Any]]:
+    """Those that are used, by name."""
+    return {name: values for name, values in known("data.sources").items() if isinstance(values, Mapping)}
+
+
+def _check_source_keys(known: Known) -> Iterator[Problem]:
+    for name, values in _sources(known).items():
+        key = f"data.sources.{name}"
+        yield from _check_keys(key, values, _SOURCE_KEYS)
+        if "shards" not in values:
+            yield Problem(f"{key}.shards", f"{key}.shards: is missing; add {key}.shards=PATHS, or leave it out: ~{key}")
+
+
+def _check_cache_keys(known: Known) -> Iterator[Problem]:
+    cache = known("data.cache")
+    if cache is None:
+        return
+    arguments = inspect.signature(RemoteShards).parameters
+    yield from _check_keys("data.cache", cache, list(arguments))
+    examples = {"folder": "cache", "max_bytes": "2e11"}
+    for name, item in arguments.items():
+        if item.default is item.empty and name not in cache:
+            key = f"data.cache.{name}"
+            yield Problem(key, f"{key}: is missing; add +{key}={examples[name]}")
+
+
+def _check_check_keys(known: Known) -> Iterator[Problem]:
+    check = known("data.check")
+    yield from _check_keys("data.check", check or {}, StartCheck._fields)
+
+
+def _check_keys(path: str, node: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
+    for name, value in node.items():
+        if name not in allowed:
+            rule = f"{path} has no key {name!r}{nearest(name, allowed)}"
+            yield make_problem(f"{path}.{name}", show(value), rule, f"it has {', '.join(allowed)}")
+
+
+def _check_source_weights(known: Known) -> Iterator[Problem]:
+    weights = {name: known(f"data.sources.{name}.weight", None) for name in _sources(known)}
+    silent = [name for name, weight in weights.items() if weight is None]
+    if silent and len(silent) < len(weights):
+        given = next(name for name in weights if name not in silent)
+        rule = f"must be given for all sources or for none, and data.sources.{given} has one"
+        yield make_problem(f"data.sources.{silent[0]}.weight", "null", rule, "give all of them one, or null")
+    elif weights and not silent and not any(weights.values()):
+        name = next(iter(weights))
+        fix = f"for example data.sources.{name}.weight=1"
+        yield make_problem(f"data.sources.{name}.weight", weights[name], "must be above 0 for at least one source", fix)
+
+
+def _check_lanes(known: Known) -> Iterator[Problem]:
+    lanes, ranks = known("data.lanes"), count_ranks(known)
+    if lanes < ranks:
+        least = 1 << (ranks - 1).bit_length()
+        rule = f"must be at least the {ranks} ranks, or ranks read the same shards"
+        yield make_problem("data.lanes", lanes, rule, f"for example data.lanes={least}")
+
+
+def _check_shards(known: Known) -> Iterator[Problem]:
+    """Patterns that fit nothing, and urls without a place for copies; what they name is not opened."""
+    for name in _sources(known):
+        key = f"data.sources.{name}.shards"
+        try:
+            shards = known(key)
+        except UnknownValueError:
+            continue  # this one is reported; the others may have faults of their own
+        patterns = [shards] if isinstance(shards, str) else shards
+        problems = (_problem_of_pattern(name, pattern, known("data.cache", {})) for pattern in patterns)
+        if problem := next(filter(None, problems), None) or _problem_of_all(name, patterns):
+            yield Problem(key, f"{key}={show(shards)}: {problem}")
+
+
+def _problem_of_pattern(source: str, pattern: str, cache: Any) -> str | None:
+    if is_remote(pattern):
+        if cache is not None:
+            return None
+        return (
+            f"{pattern} is remote, and there is no place for copies; give "
+            "'data.cache={folder: cache, max_bytes: 2e11}', as large as the shards of all open windows at least"
+        )
+    try:
+        found = expand_shards(SourceSpec(source, pattern))
+    except UserError as error:
+        text = str(error).removeprefix(f"data.sources.{source}.shards={pattern!r}").lstrip(": ")
+        return f"{text}; {_what_is_there(pattern)}" if text == "matches nothing" else text
+    if not os.path.exists(found[0].removeprefix("file://")):
+        return f"{found[0]} does not exist; {_what_is_there(found[0])}"
+    return None
+
+
+def _problem_of_all(source: str, patterns: Sequence[str]) -> str | None:
+    """Shards that come twice."""
+    try:
+        expand_shards(SourceSpec(source, [pattern for pattern in patterns if not is_remote(pattern)]))
+    except UserError as error:
+        return str(error).removeprefix(f"data.sources.{source}: ")
+    return None
+
+
+def _what_is_there(pattern: str) -> str:
+    """The way out: what the nearest folder above a pattern holds."""
+    folder = pattern.removeprefix("file://")
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder.rstrip("/")) if folder.strip("/") else "/"
+    names = sorted(os.listdir(folder or "."))
+    some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "") if names else "nothing"
+    return f"{folder or 'the working directory'} holds {some}"
+
+
+def _check_validation(known: Known) -> Iterator[Problem]:
+    for name, folder in known("data.validation").items():
+        key = f"data.validation.{name}"
+        try:
+            find_files(folder, suffixes=(".tar",), what="shard")
+        except UserError as error:
+            fix = "give a folder of tars, as m2-data pack writes it"
+            yield Problem(key, f"{key}={' '.join(str(error).split())}; {fix}")
+
+
+DATA_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
+    _check_source_keys,
+    _check_cache_keys,
+    _check_check_keys,
+    _check_source_weights,
+    _check_lanes,
+)
+"""Rules between values alone."""
+
+DATA_PLACE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (_check_shards, _check_validation)
+"""Rules that ask this machine for folders and files; they open none."""

@@ -1,0 +1,90 @@
+"""What checks of a configuration share: values that are fine on their own, messages, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+
+from m2_encoder.config.compose import UNSET
+from m2_encoder.config.rules import Problem
+
+_MISSING: Final = object()
+
+
+class UnknownValueError(Exception):
+    """A value that a check needs is missing or wrong already."""
+
+
+class Known:
+    """The values of a configuration that are known to be fine on their own.
+
+    Args:
+        cfg: plain containers.
+        reported: keys with problems.
+    """
+
+    def __init__(self, cfg: Mapping[str, Any], reported: set[str]) -> None:
+        self._cfg = cfg
+        self._reported = reported
+
+    def __call__(self, key: str, default: Any = _MISSING) -> Any:
+        """The value of a dotted key; without a default the calling check ends where there is none."""
+        node: Any = self._cfg
+        for part in key.split("."):
+            node = node.get(part, UNSET) if isinstance(node, Mapping) else UNSET
+        if key in self._reported or node is UNSET:
+            if default is _MISSING:
+                raise UnknownValueError(key)
+            return default
+        return node
+
+    def is_complete(self, key: str) -> bool:
+        """Whether nothing at this key or below it is missing or wrong."""
+        inside = any(found == key or found.startswith(f"{key}.") for found in self._reported)
+        return not inside and not _lacks(self(key, UNSET))
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there at all, right or wrong."""
+        node: Any = self._cfg
+        for part in key.split("."):
+            node = node.get(part, _MISSING) if isinstance(node, Mapping) else _MISSING
+        return node is not _MISSING
+
+
+def _lacks(node: Any) -> bool:
+    """Whether there is a value in a node that was not given."""
+    if isinstance(node, Mapping | list):
+        return any(_lacks(item) for item in (node.values() if isinstance(node, Mapping) else node))
+    return node is UNSET
+
+
+def run_check(check: Callable[[Known], Iterator[Problem]], known: Known) -> list[Problem]:
+    """What a check finds until it needs a value that is not known."""
+    found: list[Problem] = []
+    try:
+        for problem in check(known):
+            found.append(problem)  # noqa: PERF402 - what was found before the check ends early counts
+    except UnknownValueError:
+        pass
+    return found
+
+
+def make_problem(key: str, value: Any, rule: str, fix: str) -> Problem:
+    """A problem in the form of all: `key=value: rule; fix`."""
+    return Problem(key, f"{key}={value}: {rule}; {fix}")
+
+
+def count_devices(devices: Any, available: int) -> int:
+    """How many devices `trainer.devices` means."""
+    if isinstance(devices, list):
+        return len(devices)
+    return available if devices in ("auto", -1) else int(devices)
+
+
+def count_ranks(known: Known) -> int:
+    """World size W of a configuration."""
+    accelerator, gpus = known("trainer.accelerator"), torch.cuda.device_count()
+    on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0)
+    return count_devices(known("trainer.devices"), gpus if on_gpu else 1) * int(known("trainer.num_nodes"))

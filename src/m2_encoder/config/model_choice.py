@@ -1,0 +1,166 @@
+"""What commands share that take paths and a model: quoting, checks, loading."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT, read_format
+from m2_encoder.config.compose import Unset
+from m2_encoder.config.paths import anchor
+from m2_encoder.hub import LoadedModel, list_models, load
+
+NO_ENCODER: Final = "is a visual tokenizer, not an encoder; give a folder that m2-export wrote"
+_HYDRA_SYNTAX = ("'", '"', "[", "{", "$")
+
+
+def protect_paths(argv: Sequence[str], keys: Collection[str]) -> list[str]:
+    """Quotes the values of some keys for Hydra, whose grammar has neither equal signs nor Chinese.
+
+    >>> protect_paths(["images=a=b", "batch_size=8"], {"images"})
+    ['images="a=b"', 'batch_size=8']
+
+    Values that are written in Hydra's own syntax (quoted, a list, an interpolation), `null` and `???` stay;
+    so does everything in a `--multirun`, where a comma separates values.
+    """
+    if any(argument in {"-m", "--multirun"} for argument in argv):
+        return list(argv)
+    return [_protect(argument, keys) for argument in argv]
+
+
+def _protect(argument: str, keys: Collection[str]) -> str:
+    key, separator, value = argument.partition("=")
+    is_plain = value not in {"", "null", "???"} and not value.startswith(_HYDRA_SYNTAX)
+    if not separator or key not in keys or not is_plain:
+        return argument
+    return f"{key}={protect_value(value)}"
+
+
+def protect_value(value: str) -> str:
+    """Quotes one value for Hydra; it reads backslashes as they are, except in front of a quote."""
+    quoted = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), value)
+    return f'"{quoted}"'
+
+
+def find_path(value: str) -> Path:
+    """A path from the working directory or, if nothing is there, from the checkout's root."""
+    here = Path(value).expanduser()
+    return here if here.exists() else anchor(value)
+
+
+def format_of(value: str) -> str | None:
+    """The format of an exported folder, or of the one in a run's folder; None if it is neither."""
+    folder = find_path(value)
+    return read_format(folder) or read_format(folder / "export")
+
+
+def model_problems(cfg: dict[str, Any]) -> list[str]:
+    """What is wrong with `model`, `weights`, `tokenizer` and `device`, without loading anything."""
+    problems = []
+    model, weights = cfg["model"], cfg["weights"]
+    if not isinstance(model, Unset):
+        if is_model_name(model):
+            if weights is None:
+                problems.append(f"model={model}: a named model needs its checkpoint; add weights=FILE")
+        elif not isinstance(model, str) or not find_path(model).is_dir():
+            known = ", ".join(list_models())
+            problems.append(
+                f"model={model}: no such folder; give one that m2-export wrote, or one of {known} with weights="
+            )
+        elif format_of(model) == VISUAL_TOKENIZER_FORMAT:
+            problems.append(f"model={model}: {NO_ENCODER}")
+        elif not (find_path(model) / CONFIG_FILE).is_file() and (find_path(model) / "export").is_dir():
+            problems.append(f"model={model}: is a run's folder; its model is in model={model.rstrip('/')}/export")
+    for key in ("weights", "tokenizer"):
+        value = cfg[key]
+        is_url = key == "weights" and str(value).startswith(("http://", "https://"))
+        if value is not None and not is_url and not (isinstance(value, str) and find_path(value).is_file()):
+            problems.append(f"{key}={value}: no such file")
+    return [*problems, *_device_problems(cfg["device"])]
+
+
+def number_problems(cfg: dict[str, Any], **least: int) -> list[str]:
+    """Keys that must be whole numbers of at least so much."""
+    return [
+        f"{key}={cfg[key]}: must be a whole number of at least {minimum}"
+        for key, minimum in least.items()
+        if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < minimum
+    ]
+
+
+def flag_problems(cfg: dict[str, Any], *keys: str) -> list[str]:
+    """Keys that must be true or false."""
+    return [f"{key}={cfg[key]}: must be true or false" for key in keys if not isinstance(cfg[key], bool)]
+
+
+def load_from(cfg: dict[str, Any]) -> LoadedModel:
+    """Loads the model that `model`, `weights`, `tokenizer` and `device` describe.
+
+    Raises:
+        UserError: as `m2_encoder.load`.
+    """
+    model, weights, tokenizer = cfg["model"], cfg["weights"], cfg["tokenizer"]
+    is_url = str(weights).startswith(("http://", "https://"))
+    return load(
+        model if is_model_name(model) else find_path(model),
+        weights=weights if weights is None or is_url else find_path(weights),
+        tokenizer=None if tokenizer is None else find_path(tokenizer),
+        device=device_of(cfg["device"]),
+    )
+
+
+def is_model_name(model: object) -> bool:
+    """Whether a value is a name of `list_models`, however it is spelt."""
+    names = {name.replace(".", "_").replace("-", "_") for name in list_models()}
+    return isinstance(model, str) and model.lower().replace(".", "_").replace("-", "_") in names
+
+
+def device_of(value: str) -> str:
+    """What `auto` stands for on this machine."""
+    if value != "auto":
+        return value
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device_problems(value: object) -> list[str]:
+    if value == "auto" or isinstance(value, Unset):
+        return []
+    try:
+        kind = torch.device(str(value)).type
+    except RuntimeError:
+        return [f"device={value}: no such kind of device; choose auto, cpu, cuda, cuda:N or mps"]
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(kind, False):
+        usable = ", ".join(name for name, there in available.items() if there)
+        return [f"device={value}: this machine has none; choose auto or {usable}"]
+    return []
+
+
+def output_problems(value: object, *, overwrite: object) -> list[str]:
+    """Whether a plain file may be written; features have rules of their own."""
+    if value is None or isinstance(value, Unset):
+        return []
+    path = Path(str(value)).expanduser()
+    if path.is_dir():
+        return [f"output={value}: is a folder; give the name of a file"]
+    if path.exists() and overwrite is not True:
+        return [f"output={value}: exists; choose another name, or replace it with overwrite=true"]
+    folder = next((parent for parent in path.absolute().parents if parent.exists()), Path(os.sep))
+    if not takes_files(folder):
+        return [f"output={value}: cannot be written, because {folder} is no folder that you may write to"]
+    return []
+
+
+def takes_files(folder: Path) -> bool:
+    """Tried, because to root every folder seems to be writable; nothing is left behind."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

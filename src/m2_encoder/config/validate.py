@@ -1,0 +1,117 @@
+"""Validation of `m2-train`'s configuration, all problems at once, before anything heavy starts.
+
+`python -m m2_encoder.config.validate` composes and validates every shipped experiment; it reads no data.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from m2_encoder.config.compose import open_composer
+from m2_encoder.config.paths import find_conf
+from m2_encoder.config.relations import check_relations
+from m2_encoder.config.rules import Problem, check_rules
+from m2_encoder.config.schema import TRAIN_RULES, check_shape
+from m2_encoder.config.signatures import check_targets
+from m2_encoder.data.images.transforms import TrainTransform
+from m2_encoder.errors import UserError
+
+GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
+    "data": ("tokenizer", "image_size", "seed", "max_steps"),
+    "data.decode": ("data",),
+    "data.transform": ("image_size",),
+    "task": ("image_size", "patch_size", "optimizer", "scheduler", "validation_name"),
+    "optimizer": ("module",),
+    "scheduler": ("optimizer",),
+    "trainer": ("strategy", "logger", "callbacks", "plugins", "default_root_dir"),
+    "logger": ("run_name", "folder", "cfg"),
+    "callbacks.checkpoint": ("folder",),
+}
+"""By node, what the command passes itself when it builds the object."""
+
+
+def validate_train(cfg: dict[str, Any], *, on_this_machine: bool = True) -> list[str]:
+    """Everything that is wrong with a composed configuration of `m2-train`.
+
+    Args:
+        cfg: plain containers, as `cli.compose` makes them.
+        on_this_machine: also ask whether this machine has what the run needs.
+
+    Returns:
+        One line per problem, `key=value: rule; fix`; empty when training can start.
+    """
+    problems = check_shape(cfg)
+    problems += check_rules(cfg, TRAIN_RULES)
+    reported = {problem.key for problem in problems}
+    problems += check_targets(cfg, given=GIVEN_ARGUMENTS, skip=reported.__contains__)
+    reported = {problem.key for problem in problems}
+    problems += _try_transform(cfg, reported)
+    reported = {problem.key for problem in problems}
+    problems += check_relations(cfg, reported, on_this_machine=on_this_machine)
+    return [problem.text for problem in problems]
+
+
+def _try_transform(cfg: Mapping[str, Any], reported: set[str]) -> list[Problem]:
+    """The transform checks its own arguments and costs nothing: each is tried alone, so that all mistakes show."""
+    data = cfg.get("data")
+    node = data.get("transform") if isinstance(data, Mapping) else None
+    if not isinstance(node, Mapping) or not str(node.get("_target_")).endswith(
+        (".TrainTransform", ".TensorTrainTransform")
+    ):
+        return []
+    problems = []
+    for name, value in node.items():
+        key = f"data.transform.{name}"
+        if not name.startswith("_") and key not in reported:
+            message = _error_of_transform(name, value)
+            if message is not None:
+                problems.append(Problem(key, message if message.startswith(key) else f"{key}={value}: {message}"))
+    return problems
+
+
+def _error_of_transform(name: str, value: Any) -> str | None:
+    try:
+        TrainTransform(64, **{name: value})
+    except UserError as error:
+        message = " ".join(str(error).split())
+        return f"data.transform.{message}" if message.startswith(f"{name}=") else message
+    return None
+
+
+def validate_experiments() -> dict[str, list[str]]:
+    """Composes and validates every shipped experiment.
+
+    Returns:
+        Problems by experiment; the defaults are the experiment "".
+    """
+    found: dict[str, list[str]] = {}
+    with open_composer(find_conf(), "train") as composer:
+        for name in ("", *composer.groups().get("experiment", [])):
+            # A run of that name may lie in outputs; that says nothing about the configuration.
+            lines = ["run.resume=auto", *([f"+experiment={name}"] if name else [])]
+            composition = composer.compose(lines)
+            if any(problem.startswith("model.tokenizer=???") for problem in composition.problems):
+                composition = composer.compose([*lines, "model.tokenizer=emoji"])  # which file, the user alone can say
+            problems = validate_train(composition.cfg, on_this_machine=False)
+            found[name] = composition.without_echoes([*composition.problems, *problems])
+    return found
+
+
+def main() -> int:
+    """Prints what is wrong with the shipped experiments; exit code 2 if anything is."""
+    try:
+        found = validate_experiments()
+    except UserError as error:
+        found = {"": [str(error)]}
+    for name, problems in found.items():
+        title = f"+experiment={name}" if name else "defaults"
+        print(f"{title}: {'ok' if not problems else f'{len(problems)} problem(s)'}")
+        for problem in problems:
+            print(f"  {problem}", file=sys.stderr)
+    return 2 if any(found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

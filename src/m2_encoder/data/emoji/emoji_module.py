@@ -1,0 +1,111 @@
+"""The embedded emoji set as one source of shards, with its own splits for validation and reporting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from m2_encoder.data.emoji.dataset import write_emoji_shards
+from m2_encoder.data.images.transforms import EvalTransform, TrainTransform, open_image
+from m2_encoder.data.loading.loader import PositionLoader
+from m2_encoder.data.masking.batch_masking import BatchMasking
+from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.data.samples.captions import CaptionSampler
+from m2_encoder.data.webdataset_module import WebDatasetModule
+from m2_encoder.errors import UserError
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+REPORTED_SPLITS = ("heldout_style", "heldout_families")
+"""Splits of the embedded set that are for reporting; nothing is chosen by them."""
+
+VALIDATION_SPLIT = "val"
+
+_WHOLE_EPOCH = 1 << 40  # a window that no source fills: every epoch is one shuffle
+
+
+class EmojiDataModule(WebDatasetModule):
+    """The embedded bilingual set: training batches, a validation split, two splits for reporting.
+
+    It is small, so one lane and one window shuffle all of it, images are decoded once, and a sample that cannot be used
+    ends the run: the set is ours, so something is wrong with the folder.
+
+    Args:
+        tokenizer: makes ids of captions.
+        image_size: side of the images the model takes, pixels.
+        seed: chooses order, captions and augmentation.
+        max_steps: optimizer steps of the whole run.
+        folder: where the tars are unpacked, once.
+        global_batch_size: samples per step over all ranks.
+        num_workers: loader processes per rank.
+        heldout_style: drawing style that is never trained on.
+        captions: draws the captions of a sample.
+        transform: builds the augmentation for an image size.
+        eval_batch_size: images or texts per forward in validation.
+        masking: hides words and patches for masked objectives; None hides nothing.
+
+    Raises:
+        UserError: for numbers that are too small.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: SentencePieceTokenizer,
+        image_size: int,
+        seed: int,
+        max_steps: int,
+        folder: str,
+        global_batch_size: int,
+        num_workers: int,
+        heldout_style: str,
+        captions: CaptionSampler,
+        transform: Callable[[int], TrainTransform],
+        eval_batch_size: int = 256,
+        masking: BatchMasking | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            image_size=image_size,
+            seed=seed,
+            max_steps=max_steps,
+            sources={"emoji": {"shards": str(Path(folder) / "train" / "*.tar")}},
+            global_batch_size=global_batch_size,
+            num_workers=num_workers,
+            captions=captions,
+            decode=open_image,
+            transform=transform,
+            lanes=1,
+            window=_WHOLE_EPOCH,
+            keep_decoded=True,
+            validation={f"emoji_{VALIDATION_SPLIT}": str(Path(folder) / VALIDATION_SPLIT)},
+            eval_batch_size=eval_batch_size,
+            masking=masking,
+            max_bad_share=0.0,
+            new_segment=None,
+        )
+        self._folder = Path(folder)
+        self._heldout_style = heldout_style
+
+    def prepare_data(self) -> None:
+        """Unpack the tars and index them (one process per machine; does nothing when they are there)."""
+        write_emoji_shards(self._folder, heldout_style=self._heldout_style)
+        super().prepare_data()
+
+    def train_dataloader(self) -> PositionLoader:
+        """Batches of this rank; see `PositionLoader`.
+
+        Raises:
+            UserError: as the base class, or if a batch would hold a sample twice.
+        """
+        samples = self.manifest.sources[0].samples
+        if samples < self.global_batch_size:
+            raise UserError(f"data.global_batch_size={self.global_batch_size} exceeds the {samples} training samples")
+        return super().train_dataloader()
+
+    def retrieval_sets(self) -> dict[str, RetrievalSet]:
+        """The splits that a report shows, by name."""
+        transform = EvalTransform(self._image_size)
+        return {
+            split: read_retrieval_set(self._folder / split, name=f"emoji_{split}", transform=transform)
+            for split in (VALIDATION_SPLIT, *REPORTED_SPLITS)
+        }

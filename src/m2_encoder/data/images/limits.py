@@ -1,0 +1,117 @@
+"""What an encoded image is, and whether it can be used, with as little decoding as asked for."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+from m2_encoder.data.images.transforms import MAX_PIXELS
+from m2_encoder.data.samples.parse import SampleProblem
+
+
+class ImageLimits(NamedTuple):
+    """Images that a source may hold.
+
+    Attributes:
+        max_pixels: width x height at most; larger ones are not decoded.
+        min_side_px: the shorter side at least.
+        max_aspect: the longer side over the shorter one, at most.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    min_side_px: int = 4
+    max_aspect: float = 20.0
+
+
+class ImageFacts(NamedTuple):
+    """An image that can be used.
+
+    Attributes:
+        format: Pillow's name in lower case, such as "jpeg".
+        width: pixels, as stored.
+        height: pixels, as stored.
+    """
+
+    format: str
+    width: int
+    height: int
+
+
+def read_image_facts(content: bytes, limits: ImageLimits, *, decode: bool) -> ImageFacts:
+    """Check an image file.
+
+    Args:
+        content: the file.
+        limits: what is allowed; checked from the header, before anything is decoded.
+        decode: decode all pixels, too: only that finds files that were cut or damaged.
+
+    Raises:
+        SampleProblem: empty_member, undecodable_image, too_many_pixels, too_small or absurd_shape.
+    """
+    with open_pixels(content, limits) as image:
+        facts = ImageFacts(str(image.format).lower(), *image.size)
+        if decode:
+            load_pixels(image)
+    return facts
+
+
+def open_pixels(content: bytes, limits: ImageLimits) -> Image.Image:
+    """Open an image file and check its size, without decoding it.
+
+    Raises:
+        SampleProblem: as `read_image_facts`.
+    """
+    if not content:
+        raise SampleProblem("empty_member", "the image has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF is no reason to drop an image; sizes are checked below
+            image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:
+        raise SampleProblem("undecodable_image", f"no image that Pillow knows, {len(content):,} bytes") from error
+    except Image.DecompressionBombError as error:
+        raise SampleProblem("too_many_pixels", str(error)) from error
+    except Exception as error:
+        # Not too broad: on damaged bytes Pillow's many decoders raise nearly every built-in exception.
+        raise SampleProblem("undecodable_image", _describe(error)) from error
+    check_size(*image.size, limits)
+    return image
+
+
+def load_pixels(image: Image.Image) -> None:
+    """Decode an opened image.
+
+    Raises:
+        SampleProblem: undecodable_image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+    except Exception as error:
+        # Not too broad: as above.
+        raise SampleProblem("undecodable_image", _describe(error)) from error
+
+
+def check_size(width: int, height: int, limits: ImageLimits) -> None:
+    """Make sure that an image of this size, in pixels, may be decoded.
+
+    Raises:
+        SampleProblem: too_many_pixels, too_small or absurd_shape.
+    """
+    if width * height > limits.max_pixels:
+        reason, rule = "too_many_pixels", f"at most {limits.max_pixels:,} are allowed"
+    elif max(width, height) > limits.max_aspect * min(width, height):
+        reason, rule = "absurd_shape", f"the longer side may be {limits.max_aspect:g} times the shorter"
+    elif min(width, height) < limits.min_side_px:
+        reason, rule = "too_small", f"each side needs {limits.min_side_px}"
+    else:
+        return
+    raise SampleProblem(reason, f"{width} x {height} pixels, {rule}")
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or type(error).__name__

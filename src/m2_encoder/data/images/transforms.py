@@ -1,0 +1,399 @@
+"""Image files, arrays and PIL images to tensors: for evaluation as the official code does, and for training.
+
+Normalisation is not here: the model does it, for both dtypes. The transforms are plain objects of a few
+numbers, so they pickle into data loading workers, and the training transform has no randomness but that of
+the generator it is given.
+
+Legend: S image side in pixels · H, W height and width of a source.
+"""
+
+from __future__ import annotations
+
+import io
+import numbers
+import operator
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from m2_encoder.data.images.augmentation import (
+    OFFICIAL_OPERATIONS,
+    OPERATIONS,
+    color_jitter,
+    random_affine,
+    random_crop_box,
+    random_operations,
+)
+from m2_encoder.errors import ImageError, UserError
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
+"""A file name, the content of an image file, a PIL image, or a uint8 array (H, W), (H, W, 1 or 3 or 4)."""
+
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded: Pillow's own limit against decompression bombs, 1/4 GiB as RGB."""
+
+_MAX_MAGNITUDE = 10
+_SOURCES = "give a file name, the bytes of an image file, a PIL image, or a uint8 array (H, W, 3)"
+
+
+def open_image(source: ImageSource, *, honor_exif: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open anything that holds an image, as RGB, the way the official code does.
+
+    Alpha is dropped, not blended; grey is copied to three channels; palettes are expanded; CMYK is converted;
+    16-bit grey is clipped at 255. Of an animation, the first frame is taken.
+
+    Args:
+        source: file name, content of an image file, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3),
+            (H, W, 4).
+        honor_exif: whether to apply the EXIF orientation; the official code ignores it.
+        max_pixels: larger images are refused before they are decoded. Pillow's own guard stays in force:
+            whatever is given here, it refuses files of more than twice its limit.
+
+    Returns:
+        The decoded RGB image; `source` itself if it is one already. The source is never changed.
+
+    Raises:
+        ImageError: if the source is missing, empty, no image, damaged, too large, or an array of another
+            kind. The message names the file and the reason.
+    """
+    name = _name_of(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source).convert("RGB")
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, name, honor_exif=honor_exif, max_pixels=max_pixels)
+        with Image.open(_readable(source, name)) as image:
+            return _to_rgb(image, name, honor_exif=honor_exif, max_pixels=max_pixels)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image, or of a kind that Pillow cannot read") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name}: too large: {error}") from error
+    except Exception as error:
+        # Not too broad: on damaged bytes Pillow's many decoders raise nearly every built-in exception.
+        raise ImageError(f"{name}: cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+class EvalTransform:
+    """The official transform of evaluation: RGB, then bicubic resize with antialias to exactly S x S.
+
+    The aspect ratio is not kept and nothing is cropped.
+
+    Args:
+        image_size: S.
+        honor_exif: whether to apply the EXIF orientation; the official code ignores it.
+        max_pixels: larger images are refused before they are decoded.
+
+    Attributes:
+        image_size: S.
+
+    Raises:
+        UserError: if `image_size` or `max_pixels` is no positive integer.
+    """
+
+    def __init__(self, image_size: int, *, honor_exif: bool = False, max_pixels: int = MAX_PIXELS) -> None:
+        self.image_size = _integer("image_size", image_size, least=1)
+        self.honor_exif = honor_exif
+        self.max_pixels = _integer("max_pixels", max_pixels, least=1)
+
+    def __call__(self, source: ImageSource) -> Tensor:
+        """Transform one image.
+
+        Args:
+            source: anything that `open_image` takes.
+
+        Returns:
+            (3, S, S) float32, values 0..1, not normalised.
+
+        Raises:
+            ImageError: if the source cannot be opened.
+        """
+        levels = self.to_uint8(source).numpy()
+        # By NumPy, on this thread: torch would wake its pool, whose spinning threads double the CPU time.
+        return torch.from_numpy(np.divide(levels, np.float32(255), dtype=np.float32))
+
+    def to_uint8(self, source: ImageSource) -> Tensor:
+        """Transform one image to bytes, a quarter of the memory; `__call__` is this divided by 255.
+
+        Args:
+            source: anything that `open_image` takes.
+
+        Returns:
+            (3, S, S) uint8.
+
+        Raises:
+            ImageError: if the source cannot be opened.
+        """
+        image = open_image(source, honor_exif=self.honor_exif, max_pixels=self.max_pixels)
+        return _to_tensor(_resize(image, self.image_size))
+
+    def __repr__(self) -> str:
+        return _describe(self)
+
+
+class TrainTransform:
+    """The training variant that the official configuration names, with more for small data, off by default.
+
+    Random resized crop (bicubic) → horizontal flip → `num_ops` random operations, each applied with
+    `op_probability`. Then, where switched on: an affine map (rotation, zoom, shift, shear), colour jitter, greyscale,
+    inversion. Options that are off draw nothing.
+
+    Args:
+        image_size: S.
+        scale: least and most of the area that a crop keeps, 0..1.
+        ratio: least and most width / height of a crop, before it is resized to a square.
+        flip: probability of mirroring left and right.
+        num_ops: operations drawn per image, with replacement.
+        op_probability: probability of applying a drawn operation.
+        magnitude: strength of the operations, 0..10.
+        operations: names in `augmentation.OPERATIONS` to draw from.
+        fill: grey level of pixels that shear, translation or rotation leave uncovered, 0..255.
+        rotate_degrees: the image is turned by a uniform angle up to this, in both directions.
+        zoom: least and most size of the content over its size in the crop; below 1 a margin of `fill` appears.
+        translate: largest shift in each direction, as a part of the side.
+        shear: largest shear in x.
+        color_jitter: ranges of (brightness, contrast, saturation, hue); see `augmentation.color_jitter`.
+        grayscale: probability of losing all colour.
+        invert: probability of becoming a negative.
+        honor_exif: whether to apply the EXIF orientation.
+        max_pixels: larger images are refused before they are decoded.
+
+    Attributes:
+        image_size: S.
+
+    Raises:
+        UserError: if an argument is out of its range or an operation unknown.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        *,
+        scale: Sequence[float] = (0.8, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        num_ops: int = 2,
+        op_probability: float = 0.5,
+        magnitude: float = 7,
+        operations: Sequence[str] = OFFICIAL_OPERATIONS,
+        fill: int = 128,
+        rotate_degrees: float = 0.0,
+        zoom: Sequence[float] = (1.0, 1.0),
+        translate: float = 0.0,
+        shear: float = 0.0,
+        color_jitter: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
+        grayscale: float = 0.0,
+        invert: float = 0.0,
+        honor_exif: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.image_size = _integer("image_size", image_size, least=1)
+        self.scale = _range("scale", scale, most=1.0)
+        self.ratio = _range("ratio", ratio, most=float("inf"))
+        self.flip = _number("flip", flip, most=1)
+        self.num_ops = _integer("num_ops", num_ops, least=0)
+        self.op_probability = _number("op_probability", op_probability, most=1)
+        self.magnitude = _number("magnitude", magnitude, most=_MAX_MAGNITUDE)
+        self.operations = _operation_names(operations)
+        self.fill = _integer("fill", fill, least=0, most=255)
+        self.rotate_degrees = _number("rotate_degrees", rotate_degrees, most=180)
+        self.zoom = _range("zoom", zoom, most=10)
+        self.translate = _number("translate", translate, most=1)
+        self.shear = _number("shear", shear, most=1)
+        self.color_jitter = _jitter_ranges(color_jitter)
+        self.grayscale = _number("grayscale", grayscale, most=1)
+        self.invert = _number("invert", invert, most=1)
+        self.honor_exif = honor_exif
+        self.max_pixels = _integer("max_pixels", max_pixels, least=1)
+
+    def __call__(self, source: ImageSource, *, rng: np.random.Generator) -> Tensor:
+        """Transform one image at random.
+
+        Args:
+            source: anything that `open_image` takes.
+            rng: the only source of randomness; the same state gives the same pixels.
+
+        Returns:
+            (3, S, S) uint8.
+
+        Raises:
+            ImageError: if the source cannot be opened.
+            UserError: if `rng` is no NumPy generator.
+        """
+        if not isinstance(rng, np.random.Generator):
+            raise UserError(
+                f"rng must be a numpy.random.Generator, as default_rng(seed) makes, got {type(rng).__name__}"
+            )
+        image = open_image(source, honor_exif=self.honor_exif, max_pixels=self.max_pixels)
+        image = image.crop(random_crop_box(image.size, scale=self.scale, ratio=self.ratio, rng=rng))
+        image = _resize(image, self.image_size)
+        if rng.random() < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return _to_tensor(self._augment(image, rng))
+
+    def _augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """What follows the flip: random operations, then the options beyond the official variant."""
+        image = random_operations(
+            image,
+            names=self.operations,
+            num_ops=self.num_ops,
+            probability=self.op_probability,
+            strength=self.magnitude / _MAX_MAGNITUDE,
+            fill=self.fill,
+            rng=rng,
+        )
+        if self.rotate_degrees or self.translate or self.shear or self.zoom != (1.0, 1.0):
+            image = random_affine(
+                image,
+                degrees=self.rotate_degrees,
+                zoom=self.zoom,
+                translate=self.translate,
+                shear=self.shear,
+                fill=self.fill,
+                rng=rng,
+            )
+        if any(self.color_jitter):
+            image = color_jitter(image, self.color_jitter, rng)
+        if self.grayscale > 0 and rng.random() < self.grayscale:
+            image = image.convert("L").convert("RGB")
+        if self.invert > 0 and rng.random() < self.invert:
+            image = ImageOps.invert(image)
+        return image
+
+    def __repr__(self) -> str:
+        return _describe(self)
+
+
+def _name_of(source: ImageSource) -> str:
+    """How messages call a source."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "")) or "PIL image"
+    if isinstance(source, bytes):
+        return "image bytes"
+    if isinstance(source, np.ndarray):
+        return "array"
+    raise ImageError(f"an image cannot be {type(source).__name__}; {_SOURCES}")
+
+
+def _readable(source: str | os.PathLike[str] | bytes, name: str) -> Path | io.BytesIO:
+    """What Pillow opens, after the checks whose reasons Pillow does not give."""
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError(f"{name}: empty")
+        return io.BytesIO(source)
+    path = Path(source)
+    if path.is_dir():
+        raise ImageError(f"{name}: is a folder, not an image file")
+    if not path.is_file():
+        raise ImageError(f"{name}: no such file")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{name}: the file is empty")
+    return path
+
+
+def _to_rgb(image: Image.Image, name: str, *, honor_exif: bool, max_pixels: int) -> Image.Image:
+    """Decode an image and convert it, after a look at the size in its header."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: too large: {width} x {height} pixels, at most {max_pixels:,} are allowed")
+    if width * height == 0:
+        raise ImageError(f"{name}: has no pixels: {width} x {height}")
+    image.load()
+    if honor_exif:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if isinstance(image.info.get("transparency"), bytes):
+        # Pillow would warn that the conversion drops alpha; here it is meant to.
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
+
+
+def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+    """PIL image of a uint8 array."""
+    if array.dtype != np.uint8:
+        scaling = "multiply values of 0..1 by 255" if array.dtype.kind == "f" else "bring values to 0..255"
+        raise ImageError(f"array: dtype must be uint8, got {array.dtype}; {scaling}, then .astype(numpy.uint8)")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        planar = array.ndim == 3 and array.shape[0] in (1, 3, 4)
+        fix = "; channels come last, use .transpose(1, 2, 0)" if planar else ""
+        raise ImageError(f"array: shape must be (H, W) or (H, W, 1 or 3 or 4), got {array.shape}{fix}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _resize(image: Image.Image, image_size: int) -> Image.Image:
+    """Bicubic with antialias to a square."""
+    return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8 of an RGB image, in memory of its own."""
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def _describe(transform: EvalTransform | TrainTransform) -> str:
+    """Constructor call that makes an equal transform."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in vars(transform).items())
+    return f"{type(transform).__name__}({arguments})"
+
+
+def _integer(name: str, value: int, *, least: int, most: int | None = None) -> int:
+    """An integer in its range."""
+    if not isinstance(value, bool):
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = least - 1
+        if number >= least and (most is None or number <= most):
+            return number
+    allowed = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+    raise UserError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _number(name: str, value: object, *, most: float) -> float:
+    """A number from 0 to the most that is allowed."""
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
+        number = float(value)
+        if 0 <= number <= most:
+            return number
+    raise UserError(f"{name} must be a number from 0 to {most}, got {value!r}")
+
+
+def _range(name: str, values: object, *, most: float) -> tuple[float, float]:
+    """Least and most, both positive."""
+    if isinstance(values, Sequence) and len(values) == 2:
+        least, greatest = (_number(name, value, most=most) for value in values)
+        if 0 < least <= greatest < float("inf"):
+            return least, greatest
+    raise UserError(f"{name} must be two positive numbers, the smaller one first, got {values!r}")
+
+
+def _jitter_ranges(values: object) -> tuple[float, float, float, float]:
+    """Ranges of brightness, contrast, saturation and hue."""
+    if not isinstance(values, Sequence) or len(values) != 4:
+        raise UserError(f"color_jitter must be (brightness, contrast, saturation, hue), got {values!r}")
+    brightness, contrast, saturation = (_number("color_jitter", value, most=10) for value in values[:3])
+    return brightness, contrast, saturation, _number("color_jitter hue", values[3], most=0.5)
+
+
+def _operation_names(names: object) -> tuple[str, ...]:
+    """Names of known operations, at least one."""
+    if isinstance(names, Sequence) and not isinstance(names, str) and names:
+        unknown = [name for name in names if name not in OPERATIONS]
+        if not unknown:
+            return tuple(names)
+        names = unknown
+    raise UserError(f"operations must be a list of names among {', '.join(OPERATIONS)}; got {names!r}")

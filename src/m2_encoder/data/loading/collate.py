@@ -1,0 +1,58 @@
+"""Samples to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from m2_encoder.data.loading.pixel_rows import join_rows
+from m2_encoder.data.loading.stream import TrainingSample
+from m2_encoder.data.masking.batch_masking import BatchMasking
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.types import LANGUAGES, ImageTextBatch
+
+
+def collate_samples(
+    samples: list[TrainingSample], *, tokenizer: SentencePieceTokenizer, masking: BatchMasking | None = None
+) -> ImageTextBatch:
+    """Stack samples to a batch; texts are padded to the longest.
+
+    Args:
+        samples: of the batch.
+        tokenizer: makes ids of captions.
+        masking: hides words and patches; None where no objective asks for it.
+    """
+    captions = [caption for sample in samples for caption in sample.captions]
+    texts = [caption.text for caption in captions]
+    masked = None
+    if masking is not None and masking.hides_words:
+        draws = [(*sample.draw, number) for sample in samples for number in range(len(sample.captions))]
+        text, masked = masking.mask_texts(texts, draws)
+    else:
+        text = tokenizer(texts)
+    return ImageTextBatch(
+        images=stack_images([sample.image for sample in samples]),
+        text=text,
+        language=torch.tensor([LANGUAGES.index(caption.language) for caption in captions]),
+        identity=torch.tensor([sample.identity for sample in samples]),
+        keys=tuple(sample.key for sample in samples),
+        sources=tuple(sample.source for sample in samples),
+        masked_text=masked,
+        patch_mask=None if masking is None else masking.mask_images([sample.draw for sample in samples]),
+    )
+
+
+def stack_images(images: Sequence[Tensor]) -> Tensor:
+    """(B, 3, S, S) of B images; where the channels come last in their memory, they do in the batch's.
+
+    Images that lie one behind the other already stay where they are. Others with their channels last are copied whole:
+    sorting the channels would take seven times as long; what computes with them does it better, on its device.
+    """
+    joined = join_rows(images)
+    if joined is not None:
+        return joined
+    if all(image.permute(1, 2, 0).is_contiguous() for image in images):
+        return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return torch.stack(list(images))

@@ -1,0 +1,234 @@
+"""Waiting for batches, but not for ever: what stands still is named and raised, never waited for in silence."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from torch.utils.data import DataLoader
+
+from m2_encoder.data.loading.stages import IDLE, StageBoard
+from m2_encoder.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STALL_TIMEOUT_S = 600.0
+"""Default time without any progress after which loading counts as stuck."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+_TIMED_OUT = "DataLoader timed out"  # how torch's message begins
+POLL_S = 5.0
+"""Give a loader with workers this time-out: so often it looks whether they live, and so soon a dead one is noticed."""
+
+_NAMED = 3  # items that a message names
+_RAISED = "Caught "  # how torch's message begins for what a worker raised
+_DIED = ("exited unexpectedly", "is killed by signal")
+
+
+def watch(loader: DataLoader[Any], board: StageBoard, *, workers: int, timeout_s: float) -> Iterator[Any]:
+    """Give what a loader gives.
+
+    Without workers it is iterated in a thread of its own: a read from a disk that hangs cannot be interrupted, only
+    left behind.
+
+    Args:
+        loader: with `timeout=POLL_S` if it has workers.
+        board: where its workers, or the thread, say what they do.
+        workers: number of worker processes.
+        timeout_s: without any stage changing.
+
+    Raises:
+        UserError: if nothing moves for that long, or a worker died; with what the workers are at.
+    """
+    if workers:
+        yield from _watch_workers(loader, board, workers, timeout_s)
+    else:
+        yield from _watch_thread(loader, board, timeout_s)
+
+
+def map_watched(
+    work: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    *,
+    threads: int,
+    timeout_s: float,
+    describe: Callable[[_Item], str | None],
+) -> list[_Result]:
+    """Results of all items in their order, from threads that are left behind when one of them hangs.
+
+    Args:
+        work: done with every item.
+        items: to be done.
+        threads: so many at a time.
+        timeout_s: after which an item counts as stuck.
+        describe: names an item; None for one that cannot hang.
+
+    Raises:
+        UserError: if an item is stuck, with its name; whatever `work` raises.
+    """
+    waiting = deque(range(len(items)))
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    begun: list[tuple[int, float] | None] = [None] * min(threads, len(items))
+
+    def run(slot: int) -> None:
+        while waiting:
+            try:
+                number = waiting.popleft()
+            except IndexError:  # another thread was faster
+                break
+            begun[slot] = number, time.monotonic()
+            try:
+                done.put((number, work(items[number]), None))
+            except BaseException as error:  # raised where it is waited for
+                done.put((number, None, error))
+        begun[slot] = None
+
+    for slot in range(len(begun)):
+        threading.Thread(target=run, args=(slot,), name="map-watched", daemon=True).start()
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < len(items):
+            number, result, error = _take(done, begun, items, describe, timeout_s)
+            if error is not None:
+                raise error
+            results[number] = result
+    finally:
+        waiting.clear()
+    return [results[number] for number in range(len(items))]
+
+
+def _take(
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]],
+    begun: Sequence[tuple[int, float] | None],
+    items: Sequence[Any],
+    describe: Callable[[Any], str | None],
+    timeout_s: float,
+) -> tuple[int, Any, BaseException | None]:
+    while True:
+        try:
+            return done.get(timeout=timeout_s)
+        except queue.Empty:  # noqa: PERF203 - once per time-out
+            now = time.monotonic()
+            slow = [describe(items[item[0]]) for item in begun if item is not None and now - item[1] >= timeout_s]
+            stuck = [name for name in slow if name is not None]
+            if stuck:
+                raise UserError(
+                    f"looking at the shards stands still for {timeout_s:g} s: waiting for {', '.join(stuck[:_NAMED])}; "
+                    "look at that disk, or give data.stall_timeout_s more time"
+                ) from None
+
+
+def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, timeout_s: float) -> Iterator[Any]:
+    iterator = _start(loader)
+    asked = time.monotonic()
+    while True:
+        try:
+            loaded = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if str(error).startswith(_TIMED_OUT):
+                if time.monotonic() - asked < timeout_s:
+                    continue
+                if _moves(board, workers, timeout_s):
+                    asked = time.monotonic()
+                    continue
+                raise UserError(_describe_stall(board, workers, timeout_s)) from error
+            if not any(words in str(error) for words in _DIED):
+                raise
+            raise _death(board, workers, error) from error
+        except (OSError, EOFError) as error:
+            if str(error).startswith(_RAISED):
+                raise
+            # It died between announcing a batch and handing over the memory that holds it.
+            raise _death(board, workers, error) from error
+        yield loaded
+        asked = time.monotonic()
+
+
+def _death(board: StageBoard, workers: int, error: Exception) -> UserError:
+    doing = "; ".join(f"worker {i}: {board.read(i).describe()}" for i in range(workers))
+    return UserError(
+        f"a worker of the data loader died, often for want of memory ({' '.join(str(error).split())}); "
+        f"at that time {doing}; try fewer data.num_workers"
+    )
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers, without the signal handler that torch installs with the first ones.
+
+    It raises wherever the main thread is, in the middle of a step too, when a worker dies; here that is noticed while
+    waiting for a batch, and told in words.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if before is not None:  # None: set by something else than Python
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
+
+
+def _watch_thread(loader: DataLoader[Any], board: StageBoard, timeout_s: float) -> Iterator[Any]:
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    given: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    # A daemon, so that a thread that hangs does not keep the process alive.
+    threading.Thread(target=_serve, args=(loader, asked, given), name="load-data", daemon=True).start()
+    try:
+        while True:
+            asked.put(True)
+            kind, value = _wait(given, board, timeout_s)
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        asked.put(False)
+
+
+def _serve(loader: DataLoader[Any], asked: queue.SimpleQueue[bool], given: queue.SimpleQueue[tuple[str, Any]]) -> None:
+    iterator = iter(loader)
+    while asked.get():
+        try:
+            given.put(("batch", next(iterator)))
+        except StopIteration:  # noqa: PERF203 - once per batch
+            given.put(("end", None))
+        except BaseException as error:  # raised where it is waited for
+            given.put(("error", error))
+
+
+def _wait(given: queue.SimpleQueue[tuple[str, Any]], board: StageBoard, timeout_s: float) -> tuple[str, Any]:
+    while True:
+        try:
+            return given.get(timeout=timeout_s)
+        except queue.Empty:  # noqa: PERF203 - once per batch
+            if not _moves(board, 1, timeout_s):
+                raise UserError(_describe_stall(board, 1, timeout_s)) from None
+
+
+def _moves(board: StageBoard, workers: int, timeout_s: float) -> bool:
+    """Whether any worker entered a stage in time; one that has nothing to do does not count."""
+    now = [board.read(worker) for worker in range(workers)]
+    moves = any(each.stage != IDLE and each.seconds < timeout_s for each in now)
+    if moves:
+        logger.warning("waiting for data: %s", "; ".join(f"worker {i}: {n.describe()}" for i, n in enumerate(now)))
+    return moves
+
+
+def _describe_stall(board: StageBoard, workers: int, timeout_s: float) -> str:
+    now = sorted(((board.read(worker), worker) for worker in range(workers)), key=lambda item: -item[0].seconds)
+    busy = [item for item in now if item[0].stage != IDLE]
+    stuck = "; ".join(f"worker {worker} {each.describe()}" for each, worker in busy or now)
+    return (
+        f"loading data stands still for {timeout_s:g} s: waiting for {stuck}; look at that disk or "
+        "server, or give data.stall_timeout_s more time"
+    )

@@ -1,0 +1,89 @@
+"""What masked objectives want hidden of a batch: a function of the seed and each sample's position alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m2_encoder.data.masking.patch_masking import BlockMasking
+from m2_encoder.data.masking.text_masking import MaskVocabulary, TextMasking, mask_words_of_batch
+from m2_encoder.data.order.keyed_random import mix
+from m2_encoder.errors import UserError
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.tokenizers.word_pieces import WordSegmenter
+from m2_encoder.types import MaskedText, TextTokens
+
+_WORDS, _PATCHES = 1, 2  # streams of random numbers
+
+
+class BatchMasking:
+    """Hides words of captions, patches of images, or both.
+
+    Args:
+        tokenizer: of the captions.
+        grid: patches per side of an image.
+        word_ratio: share of the tokens of words to predict; None hides no words.
+        patch_ratio: share of the patches to hide; None hides none.
+        user_dictionary: more words for jieba, a file in its format.
+
+    Raises:
+        UserError: for a ratio that makes no sense.
+    """
+
+    def __init__(
+        self,
+        tokenizer: SentencePieceTokenizer,
+        *,
+        grid: int,
+        word_ratio: float | None = None,
+        patch_ratio: float | None = None,
+        user_dictionary: str | None = None,
+    ) -> None:
+        self._words = None if word_ratio is None else TextMasking(word_ratio).checked()
+        self._segmenter = WordSegmenter(tokenizer, user_dictionary=user_dictionary)
+        self._vocabulary = MaskVocabulary.of(tokenizer)
+        self._patches = None
+        if patch_ratio is not None:
+            count = round(patch_ratio * grid * grid) if math.isfinite(patch_ratio) else 0
+            if not 0 < count < grid * grid:
+                raise UserError(
+                    f"mask_ratio={patch_ratio} hides {count} of the {grid * grid} patches; it must hide at least one "
+                    "and not all"
+                )
+            self._patches = BlockMasking(grid, count=count)
+
+    @property
+    def hides_words(self) -> bool:
+        """Whether captions are masked."""
+        return self._words is not None
+
+    def mask_texts(self, texts: Sequence[str], draws: Sequence[tuple[int, ...]]) -> tuple[TextTokens, MaskedText]:
+        """Tokens of captions, exactly the tokenizer's, and the same with hidden words.
+
+        Args:
+            texts: captions, B of them.
+            draws: a key for each; equal keys and texts give equal masks.
+        """
+        assert self._words is not None, "hides no words"
+        pieces = self._segmenter.segment_batch(texts)
+        keys = [mix(_WORDS, *draw) for draw in draws]
+        return pieces.text, mask_words_of_batch(pieces, masking=self._words, vocabulary=self._vocabulary, keys=keys)
+
+    def mask_images(self, draws: Sequence[tuple[int, ...]]) -> Tensor | None:
+        """Which patches are hidden, (B, patches) bool; None if none are.
+
+        Args:
+            draws: a key for each image.
+        """
+        if self._patches is None:
+            return None
+        return torch.from_numpy(np.stack([self._patches.mask_patches(_generator(_PATCHES, draw)) for draw in draws]))
+
+
+def _generator(stream: int, draw: tuple[int, ...]) -> np.random.Generator:
+    """A generator of its own; from a key it is made five times as fast as from a seed."""
+    return np.random.Generator(np.random.Philox(key=mix(stream, *draw)))

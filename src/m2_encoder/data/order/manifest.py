@@ -1,0 +1,359 @@
+"""What a run trains on: named sources of shards with their sizes and shares, and how two such lists differ."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from m2_encoder.data.loading.watchdog import STALL_TIMEOUT_S, map_watched
+from m2_encoder.data.order.manifest_record import RecordedSource, name_some, pack_record, write_weight
+from m2_encoder.data.shards.paths import expand_braces
+from m2_encoder.errors import UserError
+from m2_encoder.types import LANGUAGES
+
+_SOURCE_KEYS = ("shards", "languages", "weight", "max_samples", "max_epochs")
+_COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """A source as it is configured.
+
+    Attributes:
+        name: in batches and metrics.
+        shards: a path or url, or several; with braces, `*` and `?`, or a folder of `*.tar`.
+        languages: what its captions may be in. A caption that is not filed under a language gets the only one, or
+            is told apart by its script.
+        weight: relative share in the mixture; None in all sources takes them by their number of samples.
+        max_samples: use no more than the first so many samples; None uses all.
+        max_epochs: how often a sample may be repeated at most; None sets no limit.
+
+    Raises:
+        UserError: for values that make no sense.
+    """
+
+    name: str
+    shards: str | Sequence[str]
+    languages: tuple[str, ...] = LANGUAGES
+    weight: float | None = None
+    max_samples: int | None = None
+    max_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"data.sources.{self.name}"
+        unknown = [language for language in self.languages if language not in LANGUAGES]
+        if unknown or not self.languages:
+            raise UserError(f"{where}.languages={list(self.languages)} must be some of {', '.join(LANGUAGES)}")
+        if self.weight is not None and not 0 <= self.weight < float("inf"):
+            raise UserError(f"{where}.weight={self.weight!r} must be a finite number, 0 or more, or null")
+        for key in ("max_samples", "max_epochs"):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UserError(f"{where}.{key}={value!r} must be a whole number, 1 or more, or null")
+
+    @classmethod
+    def from_config(cls, name: str, values: Mapping[str, Any]) -> SourceSpec:
+        """Make a source of the values under `data.sources.<name>`.
+
+        Raises:
+            UserError: for unknown keys, no shards, or values that make no sense.
+        """
+        unknown = sorted(set(values) - set(_SOURCE_KEYS))
+        if unknown:
+            raise UserError(f"data.sources.{name} has unknown {', '.join(unknown)}; known: {', '.join(_SOURCE_KEYS)}")
+        if not values.get("shards"):
+            raise UserError(f"data.sources.{name}.shards is missing; give '/data/{{000..099}}.tar', a glob or a list")
+        languages = values.get("languages") or LANGUAGES
+        return cls(
+            **{**values, "name": name, "languages": tuple([languages] if isinstance(languages, str) else languages)}
+        )
+
+
+class ShardSize(NamedTuple):
+    """How much a shard holds.
+
+    Attributes:
+        samples: usable ones, as far as headers of the tar tell.
+        size: bytes of the tar.
+        written: when the tar was last written, ns; 0 if nobody says.
+        unusable: what headers tell to be unusable, entries.
+        layout: checksum of names, places and sizes of the samples; 0 if nobody says.
+    """
+
+    samples: int
+    size: int
+    written: int = 0
+    unusable: int = 0
+    layout: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A source whose shards are known.
+
+    Attributes:
+        spec: as configured.
+        shards: paths or urls, in the order of the configuration.
+        counts: samples to use of each shard, int64.
+        sizes: bytes of each tar, int64.
+        written: when each tar was last written, ns; 0 if nobody says, int64.
+        layouts: checksum of each tar's table of samples; 0 if nobody says, int64.
+        faulty: shards with something unusable in them, also those that have nothing else.
+    """
+
+    spec: SourceSpec
+    shards: tuple[str, ...]
+    counts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    written: npt.NDArray[np.int64]
+    layouts: npt.NDArray[np.int64]
+    faulty: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As configured."""
+        return self.spec.name
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        return int(self.counts.sum())
+
+    def digest(self) -> str:
+        """A word for content and order: file names, samples, sizes and layouts; folders may move."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        names = "\n".join(shard.rpartition("/")[2] for shard in self.shards)
+        digest.update(names.encode("utf-8", "surrogateescape"))  # a name need not be UTF-8
+        digest.update(self.counts.tobytes())
+        digest.update(self.sizes.tobytes())
+        digest.update(self.layouts.tobytes())
+        return digest.hexdigest()
+
+
+class Manifest:
+    """All sources of a run.
+
+    Args:
+        sources: in any order.
+
+    Attributes:
+        sources: sorted by name, so that the order of samples does not depend on that of the configuration.
+        weights: share of each source in the mixture, not normalised.
+
+    Raises:
+        UserError: for no sources, names that come twice, an empty source, weights for some only, or none above 0.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sorted(sources, key=lambda source: source.name))
+        names = [source.name for source in self.sources]
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"data.sources={names} must be one or more sources of different names")
+        empty = next((source for source in self.sources if not source.samples), None)
+        if empty is not None:
+            raise UserError(
+                f"data.sources.{empty.name}: no usable samples in {empty.spec.shards}; m2-data check says why"
+            )
+        given = [source.spec.weight for source in self.sources]
+        silent = [name for name, weight in zip(names, given, strict=True) if weight is None]
+        if silent and len(silent) < len(names):
+            raise UserError(f"data.sources: {', '.join(silent)} has no weight, others have one; give all or none")
+        self.weights = [
+            float(source.samples) if w is None else w for source, w in zip(self.sources, given, strict=True)
+        ]
+        if not any(self.weights):
+            raise UserError("data.sources: all weights are 0; give one above 0")
+
+    def fingerprint(self) -> dict[str, str]:
+        """One line for each source that changes whenever the order of samples would; plain and short."""
+        return {
+            f"source {source.name}": (
+                f"{source.samples} samples in {len(source.shards)} shards, weight {write_weight(weight)}, "
+                f"content {source.digest()}"
+            )
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        }
+
+    def record(self) -> Tensor:
+        """All shards and shares, packed: what a later run needs to say how it differs, (bytes,) uint8."""
+        return pack_record(
+            RecordedSource(s.name, weight, s.digest(), s.shards, (s.counts, s.sizes, s.layouts))
+            for s, weight in zip(self.sources, self.weights, strict=True)
+        )
+
+
+def build_manifest(
+    specs: Sequence[SourceSpec], *, measure: Callable[[str], ShardSize], stall_timeout_s: float = STALL_TIMEOUT_S
+) -> Manifest:
+    """Find the shards of every source and count their samples.
+
+    Args:
+        specs: as configured.
+        measure: tells how much a shard holds; called from several threads. It raises OSError for what is not there.
+        stall_timeout_s: after which a local shard that does not answer is an error.
+
+    Raises:
+        UserError: for shards that are not there, do not answer or come twice, and as `Manifest`.
+    """
+    return Manifest([_build_source(spec, measure, stall_timeout_s) for spec in specs])
+
+
+def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize], stall_timeout_s: float) -> Source:
+    shards = expand_shards(spec)
+    failed: list[str] = []
+
+    def try_measure(shard: str) -> ShardSize:
+        try:
+            return measure(shard)
+        except OSError as error:
+            failed.append(f"{shard} ({error.strerror or error})")
+            return ShardSize(0, 0)
+
+    found = map_watched(
+        try_measure,
+        shards,
+        threads=_COUNTING_THREADS,
+        timeout_s=stall_timeout_s,
+        describe=lambda shard: None if is_remote(shard) else shard,  # remote ones have time-outs of their own
+    )
+    if failed:
+        some = name_some(sorted(failed))
+        raise UserError(
+            f"data.sources.{spec.name}: {len(failed)} of {len(shards)} shards cannot be read: {some}; "
+            "bring them back or leave them out of data.sources"
+        )
+    return make_source(
+        spec,
+        shards,
+        [size.samples for size in found],
+        [size.size for size in found],
+        written=[size.written for size in found],
+        unusable=[size.unusable for size in found],
+        layouts=[size.layout for size in found],
+    )
+
+
+def make_source(
+    spec: SourceSpec,
+    shards: Sequence[str],
+    counts: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    written: Sequence[int] | None = None,
+    unusable: Sequence[int] | None = None,
+    layouts: Sequence[int] | None = None,
+) -> Source:
+    """Apply `max_samples`, and leave out shards without samples.
+
+    Args:
+        spec: as configured.
+        shards: paths or urls.
+        counts: of each, as `ShardSize.samples`.
+        sizes: of each, as `ShardSize.size`.
+        written: of each, as `ShardSize.written`; None for none.
+        unusable: of each, as `ShardSize.unusable`; None for none.
+        layouts: of each, as `ShardSize.layout`; None for none.
+    """
+    samples = np.asarray(counts, np.int64)
+    before = np.cumsum(samples) - samples
+    is_read = np.ones(len(samples), bool)
+    if spec.max_samples is not None:
+        is_read = before < spec.max_samples
+        samples = np.clip(spec.max_samples - before, 0, samples)
+    used = np.flatnonzero(samples)
+
+    def take(column: Sequence[int] | None) -> npt.NDArray[np.int64]:
+        return np.zeros(len(used), np.int64) if column is None else np.asarray(column, np.int64)[used]
+
+    faulty = [] if unusable is None else np.flatnonzero(is_read & (np.asarray(unusable) > 0)).tolist()
+    return Source(
+        spec,
+        tuple(shards[i] for i in used.tolist()),
+        samples[used],
+        take(sizes),
+        take(written),
+        take(layouts),
+        tuple(shards[i] for i in faulty),
+    )
+
+
+def expand_shards(spec: SourceSpec) -> list[str]:
+    """The shards of a source: braces, then globs and folders; patterns in their order, matches sorted.
+
+    Raises:
+        UserError: for a pattern without a match, `pipe:` commands, or a shard that comes twice.
+    """
+    patterns = [spec.shards] if isinstance(spec.shards, str) else list(spec.shards)
+    shards: list[str] = []
+    for pattern in patterns:
+        if pattern.startswith("pipe:"):
+            raise UserError(
+                f"data.sources.{spec.name}.shards={pattern!r}: what a command prints cannot be read by offset; "
+                "give a url such as s3://bucket/{000..099}.tar"
+            )
+        found = [shard for url in _expand(spec, pattern) for shard in _match(url)]
+        if not found:
+            raise UserError(f"data.sources.{spec.name}.shards={pattern!r} matches nothing")
+        shards += found
+    # Of a single pattern all are spelled alike; of several, one may say ./a.tar and another a.tar.
+    places = shards if len(patterns) == 1 else [_spell(shard) for shard in shards]
+    if len(set(places)) < len(places):
+        counts = Counter(places)
+        twice = next(shard for shard, place in zip(shards, places, strict=True) if counts[place] > 1)
+        raise UserError(f"data.sources.{spec.name}: {twice} comes twice; leave one out, or raise the weight")
+    return shards
+
+
+def _expand(spec: SourceSpec, pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    if not is_remote(path) and os.path.exists(path.removeprefix("file://")):
+        return [path]  # whatever signs are in its name
+    try:
+        return expand_braces(path)
+    except UserError as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"data.sources.{spec.name}.shards={pattern!r}: {problem}") from error
+
+
+def _spell(shard: str) -> str:
+    """The same word for a local file, however its path is written."""
+    return shard if is_remote(shard) else os.path.abspath(shard.removeprefix("file://"))
+
+
+def is_remote(shard: str) -> bool:
+    """Whether a shard is a url."""
+    return "://" in shard and not shard.startswith("file://")
+
+
+def _match(url: str) -> list[str]:
+    if is_remote(url):
+        if not any(sign in url for sign in "*["):  # a ? is part of many urls
+            return [url]
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(url)
+        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+    url = url.removeprefix("file://")
+    is_pattern = any(sign in url for sign in "*?[")
+    if url.endswith(".tar") and not is_pattern:  # of 600,000 names, none is looked up twice
+        return [url]
+    if os.path.isdir(url):
+        return sorted(str(path) for path in Path(url).glob("*.tar"))
+    if is_pattern and not os.path.exists(url):
+        return sorted(glob.glob(url, recursive=True))
+    return [url]

@@ -1,0 +1,227 @@
+"""What the members of one sample say, and in one word what is wrong with them.
+
+The words are those of the metrics `data/skipped/<reason>`. A sample may carry its captions as
+
+- `.json` with `captions`: {language: [text or {"text": …, "role": …}, …]}; the roles may also be in
+  `caption_roles`: {language: [role, …]},
+- `.json` with `caption` or `text`: one string,
+- `.txt`: one caption.
+
+The first of these that is there counts. Where no language is given, it is the source's or by the script.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from m2_encoder.data.samples.language import detect_language
+from m2_encoder.errors import UserError
+from m2_encoder.types import LANGUAGES
+
+PLAIN_CAPTION_KEYS = ("caption", "text")
+"""Keys of a JSON that hold one caption as a string."""
+
+
+class SampleProblem(UserError):
+    """One sample cannot be used; others can.
+
+    Attributes:
+        reason: one word, as in the metrics.
+        detail: what was found.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason = reason
+        self.detail = " ".join(detail.split())
+        super().__init__(f"{reason}: {self.detail}")
+
+    def __reduce__(self) -> tuple[type[SampleProblem], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+class CaptionText(NamedTuple):
+    """One caption as it is stored.
+
+    Attributes:
+        text: without blanks around it, never empty.
+        language: one of `LANGUAGES`.
+        role: what kind of caption, such as "name" or "rewritten"; None if nobody says.
+    """
+
+    text: str
+    language: str
+    role: str | None
+
+
+class SampleText(NamedTuple):
+    """All that is said about an image.
+
+    Attributes:
+        captions: at least one, by language in the order of `LANGUAGES`.
+        identity: equal ones mark the same content; None if the sample says nothing.
+        is_marked: whether that is its `identity`, which somebody meant, and not only its `key`.
+        keys: names in the JSON, in its order; none without a JSON.
+    """
+
+    captions: tuple[CaptionText, ...]
+    identity: str | None
+    is_marked: bool
+    keys: tuple[str, ...]
+
+
+def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, language: str | None = None) -> SampleText:
+    """Read the captions of a sample.
+
+    Args:
+        json_file: content of its `.json`, if it has one.
+        text_file: content of its `.txt`, if it has one.
+        language: of captions that are not filed under one; None detects it by the script.
+
+    Raises:
+        SampleProblem: missing_caption, bad_json, not_utf8, wrong_type or empty_member.
+    """
+    metadata = {} if json_file is None else parse_json_object(json_file)
+    captions = read_captions(metadata, language=language)
+    if not captions and text_file is not None:
+        if not text_file:
+            raise SampleProblem("empty_member", "its .txt has no bytes")
+        captions = _tag([decode_text(text_file, "its .txt")], language)
+    if not captions:
+        raise SampleProblem("missing_caption", _describe_nothing(metadata, json_file, text_file))
+    is_marked = metadata.get("identity") is not None
+    return SampleText(captions, read_identity(metadata), is_marked, tuple(metadata))
+
+
+def name_content(text: SampleText, *, key: str, shard: str, source: str) -> str:
+    """A name for what a sample shows: equal names mark the same content.
+
+    An `identity` counts in all sources, a `key` in its own one. A `key` that is the name of the sample's files says no
+    more than that name, which most tools count up from 0, in every shard or in every source: its sample is alone.
+
+    Args:
+        text: what the sample says.
+        key: its name in the tar.
+        shard: where it lies; differs between the shards of a source.
+        source: differs between sources.
+    """
+    if text.identity is not None and text.is_marked:
+        return text.identity
+    if text.identity in (None, key, key.rpartition("/")[2]):
+        return "\0".join((source, shard, key))
+    return "\0".join((source, str(text.identity)))
+
+
+def _describe_nothing(metadata: Mapping[str, Any], json_file: bytes | None, text_file: bytes | None) -> str:
+    by_language = metadata.get("captions")
+    if isinstance(by_language, Mapping):
+        found = ", ".join(map(str, by_language)) or "no language"
+        return f"its captions are of {found}; wanted a text in one of {', '.join(LANGUAGES)}"
+    if text_file is not None:
+        return "its .txt is blank"
+    where = "no .json or .txt" if json_file is None else f"its JSON has {', '.join(metadata) or 'no keys'}"
+    nulls = [key for key in ("captions", *PLAIN_CAPTION_KEYS) if key in metadata]
+    if nulls:
+        return f"{where}, but no text in {', '.join(nulls)}"
+    return f"{where}; wanted captions, caption or text in a .json, or a .txt"
+
+
+def parse_json_object(content: bytes) -> dict[str, Any]:
+    """Parse a `.json` that must hold an object.
+
+    Raises:
+        SampleProblem: empty_member, not_utf8 or bad_json.
+    """
+    if not content:
+        raise SampleProblem("empty_member", "its .json has no bytes")
+    text = decode_text(content, "its JSON")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SampleProblem("bad_json", str(error) or type(error).__name__) from error
+    if not isinstance(value, dict):
+        raise SampleProblem("bad_json", f"holds a {type(value).__name__}, not an object")
+    return value
+
+
+def decode_text(content: bytes, what: str) -> str:
+    """UTF-8 as text, without a byte order mark.
+
+    Raises:
+        SampleProblem: not_utf8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleProblem("not_utf8", f"{what} is not UTF-8 at byte {error.start}") from error
+
+
+def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -> tuple[CaptionText, ...]:
+    """Captions of a sample's JSON, blank ones left out; empty if it has none.
+
+    Args:
+        metadata: the JSON.
+        language: of a caption that is not filed under one; None detects it.
+
+    Raises:
+        SampleProblem: wrong_type for captions of another form, not_utf8 for characters that UTF-8 cannot hold.
+    """
+    by_language = metadata.get("captions")
+    if by_language is not None:
+        if not isinstance(by_language, Mapping):
+            raise SampleProblem("wrong_type", f"captions is a {type(by_language).__name__}, not lists by language")
+        all_roles = metadata.get("caption_roles")
+        roles = all_roles if isinstance(all_roles, Mapping) else {}
+        found = (_read_list(by_language[name], roles.get(name), name) for name in LANGUAGES if name in by_language)
+        return tuple(item for items in found for item in items)
+    for key in PLAIN_CAPTION_KEYS:
+        if metadata.get(key) is not None:
+            if not isinstance(metadata[key], str):
+                raise SampleProblem("wrong_type", f"{key} is a {type(metadata[key]).__name__}, not a text")
+            return _tag([metadata[key]], language)
+    return ()
+
+
+def read_identity(metadata: Mapping[str, Any]) -> str | None:
+    """What marks equal content: `identity`, or else `key`, as text.
+
+    Raises:
+        SampleProblem: not_utf8 or wrong_type.
+    """
+    for key in ("identity", "key"):
+        value = metadata.get(key)
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, str | int):
+                raise SampleProblem("wrong_type", f"{key} is a {type(value).__name__}, not a text or whole number")
+            return _encodable(str(value))
+    return None
+
+
+def _read_list(items: object, roles: object, language: str) -> tuple[CaptionText, ...]:
+    if not isinstance(items, list | tuple):
+        raise SampleProblem("wrong_type", f"captions of {language!r} are a {type(items).__name__}, not a list")
+    beside = roles if isinstance(roles, list | tuple) else [None] * len(items)
+    if len(beside) != len(items):
+        raise SampleProblem("wrong_type", f"{len(items)} captions and {len(beside)} caption_roles of {language!r}")
+    found = []
+    for item, role in zip(items, beside, strict=True):
+        text, role = (item.get("text"), item.get("role")) if isinstance(item, Mapping) else (item, role)
+        if not isinstance(text, str) or not (role is None or isinstance(role, str)):
+            raise SampleProblem("wrong_type", f"a caption of {language!r} is {str(item)[:60]!r}, not a text")
+        found += [CaptionText(clean, language, role)] if (clean := _encodable(text).strip()) else []
+    return tuple(found)
+
+
+def _tag(texts: list[str], language: str | None) -> tuple[CaptionText, ...]:
+    cleaned = (_encodable(text).strip() for text in texts)
+    return tuple(CaptionText(text, language or detect_language(text), None) for text in cleaned if text)
+
+
+def _encodable(text: str) -> str:
+    """The text, if UTF-8 can hold it: half a surrogate pair, which JSON can spell, stops every tokenizer."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SampleProblem("not_utf8", f"holds U+{ord(text[error.start]):04X}, half a character") from error
+    return text

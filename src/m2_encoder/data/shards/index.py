@@ -1,0 +1,328 @@
+"""The index of a shard: where each usable sample lies, and what is unusable and why; kept beside the tar.
+
+The index is built from the headers of the tar on first touch, written as `<tar>.index` by one rename, and built anew
+when the tar's size or time of writing changes. A damaged tar has an index, too: of what is usable in it.
+
+File: magic, length of the header, header (JSON), table of samples, keys (UTF-8), faults (JSON), CRC-32 of all before.
+The header alone says how many samples there are: a mixture of many shards is planned without reading the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+import struct
+import uuid
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from m2_encoder.data.shards.members import IMAGE_EXTENSIONS, Member
+from m2_encoder.data.shards.tar_scan import TarMember, scan_tar
+
+logger = logging.getLogger(__name__)
+
+INDEX_SUFFIX = ".index"
+"""Appended to the name of a tar."""
+
+_MAGIC = b"M2INDEX1"
+_EXTENSIONS = ("", *IMAGE_EXTENSIONS)
+_SAMPLE = np.dtype(
+    [
+        ("image", "<u8"),
+        ("image_size", "<u4"),
+        ("json", "<u8"),
+        ("json_size", "<u4"),  # 0: there is none
+        ("text", "<u8"),
+        ("text_size", "<u4"),  # 0: there is none
+        ("extension", "u1"),
+        ("key_end", "<u8"),
+    ]
+)
+_HEADER_BYTES = 512  # more than a header takes
+_MAX_MEMBER_BYTES = 2**32 - 1
+
+
+class ShardFault(NamedTuple):
+    """Something unusable in a shard.
+
+    Attributes:
+        key: of the sample; None if it concerns the shard.
+        reason: one word, as in the metrics.
+        detail: what was found.
+    """
+
+    key: str | None
+    reason: str
+    detail: str
+
+
+class IndexedSample(NamedTuple):
+    """Where one sample lies.
+
+    Attributes:
+        key: name of its members up to the first dot of the file name, folders included.
+        extension: of the image, lower case.
+        image: the image file.
+        json: its `.json`; None without one.
+        text: its `.txt`; None without one.
+    """
+
+    key: str
+    extension: str
+    image: Member
+    json: Member | None
+    text: Member | None
+
+
+class IndexHeader(NamedTuple):
+    """The head of an index file.
+
+    Attributes:
+        samples: usable samples, as far as headers of the tar tell.
+        size: of the tar, bytes.
+        written: when the tar was last written, ns.
+        keys: bytes of all keys.
+        faults: bytes of the list of faults.
+        unusable: entries of that list.
+        layout: CRC-32 of the table and the keys: another order or size of samples is another shard.
+    """
+
+    samples: int
+    size: int
+    written: int
+    keys: int
+    faults: int
+    unusable: int
+    layout: int
+
+
+class ShardIndex:
+    """Samples of one shard by number.
+
+    Attributes:
+        size: of the tar the index was made from, bytes.
+        written: when that was last written, ns.
+        faults: what is not usable.
+    """
+
+    def __init__(
+        self, *, size: int, written: int, faults: Sequence[ShardFault], table: npt.NDArray[np.void], keys: bytes
+    ) -> None:
+        self.size = size
+        self.written = written
+        self.faults = tuple(faults)
+        self._table = table
+        self._keys = keys
+
+    def __len__(self) -> int:
+        """How many samples are usable, as far as headers tell."""
+        return len(self._table)
+
+    def __getitem__(self, number: int) -> IndexedSample:
+        """One sample.
+
+        Raises:
+            IndexError: beyond the last one, or for a negative number.
+        """
+        if not 0 <= number < len(self._table):
+            raise IndexError(f"sample {number} of a shard with {len(self._table)}")
+        image, image_size, json_at, json_size, text, text_size, extension, key_end = self._table[number].item()
+        start = int(self._table[number - 1]["key_end"]) if number else 0
+        return IndexedSample(
+            self._keys[start:key_end].decode(),
+            _EXTENSIONS[extension],
+            Member(image, image_size),
+            Member(json_at, json_size) if json_size else None,
+            Member(text, text_size) if text_size else None,
+        )
+
+    def header(self) -> IndexHeader:
+        """The head of the file beside the tar."""
+        layout = zlib.crc32(self._keys, zlib.crc32(self._table.tobytes()))
+        faults = len(self._dump_faults())
+        return IndexHeader(len(self), self.size, self.written, len(self._keys), faults, len(self.faults), layout)
+
+    def dump(self) -> bytes:
+        """The content of the file beside the tar."""
+        encoded = json.dumps(self.header()._asdict()).encode()
+        parts = [struct.pack("<I", len(encoded)), encoded, self._table.tobytes(), self._keys, self._dump_faults()]
+        body = b"".join([_MAGIC, *parts])
+        return body + struct.pack("<I", zlib.crc32(body))
+
+    def _dump_faults(self) -> bytes:
+        return json.dumps(self.faults, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def read_header(path: str | os.PathLike[str]) -> IndexHeader | None:
+    """The head of an index file; None if there is none, or a foreign one."""
+    try:
+        with open(path, "rb") as file:
+            return parse_header(file.read(_HEADER_BYTES))
+    except FileNotFoundError:
+        return None
+
+
+def load_index(path: str | os.PathLike[str]) -> ShardIndex | None:
+    """Read an index file; None if there is none, or a damaged or foreign one."""
+    try:
+        return parse_index(Path(path).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def parse_index(content: bytes) -> ShardIndex | None:
+    """The content of an index file; None if it is a damaged or foreign one."""
+    header = parse_header(content)
+    if header is None or struct.unpack("<I", content[-4:])[0] != zlib.crc32(memoryview(content)[:-4]):
+        return None
+    start = len(_MAGIC) + 4 + struct.unpack_from("<I", content, len(_MAGIC))[0]
+    table = np.frombuffer(content, _SAMPLE, header.samples, start)
+    keys_end = start + table.nbytes + header.keys
+    faults = json.loads(content[keys_end : keys_end + header.faults])
+    return ShardIndex(
+        size=header.size,
+        written=header.written,
+        faults=[ShardFault(*fault) for fault in faults],
+        table=table,
+        keys=content[start + table.nbytes : keys_end],
+    )
+
+
+def parse_header(content: bytes) -> IndexHeader | None:
+    """The head of an index file's content; None if that is no index."""
+    start = len(_MAGIC) + 4
+    if len(content) < start + 4 or content[: len(_MAGIC)] != _MAGIC:
+        return None
+    try:
+        values = json.loads(content[start : start + struct.unpack_from("<I", content, len(_MAGIC))[0]])
+        return IndexHeader(**{name: int(values[name]) for name in IndexHeader._fields})
+    except (ValueError, KeyError, TypeError):  # cut or flipped
+        return None
+
+
+def build_index(tar: str | os.PathLike[str]) -> ShardIndex:
+    """Make the index of a tar from its headers.
+
+    Raises:
+        OSError: if the tar cannot be read, or is no ordinary file; whatever its bytes are, they never raise.
+    """
+    if not stat.S_ISREG(os.stat(tar).st_mode):
+        raise OSError("not an ordinary file")  # opening a pipe would wait for a writer
+    descriptor = os.open(tar, os.O_RDONLY)
+    try:
+        status = os.fstat(descriptor)
+        scan = scan_tar(descriptor, size=status.st_size)
+    finally:
+        os.close(descriptor)
+    found, faults = _group(scan.members)
+    if scan.problem is not None:
+        faults.append(ShardFault(None, "truncated_shard" if scan.members else "not_a_tar", scan.problem))
+    cut = next(reversed(found), None) if scan.problem is not None else None  # its other members may be lost
+    rows: list[tuple[int, ...]] = []
+    keys: list[bytes] = []
+    key_end = 0
+    for key, members in found.items():
+        row = _check_sample(key, members, faults, tar_size=status.st_size, is_cut=key == cut)
+        if row is not None:
+            keys.append(key.encode("utf-8", "replace"))
+            key_end += len(keys[-1])
+            rows.append((*row, key_end))
+    table = np.array(rows, _SAMPLE)
+    return ShardIndex(size=status.st_size, written=status.st_mtime_ns, faults=faults, table=table, keys=b"".join(keys))
+
+
+def count_samples(tar: str | os.PathLike[str]) -> IndexHeader:
+    """How many samples a tar holds, from the head of its index; the index is made if it is missing or old.
+
+    Raises:
+        OSError: if the tar cannot be read.
+    """
+    header = read_header(f"{os.fspath(tar)}{INDEX_SUFFIX}")
+    status = os.stat(tar)
+    if header is not None and (header.size, header.written) == (status.st_size, status.st_mtime_ns):
+        return header
+    return open_index(tar).header()
+
+
+def open_index(tar: str | os.PathLike[str]) -> ShardIndex:
+    """The index of a tar: the one beside it if that is still true, or a new one, which is put there.
+
+    Where the folder cannot be written, the index is made for this process alone, with a warning.
+
+    Raises:
+        OSError: if the tar cannot be read.
+    """
+    path = Path(f"{os.fspath(tar)}{INDEX_SUFFIX}")
+    status = os.stat(tar)
+    index = load_index(path)
+    if index is not None and (index.size, index.written) == (status.st_size, status.st_mtime_ns):
+        return index
+    index = build_index(tar)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        partial.write_bytes(index.dump())
+        os.replace(partial, path)
+    except OSError as error:
+        logger.warning("cannot keep the index %s (%s): every process will scan the tar again", path, error)
+        partial.unlink(missing_ok=True)
+    return index
+
+
+def _group(members: list[TarMember]) -> tuple[dict[str, dict[str, Member]], list[ShardFault]]:
+    """Members by key and extension; of several with the same name the first one counts."""
+    found: dict[str, dict[str, Member]] = {}
+    again: dict[str, dict[str, int]] = {}
+    for name, offset, size in members:
+        parent, slash, file = name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        own = found.setdefault(f"{parent}{slash}{stem}", {})
+        extension = extension.lower()
+        if extension in own:
+            counts = again.setdefault(f"{parent}{slash}{stem}", {})
+            counts[extension] = counts.get(extension, 0) + 1
+        else:
+            own[extension] = Member(offset, size)
+    faults = [
+        ShardFault(key, "duplicate_key", "there are several samples of this name; the first one is used")
+        for key, counts in again.items()
+        for _ in range(max(counts.values()))
+    ]
+    return found, faults
+
+
+def _check_sample(
+    key: str, members: Mapping[str, Member], faults: list[ShardFault], *, tar_size: int, is_cut: bool
+) -> tuple[int, ...] | None:
+    """Row of the table without the end of its key; None for an unusable sample, whose fault is added."""
+    extension = next((name for name in IMAGE_EXTENSIONS if name in members), "")
+    used = [members[name] for name in (extension, "json", "txt") if name in members]
+    fault: tuple[str, str] | None = None
+    if any(member.offset + member.size > tar_size for member in used):
+        fault = ("truncated_shard", f"lies beyond the end of the tar, byte {tar_size}")
+    elif is_cut and not (extension and ("json" in members or "txt" in members)):
+        fault = ("truncated_shard", f"the tar ends after its {_list(members)}")
+    elif not extension:
+        fault = ("missing_image", f"has {_list(members)}; wanted one of {', '.join(IMAGE_EXTENSIONS)}")
+    elif "json" not in members and "txt" not in members:
+        fault = ("missing_caption", f"has {_list(members)}; wanted a json or txt")
+    elif empty := [name for name in (extension, "json", "txt") if name in members and not members[name].size]:
+        fault = ("empty_member", f"its {empty[0]} has no bytes")
+    elif any(member.size > _MAX_MEMBER_BYTES for member in used):
+        fault = ("too_many_pixels", "a member of more than 4 GB")
+    if fault is not None:
+        faults.append(ShardFault(key, *fault))
+        return None
+    none = Member(0, 0)
+    image, metadata, text = members[extension], members.get("json", none), members.get("txt", none)
+    return (*image, *metadata, *text, _EXTENSIONS.index(extension))
+
+
+def _list(members: Mapping[str, Member]) -> str:
+    return ", ".join(extension or "a file with no extension" for extension in sorted(members))

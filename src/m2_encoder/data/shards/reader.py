@@ -1,0 +1,231 @@
+"""Samples by shard and number: one read each, from tars that stay open.
+
+A shard that is gone, or not the one the run started with, makes its samples unusable, never wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from collections import OrderedDict
+from typing import NamedTuple
+
+from m2_encoder.data.order.manifest import ShardSize, is_remote
+from m2_encoder.data.samples.parse import SampleProblem
+from m2_encoder.data.shards.index import (
+    INDEX_SUFFIX,
+    IndexHeader,
+    ShardFault,
+    ShardIndex,
+    count_samples,
+    open_index,
+    parse_header,
+    parse_index,
+)
+from m2_encoder.data.shards.members import Member
+from m2_encoder.data.shards.remote import RemoteShards
+from m2_encoder.errors import UserError
+
+MAX_OPEN_SHARDS = 256
+"""Tars that a process keeps open; systems commonly allow 1,024 files."""
+
+_COPY_ATTEMPTS = 4
+_MAX_INDEX_BYTES = 1 << 30
+_RETRY_AFTER_S = 600.0  # a remote shard that failed is not asked for again before
+
+
+class SampleBytes(NamedTuple):
+    """The files of one sample.
+
+    Attributes:
+        key: as in the tar.
+        image: the image file.
+        json: its `.json`; None without one.
+        text: its `.txt`; None without one.
+    """
+
+    key: str
+    image: bytes
+    json: bytes | None
+    text: bytes | None
+
+
+class _OpenShard(NamedTuple):
+    descriptor: int
+    samples: ShardIndex
+
+
+class ShardReader:
+    """Reads samples of any shards; one per process.
+
+    Args:
+        remote: local copies of remote shards; None refuses urls.
+        max_open: tars to keep open.
+    """
+
+    def __init__(self, *, remote: RemoteShards | None = None, max_open: int = MAX_OPEN_SHARDS) -> None:
+        self._remote = remote
+        self._max_open = max_open
+        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
+        self._failed: dict[str, tuple[float, SampleProblem]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without open files: a worker process opens its own."""
+        return {**self.__dict__, "_open": OrderedDict(), "_failed": {}}
+
+    def measure(self, shard: str) -> ShardSize:
+        """How much a shard holds, from its index; for `build_manifest`.
+
+        A remote shard is measured by the `.index` beside it; without one it has to be downloaded.
+
+        Raises:
+            OSError: if the shard cannot be read.
+            UserError: for a url without a folder for copies.
+        """
+        if not is_remote(shard):
+            return _measured(count_samples(_path(shard)))
+        remote = self._need_remote(shard)
+        size = remote.stat(shard)
+        head = parse_header(remote.read_head(f"{shard}{INDEX_SUFFIX}", 4096) or b"")
+        if head is not None and head.size == size:
+            return _measured(head)._replace(written=0)
+        try:
+            counted = count_samples(remote.fetch(shard, size=size))
+        except SampleProblem as problem:
+            raise OSError(str(problem)) from problem
+        return _measured(counted)._replace(written=0)  # of the copy
+
+    def faults(self, shard: str) -> tuple[ShardFault, ...]:
+        """What headers tell to be unusable in a shard; of a remote one by the index beside it, or by its copy.
+
+        Raises:
+            OSError: if the shard cannot be read.
+        """
+        if not is_remote(shard):
+            return open_index(_path(shard)).faults
+        remote = self._need_remote(shard)
+        index = parse_index(remote.read_head(f"{shard}{INDEX_SUFFIX}", _MAX_INDEX_BYTES) or b"")
+        if index is None:
+            try:
+                index = open_index(remote.fetch(shard))
+            except SampleProblem as problem:
+                raise OSError(str(problem)) from problem
+        return index.faults
+
+    def read(self, shard: str, number: int, *, size: int, written: int = 0) -> SampleBytes:
+        """The files of a sample.
+
+        Args:
+            shard: path or url.
+            number: of the sample in the shard's index.
+            size: bytes of the tar when the run started.
+            written: when it was last written then, ns; 0 if nobody knows.
+
+        Raises:
+            SampleProblem: shard_missing, shard_changed, remote_timeout or remote_incomplete.
+            UserError: for a url without a folder for copies, or a folder that takes none.
+        """
+        opened = self._open.get(shard)
+        if opened is None:
+            opened = self._open_shard(shard, size, written)
+        else:
+            self._open.move_to_end(shard)
+        descriptor, samples = opened
+        try:
+            status = os.fstat(descriptor)
+            if (status.st_size, status.st_mtime_ns) != (samples.size, samples.written):
+                raise SampleProblem("shard_changed", "was written anew while the run read it")
+            sample = samples[number]
+            return SampleBytes(
+                sample.key,
+                _read(descriptor, sample.image),
+                None if sample.json is None else _read(descriptor, sample.json),
+                None if sample.text is None else _read(descriptor, sample.text),
+            )
+        except IndexError as error:
+            raise SampleProblem("shard_changed", str(error)) from error
+        except OSError as error:
+            raise SampleProblem("shard_missing", str(error)) from error
+
+    def key(self, shard: str, number: int) -> str | None:
+        """Name of a sample of an open shard; None if it is not open or has no such sample."""
+        opened = self._open.get(shard)
+        return opened.samples[number].key if opened is not None and number < len(opened.samples) else None
+
+    def prefetch(self, shards: list[tuple[str, int]]) -> None:
+        """Download the remote ones among these shards (path or url, size) in the background."""
+        remote = [(shard, size) for shard, size in shards if is_remote(shard)]
+        if remote and self._remote is not None:
+            self._remote.prefetch(remote)
+
+    def _open_shard(self, shard: str, size: int, written: int) -> _OpenShard:
+        failed = self._failed.get(shard)
+        if failed is not None and time.monotonic() < failed[0]:
+            raise failed[1]
+        try:
+            opened = self._open_copy(shard, size) if is_remote(shard) else _open(_path(shard), size, written)
+        except SampleProblem as problem:
+            if is_remote(shard):
+                self._failed[shard] = time.monotonic() + _RETRY_AFTER_S, problem
+            raise
+        self._open[shard] = opened
+        while len(self._open) > self._max_open:
+            os.close(self._open.popitem(last=False)[1].descriptor)
+        return opened
+
+    def _open_copy(self, shard: str, size: int) -> _OpenShard:
+        remote = self._need_remote(shard)
+        for _ in range(_COPY_ATTEMPTS):
+            path = remote.fetch(shard, size=size)
+            with contextlib.suppress(_GoneError):  # another process has made room since
+                return _open(str(path), size, 0)
+        raise UserError(
+            f"{shard}: its copy is removed before it can be read; data.cache.max_bytes is too small for what is open"
+        )
+
+    def _need_remote(self, shard: str) -> RemoteShards:
+        if self._remote is None:
+            raise UserError(f"{shard} is remote: give data.cache.folder, where copies of remote shards are kept")
+        return self._remote
+
+
+class _GoneError(SampleProblem):
+    """There is no such file."""
+
+
+def _open(path: str, size: int, written: int) -> _OpenShard:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise SampleProblem("shard_changed", "is no ordinary file any more")  # opening a pipe would wait
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _GoneError("shard_missing", f"{error.strerror}") from error
+    try:
+        status = os.fstat(descriptor)
+        if status.st_size != size:
+            raise SampleProblem("shard_changed", f"has {status.st_size} bytes, {size} when the run started")
+        if written and status.st_mtime_ns != written:
+            raise SampleProblem("shard_changed", "was written anew since the run started")
+        return _OpenShard(descriptor, open_index(path))
+    except (SampleProblem, OSError) as error:
+        os.close(descriptor)
+        if isinstance(error, SampleProblem):
+            raise
+        raise _GoneError("shard_missing", str(error)) from error
+
+
+def _measured(header: IndexHeader) -> ShardSize:
+    return ShardSize(header.samples, header.size, header.written, header.unusable, header.layout)
+
+
+def _path(shard: str) -> str:
+    return shard.removeprefix("file://")
+
+
+def _read(descriptor: int, member: Member) -> bytes:
+    content = os.pread(descriptor, member.size, member.offset)
+    if len(content) != member.size:
+        raise SampleProblem("shard_changed", f"gives {len(content)} of {member.size} bytes at {member.offset}")
+    return content

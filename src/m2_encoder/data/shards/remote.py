@@ -1,0 +1,289 @@
+"""Remote shards, downloaded whole into a folder of bounded size, by whatever transport fsspec knows.
+
+Processes of a machine share the folder: one downloads, the others wait. A download that stops moving is given up after
+a time-out and tried again; one whose size is not what the remote said never becomes a shard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from m2_encoder.data.samples.parse import SampleProblem
+from m2_encoder.data.shards.index import INDEX_SUFFIX
+from m2_encoder.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_PIECE_BYTES = 4 << 20
+_FIRST_PAUSE_S = 0.5  # before the second attempt; doubles
+_STALE_PARTIAL_S = 24 * 3600.0
+_TAR_SUFFIX = ".shard"
+
+
+class RemoteShards:
+    """Local copies of remote shards.
+
+    Args:
+        folder: where copies are kept; made if missing. Several runs may share it.
+        max_bytes: of all copies together; the longest unused ones are removed. At least the shards of all open
+            windows must fit, or they are downloaded again and again.
+        timeout_s: without a single byte after which an attempt is given up.
+        attempts: how often a download is tried.
+
+    Raises:
+        UserError: for numbers that are too small.
+    """
+
+    def __init__(self, folder: str, *, max_bytes: int, timeout_s: float = 60.0, attempts: int = 4) -> None:
+        for name, value in (("max_bytes", max_bytes), ("timeout_s", timeout_s), ("attempts", attempts)):
+            if not value > 0:
+                raise UserError(f"data.cache.{name}={value!r} must be above 0")
+        self._folder = Path(folder)
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._attempts = attempts
+        self._wanted: queue.SimpleQueue[tuple[str, int | None]] = queue.SimpleQueue()
+        self._fetcher: threading.Thread | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        """Of all copies together."""
+        return self._max_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the thread: a worker process starts its own."""
+        return {**self.__dict__, "_wanted": None, "_fetcher": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._wanted = queue.SimpleQueue()
+
+    def fetch(self, url: str, *, size: int | None = None) -> Path:
+        """The local copy of a shard; downloads it unless it is there.
+
+        Args:
+            url: anything fsspec opens.
+            size: bytes it must have; a copy of another size is downloaded anew. None takes what the remote says.
+
+        Raises:
+            SampleProblem: shard_missing, shard_changed, remote_timeout or remote_incomplete.
+            UserError: if the folder takes no copy.
+        """
+        path = self._path(url)
+        if self._is_there(path, size):
+            return path
+        with self._own_errors():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                if not self._is_there(path, size):  # another process was faster
+                    self._download(url, path, size)
+                    self._evict(path)
+        return path
+
+    def prefetch(self, shards: Sequence[tuple[str, int | None]]) -> None:
+        """Download shards (url, size) in the background, one after the other; what fails is left to `fetch`."""
+        missing = [(url, size) for url, size in shards if not self._is_there(self._path(url), size, touch=False)]
+        if not missing:
+            return
+        if self._fetcher is None or not self._fetcher.is_alive():
+            self._fetcher = threading.Thread(target=self._fetch_wanted, name="prefetch-shards", daemon=True)
+            self._fetcher.start()
+        for item in missing:
+            self._wanted.put(item)
+
+    def stat(self, url: str) -> int | None:
+        """Size of a remote shard, bytes; None if the remote does not say.
+
+        Raises:
+            OSError: if it is not there or the remote does not answer in time.
+        """
+        try:
+            return self._try(lambda: self._watch(lambda: _remote_size(url), url, lambda: 0), url)
+        except SampleProblem as problem:
+            raise OSError(problem.detail) from problem
+
+    def read_head(self, url: str, length: int) -> bytes | None:
+        """The first bytes of a small remote file; None if there is none."""
+
+        def read() -> bytes:
+            import fsspec
+
+            with fsspec.open(url, "rb") as file:
+                return file.read(length)
+
+        with contextlib.suppress(SampleProblem):
+            return self._watch(read, url, lambda: 0)
+        return None
+
+    def _path(self, url: str) -> Path:
+        digest = hashlib.blake2b(url.encode(), digest_size=10).hexdigest()
+        return self._folder / f"{digest}{_TAR_SUFFIX}"
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """What the folder of copies refuses concerns all samples: no reason to skip some of them."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"data.cache.folder={self._folder} takes no copy ({error.strerror or error}); make room there, choose "
+                f"another folder, or a smaller data.cache.max_bytes (now {self._max_bytes:,.0f})"
+            ) from error
+
+    def _is_there(self, path: Path, size: int | None, *, touch: bool = True) -> bool:
+        try:
+            status = path.stat()
+            if size is not None and status.st_size != size:
+                return False
+            if touch:
+                os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # when it was last used, for `_evict`
+        except OSError:
+            return False
+        return True
+
+    def _fetch_wanted(self) -> None:
+        while True:
+            url, size = self._wanted.get()
+            try:
+                self.fetch(url, size=size)
+            except (SampleProblem, UserError, OSError) as error:
+                logger.info("%s was not fetched ahead: %s", url, error)
+
+    def _download(self, url: str, path: Path, size: int | None) -> None:
+        partial = self._try(lambda: self._copy(url, path), url)
+        try:
+            found = partial.stat().st_size
+            if size is not None and found != size:
+                raise SampleProblem("shard_changed", f"has {found} bytes, {size} when the run started")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _copy(self, url: str, path: Path) -> Path:
+        """One attempt: all bytes, as many as the remote says there are, in a file of its own.
+
+        An attempt that was given up may wake up later; it must not write into the next one's file.
+        """
+        import fsspec
+
+        partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
+        progress = [0]
+
+        def copy() -> int | None:
+            size = _remote_size(url)
+            with fsspec.open(url, "rb") as source, self._own_errors_of(partial.open, "wb") as target:
+                while piece := source.read(_PIECE_BYTES):
+                    self._own_errors_of(target.write, piece)
+                    progress[0] += len(piece)
+                self._own_errors_of(target.flush)
+            return size
+
+        try:
+            size = self._watch(copy, url, lambda: progress[0])
+            if size is not None and progress[0] != size:
+                raise SampleProblem("remote_incomplete", f"gave {progress[0]} of {size} bytes")
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return partial
+
+    def _own_errors_of(self, function: Any, *arguments: Any) -> Any:
+        with self._own_errors():
+            return function(*arguments)
+
+    def _try(self, attempt: Any, url: str) -> Any:
+        """Repeat what the network may have spoilt."""
+        for number in range(self._attempts):
+            try:
+                return attempt()
+            except SampleProblem as problem:  # noqa: PERF203 - a download costs more
+                if problem.reason == "shard_missing" or number == self._attempts - 1:
+                    raise
+                logger.warning("%s: %s; trying again", url, problem)
+                time.sleep(_FIRST_PAUSE_S * 2**number)
+        raise AssertionError("unreachable: the last attempt raises or returns")
+
+    def _watch(self, work: Any, url: str, progress: Any) -> Any:
+        """Run transport code that may never return in a thread of its own, as long as it moves.
+
+        Raises:
+            SampleProblem: remote_timeout if it stops moving, or what its errors mean.
+            UserError: as the work raises it.
+        """
+        result: list[Any] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                result.append(work())
+            except BaseException as error:  # handed to the caller below
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name=f"download {url}", daemon=True)
+        thread.start()
+        seen = -1
+        while thread.is_alive() and (now := progress()) != seen:
+            seen = now
+            thread.join(self._timeout_s)
+        if thread.is_alive():
+            raise SampleProblem("remote_timeout", f"no byte for {self._timeout_s:g} s after {seen}")
+        if errors:
+            raise _translate(errors[0]) from errors[0]
+        return result[0]
+
+    def _evict(self, newest: Path) -> None:
+        """Remove the longest unused copies until the rest fits; open ones stay readable to who has them."""
+        found = []
+        for path in self._folder.iterdir():
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                if path.suffix == _TAR_SUFFIX and path != newest:
+                    found.append((status.st_atime_ns, status.st_size, path))
+                elif path.suffix == ".partial" and time.time() - status.st_mtime > _STALE_PARTIAL_S:
+                    path.unlink()
+        total = newest.stat().st_size + sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self._max_bytes:
+                return
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
+            total -= size
+
+
+def _remote_size(url: str) -> int | None:
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(url)
+    size = system.info(path).get("size")
+    return None if size is None else int(size)
+
+
+def _translate(error: BaseException) -> UserError:
+    """What an error of some transport means to a reader."""
+    if isinstance(error, UserError):
+        return error
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, FileNotFoundError):
+        return SampleProblem("shard_missing", text)
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # two classes before Python 3.11
+        return SampleProblem("remote_timeout", text)
+    return SampleProblem("remote_incomplete", text)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

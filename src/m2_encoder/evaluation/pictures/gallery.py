@@ -1,0 +1,258 @@
+"""One page that shows what a model finds: queries in both languages, and the first images for each.
+
+Ranks are as pessimistic as in `metrics`: a wrong image with the same score stands before the right one.
+
+Legend: n images · E feature dim · S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from m2_encoder.evaluation.encode import FeatureModel, Tokenize, encode_texts
+from m2_encoder.evaluation.pictures.drawing import Canvas, Color, text_width, wrap_text
+from m2_encoder.evaluation.retrieval import CaptionedImages, SetFeatures
+
+NUM_HITS = 5
+"""Images shown per query."""
+
+_PAGE: Color = (244, 246, 248)
+_PANEL: Color = (255, 255, 255)
+_LINE: Color = (224, 228, 234)
+_INK: Color = (23, 28, 36)
+_SOFT: Color = (104, 113, 126)
+_GREEN: Color = (22, 151, 88)
+_AMBER: Color = (176, 106, 12)
+_BLUE: Color = (42, 98, 196)
+_PILL: Color = (233, 239, 250)
+
+_MARGIN, _PADDING, _COLUMN_GAP, _SECTION_GAP = 44, 28, 44, 22
+_QUERY_WIDTH, _CARD, _INSET, _CARD_GAP = 164, 80, 8, 10
+_ROW_HEIGHT, _HEADER_HEIGHT, _SECTION_HEAD, _FOOTER_HEIGHT = 124, 132, 84, 64
+_HITS_WIDTH = NUM_HITS * _CARD + (NUM_HITS - 1) * _CARD_GAP
+_COLUMN_WIDTH = _QUERY_WIDTH + _HITS_WIDTH
+_LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
+
+
+class Hit(NamedTuple):
+    """One image that was found.
+
+    Attributes:
+        image: (3, S, S) uint8.
+        score: cosine of image and query.
+        is_right: whether it is what the query asks for.
+    """
+
+    image: Tensor
+    score: float
+    is_right: bool
+
+
+class GalleryRow(NamedTuple):
+    """One query and what it finds.
+
+    Attributes:
+        query: the text.
+        hits: the first images, best first.
+        rank: rank of the best right image, from 1; None for a free query, which has no right one.
+    """
+
+    query: str
+    hits: tuple[Hit, ...]
+    rank: int | None
+
+
+class GallerySection(NamedTuple):
+    """Queries against one set of images.
+
+    Attributes:
+        title: what is asked of the model.
+        note: what the images are.
+        columns: by language, rows of the same number.
+        figures: by language, what stands over its column, such as its recalls.
+        num_images: images searched.
+    """
+
+    title: str
+    note: str
+    columns: dict[str, tuple[GalleryRow, ...]]
+    figures: dict[str, str]
+    num_images: int
+
+
+def find_concepts(
+    dataset: CaptionedImages, features: SetFeatures, keys: Sequence[str], *, num_hits: int = NUM_HITS
+) -> dict[str, tuple[GalleryRow, ...]]:
+    """Rows that search for known concepts by their own captions.
+
+    Args:
+        dataset: the images.
+        features: of the same set.
+        keys: concepts of the set.
+        num_hits: images per row.
+
+    Returns:
+        By language, a row per key.
+
+    Raises:
+        ValueError: for a key that the set lacks.
+    """
+    missing = sorted(set(keys) - set(dataset.keys))
+    if missing:
+        raise ValueError(f"retrieval set {dataset.name!r} has no {', '.join(missing)}")
+    columns = {}
+    for language, texts in features.texts.items():
+        rows = []
+        for key in keys:
+            number = features.image_ids[dataset.keys.index(key)]
+            index = int((texts.ids == number).nonzero()[0])
+            right = features.image_ids == number
+            rows.append(_search(texts.texts[index], texts.features[index], dataset, features, right, num_hits))
+        columns[language] = tuple(rows)
+    return columns
+
+
+def find_freely(
+    model: FeatureModel,
+    tokenizer: Tokenize,
+    dataset: CaptionedImages,
+    features: SetFeatures,
+    queries: Mapping[str, tuple[str, ...]],
+    *,
+    num_hits: int = NUM_HITS,
+) -> dict[str, tuple[GalleryRow, ...]]:
+    """Rows for queries that no caption holds, and that therefore have no single right answer.
+
+    Args:
+        model: encodes the queries.
+        tokenizer: the model's own.
+        dataset: the images.
+        features: of the same set.
+        queries: by language.
+        num_hits: images per row.
+    """
+    columns = {}
+    for language, texts in queries.items():
+        encoded = encode_texts(model, texts, tokenizer)
+        columns[language] = tuple(
+            _search(text, feature, dataset, features, None, num_hits)
+            for text, feature in zip(texts, encoded, strict=True)
+        )
+    return columns
+
+
+def draw_gallery(path: Path, sections: Sequence[GallerySection], *, title: str, subtitle: str) -> Path:
+    """Draws the page as a PNG, two pixels per point.
+
+    Args:
+        path: where to write; replaced whole.
+        sections: from top to bottom, at least one.
+        title: headline.
+        subtitle: the line under it: which model, which data.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: without sections, or with columns of different length.
+    """
+    if not sections:
+        raise ValueError("a gallery needs at least one section")
+    for section in sections:
+        if len({len(rows) for rows in section.columns.values()}) != 1:
+            raise ValueError(f"section {section.title!r}: every language needs the same number of rows, at least one")
+    num_columns = max(len(section.columns) for section in sections)
+    width = 2 * (_MARGIN + _PADDING) + num_columns * _COLUMN_WIDTH + (num_columns - 1) * _COLUMN_GAP
+    height = _HEADER_HEIGHT + sum(_section_height(s) + _SECTION_GAP for s in sections) + _FOOTER_HEIGHT
+    canvas = Canvas(width, height, background=_PAGE)
+    canvas.text(title, _MARGIN, 64, 30, color=_INK, bold=True)
+    canvas.text(subtitle, _MARGIN, 95, 15, color=_SOFT)
+    y = float(_HEADER_HEIGHT)
+    for section in sections:
+        _draw_section(canvas, section, y, width - 2 * _MARGIN)
+        y += _section_height(section) + _SECTION_GAP
+    _draw_legend(canvas, y + 14)
+    canvas.save(path)
+    return path
+
+
+def _search(
+    query: str,
+    query_feature: Tensor,
+    dataset: CaptionedImages,
+    features: SetFeatures,
+    right: Tensor | None,
+    num_hits: int,
+) -> GalleryRow:
+    # Rounded, so that equal features tie although the product's last bits differ.
+    scores = (features.image_features.double() @ query_feature.double()).mul(1e10).round().div(1e10)
+    is_right = torch.zeros(len(scores), dtype=torch.bool) if right is None else right
+    wrong_first = is_right.long().argsort(stable=True)
+    order = wrong_first[scores[wrong_first].argsort(stable=True, descending=True)]
+    hits = tuple(Hit(dataset.images[i], float(scores[i]), bool(is_right[i])) for i in order[:num_hits].tolist())
+    rank = None if right is None else int(is_right[order].nonzero()[0]) + 1
+    return GalleryRow(query, hits, rank)
+
+
+def _section_height(section: GallerySection) -> int:
+    num_rows = max(map(len, section.columns.values()))
+    return _SECTION_HEAD + 40 + num_rows * _ROW_HEIGHT + 6
+
+
+def _draw_section(canvas: Canvas, section: GallerySection, y: float, width: float) -> None:
+    canvas.box(_MARGIN, y, width, _section_height(section), fill=_PANEL, outline=_LINE, radius=14)
+    left = _MARGIN + _PADDING
+    canvas.text(section.title, left, y + 40, 20, color=_INK, bold=True)
+    canvas.text(section.note, left, y + 64, 13.5, color=_SOFT)
+    for number, (language, rows) in enumerate(section.columns.items()):
+        x = left + number * (_COLUMN_WIDTH + _COLUMN_GAP)
+        _draw_column_head(canvas, language, section.figures.get(language, ""), x, y + _SECTION_HEAD)
+        for index, row in enumerate(rows):
+            _draw_row(canvas, row, x, y + _SECTION_HEAD + 44 + index * _ROW_HEIGHT, section.num_images)
+
+
+def _draw_column_head(canvas: Canvas, language: str, figures: str, x: float, y: float) -> None:
+    name = _LANGUAGE_NAMES.get(language, language)
+    pill_width = text_width(name, 13) + 20
+    canvas.box(x, y, pill_width, 24, fill=_PILL, radius=12)
+    canvas.text(name, x + pill_width / 2, y + 16.7, 13, color=_BLUE, anchor="ms")
+    canvas.text(figures, x + _COLUMN_WIDTH, y + 16.7, 13, color=_SOFT, anchor="rs")
+    canvas.box(x, y + 33, _COLUMN_WIDTH, 1, fill=_LINE)
+
+
+def _draw_row(canvas: Canvas, row: GalleryRow, x: float, y: float, num_images: int) -> None:
+    lines = wrap_text(row.query, 17, _QUERY_WIDTH - 16, max_lines=3)
+    baseline = y + _CARD / 2 - (len(lines) - 1) * 11 + (0 if row.rank is not None else 6)
+    for number, line in enumerate(lines):
+        canvas.text(line, x, baseline + number * 22, 17, color=_INK)
+    if row.rank is not None:
+        found = row.rank <= len(row.hits)
+        note = f"rank {row.rank}" if found else f"rank {row.rank:,} of {num_images:,}"
+        canvas.text(note, x, baseline + len(lines) * 22, 12.5, color=_GREEN if found else _AMBER)
+    for number, hit in enumerate(row.hits):
+        _draw_card(canvas, hit, x + _QUERY_WIDTH + number * (_CARD + _CARD_GAP), y)
+
+
+def _draw_card(canvas: Canvas, hit: Hit, x: float, y: float) -> None:
+    outline, line = (_GREEN, 2.5) if hit.is_right else (_LINE, 1.0)
+    canvas.box(x, y, _CARD, _CARD, fill=_PANEL, outline=outline, line=line, radius=10)
+    canvas.picture(hit.image, x + _INSET, y + _INSET, _CARD - 2 * _INSET)
+    if hit.is_right:
+        canvas.badge(x + _CARD - 15, y - 6, 21, fill=_GREEN)
+    color = _GREEN if hit.is_right else _SOFT
+    canvas.text(f"{hit.score:.2f}", x + _CARD / 2, y + _CARD + 17, 12, color=color, anchor="ms")
+
+
+def _draw_legend(canvas: Canvas, y: float) -> None:
+    canvas.badge(_MARGIN, y - 4, 19, fill=_GREEN)
+    parts = (
+        "the drawing that the query names",
+        "number under a picture: cosine of its feature and the query's",
+        "rank: place of the right drawing; equal scores count against it",
+    )
+    canvas.text("   ·   ".join(parts), _MARGIN + 28, y + 10.5, 13, color=_SOFT)

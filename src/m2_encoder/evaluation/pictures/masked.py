@@ -1,0 +1,148 @@
+"""A page of what a model makes of hidden patches and hidden words.
+
+Legend: S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from m2_encoder.evaluation.pictures.drawing import Canvas, Color, text_width, wrap_text
+
+_PAGE: Color = (244, 246, 248)
+_PANEL: Color = (255, 255, 255)
+_LINE: Color = (224, 228, 234)
+_INK: Color = (23, 28, 36)
+_SOFT: Color = (104, 113, 126)
+_GREEN: Color = (22, 151, 88)
+_GREEN_PILL: Color = (222, 243, 232)
+_AMBER: Color = (176, 106, 12)
+_AMBER_PILL: Color = (251, 238, 214)
+_BLUE: Color = (42, 98, 196)
+
+_MARGIN, _PADDING, _HEAD, _FOOT, _TITLES = 40, 24, 114, 54, 40
+_CARD, _GAP, _ROW, _TEXT_WIDTH = 84, 12, 108, 430
+_BLANK = "(blank)"
+_LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
+
+
+class Words(NamedTuple):
+    """A stretch of a caption.
+
+    Attributes:
+        text: visible, or what the model says in place of what is hidden.
+        is_right: whether it says the hidden words; None for visible ones.
+    """
+
+    text: str
+    is_right: bool | None = None
+
+
+class PredictedCaption(NamedTuple):
+    """A caption and what a model reads in it.
+
+    Attributes:
+        text: as it is.
+        words: with predictions in place of hidden words; empty if none were hidden.
+    """
+
+    text: str
+    words: tuple[Words, ...]
+
+
+class MaskedRow(NamedTuple):
+    """One image.
+
+    Attributes:
+        pictures: by the heading of their column, (3, S, S) uint8 each; the same columns in every row.
+        captions: by language.
+    """
+
+    pictures: Mapping[str, Tensor]
+    captions: Mapping[str, PredictedCaption]
+
+
+def draw_masked_page(path: Path, rows: Sequence[MaskedRow], *, title: str, subtitle: str, note: str) -> Path:
+    """Draws pictures on the left and captions on the right; what does not fit on a line ends in "…".
+
+    Args:
+        path: where to write, a PNG.
+        rows: at least one.
+        title: heading.
+        subtitle: line below it.
+        note: line below that, what the images are.
+
+    Returns:
+        `path`.
+    """
+    columns = list(rows[0].pictures)
+    pictures_width = len(columns) * (_CARD + _GAP) - _GAP
+    width = 2 * (_MARGIN + _PADDING) + pictures_width + 2 * _GAP + _TEXT_WIDTH
+    height = _HEAD + _TITLES + len(rows) * _ROW + _FOOT
+    canvas = Canvas(width, height, background=_PAGE)
+    canvas.text(title, _MARGIN, 46, 23, color=_INK, bold=True)
+    for text, y in ((subtitle, 72), (note, 91)):
+        canvas.text(_shorten(text, 12.5, width - 2 * _MARGIN), _MARGIN, y, 12.5, color=_SOFT)
+    canvas.box(_MARGIN, _HEAD, width - 2 * _MARGIN, height - _HEAD - _FOOT, fill=_PANEL, outline=_LINE, radius=14)
+    left = _MARGIN + _PADDING
+    for number, column in enumerate(columns):
+        x = left + number * (_CARD + _GAP) + _CARD / 2
+        canvas.text(column, x, _HEAD + 26, 11.5, color=_SOFT, anchor="ms")
+    for number, row in enumerate(rows):
+        y = _HEAD + _TITLES + number * _ROW
+        for place, column in enumerate(columns):
+            canvas.picture(row.pictures[column], left + place * (_CARD + _GAP), y, _CARD)
+        _draw_captions(canvas, row.captions, left + pictures_width + 2 * _GAP, y)
+    _draw_legend(canvas, height - _FOOT / 2)
+    canvas.save(path)
+    return path
+
+
+def _draw_captions(canvas: Canvas, captions: Mapping[str, PredictedCaption], x: float, y: float) -> None:
+    for number, (language, caption) in enumerate(captions.items()):
+        top = y + 17 + number * 46
+        canvas.text(_LANGUAGE_NAMES.get(language, language), x, top, 11, color=_BLUE)
+        canvas.text(_shorten(caption.text, 12, _TEXT_WIDTH - 56), x + 56, top, 12, color=_SOFT)
+        end, limit = x + 56, x + _TEXT_WIDTH - text_width("…", 16)
+        for words in caption.words:
+            if end + _words_width(words) > limit:
+                rest = _shorten(words.text, 16, limit - end) if words.is_right is None else "…"
+                canvas.text(rest, end, top + 23, 16, color=_INK)
+                break
+            end = _draw_words(canvas, words, end, top + 23)
+
+
+def _shorten(text: str, size: float, width: float) -> str:
+    return wrap_text(text, size, width, max_lines=1)[0]
+
+
+def _words_width(words: Words) -> float:
+    """As `_draw_words` draws them, at most."""
+    is_visible = words.is_right is None
+    return text_width(words.text, 16) if is_visible else text_width(words.text.strip() or _BLANK, 16) + 22
+
+
+def _draw_words(canvas: Canvas, words: Words, x: float, y: float) -> float:
+    if words.is_right is None:
+        return canvas.text(words.text, x, y, 16, color=_INK)
+    text = words.text.strip() or _BLANK
+    color, pill = (_GREEN, _GREEN_PILL) if words.is_right else (_AMBER, _AMBER_PILL)
+    x += 4 if words.text.startswith(" ") else 2
+    inner = text_width(text, 16) + 12
+    canvas.box(x, y - 16.5, inner, 22, fill=pill, radius=6)
+    canvas.text(text, x + 6, y, 16, color=color)
+    return x + inner + (6 if words.text.endswith(" ") else 3)
+
+
+def _draw_legend(canvas: Canvas, y: float) -> None:
+    x: float = _MARGIN
+    for color, pill, text in (
+        (_GREEN, _GREEN_PILL, "hidden words, predicted right"),
+        (_AMBER, _AMBER_PILL, "predicted wrong; the true caption stands above"),
+    ):
+        canvas.box(x, y - 9, 18, 14, fill=pill, outline=color, radius=4)
+        x = canvas.text(text, x + 26, y + 2.5, 12, color=_SOFT) + 24

@@ -1,0 +1,68 @@
+"""A page of images above what their codes give back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from m2_encoder.evaluation.pictures.drawing import Canvas, Color
+
+_PAGE: Color = (244, 246, 248)
+_PANEL: Color = (255, 255, 255)
+_LINE: Color = (224, 228, 234)
+_INK: Color = (23, 28, 36)
+_SOFT: Color = (104, 113, 126)
+_MARGIN, _CARD, _GAP, _PADDING, _HEAD, _SECTION_HEAD, _LABEL = 40, 76, 10, 20, 96, 62, 92
+
+
+class ReconstructedImages(NamedTuple):
+    """Images of one set.
+
+    Attributes:
+        title: what they are.
+        note: numbers of the whole set.
+        original: (n, 3, S, S) uint8.
+        drawn: as given back, (n, 3, S, S) uint8.
+    """
+
+    title: str
+    note: str
+    original: Tensor
+    drawn: Tensor
+
+
+def draw_reconstructions(path: Path, sets: Sequence[ReconstructedImages], *, title: str, subtitle: str) -> Path:
+    """Draws originals and, below each, what came back.
+
+    Args:
+        path: where to write, a PNG.
+        sets: with the same number of images each.
+        title: heading.
+        subtitle: line below it.
+
+    Returns:
+        `path`.
+    """
+    columns = max(len(shown.original) for shown in sets)
+    inner = _LABEL + columns * _CARD + (columns - 1) * _GAP
+    width = 2 * (_MARGIN + _PADDING) + inner
+    section = _SECTION_HEAD + 2 * _CARD + _GAP + _PADDING
+    canvas = Canvas(width, _HEAD + len(sets) * (section + _GAP) + _MARGIN - _GAP, background=_PAGE)
+    canvas.text(title, _MARGIN, 48, 23, color=_INK, bold=True)
+    canvas.text(subtitle, _MARGIN, 74, 12, color=_SOFT)
+    for number, shown in enumerate(sets):
+        top = _HEAD + number * (section + _GAP)
+        canvas.box(_MARGIN, top, width - 2 * _MARGIN, section, fill=_PANEL, outline=_LINE, radius=12)
+        left = _MARGIN + _PADDING
+        canvas.text(shown.title, left, top + 28, 15, color=_INK, bold=True)
+        canvas.text(shown.note, left, top + 47, 11, color=_SOFT)
+        for row, (label, images) in enumerate((("original", shown.original), ("from codes", shown.drawn))):
+            y = top + _SECTION_HEAD + row * (_CARD + _GAP)
+            canvas.text(label, left, y + _CARD / 2 + 4, 12, color=_SOFT)
+            for column, image in enumerate(images):
+                canvas.picture(image, left + _LABEL + column * (_CARD + _GAP), y, _CARD)
+    canvas.save(path)
+    return path

@@ -1,0 +1,172 @@
+"""The picture of a run with masked objectives: hidden patches drawn, hidden words said.
+
+Each image is shown with its captions in the order of the page; `masked_batches` says what is hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from m2_encoder.data.retrieval_set import RetrievalSet
+from m2_encoder.evaluation.encode import evaluation_mode
+from m2_encoder.evaluation.pictures.masked import MaskedRow, PredictedCaption, Words, draw_masked_page
+from m2_encoder.evaluation.tasks.masked_batches import ORDER, make_batch, make_passes
+from m2_encoder.evaluation.tasks.showcase import SPLIT_TITLES
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.objectives.base import LocalObjective, Objective
+from m2_encoder.objectives.masked_image import MaskedImage
+from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.objectives.patch_targets import NormalizedPixels, join_patches, split_patches
+from m2_encoder.runs.build import build_tokenizer
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.training.passes import PiecePasses
+from m2_encoder.types import ImageTextBatch
+
+PICTURE_FILE: Final = "masked.png"
+
+_ROWS: Final = 8
+_SPLITS: Final = ("heldout_style", "val")
+_HIDDEN_GREY: Final = 0.84
+_BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def draw_masked(
+    path: Path,
+    sets: Mapping[str, RetrievalSet],
+    *,
+    model: M2Encoder,
+    objectives: Mapping[str, Objective],
+    cfg: Mapping[str, Any],
+) -> Path | None:
+    """Draws what masked objectives predict on a reported set.
+
+    Args:
+        path: where to write.
+        sets: by split, images at the model's size.
+        model: trained, on any device.
+        objectives: of the run, with their heads.
+        cfg: the resolved configuration of the run.
+
+    Returns:
+        `path`, or None where no masked objective counted or no set is there.
+    """
+    masked = {n: o for n, o in objectives.items() if o.weight > 0 and isinstance(o, MaskedImage | MaskedLanguage)}
+    split = next((split for split in (*_SPLITS, *sets) if split in sets), None)
+    if not masked or split is None:
+        return None
+    tokenizer = build_tokenizer(cfg["model"], model.config)
+    chosen = choose_rows(sets[split])
+    with evaluation_mode(model):
+        batch = make_batch(sets[split], chosen, objectives=masked, tokenizer=tokenizer, model=model)
+        pictures, predicted = _predict(make_passes(model, batch, masked), masked, model)
+    captions = [sets[split].captions[language][item] for item in chosen for language in ORDER]
+    told = [_tell(batch, predicted, row, caption, tokenizer) for row, caption in enumerate(captions)]
+    rows = [
+        MaskedRow(
+            pictures={column: images[row].cpu() for column, images in pictures.items()},
+            captions=dict(zip(ORDER, told[row * len(ORDER) :], strict=False)),
+        )
+        for row in range(len(chosen))
+    ]
+    return draw_masked_page(
+        path,
+        rows,
+        title="Hidden patches and hidden words",
+        subtitle=f"run {cfg['run']['name']}, {cfg['trainer']['max_steps']:,} steps, objectives {', '.join(objectives)}",
+        note=f"{SPLIT_TITLES.get(split, split)}, chosen before training{_caveat(masked)}",
+    )
+
+
+def _caveat(objectives: Mapping[str, Objective]) -> str:
+    """What the drawings do not show."""
+    targets = [objective.targets for objective in objectives.values() if isinstance(objective, MaskedImage)]
+    shows_pixels = any(isinstance(target, NormalizedPixels) for target in targets)
+    return "; mean and contrast of each hidden patch are the true ones" if shows_pixels else ""
+
+
+def choose_rows(dataset: RetrievalSet, number: int = _ROWS) -> list[int]:
+    """Images at even distances among those with several words in English and several characters in Chinese.
+
+    Args:
+        dataset: where to choose.
+        number: how many at most.
+    """
+    wordy = [
+        row
+        for row in range(len(dataset.keys))
+        if len(dataset.captions["en"][row].split()) > 1 and len(dataset.captions["zh"][row]) > 2
+    ]
+    candidates = wordy if len(wordy) >= number else list(range(len(dataset.keys)))
+    return candidates[:: max(1, len(candidates) // number)][:number]
+
+
+def _predict(
+    passes: PiecePasses, objectives: Mapping[str, LocalObjective], model: M2Encoder
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Pictures by the heading of their column, and captions with predicted tokens, (k * b, T), if words were hidden."""
+    pictures: dict[str, Tensor] = {"original": passes.batch.images}
+    predicted: Tensor | None = None
+    for objective in objectives.values():
+        objective.to(model.logit_scale.device).eval()
+        if isinstance(objective, MaskedImage):
+            pictures |= _draw_patches(objective, passes, model.config.patch_size)
+        elif isinstance(objective, MaskedLanguage):
+            predicted = objective.predict(passes, model.text_embed.tokens.weight).cpu()
+    return pictures, predicted
+
+
+def _draw_patches(objective: MaskedImage, passes: PiecePasses, patch_size: int) -> dict[str, Tensor]:
+    """Images with hidden patches, and as drawn with each caption, by column."""
+    mask, images, captions = objective.choose(passes), passes.batch.images, len(ORDER)
+    patches = split_patches(images, patch_size).masked_fill(mask[..., None], _HIDDEN_GREY)
+    drawn = objective.targets.draw(
+        passes.masked_image(mask), images.repeat_interleave(captions, 0), mask.repeat_interleave(captions, 0)
+    )
+    found = {"hidden": _to_uint8(join_patches(patches, patch_size))}
+    for place, name in enumerate(("with 中文", "with English")):
+        found[name] = _to_uint8(drawn[place::captions])
+    return found
+
+
+def _tell(
+    batch: ImageTextBatch, predicted: Tensor | None, row: int, caption: str, tokenizer: SentencePieceTokenizer
+) -> PredictedCaption:
+    """One caption with predictions in place of hidden words; neighbours that are hidden stand together."""
+    if predicted is None or batch.masked_text is None:
+        return PredictedCaption(caption, ())
+    length = min(int(batch.text.mask[row].sum()), predicted.shape[1])
+    true = batch.text.ids[row, :length].tolist()
+    hidden = batch.masked_text.predicted[row, :length].tolist()
+    said = predicted[row, :length].tolist()
+    words: list[Words] = []
+    for place in range(length):
+        if true[place] in (tokenizer.cls_id, tokenizer.end_id):
+            continue
+        is_right = said[place] == true[place] if hidden[place] else None
+        piece = tokenizer.pieces([said[place] if hidden[place] else true[place]])[0].replace("▁", " ")
+        if words and (words[-1].is_right is None) == (is_right is None):
+            both = None if is_right is None else bool(words[-1].is_right and is_right)
+            words[-1] = Words(words[-1].text + piece, both)
+        else:
+            words.append(Words(piece if words else piece.lstrip(), is_right))
+    return PredictedCaption(caption, tuple(Words(spell_bytes(word.text), word.is_right) for word in words))
+
+
+def spell_bytes(text: str) -> str:
+    """Runs of byte pieces (<0xE7><0xBB><0x83>) as the characters they spell; ? for bytes that spell none."""
+
+    def spell(run: re.Match[str]) -> str:
+        values = bytes(int(value, 16) for value in _BYTE.findall(run[0]))
+        return re.sub("\N{REPLACEMENT CHARACTER}+", "?", values.decode(errors="replace"))
+
+    return re.sub(rf"(?:{_BYTE.pattern})+", spell, text)
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)

@@ -1,0 +1,157 @@
+"""Loggers beside `metrics.jsonl`: Weights & Biases that never asks and never stops a run, and CSV."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from m2_encoder.distributed.ranks import is_first_rank
+from m2_encoder.runs.provenance import command_line, git_revision
+
+_INIT_TIMEOUT_S: Final = 30.0
+_WANDB_MODES: Final = ("online", "offline", "disabled")
+
+
+class QuietWandbLogger(WandbLogger):
+    """Lightning's W&B logger, which gives up with one line instead of stopping the run when W&B fails.
+
+    Args:
+        **settings: those of `WandbLogger`, the others go to `wandb.init`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it always; W&B warns that it is gone
+        self._has_failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Hand scalars to W&B; after a failure only `metrics.jsonl` goes on."""
+        self._try(lambda: super(QuietWandbLogger, self).log_metrics(dict(metrics), step))
+
+    @rank_zero_only
+    def close(self, summary: Mapping[str, float]) -> None:
+        """Add the final metrics and end the W&B run, so that the next run of this process gets its own."""
+        self._try(lambda: self.experiment.summary.update(dict(summary)))
+        self._try(lambda: self.experiment.finish())  # noqa: PLW0108 - looking it up may fail too
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._has_failed:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever breaks there, the training it reports on is worth more
+            self._has_failed = True
+            _say(f"W&B: stopped ({_first_line(error)}); metrics.jsonl goes on")
+
+
+def build_csv_logger(*, folder: Path, flush_every_n_steps: int = 100) -> CSVLogger:
+    """Scalars as CSV, in `<run folder>/csv/version_<n>/metrics.csv`.
+
+    Args:
+        folder: the run's.
+        flush_every_n_steps: how many logged steps stay in memory.
+    """
+    return CSVLogger(save_dir=folder, name="csv", flush_logs_every_n_steps=flush_every_n_steps)
+
+
+def build_wandb_logger(
+    *,
+    run_name: str,
+    folder: Path,
+    cfg: Mapping[str, Any],
+    project: str = "m2-encoder",
+    entity: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    mode: str = "auto",
+) -> WandbLogger | None:
+    """Starts a W&B run whose id and name are the run's, so that a requeued job continues its curves.
+
+    Without a key it stays offline: files in the run's folder that `wandb sync` uploads later. It never asks
+    for a key. If W&B cannot start, a warning says why and None is returned; `metrics.jsonl` has the same
+    scalars.
+
+    Args:
+        run_name: id and name.
+        folder: the run's; W&B's own files go to its sub-folder `wandb`.
+        cfg: resolved configuration, logged with the git revision and the command.
+        project: W&B project.
+        entity: W&B user or team; None is the account's default.
+        group: W&B group.
+        tags: W&B tags.
+        mode: "auto" (online with a key, else offline), "online", "offline" or "disabled". The variable
+            `WANDB_MODE` overrides it.
+    """
+    mode = resolve_mode(mode)
+    if mode == "disabled" or not is_first_rank():
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")  # its own remarks come before its settings are read
+    try:
+        import wandb  # a second, which runs without it need not wait
+
+        logger = QuietWandbLogger(
+            name=run_name,
+            id=run_name,
+            save_dir=str(folder),
+            project=project,
+            entity=entity,
+            group=group,
+            tags=list(tags),
+            mode=mode,
+            config={**cfg, "git_revision": git_revision(), "command": command_line()},
+            settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_TIMEOUT_S),
+        )
+        _ = logger.experiment  # starts the run now, where a failure can still be told from one of the training
+    except Exception as error:  # its client, its service, the disk and the network raise what they like
+        _say(f"W&B: not available ({_first_line(error)}); metrics.jsonl has all scalars")
+        return None
+    if mode == "offline":
+        _say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
+    return logger
+
+
+def resolve_mode(mode: str) -> str:
+    """What "auto" means here: online with a key, offline without; `WANDB_MODE` wins where it says something usable."""
+    wanted = os.environ.get("WANDB_MODE", "").strip().lower()
+    if wanted in {"dryrun", "offline"}:
+        return "offline"
+    if wanted in _WANDB_MODES:
+        mode = wanted
+    if mode in {"offline", "disabled"}:
+        return mode
+    if has_wandb_key():
+        return "online"
+    if mode == "online":
+        _say("W&B: no key found (WANDB_API_KEY, or `wandb login`); staying offline")
+    return "offline"
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B can log in without asking: a key in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY", "").strip():
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        entry = netrc.netrc(str(path)).authenticators(host or "api.wandb.ai")
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return bool(entry and entry[2])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

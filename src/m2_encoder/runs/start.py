@@ -1,0 +1,100 @@
+"""What `m2-train` says about its data before the model is built, and where that is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import lightning
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from m2_encoder.config.command import ProblemsError
+from m2_encoder.data.inspect.source_report import SourceReport
+from m2_encoder.data.inspect.start_check import describe_problems, to_plain
+from m2_encoder.data.inspect.tables import make_table
+from m2_encoder.data.packing.shards import write_json
+from m2_encoder.data.webdataset_module import WebDatasetModule
+from m2_encoder.distributed.ranks import is_first_rank
+from m2_encoder.evaluation.console import open_console
+from m2_encoder.types import LANGUAGES
+
+CHECK_FILE: Final = "data_check.json"
+"""In the run's folder: what was found in its sources, and in which."""
+
+
+def check_data(datamodule: lightning.LightningDataModule, folder: Path, *, resumes: bool) -> dict[str, Any] | None:
+    """Look into the sources of a run, in the first of its processes, and print what is there.
+
+    Args:
+        datamodule: of the run; others than `WebDatasetModule` are not looked into.
+        folder: the run's; nothing is written.
+        resumes: whether a run is continued; the same sources are then not looked at again.
+
+    Returns:
+        What `write_check` keeps; None if nothing was looked at.
+
+    Raises:
+        UserError: if a source cannot be read, or training on it would be pointless; all reasons at once.
+    """
+    if not isinstance(datamodule, WebDatasetModule) or not datamodule.is_checked_at_start:
+        return None
+    if not is_first_rank():
+        datamodule.skip_check()
+        return None
+    if resumes and _was_checked(folder / CHECK_FILE, datamodule.manifest.fingerprint()):
+        datamodule.check_order(resumes=True)
+        datamodule.skip_check()
+        return None
+    reports = datamodule.check_sources()
+    console = open_console()
+    console.print(_table(reports))
+    _print_warnings(console, reports)
+    if problems := describe_problems(reports):
+        raise ProblemsError(problems)
+    datamodule.check_order(resumes=resumes)
+    return {"manifest": datamodule.manifest.fingerprint(), "sources": to_plain(reports)}
+
+
+def write_check(folder: Path, check: Mapping[str, Any] | None) -> None:
+    """Keep what was found beside the run."""
+    if check is not None:
+        write_json(folder / CHECK_FILE, check)
+
+
+def _was_checked(path: Path, manifest: Mapping[str, str]) -> bool:
+    try:
+        return bool(json.loads(path.read_bytes())["manifest"] == manifest)
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged by whoever
+        return False
+
+
+def _table(reports: Mapping[str, SourceReport]) -> Table:
+    languages = [f"{name} (length)" for name in LANGUAGES]
+    table = make_table("source", "samples", "read", "usable", *languages, "pixels", "repeated", "false neg.")
+    for name, report in reports.items():
+        table.add_row(
+            Text(name),
+            f"{'' if report.is_whole else 'about '}{report.samples:,}",
+            f"{report.inspected:,}",
+            f"{report.usable_share:.1%}",
+            *(_describe_captions(report, language) for language in LANGUAGES),
+            f"{report.width[2]:.0f}x{report.height[2]:.0f}" if report.usable else "-",
+            f"{report.captions.share:.1%}",
+            f"{report.false_negatives.share_of_rows:.1%}",
+        )
+    return table
+
+
+def _describe_captions(report: SourceReport, language: str) -> str:
+    found = report.languages.get(language)
+    return "-" if found is None else f"{found.samples / report.usable:.0%} ({found.characters[2]:.0f})"
+
+
+def _print_warnings(console: Console, reports: Mapping[str, SourceReport]) -> None:
+    for name, report in reports.items():
+        for warning in report.warnings:
+            console.print(Text(f"data.sources.{name}: warning: {warning}", style="yellow"), soft_wrap=True)

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2_encoder.config import command as cli
+from m2_encoder.config.compose import UNSET
+from m2_encoder.errors import UserError
+
+Run = Callable[[dict[str, Any]], int | None]
+
+
+def _check(cfg: dict[str, Any]) -> list[str]:
+    return [] if cfg["size"] is UNSET or cfg["size"] > 0 else [f"size={cfg['size']}: must be above 0; try size=1"]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Starts a command whose work is a function of the test's."""
+    conf = tmp_path / "conf"
+    (conf / "kind").mkdir(parents=True)
+    (conf / "tool.yaml").write_text(
+        f"defaults: [_self_, kind: one]\nsize: 1\nrun: {{name: try, folder: '{tmp_path / 'outputs'}'}}\n",
+        encoding="utf-8",
+    )
+    for name in ("one", "two"):
+        (conf / "kind" / f"{name}.yaml").write_text(f"label: {name}\n", encoding="utf-8")
+    monkeypatch.setattr(cli, "find_conf", lambda: conf)
+    monkeypatch.chdir(tmp_path)
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def run(work: Run, *argv: str, has_folder: bool = False) -> int:
+        command = cli.Command(
+            name="m2-tool",
+            config_name="tool",
+            summary="Test things.",
+            examples=("m2-tool size=2",),
+            check=_check,
+            run=work,
+            run_folder=cli.default_run_folder if has_folder else None,
+            notes=("A note.",),
+        )
+        monkeypatch.setattr(sys, "argv", ["m2-tool", *argv])
+        return cli.run_command(command)
+
+    return run
+
+
+def _never(_cfg: dict[str, Any]) -> int:
+    raise AssertionError("ran although it should not")
+
+
+def test_work_gets_plain_values(start: Callable[..., int]) -> None:
+    seen: list[dict[str, Any]] = []
+    assert start(seen.append, "size=2", "kind=two", "+more={a: [1, x]}") == 0
+    (cfg,) = seen
+    assert (type(cfg), type(cfg["more"]), type(cfg["more"]["a"])) == (dict, dict, list)
+    assert (cfg["size"], cfg["kind"], cfg["more"]) == (2, {"label": "two"}, {"a": [1, "x"]})
+
+
+def test_exit_code_of_the_work(start: Callable[..., int]) -> None:
+    assert start(lambda _cfg: 1) == 1
+
+
+def test_command_without_a_folder_writes_nothing(start: Callable[..., int], tmp_path: Path) -> None:
+    assert start(lambda _cfg: None) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["conf"]
+
+
+def test_records_go_to_the_run_folder(start: Callable[..., int], tmp_path: Path) -> None:
+    assert start(lambda _cfg: None, "run.name=x", has_folder=True) == 0
+    assert {path.name for path in (tmp_path / "outputs" / "x" / ".hydra").iterdir()} >= {
+        "config.yaml",
+        "overrides.yaml",
+    }
+    assert [path.name for path in (tmp_path / "outputs" / "x").iterdir()] == [".hydra"], "no log files"
+
+
+def test_problems_of_overrides_and_values_come_together(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(_never, "size=-1", "sise=2", "kind=three") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "m2-tool: 3 problems:"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["sise=2", "kind=three", "size=-1"]
+
+
+def test_user_error_of_the_work_is_one_line(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    def work(_cfg: dict[str, Any]) -> None:
+        raise UserError("photos:\n  no such folder")
+
+    assert start(work) == 2
+    assert capsys.readouterr().err == "m2-tool: photos: no such folder\n"
+
+
+def test_user_error_inside_another_exception(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    def work(_cfg: dict[str, Any]) -> None:
+        try:
+            raise UserError("scale=3 must be at most 1")
+        except UserError as error:
+            raise RuntimeError("Error in call to target") from error
+
+    assert start(work) == 2
+    assert capsys.readouterr().err == "m2-tool: scale=3 must be at most 1\n"
+
+
+def test_bug_keeps_its_traceback(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    def work(_cfg: dict[str, Any]) -> None:
+        raise RuntimeError("a bug")
+
+    assert start(work) == 1
+    text = capsys.readouterr().err
+    assert "Traceback" in text
+    assert "a bug" in text
+
+
+def test_interruption(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    def work(_cfg: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    assert start(work) == 130
+    assert capsys.readouterr().err.strip() == "m2-tool: interrupted"
+
+
+def test_full_error(start: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UserError, match="must be above 0"):
+        start(_never, "size=-1")
+
+
+def test_only_the_first_rank_speaks(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert start(_never, "size=-1") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_help(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(_never, "--help") == 0
+    text = capsys.readouterr().out
+    for part in ("Test things.", "m2-tool size=2", "one* | two", "--multirun", "A note."):
+        assert part in text
+
+
+def test_composed_configuration_can_be_shown(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(_never, "size=-1", "--cfg", "job") == 0
+    assert "size: -1" in capsys.readouterr().out
+
+
+def test_sweep_gives_every_job_its_name(start: Callable[..., int], tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    assert start(seen.append, "-m", "size=1,2", "kind=two", has_folder=True) == 0
+    assert [(cfg["run"]["name"], cfg["size"]) for cfg in seen] == [("try-size=1", 1), ("try-size=2", 2)]
+    assert (tmp_path / "outputs" / "multirun").is_dir()
+
+
+def test_values_may_refer_to_swept_ones(start: Callable[..., int]) -> None:
+    seen: list[dict[str, Any]] = []
+    assert start(seen.append, "-m", "size=${more}", "+more=1,2", has_folder=True) == 0
+    assert [(cfg["run"]["name"], cfg["size"]) for cfg in seen] == [("try-more=1", 1), ("try-more=2", 2)]
+
+
+def test_records_of_a_sweep_go_where_they_are_wanted(start: Callable[..., int], tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    assert start(lambda _cfg: None, "-m", "size=1,2", f"hydra.sweep.dir={folder}", has_folder=True) == 0
+    assert (folder / "multirun.yaml").is_file()
+    assert not (tmp_path / "outputs" / "multirun").exists()
+
+
+def test_sweep_with_one_bad_job_starts_none(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(_never, "-m", "size=1,-1", has_folder=True) == 2
+    assert "size=-1" in capsys.readouterr().err
+
+
+def test_sweep_with_colliding_names_starts_none(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(_never, "-m", "run.name=a,a", has_folder=True) == 2
+    assert "two jobs" in capsys.readouterr().err
+
+
+def test_argv_is_restored_and_complete_meanwhile(start: Callable[..., int]) -> None:
+    seen: list[list[str]] = []
+    assert start(lambda _cfg: seen.append(sys.argv), "size=2") == 0
+    # Lightning starts other ranks with it.
+    assert seen[0][:2] == ["m2-tool", "size=2"]
+    assert "hydra.run.dir=." in seen[0]
+    assert sys.argv == ["m2-tool", "size=2"]
+
+
+def test_folder_with_special_characters(start: Callable[..., int], tmp_path: Path) -> None:
+    folder = tmp_path / 'a "b", [c]=d'
+    quoted = str(folder).replace('"', '\\"')
+    assert start(lambda _cfg: None, f'run.folder="{quoted}"', has_folder=True) == 0
+    assert (folder / "try" / ".hydra").is_dir()
+
+
+@pytest.mark.parametrize("argv", [["size=2", "--cfg", "job", "kind=two"], ["--cfg", "job", "size=2", "kind=two"]])
+def test_flags_may_stand_anywhere(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    assert start(_never, *argv) == 0
+    assert "label: two" in capsys.readouterr().out

@@ -1,0 +1,108 @@
+"""Paths as users type them reach the commands unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m2_encoder.config.model_choice import (
+    find_path,
+    flag_problems,
+    model_problems,
+    number_problems,
+    output_problems,
+    protect_paths,
+)
+
+PATHS = st.text(st.sampled_from("ab/ .=,\\\"'()[]{}:猫é$%~+-") | st.characters(exclude_categories=["C"]), min_size=1)
+
+
+@given(PATHS)
+def test_any_path_survives_hydra(path: str) -> None:
+    if path.startswith(("'", '"', "[", "{", "$")):
+        return  # Hydra's own syntax: the user has quoted already
+    (line,) = protect_paths([f"images={path}"], {"images"})
+    assert OverridesParser.create().parse_override(line).value() == path
+
+
+@pytest.mark.parametrize("argument", ["images=null", "images=???", "images=", 'images="a b"', "--help", "x=a=b"])
+def test_everything_else_stays(argument: str) -> None:
+    assert protect_paths([argument], {"images"}) == [argument]
+
+
+def test_sweeps_stay() -> None:
+    assert protect_paths(["-m", "model=a,b"], {"model"}) == ["-m", "model=a,b"]
+
+
+def test_paths_count_from_the_working_directory_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_path("here").samefile(tmp_path / "here")
+    assert find_path("outputs/nowhere").is_absolute()
+
+
+def config(**changes: object) -> dict[str, object]:
+    return {"model": "tiny", "weights": None, "tokenizer": None, "device": "cpu", **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "model=tiny: a named model needs its checkpoint; add weights=FILE"),
+        ({"model": "m2_encoder_0_4b"}, "add weights=FILE"),
+        ({"model": "nowhere/export"}, "model=nowhere/export: no such folder"),
+        ({"model": 3}, "model=3: no such folder"),
+        ({"weights": "nothing.ckpt"}, "weights=nothing.ckpt: no such file"),
+        ({"weights": "https://host/x", "tokenizer": "sp.model"}, "tokenizer=sp.model: no such file"),
+        ({"weights": "https://host/x", "device": "gpu"}, "device=gpu: no such kind"),
+        ({"weights": "https://host/x", "device": "meta"}, "device=meta: this machine has none"),
+    ],
+)
+def test_model_problems(changes: dict[str, object], message: str) -> None:
+    problems = model_problems(config(**changes))
+    assert len(problems) == 1
+    assert message in problems[0]
+
+
+def test_a_url_is_not_looked_for() -> None:
+    assert model_problems(config(weights="https://host/x.ckpt", device="auto")) == []
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "4", 2.0, None])
+def test_numbers_must_be_whole(value: object) -> None:
+    assert len(number_problems({"batch_size": value}, batch_size=1)) == 1
+    assert number_problems({"batch_size": 1}, batch_size=1) == []
+
+
+def test_flags_must_be_flags() -> None:
+    assert flag_problems({"overwrite": "yes"}, "overwrite") == ["overwrite=yes: must be true or false"]
+    assert flag_problems({"overwrite": False}, "overwrite") == []
+
+
+def test_output_problems(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.touch()
+    assert output_problems(None, overwrite=False) == []
+    assert output_problems(str(tmp_path / "new" / "b.json"), overwrite=False) == []
+    assert "overwrite=true" in output_problems(str(file), overwrite=False)[0]
+    assert output_problems(str(file), overwrite=True) == []
+    assert "is a folder" in output_problems(str(tmp_path), overwrite=True)[0]
+    assert "no folder that you may write to" in output_problems(str(file / "b.json"), overwrite=False)[0]
+
+
+def test_a_folder_that_takes_no_file_is_found_by_trying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To root, every folder seems to be writable."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    (problem,) = output_problems(str(tmp_path / "b.json"), overwrite=False)
+    assert problem == (
+        f"output={tmp_path}/b.json: cannot be written, because {tmp_path} is no folder that you may write to"
+    )
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from m2_encoder.config import paths
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The least that counts as a checkout."""
+    root = tmp_path / "checkout"
+    (root / "src" / "m2_encoder").mkdir(parents=True)
+    (root / "conf").mkdir()
+    (root / "conf" / "train.yaml").touch()
+    (root / "notebooks" / "deep").mkdir(parents=True)
+    return root
+
+
+def test_checkout_is_found_from_below(checkout: Path) -> None:
+    assert paths.find_checkout(checkout / "notebooks" / "deep") == checkout
+    assert paths.find_conf(checkout / "notebooks") == checkout / "conf"
+
+
+def test_no_checkout_outside(tmp_path: Path) -> None:
+    assert paths.find_checkout(tmp_path) is None
+
+
+def test_outside_the_installed_configurations_serve(tmp_path: Path) -> None:
+    assert (paths.find_conf(tmp_path) / "train.yaml").is_file()
+
+
+def test_packaged_configurations_beat_a_source_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "lib" / "m2_encoder"
+    (package / "conf").mkdir(parents=True)
+    (package / "conf" / "train.yaml").touch()
+    monkeypatch.setattr(paths, "PACKAGE_FOLDER", package)
+    assert paths.find_conf(tmp_path) == package / "conf"
+
+
+def test_damaged_installation_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "PACKAGE_FOLDER", tmp_path / "a" / "b" / "m2_encoder")
+    with pytest.raises(FileNotFoundError, match="install m2-encoder again"):
+        paths.find_conf(tmp_path)
+
+
+def test_relative_paths_count_from_the_checkout_or_the_working_directory(checkout: Path, tmp_path: Path) -> None:
+    assert paths.anchor("outputs", checkout / "notebooks") == checkout / "outputs"
+    assert paths.anchor("outputs", tmp_path) == tmp_path / "outputs"
+    assert paths.anchor("/elsewhere/outputs", checkout) == Path("/elsewhere/outputs")
+    assert paths.anchor("~/outputs", checkout) == Path.home() / "outputs"

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m2_encoder.data.loading.faults import SKIP_REASONS
+from m2_encoder.data.samples.language import detect_language
+from m2_encoder.data.samples.parse import CaptionText, SampleProblem, parse_sample_text
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+@pytest.mark.parametrize(
+    ("json_file", "text_file", "expected"),
+    [
+        ({"captions": {"zh": ["猫"], "en": [" a cat ", ""]}}, None, [("a cat", "en", None), ("猫", "zh", None)]),
+        (
+            {"captions": {"en": [{"text": "cat", "role": "name"}, "tom"]}},
+            None,
+            [("cat", "en", "name"), ("tom", "en", None)],
+        ),
+        (
+            {"captions": {"en": ["cat", "pet"]}, "caption_roles": {"en": ["name", "keyword"]}},
+            None,
+            [("cat", "en", "name"), ("pet", "en", "keyword")],
+        ),
+        ({"caption": "一只 cat"}, None, [("一只 cat", "zh", None)]),
+        ({"text": "cat", "url": "x"}, b"not this one", [("cat", "en", None)]),
+        ({"url": "x"}, "\ufeff猫\n".encode(), [("猫", "zh", None)]),
+        ({"captions": {"fr": ["chat"], "en": ["cat"]}}, None, [("cat", "en", None)]),
+        (None, b"a cat\n", [("a cat", "en", None)]),
+    ],
+)
+def test_captions(json_file: Any, text_file: bytes | None, expected: list[tuple[str, str, str | None]]) -> None:
+    content = None if json_file is None else _encode(json_file)
+    found = parse_sample_text(content, text_file)
+    assert found.captions == tuple(CaptionText(*item) for item in expected)
+    assert found.keys == tuple(json_file or ())
+
+
+@pytest.mark.parametrize(
+    ("json_file", "text_file", "reason", "detail"),
+    [
+        (None, None, "missing_caption", "no .json or .txt"),
+        (b"{}", None, "missing_caption", "its JSON has no keys"),
+        (_encode({"url": "x", "alt": "y"}), None, "missing_caption", "its JSON has url, alt"),
+        (_encode({"captions": {"en": [" "]}}), None, "missing_caption", "captions"),
+        (_encode({"captions": {"fr": ["chat"]}}), None, "missing_caption", "captions"),
+        (None, b"", "empty_member", ".txt"),
+        (None, b" \n", "missing_caption", ""),
+        (b"", None, "empty_member", ".json"),
+        (b"{", None, "bad_json", ""),
+        (b"[1]", None, "bad_json", "list"),
+        (b"[" * 100_000, None, "bad_json", "recursion"),
+        (b"\xff{}", None, "not_utf8", "byte 0"),
+        (None, "中文".encode("gb18030"), "not_utf8", ".txt"),
+        (b'{"caption": "\\ud83d"}', None, "not_utf8", "U+D83D"),
+        (b'{"caption": "a", "key": "\\ud83d"}', None, "not_utf8", "U+D83D"),
+        (_encode({"caption": ["a"]}), None, "wrong_type", "caption is a list"),
+        (_encode({"captions": ["a"]}), None, "wrong_type", "captions is a list"),
+        (_encode({"captions": {"en": "a"}}), None, "wrong_type", "not a list"),
+        (_encode({"captions": {"en": [7]}}), None, "wrong_type", "7"),
+        (_encode({"captions": {"en": ["a"]}, "caption_roles": {"en": []}}), None, "wrong_type", "1 captions and 0"),
+        (_encode({"caption": "a", "key": [1]}), None, "wrong_type", "key"),
+    ],
+)
+def test_problems(json_file: bytes | None, text_file: bytes | None, reason: str, detail: str) -> None:
+    with pytest.raises(SampleProblem) as caught:
+        parse_sample_text(json_file, text_file)
+    assert caught.value.reason == reason
+    assert detail in caught.value.detail
+    assert "\n" not in str(caught.value)
+
+
+def test_given_language_beats_the_script() -> None:
+    found = parse_sample_text(None, b"KFC", language="zh")
+    assert found.captions[0].language == "zh"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "identity"),
+    [({"key": "a"}, "a"), ({"key": "a", "identity": 7}, "7"), ({}, None), ({"key": None}, None)],
+)
+def test_identity(metadata: dict[str, Any], identity: str | None) -> None:
+    assert parse_sample_text(_encode({"caption": "x", **metadata}), None).identity == identity
+
+
+@given(st.binary(max_size=60), st.one_of(st.none(), st.binary(max_size=20)))
+def test_any_bytes_give_captions_or_a_known_reason(json_file: bytes, text_file: bytes | None) -> None:
+    reason, captions = None, ()
+    try:
+        captions = parse_sample_text(json_file, text_file).captions
+    except SampleProblem as problem:
+        reason = problem.reason
+    assert (reason in SKIP_REASONS) != bool(captions)
+    assert all(caption.text.strip() == caption.text != "" for caption in captions)
+
+
+def test_problems_travel_between_processes() -> None:
+    problem = pickle.loads(pickle.dumps(SampleProblem("bad_json", "two\nlines")))
+    assert (problem.reason, problem.detail, str(problem)) == ("bad_json", "two lines", "bad_json: two lines")
+
+
+@pytest.mark.parametrize(
+    ("text", "language"), [("cat", "en"), ("", "en"), ("ねこ", "en"), ("a 猫", "zh"), ("𠀀", "zh")]
+)
+def test_language_by_script(text: str, language: str) -> None:
+    assert detect_language(text) == language

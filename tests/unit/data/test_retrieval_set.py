@@ -1,0 +1,96 @@
+"""Reading retrieval sets from tars: whole, in order, and never with a gap."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.retrieval_set import read_retrieval_set
+from m2_encoder.errors import UserError
+
+CAPTIONS = {"en": ["a cat", "cat"], "zh": ["猫"]}
+
+
+def image_bytes(value: int, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((5, 7, 3), value, dtype=np.uint8)).save(stream, kind)
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def sample(name: str, value: int, **record: object) -> dict[str, bytes]:
+    metadata = json.dumps({"captions": CAPTIONS, **record}).encode()
+    return {f"{name}.png": image_bytes(value), f"{name}.json": metadata}
+
+
+def read(folder: Path):  # type: ignore[no-untyped-def]
+    return read_retrieval_set(folder, name="toy", transform=EvalTransform(4))
+
+
+def test_samples_of_all_shards_in_order(tmp_path: Path) -> None:
+    write_tar(tmp_path / "000001.tar", sample("c", 30))
+    write_tar(
+        tmp_path / "000000.tar",
+        {**sample("x/a", 10, key="k"), "b.JSON": json.dumps({"captions": CAPTIONS}).encode()}
+        | {"b.webp": image_bytes(20, "WEBP"), "b.extra.txt": b"?"},
+    )
+    found = read(tmp_path)
+    assert found.name == "toy"
+    assert found.keys == ("k", "b", "c")
+    assert found.captions == {"en": ("a cat",) * 3, "zh": ("猫",) * 3}
+    assert found.images.shape == (3, 3, 4, 4)
+    assert [int(image.float().mean().round()) for image in found.images] == [10, 20, 30]
+
+
+def test_equals_the_transform(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 6, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    write_tar(tmp_path / "a.tar", {**sample("a", 0), "a.png": stream.getvalue()})
+    assert read(tmp_path).images[0].equal(EvalTransform(4).to_uint8(pixels))
+
+
+BAD = {
+    "no json": ({"a.png": image_bytes(1)}, "needs a .json"),
+    "broken json": ({**sample("a", 1), "a.json": b"{"}, "unreadable sample"),
+    "json without captions": ({**sample("a", 1), "a.json": b"[]"}, "no `captions` by language"),
+    "no image": ({"a.json": sample("a", 1)["a.json"]}, "one of .webp, .png"),
+    "broken image": ({**sample("a", 1), "a.png": image_bytes(1)[:40]}, "a.tar:a: .*"),
+    "missing language": (sample("a", 1, captions={"en": ["x"]}), "no caption in 'zh'"),
+    "empty caption": (sample("a", 1, captions={"en": [" "], "zh": ["猫"]}), "no caption in 'en'"),
+    "caption as a string": (sample("a", 1, captions={"en": "cat", "zh": "猫"}), "no caption in 'en'"),
+    "empty tar": ({}, "no samples"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_gaps_are_refused(tmp_path: Path, kind: str) -> None:
+    members, message = BAD[kind]
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path)
+
+
+def test_damaged_tars_and_empty_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \*\.tar shards"):
+        read(tmp_path)
+    write_tar(tmp_path / "a.tar", {**sample("a", 1), **sample("b", 2)})
+    whole = (tmp_path / "a.tar").read_bytes()
+    for content in (b"hello", whole[:700]):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.tar"):
+            read(tmp_path)

@@ -1,0 +1,121 @@
+"""The picture of masked objectives says what the model says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from m2_encoder.data.retrieval_set import RetrievalSet
+from m2_encoder.evaluation.pictures.masked import MaskedRow
+from m2_encoder.evaluation.tasks import masked_picture as masked_showcase
+from m2_encoder.evaluation.tasks.masked_picture import choose_rows, draw_masked, spell_bytes
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.objectives.base import Objective, Passes
+from m2_encoder.objectives.contrastive import ImageTextContrastive
+from m2_encoder.objectives.masked_image import MaskedImage
+from m2_encoder.objectives.masked_language import MaskedLanguage
+from tests.support.training import make_tokenizer, tiny_config
+
+CFG: dict[str, Any] = {
+    "model": {"tokenizer": "emoji"}, "run": {"name": "try"}, "trainer": {"max_steps": 3},
+}  # fmt: skip
+SET = RetrievalSet(
+    name="squares",
+    keys=tuple(f"k{i}" for i in range(12)),
+    images=(torch.arange(12 * 3 * 256).reshape(12, 3, 16, 16) % 251).to(torch.uint8),
+    captions={"en": ("red apple",) * 11 + ("car",), "zh": ("红色的苹果",) * 11 + ("车",)},
+)
+
+
+class Knowing(MaskedLanguage):
+    """Says the truth in place of every hidden word but the last of the caption."""
+
+    def predict(self, passes: Passes, table: Tensor) -> Tensor:
+        masked = passes.batch.masked_text
+        assert masked is not None
+        ids = passes.text.ids.clone()
+        for row in range(len(ids)):
+            ids[row, int(masked.predicted[row].nonzero()[-1])] = passes.text.ids[0, 0]
+        return ids
+
+
+def draw(
+    objectives: dict[str, Objective], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path | None, list[MaskedRow]]:
+    config = tiny_config(vocab_size=make_tokenizer().vocab_size)
+    torch.manual_seed(0)
+    model = M2Encoder(config)
+    shown: list[MaskedRow] = []
+    original = masked_showcase.draw_masked_page
+
+    def spied(path: Path, rows: list[MaskedRow], **words: str) -> Path:
+        shown.extend(rows)
+        return original(path, rows, **words)
+
+    monkeypatch.setattr(masked_showcase, "draw_masked_page", spied)
+    for objective in objectives.values():
+        objective.build(config)
+    return draw_masked(path, {"val": SET}, model=model, objectives=objectives, cfg=CFG), shown
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        ("<0xE7><0xBB><0x83>习", "练习"),
+        ("a <0xE7><0xE7><0x95><0x89> b", "a ?畉 b"),
+        ("<0x41><0xE7>", "A?"),
+        ("<0xZZ> plain 中文", "<0xZZ> plain 中文"),
+    ],
+)
+def test_byte_pieces_are_spelt(pieces: str, shown: str) -> None:
+    assert spell_bytes(pieces) == shown
+
+
+def test_both_objectives_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives = {"itc": ImageTextContrastive(), "cmlm": Knowing(), "cmim": MaskedImage(mask_ratio=0.5)}
+    path, rows = draw(objectives, tmp_path / "masked.png", monkeypatch)
+    assert path is not None
+    with Image.open(path) as picture:
+        assert picture.width > 1000
+    assert len(rows) == 8
+    tokenizer = make_tokenizer()
+    for row in rows:
+        assert list(row.pictures) == ["original", "hidden", "with 中文", "with English"]
+        hidden = (row.pictures["hidden"] == 214).all(dim=0)
+        assert int(hidden.sum()) == 2 * 64, "two of four patches of 8 x 8"
+        for column in ("with 中文", "with English"):
+            assert torch.equal(row.pictures[column][:, ~hidden], row.pictures["original"][:, ~hidden])
+        assert list(row.captions) == ["zh", "en"]
+        for caption in row.captions.values():
+            kinds = [words.is_right for words in caption.words]
+            assert False in kinds, "the last hidden word is said wrong"
+            visible = "".join(words.text for words in caption.words if words.is_right is None).split()
+            assert all(part in tokenizer.decode(tokenizer.encode(caption.text)) for part in visible)
+
+
+def test_words_alone_need_no_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives: dict[str, Objective] = {"cmlm": MaskedLanguage()}
+    _, rows = draw(objectives, tmp_path / "masked.png", monkeypatch)
+    assert list(rows[0].pictures) == ["original"]
+    assert rows[0].captions["en"].words
+    patches: dict[str, Objective] = {"cmim": MaskedImage(masking="attentive", mask_ratio=0.5)}
+    _, rows = draw(patches, tmp_path / "masked.png", monkeypatch)
+    assert not rows[0].captions["en"].words
+
+
+def test_nothing_masked_nothing_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives: dict[str, Objective] = {"itc": ImageTextContrastive(), "cmlm": MaskedLanguage(weight=0.0)}
+    path, _ = draw(objectives, tmp_path / "masked.png", monkeypatch)
+    assert path is None
+    assert not (tmp_path / "masked.png").exists()
+
+
+def test_captions_of_several_words_are_preferred() -> None:
+    assert choose_rows(SET, 8) == list(range(8))
+    assert choose_rows(SET, 3) == [0, 3, 6]
+    assert choose_rows(SET, 12) == list(range(12)), "too few of them: any"

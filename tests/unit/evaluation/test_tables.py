@@ -1,0 +1,41 @@
+"""Rows and Markdown of results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from m2_encoder.evaluation.metrics import retrieval_metrics
+from m2_encoder.evaluation.tables import format_percent, markdown_table, table_rows
+
+
+def example() -> dict[str, dict[str, dict[str, float]]]:
+    perfect = retrieval_metrics(torch.eye(20), torch.arange(20), torch.eye(20), torch.arange(20))
+    shifted = retrieval_metrics(torch.eye(20), torch.arange(20), torch.eye(20).roll(1, 0), torch.arange(20))
+    return {"easy": {"zh": perfect, "en": shifted}, "hard": {"zh": shifted, "en": perfect}}
+
+
+def test_chance_closes_every_split() -> None:
+    rows = table_rows(example())
+    names = [(row.split, row.language) for row in rows]
+    assert names == [(split, x) for split in ("easy", "hard") for x in ("zh", "en", "chance")]
+    assert rows[0].values["t2i_r@1"] == 100
+    assert rows[1].values["t2i_r@1"] == 0
+    assert rows[2].values["t2i_r@5"] == pytest.approx(25)
+    assert rows[2].values["mean_recall"] == pytest.approx((5 + 25 + 50) / 3)
+    assert all(row.num_images == 20 for row in rows)
+
+
+def test_markdown_has_a_cell_for_every_column() -> None:
+    lines = markdown_table(example(), titles={"easy": "the easy one"}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(row) for row in cells} == {10}
+    assert cells[2][:4] == ["the easy one", "20", "zh", "100.0"]
+    assert cells[3][:3] == ["", "", "en"]
+    assert cells[4][2:4] == ["*chance*", "*5.0*"]
+    assert cells[5][0] == "hard"
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0.00"), (0.067, "0.07"), (1, "1.0"), (99.96, "100.0")])
+def test_small_numbers_keep_two_decimals(value: float, text: str) -> None:
+    assert format_percent(value) == text
