@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from m2_encoder.config.overrides import adds
-from m2_encoder.config.words import nearest
+from m2_encoder.config.problems import nearest
 
 
 def key_problem(override: Override, base: DictConfig) -> str | None:
