@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
-from m2_encoder.objectives.base import LocalObjective, Objective, ever_counts
+from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective, ever_counts
 from m2_encoder.objectives.masked_image import MaskedImage
-from m2_encoder.objectives.pairs import PairObjective
 
 
 def describe_start(
