@@ -10,7 +10,6 @@ attentive masks; MAE (arXiv:2111.06377) and BEiT v2 (arXiv:2208.06366) for the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final, Literal
 
 from torch import Tensor
@@ -21,6 +20,7 @@ from m2_encoder.objectives.attentive import attentive_mask
 from m2_encoder.objectives.base import LocalObjective, LocalTerms
 from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
+from m2_encoder.objectives.schedule import Schedule
 
 MASKINGS: Final = ("block", "attentive")
 """How patches are chosen: BEiT's blocks, drawn by the data module; or those most similar to the caption."""
@@ -58,7 +58,7 @@ class MaskedImage(LocalObjective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         mask_ratio: float = 80 / 196,
         masking: Literal["block", "attentive"] = "block",
         targets: PatchTargets | None = None,

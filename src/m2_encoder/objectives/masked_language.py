@@ -9,7 +9,6 @@ Reference: BERT (arXiv:1810.04805) for the loss and its head; SyCoCa (arXiv:2401
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalObjective, LocalTerms
 from m2_encoder.objectives.passes import PiecePasses
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.objectives.token_head import TokenHead, check_decoder
 
 
@@ -44,7 +44,7 @@ class MaskedLanguage(LocalObjective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         mask_ratio: float = 0.5,
         decoder: Literal["tied", "own"] = "tied",
         text_expert: bool = False,

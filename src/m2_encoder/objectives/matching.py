@@ -34,7 +34,6 @@ ranking stage after a contrastive pre-ranking this is, with one cross encoder fo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Final, NamedTuple, Protocol
 
 import torch
@@ -47,6 +46,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalTerms, ObjectiveInputs, PairObjective
 from m2_encoder.objectives.passes import HardPairs, PiecePairs
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import TextTokens
 
 _INIT_STD: Final = 0.02
@@ -74,7 +74,7 @@ class Matching(PairObjective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         hardness: float = 1.0,
         seed: int = 0,
         text_expert: bool = False,
