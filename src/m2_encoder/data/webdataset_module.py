@@ -21,7 +21,6 @@ from m2_encoder.data.loading.collate import collate_samples
 from m2_encoder.data.loading.faults import FaultLog
 from m2_encoder.data.loading.loader import PositionLoader
 from m2_encoder.data.loading.stream import ImageTransform, SampleStream, list_index_faults
-from m2_encoder.data.loading.watchdog import STALL_TIMEOUT_S
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.order.cache_size import check_cache
 from m2_encoder.data.order.manifest import Manifest, SourceSpec, build_manifest
@@ -31,6 +30,7 @@ from m2_encoder.data.samples.captions import CaptionSampler
 from m2_encoder.data.shards.reader import ShardReader
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.validation import ValidationChunks
+from m2_encoder.data.worker_pool import STALL_TIMEOUT_S
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
