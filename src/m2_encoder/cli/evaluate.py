@@ -12,7 +12,6 @@ from typing import Any
 
 from m2_encoder.checkpoints.matching_head import MatchingHead, read_head
 from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.compose import Unset
 from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
@@ -23,6 +22,7 @@ from m2_encoder.config.model_choice import (
     protect_paths,
 )
 from m2_encoder.config.paths import anchor
+from m2_encoder.config.problems import Unset
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set

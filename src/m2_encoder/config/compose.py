@@ -27,8 +27,8 @@ from m2_encoder.config.choices import config_folders, describe_nameless, find_co
 from m2_encoder.config.keys import key_problem
 from m2_encoder.config.missing import describe_missing
 from m2_encoder.config.overrides import adds, parse_overrides, refuse_sweeps
+from m2_encoder.config.problems import UNSET, flatten, nearest
 from m2_encoder.config.unchosen import CHOSEN_AS_LIST, drop_unchosen
-from m2_encoder.config.words import nearest
 from m2_encoder.errors import UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
@@ -36,16 +36,6 @@ HYDRA_VERSION_BASE: Final = "1.3"
 _NO_GROUPS: Final = ("hydra", "commands")
 _NO_MAPPING: Final = re.compile(r"Error merging override (.*?)(?: \(|$)")
 _REFERENCE: Final = re.compile(r"\$\{([\w.]+)\}")
-
-
-class Unset:
-    """Stands for a value that is missing or unresolvable; that is reported once, other rules skip it."""
-
-    def __repr__(self) -> str:
-        return "???"
-
-
-UNSET: Final = Unset()
 
 
 class Composition(NamedTuple):
@@ -307,9 +297,3 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
 
     values = plain(cfg, "")
     return values, [*describe_missing(missing), *problems], references
-
-
-def flatten(error: BaseException) -> str:
-    """The message of an exception on one line."""
-    text = " ".join(str(error).split())
-    return text.partition(" full_key:")[0]  # the key is in every message already

@@ -11,9 +11,9 @@ from typing import Any, Final
 from m2_encoder.checkpoints.card import build_card
 from m2_encoder.checkpoints.export import CardInfo, export_model
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
+from m2_encoder.config.model_choice import build_tokenizer
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.runs.build import build_tokenizer
 from m2_encoder.runs.provenance import command_line, git_revision, versions
 
 EXPORT_FOLDER: Final = "export"

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from m2_encoder.config.model_choice import build_tokenizer
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.console_tables import start_table
 from m2_encoder.evaluation.encode import evaluation_mode
@@ -22,9 +23,8 @@ from m2_encoder.objectives.base import LocalObjective, LocalTerms, Objective
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, VisualCodes, normalized_patches
-from m2_encoder.runs.build import build_tokenizer
-from m2_encoder.training.passes import PiecePasses
 from m2_encoder.types import ImageTextBatch
 
 _BATCH_SIZE = 64  # images

@@ -7,8 +7,8 @@ from typing import Any, Final, NamedTuple
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.matching_head import MatchingHead, has_head
-from m2_encoder.config.compose import Unset
 from m2_encoder.config.model_choice import find_path, is_model_name
+from m2_encoder.config.problems import Unset
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.encode import Tokenize
