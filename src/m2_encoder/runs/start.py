@@ -19,7 +19,7 @@ from m2_encoder.data.inspect.tables import make_table
 from m2_encoder.data.packing.shards import write_json
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.distributed.ranks import is_first_rank
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
 from m2_encoder.types import LANGUAGES
 
 CHECK_FILE: Final = "data_check.json"
