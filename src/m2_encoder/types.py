@@ -10,7 +10,8 @@ They are NamedTuples because Lightning moves those between devices leaf by leaf;
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
@@ -47,6 +48,8 @@ class MaskedText(NamedTuple):
 class ImageTextBatch(NamedTuple):
     """Pairs of images and captions, as a DataModule yields them.
 
+    Every field has a row per image, B, or a row per caption, k * B; those of an image follow each other.
+
     Attributes:
         images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1; normalisation is the model's.
         text: k captions per image, (k * B, T); row j describes image j // k. Usually k is 1.
@@ -56,6 +59,7 @@ class ImageTextBatch(NamedTuple):
         sources: name of the mixture part each sample comes from, length B.
         masked_text: the captions with hidden words, (k * B, T); None if no objective asks for them.
         patch_mask: True where a patch is hidden, (B, patches) bool, row by row; None if no objective asks for it.
+        extra: the user's own columns by name, (B, ...) or (k * B, ...) each; see `m2_encoder.data.samples.column`.
     """
 
     images: Tensor
@@ -66,11 +70,29 @@ class ImageTextBatch(NamedTuple):
     sources: tuple[str, ...]
     masked_text: MaskedText | None = None
     patch_mask: Tensor | None = None
+    extra: Mapping[str, Tensor] = {}
 
     @property
     def captions_per_image(self) -> int:
         """How many captions each image has, k."""
         return self.text.ids.shape[0] // max(1, self.images.shape[0])
+
+    def rows(self, images: slice) -> ImageTextBatch:
+        """Some of the images, in order, with all that belongs to them; shares memory with the whole batch."""
+        total = len(self.images)
+        start, stop, _ = images.indices(total)
+
+        def cut(value: Any) -> Any:
+            if value is None:
+                return None
+            if isinstance(value, Mapping):
+                return {name: cut(part) for name, part in value.items()}
+            if hasattr(value, "_fields"):
+                return type(value)(*map(cut, value))
+            per_image = len(value) // max(1, total)
+            return value[start * per_image : stop * per_image]
+
+        return ImageTextBatch(*map(cut, self))
 
 
 class RetrievalBatch(NamedTuple):

@@ -183,9 +183,9 @@ def heads_together(seat: Seat) -> tuple[list[float], list[Any], list[Any]]:
 
 def test_heads_that_travel_together_are_the_mean_of_heads_alone(pool: RankPool) -> None:
     for losses, together, apart in pool.call(heads_together):
-        assert losses[0] == pytest.approx(losses[1], rel=1e-14)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-12)
         for one, other in zip(together, apart, strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-14)
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
 def trained_text_tower(seat: Seat) -> list[Any]:
@@ -205,7 +205,7 @@ def trained_text_tower(seat: Seat) -> list[Any]:
 def test_a_locked_image_tower_changes_nothing_for_the_texts(pool: RankPool) -> None:
     for free, locked in pool.call(trained_text_tower):
         for one, other in zip(free, locked, strict=True):
-            np.testing.assert_array_equal(one, other)
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
 
 
 def break_promise(seat: Seat) -> str:

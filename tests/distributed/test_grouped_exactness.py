@@ -210,7 +210,7 @@ def test_one_group_equals_the_usual_formula_rank_by_rank(pool: RankPool) -> None
         losses.append((of_images + of_texts) / 2)
     torch.stack(losses).sum().backward()
     by_formula = world_loss(images, texts, log_scale, group_size=4)
-    torch.testing.assert_close(torch.stack(losses).mean(), by_formula, rtol=1e-14, atol=0)
+    torch.testing.assert_close(torch.stack(losses).mean(), by_formula, rtol=1e-12, atol=0)
     results = pool.call(with_plain_gather)
     for rank, (loss, image_grad, text_grad, _) in enumerate(results):
         assert loss == pytest.approx(losses[rank].item(), rel=FP64)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
-from m2_encoder.runs.jsonl_logger import JsonlLogger
+from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.strategies.grouped_ddp import GroupedDDPStrategy
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.throughput import Throughput

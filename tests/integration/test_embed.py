@@ -19,6 +19,7 @@ from m2_encoder.cli import embed
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.evaluation.feature_file import read_features
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from tests.support.closeness import assert_close_in_ulps
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -68,7 +69,7 @@ def test_images_equal_the_model_called_by_hand(run: Run, exported: Path, tmp_pat
     assert found.places.tolist() == [0, 1, 2]
     model, preprocess, _ = load(exported)
     images = torch.stack([preprocess(paths[n]) for n in (1, 0, 2)])
-    torch.testing.assert_close(found.features, model.encode_image(images), atol=1e-5, rtol=0)
+    assert_close_in_ulps(found.features, model.encode_image(images))
     assert found.provenance["model"] == str(exported)
     assert len(found.provenance["weights_sha256"]) == 64
 
@@ -80,7 +81,7 @@ def test_texts_equal_the_model_called_by_hand(run: Run, exported: Path, tmp_path
     found = read_features("f.safetensors")
     model, _, tokenizer = load(exported)
     assert found.names == tuple(texts)
-    torch.testing.assert_close(found.features, model.encode_text(tokenizer(texts)), atol=1e-5, rtol=0)
+    assert_close_in_ulps(found.features, model.encode_text(tokenizer(texts)))
 
 
 def test_bad_images_are_reported_and_skipped(run: Run, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from hydra.utils import instantiate
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.distillation import Distillation
-from m2_encoder.runs.build import build_model_config, build_tokenizer, load_teachers
+from m2_encoder.runs.build import load_teachers
 from m2_encoder.runs.run import build_run
 from tests.support.training import LIGHTNING_WARNINGS
 

@@ -13,9 +13,9 @@ import pytest
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
 from m2_encoder.cli import train as train_command
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
-from m2_encoder.runs.build import build_model_config, build_tokenizer
 from m2_encoder.runs.folder import read_config
 from m2_encoder.training.module import PretrainModule
 from tests.support.training import LIGHTNING_WARNINGS

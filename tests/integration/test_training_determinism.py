@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from m2_encoder.runs.jsonl_logger import JsonlLogger
+from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.throughput import Throughput
 from m2_encoder.training.module import PretrainModule

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from m2_encoder.cli import train as train_command
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.objectives.masked_language import MaskedLanguage
-from m2_encoder.runs.build import build_masking, build_model_config, build_tokenizer
+from m2_encoder.runs.build import build_masking
 
 KEY = "objective.cmlm.user_dictionary"
 

@@ -13,11 +13,12 @@ from PIL import Image
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_visual_tokenizer
 from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer
+from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.errors import UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.patch_targets import VisualCodes
-from m2_encoder.runs.build import build_model_config, load_visual_tokenizers
+from m2_encoder.runs.build import load_visual_tokenizers
 from m2_encoder.runs.folder import write_config
 from m2_encoder.runs.run import build_run, train
 from m2_encoder.training.visual_tokenizer_module import perplexity, psnr

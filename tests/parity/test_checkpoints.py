@@ -13,6 +13,7 @@ from torch import Tensor
 from m2_encoder import M2EncoderConfig, load
 from m2_encoder.checkpoints.io import load_model, save_official
 from m2_encoder.checkpoints.positions import resize_image_positions
+from tests.support.closeness import assert_close_in_ulps
 
 FP32_WRAPPERS = ["pl_state_dict", "deepspeed_module", "model_key", "plain", "plain_forward_module"]
 FEATURES = 1e-5
@@ -62,7 +63,7 @@ def test_another_image_size(folder: Path, config: M2EncoderConfig, wrapper: str)
     model, preprocess, _ = load(config, weights=folder / f"{wrapper}.ckpt", image_size=96)
     assert preprocess.image_size == model.config.image_size == 96
     table = model.image_embed.positions.weight
-    torch.testing.assert_close(table, expected["resized_pos_embed"], rtol=0, atol=1e-6)
+    assert_close_in_ulps(table, expected["resized_pos_embed"])
     features = model.encode_image(expected["image"])
     torch.testing.assert_close(features, expected["image.cls_vlffn_feats"], rtol=0, atol=FEATURES)
 
@@ -78,12 +79,12 @@ def test_resize_goldens(folder: Path) -> None:
         old, new = map(int, match.groups())
         table = goldens[f"input.grid{old}"]
         resized = resize_image_positions(table, new * new + 3)
-        torch.testing.assert_close(resized, expected, rtol=0, atol=1e-6, msg=name)
+        assert_close_in_ulps(resized, expected, msg=name)
         assert torch.equal(resized[:3], table[:3])
         if old == new:
             assert torch.equal(resized, table)
         if old < new:
-            torch.testing.assert_close(resized, goldens[f"pl.grid{old}_to_grid{new}"], rtol=0, atol=1e-6)
+            assert_close_in_ulps(resized, goldens[f"pl.grid{old}_to_grid{new}"])
         compared += 1
     assert compared == 15
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m2_encoder import LoadedModel, M2EncoderConfig, load
+from tests.support.closeness import assert_close_in_ulps
 
 FEATURES = 1e-5
 
@@ -41,7 +42,7 @@ def loaded(parity_dir: Path, inputs: dict[str, Any], tmp_path_factory: pytest.Te
     weights = load_file(folder / "weights_without_token_table.safetensors")
     table = _token_table(config.vocab_size, config.embed_dim)
     sample = torch.tensor(inputs["token_table_row_0_to_3_col_0_to_3"])
-    torch.testing.assert_close(table[:4, :4], sample, rtol=0, atol=1e-6)
+    assert_close_in_ulps(table[:4, :4], sample)
     path = tmp_path_factory.mktemp("end_to_end") / "weights.safetensors"
     save_file({**weights, "backbone.text_embed.weight": table}, path)
     return load(config, weights=path, tokenizer=parity_dir / "tokenizer" / "sp.model")

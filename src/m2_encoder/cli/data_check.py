@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from m2_encoder.cli.data_pack import optional, source_rule
 from m2_encoder.config.command import EXIT_USER_ERROR, Command
-from m2_encoder.config.compose import UNSET
 from m2_encoder.config.model_choice import output_problems
+from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, text, whole
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.inspect.inspection import InspectionOptions

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from m2_encoder.config.command import EXIT_USER_ERROR, Command
-from m2_encoder.config.compose import Unset
 from m2_encoder.config.model_choice import device_of, find_path, model_problems
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, show, text, whole
+from m2_encoder.config.problems import Unset, show
+from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, text, whole
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES

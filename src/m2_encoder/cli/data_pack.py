@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from m2_encoder.config.command import Command
-from m2_encoder.config.compose import Unset
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, show, text, whole
+from m2_encoder.config.problems import Unset, show
+from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, text, whole
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.packing.download import DownloadOptions
 from m2_encoder.data.packing.encoding import ImageOptions

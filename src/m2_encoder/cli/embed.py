@@ -20,7 +20,6 @@ from rich.progress import (
 
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE, file_sha256
 from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.compose import Unset
 from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
@@ -29,6 +28,7 @@ from m2_encoder.config.model_choice import (
     number_problems,
     protect_paths,
 )
+from m2_encoder.config.problems import Unset
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.embedding import EmbeddedBatch, Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file

@@ -13,7 +13,6 @@ from typing import Any
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.matching_head import MatchingHead, has_head, read_head
 from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.compose import Unset
 from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
@@ -25,6 +24,9 @@ from m2_encoder.config.model_choice import (
     protect_paths,
 )
 from m2_encoder.config.paths import anchor
+from m2_encoder.config.problems import Unset
+from m2_encoder.config.schema import check_tasks
+from m2_encoder.config.signatures import check_targets
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
@@ -53,6 +55,8 @@ def check_evaluate(cfg: dict[str, Any]) -> list[str]:
         *flag_problems(cfg, "overwrite"),
         *output_problems(cfg["output"], overwrite=cfg["overwrite"]),
         *rerank_problems(cfg),
+        *(problem.text for problem in check_tasks(cfg["evaluation"])),
+        *(problem.text for problem in check_targets(cfg, given={}, skip=lambda _: False)),
     ]
     data = cfg["data"]
     if isinstance(data, Unset):
@@ -173,6 +177,7 @@ COMMAND = Command(
     name="m2-evaluate",
     config_name="evaluate",
     config_folder="commands",
+    groups=("evaluation",),
     summary="Measure how well a model retrieves images and texts in both languages.",
     examples=(
         "m2-evaluate model=outputs/emoji/export data=emoji",

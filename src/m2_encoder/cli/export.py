@@ -9,12 +9,11 @@ from typing import Any, Final
 
 from m2_encoder.checkpoints.matching_head import read_head
 from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.compose import UNSET
-from m2_encoder.config.model_choice import protect_paths
+from m2_encoder.config.model_choice import build_model_config, protect_paths
 from m2_encoder.config.paths import anchor, default_run_folder
+from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Rule, check_rules, flag, text
 from m2_encoder.hub import load
-from m2_encoder.runs.build import build_model_config
 from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 

@@ -14,10 +14,10 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.compose import UNSET
 from m2_encoder.config.model_choice import find_path, output_problems, protect_paths
 from m2_encoder.config.paths import find_conf
-from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, show, whole
+from m2_encoder.config.problems import UNSET, show
+from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, whole
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig

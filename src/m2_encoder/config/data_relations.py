@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from m2_encoder.config.known import Known, UnknownValueError, count_ranks, make_problem
-from m2_encoder.config.rules import Problem, show
-from m2_encoder.config.words import nearest
+from m2_encoder.config.problems import nearest, show
+from m2_encoder.config.rules import Problem
 from m2_encoder.data.inspect.start_check import StartCheck
 from m2_encoder.data.order.manifest import SourceSpec, expand_shards, is_remote
 from m2_encoder.data.shards.paths import find_files

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from m2_encoder.config.by_step import is_by_step
 from m2_encoder.config.overrides import adds
-from m2_encoder.config.words import nearest
+from m2_encoder.config.problems import nearest
 
 
 def key_problem(override: Override, base: DictConfig) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from m2_encoder.config.compose import UNSET
+from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Problem
 
 _MISSING: Final = object()

@@ -1,21 +1,27 @@
-"""What commands share that take paths and a model: quoting, checks, loading."""
+"""Which model and which tokenizer a configuration names: checking, building and loading them."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT, read_format
-from m2_encoder.config.compose import Unset
 from m2_encoder.config.paths import anchor
+from m2_encoder.config.problems import Unset
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
+from m2_encoder.errors import UserError
 from m2_encoder.hub import LoadedModel, list_models, load
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
+EMBEDDED_TOKENIZER: Final = "emoji"
 NO_ENCODER: Final = "is a visual tokenizer, not an encoder; give a folder that m2-export wrote"
 _HYDRA_SYNTAX = ("'", '"', "[", "{", "$")
 
@@ -97,6 +103,33 @@ def number_problems(cfg: dict[str, Any], **least: int) -> list[str]:
 def flag_problems(cfg: dict[str, Any], *keys: str) -> list[str]:
     """Keys that must be true or false."""
     return [f"{key}={cfg[key]}: must be true or false" for key in keys if not isinstance(cfg[key], bool)]
+
+
+def build_model_config(model: Mapping[str, Any]) -> M2EncoderConfig:
+    """The architecture that `model` names, with the fields that are not null on top.
+
+    Raises:
+        UserError: for an unknown name or an impossible combination.
+    """
+    fields = [field.name for field in dataclasses.fields(M2EncoderConfig) if field.name != "name"]
+    overrides = {field: model[field] for field in fields if model.get(field) is not None}
+    return M2EncoderConfig.from_name(model["name"], **overrides)
+
+
+def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig) -> SentencePieceTokenizer:
+    """The tokenizer that `model.tokenizer` names, cutting texts at the model's context length.
+
+    Raises:
+        UserError: if the file is missing or no SentencePiece model.
+    """
+    name = str(model["tokenizer"])
+    if name == EMBEDDED_TOKENIZER:
+        return SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=config.context_length)
+    path = anchor(name)
+    if not path.is_file():
+        fix = f"give `{EMBEDDED_TOKENIZER}` or the path of a SentencePiece model, such as the official sp.model"
+        raise UserError(f"no such file; {fix}", key="model.tokenizer", value=name)
+    return SentencePieceTokenizer(path, context_length=config.context_length)
 
 
 def load_from(cfg: dict[str, Any]) -> LoadedModel:

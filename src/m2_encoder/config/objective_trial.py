@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from m2_encoder.config.known import Known, make_problem
+from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.config.objective_relations import counting
 from m2_encoder.config.rules import Problem
 from m2_encoder.config.schema import MODEL_FIELDS
@@ -18,7 +19,6 @@ from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.patch_targets import PatchTargets
-from m2_encoder.runs.build import build_model_config
 
 
 def _try_objectives(known: Known) -> Iterator[Problem]:

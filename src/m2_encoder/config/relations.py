@@ -16,7 +16,7 @@ import torch
 
 from m2_encoder.config.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
 from m2_encoder.config.known import Known, count_devices, count_ranks, make_problem, run_check
-from m2_encoder.config.model_choice import takes_files
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
 from m2_encoder.config.objective_relations import OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS
 from m2_encoder.config.objective_trial import TRIAL_CHECKS
 from m2_encoder.config.paths import anchor, default_run_folder
@@ -28,7 +28,6 @@ from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import divisors, resolve_group_size
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
-from m2_encoder.runs.build import build_model_config, build_tokenizer
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 from m2_encoder.runs.resume_relations import RESUME_CHECKS, find_resumed
 

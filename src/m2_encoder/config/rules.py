@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from m2_encoder.config.compose import UNSET
-from m2_encoder.config.words import nearest
+from m2_encoder.config.problems import UNSET, nearest, show
 
 SAFE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
 RESERVED_NAMES: Final = ("data", "multirun")
@@ -51,21 +50,6 @@ class Rule(NamedTuple):
         """The message for a value that breaks the rule."""
         fix = f"for example {key}={self.example}"
         return Problem(key, f"{key}={show(value)}: must be {self.must}{self.hint(value)}; {fix}")
-
-
-def show(value: Any) -> str:
-    """A value as one would type it; strings that look like something else are quoted."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str) and (not value or re.fullmatch(r"[-+.\deE]+|true|false|null|nan|inf", value)):
-        return f'"{value}"'
-    if isinstance(value, list):
-        return f"[{', '.join(show(item) for item in value)}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {show(item)}' for key, item in value.items())}}}"
-    return str(value)
 
 
 def is_whole(value: Any) -> bool:

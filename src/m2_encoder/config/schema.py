@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from m2_encoder.config.compose import UNSET
+from m2_encoder.config.problems import UNSET, nearest, show
 from m2_encoder.config.rules import (
     RESERVED_NAMES,
     SAFE_NAME,
@@ -23,11 +23,9 @@ from m2_encoder.config.rules import (
     is_number,
     is_whole,
     number,
-    show,
     text,
     whole,
 )
-from m2_encoder.config.words import nearest
 from m2_encoder.data.emoji.dataset import EMOJI_STYLES
 from m2_encoder.data.samples.captions import CAPTION_ROLES
 from m2_encoder.errors import UserError

@@ -9,9 +9,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
-from m2_encoder.config.compose import UNSET, flatten
-from m2_encoder.config.rules import Problem, is_number, is_whole, show
-from m2_encoder.config.words import nearest
+from m2_encoder.config.problems import UNSET, flatten, nearest, show
+from m2_encoder.config.rules import Problem, is_number, is_whole
 
 _SPECIAL_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
 # Classes whose **kwargs go to something other than their parent.

@@ -10,7 +10,8 @@ from m2_encoder.checkpoints.exported import CONFIG_FILE, FORMAT
 from m2_encoder.config.known import Known, count_ranks, make_problem
 from m2_encoder.config.model_choice import find_path, format_of
 from m2_encoder.config.objective_relations import counting
-from m2_encoder.config.rules import Problem, show
+from m2_encoder.config.problems import show
+from m2_encoder.config.rules import Problem
 from m2_encoder.distributed.topology import divisors
 
 _TOKENIZER_TARGET: Final = "m2_encoder.training.visual_tokenizer_module.VisualTokenizerModule"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
 from hydra.utils import instantiate
 from torch import Tensor
 
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
-from m2_encoder.config.model_choice import find_path, is_model_name
+from m2_encoder.config.model_choice import build_tokenizer, find_path, is_model_name
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.schema import MODEL_FIELDS
-from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tasks.base import EvaluationTask
@@ -28,37 +26,6 @@ from m2_encoder.objectives.distillation import Distillation
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.patch_targets import VisualCodes
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-
-EMBEDDED_TOKENIZER: Final = "emoji"
-
-
-def build_model_config(model: Mapping[str, Any]) -> M2EncoderConfig:
-    """The architecture that `model` names, with the fields that are not null on top.
-
-    Raises:
-        UserError: for an unknown name or an impossible combination.
-    """
-    overrides = {field: model[field] for field in MODEL_FIELDS if model.get(field) is not None}
-    return M2EncoderConfig.from_name(model["name"], **overrides)
-
-
-def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig) -> SentencePieceTokenizer:
-    """The tokenizer that `model.tokenizer` names, cutting texts at the model's context length.
-
-    Raises:
-        UserError: if the file is missing or no SentencePiece model.
-    """
-    name = str(model["tokenizer"])
-    if name == EMBEDDED_TOKENIZER:
-        return SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=config.context_length)
-    path = anchor(name)
-    if not path.is_file():
-        raise UserError(
-            f"model.tokenizer={name}: no such file; give `{EMBEDDED_TOKENIZER}` or the path of a "
-            "SentencePiece model, "
-            "such as the official sp.model"
-        )
-    return SentencePieceTokenizer(path, context_length=config.context_length)
 
 
 def build_initial_state(model: Mapping[str, Any], config: M2EncoderConfig) -> dict[str, Tensor] | None:

@@ -12,6 +12,7 @@ from m2_encoder.checkpoints.card import build_card
 from m2_encoder.checkpoints.export import CardInfo, export_model
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
+from m2_encoder.config.model_choice import build_tokenizer
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -19,7 +20,6 @@ from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.matching import Matching
 from m2_encoder.record import describe_run
-from m2_encoder.runs.build import build_tokenizer
 
 EXPORT_FOLDER: Final = "export"
 _MATCHING: Final = f"{Matching.__module__}.{Matching.__qualname__}"

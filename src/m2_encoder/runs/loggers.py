@@ -1,56 +1,26 @@
-"""Loggers beside `metrics.jsonl`: Weights & Biases that never asks and never stops a run, and CSV."""
+"""Builds the logger that a configuration names beside `metrics.jsonl`: Weights & Biases, or CSV.
+
+Lightning and wandb are imported by the functions: checking their arguments needs neither.
+"""
 
 from __future__ import annotations
 
 import netrc
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlparse
-
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.record import describe_run
 
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
 _INIT_TIMEOUT_S: Final = 30.0
 _WANDB_MODES: Final = ("online", "offline", "disabled")
-
-
-class QuietWandbLogger(WandbLogger):
-    """Lightning's W&B logger, which gives up with one line instead of stopping the run when W&B fails.
-
-    Args:
-        **settings: those of `WandbLogger`, the others go to `wandb.init`.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._wandb_init.pop("anonymous", None)  # Lightning passes it always; W&B warns that it is gone
-        self._has_failed = False
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Hand scalars to W&B; after a failure only `metrics.jsonl` goes on."""
-        self._try(lambda: super(QuietWandbLogger, self).log_metrics(dict(metrics), step))
-
-    @rank_zero_only
-    def close(self, summary: Mapping[str, float]) -> None:
-        """Add the final metrics and end the W&B run, so that the next run of this process gets its own."""
-        self._try(lambda: self.experiment.summary.update(dict(summary)))
-        self._try(lambda: self.experiment.finish())  # noqa: PLW0108 - looking it up may fail too
-
-    def _try(self, action: Callable[[], object]) -> None:
-        if self._has_failed:
-            return
-        try:
-            action()
-        except Exception as error:  # whatever breaks there, the training it reports on is worth more
-            self._has_failed = True
-            _say(f"W&B: stopped ({_first_line(error)}); metrics.jsonl goes on")
 
 
 def build_csv_logger(*, folder: Path, flush_every_n_steps: int = 100) -> CSVLogger:
@@ -60,6 +30,8 @@ def build_csv_logger(*, folder: Path, flush_every_n_steps: int = 100) -> CSVLogg
         folder: the run's.
         flush_every_n_steps: how many logged steps stay in memory.
     """
+    from lightning.pytorch.loggers import CSVLogger
+
     return CSVLogger(save_dir=folder, name="csv", flush_logs_every_n_steps=flush_every_n_steps)
 
 
@@ -99,6 +71,8 @@ def build_wandb_logger(
         import wandb  # a second, which runs without it need not wait
 
         facts = describe_run()
+        from m2_encoder.runs.lightning_loggers import QuietWandbLogger
+
         logger = QuietWandbLogger(
             name=run_name,
             id=run_name,
@@ -113,10 +87,10 @@ def build_wandb_logger(
         )
         _ = logger.experiment  # starts the run now, where a failure can still be told from one of the training
     except Exception as error:  # its client, its service, the disk and the network raise what they like
-        _say(f"W&B: not available ({_first_line(error)}); metrics.jsonl has all scalars")
+        say(f"W&B: not available ({first_line(error)}); metrics.jsonl has all scalars")
         return None
     if mode == "offline":
-        _say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
+        say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
     return logger
 
 
@@ -132,7 +106,7 @@ def resolve_mode(mode: str) -> str:
     if has_wandb_key():
         return "online"
     if mode == "online":
-        _say("W&B: no key found (WANDB_API_KEY, or `wandb login`); staying offline")
+        say("W&B: no key found (WANDB_API_KEY, or `wandb login`); staying offline")
     return "offline"
 
 
@@ -149,10 +123,12 @@ def has_wandb_key() -> bool:
     return bool(entry and entry[2])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message; its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a remark where it does not mix with results."""
     print(line, file=sys.stderr)

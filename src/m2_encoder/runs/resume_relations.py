@@ -12,7 +12,8 @@ from hydra.errors import InstantiationException
 from m2_encoder.config.known import Known, make_problem
 from m2_encoder.config.objective_relations import counting, trained_by
 from m2_encoder.config.paths import default_run_folder
-from m2_encoder.config.rules import Problem, show
+from m2_encoder.config.problems import show
+from m2_encoder.config.rules import Problem
 from m2_encoder.errors import UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
 from m2_encoder.runs.changes import Change, find_changes

@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
@@ -26,9 +27,7 @@ from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.runs.build import (
     build_initial_state,
     build_masking,
-    build_model_config,
     build_tasks,
-    build_tokenizer,
     load_teachers,
     load_visual_tokenizers,
 )
@@ -36,13 +35,11 @@ from m2_encoder.runs.changes import describe_changes
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.runs.frozen_files import check_frozen, write_frozen
-from m2_encoder.runs.jsonl_logger import JsonlLogger
-from m2_encoder.runs.loggers import QuietWandbLogger
+from m2_encoder.runs.lightning_loggers import JsonlLogger, QuietWandbLogger
 from m2_encoder.runs.ranks import end_together
 from m2_encoder.runs.report import EvaluatedData, report_run, short_path
 from m2_encoder.runs.resume import check_parameters, restored_unless_trained
-from m2_encoder.runs.start import check_data, write_check
-from m2_encoder.runs.start_notes import describe_start
+from m2_encoder.runs.start import check_data, describe_start, write_check
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 

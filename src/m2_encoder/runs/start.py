@@ -1,9 +1,9 @@
-"""What `m2-train` says about its data before the model is built, and where that is kept."""
+"""What `m2-train` says before the first step: about its data, the contrastive batch, and the objectives."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,11 @@ from m2_encoder.data.inspect.tables import make_table
 from m2_encoder.data.packing.shards import write_json
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.distributed.ranks import is_first_rank
+from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
 from m2_encoder.evaluation.tables import open_console
+from m2_encoder.objectives.base import LocalObjective, Objective, ever_counts
+from m2_encoder.objectives.masked_image import MaskedImage
+from m2_encoder.objectives.pairs import PairObjective
 from m2_encoder.types import LANGUAGES
 
 CHECK_FILE: Final = "data_check.json"
@@ -72,6 +76,45 @@ def _was_checked(path: Path, manifest: Mapping[str, str]) -> bool:
         return False
 
 
+def describe_start(
+    cfg: Mapping[str, Any], objectives: Mapping[str, Objective], *, world_size: int, ranks_per_node: int
+) -> list[str]:
+    """Lines about what is trained: the contrastive batch, and what works but may not be meant.
+
+    Args:
+        cfg: the resolved configuration.
+        objectives: those that count, by name.
+        world_size: W.
+        ranks_per_node: processes per node.
+    """
+    lines = []
+    if any(not isinstance(objective, LocalObjective) for objective in objectives.values()):
+        lines.append(describe_batch(cfg, world_size=world_size, ranks_per_node=ranks_per_node))
+    return [*lines, *_find_pauses(cfg, objectives), *_find_blind_choices(cfg, objectives)]
+
+
+def describe_batch(cfg: Mapping[str, Any], *, world_size: int, ranks_per_node: int) -> str:
+    """The contrastive batch of a configuration in words.
+
+    Args:
+        cfg: the resolved configuration.
+        world_size: W.
+        ranks_per_node: processes per node.
+    """
+    strategy = cfg["strategy"]
+    group_size = resolve_group_size(
+        world_size=world_size,
+        ranks_per_node=ranks_per_node,
+        group_size=strategy.get("group_size"),
+        group_nodes=strategy.get("group_nodes"),
+    )
+    return describe_contrastive_batch(
+        GroupTopology(world_size, group_size),
+        micro_batches=strategy.get("micro_batches", 1),
+        rows_per_rank=cfg["data"]["global_batch_size"] // world_size,
+    )
+
+
 def _table(reports: Mapping[str, SourceReport]) -> Table:
     languages = [f"{name} (length)" for name in LANGUAGES]
     table = make_table("source", "samples", "read", "usable", *languages, "pixels", "repeated", "false neg.")
@@ -98,3 +141,25 @@ def _print_warnings(console: Console, reports: Mapping[str, SourceReport]) -> No
     for name, report in reports.items():
         for warning in report.warnings:
             console.print(Text(f"data.sources.{name}: warning: {warning}", style="yellow"), soft_wrap=True)
+
+
+def _find_pauses(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> Iterator[str]:
+    """Objectives of which nothing would come: said and not refused, so that a long run can be tried for a few steps."""
+    steps = cfg["trainer"]["max_steps"]
+    for name, objective in objectives.items():
+        if objective.schedule is not None and not ever_counts(objective.schedule, steps):
+            yield f"objective.{name} never counts: its schedule is 0 at all steps before trainer.max_steps={steps}"
+
+
+def _find_blind_choices(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> Iterator[str]:
+    """Objectives that choose by similarities of features which are random and stay so."""
+    trained = any("features" in objective.trained_parts() for objective in objectives.values())
+    if trained or cfg["model"].get("weights") is not None:
+        return
+    for name, objective in objectives.items():
+        is_attentive = isinstance(objective, MaskedImage) and objective.patch_ratio is None
+        if is_attentive or isinstance(objective, PairObjective):
+            yield (
+                f"objective.{name} chooses {'patches' if is_attentive else 'wrong partners'} by features that nothing "
+                "in this run trains; add itc to objective=[...], or start from model.weights"
+            )

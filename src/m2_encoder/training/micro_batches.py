@@ -9,7 +9,7 @@ and stochastic depth repeat (GradCache, arXiv:2101.06983, in autograd's own term
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -42,23 +42,8 @@ def split_rows(batch: ImageTextBatch, micro_batches: int) -> list[ImageTextBatch
         )
     if micro_batches == 1:
         return [batch]
-    size, captions = rows // micro_batches, batch.captions_per_image
-
-    def cut(value: Any, per_image: int, piece: int) -> Any:
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(cut(part, per_image, piece) for part in value))
-        return None if value is None else value[piece * size * per_image : (piece + 1) * size * per_image]
-
-    per_caption = {"text", "language", "masked_text"}
-    return [
-        ImageTextBatch(
-            *(
-                cut(value, captions if name in per_caption else 1, piece)
-                for name, value in zip(batch._fields, batch, strict=True)
-            )
-        )
-        for piece in range(micro_batches)
-    ]
+    size = rows // micro_batches
+    return [batch.rows(slice(first, first + size)) for first in range(0, rows, size)]
 
 
 def split_batch(batch: ImageTextBatch, micro_batches: int) -> tuple[list[Tensor], list[TextTokens]]:

@@ -13,8 +13,8 @@ import torch
 from m2_encoder import M2Encoder, M2EncoderConfig, load
 from m2_encoder.cli import export
 from m2_encoder.config.compose import open_composer
+from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.errors import UserError
-from m2_encoder.runs.build import build_model_config
 from m2_encoder.runs.export import read_metrics
 from m2_encoder.runs.folder import read_config, write_config
 

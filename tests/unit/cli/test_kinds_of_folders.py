@@ -12,13 +12,13 @@ from m2_encoder.checkpoints.exported import read_exported
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_visual_tokenizer
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
-from m2_encoder.config.model_choice import model_problems
+from m2_encoder.config.model_choice import build_model_config, model_problems
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.objectives.distillation import Distillation
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.patch_targets import VisualCodes
-from m2_encoder.runs.build import build_model_config, load_teachers, load_visual_tokenizers
+from m2_encoder.runs.build import load_teachers, load_visual_tokenizers
 
 Problems = Callable[..., list[str]]
 TOKENIZER, TEACHER = "objective.cmim.targets.tokenizer", "objective.distillation.teacher"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from m2_encoder.config import command as cli
-from m2_encoder.config.compose import UNSET
+from m2_encoder.config.problems import UNSET
 from m2_encoder.errors import UserError
 
 Run = Callable[[dict[str, Any]], int | None]

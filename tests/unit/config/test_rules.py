@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2_encoder.config.compose import UNSET
-from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, select, show, text, whole
+from m2_encoder.config.problems import UNSET, show
+from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, select, text, whole
 from m2_encoder.config.schema import TRAIN_RULES
 
 JUNK: list[Any] = ["3", "abc", "", True, False, [], {}, [1], {"a": 1}, float("nan"), float("inf"), -float("inf")]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from m2_encoder.config.compose import UNSET
+from m2_encoder.config.problems import UNSET
 from m2_encoder.config.signatures import check_targets, describe
 
 

@@ -9,6 +9,7 @@ import torch
 
 from m2_encoder import M2Encoder, UserError
 from m2_encoder.types import TextTokens
+from tests.support.closeness import assert_close_in_ulps
 from tests.support.models import random_images, random_model, random_text, small_config
 
 CONFIG = small_config()
@@ -28,7 +29,7 @@ def test_features_are_unit_vectors(model: M2Encoder) -> None:
         model.encode_text(random_text(CONFIG, [4, 1, 9])),
     ):
         assert features.shape == (3, CONFIG.feature_dim)
-        torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
+        assert_close_in_ulps(features.norm(dim=-1), torch.ones(3))
 
 
 def test_padding_does_not_change_features(model: M2Encoder) -> None:
@@ -44,22 +45,22 @@ def test_text_is_independent_of_its_batch(model: M2Encoder) -> None:
     together = model.encode_text(text)
     for i, length in enumerate([4, 1, 9, 6]):
         alone = model.encode_text(text.ids[i : i + 1, :length])
-        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-6)
+        assert_close_in_ulps(alone[0], together[i])
 
 
 def test_image_is_independent_of_its_batch(model: M2Encoder) -> None:
     images = random_images(CONFIG, 4)
     together = model.encode_image(images)
     for i in range(4):
-        torch.testing.assert_close(model.encode_image(images[i : i + 1])[0], together[i], rtol=0, atol=1e-6)
+        assert_close_in_ulps(model.encode_image(images[i : i + 1])[0], together[i])
 
 
 def test_permuted_batch_gives_permuted_features(model: M2Encoder) -> None:
     order = torch.tensor([2, 0, 3, 1])
     images, text = random_images(CONFIG, 4), random_text(CONFIG, [4, 1, 9, 6])
-    torch.testing.assert_close(model.encode_image(images[order]), model.encode_image(images)[order])
+    assert_close_in_ulps(model.encode_image(images[order]), model.encode_image(images)[order])
     permuted = TextTokens(text.ids[order], text.mask[order])
-    torch.testing.assert_close(model.encode_text(permuted), model.encode_text(text)[order])
+    assert_close_in_ulps(model.encode_text(permuted), model.encode_text(text)[order])
 
 
 def test_order_of_tokens_and_patches_matters(model: M2Encoder) -> None:
@@ -87,12 +88,12 @@ def test_first_token_only_equals_the_whole_pass(model: M2Encoder) -> None:
                 for first_token_only in (False, True)
             )
             assert first.shape == (3, 1, 16)
-            torch.testing.assert_close(first, full[:, :1], rtol=0, atol=1e-6)
+            assert_close_in_ulps(first, full[:, :1])
 
 
 def test_bytes_and_fractions_are_the_same_image(model: M2Encoder) -> None:
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    torch.testing.assert_close(model.encode_image(images), model.encode_image(images / 255), atol=1e-6, rtol=0)
+    assert_close_in_ulps(model.encode_image(images), model.encode_image(images / 255))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.bool])
@@ -125,7 +126,7 @@ def test_threads_share_a_model(model: M2Encoder) -> None:
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda i: jobs[i % 4](), range(200)))
     for i, result in enumerate(results):
-        assert torch.equal(result, expected[i % 4])
+        assert_close_in_ulps(result, expected[i % 4])
 
 
 def test_image_and_text_use_their_own_experts(model: M2Encoder) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from m2_encoder.runs import loggers
+from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def test_failure_later_stops_only_itself(
     monkeypatch.setattr("wandb.init", lambda **_settings: SimpleNamespace(log=fail))
     monkeypatch.setattr("wandb.run", None)
     logger = loggers.build_wandb_logger(run_name="x", folder=tmp_path, cfg={})
-    assert isinstance(logger, loggers.QuietWandbLogger)
+    assert isinstance(logger, QuietWandbLogger)
     capsys.readouterr()
     logger.log_metrics({"a": 1.0}, 1)
     logger.log_metrics({"a": 2.0}, 2)

@@ -107,7 +107,7 @@ class TestPieces:
         expected = encoder_step(pieces=1, drop=0.0, recompute=False)
         given = encoder_step(pieces=4, drop=0.0, recompute=recompute, checkpoint=checkpoint)
         for name, gradient in expected.items():
-            torch.testing.assert_close(given[name], gradient, rtol=0, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(given[name], gradient, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
         kept = encoder_step(pieces=4, drop=0.5, recompute=False)
         given = encoder_step(pieces=4, drop=0.5, recompute=recompute, checkpoint=checkpoint)
         assert all(torch.equal(given[name], gradient) for name, gradient in kept.items())

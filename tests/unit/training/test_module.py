@@ -22,7 +22,7 @@ from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, 
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_language import MaskedLanguage
-from m2_encoder.runs.jsonl_logger import JsonlLogger
+from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.strategies.single import LocalStrategy
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.non_finite import NonFiniteError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from m2_encoder.data.webdataset_module import WebDatasetModule
-from m2_encoder.runs.jsonl_logger import JsonlLogger
+from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.skipped_samples import SkippedSamples
 from tests.support.mixtures import make_mixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from m2_encoder.runs.jsonl_logger import JsonlLogger
+from m2_encoder.runs.lightning_loggers import JsonlLogger
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The scalars of a run as JSON lines, beside whatever other logger there is."""
+"""Lightning's loggers of a run: `metrics.jsonl`, which is always there, and W&B that never stops a run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import math
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from m2_encoder.runs.loggers import first_line, say
 
 _NOT_METRICS = ("epoch",)  # Lightning adds it; steps decide here, so it is always 0
 
@@ -73,6 +76,39 @@ class JsonlLogger(Logger):
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
+
+
+class QuietWandbLogger(WandbLogger):
+    """Lightning's W&B logger, which gives up with one line instead of stopping the run when W&B fails.
+
+    Args:
+        **settings: those of `WandbLogger`, the others go to `wandb.init`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it always; W&B warns that it is gone
+        self._has_failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Hand scalars to W&B; after a failure only `metrics.jsonl` goes on."""
+        self._try(lambda: super(QuietWandbLogger, self).log_metrics(dict(metrics), step))
+
+    @rank_zero_only
+    def close(self, summary: Mapping[str, float]) -> None:
+        """Add the final metrics and end the W&B run, so that the next run of this process gets its own."""
+        self._try(lambda: self.experiment.summary.update(dict(summary)))
+        self._try(lambda: self.experiment.finish())  # noqa: PLW0108 - looking it up may fail too
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._has_failed:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever breaks there, the training it reports on is worth more
+            self._has_failed = True
+            say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on")
 
 
 def _step_of(line: str) -> int:

@@ -11,7 +11,7 @@ from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.matching import Matching
-from m2_encoder.runs.start_notes import describe_batch, describe_start
+from m2_encoder.runs.start import describe_batch, describe_start
 
 
 @pytest.mark.parametrize(
