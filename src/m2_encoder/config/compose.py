@@ -188,9 +188,9 @@ class Composer:
         OmegaConf.set_struct(cfg, False)
         for group in (CHOSEN_AS_LIST, "evaluation"):
             chosen = cfg.get(group)
-            if isinstance(chosen, DictConfig) and "_target_" in chosen:
-                if problem := describe_nameless(self._folders(cfg), group, chosen["_target_"]):
-                    raise UserError(problem)
+            is_nameless = isinstance(chosen, DictConfig) and "_target_" in chosen
+            if is_nameless and (problem := describe_nameless(self._folders(cfg), group, chosen["_target_"])):
+                raise UserError(problem)
         return cfg
 
     def _explain(self, error: Exception) -> str:
