@@ -231,8 +231,8 @@ def test_names_of_metrics_and_the_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.record == {"masked": results}
     console = Console(width=80)
     with console.capture() as shown:
-        table = masked_table(results, num_images={"val": 1494})
-        print_table(console, table, titles={"val": "unseen concepts and style"})
+        titles = {"val": "unseen concepts and style"}
+        print_table(console, masked_table(results), titles=titles, num_images={"val": 1494})
     lines = [line.split() for line in shown.get().splitlines()]
     assert ["unseen", "concepts", "cmlm", "zh", "%", "right", "50.0", "25.0", "12.5", "4,567"] in lines
     assert ["and", "style", "cmim", "en", "loss", "0.812", "0.875", "–", "12"] in lines

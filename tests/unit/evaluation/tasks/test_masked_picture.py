@@ -15,10 +15,11 @@ from m2_encoder.evaluation.tasks import masked_picture
 from m2_encoder.evaluation.tasks.base import EvaluationContext, RunFacts
 from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture, choose_rows, spell_bytes
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.objectives.base import Objective, Passes
+from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.runs.build import build_masking
 from tests.support.training import make_tokenizer, tiny_config
 
@@ -33,7 +34,7 @@ SET = RetrievalSet(
 class Knowing(MaskedLanguage):
     """Says the truth in place of every hidden word but the last of the caption."""
 
-    def predict(self, passes: Passes, table: Tensor) -> Tensor:
+    def predict(self, passes: PiecePasses, table: Tensor) -> Tensor:
         masked = passes.batch.masked_text
         assert masked is not None
         ids = passes.text.ids.clone()
