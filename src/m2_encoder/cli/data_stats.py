@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from m2_encoder.cli.data_check import PATH_KEYS as CHECK_PATH_KEYS
 from m2_encoder.cli.data_check import SURVEY_RULES, source_problems, survey, title_of, write_output
 from m2_encoder.config.command import EXIT_USER_ERROR, Command
 from m2_encoder.config.model_choice import find_path, output_problems
@@ -19,11 +18,10 @@ from m2_encoder.data.inspect.source_report import check_source
 from m2_encoder.data.inspect.statistics import REPETITION_CLASSES, Statistics, measure_statistics
 from m2_encoder.data.inspect.tables import make_table, print_report, print_titled
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 
-PATH_KEYS: Final = (*CHECK_PATH_KEYS, "tokenizer", "plot", "font")
 _TEMPLATE_TOKENS: Final = 2  # start and end, which a model reads beside those of the text
 _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
 

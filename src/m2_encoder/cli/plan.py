@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -14,12 +13,12 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.model_choice import find_path, output_problems, protect_paths
+from m2_encoder.config.model_choice import find_path, output_problems
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import UNSET, show
 from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, whole
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.planning.cost import PRECISIONS, ModelCost, estimate_cost
 from m2_encoder.planning.hardware import Hardware
@@ -27,9 +26,8 @@ from m2_encoder.planning.report import NOT_MODELLED, print_plan, to_report, trai
 from m2_encoder.planning.search import ScalingPoint, Wish, find_baselines, find_best, scale_worlds
 from m2_encoder.planning.setting import STRATEGIES
 from m2_encoder.planning.step import Prediction
-from m2_encoder.runs.provenance import command_line, git_revision, versions
+from m2_encoder.record import describe_run
 
-PATH_KEYS: Final = ("cluster", "output", "plot")
 WORLD_SIZES: Final = tuple(2**power for power in range(3, 11))
 """Of the plot: 8 to 1,024 ranks."""
 _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
@@ -220,9 +218,7 @@ def run_plan(cfg: dict[str, Any]) -> None:
             "train": train,
             "cluster": cfg["cluster"],
             "configuration": cfg,
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "command": command_line(),
+            **describe_run(),
         }
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         _write("output", cfg["output"], lambda path: path.write_text(text, encoding="utf-8"))
@@ -273,5 +269,4 @@ COMMAND = Command(
 
 def main() -> int:
     """Entry point of `m2-plan`."""
-    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
     return run_command(COMMAND)
