@@ -24,7 +24,7 @@ TRAIN: Final = Command(
         "m2-train --config-path outputs/emoji --config-name config  # repeats a run",
     ),
     check="m2_encoder.config.validate:validate_train",
-    late=("callbacks", "data", "strategy", "task", "trainer"),
+    late=("callbacks", "data", "evaluation", "strategy", "task", "trainer"),
     check_late="m2_encoder.config.validate:check_late",
     run="m2_encoder.cli.train:run_train",
     run_folder=default_run_folder,
@@ -40,6 +40,7 @@ EVALUATE: Final = Command(
     name="m2-evaluate",
     config_name="evaluate",
     config_folder="commands",
+    groups=("evaluation",),
     summary="Measure how well a model retrieves images and texts in both languages.",
     examples=(
         "m2-evaluate model=outputs/emoji/export data=emoji",

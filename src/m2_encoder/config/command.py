@@ -41,7 +41,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.config.arguments import Arguments, parse_arguments
 from m2_encoder.config.choices import config_folders
-from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
+from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, lend_groups, open_composer
 from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
@@ -92,6 +92,7 @@ class Command:
             are as shipped; they are checked by `check_late` if nothing else is wrong.
         config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it,
             `model=PATH` is a plain value, although `conf/` has a group of that name.
+        groups: of `conf/` that such a command has all the same.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Command:
     late: tuple[str, ...] = ()
     check_late: str = ""
     config_folder: str = ""
+    groups: tuple[str, ...] = ()
 
     def __call__(self) -> int:
         """Runs the command with the arguments of this process; its exit code."""
@@ -128,7 +130,8 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
     """
     started_argv = sys.argv
     try:
-        return _run(command, sys.argv[1:] if argv is None else argv)
+        with lend_groups(command.groups):
+            return _run(command, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         _say(f"\n{command.name}: interrupted")
         return EXIT_INTERRUPTED
