@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.types import ImageTextBatch, TextTokens
 
@@ -139,10 +140,9 @@ class Objective(nn.Module, ABC):
 
     optional_parts: frozenset[str] = frozenset()
 
-    def __init__(self, *, weight: float = 1.0, schedule: Mapping[int, float] | None = None) -> None:
+    @check_bounds
+    def __init__(self, *, weight: NotNegative = 1.0, schedule: Mapping[int, float] | None = None) -> None:
         super().__init__()
-        if not 0 <= weight < math.inf:
-            raise UserError(f"objective weight={weight!r} must be 0 or more, and finite")
         self.weight = weight
         self.schedule = None if schedule is None else check_schedule(schedule)
 
@@ -289,7 +289,7 @@ class LocalObjective(Objective):
     user_dictionary: str | None = None
 
     def __init__(
-        self, *, weight: float = 1.0, schedule: Mapping[int, float] | None = None, text_expert: bool = False
+        self, *, weight: NotNegative = 1.0, schedule: Mapping[int, float] | None = None, text_expert: bool = False
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert

@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from torch import Tensor
 
+from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.attentive import attentive_mask
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
@@ -52,21 +53,18 @@ class MaskedImage(LocalObjective):
     passes = frozenset({"masked_image"})
     optional_parts = frozenset({"mask_token"})
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Mapping[int, float] | None = None,
-        mask_ratio: float = 80 / 196,
+        mask_ratio: Annotated[float, Gt(0), Lt(1)] = 80 / 196,
         masking: Literal["block", "attentive"] = "block",
         targets: PatchTargets | None = None,
         text_expert: bool = False,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
-        if not 0 < mask_ratio < 1:
-            raise UserError(f"mask_ratio={mask_ratio!r} must be above 0 and below 1")
-        if masking not in MASKINGS:
-            raise UserError(f"masking={masking!r} must be one of {', '.join(MASKINGS)}")
         self._mask_ratio, self._is_attentive = mask_ratio, masking == "attentive"
         self.patch_ratio = None if self._is_attentive else mask_ratio
         self.targets = NormalizedPixels() if targets is None else targets

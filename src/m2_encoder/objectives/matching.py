@@ -42,6 +42,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2_encoder.bounds import NotNegative, Seed, check_bounds
 from m2_encoder.distributed.collectives import exchange_counts, gather_rows_without_grad
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import LocalTerms, ModelShape, ObjectiveInputs
@@ -69,20 +70,17 @@ class Matching(PairObjective):
 
     score_names = ("accuracy",)
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Mapping[int, float] | None = None,
-        hardness: float = 1.0,
-        seed: int = 0,
+        hardness: NotNegative = 1.0,
+        seed: Seed = 0,
         text_expert: bool = False,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
-        if not 0 <= hardness < math.inf:
-            raise UserError(f"hardness={hardness!r} must be 0 or more, and finite")
-        if seed < 0:
-            raise UserError(f"seed={seed!r} must be 0 or more")
         self._hardness, self._seed = hardness, seed
 
     def build(self, shape: ModelShape) -> None:

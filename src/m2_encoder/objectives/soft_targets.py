@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m2_encoder.bounds import NotNegative, Positive, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.alignment import mean_alignment
 from m2_encoder.objectives.base import (
@@ -62,21 +63,18 @@ class SoftTargetContrastive(Objective):
         UserError: for a softness outside [0, 1), an unknown source, or a temperature that is not above 0.
     """
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Mapping[int, float] | None = None,
         softness: float | Mapping[int, float] = 0.2,
         source: Literal["image", "text", "both", "uniform"] = "both",
-        temperature: float = 0.07,
+        temperature: Positive = 0.07,
         multi_positive: bool = True,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
-        if source not in SOURCES:
-            raise UserError(f"source={source!r} must be one of {', '.join(SOURCES)}")
-        if not temperature > 0:
-            raise UserError(f"temperature={temperature!r} must be above 0")
         self._softness = check_softness(softness)
         self._source = source
         self._temperature = temperature
