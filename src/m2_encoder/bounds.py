@@ -159,9 +159,13 @@ def fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, annotation or type(None))
     if inspect.isclass(origin) and issubclass(origin, Sequence):
         items = [item for item in inner if item is not Ellipsis]
-        return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(each, items[0]) for each in value)
+        return (
+            isinstance(value, Sequence) and not isinstance(value, str) and all(fits(each, items[0]) for each in value)
+        )
     if inspect.isclass(origin) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(fits(each, inner[1]) for each in value.values())
+        return isinstance(value, Mapping) and all(
+            fits(key, inner[0]) and fits(each, inner[1]) for key, each in value.items()
+        )
     return True
 
 
@@ -195,7 +199,9 @@ def describe(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         rules = [each.text for each in annotation.__metadata__ if isinstance(each, Rule)]
-        return rules[0] if rules else ", ".join(filter(None, (_describe_base(annotation), _describe_bounds(annotation))))
+        return (
+            rules[0] if rules else ", ".join(filter(None, (_describe_base(annotation), _describe_bounds(annotation))))
+        )
     if origin in (typing.Union, types.UnionType):
         parts = list(dict.fromkeys(describe(item) for item in inner))
         return f"{parts[0]}{',' if ',' in parts[0] else ''} or {' or '.join(parts[1:])}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import ModelShape, Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.schedule import Schedule
 
 
 class WideOnly(Objective):
@@ -50,7 +49,7 @@ class Prototypes(Objective):
     """Pulls images towards the nearest of some vectors of its own."""
 
     def __init__(
-        self, *, rows: int = 4, sharpness: float = 1.0, weight: float = 1.0, schedule: Mapping[int, float] | None = None
+        self, *, rows: int = 4, sharpness: float = 1.0, weight: float = 1.0, schedule: Schedule | None = None
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self._rows, self._sharpness = rows, sharpness

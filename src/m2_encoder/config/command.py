@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -39,7 +39,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.config.arguments import Arguments, parse_arguments
-from m2_encoder.config.by_step import replace_by_step
 from m2_encoder.config.choices import config_folders
 from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
 from m2_encoder.config.help import read_values, render_help
@@ -176,7 +175,6 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
         ProblemsError: with everything that is wrong.
     """
     lines = name_globbed([*arguments.overrides], composer.options)
-    lines = replace_by_step(lines, lambda others: _choices_of(composer, others))
     if arguments.shows_only:
         composition = composer.compose(lines)
         _raise_if_any(composition.problems)
@@ -193,14 +191,6 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
     _raise_if_any(_find_problems(command, composition))
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
-
-
-def _choices_of(composer: Composer, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The configurations of all combinations of options, whatever values are swept beside them."""
-    constant = [line for line in lines if not is_sweep_line(line)]
-    swept = [line for line in lines if line not in constant and "." not in line.partition("=")[0]]
-    for job in expand_sweep([*constant, *swept], composer.compose(constant).hydra):
-        yield composer.compose(job).cfg
 
 
 def _check_sweep(

@@ -15,7 +15,8 @@ from m2_encoder.config.known import Known, make_problem
 from m2_encoder.config.model_choice import NO_ENCODER, find_path, format_of, is_model_name
 from m2_encoder.config.problems import show
 from m2_encoder.config.rules import Problem
-from m2_encoder.objectives.base import Objective, check_schedule, find_pause
+from m2_encoder.objectives.base import Objective
+from m2_encoder.objectives.schedule import check_schedule, find_pause
 from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
 
 

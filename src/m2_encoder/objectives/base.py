@@ -10,17 +10,15 @@ To add one: write a subclass in a file of this folder and a YAML file in `conf/o
 
 from __future__ import annotations
 
-import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from m2_encoder.bounds import NotNegative, check_bounds
-from m2_encoder.errors import UserError
+from m2_encoder.objectives.schedule import Schedule, check_schedule, interpolate_schedule
 from m2_encoder.types import ImageTextBatch, TextTokens
 
 PASSES: Final = ("masked_text", "masked_image", "caption")
@@ -126,8 +124,8 @@ class Objective(nn.Module, ABC):
 
     Args:
         weight: factor in the sum of objectives; finite, not negative. With 0 the objective is left out of a run.
-        schedule: factor of the weight by step, {step: factor}, linear in between and constant beyond; None for 1. Steps
-            at which it is 0 cost nothing. Step s counts the updates before it.
+        schedule: factor of the weight by step, [[step, factor], ...], linear in between and constant beyond; None for
+            1 always. Steps at which it is 0 cost nothing. Step s counts the updates before it.
 
     Attributes:
         optional_parts: names of `m2_encoder.models.trainable_parts.PARTS` that this objective trains beside those that
@@ -141,7 +139,7 @@ class Objective(nn.Module, ABC):
     optional_parts: frozenset[str] = frozenset()
 
     @check_bounds
-    def __init__(self, *, weight: NotNegative = 1.0, schedule: Mapping[int, float] | None = None) -> None:
+    def __init__(self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.schedule = None if schedule is None else check_schedule(schedule)
@@ -288,8 +286,9 @@ class LocalObjective(Objective):
     patch_ratio: float | None = None
     user_dictionary: str | None = None
 
+    @check_bounds
     def __init__(
-        self, *, weight: NotNegative = 1.0, schedule: Mapping[int, float] | None = None, text_expert: bool = False
+        self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None, text_expert: bool = False
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert
@@ -319,55 +318,3 @@ def fused_parts(*, text_expert: bool, reads: Iterable[str]) -> frozenset[str]:
         return frozenset({"vision_expert_reader"})
     readers = {"vision_expert_reader" if name == "masked_image" else "text_expert_reader" for name in reads}
     return frozenset({"vl_text_expert"} | readers)
-
-
-def check_schedule(schedule: Any) -> dict[int, float]:
-    """A schedule with its steps in order.
-
-    Raises:
-        UserError: if it is empty, or a step or factor makes no sense.
-    """
-    if not isinstance(schedule, Mapping):
-        raise UserError(f"schedule={schedule!r} must be factors by step, {{0: 0, 1000: 1}}, or null")
-    points: dict[int, float] = {}
-    for step, factor in schedule.items():
-        is_factor = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 <= factor < math.inf
-        if not str(step).isdecimal() or not is_factor:
-            raise UserError(f"schedule has {step!r}: {factor!r}; give factors of 0 or more by step, {{0: 0, 1000: 1}}")
-        points[int(step)] = float(factor)
-    if not points or not any(points.values()):
-        raise UserError(f"schedule={dict(schedule)} never lets the objective count; give {{0: 0, 1000: 1}}, or null")
-    return dict(sorted(points.items()))
-
-
-def find_pause(schedules: Iterable[Mapping[int, float] | None]) -> int | None:
-    """The first step at which none of these schedules lets its objective count, if there is one.
-
-    Factors are not negative and linear in between, so if all vanish anywhere, they do at a point of some schedule.
-
-    Args:
-        schedules: of objectives with a weight, checked; None for one that always counts.
-    """
-    known = list(schedules)
-    if any(schedule is None for schedule in known):
-        return None
-    found = [schedule for schedule in known if schedule is not None]
-    steps = sorted({0}.union(*found))
-    return next((step for step in steps if not any(interpolate_schedule(each, step) for each in found)), None)
-
-
-def ever_counts(schedule: Mapping[int, float], steps: int) -> bool:
-    """Whether a checked schedule is above 0 at one of the first `steps` steps; it is linear between its points."""
-    looked_at = {0, steps - 1, *(step for step in schedule if step < steps)}
-    return any(interpolate_schedule(schedule, step) > 0 for step in looked_at)
-
-
-def interpolate_schedule(schedule: Mapping[int, float], step: int) -> float:
-    """Factor at a step: linear between the points, constant beyond the first and the last."""
-    points = list(schedule.items())
-    if step <= points[0][0]:
-        return points[0][1]
-    for (left, low), (right, high) in itertools.pairwise(points):
-        if step < right:
-            return low + (high - low) * (step - left) / (right - left)
-    return points[-1][1]

@@ -16,11 +16,11 @@ Reference: CoCa (arXiv:2205.01917), Eq. 2-3; SyCoCa (arXiv:2401.02137) for its p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.objectives.token_head import TokenHead
 
 
@@ -45,7 +45,7 @@ class Captioning(LocalObjective):
         self,
         *,
         weight: NotNegative = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         decoder: Literal["tied", "own"] = "tied",
         text_expert: bool = False,
     ) -> None:

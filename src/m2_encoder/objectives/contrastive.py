@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Final, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge, Lt
 from torch import Tensor
 
 from m2_encoder.bounds import NotNegative, Rule, check_bounds
@@ -15,14 +16,16 @@ from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive_one_sided import one_sided_forward
 from m2_encoder.objectives.contrastive_op import NO_GROUP, contrastive_forward
+from m2_encoder.objectives.schedule import Schedule
 
 HEADS: Final = ("features", "backbone_features")
+"""Feature pairs of the model: after the vision-language encoder, and after the backbone."""
+
 _HEADS_RULE: Final = Rule(
     lambda heads: "features" in heads and len(set(heads)) == len(heads) and set(heads) <= set(HEADS),
     f"[features] or [{', '.join(HEADS)}]",
     "[features]",
 )
-"""Feature pairs of the model: after the vision-language encoder, and after the backbone."""
 
 _NORM_TOLERANCE: Final = 0.02  # bf16 rounds a norm by up to 0.004
 
@@ -173,19 +176,19 @@ class ImageTextContrastive(Objective):
         self,
         *,
         weight: NotNegative = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0,
         multi_positive: bool = True,
-        heads: Annotated[Sequence[Literal["features", "backbone_features"]], _HEADS_RULE] = (
-            "features",
-        ),
+        heads: Annotated[Sequence[Literal["features", "backbone_features"]], _HEADS_RULE] = ("features",),
         equal_rows: bool = True,
         one_sided: bool = False,
         feature_dtype: Literal["bfloat16", "float16"] | None = None,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         if one_sided and not equal_rows:
-            raise UserError("must be false where ranks may differ in rows (equal_rows=false)", key="one_sided", value=True)
+            raise UserError(
+                "must be false where ranks may differ in rows (equal_rows=false)", key="one_sided", value=True
+            )
         self.feature_dtype = None if feature_dtype is None else getattr(torch, feature_dtype)
         self.label_smoothing = label_smoothing
         self.multi_positive = multi_positive

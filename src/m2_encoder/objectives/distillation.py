@@ -24,7 +24,6 @@ similarities over a batch. R2D2's and ALBEF's momentum teacher, a running mean o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -38,6 +37,7 @@ from m2_encoder.objectives.alignment import mean_alignment
 from m2_encoder.objectives.base import ModelShape, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import contrastive_losses
 from m2_encoder.objectives.row_tiles import gather_constant
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import LANGUAGES, ImageTextBatch, TextTokens
 
 _INIT_STD = 0.02
@@ -129,7 +129,7 @@ class Distillation(Objective):
         *,
         teacher: Text,
         weight: NotNegative = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         teacher_weights: Text | None = None,
         feature_weight: NotNegative = 1.0,
         similarity_weight: NotNegative = 1.0,

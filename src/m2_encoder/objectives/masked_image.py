@@ -10,9 +10,9 @@ attentive masks; MAE (arXiv:2111.06377) and BEiT v2 (arXiv:2208.06366) for the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Annotated, Literal
 
+from annotated_types import Gt, Lt
 from torch import Tensor
 
 from m2_encoder.bounds import NotNegative, check_bounds
@@ -20,9 +20,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.objectives.attentive import attentive_mask
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
 from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
-
-MASKINGS: Final = ("block", "attentive")
-"""How patches are chosen: BEiT's blocks, drawn by the data module; or those most similar to the caption."""
+from m2_encoder.objectives.schedule import Schedule
 
 
 class MaskedImage(LocalObjective):
@@ -42,7 +40,8 @@ class MaskedImage(LocalObjective):
         weight: factor in the sum of objectives.
         schedule: see `Objective`.
         mask_ratio: share of the patches that are hidden; the released configuration names 80 of 196.
-        masking: one of `MASKINGS`.
+        masking: how patches are chosen: "block", BEiT's, drawn by the data module, or "attentive", those most like the
+            caption.
         targets: what is predicted; None for normalised pixels.
         text_expert: see `LocalObjective`.
 
@@ -58,7 +57,7 @@ class MaskedImage(LocalObjective):
         self,
         *,
         weight: NotNegative = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         mask_ratio: Annotated[float, Gt(0), Lt(1)] = 80 / 196,
         masking: Literal["block", "attentive"] = "block",
         targets: PatchTargets | None = None,

@@ -9,14 +9,14 @@ Reference: BERT (arXiv:1810.04805) for the loss and its head; SyCoCa (arXiv:2401
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Gt, Lt
 from torch import Tensor
 
 from m2_encoder.bounds import NotNegative, check_bounds
-from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.objectives.token_head import TokenHead
 
 
@@ -44,7 +44,7 @@ class MaskedLanguage(LocalObjective):
         self,
         *,
         weight: NotNegative = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         mask_ratio: Annotated[float, Gt(0), Lt(1)] = 0.5,
         decoder: Literal["tied", "own"] = "tied",
         text_expert: bool = False,

@@ -33,8 +33,6 @@ ranking stage after a contrastive pre-ranking this is, with one cross encoder fo
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Final, NamedTuple, Protocol
 
 import torch
@@ -47,6 +45,7 @@ from m2_encoder.distributed.collectives import exchange_counts, gather_rows_with
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import LocalTerms, ModelShape, ObjectiveInputs
 from m2_encoder.objectives.pairs import HardPairs, PairObjective, PairPasses
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import TextTokens
 
 _INIT_STD: Final = 0.02
@@ -75,7 +74,7 @@ class Matching(PairObjective):
         self,
         *,
         weight: NotNegative = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         hardness: NotNegative = 1.0,
         seed: Seed = 0,
         text_expert: bool = False,

@@ -7,13 +7,13 @@ layers piece by piece, inside micro-batches and their recomputation, as for a `L
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from m2_encoder.bounds import NotNegative
 from m2_encoder.objectives.base import LocalTerms, Objective, ObjectiveInputs, fused_parts
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import TextTokens
 
 
@@ -80,7 +80,7 @@ class PairObjective(Objective):
     score_names: tuple[str, ...] = ()
 
     def __init__(
-        self, *, weight: NotNegative = 1.0, schedule: Mapping[int, float] | None = None, text_expert: bool = False
+        self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None, text_expert: bool = False
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert

@@ -19,11 +19,11 @@ Reference: SigLIP (arXiv:2303.15343), Eq. 1 and section 3.3, also for the values
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,6 +31,7 @@ from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.distributed.collectives import gather_rows_without_grad, scatter_sums
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.schedule import Schedule
 
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
 
@@ -56,7 +57,7 @@ class SigmoidContrastive(Objective):
         self,
         *,
         weight: NotNegative = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         initial_bias: Annotated[float, Ge(-1000), Le(1000)] = -10.0,
         multi_positive: bool = True,
     ) -> None:

@@ -18,9 +18,10 @@ InfoNCE: arXiv:1807.03748.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Annotated
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,6 +29,7 @@ from m2_encoder.bounds import Count, NotNegative, Positive, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.row_tiles import GroupRows, gather_group, map_rows
+from m2_encoder.objectives.schedule import Schedule
 
 
 class TextContrast(Objective):
@@ -52,7 +54,7 @@ class TextContrast(Objective):
         self,
         *,
         weight: NotNegative = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         temperature: Positive = 0.07,
         hard_negatives: Count | None = None,
         max_similarity: Annotated[float, Gt(-1), Le(1)] = 0.95,

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from m2_encoder.data.loading.faults import SHARD_REASONS, SampleFault
 from m2_encoder.data.loading.pixel_rows import PixelRows
 from m2_encoder.data.loading.stages import DECODING, READING, TRANSFORMING, StageClock
-from m2_encoder.data.order.manifest import is_remote
 from m2_encoder.data.order.plan import Place, PositionPlan, Stretch
 from m2_encoder.data.samples.captions import Caption, CaptionSampler
 from m2_encoder.data.samples.parse import SampleProblem, SampleText, name_content, parse_sample_text
+from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.reader import ShardReader
 from m2_encoder.errors import ImageError, UserError
 from m2_encoder.types import LANGUAGES

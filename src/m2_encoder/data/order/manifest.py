@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from m2_encoder.data.loading.watchdog import STALL_TIMEOUT_S, map_watched
+from m2_encoder.bounds import Count, NotNegative, Rule, check_fields
 from m2_encoder.data.order.manifest_record import RecordedSource, name_some, pack_record, write_weight
-from m2_encoder.data.shards.paths import expand_braces
+from m2_encoder.data.shards.index import ShardSize
+from m2_encoder.data.shards.paths import is_remote, list_shards
+from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
 _SOURCE_KEYS = ("shards", "languages", "weight", "max_samples", "max_epochs")
 _COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
+
+
+def _names_shards(shards: str | Sequence[str]) -> bool:
+    parts = [shards] if isinstance(shards, str) else shards
+    return bool(parts) and all(part.strip() for part in parts)
+
+
+def _are_languages(languages: str | Sequence[str]) -> bool:
+    parts = [languages] if isinstance(languages, str) else languages
+    return bool(parts) and all(part in LANGUAGES for part in parts)
 
 
 @dataclass(frozen=True)
@@ -44,58 +52,21 @@ class SourceSpec:
     """
 
     name: str
-    shards: str | Sequence[str]
-    languages: tuple[str, ...] = LANGUAGES
-    weight: float | None = None
-    max_samples: int | None = None
-    max_epochs: int | None = None
+    shards: Annotated[str | Sequence[str], Rule(_names_shards, "a path or url, or a list of them", "PATHS")]
+    languages: Annotated[str | Sequence[str], Rule(_are_languages, f"some of {', '.join(LANGUAGES)}", "[zh, en]")] = (
+        LANGUAGES
+    )
+    weight: NotNegative | None = None
+    max_samples: Count | None = None
+    max_epochs: Count | None = None
 
     def __post_init__(self) -> None:
-        where = f"data.sources.{self.name}"
-        unknown = [language for language in self.languages if language not in LANGUAGES]
-        if unknown or not self.languages:
-            raise UserError(f"{where}.languages={list(self.languages)} must be some of {', '.join(LANGUAGES)}")
-        if self.weight is not None and not 0 <= self.weight < float("inf"):
-            raise UserError(f"{where}.weight={self.weight!r} must be a finite number, 0 or more, or null")
-        for key in ("max_samples", "max_epochs"):
-            value = getattr(self, key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UserError(f"{where}.{key}={value!r} must be a whole number, 1 or more, or null")
-
-    @classmethod
-    def from_config(cls, name: str, values: Mapping[str, Any]) -> SourceSpec:
-        """Make a source of the values under `data.sources.<name>`.
-
-        Raises:
-            UserError: for unknown keys, no shards, or values that make no sense.
-        """
-        unknown = sorted(set(values) - set(_SOURCE_KEYS))
-        if unknown:
-            raise UserError(f"data.sources.{name} has unknown {', '.join(unknown)}; known: {', '.join(_SOURCE_KEYS)}")
-        if not values.get("shards"):
-            raise UserError(f"data.sources.{name}.shards is missing; give '/data/{{000..099}}.tar', a glob or a list")
-        languages = values.get("languages") or LANGUAGES
-        return cls(
-            **{**values, "name": name, "languages": tuple([languages] if isinstance(languages, str) else languages)}
-        )
-
-
-class ShardSize(NamedTuple):
-    """How much a shard holds.
-
-    Attributes:
-        samples: usable ones, as far as headers of the tar tell.
-        size: bytes of the tar.
-        written: when the tar was last written, ns; 0 if nobody says.
-        unusable: what headers tell to be unusable, entries.
-        layout: checksum of names, places and sizes of the samples; 0 if nobody says.
-    """
-
-    samples: int
-    size: int
-    written: int = 0
-    unusable: int = 0
-    layout: int = 0
+        try:
+            check_fields(self)
+        except UserError as error:
+            raise error.under(f"data.sources.{self.name}") from error
+        languages = [self.languages] if isinstance(self.languages, str) else self.languages
+        object.__setattr__(self, "languages", tuple(languages))
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +185,10 @@ def build_manifest(
 
 
 def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize], stall_timeout_s: float) -> Source:
-    shards = expand_shards(spec)
+    try:
+        shards = list_shards(spec.shards)
+    except UserError as error:
+        raise error.under(f"data.sources.{spec.name}.shards") from error
     failed: list[str] = []
 
     def try_measure(shard: str) -> ShardSize:
@@ -290,70 +264,3 @@ def make_source(
         take(layouts),
         tuple(shards[i] for i in faulty),
     )
-
-
-def expand_shards(spec: SourceSpec) -> list[str]:
-    """The shards of a source: braces, then globs and folders; patterns in their order, matches sorted.
-
-    Raises:
-        UserError: for a pattern without a match, `pipe:` commands, or a shard that comes twice.
-    """
-    patterns = [spec.shards] if isinstance(spec.shards, str) else list(spec.shards)
-    shards: list[str] = []
-    for pattern in patterns:
-        if pattern.startswith("pipe:"):
-            raise UserError(
-                f"data.sources.{spec.name}.shards={pattern!r}: what a command prints cannot be read by offset; "
-                "give a url such as s3://bucket/{000..099}.tar"
-            )
-        found = [shard for url in _expand(spec, pattern) for shard in _match(url)]
-        if not found:
-            raise UserError(f"data.sources.{spec.name}.shards={pattern!r} matches nothing")
-        shards += found
-    # Of a single pattern all are spelled alike; of several, one may say ./a.tar and another a.tar.
-    places = shards if len(patterns) == 1 else [_spell(shard) for shard in shards]
-    if len(set(places)) < len(places):
-        counts = Counter(places)
-        twice = next(shard for shard, place in zip(shards, places, strict=True) if counts[place] > 1)
-        raise UserError(f"data.sources.{spec.name}: {twice} comes twice; leave one out, or raise the weight")
-    return shards
-
-
-def _expand(spec: SourceSpec, pattern: str) -> list[str]:
-    path = os.path.expanduser(pattern)
-    if not is_remote(path) and os.path.exists(path.removeprefix("file://")):
-        return [path]  # whatever signs are in its name
-    try:
-        return expand_braces(path)
-    except UserError as error:
-        problem = str(error).removeprefix(f"{path}: ")
-        raise UserError(f"data.sources.{spec.name}.shards={pattern!r}: {problem}") from error
-
-
-def _spell(shard: str) -> str:
-    """The same word for a local file, however its path is written."""
-    return shard if is_remote(shard) else os.path.abspath(shard.removeprefix("file://"))
-
-
-def is_remote(shard: str) -> bool:
-    """Whether a shard is a url."""
-    return "://" in shard and not shard.startswith("file://")
-
-
-def _match(url: str) -> list[str]:
-    if is_remote(url):
-        if not any(sign in url for sign in "*["):  # a ? is part of many urls
-            return [url]
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(url)
-        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
-    url = url.removeprefix("file://")
-    is_pattern = any(sign in url for sign in "*?[")
-    if url.endswith(".tar") and not is_pattern:  # of 600,000 names, none is looked up twice
-        return [url]
-    if os.path.isdir(url):
-        return sorted(str(path) for path in Path(url).glob("*.tar"))
-    if is_pattern and not os.path.exists(url):
-        return sorted(glob.glob(url, recursive=True))
-    return [url]

@@ -103,6 +103,24 @@ class IndexHeader(NamedTuple):
     layout: int
 
 
+class ShardSize(NamedTuple):
+    """How much a shard holds.
+
+    Attributes:
+        samples: usable ones, as far as headers of the tar tell.
+        size: bytes of the tar.
+        written: when the tar was last written, ns; 0 if nobody says.
+        unusable: what headers tell to be unusable, entries.
+        layout: checksum of names, places and sizes of the samples; 0 if nobody says.
+    """
+
+    samples: int
+    size: int
+    written: int = 0
+    unusable: int = 0
+    layout: int = 0
+
+
 class ShardIndex:
     """Samples of one shard by number.
 

@@ -1,7 +1,7 @@
 """Random access to the samples of WebDataset tars.
 
 A header-only scan finds where each member lies; a sample is then read by offset. So any order of samples is possible,
-and the order can be a pure function of a position (see `m2_encoder.data.loading.sample_order`).
+and the order can be a pure function of a position (see `m2_encoder.data.order.plan`).
 """
 
 from __future__ import annotations

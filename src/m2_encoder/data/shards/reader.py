@@ -12,19 +12,20 @@ import time
 from collections import OrderedDict
 from typing import NamedTuple
 
-from m2_encoder.data.order.manifest import ShardSize, is_remote
 from m2_encoder.data.samples.parse import SampleProblem
 from m2_encoder.data.shards.index import (
     INDEX_SUFFIX,
     IndexHeader,
     ShardFault,
     ShardIndex,
+    ShardSize,
     count_samples,
     open_index,
     parse_header,
     parse_index,
 )
 from m2_encoder.data.shards.members import Member
+from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.errors import UserError
 
