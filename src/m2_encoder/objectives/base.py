@@ -3,7 +3,7 @@
 There are three kinds. An `Objective` compares features of all rows of a contrastive group. A `LocalObjective` looks at
 hidden states of single pairs: it is evaluated piece by piece, inside micro-batches and their recomputation, and gives a
 sum and a count for every caption, so that its mean over all ranks is exact however the rows are divided. A
-`pairs.PairObjective` does so in a second round, with wrong partners chosen once the features of all rows are known.
+`PairObjective` does so in a second round, with hard negatives selected by the features of all rows.
 
 To add one: write a subclass in a file of this folder and a YAML file in `conf/objective/` that names it.
 """
@@ -12,48 +12,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from m2_encoder.bounds import NotNegative, check_bounds
+=======
+from m2_encoder.errors import UserError
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
+>>>>>>> layout
 from m2_encoder.objectives.schedule import Schedule, check_schedule, interpolate_schedule
-from m2_encoder.types import ImageTextBatch, TextTokens
+from m2_encoder.types import ImageTextBatch
 
 PASSES: Final = ("masked_text", "masked_image", "caption")
 """Passes of the model beyond the clean image and the clean text, which every objective has: the image with its captions
 in which words are hidden; the captions with their image in which patches are hidden; the image with its captions, each
 token seeing the ones before it alone."""
-
-
-class ModelShape(Protocol):
-    """What an objective may want to know of the model; `M2EncoderConfig` has it."""
-
-    @property
-    def embed_dim(self) -> int:
-        """Width D of the hidden states."""
-        ...
-
-    @property
-    def feature_dim(self) -> int:
-        """Width E of the features."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        ...
-
-    @property
-    def image_size(self) -> int:
-        """Side S, pixels."""
-        ...
-
-    @property
-    def patch_size(self) -> int:
-        """Side P of a patch, pixels."""
-        ...
 
 
 class FeaturePair(NamedTuple):
@@ -144,7 +121,7 @@ class Objective(nn.Module, ABC):
         self.weight = weight
         self.schedule = None if schedule is None else check_schedule(schedule)
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make parameters that depend on the model; called once, before the optimizer is made."""
 
     def trained_parts(self) -> frozenset[str]:
@@ -158,94 +135,6 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Compute the loss of the local rows."""
-
-
-class EncodedPair(NamedTuple):
-    """A piece's images and captions, each encoded alone.
-
-    Attributes:
-        image_hidden: of the backbone, (b, N, D); token 0 is cls, then the patches row by row.
-        text_hidden: of the backbone, (k * b, T, D); meaningless on padding.
-        text: the captions, trimmed, (k * b, T).
-        image_features: (b, E), L2-normalised.
-        text_features: (k * b, E), L2-normalised.
-    """
-
-    image_hidden: Tensor
-    text_hidden: Tensor
-    text: TextTokens
-    image_features: Tensor
-    text_features: Tensor
-
-
-class Passes(Protocol):
-    """The passes of the model over one piece of a batch; each is run when it is first asked for, and once.
-
-    Hidden states are those after the vision-language layers, which see image and text together, of the tokens that are
-    to be predicted, row by row. No others are computed to the end. Captions of one image share its backbone pass.
-    """
-
-    @property
-    def batch(self) -> ImageTextBatch:
-        """The rows of the piece."""
-        ...
-
-    @property
-    def text(self) -> TextTokens:
-        """The clean captions, trimmed to the longest, (k * b, T)."""
-        ...
-
-    @property
-    def pair(self) -> EncodedPair:
-        """The clean passes with their features; only for objectives that need features."""
-        ...
-
-    @property
-    def patch_features(self) -> Tensor:
-        """Clean patches in the space of the features, not normalised, (b, patches, E), without a gradient."""
-        ...
-
-    @property
-    def hidden_tokens(self) -> Tensor:
-        """Which tokens of the captions are hidden, (k * b, T) bool."""
-        ...
-
-    @property
-    def masked_text(self) -> Tensor:
-        """Captions with hidden words beside their clean image: states of the M hidden tokens, (M, D)."""
-        ...
-
-    @property
-    def caption(self) -> Tensor:
-        """Captions beside their image, read from left to right: states of the M tokens with a next one, (M, D)."""
-        ...
-
-    def masked_image(self, patch_mask: Tensor) -> Tensor:
-        """Images with hidden patches beside their clean captions.
-
-        Args:
-            patch_mask: True where a patch is hidden, (b, patches) bool.
-
-        Returns:
-            States of the M hidden patches, once for each caption, (M, D).
-        """
-        ...
-
-    def token_losses(
-        self, states: Tensor, bias: Tensor, targets: Tensor, table: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of tokens, never holding the logits of all of them.
-
-        Args:
-            states: what is compared with the rows of the table, (M, D).
-            bias: of each token, (V,).
-            targets: true ids, (M,) int64.
-            table: (V, D); None for the model's token table.
-
-        Returns:
-            Losses, (M,) fp32 or wider, and whether the target scored highest, (M,) bool.
-        """
-        ...
 
 
 class LocalTerms(NamedTuple):
@@ -299,10 +188,47 @@ class LocalObjective(Objective):
         return parts | {"vision_expert_reader"} if "features" in parts else parts
 
     @abstractmethod
-    def terms(self, passes: Passes) -> LocalTerms:
+    def terms(self, passes: PiecePasses) -> LocalTerms:
         """Compute the terms of a piece; runs again in backward where micro-batches are recomputed."""
 
-    def forward(self, inputs: Passes) -> LocalTerms:  # type: ignore[override]  # the other kind of input
+    def forward(self, inputs: PiecePasses) -> LocalTerms:  # type: ignore[override]  # the other kind of input
+        """As `terms`."""
+        return self.terms(inputs)
+
+
+class PairObjective(Objective):
+    """A loss of right and wrong pairs: the mean over the terms of all ranks.
+
+    Uses features to select hard negatives, without a gradient to them.
+
+    Args:
+        weight: factor in the sum of objectives.
+        schedule: see `Objective`.
+        text_expert: see `LocalObjective`.
+
+    Attributes:
+        score_names: names of the scores that `terms` gives, always all of them.
+    """
+
+    score_names: tuple[str, ...] = ()
+
+    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None, text_expert: bool = False) -> None:
+        super().__init__(weight=weight, schedule=schedule)
+        self.text_expert = text_expert
+
+    def trained_parts(self) -> frozenset[str]:
+        """Names of `PARTS` that get a gradient of this objective."""
+        return self.optional_parts | fused_parts(text_expert=self.text_expert, reads=["caption"])
+
+    @abstractmethod
+    def select(self, inputs: ObjectiveInputs) -> HardPairs:
+        """Select hard negatives, once per step; collective in the group, without gradients."""
+
+    @abstractmethod
+    def terms(self, passes: PiecePairs) -> LocalTerms:
+        """Compute the terms of a piece; runs again in backward where micro-batches are recomputed."""
+
+    def forward(self, inputs: PiecePairs) -> LocalTerms:  # type: ignore[override]  # another kind of input
         """As `terms`."""
         return self.terms(inputs)
 

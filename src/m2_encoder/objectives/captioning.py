@@ -18,8 +18,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+<<<<<<< HEAD
 from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+=======
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.passes import PiecePasses
+>>>>>>> layout
 from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.objectives.token_head import TokenHead
 
@@ -52,11 +58,11 @@ class Captioning(LocalObjective):
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
         self._decoder = decoder
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head."""
         self.head = TokenHead(shape, decoder=self._decoder)
 
-    def terms(self, passes: Passes) -> LocalTerms:
+    def terms(self, passes: PiecePasses) -> LocalTerms:
         """One term per token but the first."""
         text = passes.text
         return self.head.terms(passes.caption, text.ids[:, 1:], text.mask[:, 1:], passes)

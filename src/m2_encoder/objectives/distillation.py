@@ -33,8 +33,9 @@ from torch.nn import functional
 
 from m2_encoder.bounds import Count, NotNegative, Positive, Text, check_bounds
 from m2_encoder.errors import NotGivenError, UserError
+from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.alignment import mean_alignment
-from m2_encoder.objectives.base import ModelShape, Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import contrastive_losses
 from m2_encoder.objectives.row_tiles import gather_constant
 from m2_encoder.objectives.schedule import Schedule
@@ -155,7 +156,7 @@ class Distillation(Objective):
         teacher.requires_grad_(False)
         self._teacher = (teacher,)
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the projection, if one is needed.
 
         Raises:

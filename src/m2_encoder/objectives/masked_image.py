@@ -17,8 +17,10 @@ from torch import Tensor
 
 from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.errors import UserError
+from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.attentive import attentive_mask
-from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
 from m2_encoder.objectives.schedule import Schedule
 
@@ -70,7 +72,7 @@ class MaskedImage(LocalObjective):
         self.score_names = self.targets.score_names
         self._count = 0
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head of the targets.
 
         Raises:
@@ -86,7 +88,7 @@ class MaskedImage(LocalObjective):
             )
         self.targets.build(shape)
 
-    def choose(self, passes: Passes) -> Tensor:
+    def choose(self, passes: PiecePasses) -> Tensor:
         """Which patches are hidden, (b, patches) bool."""
         if not self._is_attentive:
             assert passes.batch.patch_mask is not None, "the data module hides patches where an objective asks for it"
@@ -95,7 +97,7 @@ class MaskedImage(LocalObjective):
         by_image = texts.unflatten(0, (-1, passes.batch.captions_per_image)).mean(dim=1)
         return attentive_mask(passes.patch_features, by_image, count=self._count)
 
-    def terms(self, passes: Passes) -> LocalTerms:
+    def terms(self, passes: PiecePasses) -> LocalTerms:
         """One term per hidden patch."""
         batch = passes.batch
         mask = self.choose(passes)

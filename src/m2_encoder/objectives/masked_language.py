@@ -14,8 +14,15 @@ from typing import Annotated, Literal
 from annotated_types import Gt, Lt
 from torch import Tensor
 
+<<<<<<< HEAD
 from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+=======
+from m2_encoder.errors import UserError
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.passes import PiecePasses
+>>>>>>> layout
 from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.objectives.token_head import TokenHead
 
@@ -55,15 +62,15 @@ class MaskedLanguage(LocalObjective):
         self.user_dictionary = user_dictionary
         self._decoder = decoder
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head."""
         self.head = TokenHead(shape, decoder=self._decoder)
 
-    def terms(self, passes: Passes) -> LocalTerms:
+    def terms(self, passes: PiecePasses) -> LocalTerms:
         """One term per hidden token."""
         return self.head.terms(passes.masked_text, passes.text.ids, passes.hidden_tokens, passes)
 
-    def predict(self, passes: Passes, table: Tensor) -> Tensor:
+    def predict(self, passes: PiecePasses, table: Tensor) -> Tensor:
         """Captions with the likeliest tokens in place of hidden ones; for a few captions.
 
         Args:

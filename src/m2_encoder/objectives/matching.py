@@ -43,8 +43,9 @@ from torch.nn import functional
 from m2_encoder.bounds import NotNegative, Seed, check_bounds
 from m2_encoder.distributed.collectives import exchange_counts, gather_rows_without_grad
 from m2_encoder.errors import UserError
-from m2_encoder.objectives.base import LocalTerms, ModelShape, ObjectiveInputs
-from m2_encoder.objectives.pairs import HardPairs, PairObjective, PairPasses
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalTerms, ObjectiveInputs, PairObjective
+from m2_encoder.objectives.passes import HardPairs, PiecePairs
 from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import TextTokens
 
@@ -82,7 +83,7 @@ class Matching(PairObjective):
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
         self._hardness, self._seed = hardness, seed
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head."""
         self.head = nn.Linear(shape.embed_dim, 1)
         nn.init.normal_(self.head.weight, std=_INIT_STD)
@@ -115,7 +116,7 @@ class Matching(PairObjective):
             TextTokens(others.text.ids[text_rows], others.text.mask[text_rows]), has_text, image_rows, has_image
         )
 
-    def terms(self, passes: PairPasses) -> LocalTerms:
+    def terms(self, passes: PiecePairs) -> LocalTerms:
         """One term per right pair, and one per wrong pair that was found."""
         right, wrong_text, wrong_image = (
             self.head(states).squeeze(1).to(torch.promote_types(states.dtype, torch.float32))

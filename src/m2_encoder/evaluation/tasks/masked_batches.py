@@ -15,9 +15,9 @@ from m2_encoder.data.masking.text_masking import MaskVocabulary
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import LocalObjective
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.runs.build import build_masking
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-from m2_encoder.training.passes import PiecePasses
 from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 
 ORDER: Final = ("zh", "en")
