@@ -122,7 +122,8 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> Iterator
         yield from check_values(key, value, read_parameters(settings))
     elif not _is_allowed(value, annotation):
         options = _options(annotation)
-        hint = nearest(value, options) if isinstance(value, str) and options else ""
+        words = [value] if isinstance(value, str) else list(value) if isinstance(value, Mapping) else []
+        hint = next((nearest(str(word), options) for word in words if word not in options), "")
         yield Problem(key, value, f"must be {describe(annotation)}{hint}", _example(key, parameter))
     else:
         for keys in (each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, KeysOf)):

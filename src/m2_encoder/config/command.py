@@ -43,6 +43,7 @@ from m2_encoder.config.choices import config_folders
 from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
 from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.paths import anchor, find_conf
+from m2_encoder.config.problems import format_problem
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_sweep_line,
@@ -53,7 +54,7 @@ from m2_encoder.config.sweeps import (
 )
 from m2_encoder.config.unchosen import drop_unchosen
 from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -94,7 +95,7 @@ class Command:
     config_name: str
     summary: str
     examples: tuple[str, ...]
-    check: Callable[[dict[str, Any]], list[str]]
+    check: Callable[[dict[str, Any]], Sequence[str | Problem]]
     run: Callable[[dict[str, Any]], int | None]
     run_folder: Callable[[dict[str, Any]], Path] | None = None
     complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | None = None
@@ -214,7 +215,8 @@ def _check_sweep(
 
 
 def _find_problems(command: Command, composition: Composition) -> list[str]:
-    return composition.without_echoes([*composition.problems, *command.check(composition.cfg)])
+    found = [each if isinstance(each, str) else format_problem(each) for each in command.check(composition.cfg)]
+    return composition.without_echoes([*composition.problems, *found])
 
 
 def _rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:

@@ -17,13 +17,9 @@ from typing import Final, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from m2_encoder.bounds import NotNegative, check_bounds
-=======
-from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
->>>>>>> layout
 from m2_encoder.objectives.schedule import Schedule, check_schedule, interpolate_schedule
 from m2_encoder.types import ImageTextBatch
 

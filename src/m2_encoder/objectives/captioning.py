@@ -18,14 +18,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-<<<<<<< HEAD
 from m2_encoder.bounds import NotNegative, check_bounds
-from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
-=======
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalObjective, LocalTerms
 from m2_encoder.objectives.passes import PiecePasses
->>>>>>> layout
 from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.objectives.token_head import TokenHead
 
