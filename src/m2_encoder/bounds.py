@@ -154,7 +154,7 @@ def fits(value: Any, annotation: Any) -> bool:
     if annotation is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if annotation is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
     if annotation in (None, type(None), str, bool):
         return isinstance(value, annotation or type(None))
     if inspect.isclass(origin) and issubclass(origin, Sequence):

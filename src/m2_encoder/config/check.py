@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 from annotated_types import Ge, Len
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -133,7 +133,7 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> Iterator
                     yield from check_values(path, node, read_parameters(keys.called), given=keys.given)
 
 
-def check_settings(settings: type, cfg: Mapping[str, Any], path: str = "") -> list[Problem]:
+def check_settings(settings: Any, cfg: Mapping[str, Any], path: str = "") -> list[Problem]:
     """Everything that is wrong with values from which a dataclass of settings is to be made, relations included."""
     problems = list(check_values(path, cfg, read_parameters(settings)))
     if problems or _lacks(cfg):
@@ -152,7 +152,7 @@ def make_settings(settings: type[T], cfg: Mapping[str, Any]) -> T:
         UserError: as its own constructor.
     """
     arguments = {}
-    for name, item in read_parameters(settings).items():
+    for name, item in read_parameters(cast("Any", settings)).items():
         if name in cfg:
             inner, value = _settings_of(item.annotation), cfg[name]
             if inner is not None and isinstance(value, Mapping):
@@ -272,7 +272,7 @@ def _sample(annotation: Any) -> str:
             return text
     if options := _options(annotation):
         return options[0]
-    least = [max(1, each.ge) for each in _metadata(annotation, Ge)]
+    least = [max(1, each.ge) for each in _metadata(annotation, Ge) if isinstance(each.ge, int)]
     base = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
     return str(least[0]) if least else {bool: "true", int: "1", float: "0.1", str: "TEXT"}.get(base, "VALUE")
 
