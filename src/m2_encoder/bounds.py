@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast
 
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen, Predicate
 
@@ -93,7 +93,7 @@ def check_fields(instance: Any) -> None:
     Raises:
         UserError: as `check_bounds`.
     """
-    refuse(find_faults(_bounds_of(type(instance)), vars(instance)))
+    refuse(find_faults(_bounds_of(cast("Any", type(instance))), vars(instance)))
 
 
 def refuse(problems: Sequence[Problem]) -> None:

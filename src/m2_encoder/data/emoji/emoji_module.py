@@ -13,12 +13,8 @@ from m2_encoder.data.loading.loader import PositionLoader
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.samples.captions import CaptionSampler
-<<<<<<< HEAD
-from m2_encoder.data.webdataset_module import BatchSize, WebDatasetModule
-=======
 from m2_encoder.data.samples.sample import Column
-from m2_encoder.data.webdataset_module import WebDatasetModule
->>>>>>> layout
+from m2_encoder.data.webdataset_module import BatchSize, WebDatasetModule
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 

@@ -18,25 +18,18 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-<<<<<<< HEAD
 from m2_encoder.bounds import Count, NotNegative, Rule, check_bounds
-=======
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText
->>>>>>> layout
-from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
 Role: TypeAlias = Literal["name", "alias", "keyword", "original", "rewritten", "translated", "mixed"]
 CAPTION_ROLES = typing.get_args(Role)
 """One caption of a role; or, for "mixed", several keywords as a list, sometimes with the name among them."""
 
-<<<<<<< HEAD
 STORED_ROLES = CAPTION_ROLES[:-1]
 """What a stored caption can be: what something is called, or a sentence about an image and where that comes from."""
 
-=======
 _PLAIN_ROLE = "original"  # of a caption that says nothing about itself
->>>>>>> layout
 _SEPARATOR = {"en": ", ", "zh": "，"}
 
 
