@@ -23,6 +23,7 @@ SAFE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
 RESERVED_NAMES: Final = ("data", "multirun")
 TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
 KEYED_GROUPS: Final = ("objective", "callbacks")
+OPTIONAL_KEYS: Final = ("task", "evaluation")
 ROOT_KEYS: Final = ("seed", "run", "model", *TARGET_GROUPS, *KEYED_GROUPS, "cluster")
 MODEL_FIELDS: Final = tuple(field.name for field in dataclasses.fields(M2EncoderConfig) if field.name != "name")
 REAL_MODEL_FIELDS: Final = ("drop_path_rate", "layer_norm_eps", "position_init_std", "initial_temperature")
@@ -152,18 +153,18 @@ class Trainer:
 def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with `seed`, `run`, `model`, `cluster`, known arguments of `trainer`, and the names of groups."""
     has_task = cfg.get("task") is not None
-    root = {**{key: inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=Any) for key in ROOT_KEYS}}
+    root = {key: inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=Any) for key in ROOT_KEYS}
     root["seed"] = root["seed"].replace(annotation=Seed)
-    root["task"] = inspect.Parameter("task", inspect.Parameter.KEYWORD_ONLY, annotation=Any, default=None)
-    if has_task:
-        root["objective"] = root["objective"].replace(default=None)
+    for key in (*OPTIONAL_KEYS, *(["objective"] if has_task else [])):
+        root[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=Any, default=None)
     # A group whose every option was taken away is as good as none.
     present = {key: value for key, value in cfg.items() if key != "objective" or value != {}}
     problems = [_name_choice(problem) for problem in check_values("", present, root, name="the configuration")]
     parts: dict[str, Parameters] = {
         "run": read_parameters(Run), "model": _model_parameters(), "cluster": _cluster_parameters(cfg.get("cluster")),
     }  # fmt: skip
-    for group in (*TARGET_GROUPS, *KEYED_GROUPS, *parts, *(["task"] if has_task else [])):
+    optional = [key for key in OPTIONAL_KEYS if cfg.get(key) is not None]
+    for group in (*TARGET_GROUPS, *KEYED_GROUPS, *parts, *optional):
         node = cfg.get(group, UNSET)
         if node is UNSET:
             continue
@@ -175,7 +176,7 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
         elif group == "trainer":
             bounds = read_parameters(Trainer)
             problems += check_values(group, {key: value for key, value in node.items() if key in bounds}, bounds)
-    return problems + _check_objectives(cfg.get("objective"))
+    return [*problems, *_check_objectives(cfg.get("objective")), *check_tasks(cfg.get("evaluation"))]
 
 
 def _model_parameters() -> Parameters:
@@ -200,17 +201,33 @@ def _name_choice(problem: Problem) -> Problem:
     )
 
 
+def check_tasks(tasks: Any) -> list[Problem]:
+    """Evaluation tasks from which nothing could be built."""
+    return [problem for name, value in _entries(tasks) for problem in _check_entry("evaluation", name, value)]
+
+
+def _entries(node: Any) -> list[tuple[str, Any]]:
+    return list(node.items()) if isinstance(node, Mapping) else []
+
+
+def _check_entry(group: str, name: str, value: Any) -> list[Problem]:
+    if isinstance(value, Mapping) and "_target_" in value:
+        return []
+    key = f"{group}.{name}"
+    fix = f"choose {name} in {group}=[...] if there is such an option, or name its class in {key}._target_"
+    return [Problem(key, value, "must have a _target_", fix)]
+
+
 def _check_objectives(objectives: Any) -> list[Problem]:
     """Entries from which nothing could be built."""
     problems = []
-    for name, value in (objectives if isinstance(objectives, Mapping) else {}).items():
-        key = f"objective.{name}"
+    for name, value in _entries(objectives):
         if not _may_be_named(str(name)):
             rule = "an objective cannot have this name, which means something else"
-            problems.append(Problem(key, NOTHING, rule, f"give it another, for example objective.my_{name}"))
-        elif not isinstance(value, Mapping) or "_target_" not in value:
-            fix = f"choose {name} in objective=[...] if there is such an option, or name its class in {key}._target_"
-            problems.append(Problem(key, value, "must have a _target_", fix))
+            fix = f"give it another, for example objective.my_{name}"
+            problems.append(Problem(f"objective.{name}", NOTHING, rule, fix))
+        else:
+            problems += _check_entry("objective", name, value)
     return problems
 
 

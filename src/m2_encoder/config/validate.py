@@ -31,36 +31,29 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
 """By node, what the command passes itself when it builds the object."""
 
 
-_NEED_LIGHTNING: Final = ("data", "trainer", "strategy", "callbacks", "task")
-"""Groups whose classes Lightning's own are the parents of."""
-
-
 def validate_train(
-    cfg: dict[str, Any], *, on_this_machine: bool = True, changed: Collection[str] | None = None
+    cfg: dict[str, Any], *, trusted: Collection[str] = (), on_this_machine: bool = True
 ) -> list[Problem]:
     """Everything that is wrong with a composed configuration of `m2-train`.
 
     Args:
         cfg: plain containers, as `config.compose` makes them.
+        trusted: nodes at the top that are not compared with the signatures of their targets; see `check_late`.
         on_this_machine: also ask whether this machine has what the run needs.
-        changed: groups that are not as they were shipped; None if nobody knows. Once something is wrong, Lightning,
-            which takes seconds to import, is asked about these alone.
 
     Returns:
         One per mistake; empty when training can start.
     """
-    problems = check_shape(cfg)
-    problems += check_targets(
-        {key: value for key, value in cfg.items() if key not in _NEED_LIGHTNING}, given=GIVEN_ARGUMENTS
-    )
-    for group in _NEED_LIGHTNING:
-        if group in cfg and (not problems or changed is None or group in changed):
-            problems += check_targets(cfg[group], given=GIVEN_ARGUMENTS, path=group)
-    reported: dict[str, Problem] = {}
-    for problem in problems:
-        reported.setdefault(problem.key, problem)
-    found = check_relations(cfg, set(reported), on_this_machine=on_this_machine)
-    return [*reported.values(), *found]
+    compared = {key: node for key, node in cfg.items() if key not in trusted}
+    found: dict[str, Problem] = {}
+    for problem in (*check_shape(cfg), *check_targets(compared, given=GIVEN_ARGUMENTS)):
+        found.setdefault(problem.key, problem)
+    return [*found.values(), *check_relations(cfg, set(found), on_this_machine=on_this_machine)]
+
+
+def check_late(cfg: Mapping[str, Any], nodes: Collection[str]) -> list[Problem]:
+    """What is wrong with nodes that `validate_train` trusted, because a look at their targets imports Lightning."""
+    return list(check_targets({key: cfg[key] for key in nodes if key in cfg}, given=GIVEN_ARGUMENTS))
 
 
 def validate_experiments() -> dict[str, list[str]]:

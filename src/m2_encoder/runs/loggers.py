@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 from m2_encoder.bounds import Count, Text
 from m2_encoder.distributed.ranks import is_first_rank
-from m2_encoder.runs.provenance import command_line, git_revision
+from m2_encoder.record import describe_run
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -71,6 +71,7 @@ def build_wandb_logger(
     try:
         import wandb  # a second, which runs without it need not wait
 
+        facts = describe_run()
         from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 
         logger = QuietWandbLogger(
@@ -82,14 +83,14 @@ def build_wandb_logger(
             group=group,
             tags=list(tags),
             mode=resolved,
-            config={**cfg, "git_revision": git_revision(), "command": command_line()},
+            config={**cfg, "git_revision": facts["git_revision"], "command": facts["command"]},
             settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_TIMEOUT_S),
         )
         _ = logger.experiment  # starts the run now, where a failure can still be told from one of the training
     except Exception as error:  # its client, its service, the disk and the network raise what they like
         say(f"W&B: not available ({first_line(error)}); metrics.jsonl has all scalars")
         return None
-    if mode == "offline":
+    if resolved == "offline":
         say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
     return logger
 

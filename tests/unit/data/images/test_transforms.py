@@ -259,9 +259,7 @@ def test_exact_size_keeps_every_pixel() -> None:
 @pytest.mark.parametrize("make", [EvalTransform, TrainTransform])
 @pytest.mark.parametrize("image_size", [0, -1, 64.0, "64", None, True, (64, 64)])
 def test_image_size_is_validated(make: Callable[..., Any], image_size: Any) -> None:
-    with pytest.raises(
-        UserError, match=f"image_size={re.escape(str(image_size))}: must be a whole number, 1 or more"
-    ):
+    with pytest.raises(UserError, match=f"image_size={re.escape(str(image_size))}: must be a whole number, 1 or more"):
         make(image_size)
 
 
