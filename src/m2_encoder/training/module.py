@@ -23,8 +23,7 @@ from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInputs, ObjectiveOutput, PairObjective
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, fill_state, key_by_name
-from m2_encoder.training.second_round import evaluate_pairs
-from m2_encoder.training.step_encoder import StepEncoder, mean_terms
+from m2_encoder.training.step import StepEncoder, evaluate_pairs, mean_terms
 from m2_encoder.training.step_report import report_step
 from m2_encoder.types import LANGUAGES, ContrastiveTopology, ImageTextBatch, RetrievalBatch
 
