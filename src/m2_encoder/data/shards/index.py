@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.data.shards.members import IMAGE_EXTENSIONS, Member
-from m2_encoder.data.shards.tar_scan import TarMember, scan_tar
+from m2_encoder.data.shards.tar_scan import TarMember, padded, scan_tar
 
 logger = logging.getLogger(__name__)
 
@@ -291,6 +291,29 @@ def open_index(tar: str | os.PathLike[str]) -> ShardIndex:
         logger.warning("cannot keep the index %s (%s): every process will scan the tar again", path, error)
         partial.unlink(missing_ok=True)
     return index
+
+
+def find_files(descriptor: int, index: ShardIndex, number: int, extensions: Sequence[str]) -> dict[str, Member]:
+    """Further files of a sample, which the index does not hold; they stand beside its image, as in any WebDataset tar.
+
+    Args:
+        descriptor: the opened tar.
+        index: of that tar.
+        number: of the sample.
+        extensions: of the files, in lower case; those that are not there are left out.
+
+    Raises:
+        OSError: if the tar cannot be read.
+    """
+    start = max(padded(each.offset + each.size) for each in _files(index[number - 1])) if number else 0
+    end = min(each.offset for each in _files(index[number + 1])) if number + 1 < len(index) else index.size
+    found, _ = _group(scan_tar(descriptor, size=end, start=start).members)
+    own = found.get(index[number].key, {})
+    return {extension: own[extension] for extension in extensions if extension in own}
+
+
+def _files(sample: IndexedSample) -> list[Member]:
+    return [each for each in (sample.image, sample.json, sample.text) if each is not None]
 
 
 def _group(members: list[TarMember]) -> tuple[dict[str, dict[str, Member]], list[ShardFault]]:
