@@ -9,13 +9,12 @@ from typing import Any, Final
 
 from m2_encoder.checkpoints.matching_head import read_head
 from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.model_choice import build_model_config, protect_paths
+from m2_encoder.config.model_choice import protect_paths
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Rule, check_rules, flag, text
 from m2_encoder.evaluation.tasks.rerank import find_head
-from m2_encoder.hub import load
-from m2_encoder.runs.export import EXPORT_FOLDER, export_run
+from m2_encoder.runs.export import EXPORT_FOLDER, export_run, read_trained
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 
 _RULES: Final[tuple[Rule, ...]] = (
@@ -82,7 +81,7 @@ def _output(cfg: Mapping[str, Any]) -> Path:
 def _run(cfg: dict[str, Any]) -> int:
     folder = default_run_folder(cfg)
     trained = read_config(folder / CONFIG_FILE)
-    model = load(build_model_config(trained["model"]), weights=_checkpoint(cfg)).model
+    model = read_trained(trained, _checkpoint(cfg))
     found = find_head(trained)
     head = found and read_head(_checkpoint(cfg), name=found.name, text_expert=found.text_expert)
     output = export_run(

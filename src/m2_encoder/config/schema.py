@@ -50,8 +50,8 @@ CLUSTER_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 ROOT_KEYS: Final = (
-    "seed", "run", "model", "data", "objective", "optimizer", "scheduler", "trainer", "strategy", "cluster", "logger",
-    "callbacks",
+    "seed", "run", "model", "data", "objective", "adaptation", "optimizer", "scheduler", "trainer", "strategy",
+    "cluster", "logger", "callbacks",
 )  # fmt: skip
 _FIXES: Final = {
     "objective": "name at least one, for example objective=[itc]",
@@ -61,7 +61,7 @@ _FIXES: Final = {
         if group not in {"seed", "run", "objective"}
     },
 }
-TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
+TARGET_GROUPS: Final = ("data", "adaptation", "optimizer", "scheduler", "trainer", "strategy", "logger")
 KEYED_GROUPS: Final = ("objective", "callbacks")
 
 _ACCELERATORS: Final = ("auto", "cpu", "gpu", "cuda")
@@ -312,7 +312,8 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
 def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
     """Names at the levels that have no `_target_`, and that every group is there at all."""
     has_task = cfg.get("task") is not None
-    required = [key for key in ROOT_KEYS if not (has_task and key == "objective")]
+    optional = {"adaptation", *(["objective"] if has_task else [])}  # runs of earlier versions name no adaptation
+    required = [key for key in ROOT_KEYS if key not in optional]
     # A group whose every option was taken away is as good as none.
     present = {key: value for key, value in cfg.items() if key != "objective" or value != {}}
     problems = _check_keys("", present, (*ROOT_KEYS, "task"), required=required)

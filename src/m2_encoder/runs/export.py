@@ -10,11 +10,14 @@ from typing import Any, Final
 
 from m2_encoder.checkpoints.card import build_card
 from m2_encoder.checkpoints.export import CardInfo, export_model
+from m2_encoder.checkpoints.io import load_model
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
-from m2_encoder.config.model_choice import build_tokenizer
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.runs.build import build_adaptation
 from m2_encoder.runs.provenance import command_line, git_revision, versions
+from m2_encoder.training.adaptation import merge_adaptation
 
 EXPORT_FOLDER: Final = "export"
 SUMMARY_FILE: Final = "summary.json"
@@ -57,6 +60,22 @@ def export_run(
         matching=matching,
         overwrite=overwrite,
     )
+
+
+def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
+    """The plain model of a checkpoint.
+
+    Args:
+        cfg: the resolved configuration of its run.
+        checkpoint: of that run.
+
+    Raises:
+        CheckpointError: if its parameters are not those of the run.
+    """
+    config = build_model_config(cfg["model"])
+    adaptation = build_adaptation(cfg, config)
+    model = load_model(config, checkpoint, prepare=adaptation.apply)
+    return merge_adaptation(adaptation, model.requires_grad_(False))
 
 
 def _card(cfg: Mapping[str, Any], matching: MatchingHead | None) -> CardInfo:

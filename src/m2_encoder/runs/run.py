@@ -29,7 +29,13 @@ from m2_encoder.evaluation.tasks.reconstruction import finish_visual_tokenizer
 from m2_encoder.evaluation.tasks.rerank import trained_head
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
-from m2_encoder.runs.build import build_initial_state, build_masking, load_teachers, load_visual_tokenizers
+from m2_encoder.runs.build import (
+    build_adaptation,
+    build_initial_state,
+    build_masking,
+    load_teachers,
+    load_visual_tokenizers,
+)
 from m2_encoder.runs.changes import describe_changes
 from m2_encoder.runs.export import export_run
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
@@ -39,6 +45,7 @@ from m2_encoder.runs.ranks import end_together
 from m2_encoder.runs.report import EvaluatedData, report_run, short_path
 from m2_encoder.runs.resume import check_parameters, restored_unless_trained
 from m2_encoder.runs.start import check_data, describe_start, write_check
+from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
@@ -110,9 +117,11 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         metrics = finish_visual_tokenizer(run.module.tokenizer, data, folder, cfg, started=started)
         _close_loggers(run, metrics)
         return metrics
-    model = gather_model(run.module.model)  # where the weights are split, every rank takes part
+    adaptation = run.module.adaptation
+    model = gather_model(run.module.model, adaptation.apply)  # where the weights are split, every rank takes part
     if model is None or not run.trainer.is_global_zero:
         return {}
+    model = merge_adaptation(adaptation, model)
     objectives = run.module.trained_objectives()
     metrics = report_run(
         module=Trained(model),
@@ -193,6 +202,7 @@ def _build_module(cfg: dict[str, Any], validation_name: str) -> PretrainModule |
         model=model,
         objectives=load_visual_tokenizers(objectives, model),
         initial_state=build_initial_state(cfg["model"], model),
+        adaptation=build_adaptation(cfg, model),
         **shared,
     )
 
