@@ -64,7 +64,7 @@ ONE_FAULT = [
     # shards
     ("data.sources.main.shards=???", "must be given; add data.sources.main.shards=PATHS"),
     ("data.sources.main.shards=''", "a path or url, or a list of them"),
-    ("data.sources.main.shards=3", "3: no such file or folder"),
+    ("data.sources.main.shards=3", "must be a path or url"),
     ("data.sources.main.shards=[]", "a path or url, or a list of them"),
     ("data.sources.main.shards=null", "a path or url, or a list of them"),
     ("data.sources.main.shards=TMP/gone.tar", "TMP holds empty, tars"),

@@ -28,7 +28,6 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.console import open_console
 from m2_encoder.types import LANGUAGES
 
-PATH_KEYS: Final = ("source", "output", "cache")
 _CACHE_BYTES: Final = 2 * 10**11  # far more than a look needs; the folder may be that of training
 
 SURVEY_RULES: Final[tuple[Rule, ...]] = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,6 @@ from m2_encoder.config.model_choice import (
     model_problems,
     number_problems,
     output_problems,
-    protect_paths,
 )
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
@@ -42,7 +40,6 @@ from m2_encoder.hub import LoadedModel, MissingTokenizer
 from m2_encoder.runs.provenance import command_line, git_revision, machine, versions
 from m2_encoder.runs.report import Evaluation, evaluate_sets
 
-PATH_KEYS = ("model", "weights", "tokenizer", "data", "folder", "output")
 EMBEDDED = "emoji"
 PROTOCOL = "standard"
 """Every distinct caption is a query, positives are by key; see `evaluation.retrieval.encode_set`."""
@@ -175,5 +172,4 @@ COMMAND = Command(
 
 def main() -> int:
     """Entry point of `m2-evaluate`."""
-    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
     return run_command(COMMAND)

@@ -42,6 +42,7 @@ from m2_encoder.config.arguments import Arguments, parse_arguments
 from m2_encoder.config.choices import config_folders
 from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
 from m2_encoder.config.help import read_values, render_help
+from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.sweeps import (
     expand_sweep,
@@ -154,7 +155,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     if fixed and given:
         raise UserError(f"{given[0]}: --config-dir is given, too; name all folders in this one")
     fixed += given
-    arguments = arguments._replace(overrides=[line for line in arguments.overrides if line not in fixed])
+    lines = [quote_unreadable(line, multirun=arguments.multirun) for line in arguments.overrides if line not in fixed]
+    arguments = arguments._replace(overrides=lines)
     with open_composer(folder, config_name, fixed) as composer:
         if arguments.help:
             values = read_values(find_conf() / command.config_folder / f"{command.config_name}.yaml")

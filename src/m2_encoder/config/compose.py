@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from m2_encoder.config.choices import config_folders, describe_nameless, find_conflict, read_options
 from m2_encoder.config.keys import key_problem
 from m2_encoder.config.missing import describe_missing
-from m2_encoder.config.overrides import adds, parse_overrides, refuse_sweeps
+from m2_encoder.config.overrides import adds, parse_overrides, refuse_sweeps, repeated_shards
 from m2_encoder.config.problems import UNSET, flatten, nearest
 from m2_encoder.config.unchosen import CHOSEN_AS_LIST, drop_unchosen
 from m2_encoder.errors import UserError
@@ -108,7 +108,7 @@ class Composer:
             UserError: if nothing can be composed at all; the message says why.
         """
         overrides, problems = parse_overrides(lines, self._suggest)
-        problems += refuse_sweeps(overrides)
+        problems += [*repeated_shards(lines), *refuse_sweeps(overrides)]
         overrides = [override for override in overrides if not override.is_sweep_override()]
         default = self._load_default()
         selected = {*default.hydra.runtime.choices, *default}  # a group chosen as a list is only in the latter

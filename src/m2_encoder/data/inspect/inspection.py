@@ -19,8 +19,7 @@ import numpy.typing as npt
 from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_facts
 from m2_encoder.data.samples.captions import check_roles
 from m2_encoder.data.samples.parse import SampleProblem, SampleText, name_content, parse_sample_text
-from m2_encoder.data.shards.index import IndexedSample, ShardIndex, open_index
-from m2_encoder.data.shards.members import Member
+from m2_encoder.data.shards.index import IndexedSample, Member, ShardIndex, open_index
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.shards.tar_scan import scan_tar

@@ -23,10 +23,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2_encoder.data.shards.members import IMAGE_EXTENSIONS, Member
 from m2_encoder.data.shards.tar_scan import TarMember, padded, scan_tar
 
 logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+"""Extensions of the member that holds the image."""
 
 INDEX_SUFFIX = ".index"
 """Appended to the name of a tar."""
@@ -47,6 +49,18 @@ _SAMPLE = np.dtype(
 )
 _HEADER_BYTES = 512  # more than a header takes
 _MAX_MEMBER_BYTES = 2**32 - 1
+
+
+class Member(NamedTuple):
+    """One file inside a tar.
+
+    Attributes:
+        offset: where its bytes start, from the beginning of the tar.
+        size: how many there are.
+    """
+
+    offset: int
+    size: int
 
 
 class ShardFault(NamedTuple):

@@ -17,6 +17,7 @@ from m2_encoder.data.samples.parse import SampleProblem
 from m2_encoder.data.shards.index import (
     INDEX_SUFFIX,
     IndexHeader,
+    Member,
     ShardFault,
     ShardIndex,
     ShardSize,
@@ -26,7 +27,6 @@ from m2_encoder.data.shards.index import (
     parse_header,
     parse_index,
 )
-from m2_encoder.data.shards.members import Member
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.errors import UserError
@@ -170,6 +170,11 @@ class ShardReader:
         remote = [(shard, size) for shard, size in shards if is_remote(shard)]
         if remote and self._remote is not None:
             self._remote.prefetch(remote)
+
+    def close(self) -> None:
+        """Close the tars that are open; the next read opens its own again."""
+        while self._open:
+            os.close(self._open.popitem()[1].descriptor)
 
     def _open_shard(self, shard: str, size: int, written: int) -> _OpenShard:
         failed = self._failed.get(shard)
