@@ -25,7 +25,7 @@ from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
 from m2_encoder.types import LANGUAGES
 
 _CACHE_BYTES: Final = 2 * 10**11  # far more than a look needs; the folder may be that of training

@@ -12,8 +12,7 @@ from m2_encoder.config.command import Command, run_command
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Rule, check_rules, flag, text
-from m2_encoder.evaluation.tasks.rerank import find_head
-from m2_encoder.runs.export import EXPORT_FOLDER, export_run, read_trained
+from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head, read_trained
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 
 _RULES: Final[tuple[Rule, ...]] = (

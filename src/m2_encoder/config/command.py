@@ -40,7 +40,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.config.arguments import Arguments, parse_arguments
 from m2_encoder.config.choices import config_folders
-from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
+from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, lend_groups, open_composer
 from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
@@ -89,6 +89,7 @@ class Command:
         notes: more lines for `--help`, such as exit codes of its own.
         config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it,
             `model=PATH` is a plain value, although `conf/` has a group of that name.
+        groups: of `conf/` that such a command has all the same.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Command:
     complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | None = None
     notes: tuple[str, ...] = ()
     config_folder: str = ""
+    groups: tuple[str, ...] = ()
 
 
 class _Plan(NamedTuple):
@@ -119,7 +121,8 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
     """
     started_argv = sys.argv
     try:
-        return _run(command, sys.argv[1:] if argv is None else argv)
+        with lend_groups(command.groups):
+            return _run(command, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         _say(f"\n{command.name}: interrupted")
         return EXIT_INTERRUPTED

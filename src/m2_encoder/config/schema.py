@@ -50,8 +50,8 @@ CLUSTER_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 ROOT_KEYS: Final = (
-    "seed", "run", "model", "data", "objective", "adaptation", "optimizer", "scheduler", "trainer", "strategy",
-    "cluster", "logger", "callbacks",
+    "seed", "run", "model", "data", "objective", "optimizer", "scheduler", "trainer", "strategy", "cluster", "logger",
+    "callbacks",
 )  # fmt: skip
 _FIXES: Final = {
     "objective": "name at least one, for example objective=[itc]",
@@ -61,7 +61,8 @@ _FIXES: Final = {
         if group not in {"seed", "run", "objective"}
     },
 }
-TARGET_GROUPS: Final = ("data", "adaptation", "optimizer", "scheduler", "trainer", "strategy", "logger")
+OPTIONAL_KEYS: Final = ("task", "evaluation", "adaptation")
+TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
 KEYED_GROUPS: Final = ("objective", "callbacks")
 
 _ACCELERATORS: Final = ("auto", "cpu", "gpu", "cuda")
@@ -312,17 +313,18 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
 def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
     """Names at the levels that have no `_target_`, and that every group is there at all."""
     has_task = cfg.get("task") is not None
-    optional = {"adaptation", *(["objective"] if has_task else [])}  # runs of earlier versions name no adaptation
-    required = [key for key in ROOT_KEYS if key not in optional]
+    required = [key for key in ROOT_KEYS if not (has_task and key == "objective")]
     # A group whose every option was taken away is as good as none.
     present = {key: value for key, value in cfg.items() if key != "objective" or value != {}}
-    problems = _check_keys("", present, (*ROOT_KEYS, "task"), required=required)
-    for group in (*TARGET_GROUPS, *KEYED_GROUPS, "run", "model", "cluster", *(["task"] if has_task else [])):
+    problems = _check_keys("", present, (*ROOT_KEYS, *OPTIONAL_KEYS), required=required)
+    optional = [key for key in OPTIONAL_KEYS if cfg.get(key) is not None]
+    for group in (*TARGET_GROUPS, *KEYED_GROUPS, "run", "model", "cluster", *optional):
         node = cfg.get(group, UNSET)
         if node is not UNSET and not isinstance(node, Mapping):
             fix = "choose an option with group=option when composing from conf/, or set single keys"
             problems.append(Problem(group, f"{group}={show(node)}: must be a mapping of keys; {fix}"))
     problems += _check_objectives(cfg.get("objective"))
+    problems += check_tasks(cfg.get("evaluation"))
     run, model, cluster = (cfg.get(name) for name in ("run", "model", "cluster"))
     if isinstance(run, Mapping):
         problems += _check_keys("run", run, RUN_KEYS, required=RUN_KEYS)
@@ -345,6 +347,17 @@ def _check_objectives(objectives: Any) -> list[Problem]:
             problems.append(Problem(key, f"{key}: {rule}; give it another, for example objective.my_{name}"))
         elif not isinstance(value, Mapping) or "_target_" not in value:
             fix = f"choose {name} in objective=[...] if there is such an option, or name its class in {key}._target_"
+            problems.append(Problem(key, f"{key}={show(value)}: must have a _target_; {fix}"))
+    return problems
+
+
+def check_tasks(tasks: Any) -> list[Problem]:
+    """Evaluation tasks from which nothing could be built."""
+    problems = []
+    for name, value in (tasks if isinstance(tasks, Mapping) else {}).items():
+        key = f"evaluation.{name}"
+        if not isinstance(value, Mapping) or "_target_" not in value:
+            fix = f"choose {name} in evaluation=[...] if there is such an option, or name its class in {key}._target_"
             problems.append(Problem(key, f"{key}={show(value)}: must have a _target_; {fix}"))
     return problems
 

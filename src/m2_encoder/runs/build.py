@@ -14,6 +14,11 @@ from m2_encoder.config.model_choice import build_tokenizer, find_path, is_model_
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.tasks.base import EvaluationTask
+from m2_encoder.evaluation.tasks.masked import Masked
+from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture
+from m2_encoder.evaluation.tasks.reconstruction import Reconstruction
+from m2_encoder.evaluation.tasks.retrieval import Retrieval
 from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalObjective, Objective
@@ -36,6 +41,18 @@ def build_initial_state(model: Mapping[str, Any], config: M2EncoderConfig) -> di
         return None
     source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
     return dict(load(config, weights=source, trainable=True).model.state_dict())
+
+
+def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
+    """Evaluation tasks by name.
+
+    Args:
+        nodes: that `evaluation` names; None for a run's configuration that is older than this group.
+    """
+    if nodes is None:
+        tasks = {"retrieval": Retrieval(), "masked": Masked(), "masked_picture": MaskedPicture()}
+        return {**tasks, "reconstruction": Reconstruction()}
+    return {name: instantiate(node) for name, node in nodes.items()}
 
 
 def build_masking(

@@ -11,6 +11,7 @@ from m2_encoder.runs.folder import UNSAID, read_config
 _FREE: Final = (
     "run",
     "logger",
+    "evaluation",
     "cluster",
     "trainer.devices",
     "trainer.num_nodes",

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from m2_encoder.distributed.gradients import clip_gradients
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.metrics import RetrievalRecall
+from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
