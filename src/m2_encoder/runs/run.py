@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import lightning
 from hydra.utils import instantiate
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.config.paths import anchor, default_run_folder
+from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
@@ -37,7 +38,7 @@ from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, writ
 from m2_encoder.runs.frozen_files import check_frozen, write_frozen
 from m2_encoder.runs.lightning_loggers import JsonlLogger, QuietWandbLogger
 from m2_encoder.runs.ranks import end_together
-from m2_encoder.runs.report import EvaluatedData, report_run, short_path
+from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_parameters, restored_unless_trained
 from m2_encoder.runs.start import check_data, describe_start, write_check
 from m2_encoder.training.module import PretrainModule
@@ -59,7 +60,7 @@ class Run(NamedTuple):
     """
 
     module: PretrainModule | VisualTokenizerModule
-    datamodule: lightning.LightningDataModule
+    datamodule: WebDatasetModule
     trainer: lightning.Trainer
     metrics: JsonlLogger
 
@@ -96,7 +97,6 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
             if changes:
                 print(f"run {cfg['run']['name']}: changed since its last start: {'; '.join(changes)}")
         _fit(run, checkpoint if resumes else None)
-    data = cast(EvaluatedData, run.datamodule)
     model: M2Encoder | VisualTokenizer | None
     if isinstance(run.module, VisualTokenizerModule):
         model, objectives = run.module.tokenizer, {}
@@ -109,7 +109,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         build_tasks(cfg.get("evaluation")),
         model=model,
         objectives=objectives,
-        datamodule=data,
+        datamodule=run.datamodule,
         run_folder=folder,
         cfg=cfg,
         started=started,
@@ -125,7 +125,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def build_data(cfg: dict[str, Any]) -> lightning.LightningDataModule:
+def build_data(cfg: dict[str, Any]) -> WebDatasetModule:
     """Builds the data module of a configuration; it reads nothing yet.
 
     Args:
