@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from m2_encoder.errors import UserError
@@ -57,7 +57,8 @@ def atomic_file(
     except RuntimeError as problem:  # torch.save reports a full disk so
         raise refusal(problem) from problem
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

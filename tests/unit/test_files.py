@@ -16,8 +16,7 @@ def test_a_file_that_is_not_finished_leaves_what_was_there(tmp_path: Path) -> No
     before = (tmp_path / "a.json").read_bytes()
     assert before.decode() == '{\n  "名": 1\n}\n'
     with pytest.raises(KeyError), atomic_file(tmp_path / "a.json") as temporary:
-        temporary.write_text("half")
-        raise KeyError("stop")
+        raise KeyError(temporary.write_text("half"))
     with (
         pytest.raises(CheckpointError, match=r"cannot write .*a\.json: full"),
         atomic_file(tmp_path / "a.json", error=CheckpointError),

@@ -10,7 +10,6 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from m2_encoder.config.command import Command, run_command
 from m2_encoder.config.model_choice import find_path, output_problems
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import UNSET, show
@@ -21,7 +20,7 @@ from m2_encoder.files import write_json
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.planning.cost import PRECISIONS, ModelCost, estimate_cost
 from m2_encoder.planning.hardware import Hardware
-from m2_encoder.planning.report import NOT_MODELLED, print_plan, to_report, train_overrides
+from m2_encoder.planning.report import print_plan, to_report, train_overrides
 from m2_encoder.planning.search import ScalingPoint, Wish, find_baselines, find_best, scale_worlds
 from m2_encoder.planning.setting import STRATEGIES
 from m2_encoder.planning.step import Prediction
@@ -230,6 +229,7 @@ def run_plan(cfg: dict[str, Any]) -> None:
         print(f"plot: {cfg['plot']}")
 
 
+<<<<<<< HEAD
 COMMAND = Command(
     name="m2-plan",
     config_name="plan",
@@ -256,3 +256,15 @@ COMMAND = Command(
 def main() -> int:
     """Entry point of `m2-plan`."""
     return run_command(COMMAND)
+=======
+def _write(key: str, name: str, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place first, so that a stop in the middle leaves what was there."""
+    path = Path(name).expanduser()
+    partial = path.with_name(f".partial.{path.name}")  # the suffix, which says the format of a picture, stays
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{key}={name}: cannot be written ({error.strerror or error}); give another place") from error
+>>>>>>> layout
