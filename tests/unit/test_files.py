@@ -30,7 +30,7 @@ def test_a_file_that_is_not_finished_leaves_what_was_there(tmp_path: Path) -> No
 def test_the_argument_that_names_a_file_is_told(tmp_path: Path) -> None:
     write_text(tmp_path / "new" / "folder" / "a.txt", "a", key="output")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^output=.*file/a\.txt: cannot be written \(Not a directory\); give another"):
+    with pytest.raises(UserError, match=r"^output=.*file/a\.txt: cannot be written \(File exists\); give another"):
         write_text(tmp_path / "file" / "a.txt", "a", key="output")
     with pytest.raises(UserError, match=r"^output=.*new: cannot be written \(it is a folder"):
         write_text(tmp_path / "new", "a", key="output")

@@ -18,12 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-<<<<<<< HEAD
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE
-from m2_encoder.config.command import Command, run_command
-=======
-from m2_encoder.checkpoints.exported import WEIGHTS_FILE, file_sha256
->>>>>>> layout
 from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
