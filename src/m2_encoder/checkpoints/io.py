@@ -283,7 +283,7 @@ def save_official(model: M2Encoder, path: str | os.PathLike[str]) -> None:
         CheckpointError: if the file cannot be written.
     """
     state = to_official_state(_portable_state(model))
-    with atomic_file(path) as temporary:
+    with atomic_file(path, error=CheckpointError) as temporary:
         torch.save({"state_dict": state}, temporary)
 
 
@@ -301,7 +301,7 @@ def save_safetensors(
         CheckpointError: if the file cannot be written.
     """
     state = {name: tensor.float() for name, tensor in _portable_state(model).items()}
-    with atomic_file(path) as temporary:
+    with atomic_file(path, error=CheckpointError) as temporary:
         write_tensors(state, temporary, metadata=metadata or {})
 
 
