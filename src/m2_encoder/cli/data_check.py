@@ -20,12 +20,12 @@ from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import check_source, judge_for_training
 from m2_encoder.data.inspect.survey import Survey, survey_source
 from m2_encoder.data.inspect.tables import print_report
-from m2_encoder.data.packing.shards import write_json
 from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tables import open_console
+from m2_encoder.files import write_json
 from m2_encoder.types import LANGUAGES
 
 _CACHE_BYTES: Final = 2 * 10**11  # far more than a look needs; the folder may be that of training
@@ -129,14 +129,8 @@ def write_output(name: str | None, value: Mapping[str, Any]) -> None:
     Raises:
         UserError: if the place cannot be written.
     """
-    if name is None:
-        return
-    path = Path(name).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, value)
-    except OSError as error:
-        raise UserError(f"output={name}: cannot be written ({error.strerror or error}); give another place") from error
+    if name is not None:
+        write_json(Path(name).expanduser(), value, key="output")
 
 
 def title_of(source: str | Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from m2_encoder.checkpoints.exported import WEIGHTS_FILE, file_sha256
+from m2_encoder.checkpoints.exported import WEIGHTS_FILE
 from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
@@ -31,6 +31,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.embedding import EmbeddedBatch, Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
 from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
+from m2_encoder.files import file_sha256
 from m2_encoder.hub import LoadedModel
 
 EXIT_SKIPPED = 1

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +16,7 @@ from m2_encoder.config.problems import UNSET, show
 from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, whole
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tables import open_console
+from m2_encoder.files import write_json
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.planning.cost import PRECISIONS, ModelCost, estimate_cost
 from m2_encoder.planning.hardware import Hardware
@@ -219,25 +218,12 @@ def run_plan(cfg: dict[str, Any]) -> None:
             "configuration": cfg,
             **describe_run(),
         }
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        _write("output", cfg["output"], lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(Path(cfg["output"]).expanduser(), report, key="output")
         print(f"numbers: {cfg['output']}")
     if cfg["plot"] is not None:
         # Here, because it loads matplotlib, which no other part of the command needs.
         from m2_encoder.planning.figure import draw_scaling
 
-        draw = functools.partial(draw_scaling, cluster=cfg["cluster"], planned=plan.best[0].setting)
-        _write("plot", cfg["plot"], lambda path: draw(path, plan.scaling, plan.cost, plan.wish))
+        planned, place = plan.best[0].setting, Path(cfg["plot"]).expanduser()
+        draw_scaling(place, plan.scaling, plan.cost, plan.wish, cluster=cfg["cluster"], planned=planned)
         print(f"plot: {cfg['plot']}")
-
-
-def _write(key: str, name: str, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place first, so that a stop in the middle leaves what was there."""
-    path = Path(name).expanduser()
-    partial = path.with_name(f".partial.{path.name}")  # the suffix, which says the format of a picture, stays
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{key}={name}: cannot be written ({error.strerror or error}); give another place") from error
