@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from m2_encoder.checkpoints.matching_head import read_head
-from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Rule, check_rules, flag, text
-from m2_encoder.hub import load
-from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head
+from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head, read_trained
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 
 _RULES: Final[tuple[Rule, ...]] = (
@@ -79,7 +77,7 @@ def run_export(cfg: dict[str, Any]) -> int:
     """Exports and says where."""
     folder = default_run_folder(cfg)
     trained = read_config(folder / CONFIG_FILE)
-    model = load(build_model_config(trained["model"]), weights=_checkpoint(cfg)).model
+    model = read_trained(trained, _checkpoint(cfg))
     found = find_head(trained)
     head = found and read_head(_checkpoint(cfg), name=found.name, text_expert=found.text_expert)
     output = export_run(

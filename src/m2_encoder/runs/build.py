@@ -25,7 +25,9 @@ from m2_encoder.objectives.base import LocalObjective, Objective
 from m2_encoder.objectives.distillation import Distillation
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.patch_targets import VisualCodes
+from m2_encoder.runs.folder import UNSAID
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.training.adaptation import Adaptation, check_adaptation
 
 
 def build_initial_state(model: Mapping[str, Any], config: M2EncoderConfig) -> dict[str, Tensor] | None:
@@ -77,6 +79,23 @@ def build_masking(
     if wanted["user_dictionary"] is not None:
         wanted["user_dictionary"] = str(find_path(wanted["user_dictionary"]))
     return BatchMasking(tokenizer, grid=config.image_size // config.patch_size, **wanted)
+
+
+def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptation:
+    """What `adaptation` names.
+
+    Raises:
+        UserError: for something else, or what does not fit the model.
+    """
+    node = (UNSAID | dict(cfg))["adaptation"]
+    adaptation = instantiate(node)
+    if not isinstance(adaptation, Adaptation):
+        raise UserError(
+            f"adaptation._target_={node['_target_']}: must be a subclass of m2_encoder.training.adaptation.Adaptation; "
+            "derive it from that"
+        )
+    check_adaptation(adaptation, model)
+    return adaptation
 
 
 def load_teachers(

@@ -21,6 +21,8 @@ _HEADER: Final = """\
 # Resolved configuration of a run. To repeat it, in a folder of its own:
 #   m2-train --config-path {folder} --config-name config
 """
+UNSAID: Final = {"adaptation": {"_target_": "m2_encoder.training.adaptation.Full"}}
+"""What configurations of earlier versions leave out."""
 
 
 def write_config(path: Path, cfg: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.runs.build import (
+    build_adaptation,
     build_initial_state,
     build_masking,
     build_tasks,
@@ -41,6 +42,7 @@ from m2_encoder.runs.ranks import end_together
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_parameters, restored_unless_trained
 from m2_encoder.runs.start import check_data, describe_start, write_check
+from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
@@ -101,7 +103,9 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     if isinstance(run.module, VisualTokenizerModule):
         model, objectives = run.module.tokenizer, {}
     else:
-        model = gather_model(run.module.model)  # where the weights are split, every rank takes part
+        adaptation = run.module.adaptation
+        whole = gather_model(run.module.model, adaptation.apply)  # where weights are split, every rank takes part
+        model = None if whole is None else merge_adaptation(adaptation, whole)
         objectives = run.module.trained_objectives()
     if model is None or not run.trainer.is_global_zero:
         return {}
@@ -188,6 +192,7 @@ def _build_module(cfg: dict[str, Any], validation_name: str) -> PretrainModule |
         model=model,
         objectives=load_visual_tokenizers(objectives, model),
         initial_state=build_initial_state(cfg["model"], model),
+        adaptation=build_adaptation(cfg, model),
         **shared,
     )
 
