@@ -23,7 +23,7 @@ from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
 from m2_encoder.objectives.schedule import Schedule
 
 MASKINGS: Final = ("block", "attentive")
-"""How patches are chosen: BEiT's blocks, drawn by the data module; or those most similar to the caption."""
+"""How patches are selected: BEiT's blocks, sampled by the data module; or those most similar to the caption."""
 
 
 class MaskedImage(LocalObjective):
