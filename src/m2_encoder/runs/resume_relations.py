@@ -9,12 +9,11 @@ from typing import Any, Final
 
 from hydra.errors import InstantiationException
 
-from m2_encoder.config.known import Known, make_problem
+from m2_encoder.config.known import Known
 from m2_encoder.config.objective_relations import counting, trained_by
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import show
-from m2_encoder.config.rules import Problem
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
 from m2_encoder.runs.changes import Change, find_changes
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
@@ -49,7 +48,7 @@ def _check_resumed_task(known: Known) -> Iterator[Problem]:
         key, name = f"task.{field.name}", field.name
         if name not in _OF_THE_MODEL and name in before and known(key, before[name]) != before[name]:
             rule = f"must be {show(before[name])}, as in the run that is continued"
-            yield make_problem(key, known(key), rule, f"leave it out, {_NEW_NAME}")
+            yield Problem(key, known(key), rule, f"leave it out, {_NEW_NAME}")
 
 
 def _check_resumed_optimizer(known: Known) -> Iterator[Problem]:
@@ -58,7 +57,7 @@ def _check_resumed_optimizer(known: Known) -> Iterator[Problem]:
     was = before.get("_target_") if isinstance(before, Mapping) else None
     if was is not None and (was == _MUON_TARGET) != (now == _MUON_TARGET):
         rule = f"must be {was}, as in the run that is continued"
-        yield make_problem("optimizer._target_", now, rule, f"leave optimizer=... out, {_NEW_NAME}")
+        yield Problem("optimizer._target_", now, rule, f"leave optimizer=... out, {_NEW_NAME}")
 
 
 def _check_resumed_objectives(known: Known) -> Iterator[Problem]:
@@ -79,7 +78,7 @@ def _check_resumed_objectives(known: Known) -> Iterator[Problem]:
     if not found:
         rule = f"must train the same parameters as [{','.join(before)}], whose run is continued"
         fix = f"leave it out, {_NEW_NAME}; weights may change, but not from or to 0"
-        yield make_problem("objective", f"[{','.join(now)}]", rule, fix)
+        yield Problem("objective", f"[{','.join(now)}]", rule, fix)
 
 
 def _train_alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool | None:
@@ -119,7 +118,7 @@ def _name_change(key: str, change: Change) -> Problem:
     else:
         rule = f"must be {show(change.before)}, as in the run that is continued"
         fix = "choose the objective it began with" if key.endswith("_target_") else f"use {key}={show(change.before)}"
-    return make_problem(key, show(change.now), rule, f"{fix}, {_NEW_NAME}")
+    return Problem(key, change.now, rule, f"{fix}, {_NEW_NAME}")
 
 
 RESUME_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (

@@ -12,6 +12,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.gradients import average_over_ranks
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import shard_model
@@ -39,11 +40,12 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
     Reference: FSDP (arXiv:2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
     """
 
+    @check_bounds
     def __init__(
         self,
-        group_size: int | None = None,
-        group_nodes: int | None = None,
-        micro_batches: int = 1,
+        group_size: Count | None = None,
+        group_nodes: Count | None = None,
+        micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
         reshard_after_forward: bool = True,

@@ -8,24 +8,10 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 
+from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
-from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
-
-
-def check_micro_batches(micro_batches: object) -> int:
-    """k, if it is a count.
-
-    Raises:
-        UserError: if it is no whole number, 1 or more.
-    """
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-        raise UserError(
-            f"strategy.micro_batches={micro_batches!r}: must be a whole number, 1 or more; "
-            "for example strategy.micro_batches=1"
-        )
-    return micro_batches
 
 
 class ContrastiveGroups:
@@ -122,18 +108,19 @@ class GroupedStrategy(ParallelStrategy):
 
     _timeout: timedelta | None  # of Lightning's strategies
 
+    @check_bounds
     def __init__(
         self,
-        group_size: int | None = None,
-        group_nodes: int | None = None,
-        micro_batches: int = 1,
+        group_size: Count | None = None,
+        group_nodes: Count | None = None,
+        micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._groups = ContrastiveGroups(group_size=group_size, group_nodes=group_nodes)
-        self.micro_batches = check_micro_batches(micro_batches)
+        self.micro_batches = micro_batches
         self.recompute = recompute
         self.activation_checkpointing = activation_checkpointing
 
