@@ -1,4 +1,4 @@
-"""Whether a source can be trained on: the findings of `m2-data check`, and the same for the start of a training run."""
+"""Whether a source can be trained on: findings of `m2-data check` and of the check at the start of training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CaptionSummary(NamedTuple):
 
 
 class Repetition(NamedTuple):
-    """How often the same comes again."""
+    """How often the same caption or image occurs."""
 
     total: int  # things inspected
     distinct: int  # different ones
@@ -114,7 +114,7 @@ class SourceReport(NamedTuple):
 def check_source(
     survey: Survey, *, batch_size: int, num_frequent: int = 10, languages: Sequence[str] = LANGUAGES
 ) -> SourceReport:
-    """Sum up a survey and judge it.
+    """Sum up a survey, with problems and warnings.
 
     `batch_size` counts rows contrasted with each other, over all ranks; `languages` are those that captions should
     have.
@@ -185,11 +185,7 @@ def judge_for_training(report: SourceReport, survey: Survey, *, max_bad_share: f
 
 
 def refuse_pointless(report: SourceReport, source: str) -> None:
-    """Stop before a run that could learn nothing.
-
-    Raises:
-        UserError: with everything that is wrong, and how to mend it.
-    """
+    """Raise a `UserError` with all problems of a report, if it has any."""
     if report.problems:
         raise UserError(f"{source}: {'; '.join(report.problems)}")
 
