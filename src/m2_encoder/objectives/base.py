@@ -14,12 +14,13 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
+from m2_encoder.objectives.files import FileKind, Resources
 from m2_encoder.types import ImageTextBatch, TextTokens
 
 PASSES: Final = ("masked_text", "masked_image", "caption")
@@ -132,12 +133,14 @@ class Objective(nn.Module, ABC):
         optional_parts: names of `m2_encoder.models.trainable_parts.PARTS` that this objective trains beside those that
             all of its kind do. Parts that no objective of a run names are frozen, so that no rank waits for a gradient
             that never comes.
+        files: which arguments name a file or folder that this objective reads, and what that is.
 
     Raises:
         UserError: for a weight or schedule that makes no sense.
     """
 
     optional_parts: frozenset[str] = frozenset()
+    files: ClassVar[Mapping[str, FileKind]] = {}
 
     def __init__(self, *, weight: float = 1.0, schedule: Mapping[int, float] | None = None) -> None:
         super().__init__()
@@ -145,6 +148,13 @@ class Objective(nn.Module, ABC):
             raise UserError(f"objective weight={weight!r} must be 0 or more, and finite")
         self.weight = weight
         self.schedule = None if schedule is None else check_schedule(schedule)
+
+    def prepare(self, resources: Resources) -> None:
+        """Load what `files` names; called once, before `build`.
+
+        Raises:
+            UserError: with the argument as its key, for a file that cannot be used.
+        """
 
     def build(self, shape: ModelShape) -> None:
         """Make parameters that depend on the model; called once, before the optimizer is made."""
@@ -160,6 +170,22 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Compute the loss of the local rows."""
+
+
+Each = TypeVar("Each")
+
+
+def active(objectives: Mapping[str, Each]) -> dict[str, Each]:
+    """Those with a weight above 0; the others are no part of a run, whatever they say.
+
+    Args:
+        objectives: by name; objects, or the nodes of a configuration that describe them.
+    """
+    return {name: each for name, each in objectives.items() if _weight_of(each) > 0}
+
+
+def _weight_of(objective: Any) -> float:
+    return float(objective.get("weight", 1.0) if isinstance(objective, Mapping) else objective.weight)
 
 
 class EncodedPair(NamedTuple):

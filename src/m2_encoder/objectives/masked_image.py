@@ -18,6 +18,7 @@ from torch import Tensor
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.attentive import attentive_mask
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.objectives.files import Resources
 from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
 
 MASKINGS: Final = ("block", "attentive")
@@ -72,6 +73,13 @@ class MaskedImage(LocalObjective):
         self.targets = NormalizedPixels() if targets is None else targets
         self.score_names = self.targets.score_names
         self._count = 0
+
+    def prepare(self, resources: Resources) -> None:
+        """Load what the targets need."""
+        try:
+            self.targets.prepare(resources)
+        except UserError as error:
+            raise error.under("targets") from error
 
     def build(self, shape: ModelShape) -> None:
         """Make the head of the targets.

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.objectives.files import FileKind, Resources
 from m2_encoder.objectives.token_head import TokenHead, check_decoder
+from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
 
 
 class MaskedLanguage(LocalObjective):
@@ -37,6 +39,7 @@ class MaskedLanguage(LocalObjective):
 
     passes = frozenset({"masked_text"})
     score_names = ("accuracy",)
+    files = {"user_dictionary": FileKind("file", fix=DICTIONARY_FIX, check=read_user_words)}  # noqa: RUF012
 
     def __init__(
         self,
@@ -55,6 +58,11 @@ class MaskedLanguage(LocalObjective):
         self.word_ratio = mask_ratio
         self.user_dictionary = user_dictionary
         self._decoder = decoder
+
+    def prepare(self, resources: Resources) -> None:
+        """Find the dictionary, which the data module reads."""
+        if self.user_dictionary is not None:
+            self.user_dictionary = str(resources.find_path(self.user_dictionary))
 
     def build(self, shape: ModelShape) -> None:
         """Make the head."""

@@ -35,32 +35,6 @@ def build_initial_state(model: Mapping[str, Any], config: M2EncoderConfig) -> di
     return dict(load(config, weights=source, trainable=True).model.state_dict())
 
 
-def build_masking(
-    objectives: Mapping[str, Objective], tokenizer: SentencePieceTokenizer, config: M2EncoderConfig
-) -> BatchMasking | None:
-    """What the objectives want hidden of a batch; None if they want nothing.
-
-    Raises:
-        UserError: if they want different things.
-    """
-    wanted: dict[str, Any] = {}
-    for key in ("word_ratio", "patch_ratio", "user_dictionary"):
-        values = {
-            name: getattr(objective, key)
-            for name, objective in objectives.items()
-            if isinstance(objective, LocalObjective) and objective.weight > 0 and getattr(objective, key) is not None
-        }
-        if len(set(values.values())) > 1:
-            given = ", ".join(f"{name} {value}" for name, value in values.items())
-            raise UserError(f"objectives want different {key} ({given}); they share one masked pass: give all the same")
-        wanted[key] = next(iter(values.values()), None)
-    if wanted["word_ratio"] is None and wanted["patch_ratio"] is None:
-        return None
-    if wanted["user_dictionary"] is not None:
-        wanted["user_dictionary"] = str(find_path(wanted["user_dictionary"]))
-    return BatchMasking(tokenizer, grid=config.image_size // config.patch_size, **wanted)
-
-
 def load_teachers(
     objectives: Mapping[str, Objective], model: Mapping[str, Any], config: M2EncoderConfig
 ) -> Mapping[str, Objective]:
