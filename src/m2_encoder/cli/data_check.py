@@ -28,7 +28,7 @@ from m2_encoder.data.shards.paths import find_files
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
 from m2_encoder.types import LANGUAGES
 
 PATH_KEYS: Final = ("source", "output", "cache")

@@ -19,7 +19,7 @@ from m2_encoder.data.inspect.source_report import check_source
 from m2_encoder.data.inspect.statistics import REPETITION_CLASSES, Statistics, measure_statistics
 from m2_encoder.data.inspect.tables import make_table, print_report, print_titled
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 

@@ -13,9 +13,8 @@ from m2_encoder.config.model_choice import build_model_config, protect_paths
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Rule, check_rules, flag, text
-from m2_encoder.evaluation.tasks.rerank import find_head
 from m2_encoder.hub import load
-from m2_encoder.runs.export import EXPORT_FOLDER, export_run
+from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 
 _RULES: Final[tuple[Rule, ...]] = (

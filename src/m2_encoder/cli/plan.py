@@ -19,7 +19,7 @@ from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import UNSET, show
 from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, whole
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.planning.cost import PRECISIONS, ModelCost, estimate_cost
 from m2_encoder.planning.hardware import Hardware
@@ -27,7 +27,7 @@ from m2_encoder.planning.report import NOT_MODELLED, print_plan, to_report, trai
 from m2_encoder.planning.search import ScalingPoint, Wish, find_baselines, find_best, scale_worlds
 from m2_encoder.planning.setting import STRATEGIES
 from m2_encoder.planning.step import Prediction
-from m2_encoder.runs.provenance import command_line, git_revision, versions
+from m2_encoder.record import describe_run
 
 PATH_KEYS: Final = ("cluster", "output", "plot")
 WORLD_SIZES: Final = tuple(2**power for power in range(3, 11))
@@ -220,9 +220,7 @@ def run_plan(cfg: dict[str, Any]) -> None:
             "train": train,
             "cluster": cfg["cluster"],
             "configuration": cfg,
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "command": command_line(),
+            **describe_run(),
         }
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         _write("output", cfg["output"], lambda path: path.write_text(text, encoding="utf-8"))

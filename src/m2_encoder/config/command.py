@@ -41,8 +41,9 @@ from omegaconf import DictConfig, OmegaConf
 from m2_encoder.config.arguments import Arguments, parse_arguments
 from m2_encoder.config.by_step import replace_by_step
 from m2_encoder.config.choices import config_folders
-from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
+from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, lend_groups, open_composer
 from m2_encoder.config.help import read_values, render_help
+from m2_encoder.config.old_names import update_names
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.sweeps import (
     expand_sweep,
@@ -89,6 +90,7 @@ class Command:
         notes: more lines for `--help`, such as exit codes of its own.
         config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it,
             `model=PATH` is a plain value, although `conf/` has a group of that name.
+        groups: of `conf/` that such a command has all the same.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Command:
     complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | None = None
     notes: tuple[str, ...] = ()
     config_folder: str = ""
+    groups: tuple[str, ...] = ()
 
 
 class _Plan(NamedTuple):
@@ -119,7 +122,8 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
     """
     started_argv = sys.argv
     try:
-        return _run(command, sys.argv[1:] if argv is None else argv)
+        with lend_groups(command.groups):
+            return _run(command, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         _say(f"\n{command.name}: interrupted")
         return EXIT_INTERRUPTED
@@ -275,7 +279,7 @@ class _Job:
     def __call__(self, cfg: DictConfig) -> None:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
-        plain = {str(key): value for key, value in values.items()}
+        plain = update_names({str(key): value for key, value in values.items()})
         settings = HydraConfig.get()
         drop_unchosen(plain, config_folders(self._folder, settings.searchpath))
         if settings.mode == RunMode.MULTIRUN:

@@ -113,7 +113,7 @@ def encode_texts(
 
 
 @contextmanager
-def evaluation_mode(model: FeatureModel) -> Iterator[torch.device]:
+def evaluation_mode(model: object) -> Iterator[torch.device]:
     """No dropping of paths and no autograd inside; afterwards every module is in the mode it was in.
 
     Yields:

@@ -21,11 +21,12 @@ Letters: n images · k captions of each · T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from m2_encoder.objectives.base import LocalTerms
 from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 
 NOTHING = -1
@@ -35,26 +36,7 @@ MaskedResults: TypeAlias = dict[str, dict[str, dict[str, float | int | None]]]
 """Objective -> language -> the numbers above; None where there are no terms to take the mean of."""
 
 
-class CaptionTerms(Protocol):
-    """What an objective says of some captions; `m2_encoder.objectives.base.LocalTerms` is that."""
-
-    @property
-    def sums(self) -> Tensor:
-        """Of the losses of a caption's terms, (k * b,)."""
-        ...
-
-    @property
-    def counts(self) -> Tensor:
-        """Terms of a caption, (k * b,)."""
-        ...
-
-    @property
-    def scores(self) -> Mapping[str, Tensor]:
-        """Sums of scores, by name, (k * b,) each."""
-        ...
-
-
-TermsByName: TypeAlias = Mapping[str, CaptionTerms]
+TermsByName: TypeAlias = Mapping[str, LocalTerms]
 
 
 class Evaluated(NamedTuple):

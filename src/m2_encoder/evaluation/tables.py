@@ -1,12 +1,14 @@
-"""Results as a table: per split a row for each language, and what chance would reach under them."""
+"""Tables of results, in Markdown and on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from m2_encoder.evaluation.markdown import to_markdown
-from m2_encoder.evaluation.metrics import RECALL_KS
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CHANCE = "chance"
 """The "language" of the row that says what a random order would reach."""
@@ -14,12 +16,58 @@ CHANCE = "chance"
 DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
 """Directions of retrieval and what tables call them."""
 
+SPLIT_TITLES: Mapping[str, str] = {
+    "heldout_style": "unseen style",
+    "heldout_families": "unseen concepts and style",
+    "val": "validation: unseen concepts",
+    "val_style": "validation: unseen concepts and style",
+    "train": "training set",
+}
+"""What tables call the splits of the embedded set."""
+
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Split -> language -> what `retrieval_metrics` returns."""
 
+_TITLE_WIDTH = 18  # of a line of a split's title: the table must fit a terminal of 80 columns
+_WIDTH_WITHOUT_TERMINAL = 110
+
+
+class ResultRow(NamedTuple):
+    """One line of a `ResultTable`.
+
+    Attributes:
+        split: key of the set; rows of one set stand together.
+        num_images: images in the set.
+        cells: texts, one for each heading.
+        is_dim: for what is only there for comparison.
+    """
+
+    split: str
+    num_images: int
+    cells: Sequence[str]
+    is_dim: bool = False
+
+
+class ResultTable(NamedTuple):
+    """A table for the terminal, its first column for the set.
+
+    Attributes:
+        title: line above it.
+        headings: of the other columns; may have two lines.
+        rows: sets one after the other.
+        num_labels: how many of the other columns hold words; numbers stand on the right.
+        caption: line below it.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[ResultRow]
+    num_labels: int = 1
+    caption: str | None = None
+
 
 class TableRow(NamedTuple):
-    """One line of the table.
+    """One line of the table of retrieval.
 
     Attributes:
         split: name of the set.
@@ -34,38 +82,113 @@ class TableRow(NamedTuple):
     num_images: int
 
 
-def table_rows(results: Results, *, ks: Sequence[int] = RECALL_KS) -> list[TableRow]:
+def open_console() -> Console:
+    """A console on standard output that does not fold tables when it writes to a file."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+
+
+def print_table(console: Console, table: ResultTable, *, titles: Mapping[str, str]) -> None:
+    """Prints a table; the title of a set is folded beside its rows.
+
+    Args:
+        console: where to.
+        table: what.
+        titles: what a split is called; its name where there is none.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        caption=table.caption,
+        caption_justify="left",
+        caption_style="dim",
+    )
+    shown.add_column("\nsplit", no_wrap=True)
+    for number, heading in enumerate(table.headings):
+        shown.add_column(
+            heading if "\n" in heading else f"\n{heading}", justify="left" if number < table.num_labels else "right"
+        )
+    for split, group in itertools.groupby(table.rows, key=lambda row: row.split):
+        rows = list(group)
+        lines = textwrap.wrap(titles.get(split, split), _TITLE_WIDTH)
+        notes = [*(Text(line, style="bold") for line in lines), Text(f"{rows[0].num_images:,} images", style="dim")]
+        for note, row in itertools.zip_longest(notes, rows):
+            shown.add_row(note, *([Text(cell, style="dim" if row.is_dim else "") for cell in row.cells] if row else []))
+        shown.add_section()
+    console.print(shown)
+
+
+def table_rows(results: Results) -> list[TableRow]:
     """Rows in the order of `results`, chance last in each split.
 
     Args:
         results: by split and language.
-        ks: cut-offs.
     """
     rows = []
     for split, languages in results.items():
-        for language, metrics in languages.items():
-            values = {name: metrics[name] for name in [*_columns(ks), "mean_recall"]}
-            rows.append(TableRow(split, language, values, int(metrics["num_images"])))
         first = next(iter(languages.values()))
-        chance = {name: first[name.replace("_r@", "_chance@")] for name in _columns(ks)}
+        names = [name for direction in DIRECTIONS for name in first if name.startswith(f"{direction}_r@")]
+        for language, metrics in languages.items():
+            values = {name: metrics[name] for name in [*names, "mean_recall"]}
+            rows.append(TableRow(split, language, values, int(metrics["num_images"])))
+        chance = {name: first[name.replace("_r@", "_chance@")] for name in names}
         chance["mean_recall"] = sum(chance.values()) / len(chance)
         rows.append(TableRow(split, CHANCE, chance, int(first["num_images"])))
     return rows
 
 
-def markdown_table(results: Results, *, titles: Mapping[str, str], ks: Sequence[int] = RECALL_KS) -> str:
-    """The table for a README or a model card, in percent.
+def results_table(results: Results) -> ResultTable:
+    """Retrieval on the terminal: per split a row for each language and one for chance, in percent.
+
+    Args:
+        results: by split and language.
+    """
+    rows = table_rows(results)
+    words: dict[str, list[str]] = {}
+    for direction, title in DIRECTIONS.items():
+        before, arrow, after = title.partition(" → ")
+        words[direction] = [before + arrow.rstrip(), after]
+    headings = ["\n"]
+    for name in rows[0].values:  # a direction's words spread over its columns
+        direction, separator, k = name.partition("_r@")
+        left = words.get(direction, [])
+        headings.append(f"{left.pop(0) if left else ''}\nR@{k}" if separator else "\nmean")
+    lines = [
+        ResultRow(
+            row.split,
+            row.num_images,
+            (row.language, *map(format_percent, row.values.values())),
+            is_dim=row.language == CHANCE,
+        )
+        for row in rows
+    ]
+    return ResultTable("Retrieval, percent", headings, lines)
+
+
+def markdown_table(results: Results, *, titles: Mapping[str, str]) -> str:
+    """Retrieval for a README or a model card, in percent.
 
     Args:
         results: by split and language.
         titles: what a split is called; its name where there is none.
-        ks: cut-offs.
     """
-    header = ["split", "images", "language"]
-    header += [f"{name} R@{k}" for name in DIRECTIONS.values() for k in ks] + ["mean"]
+    rows = table_rows(results)
+    names = [name.partition("_r@") for name in rows[0].values if "_r@" in name]
+    header = ["split", "images", "language", *(f"{DIRECTIONS[direction]} R@{k}" for direction, _, k in names), "mean"]
     lines = [header, ["---", "--:", "---"] + ["--:"] * (len(header) - 3)]
     previous = None
-    for row in table_rows(results, ks=ks):
+    for row in rows:
         same = row.split == previous
         previous = row.split
         numbers = [format_percent(value) for value in row.values.values()]
@@ -82,5 +205,28 @@ def format_percent(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
-def _columns(ks: Sequence[int]) -> list[str]:
-    return [f"{direction}_r@{k}" for direction in DIRECTIONS for k in ks]
+def to_markdown(lines: Iterable[Sequence[str]]) -> str:
+    """A table.
+
+    Args:
+        lines: cells of the header, of the rule below it (`---`, `--:`), and of every row.
+    """
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def replace_section(text: str, name: str, content: str) -> str:
+    """Put `content` between the two markers of a section.
+
+    Args:
+        text: of the document, with `<!-- name:begin -->` and `<!-- name:end -->`.
+        name: of the section.
+        content: what takes the place of everything between them.
+
+    Raises:
+        ValueError: unless each marker is there exactly once, in order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the document must hold {begin} and then {end}, once each")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n\n{content.strip()}\n\n{end}{rest.split(end)[1]}"

@@ -23,6 +23,18 @@ _BOLD_STROKE_PX = 0.6  # the shipped font has one weight; headings get a thin ou
 
 Color = tuple[int, int, int]
 
+PAGE: Color = (244, 246, 248)
+PANEL: Color = (255, 255, 255)
+LINE: Color = (224, 228, 234)
+INK: Color = (23, 28, 36)
+SOFT: Color = (104, 113, 126)
+GREEN: Color = (22, 151, 88)
+AMBER: Color = (176, 106, 12)
+BLUE: Color = (42, 98, 196)
+
+LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
+"""What pictures call languages."""
+
 
 class Canvas:
     """A page that is drawn from the top left, in points.
