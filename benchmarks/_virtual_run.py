@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from m2_encoder.data.order.manifest import Manifest, SourceSpec, expand_shards, make_source
+from m2_encoder.data.order.manifest import Manifest, SourceSpec, make_source
 from m2_encoder.data.order.manifest_record import read_record
 from m2_encoder.data.order.plan import PositionPlan
+from m2_encoder.data.shards.paths import list_shards
 
 BATCH = 8192
 
@@ -35,7 +36,7 @@ def main() -> None:
 
     began = start = time.perf_counter()
     spec = SourceSpec("pairs", f"/data/pairs/{{000000..{shards - 1:06d}}}.tar")
-    names = expand_shards(spec)
+    names = list_shards(spec.shards)
     lap("names")
     manifest = Manifest([make_source(spec, names, counts.tolist(), sizes.tolist(), layouts=layouts.tolist())])
     lap("manifest")

@@ -19,7 +19,7 @@ from m2_encoder.objectives.distillation import Distillation
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.matching import Matching
-from m2_encoder.objectives.pairs import HardPairs
+from m2_encoder.objectives.passes import HardPairs
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
 from m2_encoder.objectives.soft_targets import SoftTargetContrastive
 from m2_encoder.objectives.text_contrast import TextContrast

@@ -137,9 +137,9 @@ ONE_FAULT = [
     ("objective.itc.weight=0", "at least one of itc"),
     ("objective.itc.label_smoothing=1", "below 1"),
     ("objective.itc.multi_positive=1", "true or false"),
-    ("objective.itc.schedule={0: 0, 5: 1}", "must not be 0 at step 0"),
-    ("objective.itc.schedule={0: 0}", "'{0: 0, 1000: 1}'"),
-    ("objective.itc.schedule={0: -1}", "'{0: 0, 1000: 1}'"),
+    ("objective.itc.schedule=[[0,0],[5,1]]", "must not be 0 at step 0"),
+    ("objective.itc.schedule=[[0,0]]", "[[0,0],[1000,1]]"),
+    ("objective.itc.schedule=[[0,-1]]", "[[0,0],[1000,1]]"),
     # machine
     ("trainer.precision=17", "bf16-mixed"),
     ("trainer.precision=16-mixed", "the CPU"),

@@ -41,7 +41,7 @@ def test_the_new_objective_takes_what_all_take(
     package = tmp_path / "src" / "m2_encoder" / "objectives"
     monkeypatch.setattr(m2_encoder.objectives, "__path__", [*m2_encoder.objectives.__path__, str(package)])
     own = [f'hydra.searchpath=["file://{tmp_path / "conf"}"]']
-    keys = ["objective.first_token.weight=0.5", "objective.first_token.schedule={0: 0, 9: 1}"]
+    keys = ["objective.first_token.weight=0.5", "objective.first_token.schedule=[[0,0],[9,1]]"]
     with open_composer(repo_root / "conf", "train", own) as composer:
         composition = composer.compose(["objective=[itc,first_token]", "logger=csv", f"run.folder={tmp_path}", *keys])
     assert [*composition.problems, *validate.validate_train(composition.cfg)] == []

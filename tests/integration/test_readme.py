@@ -234,7 +234,7 @@ def test_shown_files_are_new_and_used(workspace: Path) -> None:
 
 def test_the_new_objective_is_what_it_says(workspace: Path) -> None:
     (name,) = (name for name in FILES if name.endswith(".py"))
-    objective = _import_file(workspace / name).HardestNegative(margin=0.3, schedule={0: 0, 10: 1})
+    objective = _import_file(workspace / name).HardestNegative(margin=0.3, schedule=[[0, 0], [10, 1]])
     assert objective.weight_at(5) == 0.5
     torch.manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1).requires_grad_() for n in (5, 10))
@@ -256,8 +256,8 @@ def test_the_new_objective_is_what_it_says(workspace: Path) -> None:
 
 def test_the_new_objective_takes_a_schedule_as_all_others_do(workspace: Path) -> None:
     words = next(words for words in TRAINING if any("hardest" in word for word in words))
-    (cfg,) = _record_training([*words, "objective.hardest.schedule={0: 0, 5: 1}"], workspace / "conf")
-    assert cfg["objective"]["hardest"]["schedule"] in ({0: 0, 5: 1}, {"0": 0, "5": 1})
+    (cfg,) = _record_training([*words, "objective.hardest.schedule=[[0,0],[5,1]]"], workspace / "conf")
+    assert cfg["objective"]["hardest"]["schedule"] == [[0, 0], [5, 1]]
 
 
 def _names_a_path(code: str) -> bool:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from m2_encoder.data.images.decode import decode_image_uint8
 from m2_encoder.data.images.tensor_transforms import TensorTrainTransform
 from m2_encoder.data.loading.faults import SampleFault
-from m2_encoder.data.loading.sample_order import rank_positions
+from m2_encoder.data.loading.loader import rank_positions
 from m2_encoder.data.loading.stream import Delivery, SampleStream
 from m2_encoder.data.order.manifest import SourceSpec, build_manifest
 from m2_encoder.data.order.plan import PositionPlan

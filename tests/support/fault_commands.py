@@ -90,7 +90,7 @@ def end(fatal: Fatal, folder: Path) -> Ended:
 def fatals() -> tuple[Fatal, ...]:
     """All faults that end a run."""
     return (
-        Fatal("shard that is not there", r"data\.sources\.a\.shards=.*9\.tar does not exist", _missing),
+        Fatal("shard that is not there", r"data\.sources\.a\.shards=.*9\.tar: no such file", _missing),
         Fatal("pipe instead of a shard", r"shards cannot be read: .*pipe\.tar \(not an ordinary file\)", _pipe),
         Fatal("source with unknown caption keys only", r"data\.sources\.a: .*wanted captions", partial(_all, "desc")),
         Fatal("source with cut images only", r"data\.sources\.a: .*undecodable_image", partial(_all, "images")),

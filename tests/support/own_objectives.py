@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from m2_encoder.errors import UserError
-from m2_encoder.objectives.base import ModelShape, Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.schedule import Schedule
 
 
 class WideOnly(Objective):
     """Refuses narrow models as soon as it is built."""
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         if shape.embed_dim < 1000:
             raise UserError(f"embed_dim={shape.embed_dim} is too narrow; use 1000 or more")
 
@@ -25,7 +25,7 @@ class WideOnly(Objective):
 class LooksInside(WideOnly):
     """Its build looks into tensors, and draws random numbers."""
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         self.head = nn.Linear(shape.embed_dim, shape.feature_dim)
         assert torch.rand(3).sum().item() >= 0
 
@@ -33,7 +33,7 @@ class LooksInside(WideOnly):
 class Broken(WideOnly):
     """Asks for something that models do not have."""
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         self.head = nn.Linear(shape.width, 1)  # type: ignore[attr-defined]
 
 
@@ -50,12 +50,12 @@ class Prototypes(Objective):
     """Pulls images towards the nearest of some vectors of its own."""
 
     def __init__(
-        self, *, rows: int = 4, sharpness: float = 1.0, weight: float = 1.0, schedule: Mapping[int, float] | None = None
+        self, *, rows: int = 4, sharpness: float = 1.0, weight: float = 1.0, schedule: Schedule | None = None
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self._rows, self._sharpness = rows, sharpness
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         self.table = nn.Parameter(torch.randn(self._rows, shape.feature_dim))
 
     def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
@@ -67,7 +67,7 @@ class Prototypes(Objective):
 class FromFile(Prototypes):
     """Needs values as soon as it is built."""
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         super().build(shape)
         self.first = float(self.table.detach()[0, 0])
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from m2_encoder.cli import data_check, data_curate, data_pack, data_stats
 from m2_encoder.config.command import EXIT_USER_ERROR, Command, report_problems, run_command
-from m2_encoder.config.model_choice import protect_paths, protect_value
+from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.rules import Rule, check_rules, choice, text, whole
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
@@ -54,15 +54,7 @@ SUB_COMMANDS: Final[dict[str, Command]] = {
     "stats": data_stats.COMMAND,
     "curate": data_curate.COMMAND,
 }
-"""By name; a sub-command of its own module adds its `COMMAND` here and its keys that hold paths below."""
-
-_PATH_KEYS: Final[dict[str, tuple[str, ...]]] = {
-    "emoji": ("folder",),
-    "pack": data_pack.PATH_KEYS,
-    "check": data_check.PATH_KEYS,
-    "stats": data_stats.PATH_KEYS,
-    "curate": data_curate.PATH_KEYS,
-}
+"""By name; a sub-command of its own module adds its `COMMAND` here."""
 
 _SOURCE_KEYS: Final[dict[str, str]] = {"pack": "source", "check": "source", "stats": "source", "curate": "shards"}
 """What an argument without a key is the value of: `m2-data check tars`."""
@@ -89,7 +81,7 @@ def name_sources(argv: Sequence[str], key: str) -> list[str]:
         return list(argv)
     if given := [argument for argument in argv if argument.startswith(f"{key}=")]:
         raise UserError(f"{argv[plain[0]]} and {given[0]} both name what to read; give one of them")
-    quoted = [value if len(plain) == 1 else protect_value(value) for value in (argv[i] for i in plain)]
+    quoted = [value if len(plain) == 1 else quote_value(value) for value in (argv[i] for i in plain)]
     named = f"{key}={quoted[0]}" if len(quoted) == 1 else f"{key}=[{','.join(quoted)}]"
     return [named, *(argument for i, argument in enumerate(argv) if i not in plain)]
 
@@ -115,7 +107,7 @@ def main() -> int:
         except UserError as error:
             report_problems(command.name, error)
             return EXIT_USER_ERROR
-    return run_command(command, protect_paths(argv, _PATH_KEYS.get(arguments[0], ())))
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

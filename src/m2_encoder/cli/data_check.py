@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,16 +20,14 @@ from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import check_source, judge_for_training
 from m2_encoder.data.inspect.survey import Survey, survey_source
 from m2_encoder.data.inspect.tables import print_report
-from m2_encoder.data.order.manifest import SourceSpec, expand_shards, is_remote
 from m2_encoder.data.packing.shards import write_json
-from m2_encoder.data.shards.paths import find_files
+from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.types import LANGUAGES
 
-PATH_KEYS: Final = ("source", "output", "cache")
 _CACHE_BYTES: Final = 2 * 10**11  # far more than a look needs; the folder may be that of training
 
 SURVEY_RULES: Final[tuple[Rule, ...]] = (
@@ -67,36 +63,15 @@ def source_problems(cfg: Mapping[str, Any], problems: Sequence[str]) -> list[str
     if cfg["source"] is UNSET or any(text.startswith(("source=", "cache=")) for text in problems):
         return []
     try:
-        find_shards(cfg["source"], cache=cfg["cache"])
+        _list_shards(cfg)
     except UserError as error:
         return [f"source={cfg['source']}: {error}"]
     return []
 
 
-def find_shards(source: str | Sequence[str], *, cache: str | None) -> list[str]:
-    """The tars of a source, paths or urls.
-
-    Args:
-        source: as configured.
-        cache: folder for copies of remote shards; None refuses them.
-
-    Raises:
-        UserError: if there are none, one comes twice, or they are remote and there is no place for copies.
-    """
-    found: list[str] = []
-    for part in [source] if isinstance(source, str) else source:
-        if part.startswith("pipe:"):
-            raise UserError(f"{part}: commands cannot be looked at; give a url such as s3://bucket/{{000..099}}.tar")
-        if not is_remote(part):
-            found += map(str, find_files(part.removeprefix("file://"), suffixes=(".tar",), what="shard"))
-        elif cache is None:
-            raise UserError(f"{part} is remote: say where copies of its shards are kept with cache=FOLDER")
-        else:
-            found += expand_shards(SourceSpec("source", part))
-    places = Counter(shard if is_remote(shard) else os.path.abspath(shard) for shard in found)
-    if twice := [place for place, count in places.items() if count > 1]:
-        raise UserError(f"{twice[0]} comes twice, which training refuses; leave one out")
-    return found
+def _list_shards(cfg: Mapping[str, Any]) -> list[str]:
+    how = "say where copies of its shards are kept with cache=FOLDER"
+    return list_shards(cfg["source"], refuse_urls=how if cfg["cache"] is None else None)
 
 
 def run_check(cfg: dict[str, Any]) -> int:
@@ -118,7 +93,7 @@ def run_check(cfg: dict[str, Any]) -> int:
 
 def survey(cfg: Mapping[str, Any], options: InspectionOptions) -> Survey:
     """Look at the source of a configuration, with a progress bar."""
-    shards = find_shards(cfg["source"], cache=cfg["cache"])
+    shards = _list_shards(cfg)
     options = options._replace(
         samples_per_shard=None if cfg["full"] else cfg["samples_per_shard"],
         decode=cfg["decode"],

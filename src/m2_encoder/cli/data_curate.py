@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # curation needs pyarrow, an extra: `check_curate` says so be
     from m2_encoder.curation.report import Report
     from m2_encoder.curation.settings import CurationSettings, ScoreSettings
 
-PATH_KEYS: Final = ("shards", "output", "score.model", "score.weights", "score.tokenizer")
 EXECUTORS: Final = ("local", "ray")
 _KEYS: Final = {
     "absurd_shape": "images.max_aspect",

@@ -24,7 +24,6 @@ from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
-PATH_KEYS: Final = ("source", "output", "texts", "image_root", "pattern")
 EXIT_FAILURES: Final = 1
 _STARTS_WITH_KEY: Final = re.compile(r"[a-z_.]+=")
 

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from m2_encoder.cli.data_check import PATH_KEYS as CHECK_PATH_KEYS
 from m2_encoder.cli.data_check import SURVEY_RULES, source_problems, survey, title_of, write_output
 from m2_encoder.config.command import EXIT_USER_ERROR, Command
 from m2_encoder.config.model_choice import find_path, output_problems
@@ -23,7 +22,6 @@ from m2_encoder.evaluation.tables import open_console
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 
-PATH_KEYS: Final = (*CHECK_PATH_KEYS, "tokenizer", "plot", "font")
 _TEMPLATE_TOKENS: Final = 2  # start and end, which a model reads beside those of the text
 _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
 

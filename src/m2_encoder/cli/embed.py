@@ -26,7 +26,6 @@ from m2_encoder.config.model_choice import (
     load_from,
     model_problems,
     number_problems,
-    protect_paths,
 )
 from m2_encoder.config.problems import Unset
 from m2_encoder.errors import UserError
@@ -35,7 +34,6 @@ from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_pa
 from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
 from m2_encoder.hub import LoadedModel
 
-PATH_KEYS = ("model", "weights", "tokenizer", "images", "texts", "output")
 EXIT_SKIPPED = 1
 
 
@@ -212,5 +210,4 @@ COMMAND = Command(
 
 def main() -> int:
     """Entry point of `m2-embed`."""
-    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
     return run_command(COMMAND)

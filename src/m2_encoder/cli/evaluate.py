@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,6 @@ from m2_encoder.config.model_choice import (
     model_problems,
     number_problems,
     output_problems,
-    protect_paths,
 )
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
@@ -39,7 +37,6 @@ from m2_encoder.hub import MissingTokenizer
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_tasks
 
-PATH_KEYS = ("model", "weights", "tokenizer", "data", "folder", "output")
 EMBEDDED = "emoji"
 PROTOCOL = "standard"
 """Every distinct caption is a query, positives are by key; see `evaluation.retrieval.encode_set`."""
@@ -197,5 +194,4 @@ COMMAND = Command(
 
 def main() -> int:
     """Entry point of `m2-evaluate`."""
-    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
     return run_command(COMMAND)

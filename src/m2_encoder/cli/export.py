@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from m2_encoder.checkpoints.matching_head import read_head
 from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.model_choice import build_model_config, protect_paths
+from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Rule, check_rules, flag, text
@@ -24,7 +24,6 @@ _RULES: Final[tuple[Rule, ...]] = (
     text("output", "outputs/emoji/export", optional=True),
     flag("overwrite"),
 )
-_PATH_KEYS: Final = ("run.folder", "checkpoint", "output")
 _KEYS: Final = ("run", "checkpoint", "output", "overwrite")
 
 
@@ -108,7 +107,7 @@ COMMAND: Final = Command(
 
 def main() -> int:
     """Entry point of `m2-export`."""
-    return run_command(COMMAND, protect_paths(sys.argv[1:], _PATH_KEYS))
+    return run_command(COMMAND)
 
 
 if __name__ == "__main__":

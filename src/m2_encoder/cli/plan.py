@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.model_choice import find_path, output_problems, protect_paths
+from m2_encoder.config.model_choice import find_path, output_problems
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import UNSET, show
 from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, whole
@@ -29,7 +28,6 @@ from m2_encoder.planning.setting import STRATEGIES
 from m2_encoder.planning.step import Prediction
 from m2_encoder.record import describe_run
 
-PATH_KEYS: Final = ("cluster", "output", "plot")
 WORLD_SIZES: Final = tuple(2**power for power in range(3, 11))
 """Of the plot: 8 to 1,024 ranks."""
 _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
@@ -271,5 +269,4 @@ COMMAND = Command(
 
 def main() -> int:
     """Entry point of `m2-plan`."""
-    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
     return run_command(COMMAND)

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from m2_encoder.config.command import EXIT_USER_ERROR, Command, report_problems, run_command
-from m2_encoder.config.model_choice import protect_paths
+from m2_encoder.config.command import Command, run_command
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.validate import validate_train
-from m2_encoder.errors import UserError
 from m2_encoder.runs.run import train
-
-_PATH_KEYS: Final = (
-    "run.folder", "data.folder", "data.cache.folder", "model.weights", "model.tokenizer",
-    "objective.distillation.teacher", "objective.distillation.teacher_weights", "objective.cmim.targets.tokenizer",
-    "objective.cmlm.user_dictionary",
-)  # fmt: skip
-_SHARDS_KEY: Final = re.compile(r"\+*data\.sources\.[^.=]+\.shards")
-_VALIDATION_KEY: Final = re.compile(r"\+*data\.validation\.[^.=]+")
 
 
 def _run(cfg: dict[str, Any]) -> int:
@@ -72,16 +61,7 @@ COMMAND: Final = Command(
 
 def main() -> int:
     """Entry point of `m2-train`."""
-    given = sys.argv[1:]
-    keys = [argument.partition("=")[0] for argument in given if "=" in argument]
-    shards = [key for key in keys if _SHARDS_KEY.fullmatch(key)]
-    if repeated := next((key for key in shards if shards.count(key) > 1), None):
-        # bash makes several arguments of braces outside of quotes, and Hydra would train on the last one alone.
-        fix = f"put its braces in quotes, {repeated}='/data/{{000..099}}.tar', or give a list: '{repeated}=[A,B]'"
-        report_problems(COMMAND.name, UserError(f"{repeated} is given {shards.count(repeated)} times; {fix}"))
-        return EXIT_USER_ERROR
-    folders = [key for key in keys if _VALIDATION_KEY.fullmatch(key)]
-    return run_command(COMMAND, protect_paths(given, [*_PATH_KEYS, *shards, *folders]))
+    return run_command(COMMAND)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -39,11 +39,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.config.arguments import Arguments, parse_arguments
-from m2_encoder.config.by_step import replace_by_step
 from m2_encoder.config.choices import config_folders
 from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, lend_groups, open_composer
 from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.old_names import update_names
+from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.sweeps import (
     expand_sweep,
@@ -159,7 +159,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     if fixed and given:
         raise UserError(f"{given[0]}: --config-dir is given, too; name all folders in this one")
     fixed += given
-    arguments = arguments._replace(overrides=[line for line in arguments.overrides if line not in fixed])
+    lines = [quote_unreadable(line, multirun=arguments.multirun) for line in arguments.overrides if line not in fixed]
+    arguments = arguments._replace(overrides=lines)
     with open_composer(folder, config_name, fixed) as composer:
         if arguments.help:
             values = read_values(find_conf() / command.config_folder / f"{command.config_name}.yaml")
@@ -180,7 +181,6 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
         ProblemsError: with everything that is wrong.
     """
     lines = name_globbed([*arguments.overrides], composer.options)
-    lines = replace_by_step(lines, lambda others: _choices_of(composer, others))
     if arguments.shows_only:
         composition = composer.compose(lines)
         _raise_if_any(composition.problems)
@@ -197,14 +197,6 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
     _raise_if_any(_find_problems(command, composition))
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
-
-
-def _choices_of(composer: Composer, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The configurations of all combinations of options, whatever values are swept beside them."""
-    constant = [line for line in lines if not is_sweep_line(line)]
-    swept = [line for line in lines if line not in constant and "." not in line.partition("=")[0]]
-    for job in expand_sweep([*constant, *swept], composer.compose(constant).hydra):
-        yield composer.compose(job).cfg
 
 
 def _check_sweep(

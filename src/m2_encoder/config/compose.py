@@ -28,7 +28,7 @@ from m2_encoder.config.choices import config_folders, describe_nameless, find_co
 from m2_encoder.config.keys import key_problem
 from m2_encoder.config.missing import describe_missing
 from m2_encoder.config.old_names import update_names
-from m2_encoder.config.overrides import adds, parse_overrides, refuse_sweeps
+from m2_encoder.config.overrides import adds, parse_overrides, refuse_sweeps, repeated_shards
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import UNSET, flatten, nearest
 from m2_encoder.config.unchosen import CHOSEN_AS_LIST, drop_unchosen
@@ -111,7 +111,7 @@ class Composer:
             UserError: if nothing can be composed at all; the message says why.
         """
         overrides, problems = parse_overrides(lines, self._suggest)
-        problems += refuse_sweeps(overrides)
+        problems += [*repeated_shards(lines), *refuse_sweeps(overrides)]
         overrides = [override for override in overrides if not override.is_sweep_override()]
         default = self._load_default()
         selected = {*default.hydra.runtime.choices, *default}  # a group chosen as a list is only in the latter
@@ -189,9 +189,9 @@ class Composer:
         OmegaConf.set_struct(cfg, False)
         for group in (CHOSEN_AS_LIST, "evaluation"):
             chosen = cfg.get(group)
-            if isinstance(chosen, DictConfig) and "_target_" in chosen:
-                if problem := describe_nameless(self._folders(cfg), group, chosen["_target_"]):
-                    raise UserError(problem)
+            is_nameless = isinstance(chosen, DictConfig) and "_target_" in chosen
+            if is_nameless and (problem := describe_nameless(self._folders(cfg), group, chosen["_target_"])):
+                raise UserError(problem)
         return cfg
 
     def _explain(self, error: Exception) -> str:

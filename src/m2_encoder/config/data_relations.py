@@ -12,8 +12,8 @@ from m2_encoder.config.known import Known, UnknownValueError, count_ranks, make_
 from m2_encoder.config.problems import nearest, show
 from m2_encoder.config.rules import Problem
 from m2_encoder.data.inspect.start_check import StartCheck
-from m2_encoder.data.order.manifest import SourceSpec, expand_shards, is_remote
-from m2_encoder.data.shards.paths import find_files
+from m2_encoder.data.order.manifest import SourceSpec
+from m2_encoder.data.shards.paths import is_remote, list_shards, what_is_there
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.errors import UserError
 
@@ -88,53 +88,35 @@ def _check_shards(known: Known) -> Iterator[Problem]:
         except UnknownValueError:
             continue  # this one is reported; the others may have faults of their own
         patterns = [shards] if isinstance(shards, str) else shards
-        problems = (_problem_of_pattern(name, pattern, known("data.cache", {})) for pattern in patterns)
-        if problem := next(filter(None, problems), None) or _problem_of_all(name, patterns):
+        if problem := _problem_of(patterns, known("data.cache", {})):
             yield Problem(key, f"{key}={show(shards)}: {problem}")
 
 
-def _problem_of_pattern(source: str, pattern: str, cache: Any) -> str | None:
-    if is_remote(pattern):
-        if cache is not None:
-            return None
+def _problem_of(patterns: Sequence[str], cache: Any) -> str | None:
+    """Why these are no shards, or None; of a brace expression only the first name is looked for."""
+    local = [pattern for pattern in patterns if not is_remote(pattern)]
+    if cache is None and len(local) < len(patterns):
+        url = next(filter(is_remote, patterns))
         return (
-            f"{pattern} is remote, and there is no place for copies; give "
+            f"{url} is remote, and there is no place for copies; give "
             "'data.cache={folder: cache, max_bytes: 2e11}', as large as the shards of all open windows at least"
         )
     try:
-        found = expand_shards(SourceSpec(source, pattern))
+        for pattern in local:
+            if not os.path.exists(first := list_shards(pattern)[0]):
+                return f"{first} does not exist; {what_is_there(first)}"
+        if len(local) > 1:
+            list_shards(local)  # refuses what comes twice
     except UserError as error:
-        text = str(error).removeprefix(f"data.sources.{source}.shards={pattern!r}").lstrip(": ")
-        return f"{text}; {_what_is_there(pattern)}" if text == "matches nothing" else text
-    if not os.path.exists(found[0].removeprefix("file://")):
-        return f"{found[0]} does not exist; {_what_is_there(found[0])}"
+        return str(error)
     return None
-
-
-def _problem_of_all(source: str, patterns: Sequence[str]) -> str | None:
-    """Shards that come twice."""
-    try:
-        expand_shards(SourceSpec(source, [pattern for pattern in patterns if not is_remote(pattern)]))
-    except UserError as error:
-        return str(error).removeprefix(f"data.sources.{source}: ")
-    return None
-
-
-def _what_is_there(pattern: str) -> str:
-    """The way out: what the nearest folder above a pattern holds."""
-    folder = pattern.removeprefix("file://")
-    while folder and not os.path.isdir(folder):
-        folder = os.path.dirname(folder.rstrip("/")) if folder.strip("/") else "/"
-    names = sorted(os.listdir(folder or "."))
-    some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "") if names else "nothing"
-    return f"{folder or 'the working directory'} holds {some}"
 
 
 def _check_validation(known: Known) -> Iterator[Problem]:
     for name, folder in known("data.validation").items():
         key = f"data.validation.{name}"
         try:
-            find_files(folder, suffixes=(".tar",), what="shard")
+            list_shards(folder)
         except UserError as error:
             fix = "give a folder of tars, as m2-data pack writes it"
             yield Problem(key, f"{key}={' '.join(str(error).split())}; {fix}")

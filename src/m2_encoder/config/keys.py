@@ -8,7 +8,6 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from m2_encoder.config.by_step import is_by_step
 from m2_encoder.config.overrides import adds
 from m2_encoder.config.problems import nearest
 
@@ -30,8 +29,6 @@ def key_problem(override: Override, base: DictConfig) -> str | None:
         above = ".".join(parts[:depth])
         if not isinstance(node, DictConfig):
             return None if adds(override) and node is None else f"{line}: {above} is a value and holds no keys"
-        if is_by_step(node):
-            return _whole_mapping(override, parts[depth:], above, node)
         if part not in _names(node):
             return None if adds(override) else _unknown_key(override, part, above, node)
         node = node._get_node(part) if OmegaConf.is_interpolation(node, part) else _peek(node, part)
@@ -44,19 +41,6 @@ def key_problem(override: Override, base: DictConfig) -> str | None:
 
 def _names(node: DictConfig) -> list[str]:
     return [str(name) for name in node]  # `in` denies keys that are ???
-
-
-def _whole_mapping(override: Override, parts: list[str], above: str, node: DictConfig) -> str:
-    """Hydra reads each part of a key as text, but steps are numbers."""
-    steps: dict[Any, Any] = dict(node)
-    if len(parts) == 1 and parts[0].isdigit():
-        step = int(parts[0])
-        if not override.is_delete():
-            steps[step] = override.get_value_element_as_str()
-        elif len(steps) > 1:
-            steps.pop(step, None)
-    shown = ", ".join(f"{step}: {value}" for step, value in sorted(steps.items(), key=lambda item: int(item[0])))
-    return f"{override.input_line}: {above} holds steps; give the whole mapping, as in '{above}={{{shown}}}'"
 
 
 def _choice_problem(override: Override, node: Any) -> str | None:
@@ -78,7 +62,7 @@ def _choice_problem(override: Override, node: Any) -> str | None:
 
 def _unknown_inside(override: Override, value: Any, path: str, node: Any) -> str | None:
     """What is wrong with the keys of a mapping that is given as a value, or None."""
-    if not isinstance(value, Mapping) or not isinstance(node, DictConfig) or is_by_step(value):
+    if not isinstance(value, Mapping) or not isinstance(node, DictConfig):
         return None
     for name, item in value.items():
         if str(name) not in _names(node):

@@ -11,7 +11,8 @@ from m2_encoder.config.known import Known, make_problem
 from m2_encoder.config.objective_files import check_files
 from m2_encoder.config.problems import show
 from m2_encoder.config.rules import Problem
-from m2_encoder.objectives.base import Objective, active, check_schedule, find_pause
+from m2_encoder.objectives.base import Objective, active
+from m2_encoder.objectives.schedule import check_schedule, find_pause
 
 
 def counting(known: Known) -> list[str]:

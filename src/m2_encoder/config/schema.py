@@ -30,9 +30,9 @@ from m2_encoder.data.emoji.dataset import EMOJI_STYLES
 from m2_encoder.data.samples.captions import CAPTION_ROLES
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
-from m2_encoder.objectives.base import check_schedule
 from m2_encoder.objectives.contrastive import HEADS
 from m2_encoder.objectives.masked_image import MASKINGS
+from m2_encoder.objectives.schedule import check_schedule
 from m2_encoder.objectives.soft_targets import SOURCES, check_softness
 from m2_encoder.objectives.token_head import DECODERS
 from m2_encoder.types import LANGUAGES
@@ -85,7 +85,7 @@ def _is_schedule(value: Any) -> bool:
     if value is None:
         return True
     try:
-        return isinstance(value, dict) and bool(check_schedule(value))
+        return bool(check_schedule(value))
     except UserError:
         return False
 
@@ -208,7 +208,7 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     whole("data.captions.max_keywords", 1, "4"),
     flag("data.captions.every_language"),
     number("objective.*.weight", "1.0", least=0),
-    Rule("objective.*.schedule", _is_schedule, "factors of the weight by step, or null", "'{0: 0, 1000: 1}'"),
+    Rule("objective.*.schedule", _is_schedule, "factors of the weight by step, not all 0, or null", "[[0,0],[1000,1]]"),
     number("objective.*.mask_ratio", "0.5", above=0, below=1),
     choice("objective.*.decoder", DECODERS),
     choice("objective.*.masking", MASKINGS),
@@ -223,7 +223,7 @@ TRAIN_RULES: Final[tuple[Rule, ...]] = (
     number("objective.*.label_smoothing", "0.1", least=0, below=1),
     flag("objective.*.multi_positive"),
     number("objective.*.initial_bias", "-10", least=-1000, most=1000),
-    Rule("objective.*.softness", _is_softness, "a number in [0, 1), or such numbers by step", "'{0: 0, 10000: 0.3}'"),
+    Rule("objective.*.softness", _is_softness, "a number in [0, 1), or such numbers by step", "[[0,0],[10000,0.3]]"),
     choice("objective.*.source", SOURCES),
     number("objective.*.temperature", "0.07", above=0, optional=True),
     number("objective.*.hardness", "0.1", least=0),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from m2_encoder.data.shards.paths import find_files
+from m2_encoder.data.shards import paths
 from m2_encoder.errors import UserError
 
 RESERVED_NAMES: Final = ("decisions",)
@@ -64,7 +64,7 @@ def list_shards(
             )
         for path in _find(name, expression):
             if path in found:
-                raise UserError(f"{path}: is in the sources {found[path]} and {name}, or twice in one; leave one out")
+                raise UserError(f"{path}: is in the sources {found[path]} and {name}; leave one out")
             found[path] = name
             status = os.stat(path)
             shards.append(Shard(len(shards), name, languages.get(name), path, status.st_size, status.st_mtime_ns))
@@ -79,14 +79,12 @@ def is_source_name(name: str) -> bool:
 
 
 def _find(name: str, expression: str | Sequence[str]) -> list[str]:
-    for part in [expression] if isinstance(expression, str) else expression:
-        if "://" in part or part.startswith("pipe:"):
-            raise UserError(f"source {name}: {part}: curation reads local or mounted files; download the shards first")
+    how = "curation reads local or mounted files; download the shards first"
     try:
-        paths = find_files(expression, suffixes=(".tar",), what="shard")
+        found = paths.list_shards(expression, refuse_urls=how)
     except UserError as error:
         raise UserError(f"source {name}: {error}") from error
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in found if not os.path.isfile(path)]
     if missing:
         raise UserError(f"source {name}: {missing[0]}: no such tar, and {len(missing) - 1:,} more are missing")
-    return [os.path.abspath(path) for path in paths]
+    return [os.path.abspath(path) for path in found]

@@ -1,23 +1,29 @@
-"""Work on many shards in several processes, with a bounded number of them in memory."""
+"""Work on many shards: in several processes, with a bounded number of them in memory, or in threads that may hang."""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from m2_encoder.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+STALL_TIMEOUT_S = 600.0
+"""Default time without any progress after which loading counts as stuck."""
+
+_NAMED = 3  # items that a message names
 _AHEAD = 2  # tasks per worker that wait or are done, so that no worker waits for the slowest
 
 
@@ -72,6 +78,78 @@ def open_pool(workers: int, *, preload: str) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+
+
+def map_watched(
+    work: Callable[[Task], Result],
+    items: Sequence[Task],
+    *,
+    threads: int,
+    timeout_s: float,
+    describe: Callable[[Task], str | None],
+) -> list[Result]:
+    """Results of all items in their order, from threads that are left behind when one of them hangs.
+
+    Args:
+        work: done with every item.
+        items: to be done.
+        threads: so many at a time.
+        timeout_s: after which an item counts as stuck.
+        describe: names an item; None for one that cannot hang.
+
+    Raises:
+        UserError: if an item is stuck, with its name; whatever `work` raises.
+    """
+    waiting = deque(range(len(items)))
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    begun: list[tuple[int, float] | None] = [None] * min(threads, len(items))
+
+    def run(slot: int) -> None:
+        while waiting:
+            try:
+                number = waiting.popleft()
+            except IndexError:  # another thread was faster
+                break
+            begun[slot] = number, time.monotonic()
+            try:
+                done.put((number, work(items[number]), None))
+            except BaseException as error:  # raised where it is waited for
+                done.put((number, None, error))
+        begun[slot] = None
+
+    for slot in range(len(begun)):
+        threading.Thread(target=run, args=(slot,), name="map-watched", daemon=True).start()
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < len(items):
+            number, result, error = _take(done, begun, items, describe, timeout_s)
+            if error is not None:
+                raise error
+            results[number] = result
+    finally:
+        waiting.clear()
+    return [results[number] for number in range(len(items))]
+
+
+def _take(
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]],
+    begun: Sequence[tuple[int, float] | None],
+    items: Sequence[Any],
+    describe: Callable[[Any], str | None],
+    timeout_s: float,
+) -> tuple[int, Any, BaseException | None]:
+    while True:
+        try:
+            return done.get(timeout=timeout_s)
+        except queue.Empty:  # noqa: PERF203 - once per time-out
+            now = time.monotonic()
+            slow = [describe(items[item[0]]) for item in begun if item is not None and now - item[1] >= timeout_s]
+            stuck = [name for name in slow if name is not None]
+            if stuck:
+                raise UserError(
+                    f"looking at the shards stands still for {timeout_s:g} s: waiting for {', '.join(stuck[:_NAMED])}; "
+                    "look at that disk, or give data.stall_timeout_s more time"
+                ) from None
 
 
 def _start_worker() -> None:

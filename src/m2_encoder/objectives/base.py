@@ -3,59 +3,32 @@
 There are three kinds. An `Objective` compares features of all rows of a contrastive group. A `LocalObjective` looks at
 hidden states of single pairs: it is evaluated piece by piece, inside micro-batches and their recomputation, and gives a
 sum and a count for every caption, so that its mean over all ranks is exact however the rows are divided. A
-`pairs.PairObjective` does so in a second round, with wrong partners chosen once the features of all rows are known.
+`PairObjective` does so in a second round, with hard negatives selected by the features of all rows.
 
 To add one: write a subclass in a file of this folder and a YAML file in `conf/objective/` that names it.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
+from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.files import FileKind, Resources
-from m2_encoder.types import ImageTextBatch, TextTokens
+from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
+from m2_encoder.objectives.schedule import Schedule, check_schedule, interpolate_schedule
+from m2_encoder.types import ImageTextBatch
 
 PASSES: Final = ("masked_text", "masked_image", "caption")
 """Passes of the model beyond the clean image and the clean text, which every objective has: the image with its captions
 in which words are hidden; the captions with their image in which patches are hidden; the image with its captions, each
 token seeing the ones before it alone."""
-
-
-class ModelShape(Protocol):
-    """What an objective may want to know of the model; `M2EncoderConfig` has it."""
-
-    @property
-    def embed_dim(self) -> int:
-        """Width D of the hidden states."""
-        ...
-
-    @property
-    def feature_dim(self) -> int:
-        """Width E of the features."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        ...
-
-    @property
-    def image_size(self) -> int:
-        """Side S, pixels."""
-        ...
-
-    @property
-    def patch_size(self) -> int:
-        """Side P of a patch, pixels."""
-        ...
 
 
 class FeaturePair(NamedTuple):
@@ -126,8 +99,8 @@ class Objective(nn.Module, ABC):
 
     Args:
         weight: factor in the sum of objectives; finite, not negative. With 0 the objective is left out of a run.
-        schedule: factor of the weight by step, {step: factor}, linear in between and constant beyond; None for 1. Steps
-            at which it is 0 cost nothing. Step s counts the updates before it.
+        schedule: factor of the weight by step, [[step, factor], ...], linear in between and constant beyond; None for
+            1 always. Steps at which it is 0 cost nothing. Step s counts the updates before it.
 
     Attributes:
         optional_parts: names of `m2_encoder.models.trainable_parts.PARTS` that this objective trains beside those that
@@ -142,7 +115,7 @@ class Objective(nn.Module, ABC):
     optional_parts: frozenset[str] = frozenset()
     files: ClassVar[Mapping[str, FileKind]] = {}
 
-    def __init__(self, *, weight: float = 1.0, schedule: Mapping[int, float] | None = None) -> None:
+    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None) -> None:
         super().__init__()
         if not 0 <= weight < math.inf:
             raise UserError(f"objective weight={weight!r} must be 0 or more, and finite")
@@ -156,7 +129,7 @@ class Objective(nn.Module, ABC):
             UserError: with the argument as its key, for a file that cannot be used.
         """
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make parameters that depend on the model; called once, before the optimizer is made."""
 
     def trained_parts(self) -> frozenset[str]:
@@ -186,94 +159,6 @@ def active(objectives: Mapping[str, Each]) -> dict[str, Each]:
 
 def _weight_of(objective: Any) -> float:
     return float(objective.get("weight", 1.0) if isinstance(objective, Mapping) else objective.weight)
-
-
-class EncodedPair(NamedTuple):
-    """A piece's images and captions, each encoded alone.
-
-    Attributes:
-        image_hidden: of the backbone, (b, N, D); token 0 is cls, then the patches row by row.
-        text_hidden: of the backbone, (k * b, T, D); meaningless on padding.
-        text: the captions, trimmed, (k * b, T).
-        image_features: (b, E), L2-normalised.
-        text_features: (k * b, E), L2-normalised.
-    """
-
-    image_hidden: Tensor
-    text_hidden: Tensor
-    text: TextTokens
-    image_features: Tensor
-    text_features: Tensor
-
-
-class Passes(Protocol):
-    """The passes of the model over one piece of a batch; each is run when it is first asked for, and once.
-
-    Hidden states are those after the vision-language layers, which see image and text together, of the tokens that are
-    to be predicted, row by row. No others are computed to the end. Captions of one image share its backbone pass.
-    """
-
-    @property
-    def batch(self) -> ImageTextBatch:
-        """The rows of the piece."""
-        ...
-
-    @property
-    def text(self) -> TextTokens:
-        """The clean captions, trimmed to the longest, (k * b, T)."""
-        ...
-
-    @property
-    def pair(self) -> EncodedPair:
-        """The clean passes with their features; only for objectives that need features."""
-        ...
-
-    @property
-    def patch_features(self) -> Tensor:
-        """Clean patches in the space of the features, not normalised, (b, patches, E), without a gradient."""
-        ...
-
-    @property
-    def hidden_tokens(self) -> Tensor:
-        """Which tokens of the captions are hidden, (k * b, T) bool."""
-        ...
-
-    @property
-    def masked_text(self) -> Tensor:
-        """Captions with hidden words beside their clean image: states of the M hidden tokens, (M, D)."""
-        ...
-
-    @property
-    def caption(self) -> Tensor:
-        """Captions beside their image, read from left to right: states of the M tokens with a next one, (M, D)."""
-        ...
-
-    def masked_image(self, patch_mask: Tensor) -> Tensor:
-        """Images with hidden patches beside their clean captions.
-
-        Args:
-            patch_mask: True where a patch is hidden, (b, patches) bool.
-
-        Returns:
-            States of the M hidden patches, once for each caption, (M, D).
-        """
-        ...
-
-    def token_losses(
-        self, states: Tensor, bias: Tensor, targets: Tensor, table: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of tokens, never holding the logits of all of them.
-
-        Args:
-            states: what is compared with the rows of the table, (M, D).
-            bias: of each token, (V,).
-            targets: true ids, (M,) int64.
-            table: (V, D); None for the model's token table.
-
-        Returns:
-            Losses, (M,) fp32 or wider, and whether the target scored highest, (M,) bool.
-        """
-        ...
 
 
 class LocalTerms(NamedTuple):
@@ -314,9 +199,7 @@ class LocalObjective(Objective):
     patch_ratio: float | None = None
     user_dictionary: str | None = None
 
-    def __init__(
-        self, *, weight: float = 1.0, schedule: Mapping[int, float] | None = None, text_expert: bool = False
-    ) -> None:
+    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None, text_expert: bool = False) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert
 
@@ -326,10 +209,47 @@ class LocalObjective(Objective):
         return parts | {"vision_expert_reader"} if "features" in parts else parts
 
     @abstractmethod
-    def terms(self, passes: Passes) -> LocalTerms:
+    def terms(self, passes: PiecePasses) -> LocalTerms:
         """Compute the terms of a piece; runs again in backward where micro-batches are recomputed."""
 
-    def forward(self, inputs: Passes) -> LocalTerms:  # type: ignore[override]  # the other kind of input
+    def forward(self, inputs: PiecePasses) -> LocalTerms:  # type: ignore[override]  # the other kind of input
+        """As `terms`."""
+        return self.terms(inputs)
+
+
+class PairObjective(Objective):
+    """A loss of right and wrong pairs: the mean over the terms of all ranks.
+
+    Uses features to select hard negatives, without a gradient to them.
+
+    Args:
+        weight: factor in the sum of objectives.
+        schedule: see `Objective`.
+        text_expert: see `LocalObjective`.
+
+    Attributes:
+        score_names: names of the scores that `terms` gives, always all of them.
+    """
+
+    score_names: tuple[str, ...] = ()
+
+    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None, text_expert: bool = False) -> None:
+        super().__init__(weight=weight, schedule=schedule)
+        self.text_expert = text_expert
+
+    def trained_parts(self) -> frozenset[str]:
+        """Names of `PARTS` that get a gradient of this objective."""
+        return self.optional_parts | fused_parts(text_expert=self.text_expert, reads=["caption"])
+
+    @abstractmethod
+    def select(self, inputs: ObjectiveInputs) -> HardPairs:
+        """Select hard negatives, once per step; collective in the group, without gradients."""
+
+    @abstractmethod
+    def terms(self, passes: PiecePairs) -> LocalTerms:
+        """Compute the terms of a piece; runs again in backward where micro-batches are recomputed."""
+
+    def forward(self, inputs: PiecePairs) -> LocalTerms:  # type: ignore[override]  # another kind of input
         """As `terms`."""
         return self.terms(inputs)
 
@@ -345,55 +265,3 @@ def fused_parts(*, text_expert: bool, reads: Iterable[str]) -> frozenset[str]:
         return frozenset({"vision_expert_reader"})
     readers = {"vision_expert_reader" if name == "masked_image" else "text_expert_reader" for name in reads}
     return frozenset({"vl_text_expert"} | readers)
-
-
-def check_schedule(schedule: Any) -> dict[int, float]:
-    """A schedule with its steps in order.
-
-    Raises:
-        UserError: if it is empty, or a step or factor makes no sense.
-    """
-    if not isinstance(schedule, Mapping):
-        raise UserError(f"schedule={schedule!r} must be factors by step, {{0: 0, 1000: 1}}, or null")
-    points: dict[int, float] = {}
-    for step, factor in schedule.items():
-        is_factor = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 <= factor < math.inf
-        if not str(step).isdecimal() or not is_factor:
-            raise UserError(f"schedule has {step!r}: {factor!r}; give factors of 0 or more by step, {{0: 0, 1000: 1}}")
-        points[int(step)] = float(factor)
-    if not points or not any(points.values()):
-        raise UserError(f"schedule={dict(schedule)} never lets the objective count; give {{0: 0, 1000: 1}}, or null")
-    return dict(sorted(points.items()))
-
-
-def find_pause(schedules: Iterable[Mapping[int, float] | None]) -> int | None:
-    """The first step at which none of these schedules lets its objective count, if there is one.
-
-    Factors are not negative and linear in between, so if all vanish anywhere, they do at a point of some schedule.
-
-    Args:
-        schedules: of objectives with a weight, checked; None for one that always counts.
-    """
-    known = list(schedules)
-    if any(schedule is None for schedule in known):
-        return None
-    found = [schedule for schedule in known if schedule is not None]
-    steps = sorted({0}.union(*found))
-    return next((step for step in steps if not any(interpolate_schedule(each, step) for each in found)), None)
-
-
-def ever_counts(schedule: Mapping[int, float], steps: int) -> bool:
-    """Whether a checked schedule is above 0 at one of the first `steps` steps; it is linear between its points."""
-    looked_at = {0, steps - 1, *(step for step in schedule if step < steps)}
-    return any(interpolate_schedule(schedule, step) > 0 for step in looked_at)
-
-
-def interpolate_schedule(schedule: Mapping[int, float], step: int) -> float:
-    """Factor at a step: linear between the points, constant beyond the first and the last."""
-    points = list(schedule.items())
-    if step <= points[0][0]:
-        return points[0][1]
-    for (left, low), (right, high) in itertools.pairwise(points):
-        if step < right:
-            return low + (high - low) * (step - left) / (right - left)
-    return points[-1][1]

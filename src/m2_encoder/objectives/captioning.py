@@ -16,10 +16,12 @@ Reference: CoCa (arXiv:2205.01917), Eq. 2-3; SyCoCa (arXiv:2401.02137) for its p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
-from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.passes import PiecePasses
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.objectives.token_head import TokenHead, check_decoder
 
 
@@ -43,7 +45,7 @@ class Captioning(LocalObjective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         decoder: Literal["tied", "own"] = "tied",
         text_expert: bool = False,
     ) -> None:
@@ -51,11 +53,11 @@ class Captioning(LocalObjective):
         check_decoder(decoder)
         self._decoder = decoder
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head."""
         self.head = TokenHead(shape, decoder=self._decoder)
 
-    def terms(self, passes: Passes) -> LocalTerms:
+    def terms(self, passes: PiecePasses) -> LocalTerms:
         """One term per token but the first."""
         text = passes.text
         return self.head.terms(passes.caption, text.ids[:, 1:], text.mask[:, 1:], passes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive_one_sided import one_sided_forward
 from m2_encoder.objectives.contrastive_op import NO_GROUP, contrastive_forward
+from m2_encoder.objectives.schedule import Schedule
 
 HEADS: Final = ("features", "backbone_features")
 """Feature pairs of the model: after the vision-language encoder, and after the backbone."""
@@ -166,7 +167,7 @@ class ImageTextContrastive(Objective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         label_smoothing: float = 0.0,
         multi_positive: bool = True,
         heads: Sequence[Literal["features", "backbone_features"]] = ("features",),

@@ -24,7 +24,6 @@ similarities over a batch. R2D2's and ALBEF's momentum teacher, a running mean o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -33,11 +32,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.errors import NotGivenError, UserError
+from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.alignment import mean_alignment
-from m2_encoder.objectives.base import ModelShape, Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import contrastive_losses
 from m2_encoder.objectives.files import ENCODER, Resources
 from m2_encoder.objectives.row_tiles import gather_constant
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import LANGUAGES, ImageTextBatch, TextTokens
 
 _INIT_STD = 0.02
@@ -130,7 +131,7 @@ class Distillation(Objective):
         *,
         teacher: str,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         teacher_weights: str | None = None,
         feature_weight: float = 1.0,
         similarity_weight: float = 1.0,
@@ -169,7 +170,7 @@ class Distillation(Objective):
         teacher.requires_grad_(False)
         self._teacher = (teacher,)
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the projection, if one is needed.
 
         Raises:

@@ -10,16 +10,18 @@ attentive masks; MAE (arXiv:2111.06377) and BEiT v2 (arXiv:2208.06366) for the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final, Literal
 
 from torch import Tensor
 
 from m2_encoder.errors import UserError
+from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.attentive import attentive_mask
-from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.objectives.base import LocalObjective, LocalTerms
 from m2_encoder.objectives.files import Resources
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
+from m2_encoder.objectives.schedule import Schedule
 
 MASKINGS: Final = ("block", "attentive")
 """How patches are chosen: BEiT's blocks, drawn by the data module; or those most similar to the caption."""
@@ -57,7 +59,7 @@ class MaskedImage(LocalObjective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         mask_ratio: float = 80 / 196,
         masking: Literal["block", "attentive"] = "block",
         targets: PatchTargets | None = None,
@@ -81,7 +83,7 @@ class MaskedImage(LocalObjective):
         except UserError as error:
             raise error.under("targets") from error
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head of the targets.
 
         Raises:
@@ -97,7 +99,7 @@ class MaskedImage(LocalObjective):
             )
         self.targets.build(shape)
 
-    def choose(self, passes: Passes) -> Tensor:
+    def choose(self, passes: PiecePasses) -> Tensor:
         """Which patches are hidden, (b, patches) bool."""
         if not self._is_attentive:
             assert passes.batch.patch_mask is not None, "the data module hides patches where an objective asks for it"
@@ -106,7 +108,7 @@ class MaskedImage(LocalObjective):
         by_image = texts.unflatten(0, (-1, passes.batch.captions_per_image)).mean(dim=1)
         return attentive_mask(passes.patch_features, by_image, count=self._count)
 
-    def terms(self, passes: Passes) -> LocalTerms:
+    def terms(self, passes: PiecePasses) -> LocalTerms:
         """One term per hidden patch."""
         batch = passes.batch
         mask = self.choose(passes)

@@ -9,14 +9,16 @@ Reference: BERT (arXiv:1810.04805) for the loss and its head; SyCoCa (arXiv:2401
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
 
 from m2_encoder.errors import UserError
-from m2_encoder.objectives.base import LocalObjective, LocalTerms, ModelShape, Passes
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalObjective, LocalTerms
 from m2_encoder.objectives.files import FileKind, Resources
+from m2_encoder.objectives.passes import PiecePasses
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.objectives.token_head import TokenHead, check_decoder
 from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
 
@@ -45,7 +47,7 @@ class MaskedLanguage(LocalObjective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         mask_ratio: float = 0.5,
         decoder: Literal["tied", "own"] = "tied",
         text_expert: bool = False,
@@ -64,15 +66,15 @@ class MaskedLanguage(LocalObjective):
         if self.user_dictionary is not None:
             self.user_dictionary = str(resources.find_path(self.user_dictionary))
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head."""
         self.head = TokenHead(shape, decoder=self._decoder)
 
-    def terms(self, passes: Passes) -> LocalTerms:
+    def terms(self, passes: PiecePasses) -> LocalTerms:
         """One term per hidden token."""
         return self.head.terms(passes.masked_text, passes.text.ids, passes.hidden_tokens, passes)
 
-    def predict(self, passes: Passes, table: Tensor) -> Tensor:
+    def predict(self, passes: PiecePasses, table: Tensor) -> Tensor:
         """Captions with the likeliest tokens in place of hidden ones; for a few captions.
 
         Args:

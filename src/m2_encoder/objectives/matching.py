@@ -34,7 +34,6 @@ ranking stage after a contrastive pre-ranking this is, with one cross encoder fo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Final, NamedTuple, Protocol
 
 import torch
@@ -44,8 +43,10 @@ from torch.nn import functional
 
 from m2_encoder.distributed.collectives import exchange_counts, gather_rows_without_grad
 from m2_encoder.errors import UserError
-from m2_encoder.objectives.base import LocalTerms, ModelShape, ObjectiveInputs
-from m2_encoder.objectives.pairs import HardPairs, PairObjective, PairPasses
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalTerms, ObjectiveInputs, PairObjective
+from m2_encoder.objectives.passes import HardPairs, PiecePairs
+from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import TextTokens
 
 _INIT_STD: Final = 0.02
@@ -73,7 +74,7 @@ class Matching(PairObjective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         hardness: float = 1.0,
         seed: int = 0,
         text_expert: bool = False,
@@ -85,7 +86,7 @@ class Matching(PairObjective):
             raise UserError(f"seed={seed!r} must be 0 or more")
         self._hardness, self._seed = hardness, seed
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head."""
         self.head = nn.Linear(shape.embed_dim, 1)
         nn.init.normal_(self.head.weight, std=_INIT_STD)
@@ -118,7 +119,7 @@ class Matching(PairObjective):
             TextTokens(others.text.ids[text_rows], others.text.mask[text_rows]), has_text, image_rows, has_image
         )
 
-    def terms(self, passes: PairPasses) -> LocalTerms:
+    def terms(self, passes: PiecePairs) -> LocalTerms:
         """One term per right pair, and one per wrong pair that was found."""
         right, wrong_text, wrong_image = (
             self.head(states).squeeze(1).to(torch.promote_types(states.dtype, torch.float32))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.errors import NotGivenError, UserError
-from m2_encoder.objectives.base import ModelShape
+from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.files import VISUAL_TOKENIZER, FileKind, Resources
 
 _EPS = 1e-6  # of the variance of a patch, in units of 255 levels squared; MAE's
@@ -45,7 +45,7 @@ class PatchTargets(nn.Module, ABC):
         """Load what `files` names; called once, before `build`."""
 
     @abstractmethod
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head; called once.
 
         Raises:
@@ -85,7 +85,7 @@ class PatchTargets(nn.Module, ABC):
 class NormalizedPixels(PatchTargets):
     """The pixels of a patch, less their mean, over their standard deviation."""
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head."""
         self._patch_size = shape.patch_size
         self.head = _make_head(shape, 3 * shape.patch_size**2)
@@ -181,7 +181,7 @@ class VisualCodes(PatchTargets):
         tokenizer.requires_grad_(False)
         self._tokenizer = (tokenizer,)
 
-    def build(self, shape: ModelShape) -> None:
+    def build(self, shape: M2EncoderConfig) -> None:
         """Make the head.
 
         Raises:
@@ -190,7 +190,7 @@ class VisualCodes(PatchTargets):
         self._check_patches(shape)
         self.head = _make_head(shape, self._get_tokenizer().num_codes)
 
-    def _check_patches(self, shape: ModelShape) -> None:
+    def _check_patches(self, shape: M2EncoderConfig) -> None:
         for key in ("image_size", "patch_size"):
             own, wanted = getattr(self._get_tokenizer(), key), getattr(shape, key)
             if own != wanted:
@@ -270,7 +270,7 @@ def normalized_patches(images: Tensor, patch_size: int) -> Tensor:
     return (patches - patches.mean(dim=-1, keepdim=True)) / (patches.var(dim=-1, keepdim=True) + _EPS).sqrt()
 
 
-def _make_head(shape: ModelShape, outputs: int) -> nn.Linear:
+def _make_head(shape: M2EncoderConfig, outputs: int) -> nn.Linear:
     head = nn.Linear(shape.embed_dim, outputs)
     nn.init.normal_(head.weight, std=_INIT_STD)
     nn.init.zeros_(head.bias)

@@ -19,7 +19,6 @@ Reference: SigLIP (arXiv:2303.15343), Eq. 1 and section 3.3, also for the values
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from torch.nn import functional
 from m2_encoder.distributed.collectives import gather_rows_without_grad, scatter_sums
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.schedule import Schedule
 
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
 
@@ -54,7 +54,7 @@ class SigmoidContrastive(Objective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         initial_bias: float = -10.0,
         multi_positive: bool = True,
     ) -> None:

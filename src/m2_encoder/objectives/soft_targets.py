@@ -24,7 +24,6 @@ softening the labels of negatives progressively, of which "uniform" with growing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -37,11 +36,10 @@ from m2_encoder.objectives.base import (
     Objective,
     ObjectiveInputs,
     ObjectiveOutput,
-    check_schedule,
-    interpolate_schedule,
 )
 from m2_encoder.objectives.contrastive import contrastive_losses
 from m2_encoder.objectives.row_tiles import gather_constant
+from m2_encoder.objectives.schedule import Schedule, check_points, interpolate_schedule
 
 SOURCES: Final = ("image", "text", "both", "uniform")
 """Where softened targets come from."""
@@ -53,7 +51,7 @@ class SoftTargetContrastive(Objective):
     Args:
         weight: factor in the sum of objectives.
         schedule: see `Objective`.
-        softness: a, in [0, 1); or by step, {step: a}, linear in between.
+        softness: a, in [0, 1); or by step, [[step, a], ...], linear in between.
         source: of Q, one of `SOURCES`.
         temperature: t, of the similarities within a modality.
         multi_positive: rows with the same identity are positives of each other; otherwise only own captions.
@@ -66,8 +64,8 @@ class SoftTargetContrastive(Objective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
-        softness: float | Mapping[int, float] = 0.2,
+        schedule: Schedule | None = None,
+        softness: float | Schedule = 0.2,
         source: Literal["image", "text", "both", "uniform"] = "both",
         temperature: float = 0.07,
         multi_positive: bool = True,
@@ -121,11 +119,16 @@ def check_softness(softness: Any) -> dict[int, float]:
     Raises:
         UserError: for a value outside [0, 1), or a schedule that makes no sense.
     """
-    points = softness if isinstance(softness, Mapping) else {0: softness}
-    values = list(points.values())
-    if not values or not all(isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a < 1 for a in values):
-        raise UserError(f"softness={softness!r} must be in [0, 1), or such numbers by step, {{0: 0, 10000: 0.3}}")
-    return check_schedule(points) if any(values) else {0: 0.0}
+    points = {0: float(softness)} if _is_share(softness) else check_points(softness, key="softness")
+    if not all(_is_share(a) for a in points.values()):
+        raise UserError(
+            "must be in [0, 1), or such numbers by step, [[0,0],[10000,0.3]]", key="softness", value=softness
+        )
+    return points
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 class _Shares:

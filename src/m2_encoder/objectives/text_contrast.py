@@ -18,8 +18,6 @@ InfoNCE: arXiv:1807.03748.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +25,7 @@ from torch.nn import functional
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.row_tiles import GroupRows, gather_group, map_rows
+from m2_encoder.objectives.schedule import Schedule
 
 
 class TextContrast(Objective):
@@ -50,7 +49,7 @@ class TextContrast(Objective):
         self,
         *,
         weight: float = 1.0,
-        schedule: Mapping[int, float] | None = None,
+        schedule: Schedule | None = None,
         temperature: float = 0.07,
         hard_negatives: int | None = None,
         max_similarity: float = 0.95,

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.errors import UserError
-from m2_encoder.objectives.base import LocalTerms, ModelShape, Passes
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalTerms
+from m2_encoder.objectives.passes import PiecePasses
 
 DECODERS: Final = ("tied", "own")
 """Whose rows the states are compared with: those of the model's token table, or of a table of the objective's own."""
@@ -27,7 +29,7 @@ class TokenHead(nn.Module):
     Reference: BERT (arXiv:1810.04805), section 3.1; tied tables: arXiv:1608.05859.
     """
 
-    def __init__(self, shape: ModelShape, *, decoder: Literal["tied", "own"] = "tied") -> None:
+    def __init__(self, shape: M2EncoderConfig, *, decoder: Literal["tied", "own"] = "tied") -> None:
         super().__init__()
         self.transform = nn.Linear(shape.embed_dim, shape.embed_dim)
         self.norm = nn.LayerNorm(shape.embed_dim)
@@ -38,7 +40,7 @@ class TokenHead(nn.Module):
                 nn.init.normal_(weight, std=_INIT_STD)
         nn.init.zeros_(self.transform.bias)
 
-    def terms(self, hidden: Tensor, targets: Tensor, chosen: Tensor, passes: Passes) -> LocalTerms:
+    def terms(self, hidden: Tensor, targets: Tensor, chosen: Tensor, passes: PiecePasses) -> LocalTerms:
         """Losses of the chosen tokens, summed by caption.
 
         Args:

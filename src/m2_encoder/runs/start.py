@@ -21,9 +21,9 @@ from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
 from m2_encoder.evaluation.tables import open_console
-from m2_encoder.objectives.base import LocalObjective, Objective, ever_counts
+from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
 from m2_encoder.objectives.masked_image import MaskedImage
-from m2_encoder.objectives.pairs import PairObjective
+from m2_encoder.objectives.schedule import ever_counts
 from m2_encoder.types import LANGUAGES
 
 CHECK_FILE: Final = "data_check.json"

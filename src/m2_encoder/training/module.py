@@ -20,8 +20,14 @@ from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
-from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInputs, ObjectiveOutput, active
-from m2_encoder.objectives.pairs import PairObjective
+from m2_encoder.objectives.base import (
+    LocalObjective,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveOutput,
+    PairObjective,
+    active,
+)
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, fill_state, key_by_name
 from m2_encoder.training.second_round import evaluate_pairs

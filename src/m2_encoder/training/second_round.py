@@ -8,17 +8,16 @@ its wrong images and captions, as one more segment of checkpointing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.objectives.base import LocalTerms, ObjectiveInputs
-from m2_encoder.objectives.pairs import HardPairs, PairObjective
+from m2_encoder.objectives.base import LocalTerms, ObjectiveInputs, PairObjective
+from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
 from m2_encoder.training.micro_batches import encode_pieces, split_rows
-from m2_encoder.training.passes import PiecePasses
 from m2_encoder.types import ImageTextBatch, TextTokens
 
 
@@ -30,47 +29,6 @@ class _Piece(NamedTuple):
     wrong_images: Tensor | None
     wrong_image_hidden: Tensor | None
     passes: PiecePasses | None
-
-
-class PiecePairs:
-    """See `m2_encoder.objectives.pairs.PairPasses`.
-
-    Args:
-        model: whole or sharded.
-        passes: the clean passes of the piece.
-        wrong: partners of the piece's captions; `image_rows` is not looked at.
-        wrong_image_hidden: of the backbone, one image per caption, (k * b, N, D).
-        text_expert: as in `PiecePasses`.
-    """
-
-    def __init__(
-        self, model: M2Encoder, passes: PiecePasses, wrong: HardPairs, wrong_image_hidden: Tensor, *, text_expert: bool
-    ) -> None:
-        self._model = model
-        self._passes = passes
-        self._wrong = wrong
-        self._wrong_image_hidden = wrong_image_hidden
-        self._text_expert = text_expert
-        self.has_text, self.has_image = wrong.has_text, wrong.has_image
-
-    @cached_property
-    def matched(self) -> Tensor:
-        """Every caption beside its image, (k * b, D)."""
-        return self._fuse(self._passes.image_hidden, self._passes.text_hidden, self._passes.text)
-
-    @cached_property
-    def wrong_text(self) -> Tensor:
-        """Every caption's image beside a wrong caption, (k * b, D)."""
-        text = self._model.trim_text(self._wrong.text)
-        return self._fuse(self._passes.image_hidden, self._model.encode_text_backbone(text), text)
-
-    @cached_property
-    def wrong_image(self) -> Tensor:
-        """Every caption beside a wrong image, (k * b, D)."""
-        return self._fuse(self._wrong_image_hidden, self._passes.text_hidden, self._passes.text)
-
-    def _fuse(self, image_hidden: Tensor, text_hidden: Tensor, text: TextTokens) -> Tensor:
-        return self._model.fuse(image_hidden, text_hidden, text.mask, text_expert=self._text_expert)
 
 
 def evaluate_pairs(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import FeaturePair, LocalObjective, LocalTerms, ObjectiveOutput
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.training.micro_batches import encode_pieces, split_rows
-from m2_encoder.training.passes import PiecePasses
 from m2_encoder.types import HeadFeatures, ImageTextBatch
 
 

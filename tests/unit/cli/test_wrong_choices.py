@@ -38,20 +38,6 @@ def test_no_option(lines: list[str], expected: str) -> None:
     assert problem.startswith(expected)
 
 
-@pytest.mark.parametrize(
-    ("line", "whole"),
-    [
-        (f"{SOFTNESS}.500=0.4", "{0: 0.0, 500: 0.4}"),
-        (f"+{SOFTNESS}.900=0.4", "{0: 0.0, 500: 0.2, 900: 0.4}"),
-        (f"~{SOFTNESS}.500", "{0: 0.0}"),
-        (f"{SOFTNESS}.x=0.4", "{0: 0.0, 500: 0.2}"),
-    ],
-)
-def test_single_steps_of_a_mapping(line: str, whole: str) -> None:
-    (problem,) = _problems("+experiment=r2d2", line)
-    assert problem == f"{line}: {SOFTNESS} holds steps; give the whole mapping, as in '{SOFTNESS}={whole}'"
-
-
 def test_a_value_that_is_missing_may_be_given_in_a_mapping() -> None:
     assert _problems("objective=[itc,cmim_codes]", "objective.cmim.targets={tokenizer: here}") == []
 
@@ -60,7 +46,7 @@ def test_a_value_that_is_missing_may_be_given_in_a_mapping() -> None:
     ("line", "hint"),
     [
         ("objective=[itc],[itc,cmlm]", False),
-        (f"{SOFTNESS}={{0: 1}},{{0: 0.5}}", False),
+        (f"{SOFTNESS}=[[0,0.1]],[[0,0.5]]", False),
         ("optimizer.betas=0.9,0.98", True),
     ],
 )

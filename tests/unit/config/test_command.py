@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from m2_encoder.config import command as cli
+from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import UNSET
 from m2_encoder.errors import UserError
 
@@ -42,7 +43,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
             examples=("m2-tool size=2",),
             check=_check,
             run=work,
-            run_folder=cli.default_run_folder if has_folder else None,
+            run_folder=default_run_folder if has_folder else None,
             notes=("A note.",),
         )
         monkeypatch.setattr(sys, "argv", ["m2-tool", *argv])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from m2_encoder.cli import train as train_command
-from m2_encoder.cli.train import _PATH_KEYS, COMMAND
+from m2_encoder.cli.train import COMMAND
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
-from m2_encoder.config.model_choice import protect_paths
+from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, write_config
 
 Problems = Callable[..., list[str]]
@@ -24,7 +21,7 @@ def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Probl
     outputs = tmp_path_factory.mktemp("outputs")
 
     def find(*lines: str) -> list[str]:
-        given = protect_paths([f"run.folder={outputs}", *lines], _PATH_KEYS)
+        given = [quote_unreadable(line) for line in (f"run.folder={outputs}", *lines)]
         with open_composer(repo_root / "conf", COMMAND.config_name) as composer:
             composition = composer.compose([*given, "logger=csv", "trainer.accelerator=cpu"])
         return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
@@ -92,7 +89,7 @@ def test_dictionaries_are_read_before_a_run_starts(problems: Problems, tmp_path:
 @pytest.mark.parametrize(
     ("lines", "fits"),
     [
-        (("objective=[itc,cmlm]", "objective.cmlm.weight=0.1", "objective.cmlm.schedule={0: 1, 9: 0}"), True),
+        (("objective=[itc,cmlm]", "objective.cmlm.weight=0.1", "objective.cmlm.schedule=[[0,1],[9,0]]"), True),
         (("objective=[itc,cmlm,soft_targets]",), True),
         (("objective=[soft_targets,cmlm]",), True),
         (("objective=[itc,cmlm,cmim]", "objective.cmim.weight=0"), True),
@@ -128,32 +125,6 @@ def test_a_continued_run_trains_what_it_began_with(
 def test_what_is_chosen_together_must_add_something(problems: Problems, lines: tuple[str, ...], rule: str) -> None:
     (problem,) = problems(*lines)
     assert rule in problem
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("objective.soft_targets.softness={0: 0.3, 100: 0.1}", {"0": 0.3, "100": 0.1}),
-        ("++objective.soft_targets.softness={ 0: 0.3}", {"0": 0.3}),
-        ("objective.soft_targets.softness=0.3", 0.3),
-    ],
-)
-def test_a_mapping_by_step_takes_the_place_of_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo_root: Path, given: str, expected: object
-) -> None:
-    seen: list[dict[str, Any]] = []
-    monkeypatch.chdir(repo_root)
-    monkeypatch.setattr(train_command, "train", seen.append)
-    lines = ["+experiment=r2d2", "objective.itm.schedule={0: 0, 5: 1}", given, "logger=csv", f"run.folder={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["m2-train", *lines])
-    assert train_command.main() == 0
-    objectives = seen[0]["objective"]
-    assert _by_name(objectives["soft_targets"]["softness"]) == expected
-    assert _by_name(objectives["itm"]["schedule"]) == {"0": 0, "5": 1}
-
-
-def _by_name(value: object) -> object:
-    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
 @pytest.mark.parametrize(

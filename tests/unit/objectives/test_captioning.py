@@ -16,7 +16,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.captioning import Captioning
-from m2_encoder.training.passes import PiecePasses
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.types import ImageTextBatch, TextTokens
 from tests.support.objectives import Bench, build_bench, make_batch
 

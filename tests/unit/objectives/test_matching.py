@@ -19,7 +19,7 @@ from m2_encoder.objectives import matching
 from m2_encoder.objectives.base import FeaturePair, ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.matching import Content, Matching, draw_partners
-from m2_encoder.objectives.pairs import HardPairs
+from m2_encoder.objectives.passes import HardPairs
 from m2_encoder.types import ImageTextBatch, TextTokens
 from tests.support.objectives import Bench, build_bench, draw_inputs, make_batch
 

@@ -75,7 +75,7 @@ def test_without_softness_it_is_itc(multi_positive: bool) -> None:
 
 def test_softness_grows_with_the_steps() -> None:
     inputs = draw_inputs(6, 1)
-    growing = SoftTargetContrastive(softness={0: 0.0, 10: 0.4}, source="image")
+    growing = SoftTargetContrastive(softness=[[0, 0.0], [10, 0.4]], source="image")
     for step, softness in ((0, 0.0), (5, 0.2), (10, 0.4), (99, 0.4)):
         fixed = SoftTargetContrastive(softness=softness, source="image")
         assert growing(inputs._replace(step=step)).loss.item() == fixed(inputs).loss.item()
@@ -99,10 +99,11 @@ def test_a_tile_is_made_once_and_never_all_of_them(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"softness": 1.0}, r"softness=1.0 must be in \[0, 1\)"),
-        ({"softness": {}}, "softness="),
-        ({"softness": {0: -0.1}}, "softness="),
-        ({"softness": {"x": 0.1}}, "schedule has 'x'"),
+        ({"softness": 1.0}, r"softness=1.0: must be"),
+        ({"softness": []}, "softness="),
+        ({"softness": [[0, 1.0]]}, r"must be in \[0, 1\)"),
+        ({"softness": [[0, -0.1]]}, "softness="),
+        ({"softness": [["x", 0.1]]}, "softness="),
         ({"source": "teacher"}, "source='teacher' must be one of image, text, both, uniform"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
     ],

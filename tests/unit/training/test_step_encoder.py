@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.objectives.base import LocalObjective, LocalTerms, Passes
+from m2_encoder.objectives.base import LocalObjective, LocalTerms
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.training.step_encoder import EncodedStep, StepEncoder, mean_terms
 from m2_encoder.types import ImageTextBatch, MaskedText, TextTokens
 from tests.support.training import tiny_config
@@ -163,7 +164,7 @@ def test_no_term_at_all_is_a_loss_of_nothing() -> None:
 
 def test_passes_that_nobody_named_are_refused(batch: ImageTextBatch) -> None:
     class Greedy(LocalObjective):
-        def terms(self, passes: Passes) -> LocalTerms:
+        def terms(self, passes: PiecePasses) -> LocalTerms:
             return LocalTerms(passes.masked_text.sum(dim=(1, 2)), torch.ones(len(passes.text.ids)))
 
     model, _ = build()

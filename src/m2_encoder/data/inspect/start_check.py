@@ -15,9 +15,10 @@ from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import SourceReport, check_source
 from m2_encoder.data.inspect.survey import Survey, survey_source
-from m2_encoder.data.loading.watchdog import STALL_TIMEOUT_S, map_watched
-from m2_encoder.data.order.manifest import Manifest, Source, is_remote
+from m2_encoder.data.order.manifest import Manifest, Source
+from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
+from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 

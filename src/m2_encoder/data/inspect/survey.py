@@ -18,7 +18,7 @@ from m2_encoder.data.inspect.inspection import (
     ShardTask,
     inspect_shard,
 )
-from m2_encoder.data.order.manifest import is_remote
+from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import map_in_processes
 

@@ -1,5 +1,9 @@
 """A DataLoader that knows its place.
 
+Every sample that a run ever sees has a position, counted over all ranks from 0. Batch t of rank r of R holds the
+positions t*B + r, t*B + r + R, ... (B: global batch size). What stands at a position is said by
+`m2_encoder.data.order.plan`; it depends on neither ranks nor workers, so one integer resumes a run.
+
 Lightning saves and restores the state of a loader that has `state_dict`. Under several ranks it keeps rank 0's state
 only, so the state must not depend on the rank; the global position does not.
 """
@@ -21,12 +25,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from m2_encoder.data.loading.faults import SampleFault
-from m2_encoder.data.loading.sample_order import rank_positions
 from m2_encoder.data.loading.stages import STAGES, TOKENISING, StageBoard, StageClock
 from m2_encoder.data.loading.stream import Delivery
-from m2_encoder.data.loading.watchdog import POLL_S, STALL_TIMEOUT_S, watch
+from m2_encoder.data.loading.watchdog import POLL_S, watch
 from m2_encoder.data.order.manifest_record import describe_difference, read_record
 from m2_encoder.data.order.plan import Segment, SegmentSource
+from m2_encoder.data.worker_pool import STALL_TIMEOUT_S
 from m2_encoder.errors import UserError
 from m2_encoder.types import ImageTextBatch
 
@@ -259,6 +263,20 @@ class PositionLoader:
             timeout=min(POLL_S, self._stall_timeout_s) if self._num_workers else 0,
             generator=torch.Generator(),
         )
+
+
+def rank_positions(*, start: int, stop: int, global_batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
+    """Positions of one rank's batches.
+
+    Args:
+        start: first position; a multiple of `global_batch_size`.
+        stop: position at which the last batch ends.
+        global_batch_size: B, a multiple of `world_size`.
+        rank: of this process.
+        world_size: number of processes.
+    """
+    for first in range(start, stop, global_batch_size):
+        yield list(range(first + rank, first + global_batch_size, world_size))
 
 
 class _Batches(Dataset[Any]):

@@ -7,9 +7,8 @@ import queue
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -18,17 +17,10 @@ from m2_encoder.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-STALL_TIMEOUT_S = 600.0
-"""Default time without any progress after which loading counts as stuck."""
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
 _TIMED_OUT = "DataLoader timed out"  # how torch's message begins
 POLL_S = 5.0
 """Give a loader with workers this time-out: so often it looks whether they live, and so soon a dead one is noticed."""
 
-_NAMED = 3  # items that a message names
 _RAISED = "Caught "  # how torch's message begins for what a worker raised
 _DIED = ("exited unexpectedly", "is killed by signal")
 
@@ -52,78 +44,6 @@ def watch(loader: DataLoader[Any], board: StageBoard, *, workers: int, timeout_s
         yield from _watch_workers(loader, board, workers, timeout_s)
     else:
         yield from _watch_thread(loader, board, timeout_s)
-
-
-def map_watched(
-    work: Callable[[_Item], _Result],
-    items: Sequence[_Item],
-    *,
-    threads: int,
-    timeout_s: float,
-    describe: Callable[[_Item], str | None],
-) -> list[_Result]:
-    """Results of all items in their order, from threads that are left behind when one of them hangs.
-
-    Args:
-        work: done with every item.
-        items: to be done.
-        threads: so many at a time.
-        timeout_s: after which an item counts as stuck.
-        describe: names an item; None for one that cannot hang.
-
-    Raises:
-        UserError: if an item is stuck, with its name; whatever `work` raises.
-    """
-    waiting = deque(range(len(items)))
-    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
-    begun: list[tuple[int, float] | None] = [None] * min(threads, len(items))
-
-    def run(slot: int) -> None:
-        while waiting:
-            try:
-                number = waiting.popleft()
-            except IndexError:  # another thread was faster
-                break
-            begun[slot] = number, time.monotonic()
-            try:
-                done.put((number, work(items[number]), None))
-            except BaseException as error:  # raised where it is waited for
-                done.put((number, None, error))
-        begun[slot] = None
-
-    for slot in range(len(begun)):
-        threading.Thread(target=run, args=(slot,), name="map-watched", daemon=True).start()
-    results: dict[int, Any] = {}
-    try:
-        while len(results) < len(items):
-            number, result, error = _take(done, begun, items, describe, timeout_s)
-            if error is not None:
-                raise error
-            results[number] = result
-    finally:
-        waiting.clear()
-    return [results[number] for number in range(len(items))]
-
-
-def _take(
-    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]],
-    begun: Sequence[tuple[int, float] | None],
-    items: Sequence[Any],
-    describe: Callable[[Any], str | None],
-    timeout_s: float,
-) -> tuple[int, Any, BaseException | None]:
-    while True:
-        try:
-            return done.get(timeout=timeout_s)
-        except queue.Empty:  # noqa: PERF203 - once per time-out
-            now = time.monotonic()
-            slow = [describe(items[item[0]]) for item in begun if item is not None and now - item[1] >= timeout_s]
-            stuck = [name for name in slow if name is not None]
-            if stuck:
-                raise UserError(
-                    f"looking at the shards stands still for {timeout_s:g} s: waiting for {', '.join(stuck[:_NAMED])}; "
-                    "look at that disk, or give data.stall_timeout_s more time"
-                ) from None
 
 
 def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, timeout_s: float) -> Iterator[Any]:

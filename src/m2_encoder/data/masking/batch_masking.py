@@ -14,7 +14,8 @@ from m2_encoder.data.masking.patch_masking import BlockMasking
 from m2_encoder.data.masking.text_masking import MaskVocabulary, TextMasking, mask_words_of_batch
 from m2_encoder.data.order.keyed_random import mix
 from m2_encoder.errors import UserError
-from m2_encoder.objectives.base import LocalObjective, ModelShape, Objective, active
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalObjective, Objective, active
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.word_pieces import WordSegmenter
 from m2_encoder.types import MaskedText, TextTokens
@@ -87,7 +88,7 @@ class BatchMasking:
 
 
 def build_masking(
-    objectives: Mapping[str, Objective], tokenizer: SentencePieceTokenizer, shape: ModelShape
+    objectives: Mapping[str, Objective], tokenizer: SentencePieceTokenizer, shape: M2EncoderConfig
 ) -> BatchMasking | None:
     """What the objectives want hidden of a batch; None if they want nothing.
 

@@ -6,8 +6,8 @@ import logging
 import math
 from collections.abc import Sequence
 
-from m2_encoder.data.order.manifest import is_remote
 from m2_encoder.data.order.plan import PositionPlan, Stretch
+from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.errors import UserError
 
 logger = logging.getLogger(__name__)

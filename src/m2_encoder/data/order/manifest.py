@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from m2_encoder.data.loading.watchdog import STALL_TIMEOUT_S, map_watched
 from m2_encoder.data.order.manifest_record import RecordedSource, name_some, pack_record, write_weight
-from m2_encoder.data.shards.paths import expand_braces
+from m2_encoder.data.shards.index import ShardSize
+from m2_encoder.data.shards.paths import is_remote, list_shards
+from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
@@ -78,24 +75,6 @@ class SourceSpec:
         return cls(
             **{**values, "name": name, "languages": tuple([languages] if isinstance(languages, str) else languages)}
         )
-
-
-class ShardSize(NamedTuple):
-    """How much a shard holds.
-
-    Attributes:
-        samples: usable ones, as far as headers of the tar tell.
-        size: bytes of the tar.
-        written: when the tar was last written, ns; 0 if nobody says.
-        unusable: what headers tell to be unusable, entries.
-        layout: checksum of names, places and sizes of the samples; 0 if nobody says.
-    """
-
-    samples: int
-    size: int
-    written: int = 0
-    unusable: int = 0
-    layout: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +193,10 @@ def build_manifest(
 
 
 def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize], stall_timeout_s: float) -> Source:
-    shards = expand_shards(spec)
+    try:
+        shards = list_shards(spec.shards)
+    except UserError as error:
+        raise error.under(f"data.sources.{spec.name}.shards") from error
     failed: list[str] = []
 
     def try_measure(shard: str) -> ShardSize:
@@ -290,70 +272,3 @@ def make_source(
         take(layouts),
         tuple(shards[i] for i in faulty),
     )
-
-
-def expand_shards(spec: SourceSpec) -> list[str]:
-    """The shards of a source: braces, then globs and folders; patterns in their order, matches sorted.
-
-    Raises:
-        UserError: for a pattern without a match, `pipe:` commands, or a shard that comes twice.
-    """
-    patterns = [spec.shards] if isinstance(spec.shards, str) else list(spec.shards)
-    shards: list[str] = []
-    for pattern in patterns:
-        if pattern.startswith("pipe:"):
-            raise UserError(
-                f"data.sources.{spec.name}.shards={pattern!r}: what a command prints cannot be read by offset; "
-                "give a url such as s3://bucket/{000..099}.tar"
-            )
-        found = [shard for url in _expand(spec, pattern) for shard in _match(url)]
-        if not found:
-            raise UserError(f"data.sources.{spec.name}.shards={pattern!r} matches nothing")
-        shards += found
-    # Of a single pattern all are spelled alike; of several, one may say ./a.tar and another a.tar.
-    places = shards if len(patterns) == 1 else [_spell(shard) for shard in shards]
-    if len(set(places)) < len(places):
-        counts = Counter(places)
-        twice = next(shard for shard, place in zip(shards, places, strict=True) if counts[place] > 1)
-        raise UserError(f"data.sources.{spec.name}: {twice} comes twice; leave one out, or raise the weight")
-    return shards
-
-
-def _expand(spec: SourceSpec, pattern: str) -> list[str]:
-    path = os.path.expanduser(pattern)
-    if not is_remote(path) and os.path.exists(path.removeprefix("file://")):
-        return [path]  # whatever signs are in its name
-    try:
-        return expand_braces(path)
-    except UserError as error:
-        problem = str(error).removeprefix(f"{path}: ")
-        raise UserError(f"data.sources.{spec.name}.shards={pattern!r}: {problem}") from error
-
-
-def _spell(shard: str) -> str:
-    """The same word for a local file, however its path is written."""
-    return shard if is_remote(shard) else os.path.abspath(shard.removeprefix("file://"))
-
-
-def is_remote(shard: str) -> bool:
-    """Whether a shard is a url."""
-    return "://" in shard and not shard.startswith("file://")
-
-
-def _match(url: str) -> list[str]:
-    if is_remote(url):
-        if not any(sign in url for sign in "*["):  # a ? is part of many urls
-            return [url]
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(url)
-        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
-    url = url.removeprefix("file://")
-    is_pattern = any(sign in url for sign in "*?[")
-    if url.endswith(".tar") and not is_pattern:  # of 600,000 names, none is looked up twice
-        return [url]
-    if os.path.isdir(url):
-        return sorted(str(path) for path in Path(url).glob("*.tar"))
-    if is_pattern and not os.path.exists(url):
-        return sorted(glob.glob(url, recursive=True))
-    return [url]

@@ -23,10 +23,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2_encoder.data.shards.members import IMAGE_EXTENSIONS, Member
-from m2_encoder.data.shards.tar_scan import TarMember, scan_tar
+from m2_encoder.data.shards.tar_scan import TarMember, padded, scan_tar
 
 logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+"""Extensions of the member that holds the image."""
 
 INDEX_SUFFIX = ".index"
 """Appended to the name of a tar."""
@@ -47,6 +49,18 @@ _SAMPLE = np.dtype(
 )
 _HEADER_BYTES = 512  # more than a header takes
 _MAX_MEMBER_BYTES = 2**32 - 1
+
+
+class Member(NamedTuple):
+    """One file inside a tar.
+
+    Attributes:
+        offset: where its bytes start, from the beginning of the tar.
+        size: how many there are.
+    """
+
+    offset: int
+    size: int
 
 
 class ShardFault(NamedTuple):
@@ -101,6 +115,24 @@ class IndexHeader(NamedTuple):
     faults: int
     unusable: int
     layout: int
+
+
+class ShardSize(NamedTuple):
+    """How much a shard holds.
+
+    Attributes:
+        samples: usable ones, as far as headers of the tar tell.
+        size: bytes of the tar.
+        written: when the tar was last written, ns; 0 if nobody says.
+        unusable: what headers tell to be unusable, entries.
+        layout: checksum of names, places and sizes of the samples; 0 if nobody says.
+    """
+
+    samples: int
+    size: int
+    written: int = 0
+    unusable: int = 0
+    layout: int = 0
 
 
 class ShardIndex:
@@ -273,6 +305,29 @@ def open_index(tar: str | os.PathLike[str]) -> ShardIndex:
         logger.warning("cannot keep the index %s (%s): every process will scan the tar again", path, error)
         partial.unlink(missing_ok=True)
     return index
+
+
+def find_files(descriptor: int, index: ShardIndex, number: int, extensions: Sequence[str]) -> dict[str, Member]:
+    """Further files of a sample, which the index does not hold; they stand beside its image, as in any WebDataset tar.
+
+    Args:
+        descriptor: the opened tar.
+        index: of that tar.
+        number: of the sample.
+        extensions: of the files, in lower case; those that are not there are left out.
+
+    Raises:
+        OSError: if the tar cannot be read.
+    """
+    start = max(padded(each.offset + each.size) for each in _files(index[number - 1])) if number else 0
+    end = min(each.offset for each in _files(index[number + 1])) if number + 1 < len(index) else index.size
+    found, _ = _group(scan_tar(descriptor, size=end, start=start).members)
+    own = found.get(index[number].key, {})
+    return {extension: own[extension] for extension in extensions if extension in own}
+
+
+def _files(sample: IndexedSample) -> list[Member]:
+    return [each for each in (sample.image, sample.json, sample.text) if each is not None]
 
 
 def _group(members: list[TarMember]) -> tuple[dict[str, dict[str, Member]], list[ShardFault]]:

@@ -1,15 +1,55 @@
-"""Which files a source names: a file, a folder, a pattern, a brace expression, or a list of them."""
+"""Which files a source names: a file, a folder, a pattern, a brace expression, a url, or a list of them."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from m2_encoder.errors import UserError
 
 _PATTERN = frozenset("*?[")
+
+
+def list_shards(patterns: str | Sequence[str], *, refuse_urls: str | None = None) -> list[str]:
+    """The tars of a source.
+
+    Args:
+        patterns: a path or url, or several; with braces, `*` and `?`, or a folder of `*.tar`.
+        refuse_urls: what to do instead of giving a url; None takes them.
+
+    Returns:
+        Paths and urls, patterns in their order, what fits one sorted by name. Names that braces spell need not exist.
+
+    Raises:
+        UserError: for a pattern without a match, a path that is not there, a url where none is wanted, a `pipe:`
+            command, or a shard that comes twice.
+    """
+    parts = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not parts:
+        raise UserError("no shard given; give a file, a folder, a pattern such as data/*.tar, or a list")
+    found: list[str] = []
+    for part in parts:
+        if part.startswith("pipe:"):
+            raise UserError(
+                f"{part}: what a command prints cannot be read by offset; give a url such as "
+                "s3://bucket/{000..099}.tar"
+            )
+        if not is_remote(part):
+            found += _expand(part.removeprefix("file://"), (".tar",), "shard")
+        elif refuse_urls is not None:
+            raise UserError(f"{part} is remote; {refuse_urls}")
+        else:
+            found += _expand_url(part)
+    # Of a single pattern all are spelled alike; of several, one may say ./a.tar and another a.tar.
+    places = found if len(parts) == 1 else [shard if is_remote(shard) else os.path.abspath(shard) for shard in found]
+    if len(set(places)) < len(places):
+        counts = Counter(places)
+        twice = next(shard for shard, place in zip(found, places, strict=True) if counts[place] > 1)
+        raise UserError(f"{twice} comes twice; leave one out")
+    return found
 
 
 def find_files(source: str | Sequence[str], *, suffixes: Sequence[str], what: str) -> list[Path]:
@@ -22,8 +62,8 @@ def find_files(source: str | Sequence[str], *, suffixes: Sequence[str], what: st
         what: the kind of file, for messages.
 
     Returns:
-        The files in the order of the source, those of a folder or pattern sorted; a file that is named by its full
-        name or by braces need not exist.
+        The files in the order of the source, those of a folder or pattern sorted; a file that is named by braces need
+        not exist.
 
     Raises:
         UserError: if a part names no file.
@@ -31,15 +71,56 @@ def find_files(source: str | Sequence[str], *, suffixes: Sequence[str], what: st
     parts = [source] if isinstance(source, str) else list(source)
     if not parts:
         raise UserError(f"no {what} given; give a file, a folder, a pattern such as data/*{suffixes[0]}, or a list")
-    return [path for part in parts for path in _expand(os.path.expanduser(str(part)), suffixes, what)]
+    return [Path(name) for part in parts for name in _expand(str(part), suffixes, what)]
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """The names that a brace expression such as "data/{000..099}.tar" stands for; a name without braces is itself.
+def is_remote(shard: str) -> bool:
+    """Whether a shard is a url."""
+    return "://" in shard and not shard.startswith(("file://", "pipe:"))
 
-    Raises:
-        UserError: if a brace is not closed, or a variable `${NAME}` has no value.
-    """
+
+def _expand(part: str, suffixes: Sequence[str], what: str) -> list[str]:
+    part = os.path.expanduser(part)
+    if os.path.isdir(part):
+        with os.scandir(part) as entries:
+            inside = {entry.name: entry.is_dir() for entry in entries}
+        found = sorted(name for name, is_folder in inside.items() if not is_folder and _suffix(name) in suffixes)
+        if not found:
+            wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
+            raise UserError(f"{part}: no {wanted} there; it holds {_name_some(inside)}")
+        return [os.path.join(part, name) for name in found]
+    if os.path.exists(part):  # whatever signs are in its name
+        return [part]
+    is_pattern = not _PATTERN.isdisjoint(part)
+    if "{" not in part and not is_pattern:
+        raise UserError(f"{part}: no such file or folder; {what_is_there(part)}")
+    names = _expand_braces(part)
+    if not is_pattern:
+        return names  # of 600,000 names, none is looked up
+    matches = (match for name in names for match in sorted(glob.glob(name, recursive=True)))
+    found = [match for match in matches if _suffix(match) in suffixes or os.path.isfile(match)]
+    if not found:
+        raise UserError(f"{part}: no file fits; give a file, a folder or a pattern with {what}s; {what_is_there(part)}")
+    return found
+
+
+def _expand_url(pattern: str) -> list[str]:
+    found: list[str] = []
+    for url in _expand_braces(pattern):
+        if any(sign in url for sign in "*["):  # a ? is part of many urls
+            import fsspec
+
+            system, path = fsspec.core.url_to_fs(url)
+            found += sorted(system.unstrip_protocol(match) for match in system.glob(path))
+        else:
+            found.append(url)
+    if not found:
+        raise UserError(f"{pattern}: no file fits")
+    return found
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """The names that a brace expression such as "data/{000..099}.tar" stands for; a name without braces is itself."""
     from webdataset.shardlists import expand_urls
 
     try:
@@ -50,27 +131,18 @@ def expand_braces(pattern: str) -> list[str]:
         ) from error
 
 
-def _expand(part: str, suffixes: Sequence[str], what: str) -> list[Path]:
-    path = Path(part)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(item for item in path.iterdir() if item.suffix.lower() in suffixes and item.is_file())
-        if not found:
-            inside = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
-            raise UserError(f"{part}: no {' or '.join('*' + suffix for suffix in suffixes)} there; it holds {inside}")
-        return found
-    if "{" in part:
-        names = expand_braces(part)
-    elif _PATTERN & set(part):
-        names = [part]
-    else:
-        raise UserError(f"{part}: no such file or folder")
-    found = [item for name in names for item in (_glob(name) if _PATTERN & set(name) else [Path(name)])]
-    if not found:
-        raise UserError(f"{part}: no file fits; give a file, a folder or a pattern with {what}s")
-    return found
+def what_is_there(path: str) -> str:
+    """What the nearest folder above a path, or a pattern of paths, holds."""
+    folder = path
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder.rstrip("/")) if folder.strip("/") else "/"
+    return f"{folder or 'the working directory'} holds {_name_some(os.listdir(folder or '.'))}"
 
 
-def _glob(pattern: str) -> list[Path]:
-    return sorted(Path(name) for name in glob.glob(pattern) if os.path.isfile(name))
+def _name_some(names: Iterable[str]) -> str:
+    some = sorted(names)
+    return ", ".join(some[:5]) + (", …" if len(some) > 5 else "") if some else "nothing"
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()

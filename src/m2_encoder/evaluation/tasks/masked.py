@@ -23,8 +23,8 @@ from m2_encoder.objectives.base import LocalObjective, LocalTerms, active
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, VisualCodes, normalized_patches
-from m2_encoder.training.passes import PiecePasses
 from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 
 ORDER: Final = ("zh", "en")

@@ -22,9 +22,9 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import LocalObjective, Objective, active
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, join_patches, split_patches
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-from m2_encoder.training.passes import PiecePasses
 from m2_encoder.types import ImageTextBatch
 
 PICTURE_FILE: Final = "masked.png"

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from m2_encoder.data.loading.faults import SampleFault
-from m2_encoder.data.loading.loader import PositionLoader
+from m2_encoder.data.loading.loader import PositionLoader, rank_positions
 from m2_encoder.data.loading.stages import READING, StageClock
 from m2_encoder.data.loading.stream import Delivery
 from m2_encoder.data.order.plan import Segment, SegmentSource
@@ -285,7 +288,7 @@ def test_workers_survive_a_signal_to_end_until_they_are_needed_no_more() -> None
 _EXITS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from tests.unit.data.test_loader import number_loader
+from tests.unit.data.loading.test_loader import number_loader
 
 batches = iter(number_loader(num_workers=2))
 next(batches)
@@ -343,3 +346,24 @@ def test_another_mixture_is_refused_unless_a_new_segment_is_asked_for(caplog: py
         third.load_state_dict(second.state_dict())
         assert third._history == (old,)
         assert third._segment == new
+
+
+@given(
+    per_rank=st.integers(1, 6),
+    world_size=st.sampled_from([1, 2, 3, 4, 8]),
+    first_batch=st.integers(0, 9),
+    batches=st.integers(0, 6),
+)
+def test_ranks_partition_every_global_batch(per_rank: int, world_size: int, first_batch: int, batches: int) -> None:
+    size = per_rank * world_size
+    start, stop = first_batch * size, (first_batch + batches) * size
+    by_rank = [
+        list(rank_positions(start=start, stop=stop, global_batch_size=size, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert all(len(own) == batches for own in by_rank)
+    for t, parts in enumerate(zip(*by_rank, strict=True)):
+        assert all(len(part) == per_rank for part in parts)
+        # The interleaving is part of the promise: batch t of rank r is t*B + r, t*B + r + R, ...
+        interleaved = list(chain.from_iterable(zip(*parts, strict=True)))
+        assert interleaved == list(range(start + t * size, start + (t + 1) * size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ import pytest
 
 from m2_encoder.data.order.manifest import (
     Manifest,
-    ShardSize,
     SourceSpec,
     build_manifest,
-    expand_shards,
     make_source,
 )
 from m2_encoder.data.order.manifest_record import describe_difference, read_record
+from m2_encoder.data.shards.index import ShardSize
 from m2_encoder.data.shards.reader import ShardReader
 from m2_encoder.errors import UserError
 from tests.support.shards import make_sample, write_tar
@@ -36,61 +34,9 @@ def difference(before: Manifest, now: Manifest) -> list[str]:
     return describe_difference(read_record(before.record()), read_record(now.record()))
 
 
-def test_shards_by_braces_glob_folder_list_and_url(tmp_path: Path) -> None:
-    for name in ("a-0.tar", "a-1.tar", "b-0.tar", "note.txt"):
-        (tmp_path / name).touch()
-
-    def names(shards: str | list[str]) -> list[str]:
-        return [Path(s).name for s in expand_shards(SourceSpec("main", shards))]
-
-    assert names(f"{tmp_path}/a-{{0..1}}.tar") == ["a-0.tar", "a-1.tar"]
-    assert names(f"{tmp_path}/{{b,a}}-0.tar") == ["b-0.tar", "a-0.tar"]
-    assert names(f"{tmp_path}/a-*.tar") == ["a-0.tar", "a-1.tar"]
-    assert names(str(tmp_path)) == ["a-0.tar", "a-1.tar", "b-0.tar"]
-    assert names([f"{tmp_path}/b-*.tar", f"file://{tmp_path}/a-0.tar"]) == ["b-0.tar", "a-0.tar"]
-    urls = expand_shards(SourceSpec("main", "s3://bucket/x/{00..02}.tar?v=1"))
-    assert urls == [f"s3://bucket/x/0{i}.tar?v=1" for i in range(3)]
-
-
-@pytest.mark.parametrize(
-    ("shards", "message"),
-    [
-        ("{folder}/none-*.tar", "matches nothing"),
-        (["{folder}/a.tar", "{folder}/*.tar"], "a.tar comes twice"),
-        (["{folder}/a.tar", "{folder}/../{folder.name}/a.tar"], "a.tar comes twice"),
-        (["{folder}/a.tar", "file://{folder}/./a.tar"], "a.tar comes twice"),
-        ("{folder}/{{0..1", "data.sources.main.shards='.*0..1': its braces cannot be read"),
-        ("{folder}/${{NOBODY_SET_THIS}}.tar", "its braces cannot be read"),
-        ("pipe:cat {folder}/a.tar", "cannot be read by offset"),
-    ],
-)
-def test_impossible_shards_are_named(tmp_path: Path, shards: str | list[str], message: str) -> None:
-    (tmp_path / "a.tar").touch()
-    given = [s.format(folder=tmp_path) for s in ([shards] if isinstance(shards, str) else shards)]
-    with pytest.raises(UserError, match=message):
-        expand_shards(SourceSpec("main", given))
-
-
 def test_names_that_are_no_utf8_have_a_digest_of_their_own() -> None:
     digests = {manifest(a={"sizes": {name: (1, 1)}}).sources[0].digest() for name in ("/d/\udcff.tar", "/d/\udcfe.tar")}
     assert len(digests) == 2
-
-
-@pytest.mark.parametrize("name", ["{x", "a::b", "a\\b", "{a,b}", "[1]", "ü 图=片"])
-def test_what_is_there_by_its_full_name_needs_no_quoting(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir()
-    shard = tmp_path / name / f"{name}.tar"
-    shard.touch()
-    for given in (shard, shard.parent):
-        assert expand_shards(SourceSpec("main", str(given))) == [str(shard)]
-
-
-def test_a_shard_twice_among_many_is_found_at_once() -> None:
-    shards = [f"/data/{i}.tar" for i in range(60_000)]
-    started = time.process_time()
-    with pytest.raises(UserError, match=r"/data/59999\.tar comes twice"):
-        expand_shards(SourceSpec("main", [*shards, shards[-1]]))
-    assert time.process_time() - started < 5
 
 
 def test_missing_shards_are_listed() -> None:

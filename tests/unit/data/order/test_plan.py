@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2_encoder.data.loading.sample_order import rank_positions
+from m2_encoder.data.loading.loader import rank_positions
 from m2_encoder.data.order.keyed_random import KeyedPermutation, mix
 from m2_encoder.data.order.manifest import Manifest, Source, SourceSpec, make_source
 from m2_encoder.data.order.mixture import BLOCK, Mixture

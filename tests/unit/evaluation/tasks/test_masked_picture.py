@@ -15,10 +15,11 @@ from m2_encoder.evaluation.pictures.masked import MaskedRow
 from m2_encoder.evaluation.tasks import masked_picture as masked_showcase
 from m2_encoder.evaluation.tasks.masked_picture import choose_rows, draw_masked, spell_bytes
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.objectives.base import Objective, Passes
+from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
+from m2_encoder.objectives.passes import PiecePasses
 from tests.support.training import make_tokenizer, tiny_config
 
 CFG: dict[str, Any] = {
@@ -35,7 +36,7 @@ SET = RetrievalSet(
 class Knowing(MaskedLanguage):
     """Says the truth in place of every hidden word but the last of the caption."""
 
-    def predict(self, passes: Passes, table: Tensor) -> Tensor:
+    def predict(self, passes: PiecePasses, table: Tensor) -> Tensor:
         masked = passes.batch.masked_text
         assert masked is not None
         ids = passes.text.ids.clone()
