@@ -8,7 +8,6 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from m2_encoder.cli import evaluate
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.runs.build import build_tasks
 from m2_encoder.runs.report import report_run
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -87,7 +87,9 @@ def test_report_of_a_run(
         "run": {"export": True},
     }
     metrics = report_run(
-        module=SimpleNamespace(model=model.train()),
+        build_tasks(None),
+        model=model.train(),
+        objectives={},
         datamodule=Data(folder, tokenizer),
         run_folder=tmp_path,
         cfg=cfg,
@@ -128,7 +130,7 @@ def test_report_refuses_a_broken_model(
         broken.vl_image_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="image features are not finite"):
         report_run(
-            module=SimpleNamespace(model=broken), datamodule=Data(folder, tokenizer), run_folder=tmp_path,
+            build_tasks(None), model=broken, objectives={}, datamodule=Data(folder, tokenizer), run_folder=tmp_path,
             cfg={}, started=time.time(),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())

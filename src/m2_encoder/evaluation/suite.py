@@ -71,10 +71,11 @@ def write_results(folder: Path, results: Mapping[str, TaskResult], summary: Mapp
 
 def print_results(console: Console, results: Mapping[str, TaskResult], context: EvaluationContext) -> None:
     """Prints tables and lines."""
+    num_images = {split: len(dataset.keys) for split, dataset in context.sets.items()}
     for result in results.values():
         for row in result.rows:
             if isinstance(row, str):
                 console.print(row, soft_wrap=True, highlight=False)
             else:
                 console.print()
-                print_table(console, row, titles=context.titles)
+                print_table(console, row, titles=context.titles, num_images=num_images)

@@ -37,13 +37,11 @@ class ResultRow(NamedTuple):
 
     Attributes:
         split: key of the set; rows of one set stand together.
-        num_images: images in the set.
         cells: texts, one for each heading.
         is_dim: for what is only there for comparison.
     """
 
     split: str
-    num_images: int
     cells: Sequence[str]
     is_dim: bool = False
 
@@ -90,13 +88,16 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
-def print_table(console: Console, table: ResultTable, *, titles: Mapping[str, str]) -> None:
+def print_table(
+    console: Console, table: ResultTable, *, titles: Mapping[str, str], num_images: Mapping[str, int]
+) -> None:
     """Prints a table; the title of a set is folded beside its rows.
 
     Args:
         console: where to.
         table: what.
         titles: what a split is called; its name where there is none.
+        num_images: by split.
     """
     from rich import box
     from rich.table import Table
@@ -122,7 +123,7 @@ def print_table(console: Console, table: ResultTable, *, titles: Mapping[str, st
     for split, group in itertools.groupby(table.rows, key=lambda row: row.split):
         rows = list(group)
         lines = textwrap.wrap(titles.get(split, split), _TITLE_WIDTH)
-        notes = [*(Text(line, style="bold") for line in lines), Text(f"{rows[0].num_images:,} images", style="dim")]
+        notes = [*(Text(line, style="bold") for line in lines), Text(f"{num_images[split]:,} images", style="dim")]
         for note, row in itertools.zip_longest(notes, rows):
             shown.add_row(note, *([Text(cell, style="dim" if row.is_dim else "") for cell in row.cells] if row else []))
         shown.add_section()
@@ -165,12 +166,7 @@ def results_table(results: Results) -> ResultTable:
         left = words.get(direction, [])
         headings.append(f"{left.pop(0) if left else ''}\nR@{k}" if separator else "\nmean")
     lines = [
-        ResultRow(
-            row.split,
-            row.num_images,
-            (row.language, *map(format_percent, row.values.values())),
-            is_dim=row.language == CHANCE,
-        )
+        ResultRow(row.split, (row.language, *map(format_percent, row.values.values())), is_dim=row.language == CHANCE)
         for row in rows
     ]
     return ResultTable("Retrieval, percent", headings, lines)

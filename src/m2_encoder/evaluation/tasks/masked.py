@@ -63,8 +63,7 @@ class Masked(EvaluationTask):
         }
         if not results:
             return TaskResult(metrics)
-        sizes = {split: len(dataset.keys) for split, dataset in context.sets.items()}
-        return TaskResult(metrics, rows=[masked_table(results, num_images=sizes)], record={"masked": results})
+        return TaskResult(metrics, rows=[masked_table(results)], record={"masked": results})
 
     def measure_sets(self, context: EvaluationContext) -> dict[str, MaskedResults]:
         """The numbers by split; objectives are left in evaluation mode on the model's device."""
@@ -87,15 +86,14 @@ def _measured(context: EvaluationContext) -> dict[str, LocalObjective]:
     return {name: o for name, o in active(context.objectives).items() if isinstance(o, kinds)}
 
 
-def masked_table(results: Mapping[str, MaskedResults], *, num_images: Mapping[str, int]) -> ResultTable:
+def masked_table(results: Mapping[str, MaskedResults]) -> ResultTable:
     """Per split a row for each objective and language: accuracies in percent, losses of patches as they are.
 
     Args:
         results: by split.
-        num_images: by split.
     """
     rows = [
-        ResultRow(split, num_images[split], _cells(name, language, numbers))
+        ResultRow(split, _cells(name, language, numbers))
         for split, objectives in results.items()
         for name, languages in objectives.items()
         for language, numbers in languages.items()
