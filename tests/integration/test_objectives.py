@@ -154,6 +154,6 @@ def test_a_teacher_must_exist_and_read_the_same_ids(teacher: Path, parity_dir: P
         (official, str(teacher), r"must read the ids of model\.tokenizer="),
         ({"name": "tiny", "tokenizer": "emoji"}, "outputs/nowhere", "no such folder"),
     ):
+        node = {"_target_": "m2_encoder.objectives.distillation.Distillation", "teacher": name}
         with pytest.raises(UserError, match=message):
-            node = {"_target_": "m2_encoder.objectives.distillation.Distillation", "teacher": name}
             build_objectives({"model": given, "objective": {"d": node}})

@@ -179,7 +179,7 @@ def _digest(path: Path, *, like: Mapping[str, Any] | None = None) -> dict[str, A
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for sample in range(_NUM_SAMPLES):
-            file.seek((size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
+            file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return {"size": size, "sampled_sha256": digest.hexdigest()}
 

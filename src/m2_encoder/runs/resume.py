@@ -135,7 +135,7 @@ def _find_causes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
     if now.keys() != before.keys() and own not in now.keys() & before.keys():
         rule = f"must train the same parameters as [{','.join(before)}], whose run is continued"
         fix = f"leave it out, or {_NEW_NAME}; weights may change, but not from or to 0"
-        yield Problem("objective", list(now), rule, fix)
+        yield Problem("objective", f"[{','.join(now)}]", rule, fix)
         return
     for each in [own] if own is not None else now:
         for key, was, value in _compare(f"objective.{each}", before[each], now[each]):

@@ -22,12 +22,13 @@ def _config(place: Path, **given: Any) -> dict[str, Any]:
     for name in ("sp.model", "teacher.ckpt", "codes/model.safetensors"):
         if not (place / name).exists():
             (place / name).write_text(name)
+    weights = str(place / "teacher.ckpt")
     objectives: dict[str, Any] = {
         "itc": {"weight": 1.0},
         "distillation": {
             "_target_": DISTILLATION,
             "teacher": "m2-encoder-1b",
-            "teacher_weights": f"{place}/teacher.ckpt",
+            "teacher_weights": weights,
         },
         "cmim": {"weight": 1.0, "targets": {"_target_": CODES, "tokenizer": str(place / "codes")}},
     }
