@@ -45,6 +45,7 @@ from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
+from m2_encoder.config.problems import find_problems, format_problem
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_sweep_line,
@@ -140,7 +141,8 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
 
 def report_problems(name: str, error: UserError) -> None:
     """Prints a user error on stderr: one line, or a list; only the first of several ranks speaks."""
-    problems = error.lines if isinstance(error, ProblemsError) else [" ".join(str(error).split())]
+    found = [format_problem(problem) for problem in find_problems(error)]
+    problems = error.lines if isinstance(error, ProblemsError) else found
     if not is_first_rank():
         return
     if len(problems) == 1:

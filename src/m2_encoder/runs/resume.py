@@ -98,9 +98,7 @@ def check_resume(module: PretrainModule | VisualTokenizerModule, cfg: Mapping[st
     content = read_content(folder / LAST_CHECKPOINT)
     if (found := _find_misfit(module, content)) is not None:
         name, said = found
-        if problems := list(_find_causes(name, before.get("objective") or {}, cfg.get("objective") or {})):
-            raise UserError(said, problems=problems)
-        raise UserError(f"its checkpoint does not fit: {said}; {_NEW_NAME}", key="run.name", value=cfg["run"]["name"])
+        raise UserError(f"its checkpoint does not fit: {said}", problems=[_explain(name, said, before, cfg)])
 
 
 def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[Problem]:
@@ -126,22 +124,28 @@ def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[
         yield Problem("optimizer._target_", value, rule, f"leave optimizer=... out, or {_NEW_NAME}")
 
 
-def _find_causes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """The settings of objectives that may explain why a parameter is another one."""
-    before, now = active(before), active(now)
-    if not before:
-        return
+def _explain(name: str, said: str, before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Problem:
+    """Why a parameter may be another one: other objectives, or other settings of them."""
+    begun, now = active(before.get("objective") or {}), active(cfg.get("objective") or {})
     own = name.split(".")[1] if name.startswith("objectives.") else None
-    if now.keys() != before.keys() and own not in now.keys() & before.keys():
-        rule = f"must train the same parameters as [{','.join(before)}], whose run is continued"
+    shared = begun.keys() & now.keys()
+    if begun and begun.keys() != now.keys() and own not in shared:
+        rule = f"must train the same parameters as [{','.join(begun)}], whose run is continued"
         fix = f"leave it out, or {_NEW_NAME}; weights may change, but not from or to 0"
-        yield Problem("objective", f"[{','.join(now)}]", rule, fix)
-        return
-    for each in [own] if own is not None else now:
-        for key, was, value in _compare(f"objective.{each}", before[each], now[each]):
-            if key.split(".")[2] not in _FREE_OF_OBJECTIVES:
-                rule = f"was {show(was)} in the run that is continued, whose checkpoint does not fit"
-                yield Problem(key, value, rule, f"leave it as it was, or {_NEW_NAME}")
+        return Problem("objective", f"[{','.join(now)}]", rule, fix)
+    changes = [
+        change
+        for each in now
+        if each in shared and own in (None, each)
+        for change in _compare(f"objective.{each}", begun[each], now[each])
+        if change[0].split(".")[2] not in _FREE_OF_OBJECTIVES
+    ]
+    if len(changes) == 1:
+        ((key, was, value),) = changes
+        rule = f"was {show(was)} in the run that is continued, whose checkpoint does not fit"
+        return Problem(key, value, rule, f"leave it as it was, or {_NEW_NAME}")
+    fix = f"leave objective.{own or '*'} as it was, or {_NEW_NAME}" if changes else _NEW_NAME
+    return Problem("run.name", cfg["run"]["name"], f"its checkpoint does not fit: {said}", fix)
 
 
 def _find_misfit(module: PretrainModule | VisualTokenizerModule, content: Mapping[str, Any]) -> tuple[str, str] | None:
