@@ -28,7 +28,7 @@ def problems(
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(shard_index, "build_index", refuse)
-    monkeypatch.setattr(train_command, "train", refuse)
+    monkeypatch.setattr("m2_encoder.runs.run.train", refuse)
     monkeypatch.chdir(repo_root)
     write_numbers(tmp_path / "tars", [3, 3])
     (tmp_path / "empty").mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.cli import evaluate, train
+from m2_encoder.cli.commands import EVALUATE, TRAIN
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
@@ -66,7 +66,7 @@ def test_a_task_takes_part_at_the_end_of_a_run_and_in_m2_evaluate(
 ) -> None:
     few = ("trainer.max_steps=2", "trainer.val_check_interval=2", "scheduler.warmup_steps=1", "model.num_layers=1")
     places = (f"run.folder={tmp_path}", f"data.folder={emoji_folder}", "--config-dir", str(own))
-    assert call(train.main, "+experiment=smoke", *few, *places, CHOSEN) == 0
+    assert call(TRAIN, "+experiment=smoke", *few, *places, CHOSEN) == 0
     said = capsys.readouterr().out
     summary = json.loads((tmp_path / "smoke" / "summary.json").read_text(encoding="utf-8"))
     gap = summary["metrics"]["val/emoji_heldout_families_zh/modality_gap"]
@@ -78,7 +78,7 @@ def test_a_task_takes_part_at_the_end_of_a_run_and_in_m2_evaluate(
     numbers = tmp_path / "numbers.json"
     line = (f"model={tmp_path / 'smoke' / 'export'}", "splits=[heldout_families]", f"folder={emoji_folder}")
     own_values = ("--config-dir", str(own), CHOSEN, "evaluation.gap.digits=5", f"output={numbers}")
-    assert call(evaluate.main, *line, *own_values) == 0
+    assert call(EVALUATE, *line, *own_values) == 0
     said = capsys.readouterr().out
     metrics = json.loads(numbers.read_text(encoding="utf-8"))["metrics"]
     assert metrics["val/emoji_heldout_families_zh/modality_gap"] == pytest.approx(gap, abs=1e-4)
@@ -99,13 +99,13 @@ def test_mistakes_are_said_before_anything_is_loaded(
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text("{}", encoding="utf-8")
     shared = ("--config-dir", str(own), *line)
-    assert call(evaluate.main, f"model={tmp_path / 'export'}", *shared) == 2
+    assert call(EVALUATE, f"model={tmp_path / 'export'}", *shared) == 2
     assert message in capsys.readouterr().err
-    assert call(train.main, "+experiment=smoke", f"run.folder={tmp_path}", *shared) == 2
+    assert call(TRAIN, "+experiment=smoke", f"run.folder={tmp_path}", *shared) == 2
     assert message in capsys.readouterr().err
 
 
 def test_help_lists_the_group(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for main in (evaluate.main, train.main):
+    for main in (EVALUATE, TRAIN):
         assert call(main, "--help", "--config-dir", str(own)) == 0
         assert "masked | masked_picture | mine |" in capsys.readouterr().out.replace("*", "")

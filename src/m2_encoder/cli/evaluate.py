@@ -11,7 +11,6 @@ from typing import Any
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.matching_head import MatchingHead, has_head, read_head
-from m2_encoder.config.command import Command, run_command
 from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
@@ -168,30 +167,3 @@ def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, Retri
         split: read_retrieval_set(folder / split, name=f"{EMBEDDED}_{split}", transform=transform)
         for split in cfg["splits"]
     }
-
-
-COMMAND = Command(
-    name="m2-evaluate",
-    config_name="evaluate",
-    config_folder="commands",
-    groups=("evaluation",),
-    summary="Measure how well a model retrieves images and texts in both languages.",
-    examples=(
-        "m2-evaluate model=outputs/emoji/export data=emoji",
-        "m2-evaluate model=outputs/emoji/export data=my_tars output=results.json",
-        "m2-evaluate model=outputs/r2d2/export rerank=16   # order the best 16 anew by the matching head",
-    ),
-    check=check_evaluate,
-    run=run_evaluate,
-    notes=(
-        "Recall at k in percent, ranks as pessimistic as can be: equal scores count against the right item. The chance",
-        "row is what a random order would reach. Each caption is a query once; images with its key are all right.",
-        "rerank=K: the first K of each query are ordered anew by the matching head that the model's folder holds; the",
-        "others stay behind them. Both results are shown. It costs K passes of the vision-language layers per query.",
-    ),
-)
-
-
-def main() -> int:
-    """Entry point of `m2-evaluate`."""
-    return run_command(COMMAND)

@@ -51,6 +51,7 @@ class Composition(NamedTuple):
         hydra: Hydra's own settings for the run.
         unchosen: keys that were left out, because they say something of options that are not chosen.
         refused: the part of `problems` that lies in the overrides, whatever the values of other keys are.
+        changed: nodes at the top in which values are not those of the files.
     """
 
     cfg: dict[str, Any]
@@ -59,6 +60,7 @@ class Composition(NamedTuple):
     hydra: DictConfig
     unchosen: list[str]
     refused: list[str]
+    changed: set[str]
 
     def without_echoes(self, problems: Sequence[str]) -> list[str]:
         """Leaves out problems of a key that only repeats the wrong value of another."""
@@ -80,6 +82,11 @@ class Composer:
         self._fixed = list(fixed)
         self._default: DictConfig | None = None
         self._options: dict[str, list[str]] = {}  # Hydra reads all configurations again whenever it is asked
+
+    @property
+    def has_own_files(self) -> bool:
+        """Whether files other than the shipped ones can be part of a configuration."""
+        return bool(self._fixed) or self.folder != find_conf()
 
     def groups(self) -> dict[str, list[str]]:
         """Every group of the configuration folder with its options."""
@@ -137,7 +144,8 @@ class Composer:
             unchosen = self._drop_unchosen(cfg)
         problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
         values, unresolved, references = to_plain(cfg)
-        return Composition(values, problems + unresolved, references, cfg.hydra, unchosen, problems)
+        changed = {override.key_or_group.partition(".")[0] for override in good if override not in groups}
+        return Composition(values, problems + unresolved, references, cfg.hydra, unchosen, problems, changed)
 
     def _drop_unchosen(self, cfg: DictConfig) -> list[str]:
         return drop_unchosen(cfg, self._folders(cfg))

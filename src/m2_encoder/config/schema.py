@@ -61,7 +61,7 @@ _FIXES: Final = {
         if group not in {"seed", "run", "objective"}
     },
 }
-OPTIONAL_KEYS: Final = ("task", "evaluation")
+OPTIONAL_KEYS: Final = ("task", "evaluation", "adaptation")
 TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
 KEYED_GROUPS: Final = ("objective", "callbacks")
 

@@ -64,22 +64,6 @@ class ResultTable(NamedTuple):
     caption: str | None = None
 
 
-class TableRow(NamedTuple):
-    """One line of the table of retrieval.
-
-    Attributes:
-        split: name of the set.
-        language: "zh", "en" or "chance".
-        values: percent, by `t2i_r@1` and so on; `mean_recall` is the mean of them.
-        num_images: images in the set.
-    """
-
-    split: str
-    language: str
-    values: dict[str, float]
-    num_images: int
-
-
 def open_console() -> Console:
     """A console on standard output that does not fold tables when it writes to a file."""
     from rich.console import Console
@@ -130,23 +114,23 @@ def print_table(
     console.print(shown)
 
 
-def table_rows(results: Results) -> list[TableRow]:
-    """Rows in the order of `results`, chance last in each split.
+def tabulate(results: Results) -> dict[str, dict[str, dict[str, float]]]:
+    """What tables of retrieval show, percent: by split, then language with chance last, `t2i_r@1` and so on.
 
     Args:
         results: by split and language.
     """
-    rows = []
+    table: dict[str, dict[str, dict[str, float]]] = {}
     for split, languages in results.items():
         first = next(iter(languages.values()))
         names = [name for direction in DIRECTIONS for name in first if name.startswith(f"{direction}_r@")]
-        for language, metrics in languages.items():
-            values = {name: metrics[name] for name in [*names, "mean_recall"]}
-            rows.append(TableRow(split, language, values, int(metrics["num_images"])))
+        table[split] = {
+            language: {name: metrics[name] for name in [*names, "mean_recall"]}
+            for language, metrics in languages.items()
+        }
         chance = {name: first[name.replace("_r@", "_chance@")] for name in names}
-        chance["mean_recall"] = sum(chance.values()) / len(chance)
-        rows.append(TableRow(split, CHANCE, chance, int(first["num_images"])))
-    return rows
+        table[split][CHANCE] = chance | {"mean_recall": sum(chance.values()) / len(chance)}
+    return table
 
 
 def results_table(results: Results) -> ResultTable:
@@ -155,21 +139,19 @@ def results_table(results: Results) -> ResultTable:
     Args:
         results: by split and language.
     """
-    rows = table_rows(results)
+    rows = [
+        ResultRow(split, (language, *map(format_percent, values.values())), is_dim=language == CHANCE)
+        for split, languages in tabulate(results).items()
+        for language, values in languages.items()
+    ]
     words: dict[str, list[str]] = {}
     for direction, title in DIRECTIONS.items():
         before, arrow, after = title.partition(" → ")
         words[direction] = [before + arrow.rstrip(), after]
     headings = ["\n"]
-    for name in rows[0].values:  # a direction's words spread over its columns
-        direction, separator, k = name.partition("_r@")
-        left = words.get(direction, [])
-        headings.append(f"{left.pop(0) if left else ''}\nR@{k}" if separator else "\nmean")
-    lines = [
-        ResultRow(row.split, (row.language, *map(format_percent, row.values.values())), is_dim=row.language == CHANCE)
-        for row in rows
-    ]
-    return ResultTable("Retrieval, percent", headings, lines)
+    for direction, k in _columns(results):  # a direction's words spread over its columns
+        headings.append(f"{words[direction].pop(0) if words[direction] else ''}\nR@{k}")
+    return ResultTable("Retrieval, percent", [*headings, "\nmean"], rows)
 
 
 def markdown_table(results: Results, *, titles: Mapping[str, str]) -> str:
@@ -179,21 +161,30 @@ def markdown_table(results: Results, *, titles: Mapping[str, str]) -> str:
         results: by split and language.
         titles: what a split is called; its name where there is none.
     """
-    rows = table_rows(results)
-    names = [name.partition("_r@") for name in rows[0].values if "_r@" in name]
-    header = ["split", "images", "language", *(f"{DIRECTIONS[direction]} R@{k}" for direction, _, k in names), "mean"]
+    columns = [f"{DIRECTIONS[direction]} R@{k}" for direction, k in _columns(results)]
+    header = ["split", "images", "language", *columns, "mean"]
     lines = [header, ["---", "--:", "---"] + ["--:"] * (len(header) - 3)]
-    previous = None
-    for row in rows:
-        same = row.split == previous
-        previous = row.split
-        numbers = [format_percent(value) for value in row.values.values()]
-        if row.language == CHANCE:
-            numbers = [f"*{number}*" for number in numbers]
-        name = f"*{CHANCE}*" if row.language == CHANCE else row.language
-        start = ["", ""] if same else [titles.get(row.split, row.split), f"{row.num_images:,}"]
-        lines.append([*start, name, *numbers])
+    for split, languages in tabulate(results).items():
+        number = int(next(iter(results[split].values()))["num_images"])
+        start = [titles.get(split, split), f"{number:,}"]
+        for language, values in languages.items():
+            mark = "*" if language == CHANCE else ""
+            lines.append(
+                [*start, *(f"{mark}{cell}{mark}" for cell in (language, *map(format_percent, values.values())))]
+            )
+            start = ["", ""]
     return to_markdown(lines) + "\n"
+
+
+def _columns(results: Results) -> list[tuple[str, str]]:
+    """Direction and k of each column of recalls."""
+    names = next(iter(next(iter(results.values())).values()))
+    return [
+        (direction, name.partition("_r@")[2])
+        for direction in DIRECTIONS
+        for name in names
+        if name.startswith(f"{direction}_r@")
+    ]
 
 
 def format_percent(value: float) -> str:

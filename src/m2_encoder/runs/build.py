@@ -20,6 +20,7 @@ from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, find_path, is_model_name
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
+from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.evaluation.tasks.masked import Masked
@@ -32,9 +33,10 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.files import Resources
-from m2_encoder.runs.folder import LAST_CHECKPOINT
+from m2_encoder.runs.folder import LAST_CHECKPOINT, UNSAID
 from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.training.adaptation import Adaptation, check_adaptation
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
@@ -55,7 +57,7 @@ class Run(NamedTuple):
     """
 
     module: Module
-    datamodule: lightning.LightningDataModule
+    datamodule: WebDatasetModule
     trainer: lightning.Trainer
     metrics: JsonlLogger
 
@@ -128,8 +130,8 @@ def _load_visual_tokenizer(argument: str, name: str) -> VisualTokenizer:
         raise UserError(str(error), key=argument, value=name) from error
 
 
-def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> Any:
-    """Builds the data module of a configuration, a LightningDataModule; it reads nothing yet.
+def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> WebDatasetModule:
+    """Builds the data module of a configuration; it reads nothing yet.
 
     Args:
         cfg: the resolved configuration.
@@ -170,7 +172,8 @@ def build_module(cfg: Mapping[str, Any], objectives: Mapping[str, Objective], *,
     if cfg.get("task") is not None:
         return instantiate(cfg["task"], image_size=model.image_size, patch_size=model.patch_size, **shared)
     initial_state = _load_initial_state(cfg["model"].get("weights"), model)
-    return PretrainModule(model=model, objectives=objectives, initial_state=initial_state, **shared)
+    shared |= {"adaptation": build_adaptation(cfg, model), "initial_state": initial_state}
+    return PretrainModule(model=model, objectives=objectives, **shared)
 
 
 def _load_initial_state(weights: str | None, config: M2EncoderConfig) -> dict[str, Tensor] | None:
@@ -179,6 +182,21 @@ def _load_initial_state(weights: str | None, config: M2EncoderConfig) -> dict[st
         return None
     source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
     return dict(load(config, weights=source, trainable=True).model.state_dict())
+
+
+def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptation:
+    """What `adaptation` names.
+
+    Raises:
+        UserError: for something else, or what does not fit the model.
+    """
+    node = (UNSAID | dict(cfg))["adaptation"]
+    adaptation = instantiate(node)
+    if not isinstance(adaptation, Adaptation):
+        rule = "must be a subclass of m2_encoder.training.adaptation.Adaptation; derive it from that"
+        raise UserError(rule, key="adaptation._target_", value=node["_target_"])
+    check_adaptation(adaptation, model)
+    return adaptation
 
 
 def build_trainer(

@@ -10,9 +10,10 @@ from typing import Any, Final, NamedTuple
 
 from m2_encoder.checkpoints.card import build_card
 from m2_encoder.checkpoints.export import CardInfo, export_model
+from m2_encoder.checkpoints.io import load_model
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
-from m2_encoder.config.model_choice import build_tokenizer
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -20,6 +21,8 @@ from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.matching import Matching
 from m2_encoder.record import describe_run
+from m2_encoder.runs.build import build_adaptation
+from m2_encoder.training.adaptation import merge_adaptation
 
 EXPORT_FOLDER: Final = "export"
 _MATCHING: Final = f"{Matching.__module__}.{Matching.__qualname__}"
@@ -83,6 +86,22 @@ def export_run(
         matching=matching,
         overwrite=overwrite,
     )
+
+
+def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
+    """The plain model of a checkpoint.
+
+    Args:
+        cfg: the resolved configuration of its run.
+        checkpoint: of that run.
+
+    Raises:
+        CheckpointError: if its parameters are not those of the run.
+    """
+    config = build_model_config(cfg["model"])
+    adaptation = build_adaptation(cfg, config)
+    model = load_model(config, checkpoint, prepare=adaptation.apply)
+    return merge_adaptation(adaptation, model.requires_grad_(False))
 
 
 def export_visual_tokenizer(

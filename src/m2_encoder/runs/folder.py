@@ -18,14 +18,13 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from m2_encoder.checkpoints.exported import file_sha256
 from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER
 from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.paths import anchor
-from m2_encoder.data.packing.shards import write_json
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.files import file_sha256, write_json, write_text
 
 CONFIG_FILE: Final = "config.yaml"
 LAST_CHECKPOINT: Final = "checkpoints/last.ckpt"
@@ -40,15 +39,15 @@ _HEADER: Final = """\
 # Resolved configuration of a run. To repeat it, in a folder of its own:
 #   m2-train --config-path {folder} --config-name config
 """
+UNSAID: Final = {"adaptation": {"_target_": "m2_encoder.training.adaptation.Full"}}
+"""What configurations of earlier versions leave out."""
 
 
 def write_config(path: Path, cfg: Mapping[str, Any]) -> None:
     """Writes the resolved configuration, which composes alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     text = OmegaConf.to_yaml(OmegaConf.create(dict(cfg)))
-    partial.write_text(_HEADER.format(folder=f"outputs/{path.parent.name}") + text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, _HEADER.format(folder=f"outputs/{path.parent.name}") + text)
 
 
 def read_config(path: Path) -> dict[str, Any]:

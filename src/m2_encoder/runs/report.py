@@ -7,11 +7,11 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
-from m2_encoder.data.retrieval_set import RetrievalSet
+from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.evaluation.suite import SUMMARY_FILE, TABLE_FILE, print_results, run_tasks, summarize, write_results
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, RunFacts
@@ -20,20 +20,6 @@ from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.record import describe_run
 from m2_encoder.runs.export import trained_head
-from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-
-
-class EvaluatedData(Protocol):
-    """What the report needs of a datamodule."""
-
-    @property
-    def tokenizer(self) -> SentencePieceTokenizer:
-        """The model's own."""
-        ...
-
-    def retrieval_sets(self) -> dict[str, RetrievalSet]:
-        """Sets to evaluate, by split."""
-        ...
 
 
 def report_run(
@@ -41,7 +27,7 @@ def report_run(
     *,
     model: M2Encoder | VisualTokenizer,
     objectives: Mapping[str, Objective],
-    datamodule: EvaluatedData,
+    datamodule: WebDatasetModule,
     run_folder: Path,
     cfg: Mapping[str, Any],
     started: float,

@@ -19,7 +19,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config, read_content
+from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, UNSAID, read_config, read_content
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
@@ -66,7 +66,7 @@ def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     """
     if not path.is_file():
         return []
-    changes = _compare("", read_config(path), cfg)
+    changes = _compare("", UNSAID | read_config(path), UNSAID | dict(cfg))
     return [f"{key}: {before!r} then, {now!r} now" for key, before, now in changes]
 
 
@@ -140,11 +140,13 @@ def _explain(name: str, said: str, before: Mapping[str, Any], cfg: Mapping[str, 
         for change in _compare(f"objective.{each}", begun[each], now[each])
         if change[0].split(".")[2] not in _FREE_OF_OBJECTIVES
     ]
+    if own is None:
+        changes += _compare("adaptation", *((UNSAID | dict(each))["adaptation"] for each in (before, cfg)))
     if len(changes) == 1:
         ((key, was, value),) = changes
         rule = f"was {show(was)} in the run that is continued, whose checkpoint does not fit"
         return Problem(key, value, rule, f"leave it as it was, or {_NEW_NAME}")
-    fix = f"leave objective.{own or '*'} as it was, or {_NEW_NAME}" if changes else _NEW_NAME
+    fix = f"leave objective.{own} as it was, or {_NEW_NAME}" if changes and own else _NEW_NAME
     return Problem("run.name", cfg["run"]["name"], f"its checkpoint does not fit: {said}", fix)
 
 
@@ -185,6 +187,7 @@ def _shapes(module: PretrainModule | VisualTokenizerModule) -> tuple[Shapes, set
     objectives = module.trained_objectives()
     with torch.device("meta"):
         model = M2Encoder(module.config)
+        module.adaptation.apply(model)
         model.freeze_parts(PARTS.keys() - frozenset().union(*(each.trained_parts() for each in objectives.values())))
         built: dict[str, nn.Module] = {"model.": model}
         for name, objective in objectives.items():

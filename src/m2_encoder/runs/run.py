@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -23,9 +23,10 @@ from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, check_frozen, read_step, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 from m2_encoder.runs.ranks import end_together
-from m2_encoder.runs.report import EvaluatedData, report_run, short_path
+from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
+from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def _finish(run: Run, cfg: dict[str, Any], folder: Path, *, started: float) -> d
         build_tasks(cfg.get("evaluation")),
         model=model,
         objectives=objectives,
-        datamodule=cast(EvaluatedData, run.datamodule),
+        datamodule=run.datamodule,
         run_folder=folder,
         cfg=cfg,
         started=started,
@@ -104,7 +105,9 @@ def _take_model(module: Module) -> tuple[M2Encoder | VisualTokenizer | None, Map
     """What was trained, whole, and by which objectives; where weights are split, every rank takes part."""
     if isinstance(module, VisualTokenizerModule):
         return module.tokenizer, {}
-    return gather_model(module.model), module.trained_objectives()
+    model = gather_model(module.model, module.adaptation.apply)
+    merged = None if model is None else merge_adaptation(module.adaptation, model)
+    return merged, module.trained_objectives()
 
 
 def _close_loggers(run: Run, metrics: dict[str, float]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.cli.train import COMMAND
+from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.overrides import quote_unreadable
@@ -22,7 +22,7 @@ def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Probl
 
     def find(*lines: str) -> list[str]:
         given = [quote_unreadable(line) for line in (f"run.folder={outputs}", *lines)]
-        with open_composer(repo_root / "conf", COMMAND.config_name) as composer:
+        with open_composer(repo_root / "conf", TRAIN.config_name) as composer:
             composition = composer.compose([*given, "logger=csv", "trainer.accelerator=cpu"])
         return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
 

@@ -14,7 +14,6 @@ import logging
 import os
 import stat
 import struct
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.data.shards.tar_scan import TarMember, padded, scan_tar
+from m2_encoder.errors import UserError
+from m2_encoder.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -297,13 +298,11 @@ def open_index(tar: str | os.PathLike[str]) -> ShardIndex:
     if index is not None and (index.size, index.written) == (status.st_size, status.st_mtime_ns):
         return index
     index = build_index(tar)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        partial.write_bytes(index.dump())
-        os.replace(partial, path)
-    except OSError as error:
-        logger.warning("cannot keep the index %s (%s): every process will scan the tar again", path, error)
-        partial.unlink(missing_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(index.dump())
+    except UserError as error:
+        logger.warning("%s: every process will scan the tar again", error)
     return index
 
 

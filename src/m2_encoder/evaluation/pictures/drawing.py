@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from m2_encoder.files import atomic_file
+
 SCALE = 2
 """Pixels per point."""
 
@@ -138,9 +140,8 @@ class Canvas:
 
     def save(self, path: Path) -> None:
         """Write a PNG, whole or not at all."""
-        partial = path.with_name(f".{path.name}.partial")
-        self._image.save(partial, format="PNG", optimize=True)
-        partial.replace(path)
+        with atomic_file(path) as temporary:
+            self._image.save(temporary, format="PNG", optimize=True)
 
     def _paste_smooth(self, sprite: Image.Image, x: float, y: float) -> None:
         reduced = sprite.reduce(_SMOOTHING)

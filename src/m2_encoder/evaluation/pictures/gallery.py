@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import FeatureModel, Tokenize, encode_texts
 from m2_encoder.evaluation.pictures.drawing import (
     AMBER,
@@ -30,7 +31,7 @@ from m2_encoder.evaluation.pictures.drawing import (
     text_width,
     wrap_text,
 )
-from m2_encoder.evaluation.retrieval import CaptionedImages, SetFeatures
+from m2_encoder.evaluation.retrieval import SetFeatures
 
 NUM_HITS = 5
 """Images shown per query."""
@@ -91,7 +92,7 @@ class GallerySection(NamedTuple):
 
 
 def find_concepts(
-    dataset: CaptionedImages, features: SetFeatures, keys: Sequence[str], *, num_hits: int = NUM_HITS
+    dataset: RetrievalSet, features: SetFeatures, keys: Sequence[str], *, num_hits: int = NUM_HITS
 ) -> dict[str, tuple[GalleryRow, ...]]:
     """Rows that search for known concepts by their own captions.
 
@@ -125,7 +126,7 @@ def find_concepts(
 def find_freely(
     model: FeatureModel,
     tokenizer: Tokenize,
-    dataset: CaptionedImages,
+    dataset: RetrievalSet,
     features: SetFeatures,
     queries: Mapping[str, tuple[str, ...]],
     *,
@@ -189,7 +190,7 @@ def draw_gallery(path: Path, sections: Sequence[GallerySection], *, title: str, 
 def _search(
     query: str,
     query_feature: Tensor,
-    dataset: CaptionedImages,
+    dataset: RetrievalSet,
     features: SetFeatures,
     right: Tensor | None,
     num_hits: int,

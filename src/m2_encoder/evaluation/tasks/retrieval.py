@@ -13,7 +13,7 @@ from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.evaluation.pictures.gallery import GallerySection, draw_gallery, find_concepts, find_freely
 from m2_encoder.evaluation.retrieval import evaluate_features
-from m2_encoder.evaluation.tables import Results, format_percent, markdown_table, results_table, table_rows
+from m2_encoder.evaluation.tables import Results, format_percent, markdown_table, results_table, tabulate
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 
 PICTURE_FILE: Final = "retrieval.png"
@@ -75,10 +75,7 @@ def report_recalls(
         metrics: by the names of the loggers.
         lines: what is printed below the table.
     """
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for row in table_rows(results):
-        table.setdefault(row.split, {})[row.language] = row.values
-    record = {"table": table, "evaluation": results}
+    record = {"table": tabulate(results), "evaluation": results}
     if not results:  # a run on shards alone has no sets
         return TaskResult(metrics, record=record)
     return TaskResult(
