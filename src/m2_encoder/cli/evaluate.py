@@ -11,6 +11,7 @@ from typing import Any
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.matching_head import MatchingHead, has_head, read_head
+from m2_encoder.config.check import check_targets
 from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
@@ -23,11 +24,10 @@ from m2_encoder.config.model_choice import (
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
 from m2_encoder.config.schema import check_tasks
-from m2_encoder.config.signatures import check_targets
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.suite import print_results, run_tasks, summarize
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext
@@ -43,16 +43,16 @@ PROTOCOL = "standard"
 _LEAST = 2  # candidates: one alone keeps its place
 
 
-def check_evaluate(cfg: dict[str, Any]) -> list[str]:
+def check_evaluate(cfg: dict[str, Any]) -> list[str | Problem]:
     """What is wrong with a configuration of m2-evaluate, before the model is loaded."""
-    problems = [
+    problems: list[str | Problem] = [
         *model_problems(cfg),
         *number_problems(cfg, batch_size=1),
         *flag_problems(cfg, "overwrite"),
         *output_problems(cfg["output"], overwrite=cfg["overwrite"]),
         *rerank_problems(cfg),
-        *(problem.text for problem in check_tasks(cfg["evaluation"])),
-        *(problem.text for problem in check_targets(cfg, given={}, skip=lambda _: False)),
+        *check_tasks(cfg["evaluation"]),
+        *check_targets(cfg, given={}),
     ]
     data = cfg["data"]
     if isinstance(data, Unset):

@@ -57,7 +57,7 @@ from m2_encoder.config.sweeps import (
 )
 from m2_encoder.config.unchosen import drop_unchosen
 from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -101,7 +101,7 @@ class Command:
     config_name: str
     summary: str
     examples: tuple[str, ...]
-    check: Callable[[dict[str, Any]], list[str]] | str
+    check: Callable[..., Sequence[str | Problem]] | str
     run: Callable[[dict[str, Any]], int | None] | str
     run_folder: Callable[[dict[str, Any]], Path] | None = None
     complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | str | None = None
@@ -236,7 +236,7 @@ def _find_problems(command: Command, composition: Composition, *, own_files: boo
     problems = [*composition.problems, *(check(cfg, trusted=trusted) if trusted else check(cfg))]
     if trusted and not problems:
         problems = _resolve(command.check_late)(cfg, trusted)
-    return composition.without_echoes(problems)
+    return composition.without_echoes([each if isinstance(each, str) else format_problem(each) for each in problems])
 
 
 def _rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:

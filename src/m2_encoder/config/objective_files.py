@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE, FORMAT, VISUAL_TOKENIZER_FORMAT, WEIGHTS_FILE
-from m2_encoder.config.known import Known, make_problem
+from m2_encoder.config.known import Known
 from m2_encoder.config.model_choice import NO_ENCODER, find_path, format_of, is_model_name
-from m2_encoder.config.rules import Problem
+from m2_encoder.errors import Problem
 from m2_encoder.objectives.base import active
 from m2_encoder.objectives.files import FileKind
 
@@ -82,32 +82,32 @@ def _check_file(file: NamedFile) -> Iterator[Problem]:
         if file.kind.check is not None:
             file.kind.check(path)
     except OSError as error:
-        yield make_problem(file.key, file.value, str(error.strerror), f"{file.kind.fix}, or null")
+        yield Problem(file.key, file.value, str(error.strerror), f"{file.kind.fix}, or null")
     except ValueError as error:
-        yield Problem(file.key, f"{file.key}={file.value}: {error}")
+        yield Problem(file.key, file.value, str(error))
 
 
 def _check_encoder(file: NamedFile) -> Iterator[Problem]:
     key, value, folder = file.key, file.value, find_path(file.value)
     if file.weights is not None and not find_path(file.weights).is_file():
-        yield make_problem(f"{key}_weights", file.weights, "no such file", "give the path of its checkpoint")
+        yield Problem(f"{key}_weights", file.weights, "no such file", "give the path of its checkpoint")
     elif is_model_name(value):
         if file.weights is None:
-            yield make_problem(key, value, "needs its checkpoint", f"add {key}_weights=FILE")
+            yield Problem(key, value, "needs its checkpoint", f"add {key}_weights=FILE")
     elif format_of(value) == VISUAL_TOKENIZER_FORMAT:
-        yield Problem(key, f"{key}={value}: {NO_ENCODER}")
+        yield Problem(key, value, NO_ENCODER)
     elif not (folder / CONFIG_FILE).is_file():
         fix = f"use {key}={Path(value) / 'export'}" if (folder / "export").is_dir() else "give one of m2-export"
-        yield make_problem(key, value, "no folder with an exported model", fix)
+        yield Problem(key, value, "no folder with an exported model", fix)
 
 
 def _check_visual_tokenizer(file: NamedFile) -> Iterator[Problem]:
     key, value, folder = file.key, file.value, find_path(file.value)
     fix = "train one with m2-train +experiment=visual_tokenizer, and give outputs/visual_tokenizer/export"
     if not folder.is_dir():
-        yield make_problem(key, value, "no such folder", fix)
+        yield Problem(key, value, "no such folder", fix)
     elif format_of(value) == FORMAT:
-        yield make_problem(key, value, "is an encoder, not a visual tokenizer", fix)
+        yield Problem(key, value, "is an encoder, not a visual tokenizer", fix)
     elif not (folder / CONFIG_FILE).is_file():
         inside = f"use {key}={Path(value) / 'export'}" if (folder / "export").is_dir() else fix
-        yield make_problem(key, value, "no folder with a visual tokenizer", inside)
+        yield Problem(key, value, "no folder with a visual tokenizer", inside)

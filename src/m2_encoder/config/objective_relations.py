@@ -7,10 +7,10 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from m2_encoder.config.known import Known, make_problem
+from m2_encoder.config.known import Known
 from m2_encoder.config.objective_files import check_files
 from m2_encoder.config.problems import show
-from m2_encoder.config.rules import Problem
+from m2_encoder.errors import Problem
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.schedule import check_schedule, find_pause
 
@@ -28,12 +28,10 @@ def _check_kinds(known: Known) -> Iterator[Problem]:
             continue  # a function may make one
         if not issubclass(found, Objective):
             fix = "name a subclass of m2_encoder.objectives.base.Objective"
-            yield make_problem(key, target, "is no objective", fix)
+            yield Problem(key, target, "is no objective", fix)
         elif inspect.isabstract(found):
             lacks = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
-            yield make_problem(
-                key, target, f"is not complete: it does not define {lacks}", "define it, or name another"
-            )
+            yield Problem(key, target, f"is not complete: it does not define {lacks}", "define it, or name another")
 
 
 def _check_weights(known: Known) -> Iterator[Problem]:
@@ -41,7 +39,7 @@ def _check_weights(known: Known) -> Iterator[Problem]:
     if objectives and not counting(known):
         names = ", ".join(objectives)
         fix = f"for example objective.{next(iter(objectives))}.weight=1.0"
-        yield Problem("objective", f"objective.*.weight=0: must be above 0 for at least one of {names}; {fix}")
+        yield Problem("objective.*.weight", 0, f"must be above 0 for at least one of {names}", fix)
 
 
 def _check_schedules(known: Known) -> Iterator[Problem]:
@@ -52,7 +50,7 @@ def _check_schedules(known: Known) -> Iterator[Problem]:
         name, schedule = next(iter(schedules.items()))
         rule = f"must not be 0 at step {pause}, where no other objective counts, either"
         fix = f"give a factor above 0 there, or objective.{name}.schedule=null"
-        yield make_problem(f"objective.{name}.schedule", show(schedule), rule, fix)
+        yield Problem(f"objective.{name}.schedule", schedule, rule, fix)
 
 
 def _check_shared_passes(known: Known) -> Iterator[Problem]:
@@ -68,7 +66,7 @@ def _check_shared_passes(known: Known) -> Iterator[Problem]:
             if value != wanted:
                 rule = f"must be that of objective.{first}, {show(wanted)}: they share {targets}"
                 fix = f"use objective.{name}.{key}={show(wanted)}"
-                yield make_problem(f"objective.{name}.{key}", show(value), rule, fix)
+                yield Problem(f"objective.{name}.{key}", value, rule, fix)
 
 
 def _check_captions(known: Known) -> Iterator[Problem]:
@@ -80,17 +78,17 @@ def _check_captions(known: Known) -> Iterator[Problem]:
         key = f"objective.{name}.teacher_language"
         if known(key, None) is not None:
             rule = "needs captions in every language (data.captions.every_language=false)"
-            yield make_problem(key, known(key), rule, "use data.captions.every_language=true, or null")
+            yield Problem(key, known(key), rule, "use data.captions.every_language=true, or null")
         elif target.endswith(".TextContrast"):
             rule = f"must be true: objective.{name} compares the captions of an image"
-            yield make_problem("data.captions.every_language", "false", rule, "use data.captions.every_language=true")
+            yield Problem("data.captions.every_language", False, rule, "use data.captions.every_language=true")
 
 
 def _check_one_sided(known: Known) -> Iterator[Problem]:
     for name in known("objective"):
         if known(f"objective.{name}.one_sided", False) and not known(f"objective.{name}.equal_rows", True):
             rule = f"must be false where ranks may differ in rows (objective.{name}.equal_rows=false)"
-            yield make_problem(f"objective.{name}.one_sided", "true", rule, f"use objective.{name}.equal_rows=true")
+            yield Problem(f"objective.{name}.one_sided", True, rule, f"use objective.{name}.equal_rows=true")
 
 
 OBJECTIVE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (

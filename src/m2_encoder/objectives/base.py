@@ -10,7 +10,6 @@ To add one: write a subclass in a file of this folder and a YAML file in `conf/o
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m2_encoder.errors import UserError
+from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.files import FileKind, Resources
 from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
@@ -115,10 +114,9 @@ class Objective(nn.Module, ABC):
     optional_parts: frozenset[str] = frozenset()
     files: ClassVar[Mapping[str, FileKind]] = {}
 
-    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None) -> None:
+    @check_bounds
+    def __init__(self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None) -> None:
         super().__init__()
-        if not 0 <= weight < math.inf:
-            raise UserError(f"objective weight={weight!r} must be 0 or more, and finite")
         self.weight = weight
         self.schedule = None if schedule is None else check_schedule(schedule)
 
@@ -199,7 +197,10 @@ class LocalObjective(Objective):
     patch_ratio: float | None = None
     user_dictionary: str | None = None
 
-    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None, text_expert: bool = False) -> None:
+    @check_bounds
+    def __init__(
+        self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None, text_expert: bool = False
+    ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert
 

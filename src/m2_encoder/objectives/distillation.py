@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2_encoder.bounds import Count, NotNegative, Positive, Text, check_bounds
 from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.alignment import mean_alignment
@@ -126,31 +127,23 @@ class Distillation(Objective):
 
     files = {"teacher": ENCODER}  # noqa: RUF012 - a ClassVar of Objective
 
+    @check_bounds
     def __init__(
         self,
         *,
-        teacher: str,
-        weight: float = 1.0,
+        teacher: Text,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        teacher_weights: str | None = None,
-        feature_weight: float = 1.0,
-        similarity_weight: float = 1.0,
-        temperature: float | None = None,
+        teacher_weights: Text | None = None,
+        feature_weight: NotNegative = 1.0,
+        similarity_weight: NotNegative = 1.0,
+        temperature: Positive | None = None,
         teacher_language: Literal["en", "zh"] | None = None,
-        chunk_size: int = 256,
+        chunk_size: Count = 256,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
-        if not (feature_weight >= 0 and similarity_weight >= 0 and feature_weight + similarity_weight > 0):
-            raise UserError(
-                f"feature_weight={feature_weight!r} and similarity_weight={similarity_weight!r}: "
-                "must be 0 or more, and not both 0"
-            )
-        if temperature is not None and not temperature > 0:
-            raise UserError(f"temperature={temperature!r} must be above 0, or null for the teacher's own")
-        if teacher_language is not None and teacher_language not in LANGUAGES:
-            raise UserError(f"teacher_language={teacher_language!r} must be null or one of {', '.join(LANGUAGES)}")
-        if chunk_size < 1:
-            raise UserError(f"chunk_size={chunk_size!r} must be 1 or more")
+        if feature_weight + similarity_weight == 0:
+            raise UserError("must be above 0 where similarity_weight is 0", key="feature_weight", value=feature_weight)
         self.teacher_name, self.teacher_weights = teacher, teacher_weights
         self._weights = (float(feature_weight), float(similarity_weight))
         self._temperature = temperature

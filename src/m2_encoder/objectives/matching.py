@@ -33,7 +33,6 @@ ranking stage after a contrastive pre-ranking this is, with one cross encoder fo
 
 from __future__ import annotations
 
-import math
 from typing import Final, NamedTuple, Protocol
 
 import torch
@@ -41,6 +40,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2_encoder.bounds import NotNegative, Seed, check_bounds
 from m2_encoder.distributed.collectives import exchange_counts, gather_rows_without_grad
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
@@ -70,20 +70,17 @@ class Matching(PairObjective):
 
     score_names = ("accuracy",)
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        hardness: float = 1.0,
-        seed: int = 0,
+        hardness: NotNegative = 1.0,
+        seed: Seed = 0,
         text_expert: bool = False,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
-        if not 0 <= hardness < math.inf:
-            raise UserError(f"hardness={hardness!r} must be 0 or more, and finite")
-        if seed < 0:
-            raise UserError(f"seed={seed!r} must be 0 or more")
         self._hardness, self._seed = hardness, seed
 
     def build(self, shape: M2EncoderConfig) -> None:

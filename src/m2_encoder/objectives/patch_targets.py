@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2_encoder.bounds import Text, check_bounds
 from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.files import VISUAL_TOKENIZER, FileKind, Resources
@@ -160,7 +161,8 @@ class VisualCodes(PatchTargets):
     score_names = ("accuracy",)
     files = {"tokenizer": VISUAL_TOKENIZER}  # noqa: RUF012 - a ClassVar of PatchTargets
 
-    def __init__(self, *, tokenizer: str) -> None:
+    @check_bounds
+    def __init__(self, *, tokenizer: Text) -> None:
         super().__init__()
         self.tokenizer_name = tokenizer
         # In a tuple, where torch looks for no sub-module.

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalTerms
 from m2_encoder.objectives.passes import PiecePasses
-
-DECODERS: Final = ("tied", "own")
-"""Whose rows the states are compared with: those of the model's token table, or of a table of the objective's own."""
 
 _INIT_STD = 0.02
 
@@ -24,7 +20,7 @@ class TokenHead(nn.Module):
 
     Args:
         shape: of the model.
-        decoder: one of `DECODERS`.
+        decoder: whose rows the states are compared with: "tied", those of the model's token table, or "own".
 
     Reference: BERT (arXiv:1810.04805), section 3.1; tied tables: arXiv:1608.05859.
     """
@@ -71,13 +67,3 @@ class TokenHead(nn.Module):
 
     def _states(self, hidden: Tensor) -> Tensor:
         return self.norm(functional.gelu(self.transform(hidden)))
-
-
-def check_decoder(decoder: str) -> None:
-    """Refuse an unknown decoder.
-
-    Raises:
-        UserError: naming the known ones.
-    """
-    if decoder not in DECODERS:
-        raise UserError(f"decoder={decoder!r} must be one of {', '.join(DECODERS)}")

@@ -21,13 +21,13 @@ from omegaconf import OmegaConf
 from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER
 from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.old_names import update_names
+from m2_encoder.config.paths import LAST_CHECKPOINT as LAST_CHECKPOINT
 from m2_encoder.config.paths import anchor
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import file_sha256, write_json, write_text
 
 CONFIG_FILE: Final = "config.yaml"
-LAST_CHECKPOINT: Final = "checkpoints/last.ckpt"
 FROZEN_FILE: Final = "frozen.json"
 
 WHOLE_BYTES: Final = 1 << 24

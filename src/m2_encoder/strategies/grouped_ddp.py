@@ -7,10 +7,11 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
+from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.topology import GroupTopology
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
-from m2_encoder.strategies.groups import ContrastiveGroups, check_micro_batches
+from m2_encoder.strategies.groups import ContrastiveGroups
 
 
 class GroupedDDPStrategy(DDPStrategy):
@@ -30,18 +31,19 @@ class GroupedDDPStrategy(DDPStrategy):
     Reference: M2-Encoder (arXiv:2401.15896), grouped aggregation with batch accumulation.
     """
 
+    @check_bounds
     def __init__(
         self,
-        group_size: int | None = None,
-        group_nodes: int | None = None,
-        micro_batches: int = 1,
+        group_size: Count | None = None,
+        group_nodes: Count | None = None,
+        micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._groups = ContrastiveGroups(group_size=group_size, group_nodes=group_nodes)
-        self.micro_batches = check_micro_batches(micro_batches)
+        self.micro_batches = micro_batches
         self.recompute = recompute
         self.activation_checkpointing = activation_checkpointing
 

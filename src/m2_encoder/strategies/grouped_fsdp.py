@@ -12,11 +12,12 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.gradients import average_over_ranks
 from m2_encoder.distributed.topology import GroupTopology
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers, shard_model
-from m2_encoder.strategies.groups import ContrastiveGroups, check_micro_batches
+from m2_encoder.strategies.groups import ContrastiveGroups
 
 
 class GroupedFSDPStrategy(ModelParallelStrategy):
@@ -40,11 +41,12 @@ class GroupedFSDPStrategy(ModelParallelStrategy):
     Reference: FSDP (arXiv:2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
     """
 
+    @check_bounds
     def __init__(
         self,
-        group_size: int | None = None,
-        group_nodes: int | None = None,
-        micro_batches: int = 1,
+        group_size: Count | None = None,
+        group_nodes: Count | None = None,
+        micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
         reshard_after_forward: bool = True,
@@ -59,7 +61,7 @@ class GroupedFSDPStrategy(ModelParallelStrategy):
         )
         self._groups = ContrastiveGroups(group_size=group_size, group_nodes=group_nodes)
         self._averaging: list[RemovableHandle] = []
-        self.micro_batches = check_micro_batches(micro_batches)
+        self.micro_batches = micro_batches
         self.recompute = recompute
         self.activation_checkpointing = activation_checkpointing
         self.reshard_after_forward = reshard_after_forward

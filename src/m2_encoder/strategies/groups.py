@@ -7,21 +7,6 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
-from m2_encoder.errors import UserError
-
-
-def check_micro_batches(micro_batches: object) -> int:
-    """k, if it is a count.
-
-    Raises:
-        UserError: if it is no whole number, 1 or more.
-    """
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-        raise UserError(
-            f"strategy.micro_batches={micro_batches!r}: must be a whole number, 1 or more; "
-            "for example strategy.micro_batches=1"
-        )
-    return micro_batches
 
 
 class ContrastiveGroups:

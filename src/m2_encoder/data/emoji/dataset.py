@@ -40,12 +40,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
-EMOJI_STYLES = ("noto", "twemoji", "fluent", "openmoji")
+EmojiStyle: TypeAlias = Literal["noto", "twemoji", "fluent", "openmoji"]
+EMOJI_STYLES = get_args(EmojiStyle)
 """Every drawing style of the package, in the order of `EmojiConcept.styles`."""
 
 EMOJI_SPLITS = ("train", "val", "val_style", "heldout_style", "heldout_families")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from m2_encoder.bounds import Count, NotNegative, Rule, check_fields
 from m2_encoder.data.order.manifest_record import RecordedSource, name_some, pack_record, write_weight
 from m2_encoder.data.shards.index import ShardSize
 from m2_encoder.data.shards.paths import is_remote, list_shards
@@ -21,6 +22,16 @@ from m2_encoder.types import LANGUAGES
 
 _SOURCE_KEYS = ("shards", "languages", "weight", "max_samples", "max_epochs")
 _COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
+
+
+def _names_shards(shards: str | Sequence[str]) -> bool:
+    parts = [shards] if isinstance(shards, str) else shards
+    return bool(parts) and all(part.strip() for part in parts)
+
+
+def _are_languages(languages: str | Sequence[str]) -> bool:
+    parts = [languages] if isinstance(languages, str) else languages
+    return bool(parts) and all(part in LANGUAGES for part in parts)
 
 
 @dataclass(frozen=True)
@@ -41,40 +52,21 @@ class SourceSpec:
     """
 
     name: str
-    shards: str | Sequence[str]
-    languages: tuple[str, ...] = LANGUAGES
-    weight: float | None = None
-    max_samples: int | None = None
-    max_epochs: int | None = None
+    shards: Annotated[str | Sequence[str], Rule(_names_shards, "a path or url, or a list of them", "PATHS")]
+    languages: Annotated[str | Sequence[str], Rule(_are_languages, f"some of {', '.join(LANGUAGES)}", "[zh, en]")] = (
+        LANGUAGES
+    )
+    weight: NotNegative | None = None
+    max_samples: Count | None = None
+    max_epochs: Count | None = None
 
     def __post_init__(self) -> None:
-        where = f"data.sources.{self.name}"
-        unknown = [language for language in self.languages if language not in LANGUAGES]
-        if unknown or not self.languages:
-            raise UserError(f"{where}.languages={list(self.languages)} must be some of {', '.join(LANGUAGES)}")
-        if self.weight is not None and not 0 <= self.weight < float("inf"):
-            raise UserError(f"{where}.weight={self.weight!r} must be a finite number, 0 or more, or null")
-        for key in ("max_samples", "max_epochs"):
-            value = getattr(self, key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UserError(f"{where}.{key}={value!r} must be a whole number, 1 or more, or null")
-
-    @classmethod
-    def from_config(cls, name: str, values: Mapping[str, Any]) -> SourceSpec:
-        """Make a source of the values under `data.sources.<name>`.
-
-        Raises:
-            UserError: for unknown keys, no shards, or values that make no sense.
-        """
-        unknown = sorted(set(values) - set(_SOURCE_KEYS))
-        if unknown:
-            raise UserError(f"data.sources.{name} has unknown {', '.join(unknown)}; known: {', '.join(_SOURCE_KEYS)}")
-        if not values.get("shards"):
-            raise UserError(f"data.sources.{name}.shards is missing; give '/data/{{000..099}}.tar', a glob or a list")
-        languages = values.get("languages") or LANGUAGES
-        return cls(
-            **{**values, "name": name, "languages": tuple([languages] if isinstance(languages, str) else languages)}
-        )
+        try:
+            check_fields(self)
+        except UserError as error:
+            raise error.under(f"data.sources.{self.name}") from error
+        languages = [self.languages] if isinstance(self.languages, str) else self.languages
+        object.__setattr__(self, "languages", tuple(languages))
 
 
 @dataclass(frozen=True, eq=False)
