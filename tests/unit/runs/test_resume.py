@@ -128,6 +128,26 @@ def test_the_setting_that_changed_is_named(resume: Resume, now: str, key: str, b
     assert problem == f"{now}: {rule}; leave it as it was, or give another run.name"
 
 
+@pytest.mark.parametrize(
+    ("now", "fits"),
+    [
+        (("objective=[itc,cmlm]", "objective.cmlm.weight=0.1", "objective.cmlm.schedule=[[0,1],[9,0]]"), True),
+        (("objective=[itc,cmlm,soft_targets]",), True),
+        (("objective=[soft_targets,cmlm]",), True),
+        (("objective=[itc,cmlm,cmim]", "objective.cmim.weight=0"), True),
+        (("objective=[itc]",), False),
+        (("objective=[cmlm]",), False),
+        (("objective=[itc,cmlm]", "objective.cmlm.weight=0"), False),
+        (("objective=[itc,cmlm,sigmoid]",), False),
+        (("objective=[itc,cmlm,cmim]",), False),
+    ],
+)
+def test_objectives_that_train_nothing_else_may_change(resume: Resume, now: tuple[str, ...], fits: bool) -> None:
+    found = resume((*SMALL, "objective=[itc,cmlm]"), (*SMALL, *now))
+    assert len(found) == (not fits)
+    assert all("must train the same parameters as [itc,cmlm], whose run is continued" in problem for problem in found)
+
+
 def test_codes_in_place_of_pixels(resume: Resume) -> None:
     own = "{_target_: tests.support.own_objectives.Brightness}"
     begun = (*SMALL, "objective=[itc,cmim]")
