@@ -87,6 +87,7 @@ def test_tokenizer_trains_and_its_codes_are_learnt(
         (["objective=[itc]"], "objective=[itc]: must be empty: the task has a loss of its own"),
         (["strategy=ddp", "trainer.devices=2"], "strategy: must be single"),
         (["strategy.micro_batches=2"], "strategy.micro_batches=2: has no meaning"),
+        (["adaptation._target_=builtins.dict"], "adaptation._target_=builtins.dict: must be full"),
         (["task.num_codes=1"], "task.num_codes=1: must be"),
         (["task.decay=1"], "task.decay=1: must be"),
         (["task.num_heads=3"], "task.num_heads=3: must divide task.embed_dim=32; for example task.num_heads=4"),
