@@ -13,6 +13,7 @@ from PIL import Image
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_visual_tokenizer
 from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer
+from m2_encoder.config.problems import format_problem
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.runs.build import build_objectives, build_run
@@ -97,9 +98,8 @@ def test_what_a_tokenizer_cannot_use_is_said(
     composer: Composer, tmp_path: Path, lines: list[str], message: str
 ) -> None:
     composition = composer.compose([*SMALL, f"run.folder={tmp_path}", *lines])
-    problems = [*composition.problems, *validate.validate_train(composition.cfg)]
-    assert len(problems) == 1
-    assert problems[0].startswith(message)
+    (problem,) = [*composition.problems, *validate.validate_train(composition.cfg)]
+    assert format_problem(problem).startswith(message)
 
 
 def test_a_tokenizer_and_an_encoder_do_not_go_on_in_each_others_run(composer: Composer, tmp_path: Path) -> None:
@@ -129,7 +129,9 @@ def test_codes_need_a_tokenizer_of_the_same_patches(composer: Composer, tmp_path
         ]
     )
     (problem,) = validate.validate_train(composition.cfg)
-    assert problem.startswith("objective.cmim.targets.tokenizer=outputs/nowhere: no such folder; train one with")
+    assert format_problem(problem).startswith(
+        "objective.cmim.targets.tokenizer=outputs/nowhere: no such folder; train one with"
+    )
     config = VisualTokenizerConfig(image_size=64, patch_size=8, num_codes=5, code_dim=4, embed_dim=8, num_heads=2)
     folder = save_visual_tokenizer(tmp_path / "t", VisualTokenizer(config))
     composition.cfg["objective"]["cmim"]["targets"]["tokenizer"] = str(folder)
