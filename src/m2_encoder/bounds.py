@@ -69,7 +69,18 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Language = Literal["en", "zh"]
 Text = Annotated[str, Rule(lambda text: bool(text.strip()), "a text", "TEXT")]
+
+
+def _names_paths(value: str | Sequence[str]) -> bool:
+    parts = [value] if isinstance(value, str) else value
+    return bool(parts) and all(part.strip() for part in parts)
+
+
+Paths = Annotated[
+    str | Sequence[str], Rule(_names_paths, "a path, a url, a pattern such as data/*.tar, or a list of them", "PATHS")
+]
 
 
 def check_bounds(function: Callable[P, R]) -> Callable[P, R]:

@@ -194,6 +194,11 @@ def read_parameters(called: Any) -> Parameters:
     return found
 
 
+def make_optional(parameters: Parameters) -> Parameters:
+    """The same parameters, each of which may be null or left out."""
+    return {name: item.replace(annotation=item.annotation | None, default=None) for name, item in parameters.items()}
+
+
 def _is_allowed(value: Any, annotation: Any) -> bool:
     if annotation in (Any, inspect.Parameter.empty):
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping
@@ -15,11 +16,12 @@ from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.hub import LoadedModel, list_models, load
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
+_FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
 EMBEDDED_TOKENIZER: Final = "emoji"
 NO_ENCODER: Final = "is a visual tokenizer, not an encoder; give a folder that m2-export wrote"
 
@@ -145,19 +147,33 @@ def _device_problems(value: object) -> list[str]:
     return []
 
 
-def output_problems(value: object, *, overwrite: object) -> list[str]:
+def output_problems(value: object, *, overwrite: object, key: str = "output") -> list[Problem]:
     """Whether a plain file may be written; features have rules of their own."""
     if value is None or isinstance(value, Unset):
         return []
     path = Path(str(value)).expanduser()
     if path.is_dir():
-        return [f"output={value}: is a folder; give the name of a file"]
+        return [Problem(key, value, "is a folder", "give the name of a file")]
     if path.exists() and overwrite is not True:
-        return [f"output={value}: exists; choose another name, or replace it with overwrite=true"]
+        return [Problem(key, value, "exists", "choose another name, or replace it with overwrite=true")]
     folder = next((parent for parent in path.absolute().parents if parent.exists()), Path(os.sep))
     if not takes_files(folder):
-        return [f"output={value}: cannot be written, because {folder} is no folder that you may write to"]
+        return [Problem(key, value, f"cannot be written, because {folder} is no folder that you may write to")]
     return []
+
+
+def plot_problems(value: object, *, overwrite: object) -> list[Problem]:
+    """Whether a figure may be drawn there."""
+    if value is None or isinstance(value, Unset):
+        return []
+    problems = output_problems(value, overwrite=overwrite, key="plot")
+    if Path(str(value)).suffix not in _FIGURE_SUFFIXES:
+        problems.append(
+            Problem("plot", value, f"must end in {', '.join(_FIGURE_SUFFIXES)}", "for example plot=plot.png")
+        )
+    elif importlib.util.find_spec("matplotlib") is None:
+        problems.append(Problem("plot", value, "needs an extra", "install it with pip install 'm2-encoder[plot]'"))
+    return problems
 
 
 def takes_files(folder: Path) -> bool:

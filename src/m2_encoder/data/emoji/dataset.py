@@ -180,8 +180,6 @@ def write_emoji_shards(
         raise UserError(
             f"heldout_style={heldout_style!r} must be one of styles={styles}, with another left to train on"
         )
-    if samples_per_shard < 1:
-        raise UserError(f"samples_per_shard={samples_per_shard} must be at least 1")
     wanted = _fingerprint(styles, heldout_style, samples_per_shard)
     target = Path(folder).resolve()
     if not _is_complete(target, wanted):
