@@ -275,6 +275,8 @@ def _sample(annotation: Any) -> str:
     ]:
         if text:
             return text
+    if typing.get_origin(annotation) is Literal:
+        return str(typing.get_args(annotation)[0])
     if options := _options(annotation):
         return options[0]
     least = [max(1, each.ge) for each in _metadata(annotation, Ge) if isinstance(each.ge, int)]

@@ -38,43 +38,28 @@ def format_of(value: str) -> str | None:
     return read_format(folder) or read_format(folder / "export")
 
 
-def model_problems(cfg: dict[str, Any]) -> list[str]:
+def model_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with `model`, `weights`, `tokenizer` and `device`, without loading anything."""
     problems = []
     model, weights = cfg["model"], cfg["weights"]
     if not isinstance(model, Unset):
         if is_model_name(model):
             if weights is None:
-                problems.append(f"model={model}: a named model needs its checkpoint; add weights=FILE")
+                problems.append(Problem("model", model, "a named model needs its checkpoint", "add weights=FILE"))
         elif not isinstance(model, str) or not find_path(model).is_dir():
-            known = ", ".join(list_models())
-            problems.append(
-                f"model={model}: no such folder; give one that m2-export wrote, or one of {known} with weights="
-            )
+            fix = f"give one that m2-export wrote, or one of {', '.join(list_models())} with weights="
+            problems.append(Problem("model", model, "no such folder", fix))
         elif format_of(model) == VISUAL_TOKENIZER_FORMAT:
-            problems.append(f"model={model}: {NO_ENCODER}")
+            problems.append(Problem("model", model, NO_ENCODER))
         elif not (find_path(model) / CONFIG_FILE).is_file() and (find_path(model) / "export").is_dir():
-            problems.append(f"model={model}: is a run's folder; its model is in model={model.rstrip('/')}/export")
+            inside = f"its model is in model={model.rstrip('/')}/export"
+            problems.append(Problem("model", model, "is a run's folder", inside))
     for key in ("weights", "tokenizer"):
         value = cfg[key]
         is_url = key == "weights" and str(value).startswith(("http://", "https://"))
         if value is not None and not is_url and not (isinstance(value, str) and find_path(value).is_file()):
-            problems.append(f"{key}={value}: no such file")
+            problems.append(Problem(key, value, "no such file"))
     return [*problems, *_device_problems(cfg["device"])]
-
-
-def number_problems(cfg: dict[str, Any], **least: int) -> list[str]:
-    """Keys that must be whole numbers of at least so much."""
-    return [
-        f"{key}={cfg[key]}: must be a whole number of at least {minimum}"
-        for key, minimum in least.items()
-        if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < minimum
-    ]
-
-
-def flag_problems(cfg: dict[str, Any], *keys: str) -> list[str]:
-    """Keys that must be true or false."""
-    return [f"{key}={cfg[key]}: must be true or false" for key in keys if not isinstance(cfg[key], bool)]
 
 
 def build_model_config(model: Mapping[str, Any]) -> M2EncoderConfig:
@@ -133,17 +118,17 @@ def device_of(value: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _device_problems(value: object) -> list[str]:
+def _device_problems(value: object) -> list[Problem]:
     if value == "auto" or isinstance(value, Unset):
         return []
     try:
         kind = torch.device(str(value)).type
     except RuntimeError:
-        return [f"device={value}: no such kind of device; choose auto, cpu, cuda, cuda:N or mps"]
+        return [Problem("device", value, "no such kind of device", "choose auto, cpu, cuda, cuda:N or mps")]
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, False):
         usable = ", ".join(name for name, there in available.items() if there)
-        return [f"device={value}: this machine has none; choose auto or {usable}"]
+        return [Problem("device", value, "this machine has none", f"choose auto or {usable}")]
     return []
 
 
