@@ -46,6 +46,7 @@ EVALUATE: Final = Command(
         "m2-evaluate model=outputs/emoji/export data=emoji",
         "m2-evaluate model=outputs/emoji/export data=my_tars output=results.json",
         "m2-evaluate model=outputs/r2d2/export rerank=16   # order the best 16 anew by the matching head",
+        "m2-evaluate model=outputs/emoji/export --config-dir my_conf 'evaluation=[retrieval,mine]'  # your own task",
     ),
     check="m2_encoder.cli.evaluate:check_evaluate",
     run="m2_encoder.cli.evaluate:run_evaluate",

@@ -180,7 +180,7 @@ class LocalObjective(Objective):
 
     def trained_parts(self) -> frozenset[str]:
         """Names of `PARTS` that get a gradient of this objective."""
-        parts = self.optional_parts | fused_parts(text_expert=self.text_expert, reads=self.passes)
+        parts = self.optional_parts | fused_parts(text_expert=self.text_expert, passes=self.passes)
         return parts | {"vision_expert_reader"} if "features" in parts else parts
 
     @abstractmethod
@@ -208,13 +208,16 @@ class PairObjective(Objective):
 
     score_names: tuple[str, ...] = ()
 
-    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None, text_expert: bool = False) -> None:
+    @check_bounds
+    def __init__(
+        self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None, text_expert: bool = False
+    ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert
 
     def trained_parts(self) -> frozenset[str]:
         """Names of `PARTS` that get a gradient of this objective."""
-        return self.optional_parts | fused_parts(text_expert=self.text_expert, reads=["caption"])
+        return self.optional_parts | fused_parts(text_expert=self.text_expert, passes=["caption"])
 
     @abstractmethod
     def select(self, inputs: ObjectiveInputs) -> HardPairs:
@@ -229,14 +232,14 @@ class PairObjective(Objective):
         return self.terms(inputs)
 
 
-def fused_parts(*, text_expert: bool, reads: Iterable[str]) -> frozenset[str]:
+def fused_parts(*, text_expert: bool, passes: Iterable[str]) -> frozenset[str]:
     """Names of `PARTS` that states of image and text together train.
 
     Args:
         text_expert: whether texts take the text experts there.
-        reads: names of the `PASSES` whose states are wanted.
+        passes: names of the `PASSES` whose states are used.
     """
     if not text_expert:
         return frozenset({"vision_expert_reader"})
-    readers = {"vision_expert_reader" if name == "masked_image" else "text_expert_reader" for name in reads}
+    readers = {"vision_expert_reader" if name == "masked_image" else "text_expert_reader" for name in passes}
     return frozenset({"vl_text_expert"} | readers)

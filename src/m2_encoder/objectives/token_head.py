@@ -36,23 +36,23 @@ class TokenHead(nn.Module):
                 nn.init.normal_(weight, std=_INIT_STD)
         nn.init.zeros_(self.transform.bias)
 
-    def terms(self, hidden: Tensor, targets: Tensor, chosen: Tensor, passes: PiecePasses) -> LocalTerms:
-        """Losses of the chosen tokens, summed by caption.
+    def terms(self, hidden: Tensor, targets: Tensor, predicted: Tensor, passes: PiecePasses) -> LocalTerms:
+        """Losses of the predicted tokens, summed by caption.
 
         Args:
-            hidden: of the chosen tokens, row by row, (M, D).
+            hidden: of the predicted tokens, row by row, (M, D).
             targets: true ids, (k * b, T) int64.
-            chosen: which of them are predicted, (k * b, T) bool.
+            predicted: which tokens of the captions these are, (k * b, T) bool.
             passes: gives the model's token table.
 
         Returns:
             Sums, counts, and under "accuracy" how many targets scored highest.
         """
-        rows, places = chosen.nonzero(as_tuple=True)
+        rows, places = predicted.nonzero(as_tuple=True)
         losses, hits = passes.token_losses(self._states(hidden), self.bias, targets[rows, places], self.table)
-        sums = losses.new_zeros(len(chosen)).index_add(0, rows, losses)
+        sums = losses.new_zeros(len(predicted)).index_add(0, rows, losses)
         correct = torch.zeros_like(sums).index_add(0, rows, hits.to(sums.dtype))
-        return LocalTerms(sums, chosen.sum(dim=1), {"accuracy": correct.detach()})
+        return LocalTerms(sums, predicted.sum(dim=1), {"accuracy": correct.detach()})
 
     def predict(self, hidden: Tensor, table: Tensor) -> Tensor:
         """The token that scores highest for each state, (M, D) to (M,) int64; for a few, as it holds all logits.

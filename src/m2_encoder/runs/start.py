@@ -23,7 +23,7 @@ from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
 from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
 from m2_encoder.objectives.masked_image import MaskedImage
-from m2_encoder.objectives.schedule import ever_counts
+from m2_encoder.objectives.schedule import ever_active
 from m2_encoder.types import LANGUAGES
 
 CHECK_FILE: Final = "data_check.json"
@@ -147,7 +147,7 @@ def _find_pauses(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) ->
     """Objectives of which nothing would come: said and not refused, so that a long run can be tried for a few steps."""
     steps = cfg["trainer"]["max_steps"]
     for name, objective in objectives.items():
-        if objective.schedule is not None and not ever_counts(objective.schedule, steps):
+        if objective.schedule is not None and not ever_active(objective.schedule, steps):
             yield f"objective.{name} never counts: its schedule is 0 at all steps before trainer.max_steps={steps}"
 
 

@@ -18,7 +18,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives import matching
 from m2_encoder.objectives.base import FeaturePair, ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
-from m2_encoder.objectives.matching import Content, Matching, draw_partners
+from m2_encoder.objectives.matching import Content, Matching, sample_negatives
 from m2_encoder.objectives.passes import HardPairs
 from m2_encoder.types import ImageTextBatch, TextTokens
 from tests.support.objectives import Bench, build_bench, draw_inputs, make_batch
@@ -125,7 +125,7 @@ def test_partners_follow_the_softmax_and_are_never_alike() -> None:
     seen: Counter[tuple[int, int]] = Counter()
     for _ in range(draws // 100):
         uniform = torch.rand(600, dtype=torch.float64, generator=generator)
-        rows, found = draw_partners(
+        rows, found = sample_negatives(
             inputs.image_features.detach().repeat(100, 1),
             inputs.text_features.detach(),
             scale,
@@ -190,7 +190,7 @@ def test_the_ends_of_the_draw_are_allowed_partners(edge: float, monkeypatch: pyt
     own = inputs.identity
     content = Content(own, torch.arange(8)[:, None])
     for scale in (0.0, 1.0, 300.0):
-        rows, found = draw_partners(
+        rows, found = sample_negatives(
             inputs.image_features.detach(),
             inputs.text_features.detach(),
             torch.tensor(scale),
