@@ -13,7 +13,7 @@ from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.model_choice import model_problems
-from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.errors import CheckpointError, Problem, UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.runs.build import build_objectives
 
@@ -54,7 +54,7 @@ def test_a_visual_tokenizer_is_no_encoder(problems: Problems, tokenizer: Path) -
     for given in (tokenizer, tokenizer.parent):
         assert problems("objective=[itc,distillation]", f"{TEACHER}={given}") == [f"{TEACHER}={given}: {rule}"]
         cfg = {"model": str(given), "weights": None, "tokenizer": None, "device": "cpu"}
-        assert model_problems(cfg) == [f"model={given}: {rule}"]
+        assert model_problems(cfg) == [Problem("model", str(given), rule)]
     with pytest.raises(CheckpointError, match=rule):
         read_exported(tokenizer)
 
