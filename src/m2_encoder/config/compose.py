@@ -54,7 +54,7 @@ class Composition(NamedTuple):
         hydra: Hydra's own settings for the run.
         unchosen: keys that were left out, because they say something of options that are not chosen.
         refused: the part of `problems` that lies in the overrides, whatever the values of other keys are.
-        changed: nodes at the top in which values are not those of the files.
+        changed: dotted keys to which single values were given; None where files that are not shipped take part.
     """
 
     cfg: dict[str, Any]
@@ -63,7 +63,7 @@ class Composition(NamedTuple):
     hydra: DictConfig
     unchosen: list[str]
     refused: list[str]
-    changed: set[str]
+    changed: set[str] | None
 
     def without_echoes(self, problems: Sequence[str]) -> list[str]:
         """Leaves out problems of a key that only repeats the wrong value of another."""
@@ -85,11 +85,6 @@ class Composer:
         self._fixed = list(fixed)
         self._default: DictConfig | None = None
         self._options: dict[str, list[str]] = {}  # Hydra reads all configurations again whenever it is asked
-
-    @property
-    def has_own_files(self) -> bool:
-        """Whether files other than the shipped ones can be part of a configuration."""
-        return bool(self._fixed) or self.folder != find_conf()
 
     def groups(self) -> dict[str, list[str]]:
         """Every group of the configuration folder with its options."""
@@ -144,7 +139,8 @@ class Composer:
             unchosen = self._drop_unchosen(cfg)
         problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
         plain, unresolved, references = to_plain(cfg)
-        changed = {override.key_or_group.partition(".")[0] for override in good}
+        is_shipped = not self._fixed and self.folder.is_relative_to(find_conf())
+        changed = {str(override.key_or_group) for override in good} if is_shipped else None
         return Composition(plain, problems + unresolved, references, cfg.hydra, unchosen, problems, changed)
 
     def _drop_unchosen(self, cfg: DictConfig) -> list[str]:
