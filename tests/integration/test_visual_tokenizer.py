@@ -14,6 +14,7 @@ from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_
 from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer
 from m2_encoder.config.model_choice import build_model_config
+from m2_encoder.config.problems import format_problem
 from m2_encoder.errors import UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.objectives.masked_image import MaskedImage
@@ -90,6 +91,7 @@ def test_tokenizer_trains_and_its_codes_are_learnt(
         (["objective=[itc]"], "objective=[itc]: must be empty: the task has a loss of its own"),
         (["strategy=ddp", "trainer.devices=2"], "strategy: must be single"),
         (["strategy.micro_batches=2"], "strategy.micro_batches=2: has no meaning"),
+        (["adaptation._target_=builtins.dict"], "adaptation._target_=builtins.dict: must be full"),
         (["task.num_codes=1"], "task.num_codes=1: must be"),
         (["task.decay=1"], "task.decay=1: must be"),
         (["task.num_heads=3"], "task.num_heads=3: must divide task.embed_dim=32; for example task.num_heads=4"),
@@ -99,9 +101,8 @@ def test_what_a_tokenizer_cannot_use_is_said(
     composer: Composer, tmp_path: Path, lines: list[str], message: str
 ) -> None:
     composition = composer.compose([*SMALL, f"run.folder={tmp_path}", *lines])
-    problems = [*composition.problems, *validate.validate_train(composition.cfg)]
-    assert len(problems) == 1
-    assert problems[0].startswith(message)
+    (problem,) = [*composition.problems, *validate.validate_train(composition.cfg)]
+    assert format_problem(problem).startswith(message)
 
 
 def test_a_tokenizer_and_an_encoder_do_not_go_on_in_each_others_run(composer: Composer, tmp_path: Path) -> None:
@@ -116,7 +117,8 @@ def test_a_tokenizer_and_an_encoder_do_not_go_on_in_each_others_run(composer: Co
         (folder / "checkpoints" / "last.ckpt").touch()
         assert compose(composer, *first, *shared)
         problems = validate.validate_train(composer.compose([*then, *shared]).cfg)
-        assert f"run.name=run{number}: its run trains {what}; give another run.name" in problems
+        wanted = f"run.name=run{number}: its run trains {what}; give another run.name"
+        assert wanted in map(format_problem, problems)
 
 
 def test_codes_need_a_tokenizer_of_the_same_patches(composer: Composer, tmp_path: Path) -> None:
@@ -129,7 +131,9 @@ def test_codes_need_a_tokenizer_of_the_same_patches(composer: Composer, tmp_path
         ]
     )
     (problem,) = validate.validate_train(composition.cfg)
-    assert problem.startswith("objective.cmim.targets.tokenizer=outputs/nowhere: no such folder; train one with")
+    assert format_problem(problem).startswith(
+        "objective.cmim.targets.tokenizer=outputs/nowhere: no such folder; train one with"
+    )
     config = VisualTokenizerConfig(image_size=64, patch_size=8, num_codes=5, code_dim=4, embed_dim=8, num_heads=2)
     folder = save_visual_tokenizer(tmp_path / "t", VisualTokenizer(config))
     objective = MaskedImage(targets=VisualCodes(tokenizer=str(folder)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from m2_encoder.evaluation.suite import print_results, run_tasks, summarize
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext
 from m2_encoder.evaluation.tasks.rerank import Rerank
+from m2_encoder.files import write_json
 from m2_encoder.hub import MissingTokenizer
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_tasks
@@ -130,24 +130,14 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         "seconds": round(time.time() - started, 3),
         **describe_run(),
     }
-    path = _write(cfg["output"], report)
-    console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
-
-
-def _write(output: str, report: Mapping[str, Any]) -> Path:
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    path = Path(output).expanduser()
-    partial = path.with_name(f".{path.name}.partial")
+    path = Path(cfg["output"]).expanduser()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        return partial.replace(path)
-    except OSError as error:
-        print(text, end="", flush=True)  # what took long to compute is not lost
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = f"cannot be written ({error.strerror or error}); its content is printed above"
-        raise UserError(f"output={output}: {reason}") from error
+        write_json(path, report, key="output")
+    except UserError as error:
+        print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # what took long to compute is not lost
+        error.text += "; its content is printed above"
+        raise
+    console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
 
 
 def _read_head(cfg: Mapping[str, Any]) -> MatchingHead | None:

@@ -15,6 +15,7 @@ from m2_encoder.distributed.topology import divisors
 from m2_encoder.errors import NOTHING, Problem
 
 _TOKENIZER_TARGET: Final = "m2_encoder.training.visual_tokenizer_module.VisualTokenizerModule"
+_FULL_TARGET: Final = "m2_encoder.training.adaptation.Full"
 _SINGLE_TARGET: Final = "m2_encoder.strategies.single.LocalStrategy"
 
 
@@ -41,6 +42,9 @@ def _check_tokenizer_task(known: Known) -> Iterator[Problem]:
     if (weights := known("model.weights", None)) is not None:
         rule = "must be null: of the model only the sizes of images and patches count here"
         yield Problem("model.weights", weights, rule, "use model.weights=null")
+    if (adaptation := known("adaptation._target_", _FULL_TARGET)) != _FULL_TARGET:
+        rule = "must be full: a visual tokenizer is trained as a whole"
+        yield Problem("adaptation._target_", adaptation, rule, "use adaptation=full")
 
 
 def _check_task_heads(known: Known) -> Iterator[Problem]:

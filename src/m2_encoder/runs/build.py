@@ -90,10 +90,8 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptati
     node = (UNSAID | dict(cfg))["adaptation"]
     adaptation = instantiate(node)
     if not isinstance(adaptation, Adaptation):
-        raise UserError(
-            f"adaptation._target_={node['_target_']}: must be a subclass of m2_encoder.training.adaptation.Adaptation; "
-            "derive it from that"
-        )
+        rule = "must be a subclass of m2_encoder.training.adaptation.Adaptation; derive it from that"
+        raise UserError(rule, key="adaptation._target_", value=node["_target_"])
     check_adaptation(adaptation, model)
     return adaptation
 

@@ -160,6 +160,6 @@ def _find_blind_choices(cfg: Mapping[str, Any], objectives: Mapping[str, Objecti
         is_attentive = isinstance(objective, MaskedImage) and objective.patch_ratio is None
         if is_attentive or isinstance(objective, PairObjective):
             yield (
-                f"objective.{name} chooses {'patches' if is_attentive else 'wrong partners'} by features that nothing "
+                f"objective.{name} chooses {'patches' if is_attentive else 'hard negatives'} by features that nothing "
                 "in this run trains; add itc to objective=[...], or start from model.weights"
             )

@@ -44,54 +44,31 @@ _CONTEXT_LENGTH = 1 << 16  # captions are counted whole, whatever a model would 
 
 
 class InspectionOptions(NamedTuple):
-    """What is looked at.
+    """What is looked at."""
 
-    Attributes:
-        samples_per_shard: evenly spread over a shard; None takes all.
-        decode: decode images, too, which finds cut ones; otherwise only their headers are read.
-        num_decoded: images of a shard to decode, evenly spread; None decodes all that are read.
-        limits: images outside are faults.
-        language: of captions without one; None detects it by the script.
-        words: count words.
-        tokenizer: content of a SentencePiece file, to count tokens with; None does not.
-    """
-
-    samples_per_shard: int | None = 250
-    decode: bool = True
-    num_decoded: int | None = None
-    limits: ImageLimits = ImageLimits()
-    language: str | None = None
+    samples_per_shard: int | None = 250  # evenly spread over a shard; None takes all
+    decode: bool = True  # decode images, too, which finds cut ones; otherwise only their headers are read
+    num_decoded: int | None = None  # images of a shard to decode, evenly spread; None decodes all that are read
+    limits: ImageLimits = ImageLimits()  # images outside are faults
+    language: str | None = None  # of captions without one; None detects it by the script
     words: bool = False
-    tokenizer: bytes | None = None
+    tokenizer: bytes | None = None  # content of a SentencePiece file, to count tokens with; None does not
 
 
 class ShardTask(NamedTuple):
-    """One shard to inspect.
-
-    Attributes:
-        path: of the tar, or its url.
-        options: what is looked at.
-        remote: local copies of remote shards; None refuses urls.
-    """
+    """One shard to inspect."""
 
     path: str
     options: InspectionOptions
-    remote: RemoteShards | None = None
+    remote: RemoteShards | None = None  # local copies of remote shards; None refuses urls
 
 
 class Fault(NamedTuple):
-    """Something unusable.
-
-    Attributes:
-        shard: path of the tar.
-        key: of the sample; None if it concerns the shard.
-        reason: one word, as in the metrics `data/skipped/<reason>`.
-        detail: what was found.
-    """
+    """Something unusable."""
 
     shard: str
-    key: str | None
-    reason: str
+    key: str | None  # of the sample; None if it concerns the shard
+    reason: str  # one word, as in the metrics `data/skipped/<reason>`
     detail: str
 
 
@@ -99,7 +76,6 @@ class ShardInspection(NamedTuple):
     """What one shard holds.
 
     Attributes:
-        path: of the tar, or its url.
         num_bytes: of the tar; 0 if it is not there.
         indexed: samples that are usable as far as headers tell.
         header_faults: samples that are not, by reason.
@@ -274,7 +250,6 @@ def _open(path: str, remote: RemoteShards | None) -> OpenShard:
 
     Raises:
         SampleProblem: shard_changed, if it is another one than was indexed, or what a download can end in.
-        UserError: for a url without a folder for copies.
     """
     if is_remote(path):
         if remote is None:

@@ -45,19 +45,12 @@ class StartCheck:
 
 
 class TrainingNeeds(NamedTuple):
-    """What a run wants of its sources.
+    """What a run wants of its sources."""
 
-    Attributes:
-        global_batch_size: rows of a step over all ranks.
-        languages: those with a weight; a sample needs a caption in one of them.
-        limits: images outside are not used.
-        max_bad_share: of unusable samples, above which the run ends.
-    """
-
-    global_batch_size: int
-    languages: tuple[str, ...]
-    limits: ImageLimits
-    max_bad_share: float
+    global_batch_size: int  # rows of a step over all ranks
+    languages: tuple[str, ...]  # those with a weight; a sample needs a caption in one of them
+    limits: ImageLimits  # images outside are not used
+    max_bad_share: float  # of unusable samples, above which the run ends
 
 
 def check_manifest(
@@ -70,12 +63,7 @@ def check_manifest(
 ) -> dict[str, SourceReport]:
     """Look at a part of each source that the mixture uses, and judge it for this run.
 
-    Args:
-        manifest: sources with their shards.
-        check: how much to look at.
-        needs: what the run wants.
-        remote: local copies of remote shards.
-        stall_timeout_s: after which a source on local disks counts as stuck.
+    After `stall_timeout_s` a source on local disks counts as stuck.
 
     Returns:
         By name of the source; problems say why the run is pointless, warnings what to know. The false negatives are

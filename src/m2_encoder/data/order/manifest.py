@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m2_encoder.bounds import Count, NotNegative, Rule, check_fields
 from m2_encoder.data.order.manifest_record import RecordedSource, name_some, pack_record, write_weight
-from m2_encoder.data.shards.index import ShardSize
+from m2_encoder.data.shards.index import IndexHeader
 from m2_encoder.data.shards.paths import is_remote, list_shards
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
@@ -169,7 +169,7 @@ class Manifest:
 
 
 def build_manifest(
-    specs: Sequence[SourceSpec], *, measure: Callable[[str], ShardSize], stall_timeout_s: float = STALL_TIMEOUT_S
+    specs: Sequence[SourceSpec], *, measure: Callable[[str], IndexHeader], stall_timeout_s: float = STALL_TIMEOUT_S
 ) -> Manifest:
     """Find the shards of every source and count their samples.
 
@@ -184,19 +184,19 @@ def build_manifest(
     return Manifest([_build_source(spec, measure, stall_timeout_s) for spec in specs])
 
 
-def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize], stall_timeout_s: float) -> Source:
+def _build_source(spec: SourceSpec, measure: Callable[[str], IndexHeader], stall_timeout_s: float) -> Source:
     try:
         shards = list_shards(spec.shards)
     except UserError as error:
         raise error.under(f"data.sources.{spec.name}.shards") from error
     failed: list[str] = []
 
-    def try_measure(shard: str) -> ShardSize:
+    def try_measure(shard: str) -> IndexHeader:
         try:
             return measure(shard)
         except OSError as error:
             failed.append(f"{shard} ({error.strerror or error})")
-            return ShardSize(0, 0)
+            return IndexHeader(0, 0)
 
     found = map_watched(
         try_measure,
@@ -237,11 +237,11 @@ def make_source(
     Args:
         spec: as configured.
         shards: paths or urls.
-        counts: of each, as `ShardSize.samples`.
-        sizes: of each, as `ShardSize.size`.
-        written: of each, as `ShardSize.written`; None for none.
-        unusable: of each, as `ShardSize.unusable`; None for none.
-        layouts: of each, as `ShardSize.layout`; None for none.
+        counts: of each, as `IndexHeader.samples`.
+        sizes: of each, as `IndexHeader.size`.
+        written: of each, as `IndexHeader.written`; None for none.
+        unusable: of each, as `IndexHeader.unusable`; None for none.
+        layouts: of each, as `IndexHeader.layout`; None for none.
     """
     samples = np.asarray(counts, np.int64)
     before = np.cumsum(samples) - samples

@@ -57,25 +57,15 @@ class PackOptions(NamedTuple):
 
 
 class PackSummary(NamedTuple):
-    """What an output holds.
-
-    Attributes:
-        shards: tars with at least one sample.
-        samples: pairs.
-        num_bytes: of all tars.
-        changed_images: reduced or encoded again.
-        captions: number by language.
-        failed: number of records by reason.
-        reused: shards that an earlier run had done.
-    """
+    """What an output holds."""
 
     shards: int
-    samples: int
-    num_bytes: int
-    changed_images: int
-    captions: dict[str, int]
-    failed: dict[str, int]
-    reused: int
+    samples: int  # pairs
+    num_bytes: int  # of all tars
+    changed_images: int  # reduced or encoded again
+    captions: dict[str, int]  # number by language
+    failed: dict[str, int]  # number of records by reason
+    reused: int  # shards that an earlier run had done
 
 
 def pack(
@@ -92,7 +82,7 @@ def pack(
     Args:
         source: what to pack; its files may not change meanwhile. Shards whose images or captions were written again
             since they were packed are packed again; other names or rows are another source.
-        folder: of the tars; made if it is not there. Nothing else may be in it.
+        folder: of the tars; made if missing. It may hold nothing else.
         options: how.
         workers: processes; 0 packs in this one. Does not change the bytes.
         overwrite: remove what an earlier run with another source or other options left there.
@@ -120,11 +110,7 @@ def pack(
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuse a pattern that does not name one tar for each number.
-
-    Raises:
-        UserError: with an example.
-    """
+    """Raise a `UserError` if the pattern does not name one tar for each number."""
     if not _PATTERN.fullmatch(pattern) or pattern.startswith("."):
         raise UserError(f"pattern={pattern}: must be a file name with one %06d and .tar, such as wukong-%06d.tar")
 

@@ -21,21 +21,13 @@ _SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet":
 
 
 class Source(NamedTuple):
-    """Something to pack.
+    """Something to pack."""
 
-    Attributes:
-        format: one of `FORMATS`.
-        paths: its files; of a folder, the folder.
-        texts: Chinese-CLIP's second file.
-        root: where relative paths of images count from; None is the folder of each table.
-        columns: what the columns of a table mean; also says languages, and what to keep, of the others.
-    """
-
-    format: str
-    paths: tuple[Path, ...]
-    texts: Path | None
-    root: str | None
-    columns: Columns
+    format: str  # one of `FORMATS`
+    paths: tuple[Path, ...]  # its files; of a folder, the folder
+    texts: Path | None  # Chinese-CLIP's second file
+    root: str | None  # where relative paths of images count from; None is the folder of each table
+    columns: Columns  # what the columns of a table mean; also says languages, and what to keep, of the others
 
     def slices(self, size: int) -> Iterator[Slice]:
         """Cut it into slices of `size` records; those of a table's last slice may be fewer.

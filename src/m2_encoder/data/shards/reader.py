@@ -19,7 +19,6 @@ from m2_encoder.data.shards.index import (
     IndexHeader,
     Member,
     ShardFault,
-    ShardSize,
     count_samples,
     find_files,
     open_index,
@@ -147,7 +146,7 @@ class ShardReader:
         """Without open files: a worker process opens its own."""
         return {**self.__dict__, "_open": OrderedDict(), "_failed": {}}
 
-    def measure(self, shard: str) -> ShardSize:
+    def measure(self, shard: str) -> IndexHeader:
         """How much a shard holds, from its index; for `build_manifest`.
 
         A remote shard is measured by the `.index` beside it; without one it has to be downloaded.
@@ -157,17 +156,17 @@ class ShardReader:
             UserError: for a url without a folder for copies.
         """
         if not is_remote(shard):
-            return _measured(count_samples(_path(shard)))
+            return count_samples(_path(shard))
         remote = self._need_remote(shard)
         size = remote.stat(shard)
         head = parse_header(remote.read_head(f"{shard}{INDEX_SUFFIX}", 4096) or b"")
         if head is not None and head.size == size:
-            return _measured(head)._replace(written=0)
+            return head._replace(written=0)
         try:
             counted = count_samples(remote.fetch(shard, size=size))
         except SampleProblem as problem:
             raise OSError(str(problem)) from problem
-        return _measured(counted)._replace(written=0)  # of the copy
+        return counted._replace(written=0)  # of the copy
 
     def faults(self, shard: str) -> tuple[ShardFault, ...]:
         """What headers tell to be unusable in a shard; of a remote one by the index beside it, or by its copy.
@@ -262,10 +261,6 @@ def _open(path: str, size: int, written: int) -> OpenShard:
         return OpenShard(path, size=size, written=written)
     except OSError as error:
         raise _GoneError("shard_missing", error.strerror or str(error)) from error
-
-
-def _measured(header: IndexHeader) -> ShardSize:
-    return ShardSize(header.samples, header.size, header.written, header.unusable, header.layout)
 
 
 def _path(shard: str) -> str:

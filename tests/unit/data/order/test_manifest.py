@@ -14,7 +14,7 @@ from m2_encoder.data.order.manifest import (
     make_source,
 )
 from m2_encoder.data.order.manifest_record import describe_difference, read_record
-from m2_encoder.data.shards.index import ShardSize
+from m2_encoder.data.shards.index import IndexHeader
 from m2_encoder.data.shards.reader import ShardReader
 from m2_encoder.errors import UserError
 from tests.support.shards import make_sample, write_tar
@@ -40,10 +40,10 @@ def test_names_that_are_no_utf8_have_a_digest_of_their_own() -> None:
 
 
 def test_missing_shards_are_listed() -> None:
-    def measure(shard: str) -> ShardSize:
+    def measure(shard: str) -> IndexHeader:
         if shard == "d/1.tar":
             raise FileNotFoundError(2, "No such file or directory")
-        return ShardSize(3, 9)
+        return IndexHeader(3, 9)
 
     with pytest.raises(UserError, match=r"data.sources.main: 1 of 3 shards cannot be read: d/1.tar \(No such file"):
         build_manifest([SourceSpec("main", "d/{0..2}.tar")], measure=measure)
