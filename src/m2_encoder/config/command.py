@@ -30,7 +30,6 @@ from m2_encoder.config.groups import drop_unchosen, lend_groups
 from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
-from m2_encoder.config.problems import format_problem
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_sweep_line,
@@ -218,7 +217,7 @@ def _find_problems(command: Command, composition: Composition) -> list[str]:
     problems = [*composition.problems, *_resolve(command.check)(cfg, **more)]
     if command.check_late and not problems:
         problems = _resolve(command.check_late)(cfg, **more)
-    return composition.without_echoes([each if isinstance(each, str) else format_problem(each) for each in problems])
+    return composition.without_echoes(problems)
 
 
 def _rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:

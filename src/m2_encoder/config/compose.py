@@ -25,8 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from m2_encoder.config.groups import CHOSEN_AS_LISTS, drop_unchosen, find_conflict, read_options
 from m2_encoder.config.overrides import adds, key_problem, parse_overrides, refuse_repeated, refuse_sweeps
 from m2_encoder.config.paths import find_conf
-from m2_encoder.config.problems import UNSET, flatten, nearest
-from m2_encoder.errors import UserError
+from m2_encoder.config.problems import UNSET, flatten, format_problem, nearest
+from m2_encoder.errors import Problem, UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
 # Folders of conf/ that offer no choice: Hydra's settings, and configurations of commands without groups.
@@ -65,10 +65,11 @@ class Composition(NamedTuple):
     refused: list[str]
     changed: set[str] | None
 
-    def without_echoes(self, problems: Sequence[str]) -> list[str]:
-        """Leaves out problems of a key that only repeats the wrong value of another."""
-        wrong = {problem.partition("=")[0] for problem in problems}
-        return [text for text in problems if self.references.get(text.partition("=")[0]) not in wrong]
+    def without_echoes(self, problems: Sequence[Problem | str]) -> list[str]:
+        """A line for each problem, but for those of a key that only repeats the wrong value of another."""
+        lines = [problem if isinstance(problem, str) else format_problem(problem) for problem in problems]
+        wrong = {line.partition("=")[0] for line in lines}
+        return [line for line in lines if self.references.get(line.partition("=")[0]) not in wrong]
 
 
 class Composer:
