@@ -18,8 +18,8 @@ from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import Problem
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.runs.build import build_run
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config, write_config
-from m2_encoder.runs.run import build_run
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -194,6 +194,11 @@ def read_parameters(called: Any) -> Parameters:
     return found
 
 
+def make_optional(parameters: Parameters) -> Parameters:
+    """The same parameters, each of which may be null or left out."""
+    return {name: item.replace(annotation=item.annotation | None, default=None) for name, item in parameters.items()}
+
+
 def _is_allowed(value: Any, annotation: Any) -> bool:
     if annotation in (Any, inspect.Parameter.empty):
         return True
@@ -270,6 +275,8 @@ def _sample(annotation: Any) -> str:
     ]:
         if text:
             return text
+    if typing.get_origin(annotation) is Literal:
+        return str(typing.get_args(annotation)[0])
     if options := _options(annotation):
         return options[0]
     least = [max(1, each.ge) for each in _metadata(annotation, Ge) if isinstance(each.ge, int)]

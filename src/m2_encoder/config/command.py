@@ -28,8 +28,10 @@ from m2_encoder.config.arguments import Arguments, parse_arguments
 from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
 from m2_encoder.config.groups import drop_unchosen, lend_groups
 from m2_encoder.config.help import read_values, render_help
+from m2_encoder.config.old_names import update_names
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
+from m2_encoder.config.problems import find_problems, format_problem
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_sweep_line,
@@ -133,7 +135,8 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
 
 def report_problems(name: str, error: UserError) -> None:
     """Prints a user error on stderr: one line, or a list; only the first of several ranks speaks."""
-    problems = error.lines if isinstance(error, ProblemsError) else [" ".join(str(error).split())]
+    found = [format_problem(problem) for problem in find_problems(error)]
+    problems = error.lines if isinstance(error, ProblemsError) else found
     if not is_first_rank():
         return
     if len(problems) == 1:
@@ -268,7 +271,7 @@ class _Job:
     def __call__(self, cfg: DictConfig) -> None:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
-        plain = {str(key): value for key, value in values.items()}
+        plain = update_names({str(key): value for key, value in values.items()})
         settings = HydraConfig.get()
         drop_unchosen(plain, self._folder, settings.searchpath)
         if settings.mode == RunMode.MULTIRUN:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from m2_encoder.config.groups import CHOSEN_AS_LISTS, drop_unchosen, find_conflict, read_options
+from m2_encoder.config.old_names import update_names
 from m2_encoder.config.overrides import adds, key_problem, parse_overrides, refuse_repeated, refuse_sweeps
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import UNSET, flatten, format_problem, nearest
@@ -304,7 +305,7 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
             return UNSET
         return plain(value, path)
 
-    values = plain(cfg, "")
+    values = update_names(plain(cfg, ""))
     return values, [*describe_missing(missing), *problems], references
 
 
