@@ -82,7 +82,7 @@ def _check_file(file: NamedFile) -> Iterator[Problem]:
         if file.kind.check is not None:
             file.kind.check(path)
     except OSError as error:
-        yield Problem(file.key, file.value, str(error.strerror), f"{file.kind.fix}, or null")
+        yield Problem(file.key, file.value, str(error.strerror), file.kind.fix)
     except ValueError as error:
         yield Problem(file.key, file.value, str(error))
 

@@ -42,7 +42,7 @@ class MaskedLanguage(LocalObjective):
 
     passes = frozenset({"masked_text"})
     score_names = ("accuracy",)
-    files = {"user_dictionary": FileKind("file", fix=DICTIONARY_FIX, check=read_user_words)}  # noqa: RUF012
+    files = {"user_dictionary": FileKind("file", f"{DICTIONARY_FIX}, or null", read_user_words)}  # noqa: RUF012
 
     @check_bounds
     def __init__(

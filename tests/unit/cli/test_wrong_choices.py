@@ -80,10 +80,8 @@ def test_nothing_to_train_is_said_early(lines: list[str]) -> None:
     with open_composer(CONF, "train") as composer:
         composition = composer.compose([*lines, "logger=csv", "trainer.accelerator=cpu"])
     assert composition.problems == []
-    problems = [
-        text for text in map(format_problem, validate.validate_train(composition.cfg)) if text.startswith("objective")
-    ]
-    assert problems == ["objective: is missing; name at least one, for example objective=[itc]"]
+    problems = [each for each in validate.validate_train(composition.cfg) if each.key.startswith("objective")]
+    assert [*map(format_problem, problems)] == ["objective: is missing; name at least one, for example objective=[itc]"]
 
 
 @pytest.mark.parametrize(
