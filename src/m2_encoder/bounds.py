@@ -69,7 +69,18 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Language = Literal["en", "zh"]
 Text = Annotated[str, Rule(lambda text: bool(text.strip()), "a text", "TEXT")]
+
+
+def _names_paths(value: str | Sequence[str]) -> bool:
+    parts = [value] if isinstance(value, str) else value
+    return bool(parts) and all(part.strip() for part in parts)
+
+
+Paths = Annotated[
+    str | Sequence[str], Rule(_names_paths, "a path, a url, a pattern such as data/*.tar, or a list of them", "PATHS")
+]
 
 
 def check_bounds(function: Callable[P, R]) -> Callable[P, R]:
@@ -193,6 +204,8 @@ _WORDS: dict[Any, str] = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", None: "null", type(None): "null",
 }  # fmt: skip
 
+_PLURAL: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
+
 
 def describe(annotation: Any) -> str:
     """What an annotation allows, in words: "a whole number, 1 or more, or null"."""
@@ -214,16 +227,22 @@ def describe(annotation: Any) -> str:
         if issubclass(container, Mapping) or dataclasses.is_dataclass(container):
             return "a mapping"
         if issubclass(container, Sequence):
-            return f"a list of {describe(inner[0])}" if inner else "a list"
+            return f"a list of {_PLURAL.get(_base(inner[0]), describe(inner[0]))}" if inner else "a list"
         return f"a {container.__name__}"
     return str(annotation)
+
+
+def _base(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
 
 
 def _describe_base(annotation: Any) -> str:
     base = typing.get_args(annotation)[0]
     lengths = [each for each in annotation.__metadata__ if isinstance(each, Len)]
     if lengths and typing.get_args(base):
-        return f"a list of {lengths[0].min_length}, each {describe(typing.get_args(base)[0])}"
+        item = typing.get_args(base)[0]
+        bounds = _describe_bounds(item) if typing.get_origin(item) is Annotated else ""
+        return ", each ".join(filter(None, (f"{lengths[0].min_length} {_PLURAL.get(_base(item), 'items')}", bounds)))
     return describe(base)
 
 

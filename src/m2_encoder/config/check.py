@@ -118,8 +118,11 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> Iterator
     if _lacks(value):
         return
     settings = _settings_of(annotation)
+    is_null = value is None and settings is not annotation
     if settings is not None and isinstance(value, Mapping):
         yield from check_values(key, value, read_parameters(settings))
+    elif settings is not None and not is_null:
+        yield Problem(key, value, f"must be {describe(annotation)} of keys", f"for example {key}.KEY=VALUE")
     elif not _is_allowed(value, annotation):
         options = _options(annotation)
         words = [value] if isinstance(value, str) else list(value) if isinstance(value, Mapping) else []
@@ -192,6 +195,11 @@ def read_parameters(called: Any) -> Parameters:
                 found = {**{key: item for key, item in options if item.default is not item.empty}, **found}
     found["kwargs"] = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     return found
+
+
+def make_optional(parameters: Parameters) -> Parameters:
+    """The same parameters, each of which may be null or left out."""
+    return {name: item.replace(annotation=item.annotation | None, default=None) for name, item in parameters.items()}
 
 
 def _is_allowed(value: Any, annotation: Any) -> bool:
@@ -270,6 +278,8 @@ def _sample(annotation: Any) -> str:
     ]:
         if text:
             return text
+    if typing.get_origin(annotation) is Literal:
+        return str(typing.get_args(annotation)[0])
     if options := _options(annotation):
         return options[0]
     least = [max(1, each.ge) for each in _metadata(annotation, Ge) if isinstance(each.ge, int)]

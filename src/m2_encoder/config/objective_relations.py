@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from hydra.utils import instantiate
-
-from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT
 from m2_encoder.config.known import Known
-from m2_encoder.config.model_choice import NO_ENCODER, find_path, format_of, is_model_name
+from m2_encoder.config.objective_files import check_files
 from m2_encoder.config.problems import show
 from m2_encoder.errors import Problem
-from m2_encoder.objectives.base import Objective
+from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.schedule import check_schedule, find_pause
-from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
 
 
 def counting(known: Known) -> list[str]:
     """Names of the objectives with a weight; the others are no part of a run, whatever they say."""
-    return [name for name in known("objective") if known(f"objective.{name}.weight", 1.0)]
-
-
-def trained_by(objectives: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """What objectives train: checkpoints of runs for which this is equal fit each other.
-
-    Args:
-        objectives: those with a weight, as a resolved configuration has them.
-
-    Returns:
-        Those with parameters of their own, with what decides on their shapes; and the parts of the model.
-    """
-    own: dict[str, Any] = {}
-    parts: set[str] = set()
-    for name, node in objectives.items():
-        objective = instantiate(node)
-        parts |= objective.trained_parts()
-        if type(objective).build is not Objective.build or next(objective.parameters(), None) is not None:
-            targets = node.get("targets") or {}
-            own[name] = (node["_target_"], node.get("decoder"), targets.get("_target_"))
-    return own, frozenset(parts)
+    return list(active({name: {"weight": known(f"objective.{name}.weight", 1.0)} for name in known("objective")}))
 
 
 def _check_kinds(known: Known) -> Iterator[Problem]:
@@ -116,36 +91,6 @@ def _check_one_sided(known: Known) -> Iterator[Problem]:
             yield Problem(f"objective.{name}.one_sided", True, rule, f"use objective.{name}.equal_rows=true")
 
 
-def _check_teachers(known: Known) -> Iterator[Problem]:
-    for name in counting(known):
-        key = f"objective.{name}.teacher"
-        teacher, weights = known(key, None), known(f"{key}_weights", None)
-        if weights is not None and not find_path(weights).is_file():
-            yield Problem(f"{key}_weights", weights, "no such file", "give the path of the teacher's checkpoint")
-        elif teacher is not None and is_model_name(teacher):
-            if weights is None:
-                yield Problem(key, teacher, "needs its checkpoint", f"add {key}_weights=FILE")
-        elif teacher is not None and format_of(teacher) == VISUAL_TOKENIZER_FORMAT:
-            yield Problem(key, teacher, NO_ENCODER)
-        elif teacher is not None and not (find_path(teacher) / CONFIG_FILE).is_file():
-            inside = Path(teacher) / "export"
-            fix = f"use {key}={inside}" if (find_path(teacher) / "export").is_dir() else "give one of m2-export"
-            yield Problem(key, teacher, "no folder with an exported model", fix)
-
-
-def _check_dictionaries(known: Known) -> Iterator[Problem]:
-    for name in counting(known):
-        key = f"objective.{name}.user_dictionary"
-        if (value := known(key, None)) is None:
-            continue
-        try:
-            read_user_words(find_path(value))
-        except OSError as error:
-            yield Problem(key, value, str(error.strerror), f"{DICTIONARY_FIX}, or null")
-        except ValueError as error:
-            yield Problem(key, value, str(error))
-
-
 OBJECTIVE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_kinds,
     _check_weights,
@@ -155,8 +100,5 @@ OBJECTIVE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_one_sided,
 )
 
-OBJECTIVE_PLACE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
-    _check_teachers,
-    _check_dictionaries,
-)
+OBJECTIVE_PLACE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (check_files,)
 """Those that look at this machine."""

@@ -16,20 +16,17 @@ import torch
 
 from m2_encoder.config.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
 from m2_encoder.config.known import Known, count_devices, count_ranks, run_check
-from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
+from m2_encoder.config.model_choice import build_tokenizer, takes_files
 from m2_encoder.config.objective_relations import OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS
 from m2_encoder.config.objective_trial import TRIAL_CHECKS
-from m2_encoder.config.paths import anchor, default_run_folder
+from m2_encoder.config.paths import LAST_CHECKPOINT, anchor, default_run_folder
 from m2_encoder.config.problems import find_problems
-from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
-from m2_encoder.config.task_relations import TASK_CHECKS, TASK_PLACE_CHECKS
+from m2_encoder.config.task_relations import TASK_CHECKS
 from m2_encoder.data.emoji.dataset import load_emoji_concepts
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import divisors, resolve_group_size
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
-from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
-from m2_encoder.runs.resume_relations import RESUME_CHECKS, find_resumed
 
 MAX_CPU_RANKS: Final = 8
 _EMOJI_TARGET: Final = "m2_encoder.data.emoji.emoji_module.EmojiDataModule"
@@ -38,7 +35,6 @@ _FSDP_TARGET: Final = "m2_encoder.strategies.grouped_fsdp.GroupedFSDPStrategy"
 _FSDP_PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true", "16-true", "32", "bf16", 32)
 _MUON_TARGET: Final = "m2_encoder.training.optim.build_muon"
 _GPU_PRECISIONS: Final = ("16-mixed", "16-true", "16", 16)
-_SHAPE_FIELDS: Final = tuple(field for field in MODEL_FIELDS if field not in REAL_MODEL_FIELDS)
 
 
 def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machine: bool = True) -> list[Problem]:
@@ -222,26 +218,6 @@ def _check_folders(known: Known) -> Iterator[Problem]:
         yield Problem("run.resume", resume, f"there is no {folder / LAST_CHECKPOINT}", fix)
 
 
-def _check_resumed_model(known: Known) -> Iterator[Problem]:
-    if (folder := find_resumed(known)) is None:
-        return
-    try:
-        saved = read_config(folder / CONFIG_FILE)
-        before = build_model_config(saved["model"]).to_dict()
-    except (UserError, KeyError, TypeError) as error:
-        fix = "restore the file, or start again with another run.name"
-        yield Problem("run.resume", known("run.resume"), f"cannot read {folder / CONFIG_FILE} ({error})", fix)
-        return
-    if (saved.get("task") is None) != (known("task", None) is None):
-        what = "an encoder" if saved.get("task") is None else "a visual tokenizer"
-        yield Problem("run.name", known("run.name"), f"its run trains {what}", "give another run.name")
-        return
-    for field in _SHAPE_FIELDS:
-        if (value := _size(known, field)) != before[field]:
-            fix = "leave it out, or give another run.name"
-            yield Problem(f"model.{field}", value, f"must be {before[field]}, as in the run that is continued", fix)
-
-
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_heads,
     _check_patches,
@@ -262,15 +238,11 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     *DATA_CHECKS,
     *DATA_PLACE_CHECKS,
     *TASK_CHECKS,
-    *TASK_PLACE_CHECKS,
     _check_folders,
-    _check_resumed_model,
-    *RESUME_CHECKS,
 )
 
 _MACHINE_CHECKS: Final = (
-    _check_devices, _check_cluster, *OBJECTIVE_PLACE_CHECKS, *DATA_PLACE_CHECKS, *TASK_PLACE_CHECKS,
-    _check_resumed_model, *RESUME_CHECKS,
+    _check_devices, _check_cluster, *OBJECTIVE_PLACE_CHECKS, *DATA_PLACE_CHECKS,
 )  # fmt: skip
 
 

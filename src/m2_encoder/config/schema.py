@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal
 from annotated_types import Ge
 
 from m2_encoder.bounds import Count, Example, Rule, Seed, Text
-from m2_encoder.config.check import Parameters, check_values, read_parameters
+from m2_encoder.config.check import Parameters, check_values, make_optional, read_parameters
 from m2_encoder.config.problems import UNSET
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
@@ -180,10 +180,7 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
 
 
 def _model_parameters() -> Parameters:
-    sizes = read_parameters(M2EncoderConfig)
-    fields = {name: sizes[name] for name in MODEL_FIELDS}
-    optional = {name: item.replace(annotation=item.annotation | None, default=None) for name, item in fields.items()}
-    return {**read_parameters(Model), **optional}
+    return {**make_optional(read_parameters(M2EncoderConfig)), **read_parameters(Model)}
 
 
 def _cluster_parameters(cluster: Any) -> Parameters:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final
 
-from m2_encoder.checkpoints.exported import CONFIG_FILE, FORMAT
 from m2_encoder.config.known import Known, count_ranks
-from m2_encoder.config.model_choice import find_path, format_of
-from m2_encoder.config.objective_relations import counting
 from m2_encoder.config.problems import show
 from m2_encoder.distributed.topology import divisors
 from m2_encoder.errors import NOTHING, Problem
@@ -55,28 +51,8 @@ def _check_task_heads(known: Known) -> Iterator[Problem]:
         yield Problem("task.num_heads", heads, rule, f"for example task.num_heads={fits}")
 
 
-def _check_visual_tokenizer(known: Known) -> Iterator[Problem]:
-    """A run that reads one needs it."""
-    for name in counting(known):
-        key = f"objective.{name}.targets.tokenizer"
-        if (value := known(key, None)) is None:
-            continue
-        folder = find_path(value)
-        fix = "train one with m2-train +experiment=visual_tokenizer, and give outputs/visual_tokenizer/export"
-        if not folder.is_dir():
-            yield Problem(key, value, "no such folder", fix)
-        elif format_of(value) == FORMAT:
-            yield Problem(key, value, "is an encoder, not a visual tokenizer", fix)
-        elif not (folder / CONFIG_FILE).is_file():
-            inside = f"use {key}={Path(value) / 'export'}" if (folder / "export").is_dir() else fix
-            yield Problem(key, value, "no folder with a visual tokenizer", inside)
-
-
 TASK_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_task,
     _check_tokenizer_task,
     _check_task_heads,
 )
-
-TASK_PLACE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (_check_visual_tokenizer,)
-"""Those that look at this machine."""

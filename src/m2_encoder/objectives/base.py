@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.files import FileKind, Resources
 from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
 from m2_encoder.objectives.schedule import Schedule, check_schedule, interpolate_schedule
 from m2_encoder.types import ImageTextBatch
@@ -104,18 +105,27 @@ class Objective(nn.Module, ABC):
         optional_parts: names of `m2_encoder.models.trainable_parts.PARTS` that this objective trains beside those that
             all of its kind do. Parts that no objective of a run names are frozen, so that no rank waits for a gradient
             that never comes.
+        files: which arguments name a file or folder that this objective reads, and what that is.
 
     Raises:
         UserError: for a weight or schedule that makes no sense.
     """
 
     optional_parts: frozenset[str] = frozenset()
+    files: ClassVar[Mapping[str, FileKind]] = {}
 
     @check_bounds
     def __init__(self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.schedule = None if schedule is None else check_schedule(schedule)
+
+    def prepare(self, resources: Resources) -> None:
+        """Load what `files` names; called once, before `build`.
+
+        Raises:
+            UserError: with the argument as its key, for a file that cannot be used.
+        """
 
     def build(self, shape: M2EncoderConfig) -> None:
         """Make parameters that depend on the model; called once, before the optimizer is made."""
@@ -131,6 +141,22 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Compute the loss of the local rows."""
+
+
+Each = TypeVar("Each")
+
+
+def active(objectives: Mapping[str, Each]) -> dict[str, Each]:
+    """Those with a weight above 0; the others are no part of a run, whatever they say.
+
+    Args:
+        objectives: by name; objects, or the nodes of a configuration that describe them.
+    """
+    return {name: each for name, each in objectives.items() if _weight_of(each) > 0}
+
+
+def _weight_of(objective: Any) -> float:
+    return float(objective.get("weight", 1.0) if isinstance(objective, Mapping) else objective.weight)
 
 
 class LocalTerms(NamedTuple):

@@ -37,6 +37,7 @@ from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.alignment import mean_alignment
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import contrastive_losses
+from m2_encoder.objectives.files import ENCODER, Resources
 from m2_encoder.objectives.row_tiles import gather_constant
 from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import LANGUAGES, ImageTextBatch, TextTokens
@@ -109,7 +110,7 @@ class Distillation(Objective):
 
     Args:
         teacher: whom to load: a folder written by `m2-export`, or a name of `list_models` with `teacher_weights`.
-            Whoever builds the objective loads it and calls `teach_with`; `m2-train` does.
+            `prepare` loads it.
         weight: factor in the sum of objectives.
         schedule: see `Objective`.
         teacher_weights: a checkpoint for a teacher that is named.
@@ -123,6 +124,8 @@ class Distillation(Objective):
     Raises:
         UserError: for weights that are negative or both 0, or other numbers that make no sense.
     """
+
+    files = {"teacher": ENCODER}  # noqa: RUF012 - a ClassVar of Objective
 
     @check_bounds
     def __init__(
@@ -149,6 +152,10 @@ class Distillation(Objective):
         # In a tuple, where torch looks for no sub-module.
         self._teacher: tuple[Teacher, ...] = ()
         self.projection: nn.Linear | None = None
+
+    def prepare(self, resources: Resources) -> None:
+        """Load the teacher, onto the CPU until the first step."""
+        self.teach_with(resources.load_encoder("teacher", self.teacher_name, self.teacher_weights))
 
     def teach_with(self, teacher: Teacher) -> None:
         """Take a teacher and freeze it; before `build`."""

@@ -20,6 +20,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.attentive import attentive_mask
 from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.files import Resources
 from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
 from m2_encoder.objectives.schedule import Schedule
@@ -71,6 +72,13 @@ class MaskedImage(LocalObjective):
         self.targets = NormalizedPixels() if targets is None else targets
         self.score_names = self.targets.score_names
         self._count = 0
+
+    def prepare(self, resources: Resources) -> None:
+        """Load what the targets need."""
+        try:
+            self.targets.prepare(resources)
+        except UserError as error:
+            raise error.under("targets") from error
 
     def build(self, shape: M2EncoderConfig) -> None:
         """Make the head of the targets.

@@ -17,9 +17,11 @@ from torch import Tensor
 from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.files import FileKind, Resources
 from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.objectives.token_head import TokenHead
+from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
 
 
 class MaskedLanguage(LocalObjective):
@@ -40,6 +42,7 @@ class MaskedLanguage(LocalObjective):
 
     passes = frozenset({"masked_text"})
     score_names = ("accuracy",)
+    files = {"user_dictionary": FileKind("file", f"{DICTIONARY_FIX}, or null", read_user_words)}  # noqa: RUF012
 
     @check_bounds
     def __init__(
@@ -56,6 +59,11 @@ class MaskedLanguage(LocalObjective):
         self.word_ratio = mask_ratio
         self.user_dictionary = user_dictionary
         self._decoder = decoder
+
+    def prepare(self, resources: Resources) -> None:
+        """Find the dictionary, which the data module reads."""
+        if self.user_dictionary is not None:
+            self.user_dictionary = str(resources.find_path(self.user_dictionary))
 
     def build(self, shape: M2EncoderConfig) -> None:
         """Make the head."""

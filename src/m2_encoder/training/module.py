@@ -20,7 +20,14 @@ from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
-from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInputs, ObjectiveOutput, PairObjective
+from m2_encoder.objectives.base import (
+    LocalObjective,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveOutput,
+    PairObjective,
+    active,
+)
 from m2_encoder.training.adaptation import Adaptation, Full
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, fill_state, key_by_name
@@ -63,13 +70,13 @@ class PretrainModule(lightning.LightningModule):
         validation_name: str = "val",
     ) -> None:
         super().__init__()
-        if not any(objective.weight > 0 for objective in objectives.values()):
+        if not active(objectives):
             raise UserError(f"objectives {', '.join(objectives) or 'none'}: at least one needs a weight above 0")
         if not 1 <= max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale={max_logit_scale!r} must be 1 or more")
         self.config = model
         self.adaptation = adaptation or Full()
-        self.objectives = nn.ModuleDict({name: o for name, o in objectives.items() if o.weight > 0})
+        self.objectives = nn.ModuleDict(active(objectives))
         _check_shared_pass(self.trained_objectives())
         self.validation_recall = nn.ModuleDict({language: RetrievalRecall() for language in LANGUAGES})
         self.non_finite = NonFiniteGuard(max_in_a_row=max_skipped_in_a_row)

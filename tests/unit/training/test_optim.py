@@ -214,7 +214,7 @@ def test_an_impossible_constant_schedule_is_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"betas": [0.9]}, r"betas=\[0.9\]: must be a list of 2"),
+        ({"betas": [0.9]}, r"betas=\[0.9\]: must be 2 numbers"),
         ({"betas": [0.9, 1.0]}, r"betas=\[0.9, 1.0\]"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),

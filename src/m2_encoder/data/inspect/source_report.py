@@ -15,7 +15,6 @@ from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expe
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
 from m2_encoder.data.inspect.survey import Survey
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
-from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -182,12 +181,6 @@ def judge_for_training(report: SourceReport, survey: Survey, *, max_bad_share: f
             "at which training ends: mend the shards, or allow more"
         )
     return report._replace(problems=tuple(problems))
-
-
-def refuse_pointless(report: SourceReport, source: str) -> None:
-    """Raise a `UserError` with all problems of a report, if it has any."""
-    if report.problems:
-        raise UserError(f"{source}: {'; '.join(report.problems)}")
 
 
 def _problems(report: SourceReport) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from m2_encoder.bounds import Count, NotNegative, Rule, check_fields
+from m2_encoder.bounds import Count, NotNegative, Paths, Rule, check_fields
 from m2_encoder.data.order.manifest_record import RecordedSource, name_some, pack_record, write_weight
 from m2_encoder.data.shards.index import IndexHeader
 from m2_encoder.data.shards.paths import is_remote, list_shards
@@ -22,11 +22,6 @@ from m2_encoder.types import LANGUAGES
 
 _SOURCE_KEYS = ("shards", "languages", "weight", "max_samples", "max_epochs")
 _COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
-
-
-def _names_shards(shards: str | Sequence[str]) -> bool:
-    parts = [shards] if isinstance(shards, str) else shards
-    return bool(parts) and all(part.strip() for part in parts)
 
 
 def _are_languages(languages: str | Sequence[str]) -> bool:
@@ -52,7 +47,7 @@ class SourceSpec:
     """
 
     name: str
-    shards: Annotated[str | Sequence[str], Rule(_names_shards, "a path or url, or a list of them", "PATHS")]
+    shards: Paths
     languages: Annotated[str | Sequence[str], Rule(_are_languages, f"some of {', '.join(LANGUAGES)}", "[zh, en]")] = (
         LANGUAGES
     )

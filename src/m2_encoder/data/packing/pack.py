@@ -100,13 +100,15 @@ def pack(
                     _remove_shard(path)
             return _finish(folder, results, reused)
     except OSError as error:  # of the disk, or of a source that went away
-        raise UserError(f"output={folder}: {error}; mend that and start again, done shards stay") from error
+        raise UserError(f"{error}; mend that and start again, done shards stay", key="output", value=folder) from error
 
 
 def check_pattern(pattern: str) -> None:
     """Raise a `UserError` if the pattern does not name one tar for each number."""
     if not _PATTERN.fullmatch(pattern) or pattern.startswith("."):
-        raise UserError(f"pattern={pattern}: must be a file name with one %06d and .tar, such as wukong-%06d.tar")
+        raise UserError(
+            "must be a file name with one %06d and .tar, such as wukong-%06d.tar", key="pattern", value=pattern
+        )
 
 
 def _run(
@@ -178,16 +180,18 @@ def _exclusive(folder: Path) -> Iterator[Path]:
     try:
         if folder.is_dir() and not markers.is_dir() and any(folder.iterdir()):
             names = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
-            raise UserError(f"output={folder}: holds other files ({names}); give an empty or new folder")
+            raise UserError(f"holds other files ({names}); give an empty or new folder", key="output", value=folder)
         markers.mkdir(parents=True, exist_ok=True)
         lock = (markers / "lock").open("w")
     except OSError as error:
-        raise UserError(f"output={folder}: cannot be written: {error.strerror}; give another folder") from error
+        raise UserError(
+            f"cannot be written: {error.strerror}; give another folder", key="output", value=folder
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"output={folder}: another m2-data pack writes there; wait for it") from error
+            raise UserError("another m2-data pack writes there; wait for it", key="output", value=folder) from error
         for path in (*folder.glob(".*.partial"), *folder.glob(".*.tmp"), *markers.glob(".*.tmp")):
             path.unlink(missing_ok=True)
         yield markers

@@ -19,7 +19,7 @@ from m2_encoder.evaluation.masked import NOTHING, Evaluated, MaskedResults, hidd
 from m2_encoder.evaluation.tables import ResultRow, ResultTable
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.base import LocalObjective, LocalTerms, active
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
@@ -84,7 +84,7 @@ class Masked(EvaluationTask):
 
 def choose_objectives(context: EvaluationContext, *kinds: type[LocalObjective]) -> dict[str, LocalObjective]:
     """Objectives of some classes that counted, by name."""
-    return {name: o for name, o in context.objectives.items() if o.weight > 0 and isinstance(o, kinds)}
+    return {name: o for name, o in active(context.objectives).items() if isinstance(o, kinds)}
 
 
 def masked_table(results: Mapping[str, MaskedResults]) -> ResultTable:
