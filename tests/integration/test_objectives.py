@@ -15,6 +15,7 @@ from m2_encoder.checkpoints.export import export_model
 from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
+from m2_encoder.config.problems import format_problem
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import Objective
@@ -49,7 +50,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compose(composer: Composer, *lines: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
     composition = composer.compose([*SMALL, f"run.folder={folder}", *lines])
     assert composition.problems == []
-    return composition.cfg, validate.validate_train(composition.cfg)
+    return composition.cfg, [*map(format_problem, validate.validate_train(composition.cfg))]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -119,8 +119,11 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> Iterator
     if _lacks(value):
         return
     settings = _settings_of(annotation)
+    is_null = value is None and settings is not annotation
     if settings is not None and isinstance(value, Mapping):
         yield from check_values(key, value, read_parameters(settings))
+    elif settings is not None and not is_null:
+        yield Problem(key, value, f"must be {describe(annotation)} of keys", f"for example {key}.KEY=VALUE")
     elif not _is_allowed(value, annotation):
         options = _options(annotation)
         words = [value] if isinstance(value, str) else list(value) if isinstance(value, Mapping) else []

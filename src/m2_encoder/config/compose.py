@@ -26,8 +26,8 @@ from m2_encoder.config.groups import CHOSEN_AS_LISTS, drop_unchosen, find_confli
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.overrides import adds, key_problem, parse_overrides, refuse_repeated, refuse_sweeps
 from m2_encoder.config.paths import find_conf
-from m2_encoder.config.problems import UNSET, flatten, nearest
-from m2_encoder.errors import UserError
+from m2_encoder.config.problems import UNSET, flatten, format_problem, nearest
+from m2_encoder.errors import Problem, UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
 # Folders of conf/ that offer no choice: Hydra's settings, and configurations of commands without groups.
@@ -55,7 +55,7 @@ class Composition(NamedTuple):
         hydra: Hydra's own settings for the run.
         unchosen: keys that were left out, because they say something of options that are not chosen.
         refused: the part of `problems` that lies in the overrides, whatever the values of other keys are.
-        changed: nodes at the top in which values are not those of the files.
+        changed: dotted keys to which single values were given; None where files that are not shipped take part.
     """
 
     cfg: dict[str, Any]
@@ -64,12 +64,13 @@ class Composition(NamedTuple):
     hydra: DictConfig
     unchosen: list[str]
     refused: list[str]
-    changed: set[str]
+    changed: set[str] | None
 
-    def without_echoes(self, problems: Sequence[str]) -> list[str]:
-        """Leaves out problems of a key that only repeats the wrong value of another."""
-        wrong = {problem.partition("=")[0] for problem in problems}
-        return [text for text in problems if self.references.get(text.partition("=")[0]) not in wrong]
+    def without_echoes(self, problems: Sequence[Problem | str]) -> list[str]:
+        """A line for each problem, but for those of a key that only repeats the wrong value of another."""
+        lines = [problem if isinstance(problem, str) else format_problem(problem) for problem in problems]
+        wrong = {line.partition("=")[0] for line in lines}
+        return [line for line in lines if self.references.get(line.partition("=")[0]) not in wrong]
 
 
 class Composer:
@@ -86,11 +87,6 @@ class Composer:
         self._fixed = list(fixed)
         self._default: DictConfig | None = None
         self._options: dict[str, list[str]] = {}  # Hydra reads all configurations again whenever it is asked
-
-    @property
-    def has_own_files(self) -> bool:
-        """Whether files other than the shipped ones can be part of a configuration."""
-        return bool(self._fixed) or self.folder != find_conf()
 
     def groups(self) -> dict[str, list[str]]:
         """Every group of the configuration folder with its options."""
@@ -145,7 +141,8 @@ class Composer:
             unchosen = self._drop_unchosen(cfg)
         problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
         plain, unresolved, references = to_plain(cfg)
-        changed = {override.key_or_group.partition(".")[0] for override in good}
+        is_shipped = not self._fixed and self.folder.is_relative_to(find_conf())
+        changed = {str(override.key_or_group) for override in good} if is_shipped else None
         return Composition(plain, problems + unresolved, references, cfg.hydra, unchosen, problems, changed)
 
     def _drop_unchosen(self, cfg: DictConfig) -> list[str]:

@@ -13,6 +13,7 @@ from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.model_choice import model_problems
+from m2_encoder.config.problems import format_problem
 from m2_encoder.errors import CheckpointError, Problem, UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.runs.build import build_objectives
@@ -28,7 +29,9 @@ def problems(repo_root: Path, tmp_path: Path) -> Problems:
             composition = composer.compose(
                 [*lines, "logger=csv", "trainer.accelerator=cpu", f"run.folder={tmp_path / 'outputs'}"]
             )
-        return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
+        return composition.without_echoes(
+            [*composition.problems, *map(format_problem, validate.validate_train(composition.cfg))]
+        )
 
     return find
 
