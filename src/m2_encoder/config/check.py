@@ -113,8 +113,8 @@ def check_values(
 
 def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> Iterator[Problem]:
     annotation = parameter.annotation
-    nodes = [value, *value.values()] if isinstance(value, Mapping) else []
-    if any(isinstance(node, Mapping) and "_target_" in node for node in nodes) and not _is_plain(annotation):
+    objects = [value, *value.values()] if isinstance(value, Mapping) else []
+    if any(isinstance(node, Mapping) and "_target_" in node for node in objects) and not _is_plain(annotation):
         return  # an object of its own, or several by name
     if _lacks(value):
         return
