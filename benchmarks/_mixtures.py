@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2_encoder.evaluation.markdown import to_markdown
+from m2_encoder.evaluation.tables import to_markdown
 
 BASE = "itc"
 SETS = {

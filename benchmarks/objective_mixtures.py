@@ -33,7 +33,7 @@ from _common import Report, parse_arguments
 from _journal import Journal
 from _mixtures import BASE, SECONDS, SECTION, SETS, collect, render_committed, summarize
 
-from m2_encoder.evaluation.markdown import replace_section
+from m2_encoder.evaluation.tables import replace_section
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "objectives.md"

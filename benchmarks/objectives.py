@@ -43,7 +43,7 @@ from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.runs.run import build_data
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.optim import build_muon
-from m2_encoder.training.step_encoder import StepEncoder, mean_terms
+from m2_encoder.training.step import StepEncoder, mean_terms
 from m2_encoder.types import ImageTextBatch
 
 VOCABULARY, WIDTH, CAPTIONS, LENGTH = 115_244, 768, 64, 52

@@ -22,10 +22,8 @@ from typing import Any
 from PIL import Image
 from safetensors import safe_open
 
-from m2_encoder.evaluation.markdown import replace_section, to_markdown
 from m2_encoder.evaluation.metrics import RECALL_KS
-from m2_encoder.evaluation.tables import CHANCE, DIRECTIONS, format_percent
-from m2_encoder.evaluation.tasks.showcase import SPLIT_TITLES
+from m2_encoder.evaluation.tables import CHANCE, DIRECTIONS, SPLIT_TITLES, format_percent, replace_section, to_markdown
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 MAX_PICTURE_BYTES = 600_000

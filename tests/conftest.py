@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from m2_encoder.data.emoji.dataset import write_emoji_shards
+from tests.support.once import build_once
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +36,7 @@ def parity_dir() -> Path:
 @pytest.fixture(scope="session")
 def emoji_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded set, unpacked once for all tests; read-only by agreement."""
-    return write_emoji_shards(tmp_path_factory.mktemp("emoji") / "unpacked")
+    return build_once(tmp_path_factory, "emoji", write_emoji_shards)
 
 
 @pytest.fixture(autouse=True)

@@ -1,69 +1,91 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, JSON files, and digests."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from m2_encoder.errors import CheckpointError
+from m2_encoder.errors import UserError
+
+_CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(
+    path: str | os.PathLike[str], *, key: str | None = None, error: type[UserError] = UserError
+) -> Iterator[Path]:
     """Write a file under a temporary name and rename it into place on success.
 
     Args:
         path: the final file; an existing one is replaced. Its folder must exist.
+        key: argument of a command that names the file: messages name it, too, and missing folders are made.
+        error: class of what is raised.
 
     Yields:
-        The temporary path to write to.
+        The temporary path to write to; `.tmp`, so that no pattern takes it for the file.
 
     Raises:
-        CheckpointError: if the disk refuses (no folder, no space, no permission).
+        UserError: if the disk refuses (no folder, no space, no permission).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+    def refusal(reason: object) -> UserError:
+        if key is None:
+            return error(f"cannot write {path}: {reason}")
+        return error(f"cannot be written ({reason}); give another place", key=key, value=path)
+
     try:
         if path.is_dir():
-            raise CheckpointError(f"cannot write {path}: it is a folder; give the name of a file")
-        if not path.parent.is_dir():
-            raise CheckpointError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
+            raise refusal("it is a folder; give the name of a file")
+        if key is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        elif not path.parent.is_dir():
+            raise refusal(f"the folder {path.parent} does not exist; create it first")
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+    except OSError as problem:
+        raise refusal(problem if key is None else problem.strerror or problem) from problem
+    except RuntimeError as problem:  # torch.save reports a full disk so
+        raise refusal(problem) from problem
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: str | os.PathLike[str], *, overwrite: bool = False, error: type[UserError] = UserError
+) -> Iterator[Path]:
     """Fill a folder under a temporary name and rename it into place on success.
 
     Args:
         path: the final folder; missing parents are created.
         overwrite: replace an existing folder; otherwise it is an error.
+        error: class of what is raised.
 
     Yields:
         The temporary folder to fill, beside the final one.
 
     Raises:
-        CheckpointError: if the folder exists and `overwrite` is False, or the disk refuses.
+        UserError: if the folder exists and `overwrite` is False, or the disk refuses.
     """
     path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     previous = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
     try:
         if path.exists() and not path.is_dir():
-            raise CheckpointError(f"cannot write the folder {path}: a file of that name exists; choose another name")
+            raise error(f"cannot write the folder {path}: a file of that name exists; choose another name")
         if path.exists() and not overwrite:
-            raise CheckpointError(f"{path} already exists; choose another folder, or pass overwrite=True to replace it")
+            raise error(f"{path} already exists; choose another folder, or pass overwrite=True to replace it")
         temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
@@ -74,8 +96,28 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
             if previous.exists():
                 os.rename(previous, path)
             raise
-    except OSError as error:
-        raise CheckpointError(f"cannot write the folder {path}: {error}") from error
+    except OSError as problem:
+        raise error(f"cannot write the folder {path}: {problem}") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], content: str, *, key: str | None = None) -> None:
+    """Write a UTF-8 file, whole or not at all; arguments and errors are those of `atomic_file`."""
+    with atomic_file(path, key=key) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: object, *, key: str | None = None) -> None:
+    """Write a JSON file, whole or not at all; arguments and errors are those of `atomic_file`."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n", key=key)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Hash of a file of any size, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -59,7 +59,7 @@ class ImageTextBatch(NamedTuple):
         sources: name of the mixture part each sample comes from, length B.
         masked_text: the captions with hidden words, (k * B, T); None if no objective asks for them.
         patch_mask: True where a patch is hidden, (B, patches) bool, row by row; None if no objective asks for it.
-        extra: the user's own columns by name, (B, ...) or (k * B, ...) each; see `m2_encoder.data.samples.column`.
+        extra: the user's own columns by name, (B, ...) or (k * B, ...) each; see `data.samples.sample.Column`.
     """
 
     images: Tensor

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNI
 
 STEPS = 12
 EARLY, LATE = 4, 9  # in the first epoch of both sources, and in the second one
-CLOSE = 1e-6  # of weights that move by 2e-4 in a step: Adam's first ones make much of the rounding of sums
+CLOSE = 1e-5  # of weights that move by 2e-4 in a step: Adam's first ones make much of the rounding of sums
 
 # part: (world, arguments). A part goes on where another one stopped: "resume" names it. Parts run from left to right.
 PARTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -140,7 +140,7 @@ def test_with_other_ranks_the_weights_are_as_near_as_sums_in_another_order(
     results: tuple[dict[str, Any], Path], part: str
 ) -> None:
     assert furthest(results[0][part]["weights"], results[0]["whole one"]["weights"]) < CLOSE
-    assert furthest(results[0]["early one"]["weights"], results[0]["whole one"]["weights"]) > 100 * CLOSE
+    assert furthest(results[0]["early one"]["weights"], results[0]["whole one"]["weights"]) > 10 * CLOSE
 
 
 def test_a_segment_goes_on_on_other_ranks(results: tuple[dict[str, Any], Path]) -> None:

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.ranks import free_port
 from tests.support.resuming import read_rows
 
 pytestmark = pytest.mark.slow
@@ -64,9 +64,7 @@ class Life:
             *_SETTINGS, f"run.name={folder.name}", f"run.folder={folder.parent}", f"data.folder={emoji_folder}",
             f"data.num_workers={workers}", f"+callbacks.rows.folder={folder}/rows",
         ]  # fmt: skip
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         # Forked from a process that has imported everything: twenty imports would take longer than the runs.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(

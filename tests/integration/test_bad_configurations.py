@@ -45,7 +45,7 @@ def m2_train(
     monkeypatch.setattr(emoji, "load_emoji_images", refuse)
     monkeypatch.setattr(datamodule, "write_emoji_shards", refuse)
     monkeypatch.setattr(datamodule.EmojiDataModule, "prepare_data", refuse)
-    monkeypatch.setattr(train_command, "train", refuse)
+    monkeypatch.setattr("m2_encoder.runs.run.train", refuse)
 
     def run(*overrides: str, folder: bool = True) -> Outcome:
         before = _content(tmp_path)

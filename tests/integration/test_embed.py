@@ -15,7 +15,7 @@ from PIL import Image
 
 from m2_encoder import M2Encoder, M2EncoderConfig, load
 from m2_encoder.checkpoints.export import export_model
-from m2_encoder.cli import embed
+from m2_encoder.cli import commands
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.evaluation.feature_file import read_features
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -43,7 +43,7 @@ def run(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     def call(*arguments: str) -> tuple[int, str, str]:
         given = arguments if any(a.startswith("model=") for a in arguments) else (f"model={exported}", *arguments)
         monkeypatch.setattr(sys, "argv", ["m2-embed", *given])
-        code = embed.main()
+        code = commands.EMBED()
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

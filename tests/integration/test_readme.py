@@ -29,7 +29,7 @@ from PIL import Image
 import m2_encoder.objectives
 from m2_encoder import M2Encoder, M2EncoderConfig, hub
 from m2_encoder.checkpoints.io import save_official
-from m2_encoder.cli import train as train_command
+from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config.command import run_command
 from m2_encoder.data.emoji.dataset import load_emoji_concepts, load_emoji_tokenizer_model
 from m2_encoder.objectives.base import FeaturePair, ObjectiveInputs
@@ -111,7 +111,7 @@ def workspace(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _record_training(words: list[str], conf: Path) -> list[dict[str, Any]]:
     """Goes through all of m2-train but the training; the configurations of its jobs."""
     started: list[dict[str, Any]] = []
-    command = dataclasses.replace(train_command.COMMAND, run=started.append)
+    command = dataclasses.replace(TRAIN, run=started.append)
     more = [] if "--config-path" in words else ["--config-dir", str(conf)]
     before = set(Path("outputs").iterdir())
     assert run_command(command, [*words[1:], *more]) == 0

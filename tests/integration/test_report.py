@@ -8,7 +8,6 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +15,11 @@ from PIL import Image
 
 from m2_encoder import M2Encoder, M2EncoderConfig
 from m2_encoder.checkpoints.export import export_model
-from m2_encoder.cli import evaluate
+from m2_encoder.cli import commands
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.runs.build import build_tasks
 from m2_encoder.runs.report import report_run
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -87,7 +87,9 @@ def test_report_of_a_run(
         "run": {"export": True},
     }
     metrics = report_run(
-        module=SimpleNamespace(model=model.train()),
+        build_tasks(None),
+        model=model.train(),
+        objectives={},
         datamodule=Data(folder, tokenizer),
         run_folder=tmp_path,
         cfg=cfg,
@@ -128,7 +130,7 @@ def test_report_refuses_a_broken_model(
         broken.vl_image_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="image features are not finite"):
         report_run(
-            module=SimpleNamespace(model=broken), datamodule=Data(folder, tokenizer), run_folder=tmp_path,
+            build_tasks(None), model=broken, objectives={}, datamodule=Data(folder, tokenizer), run_folder=tmp_path,
             cfg={}, started=time.time(),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
@@ -146,14 +148,14 @@ def test_evaluate_command(
     monkeypatch.chdir(tmp_path)
     arguments = [f"model={exported}", f"data={folder / 'val'}", "output=new/results.json"]
     monkeypatch.setattr(sys, "argv", ["m2-evaluate", *arguments])
-    assert evaluate.main() == 0
+    assert commands.EVALUATE() == 0
     out = capsys.readouterr().out
     assert "chance" in out
     report = json.loads(Path("new/results.json").read_text(encoding="utf-8"))
     assert set(report["evaluation"]) == {"val"}
     assert report["metrics"]["val/val_zh/t2i_r@10"] == report["evaluation"]["val"]["zh"]["t2i_r@10"]
     assert report["protocol"] == "standard"
-    assert evaluate.main() == 2
+    assert commands.EVALUATE() == 2
     assert "overwrite=true" in capsys.readouterr().err
 
 
@@ -167,7 +169,7 @@ def test_numbers_that_cannot_be_written_are_printed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["m2-evaluate", f"model={exported}", f"data={folder / 'val'}", "output=r.json"])
     monkeypatch.setattr(Path, "replace", refuse)
-    assert evaluate.main() == 2
+    assert commands.EVALUATE() == 2
     out, err = capsys.readouterr()
     report = json.loads(out[out.index("{\n") :])
     assert report["metrics"]["val/val_zh/t2i_r@10"] == report["evaluation"]["val"]["zh"]["t2i_r@10"]
@@ -185,7 +187,7 @@ def test_evaluate_finds_all_mistakes(
     monkeypatch.chdir(tmp_path)
     wrong = ["model=nowhere", "data=nothing", "splits=[tset]", "heldout_style=apple", "batch_size=0", "x=1"]
     monkeypatch.setattr(sys, "argv", ["m2-evaluate", *wrong])
-    assert evaluate.main() == 2
+    assert commands.EVALUATE() == 2
     err = capsys.readouterr().err
     assert "6 problems" in err
     for text in ("model=nowhere", "data=nothing", "splits=['tset']", "heldout_style=apple", "batch_size=0", "x=1"):

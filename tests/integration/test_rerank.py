@@ -12,7 +12,7 @@ import torch
 
 from m2_encoder import load
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, read_head
-from m2_encoder.cli import evaluate, export, train
+from m2_encoder.cli import commands, evaluate, train
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import read_retrieval_set
 from m2_encoder.evaluation.rerank import rerank_set
@@ -54,7 +54,7 @@ def test_the_head_of_a_run_reaches_its_export(outputs: Path, repo_root: Path, mo
     assert "rerank=16" in (outputs / "with" / "export" / "README.md").read_text(encoding="utf-8")
     assert not (outputs / "without" / "export" / HEAD_FILE).exists()
     assert "rerank" not in (outputs / "without" / "export" / "README.md").read_text(encoding="utf-8")
-    assert call(export.main, f"run.folder={outputs}", "run.name=with", f"output={outputs / 'again'}") == 0
+    assert call(commands.EXPORT, f"run.folder={outputs}", "run.name=with", f"output={outputs / 'again'}") == 0
     assert (outputs / "again" / HEAD_FILE).read_bytes() == (outputs / "with" / "export" / HEAD_FILE).read_bytes()
 
 
@@ -65,7 +65,7 @@ def test_both_recalls_stand_side_by_side(
     monkeypatch.chdir(repo_root)
     monkeypatch.setenv("COLUMNS", "80")
     model, data, output = outputs / "with" / "export", emoji_folder / SPLIT, tmp_path / "numbers.json"
-    assert call(evaluate.main, f"model={model}", f"data={data}", "rerank=12", f"output={output}") == 0
+    assert call(commands.EVALUATE, f"model={model}", f"data={data}", "rerank=12", f"output={output}") == 0
     report = json.loads(output.read_text(encoding="utf-8"))
     loaded, head = load(model), read_head(model)
     dataset = read_retrieval_set(data, name=SPLIT, transform=EvalTransform(loaded.model.config.image_size))
@@ -95,7 +95,7 @@ def test_more_candidates_than_there_are_is_said(
     monkeypatch.chdir(repo_root)
     number = len(read_retrieval_set(emoji_folder / SPLIT, name=SPLIT, transform=EvalTransform(8)).keys)
     line = [f"model={outputs / 'with' / 'export'}", f"data={emoji_folder / SPLIT}", f"rerank={number + 1}"]
-    assert call(evaluate.main, *line) == 0
+    assert call(commands.EVALUATE, *line) == 0
     said = capsys.readouterr().out
     assert f"rerank={number + 1}: {SPLIT} has {number:,} images, so all of them are ranked again" in said
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_is_said_before_data_is_loaded(
 
     monkeypatch.setattr(evaluate, "_read_sets", refuse)
     monkeypatch.setattr(evaluate, "load_from", refuse)
-    assert call(evaluate.main, *(word.format(outputs=outputs) for word in line)) == 2
+    assert call(commands.EVALUATE, *(word.format(outputs=outputs) for word in line)) == 2
     (said,) = capsys.readouterr().err.strip().splitlines()
     for part in parts:
         assert part in said

@@ -25,7 +25,7 @@ def test_paths_may_hold_spaces_signs_and_chinese(
     path.write_text("红色的苹果\n", encoding="utf-8")
     seen: list[dict[str, Any]] = []
     monkeypatch.chdir(repo_root)
-    monkeypatch.setattr(train_command, "train", seen.append)
+    monkeypatch.setattr("m2_encoder.runs.run.train", seen.append)
     lines = ["+experiment=smoke", "objective=[itc,cmlm]", f"{KEY}={path}", f"run.folder={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", ["m2-train", *lines])
     assert train_command.main() == 0

@@ -21,7 +21,6 @@ from m2_encoder.objectives.patch_targets import VisualCodes
 from m2_encoder.runs.build import load_visual_tokenizers
 from m2_encoder.runs.folder import write_config
 from m2_encoder.runs.run import build_run, train
-from m2_encoder.training.visual_tokenizer_module import perplexity, psnr
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
@@ -136,11 +135,3 @@ def test_codes_need_a_tokenizer_of_the_same_patches(composer: Composer, tmp_path
     objective = MaskedImage(targets=VisualCodes(tokenizer=str(folder)))
     with pytest.raises(UserError, match=r"has image_size=64, the model 32; train one with .* model\.image_size=32"):
         load_visual_tokenizers({"cmim": objective}, build_model_config({"name": "tiny"}))
-
-
-def test_numbers_are_those_of_their_formulas() -> None:
-    assert perplexity(torch.tensor([5, 5, 5, 5, 0])) == pytest.approx(4)
-    assert perplexity(torch.zeros(3)) == 0
-    true = torch.zeros(2, 3, 4, 4)
-    drawn = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.01)])
-    torch.testing.assert_close(psnr(true, drawn), torch.tensor([20.0, 40.0]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.cli import data, embed, export, train
+from m2_encoder.cli import commands, data, train
 
 
 @pytest.mark.parametrize(
@@ -23,15 +23,15 @@ from m2_encoder.cli import data, embed, export, train
             "m2-train strategy.group_size=8",
             ["has no group_size, unlike strategy=grouped_ddp and strategy=grouped_fsdp; choose one of them"],
         ),
-        (export.main, "m2-export emoji", ["emoji: has no value", "run.name=???: must be given"]),
-        (export.main, "m2-export", ["run.name=???: must be given"]),
+        (commands.EXPORT, "m2-export emoji", ["emoji: has no value", "run.name=???: must be given"]),
+        (commands.EXPORT, "m2-export", ["run.name=???: must be given"]),
         (
             train.main,
             "m2-train model=m2_encoder_0_4b run.name=new",
             ["add model.tokenizer=FILE (the SentencePiece"],
         ),
         (
-            embed.main,
+            commands.EMBED,
             "m2-embed model=runs/a images=pictures/cat.png output=x.safetensors",
             ["model=runs/a: is a run's folder; its model is in model=runs/a/export", "is a file; give the folder"],
         ),

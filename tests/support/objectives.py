@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
-from m2_encoder.training.micro_batches import split_rows
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.optim import build_optimizer, warmup_cosine
+from m2_encoder.training.step import split_rows
 from m2_encoder.types import ImageTextBatch, MaskedText, TextTokens
 from tests.support.models import small_config
 

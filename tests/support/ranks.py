@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -53,10 +55,15 @@ def run_lightning_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0
 ) -> list[Any]:
     """The same for a function that builds a Lightning Trainer, which makes its own process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return _run(_in_lightning, world_size, (port, world_size, function, args), timeout_s)
+    return _run(_in_lightning, world_size, (free_port(), world_size, function, args), timeout_s)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel hands out: nobody else gets it before it is used."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+            return int(probe.getsockname()[1])
 
 
 def _run(target: Callable[..., None], world_size: int, args: tuple[Any, ...], timeout_s: float) -> list[Any]:

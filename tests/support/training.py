@@ -63,7 +63,7 @@ def make_datamodule(folder: Path, **overrides: Any) -> EmojiDataModule:
         "folder": str(folder),
         "global_batch_size": 32,
         "num_workers": 0,
-        "heldout_style": "openmoji",
+        "heldout_style": "twemoji",
         "captions": make_captions(),
         "transform": partial(TrainTransform, scale=(0.6, 1.0), flip=0.5, num_ops=1),
     }

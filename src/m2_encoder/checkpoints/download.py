@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
 
-from m2_encoder.checkpoints.exported import file_sha256
 from m2_encoder.errors import CheckpointError
+from m2_encoder.files import file_sha256
 
 CACHE_VARIABLE = "M2_ENCODER_CACHE"
 """Environment variable that names the cache folder; `~/.cache/m2_encoder` otherwise."""

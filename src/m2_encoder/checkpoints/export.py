@@ -18,12 +18,11 @@ from m2_encoder.checkpoints.exported import (
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     config_text,
-    file_sha256,
 )
 from m2_encoder.checkpoints.io import save_safetensors
 from m2_encoder.checkpoints.matching_head import CONFIG_KEY, MatchingHead, save_head
-from m2_encoder.errors import UserError
-from m2_encoder.files import atomic_folder
+from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.files import atomic_folder, file_sha256
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -114,7 +113,7 @@ def export_model(
         )
     card = card or CardInfo()
     folder = Path(folder)
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    with atomic_folder(folder, overwrite=overwrite, error=CheckpointError) as temporary:
         save_safetensors(
             model,
             temporary / WEIGHTS_FILE,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from m2_encoder.checkpoints.formats import read_safetensors_metadata
 from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.files import file_sha256
 from m2_encoder.models.config import M2EncoderConfig
 
 FORMAT = "m2-encoder"
@@ -25,8 +25,6 @@ CARD_FILE = "README.md"
 
 CONFIG_METADATA_KEY = "m2_encoder_config"
 """The weights carry the architecture, too, or an edit of `config.json` that fits all shapes would pass."""
-
-_CHUNK_BYTES = 1 << 20
 
 
 class ExportedFolder(NamedTuple):
@@ -118,15 +116,6 @@ def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:
         raise CheckpointError(
             f"{folder}: {TOKENIZER_FILE} is not the file that was exported; restore it or export the model again"
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file of any size, as 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_object(path: Path) -> Mapping[str, Any]:

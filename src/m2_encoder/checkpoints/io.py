@@ -7,7 +7,7 @@ A checkpoint becomes a flat state dict under our names (`read_state`), which mus
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -149,6 +149,7 @@ def build_model(
     source: str = "the checkpoint",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    prepare: Callable[[M2Encoder], None] | None = None,
 ) -> M2Encoder:
     """Build a model around the tensors of a checkpoint.
 
@@ -159,6 +160,7 @@ def build_model(
         source: what error messages call the checkpoint; usually its path.
         device: where the model shall live.
         dtype: floating point type of all its parameters.
+        prepare: gives a plain model the parameters of the checkpoint, where it has others.
 
     Returns:
         The model in eval mode, its parameters requiring gradients.
@@ -169,6 +171,8 @@ def build_model(
     """
     with torch.device("meta"):
         model = M2Encoder(config)
+        if prepare is not None:
+            prepare(model)
     expected = model.state_dict()
     _fit_image_positions(state, expected[IMAGE_POSITIONS], source)
     _check_match(state, expected, source=source, model_name=config.name)
@@ -186,13 +190,14 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    prepare: Callable[[M2Encoder], None] | None = None,
 ) -> M2Encoder:
     """`read_state` and `build_model` in one call; peak memory is about one copy of the weights.
 
     Raises:
         CheckpointError: see both.
     """
-    return build_model(config, read_state(path), source=os.fspath(path), device=device, dtype=dtype)
+    return build_model(config, read_state(path), source=os.fspath(path), device=device, dtype=dtype, prepare=prepare)
 
 
 def _fit_image_positions(state: dict[str, Tensor], expected: Tensor, source: str) -> None:
@@ -278,7 +283,7 @@ def save_official(model: M2Encoder, path: str | os.PathLike[str]) -> None:
         CheckpointError: if the file cannot be written.
     """
     state = to_official_state(_portable_state(model))
-    with atomic_file(path) as temporary:
+    with atomic_file(path, error=CheckpointError) as temporary:
         torch.save({"state_dict": state}, temporary)
 
 
@@ -296,7 +301,7 @@ def save_safetensors(
         CheckpointError: if the file cannot be written.
     """
     state = {name: tensor.float() for name, tensor in _portable_state(model).items()}
-    with atomic_file(path) as temporary:
+    with atomic_file(path, error=CheckpointError) as temporary:
         write_tensors(state, temporary, metadata=metadata or {})
 
 

@@ -12,10 +12,11 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
-from m2_encoder.checkpoints.exported import CONFIG_FILE, file_sha256, read_object
+from m2_encoder.checkpoints.exported import CONFIG_FILE, read_object
 from m2_encoder.checkpoints.formats import read_safetensors, read_torch
 from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.files import file_sha256
 
 HEAD_FILE: Final = "matching.safetensors"
 CONFIG_KEY: Final = "matching"

@@ -42,7 +42,7 @@ def save_visual_tokenizer(
     Raises:
         CheckpointError: if the folder exists, or the disk refuses.
     """
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    with atomic_folder(folder, overwrite=overwrite, error=CheckpointError) as temporary:
         weights = {name: value.detach().float().cpu().contiguous() for name, value in tokenizer.state_dict().items()}
         write_tensors(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         content = {

@@ -6,29 +6,32 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from m2_encoder.cli import data_check, data_curate, data_pack, data_stats
-from m2_encoder.config.command import EXIT_USER_ERROR, Command, report_problems, run_command
-from m2_encoder.config.model_choice import protect_paths, protect_value
+from m2_encoder.cli import commands
+from m2_encoder.config.command import EXIT_USER_ERROR, report_problems, run_command
+from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.rules import Rule, check_rules, choice, text, whole
-from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
+from m2_encoder.config.rules import check_rules, choice, text, whole
 from m2_encoder.errors import UserError
-
-_EMOJI_RULES: Final[tuple[Rule, ...]] = (
-    text("folder", "outputs/data/emoji"),
-    choice("heldout_style", EMOJI_STYLES, example="openmoji"),
-    whole("samples_per_shard", 1, "500"),
-)
 
 
 def check_emoji(cfg: dict[str, Any]) -> list[str]:
     """What is wrong with a configuration of `m2-data emoji`."""
-    known = [rule.key for rule in _EMOJI_RULES]
-    problems = [problem.text for problem in check_rules(cfg, _EMOJI_RULES)]
+    from m2_encoder.data.emoji.dataset import EMOJI_STYLES
+
+    rules = (
+        text("folder", "outputs/data/emoji"),
+        choice("heldout_style", EMOJI_STYLES, example="openmoji"),
+        whole("samples_per_shard", 1, "500"),
+    )
+    known = [rule.key for rule in rules]
+    problems = [problem.text for problem in check_rules(cfg, rules)]
     return problems + [f"{key}: unknown; known: {', '.join(known)}" for key in cfg if key not in known]
 
 
-def _run_emoji(cfg: dict[str, Any]) -> int:
+def run_emoji(cfg: dict[str, Any]) -> int:
+    """Writes the tars and says where they are."""
+    from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, write_emoji_shards
+
     folder = write_emoji_shards(
         anchor(cfg["folder"]), heldout_style=cfg["heldout_style"], samples_per_shard=cfg["samples_per_shard"]
     )
@@ -39,29 +42,12 @@ def _run_emoji(cfg: dict[str, Any]) -> int:
     return 0
 
 
-SUB_COMMANDS: Final[dict[str, Command]] = {
-    "emoji": Command(
-        name="m2-data emoji",
-        config_name="data_emoji",
-        config_folder="commands",
-        summary="Unpack the embedded bilingual emoji set to WebDataset tars, one folder per split.",
-        examples=("m2-data emoji", "m2-data emoji folder=emoji-tars heldout_style=noto"),
-        check=check_emoji,
-        run=_run_emoji,
-    ),
-    "pack": data_pack.COMMAND,
-    "check": data_check.COMMAND,
-    "stats": data_stats.COMMAND,
-    "curate": data_curate.COMMAND,
-}
-"""By name; a sub-command of its own module adds its `COMMAND` here and its keys that hold paths below."""
-
-_PATH_KEYS: Final[dict[str, tuple[str, ...]]] = {
-    "emoji": ("folder",),
-    "pack": data_pack.PATH_KEYS,
-    "check": data_check.PATH_KEYS,
-    "stats": data_stats.PATH_KEYS,
-    "curate": data_curate.PATH_KEYS,
+SUB_COMMANDS: Final = {
+    "emoji": commands.DATA_EMOJI,
+    "pack": commands.DATA_PACK,
+    "check": commands.DATA_CHECK,
+    "stats": commands.DATA_STATS,
+    "curate": commands.DATA_CURATE,
 }
 
 _SOURCE_KEYS: Final[dict[str, str]] = {"pack": "source", "check": "source", "stats": "source", "curate": "shards"}
@@ -89,7 +75,7 @@ def name_sources(argv: Sequence[str], key: str) -> list[str]:
         return list(argv)
     if given := [argument for argument in argv if argument.startswith(f"{key}=")]:
         raise UserError(f"{argv[plain[0]]} and {given[0]} both name what to read; give one of them")
-    quoted = [value if len(plain) == 1 else protect_value(value) for value in (argv[i] for i in plain)]
+    quoted = [value if len(plain) == 1 else quote_value(value) for value in (argv[i] for i in plain)]
     named = f"{key}={quoted[0]}" if len(quoted) == 1 else f"{key}=[{','.join(quoted)}]"
     return [named, *(argument for i, argument in enumerate(argv) if i not in plain)]
 
@@ -115,7 +101,7 @@ def main() -> int:
         except UserError as error:
             report_problems(command.name, error)
             return EXIT_USER_ERROR
-    return run_command(command, protect_paths(argv, _PATH_KEYS.get(arguments[0], ())))
+    return run_command(command, argv)
 
 
 if __name__ == "__main__":

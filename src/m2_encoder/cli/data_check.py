@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from m2_encoder.cli.data_pack import optional, source_rule
-from m2_encoder.config.command import EXIT_USER_ERROR, Command
+from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import output_problems
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, text, whole
@@ -20,15 +20,14 @@ from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import check_source, judge_for_training
 from m2_encoder.data.inspect.survey import Survey, survey_source
 from m2_encoder.data.inspect.tables import print_report
-from m2_encoder.data.packing.shards import write_json
 from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
+from m2_encoder.files import write_json
 from m2_encoder.types import LANGUAGES
 
-PATH_KEYS: Final = ("source", "output", "cache")
 _CACHE_BYTES: Final = 2 * 10**11  # far more than a look needs; the folder may be that of training
 
 SURVEY_RULES: Final[tuple[Rule, ...]] = (
@@ -130,37 +129,10 @@ def write_output(name: str | None, value: Mapping[str, Any]) -> None:
     Raises:
         UserError: if the place cannot be written.
     """
-    if name is None:
-        return
-    path = Path(name).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, value)
-    except OSError as error:
-        raise UserError(f"output={name}: cannot be written ({error.strerror or error}); give another place") from error
+    if name is not None:
+        write_json(Path(name).expanduser(), value, key="output")
 
 
 def title_of(source: str | Sequence[str]) -> str:
     """What a source is called over its tables."""
     return source if isinstance(source, str) else ", ".join(source)
-
-
-COMMAND: Final = Command(
-    name="m2-data check",
-    config_name="data_check",
-    config_folder="commands",
-    summary="Look into shards before training: usable samples, captions, images, duplicates, false negatives.",
-    examples=(
-        "m2-data check source=outputs/data/emoji/train",
-        "m2-data check source='tars/{000..099}.tar' batch_size=32768 full=true json=true",
-        "m2-data check source='s3://bucket/{000..099}.tar' cache=outputs/cache max_shards=2",
-    ),
-    check=check_check,
-    run=run_check,
-    notes=(
-        "A few samples of a few shards are read, unless full=true; counts of the whole source are then estimates, and",
-        "rare faults may be missed. Duplicates are exact: the same bytes of an image, the same text of a caption.",
-        "",
-        "Exit codes: 0 fine, 2 training on it would be pointless or refused: the last lines say why, and the way out.",
-    ),
-)

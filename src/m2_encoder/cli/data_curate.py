@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from m2_encoder.config.command import EXIT_USER_ERROR, Command
+from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import device_of, find_path, model_problems
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, show
@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # curation needs pyarrow, an extra: `check_curate` says so be
     from m2_encoder.curation.report import Report
     from m2_encoder.curation.settings import CurationSettings, ScoreSettings
 
-PATH_KEYS: Final = ("shards", "output", "score.model", "score.weights", "score.tokenizer")
 EXECUTORS: Final = ("local", "ray")
 _KEYS: Final = {
     "absurd_shape": "images.max_aspect",
@@ -339,25 +338,3 @@ def _open_executor(cfg: Mapping[str, Any]) -> Executor:
     from m2_encoder.curation.executors import LocalExecutor
 
     return LocalExecutor(default_workers() if cfg["workers"] is None else cfg["workers"])
-
-
-COMMAND: Final = Command(
-    name="m2-data curate",
-    config_name="data_curate",
-    config_folder="commands",
-    summary="Drop what is not worth training on from WebDataset tars, and say what fell where and why.",
-    examples=(
-        "m2-data curate shards=tars output=curated",
-        "m2-data curate 'shards={laion: tars/laion, wukong: tars/wukong}' 'language={wukong: zh}' output=curated",
-        "m2-data curate shards=tars output=curated score.model=outputs/emoji/export evaluation.images=[flickr30k_test]",
-        "m2-data curate shards=outputs/data/emoji/train output=outputs/data/emoji-curated images.min_side=32",
-    ),
-    check=check_curate,
-    run=run_curate,
-    notes=(
-        "decisions/ keeps every pair with all values, keep and reason, as Arrow files; report.json and report.md count",
-        "them by source, language and reason. A run that was stopped, however it ended, goes on when it is started",
-        "again; the result is the same, byte for byte, for any number of workers, and on Ray. New shards hold the",
-        "image and one .json per sample; other members of a sample are not carried over.",
-    ),
-)

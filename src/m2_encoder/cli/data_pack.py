@@ -9,7 +9,6 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from m2_encoder.config.command import Command
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, show
 from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, text, whole
@@ -24,7 +23,6 @@ from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
-PATH_KEYS: Final = ("source", "output", "texts", "image_root", "pattern")
 EXIT_FAILURES: Final = 1
 _STARTS_WITH_KEY: Final = re.compile(r"[a-z_.]+=")
 
@@ -177,25 +175,3 @@ def _print_summary(summary: PackSummary, output: Path) -> None:
         print(f"  {sum(summary.failed.values()):,} failed, listed in {output / FAILURES_FILE}:")
         for reason, count in sorted(summary.failed.items(), key=lambda item: -item[1]):
             print(f"    {count:>9,} {reason}")
-
-
-COMMAND: Final = Command(
-    name="m2-data pack",
-    config_name="data_pack",
-    config_folder="commands",
-    summary="Pack images with captions, from a folder or tables, into WebDataset tars.",
-    examples=(
-        "m2-data pack source=photos output=tars",
-        "m2-data pack source=MUGE/train_imgs.tsv output=tars/muge language=zh",
-        "m2-data pack source='laion/*.parquet' output=tars/laion columns.image=URL columns.caption=TEXT max_side=512",
-    ),
-    check=check_pack,
-    run=run_pack,
-    notes=(
-        "A run that was stopped, however it ended, goes on when it is started again; the tars are the same, byte for",
-        "byte, whatever the number of workers. Started again after images or captions were written again, it packs",
-        "their tars again. What cannot be packed is counted by reason and listed.",
-        "",
-        "Exit codes: 0 done, 1 done but too many failures (max_failed_share), 2 nothing packed: the message says why.",
-    ),
-)

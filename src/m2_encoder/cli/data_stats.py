@@ -8,9 +8,8 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from m2_encoder.cli.data_check import PATH_KEYS as CHECK_PATH_KEYS
 from m2_encoder.cli.data_check import SURVEY_RULES, source_problems, survey, title_of, write_output
-from m2_encoder.config.command import EXIT_USER_ERROR, Command
+from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import find_path, output_problems
 from m2_encoder.config.rules import Rule, check_rules, text, whole
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
@@ -19,11 +18,10 @@ from m2_encoder.data.inspect.source_report import check_source
 from m2_encoder.data.inspect.statistics import REPETITION_CLASSES, Statistics, measure_statistics
 from m2_encoder.data.inspect.tables import make_table, print_report, print_titled
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 
-PATH_KEYS: Final = (*CHECK_PATH_KEYS, "tokenizer", "plot", "font")
 _TEMPLATE_TOKENS: Final = 2  # start and end, which a model reads beside those of the text
 _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
 
@@ -117,21 +115,3 @@ def _distribution_table(statistics: Statistics, max_tokens: int) -> Table:
             if share:
                 table.add_row(f"{what} that occur {name} times", f"{share:.2%}", what)
     return table
-
-
-COMMAND: Final = Command(
-    name="m2-data stats",
-    config_name="data_stats",
-    config_folder="commands",
-    summary="Tables and a picture of shards: languages, lengths in words and tokens, sizes, duplicates.",
-    examples=(
-        "m2-data stats source=outputs/data/emoji/train plot=emoji.png",
-        "m2-data stats source='tars/*.tar' tokenizer=sp.model full=true output=stats.json plot=stats.pdf",
-    ),
-    check=check_stats,
-    run=run_stats,
-    notes=(
-        "Words of Chinese captions are those of jieba; pictures need the extra plot.",
-        "A part of the source is read, unless full=true.",
-    ),
-)

@@ -18,24 +18,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from m2_encoder.checkpoints.exported import WEIGHTS_FILE, file_sha256
-from m2_encoder.config.command import Command, run_command
+from m2_encoder.checkpoints.exported import WEIGHTS_FILE
 from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
     load_from,
     model_problems,
     number_problems,
-    protect_paths,
 )
 from m2_encoder.config.problems import Unset
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.embedding import EmbeddedBatch, Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
 from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
+from m2_encoder.files import file_sha256
 from m2_encoder.hub import LoadedModel
 
-PATH_KEYS = ("model", "weights", "tokenizer", "images", "texts", "output")
 EXIT_SKIPPED = 1
 
 
@@ -185,32 +183,3 @@ def _progress() -> Progress:
         TextColumn("{task.fields[skipped]}"),
         console=Console(stderr=True),
     )
-
-
-COMMAND = Command(
-    name="m2-embed",
-    config_name="embed",
-    config_folder="commands",
-    summary="Write features of a folder of images, or of a text file.",
-    examples=(
-        "m2-embed model=outputs/emoji/export images=photos output=photos.safetensors",
-        "m2-embed model=outputs/emoji/export texts=captions.txt output=captions.parquet",
-        "m2-embed model=m2-encoder-0.4b weights=m2_encoder_0.4B.ckpt tokenizer=sp.model images=photos "
-        "output=photos.parquet",
-    ),
-    check=check_embed,
-    run=run_embed,
-    notes=(
-        "Images are found in all sub-folders, by suffix, in sorted order; a text file is UTF-8, one text per line.",
-        "What cannot be used (a damaged image, a blank line) is listed on stderr and skipped; the column `index` says",
-        "which place in the input a row has. m2_encoder.evaluation.feature_file.read_features reads both formats.",
-        "",
-        "Exit codes: 0 everything embedded, 1 something was skipped, 2 nothing written: the message says what to mend.",
-    ),
-)
-
-
-def main() -> int:
-    """Entry point of `m2-embed`."""
-    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
-    return run_command(COMMAND)

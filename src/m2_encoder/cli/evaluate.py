@@ -4,48 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2_encoder.checkpoints.matching_head import MatchingHead, read_head
-from m2_encoder.config.command import Command, run_command
+from m2_encoder.checkpoints.exported import CONFIG_FILE
+from m2_encoder.checkpoints.matching_head import MatchingHead, has_head, read_head
 from m2_encoder.config.model_choice import (
     find_path,
     flag_problems,
+    is_model_name,
     load_from,
     model_problems,
     number_problems,
     output_problems,
-    protect_paths,
 )
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
+from m2_encoder.config.schema import check_tasks
+from m2_encoder.config.signatures import check_targets
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
-from m2_encoder.evaluation.console_tables import results_table
-from m2_encoder.evaluation.tasks.rerank import (
-    Results,
-    rerank_problems,
-    rerank_sets,
-    reranked_metrics,
-    side_by_side,
-    small_galleries,
-)
-from m2_encoder.evaluation.tasks.showcase import SPLIT_TITLES
-from m2_encoder.hub import LoadedModel, MissingTokenizer
-from m2_encoder.runs.provenance import command_line, git_revision, machine, versions
-from m2_encoder.runs.report import Evaluation, evaluate_sets
+from m2_encoder.evaluation.suite import print_results, run_tasks, summarize
+from m2_encoder.evaluation.tables import open_console
+from m2_encoder.evaluation.tasks.base import EvaluationContext
+from m2_encoder.evaluation.tasks.rerank import Rerank
+from m2_encoder.hub import MissingTokenizer
+from m2_encoder.record import describe_run
+from m2_encoder.runs.build import build_tasks
 
-PATH_KEYS = ("model", "weights", "tokenizer", "data", "folder", "output")
 EMBEDDED = "emoji"
 PROTOCOL = "standard"
 """Every distinct caption is a query, positives are by key; see `evaluation.retrieval.encode_set`."""
+
+_LEAST = 2  # candidates: one alone keeps its place
 
 
 def check_evaluate(cfg: dict[str, Any]) -> list[str]:
@@ -56,6 +51,8 @@ def check_evaluate(cfg: dict[str, Any]) -> list[str]:
         *flag_problems(cfg, "overwrite"),
         *output_problems(cfg["output"], overwrite=cfg["overwrite"]),
         *rerank_problems(cfg),
+        *(problem.text for problem in check_tasks(cfg["evaluation"])),
+        *(problem.text for problem in check_targets(cfg, given={}, skip=lambda _: False)),
     ]
     data = cfg["data"]
     if isinstance(data, Unset):
@@ -71,8 +68,33 @@ def check_evaluate(cfg: dict[str, Any]) -> list[str]:
     return problems
 
 
+def rerank_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """What is wrong with `rerank`, without loading anything."""
+    candidates, model, weights = cfg["rerank"], cfg["model"], cfg["weights"]
+    if candidates is None:
+        return []
+    if not isinstance(candidates, int) or isinstance(candidates, bool) or candidates < _LEAST:
+        return [
+            f"rerank={candidates}: must be null, or a whole number of at least {_LEAST}: how many candidates of each "
+            "query are ordered anew"
+        ]
+    fix = (
+        "train with the objective itm (m2-train +experiment=r2d2 does), export that run again with "
+        "m2-export run.name=NAME overwrite=true and give its export as the model, or leave rerank out"
+    )
+    if weights is not None or is_model_name(model):
+        given = f"weights={weights}" if weights is not None else f"model={model}"
+        return [f"rerank={candidates}: {given} brings no matching head, only a folder of m2-export does; {fix}"]
+    if isinstance(model, Unset) or not isinstance(model, str) or not (find_path(model) / CONFIG_FILE).is_file():
+        return []  # which is reported for the model
+    try:
+        return [] if has_head(find_path(model)) else [f"rerank={candidates}: {model} has no matching head; {fix}"]
+    except UserError as error:
+        return [str(error)]
+
+
 def run_evaluate(cfg: dict[str, Any]) -> None:
-    """Prints the table and writes the numbers.
+    """Prints the tables and writes the numbers.
 
     Raises:
         UserError: for a model or a set that cannot be used, or a place that takes no numbers.
@@ -80,32 +102,33 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     started = time.time()
     console = open_console()
     loaded = load_from(cfg)
-    head = None if cfg["rerank"] is None else read_head(find_path(cfg["model"]))
+    if isinstance(loaded.tokenizer, MissingTokenizer):
+        loaded.tokenizer()  # says what to give
+    tasks = build_tasks(cfg["evaluation"])
+    if cfg["rerank"] is not None:
+        tasks["retrieval"] = Rerank(candidates=cfg["rerank"])
     with console.status("evaluating"):
-        sets = _read_sets(cfg, EvalTransform(loaded.model.config.image_size))
-        evaluation = evaluate_sets(loaded.model, sets, loaded.tokenizer, batch_size=cfg["batch_size"])
-        reranked = None if head is None else _rerank(loaded, head, evaluation, candidates=cfg["rerank"])
-    shown = evaluation if reranked is None else _beside(evaluation, reranked)
-    console.print(results_table(shown.results, titles=SPLIT_TITLES))
-    if reranked is not None:
-        for line in small_galleries(evaluation.features, candidates=cfg["rerank"]):
-            console.print(line, soft_wrap=True, highlight=False)
+        context = EvaluationContext(
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            sets=_read_sets(cfg, EvalTransform(loaded.model.config.image_size)),
+            matching=_read_head(cfg) if any(isinstance(task, Rerank) for task in tasks.values()) else None,
+            batch_size=cfg["batch_size"],
+        )
+        results = run_tasks(tasks, context)
+    print_results(console, results, context)
+    for name in tasks.keys() - results.keys():
+        console.print(f"evaluation: {name} needs what this model does not have, and is left out", highlight=False)
     if cfg["output"] is None:
         return
-    metrics = evaluation.metrics() | ({} if reranked is None else reranked_metrics(evaluation.sets, reranked))
     report = {
         "model": cfg["model"],
         "data": cfg["data"],
         "protocol": PROTOCOL,
         "rerank": cfg["rerank"],
-        "metrics": metrics,
-        "table": shown.table(),
-        "evaluation": shown.results,
+        **summarize(results),
         "seconds": round(time.time() - started, 3),
-        "git_revision": git_revision(),
-        "versions": versions(),
-        "machine": machine(),
-        "command": command_line(),
+        **describe_run(),
     }
     path = _write(cfg["output"], report)
     console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
@@ -127,17 +150,11 @@ def _write(output: str, report: Mapping[str, Any]) -> Path:
         raise UserError(f"output={output}: {reason}") from error
 
 
-def _rerank(loaded: LoadedModel, head: MatchingHead, evaluation: Evaluation, *, candidates: int) -> Results:
-    assert not isinstance(loaded.tokenizer, MissingTokenizer), "a folder with a head holds a tokenizer"
-    head = head._replace(linear=head.linear.to(loaded.model.logit_scale.device))
-    return rerank_sets(
-        loaded.model, head, evaluation.sets, evaluation.features, loaded.tokenizer, candidates=candidates
-    )
-
-
-def _beside(evaluation: Evaluation, reranked: Results) -> Evaluation:
-    """With a row more for each language."""
-    return evaluation._replace(results=side_by_side(evaluation.results, reranked))
+def _read_head(cfg: Mapping[str, Any]) -> MatchingHead | None:
+    """Of an exported folder that has one."""
+    if cfg["weights"] is not None or is_model_name(cfg["model"]) or not has_head(find_path(cfg["model"])):
+        return None
+    return read_head(find_path(cfg["model"]))
 
 
 def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, RetrievalSet]:
@@ -150,30 +167,3 @@ def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, Retri
         split: read_retrieval_set(folder / split, name=f"{EMBEDDED}_{split}", transform=transform)
         for split in cfg["splits"]
     }
-
-
-COMMAND = Command(
-    name="m2-evaluate",
-    config_name="evaluate",
-    config_folder="commands",
-    summary="Measure how well a model retrieves images and texts in both languages.",
-    examples=(
-        "m2-evaluate model=outputs/emoji/export data=emoji",
-        "m2-evaluate model=outputs/emoji/export data=my_tars output=results.json",
-        "m2-evaluate model=outputs/r2d2/export rerank=16   # order the best 16 anew by the matching head",
-    ),
-    check=check_evaluate,
-    run=run_evaluate,
-    notes=(
-        "Recall at k in percent, ranks as pessimistic as can be: equal scores count against the right item. The chance",
-        "row is what a random order would reach. Each caption is a query once; images with its key are all right.",
-        "rerank=K: the first K of each query are ordered anew by the matching head that the model's folder holds; the",
-        "others stay behind them. Both results are shown. It costs K passes of the vision-language layers per query.",
-    ),
-)
-
-
-def main() -> int:
-    """Entry point of `m2-evaluate`."""
-    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
-    return run_command(COMMAND)

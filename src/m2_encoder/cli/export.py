@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from m2_encoder.checkpoints.matching_head import read_head
-from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.model_choice import build_model_config, protect_paths
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.rules import Rule, check_rules, flag, text
-from m2_encoder.evaluation.tasks.rerank import find_head
-from m2_encoder.hub import load
-from m2_encoder.runs.export import EXPORT_FOLDER, export_run
+from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head, read_trained
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 
 _RULES: Final[tuple[Rule, ...]] = (
@@ -25,7 +20,6 @@ _RULES: Final[tuple[Rule, ...]] = (
     text("output", "outputs/emoji/export", optional=True),
     flag("overwrite"),
 )
-_PATH_KEYS: Final = ("run.folder", "checkpoint", "output")
 _KEYS: Final = ("run", "checkpoint", "output", "overwrite")
 
 
@@ -79,10 +73,11 @@ def _output(cfg: Mapping[str, Any]) -> Path:
     return anchor(cfg["output"]) if cfg["output"] else default_run_folder(dict(cfg)) / EXPORT_FOLDER
 
 
-def _run(cfg: dict[str, Any]) -> int:
+def run_export(cfg: dict[str, Any]) -> int:
+    """Exports and says where."""
     folder = default_run_folder(cfg)
     trained = read_config(folder / CONFIG_FILE)
-    model = load(build_model_config(trained["model"]), weights=_checkpoint(cfg)).model
+    model = read_trained(trained, _checkpoint(cfg))
     found = find_head(trained)
     head = found and read_head(_checkpoint(cfg), name=found.name, text_expert=found.text_expert)
     output = export_run(
@@ -90,27 +85,3 @@ def _run(cfg: dict[str, Any]) -> int:
     )
     print(f"exported to {output}; use it with m2_encoder.load({str(output)!r})")
     return 0
-
-
-COMMAND: Final = Command(
-    name="m2-export",
-    config_name="export",
-    config_folder="commands",
-    summary="Write a run's checkpoint as a folder for m2_encoder.load: configuration, weights, tokenizer, model card.",
-    examples=(
-        "m2-export run.name=emoji",
-        "m2-export run.name=emoji checkpoint=step=500.ckpt output=outputs/emoji/export-500",
-    ),
-    check=check_export,
-    run=_run,
-    notes=("checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",),
-)
-
-
-def main() -> int:
-    """Entry point of `m2-export`."""
-    return run_command(COMMAND, protect_paths(sys.argv[1:], _PATH_KEYS))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
-import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import yaml
 
-from m2_encoder.config.command import Command, run_command
-from m2_encoder.config.model_choice import find_path, output_problems, protect_paths
+from m2_encoder.config.model_choice import find_path, output_problems
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import UNSET, show
 from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, whole
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
+from m2_encoder.files import write_json
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.planning.cost import PRECISIONS, ModelCost, estimate_cost
 from m2_encoder.planning.hardware import Hardware
-from m2_encoder.planning.report import NOT_MODELLED, print_plan, to_report, train_overrides
+from m2_encoder.planning.report import print_plan, to_report, train_overrides
 from m2_encoder.planning.search import ScalingPoint, Wish, find_baselines, find_best, scale_worlds
 from m2_encoder.planning.setting import STRATEGIES
 from m2_encoder.planning.step import Prediction
-from m2_encoder.runs.provenance import command_line, git_revision, versions
+from m2_encoder.record import describe_run
 
-PATH_KEYS: Final = ("cluster", "output", "plot")
 WORLD_SIZES: Final = tuple(2**power for power in range(3, 11))
 """Of the plot: 8 to 1,024 ranks."""
 _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
@@ -220,58 +216,14 @@ def run_plan(cfg: dict[str, Any]) -> None:
             "train": train,
             "cluster": cfg["cluster"],
             "configuration": cfg,
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "command": command_line(),
+            **describe_run(),
         }
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        _write("output", cfg["output"], lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(Path(cfg["output"]).expanduser(), report, key="output")
         print(f"numbers: {cfg['output']}")
     if cfg["plot"] is not None:
         # Here, because it loads matplotlib, which no other part of the command needs.
         from m2_encoder.planning.figure import draw_scaling
 
-        draw = functools.partial(draw_scaling, cluster=cfg["cluster"], planned=plan.best[0].setting)
-        _write("plot", cfg["plot"], lambda path: draw(path, plan.scaling, plan.cost, plan.wish))
+        planned, place = plan.best[0].setting, Path(cfg["plot"]).expanduser()
+        draw_scaling(place, plan.scaling, plan.cost, plan.wish, cluster=cfg["cluster"], planned=planned)
         print(f"plot: {cfg['plot']}")
-
-
-def _write(key: str, name: str, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place first, so that a stop in the middle leaves what was there."""
-    path = Path(name).expanduser()
-    partial = path.with_name(f".partial.{path.name}")  # the suffix, which says the format of a picture, stays
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{key}={name}: cannot be written ({error.strerror or error}); give another place") from error
-
-
-COMMAND = Command(
-    name="m2-plan",
-    config_name="plan",
-    config_folder="commands",
-    summary="Predict memory, traffic and time of a training step, and find the best contrastive groups.",
-    examples=(
-        "m2-plan model=m2_encoder_1b cluster=a100_80g ranks=256",
-        "m2-plan ranks=64 global_batch_size=65536 group_batch_size=32768 output=plan.json plot=plan.png",
-        "m2-plan group_size=32 micro_batches=4 cluster=h100_80g hardware.inter_node_gb_per_s=50",
-    ),
-    check=check_plan,
-    run=run_plan,
-    notes=(
-        "Nothing is trained and no device is needed. A rank contrasts its k micro-batches of B rows with those of the",
-        "g ranks of its group; the baselines contrast the rows of all ranks, and may accumulate micro-batches with a",
-        "loss of their own. Constants, and where they come from, are in conf/cluster/hardware.",
-        "",
-        "Not modelled:",
-        *(f"  {line}" for line in NOT_MODELLED),
-    ),
-)
-
-
-def main() -> int:
-    """Entry point of `m2-plan`."""
-    sys.argv = [sys.argv[0], *protect_paths(sys.argv[1:], PATH_KEYS)]
-    return run_command(COMMAND)

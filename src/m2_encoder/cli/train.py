@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from m2_encoder.config.command import EXIT_USER_ERROR, Command, report_problems, run_command
-from m2_encoder.config.model_choice import protect_paths
+from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config.paths import default_run_folder
-from m2_encoder.config.validate import validate_train
-from m2_encoder.errors import UserError
-from m2_encoder.runs.run import train
-
-_PATH_KEYS: Final = (
-    "run.folder", "data.folder", "data.cache.folder", "model.weights", "model.tokenizer",
-    "objective.distillation.teacher", "objective.distillation.teacher_weights", "objective.cmim.targets.tokenizer",
-    "objective.cmlm.user_dictionary",
-)  # fmt: skip
-_SHARDS_KEY: Final = re.compile(r"\+*data\.sources\.[^.=]+\.shards")
-_VALIDATION_KEY: Final = re.compile(r"\+*data\.validation\.[^.=]+")
 
 
-def _run(cfg: dict[str, Any]) -> int:
+def run_train(cfg: dict[str, Any]) -> None:
+    """Trains; Lightning is imported only now, when the configuration is known to be fine."""
+    from m2_encoder.runs.run import train
+
     train(cfg)
-    return 0
 
 
-def _name_repetition(cfg: dict[str, Any], folder: Path, lines: Sequence[str]) -> list[str]:
+def name_repetition(cfg: dict[str, Any], folder: Path, lines: Sequence[str]) -> list[str]:
     """A free name for `--config-path outputs/<name> --config-name config`, which repeats a run beside itself."""
     run = cfg.get("run")
     if not isinstance(run, dict) or not all(isinstance(run.get(key), str) for key in ("name", "folder")):
@@ -45,43 +34,9 @@ def _name_repetition(cfg: dict[str, Any], folder: Path, lines: Sequence[str]) ->
     return [f"run.name={name}"]
 
 
-COMMAND: Final = Command(
-    name="m2-train",
-    config_name="train",
-    summary="Train, evaluate and export an image-text encoder; one folder in outputs/ per run.",
-    examples=(
-        "m2-train +experiment=emoji",
-        "m2-train +experiment=emoji run.name=wide model.embed_dim=256 optimizer.lr=5e-4",
-        "m2-train +experiment=emoji run.name=two strategy=ddp trainer.devices=2",
-        "m2-train data=webdataset data.sources.main.shards='/data/{000..099}.tar' model.tokenizer=sp.model",
-        "m2-train ... strategy=grouped_ddp strategy.group_size=8   # negatives from 8 ranks instead of from all",
-        "m2-train -m +experiment=smoke optimizer.lr=1e-3,2e-3      # smoke-lr=0.001, smoke-lr=0.002",
-        "m2-train --config-path outputs/emoji --config-name config  # repeats a run",
-    ),
-    check=validate_train,
-    run=_run,
-    run_folder=default_run_folder,
-    complete=_name_repetition,
-    notes=(
-        "A run's folder must not exist; run.resume=auto continues one, run.resume=must insists on a checkpoint.",
-        "Exit codes: 0 done, 2 something to mend (listed on stderr before anything starts), 130 interrupted, 143 saved",
-        "and ended by SIGTERM.",
-    ),
-)
-
-
 def main() -> int:
-    """Entry point of `m2-train`."""
-    given = sys.argv[1:]
-    keys = [argument.partition("=")[0] for argument in given if "=" in argument]
-    shards = [key for key in keys if _SHARDS_KEY.fullmatch(key)]
-    if repeated := next((key for key in shards if shards.count(key) > 1), None):
-        # bash makes several arguments of braces outside of quotes, and Hydra would train on the last one alone.
-        fix = f"put its braces in quotes, {repeated}='/data/{{000..099}}.tar', or give a list: '{repeated}=[A,B]'"
-        report_problems(COMMAND.name, UserError(f"{repeated} is given {shards.count(repeated)} times; {fix}"))
-        return EXIT_USER_ERROR
-    folders = [key for key in keys if _VALIDATION_KEY.fullmatch(key)]
-    return run_command(COMMAND, protect_paths(given, [*_PATH_KEYS, *shards, *folders]))
+    """Entry point of `python -m m2_encoder.cli.train`, which is `m2-train`."""
+    return TRAIN()
 
 
 if __name__ == "__main__":

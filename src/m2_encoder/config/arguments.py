@@ -1,4 +1,4 @@
-"""The flags of a command line, before Hydra sees them."""
+"""The flags of a command line, taken from its `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-from hydra._internal.utils import get_args_parser
 
 from m2_encoder.errors import UserError
 
@@ -18,7 +16,7 @@ class Arguments(NamedTuple):
     Attributes:
         help: the user wants the help text.
         multirun: the user wants every combination of the swept values.
-        shows_only: Hydra prints something (`--cfg`, `--info`, ...) and no job runs.
+        shows_only: the configuration is printed and nothing runs.
         config_path: absolute folder of another primary configuration, or None.
         config_name: name of another primary configuration, or None.
         config_dir: absolute folder with more groups and experiments, or None.
@@ -37,67 +35,51 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(command_name: str, argv: Sequence[str]) -> Arguments:
-    """Takes a command line apart with Hydra's own parser.
+    """Takes a command line apart.
 
     Paths count from the working directory and become absolute, because other ranks start elsewhere.
 
     Raises:
         UserError: for unknown flags, or flags that exclude each other.
     """
-    parser = get_args_parser()
-    parser.prog = command_name
-    parser.exit_on_error = False
-    parser.allow_abbrev = False  # --experiment must not become --experimental-rerun
+    # Without abbreviations: --conf must not become --config-path.
+    parser = argparse.ArgumentParser(prog=command_name, add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--config-path", "-cp", type=_find_folder)
+    parser.add_argument("--config-name", "-cn", type=lambda name: name.removesuffix(".yaml"))
+    parser.add_argument("--config-dir", "-cd", type=_find_folder)
     try:
-        found, rest = parser.parse_known_args(list(argv))
+        found, overrides = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see {command_name} --help") from error
-    # argparse stops collecting overrides at the first flag after them; what follows comes back as the rest.
-    unknown = [item for item in rest if item.startswith("-")]
-    if unknown:
-        raise UserError(f"{unknown[0]}: unknown flag; options are written key=value, see {command_name} --help")
-    if found.experimental_rerun is not None:
-        raise UserError(
-            "--experimental-rerun: reads a pickle, which could run code; use --config-path and --config-name"
-        )
-    modes = {
-        "--run": found.run, "--multirun": found.multirun, "--cfg": found.cfg, "--info": found.info,
-        "--hydra-help": found.hydra_help, "--shell-completion": found.shell_completion,
-    }  # fmt: skip
-    given = [name for name, value in modes.items() if value]
-    if len(given) > 1:
-        raise UserError(f"{' '.join(given)}: give only one of them")
+    if unknown := next((item for item in overrides if item.startswith("-")), None):
+        raise UserError(f"{unknown}: unknown flag; options are written key=value, see {command_name} --help")
+    if found.multirun and found.cfg:
+        raise UserError("--multirun --cfg: give only one of them")
     if found.resolve and not found.cfg:
         raise UserError("--resolve: only together with --cfg job")
+    flags = [f"--{name}" for name in ("multirun", "resolve") if getattr(found, name)]
+    for flag, value in {
+        "--cfg": found.cfg, "--config-path": found.config_path, "--config-name": found.config_name
+    }.items():  # fmt: skip
+        flags += [] if value is None else [flag, str(value)]
     return Arguments(
         help=found.help,
         multirun=found.multirun,
-        shows_only=bool(given) and given[0] not in {"--run", "--multirun"},
-        config_path=_absolute(found.config_path),
-        config_name=found.config_name and found.config_name.removesuffix(".yaml"),
-        config_dir=_absolute(found.config_dir),
-        flags=_flags(found),
-        overrides=[*found.overrides, *rest],
+        shows_only=found.cfg is not None,
+        config_path=found.config_path,
+        config_name=found.config_name,
+        config_dir=found.config_dir,
+        flags=flags,
+        overrides=overrides,
     )
 
 
-def _flags(found: argparse.Namespace) -> list[str]:
-    switches = ("run", "multirun", "hydra_help", "shell_completion", "resolve")
-    flags = [f"--{name.replace('_', '-')}" for name in switches if getattr(found, name)]
-    for name in ("cfg", "info", "package"):
-        if getattr(found, name) is not None:
-            flags += [f"--{name}", getattr(found, name)]
-    for name in ("config_path", "config_name"):
-        if getattr(found, name) is not None:
-            value = getattr(found, name)
-            flags += [f"--{name.replace('_', '-')}", str(_absolute(value)) if name == "config_path" else value]
-    return flags
-
-
-def _absolute(path: str | None) -> Path | None:
-    if path is None:
-        return None
+def _find_folder(path: str) -> Path:
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
-        raise UserError(f"{path}: no such folder; give the folder that holds the configuration")
+        raise argparse.ArgumentTypeError(f"{path}: no such folder; give the folder that holds the configuration")
     return folder

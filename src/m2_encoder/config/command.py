@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,8 +41,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.config.arguments import Arguments, parse_arguments
 from m2_encoder.config.choices import config_folders
-from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
+from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, lend_groups, open_composer
 from m2_encoder.config.help import read_values, render_help
+from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.sweeps import (
     expand_sweep,
@@ -86,20 +88,30 @@ class Command:
         complete: more overrides that follow from the configuration and the folder it was read from; only
             asked for when this process is the only rank so far.
         notes: more lines for `--help`, such as exit codes of its own.
+        late: nodes whose check takes long, because it imports Lightning. `check` gets `trusted=`, those of them that
+            are as shipped; they are checked by `check_late` if nothing else is wrong.
         config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it,
             `model=PATH` is a plain value, although `conf/` has a group of that name.
+        groups: of `conf/` that such a command has all the same.
     """
 
     name: str
     config_name: str
     summary: str
     examples: tuple[str, ...]
-    check: Callable[[dict[str, Any]], list[str]]
-    run: Callable[[dict[str, Any]], int | None]
+    check: Callable[[dict[str, Any]], list[str]] | str
+    run: Callable[[dict[str, Any]], int | None] | str
     run_folder: Callable[[dict[str, Any]], Path] | None = None
-    complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | None = None
+    complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | str | None = None
     notes: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()
+    check_late: str = ""
     config_folder: str = ""
+    groups: tuple[str, ...] = ()
+
+    def __call__(self) -> int:
+        """Runs the command with the arguments of this process; its exit code."""
+        return run_command(self)
 
 
 class _Plan(NamedTuple):
@@ -118,7 +130,8 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
     """
     started_argv = sys.argv
     try:
-        return _run(command, sys.argv[1:] if argv is None else argv)
+        with lend_groups(command.groups):
+            return _run(command, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         _say(f"\n{command.name}: interrupted")
         return EXIT_INTERRUPTED
@@ -154,7 +167,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     if fixed and given:
         raise UserError(f"{given[0]}: --config-dir is given, too; name all folders in this one")
     fixed += given
-    arguments = arguments._replace(overrides=[line for line in arguments.overrides if line not in fixed])
+    lines = [quote_unreadable(line, multirun=arguments.multirun) for line in arguments.overrides if line not in fixed]
+    arguments = arguments._replace(overrides=lines)
     with open_composer(folder, config_name, fixed) as composer:
         if arguments.help:
             values = read_values(find_conf() / command.config_folder / f"{command.config_name}.yaml")
@@ -187,9 +201,9 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
         return _Plan([*lines, *_quiet(lines), *_sweep_lines(lines)], constant)
     composition = first if constant == lines else composer.compose(lines)
     if command.complete is not None and not composition.problems and is_only_rank():
-        more = command.complete(composition.cfg, composer.folder, lines)
+        more = _resolve(command.complete)(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
-    _raise_if_any(_find_problems(command, composition))
+    _raise_if_any(_find_problems(command, composition, own_files=composer.has_own_files))
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
 
 
@@ -203,7 +217,7 @@ def _check_sweep(
     for job in jobs:
         composition = composer.compose(job)
         name = _rename(command, composition.cfg, job, constant)
-        problems += _find_problems(command, composition)
+        problems += _find_problems(command, composition, own_files=composer.has_own_files)
         if name is not None and name in names:
             problems.append(f"run.name={name}: two jobs of the sweep have this name; sweep distinct values")
         names.add(name or "")
@@ -213,8 +227,13 @@ def _check_sweep(
     _raise_if_any(problems or [f"{problem}; {fix}" for problem in first.refused])
 
 
-def _find_problems(command: Command, composition: Composition) -> list[str]:
-    return composition.without_echoes([*composition.problems, *command.check(composition.cfg)])
+def _find_problems(command: Command, composition: Composition, *, own_files: bool) -> list[str]:
+    trusted = [] if own_files else [node for node in command.late if node not in composition.changed]
+    check, cfg = _resolve(command.check), composition.cfg
+    problems = [*composition.problems, *(check(cfg, trusted=trusted) if trusted else check(cfg))]
+    if trusted and not problems:
+        problems = _resolve(command.check_late)(cfg, trusted)
+    return composition.without_echoes(problems)
 
 
 def _rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:
@@ -272,7 +291,7 @@ class _Job:
             name = _rename(self._command, plain, list(settings.overrides.task), self._constant)
             _say(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}")
         try:
-            code = self._command.run(plain)
+            code = _resolve(self._command.run)(plain)
         except Exception as error:
             # Hydra wraps what a constructor raises; the user's mistake is inside.
             mistake = _find_user_error(error)
@@ -281,6 +300,10 @@ class _Job:
             report_problems(self._command.name, mistake)
             raise SystemExit(EXIT_USER_ERROR) from error
         self.exit_code = max(self.exit_code, code or 0)
+
+
+def _resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    return pkgutil.resolve_name(function) if isinstance(function, str) else function
 
 
 def _find_user_error(error: BaseException | None) -> UserError | None:

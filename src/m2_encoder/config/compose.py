@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
@@ -26,7 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from m2_encoder.config.choices import config_folders, describe_nameless, find_conflict, read_options
 from m2_encoder.config.keys import key_problem
 from m2_encoder.config.missing import describe_missing
-from m2_encoder.config.overrides import adds, parse_overrides, refuse_sweeps
+from m2_encoder.config.overrides import adds, parse_overrides, refuse_sweeps, repeated_shards
+from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import UNSET, flatten, nearest
 from m2_encoder.config.unchosen import CHOSEN_AS_LIST, drop_unchosen
 from m2_encoder.errors import UserError
@@ -48,6 +50,7 @@ class Composition(NamedTuple):
         hydra: Hydra's own settings for the run.
         unchosen: keys that were left out, because they say something of options that are not chosen.
         refused: the part of `problems` that lies in the overrides, whatever the values of other keys are.
+        changed: nodes at the top in which values are not those of the files.
     """
 
     cfg: dict[str, Any]
@@ -56,6 +59,7 @@ class Composition(NamedTuple):
     hydra: DictConfig
     unchosen: list[str]
     refused: list[str]
+    changed: set[str]
 
     def without_echoes(self, problems: Sequence[str]) -> list[str]:
         """Leaves out problems of a key that only repeats the wrong value of another."""
@@ -77,6 +81,11 @@ class Composer:
         self._fixed = list(fixed)
         self._default: DictConfig | None = None
         self._options: dict[str, list[str]] = {}  # Hydra reads all configurations again whenever it is asked
+
+    @property
+    def has_own_files(self) -> bool:
+        """Whether files other than the shipped ones can be part of a configuration."""
+        return bool(self._fixed) or self.folder != find_conf()
 
     def groups(self) -> dict[str, list[str]]:
         """Every group of the configuration folder with its options."""
@@ -108,7 +117,7 @@ class Composer:
             UserError: if nothing can be composed at all; the message says why.
         """
         overrides, problems = parse_overrides(lines, self._suggest)
-        problems += refuse_sweeps(overrides)
+        problems += [*repeated_shards(lines), *refuse_sweeps(overrides)]
         overrides = [override for override in overrides if not override.is_sweep_override()]
         default = self._load_default()
         selected = {*default.hydra.runtime.choices, *default}  # a group chosen as a list is only in the latter
@@ -134,10 +143,15 @@ class Composer:
             unchosen = self._drop_unchosen(cfg)
         problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
         values, unresolved, references = to_plain(cfg)
-        return Composition(values, problems + unresolved, references, cfg.hydra, unchosen, problems)
+        changed = {override.key_or_group.partition(".")[0] for override in good if override not in groups}
+        return Composition(values, problems + unresolved, references, cfg.hydra, unchosen, problems, changed)
 
     def _drop_unchosen(self, cfg: DictConfig) -> list[str]:
-        return drop_unchosen(cfg, config_folders(self.folder, cfg.hydra.searchpath))
+        return drop_unchosen(cfg, self._folders(cfg))
+
+    def _folders(self, cfg: DictConfig) -> list[Path]:
+        """Where options are looked for, those of groups that are lent to this folder included."""
+        return [*config_folders(self.folder, cfg.hydra.searchpath), find_conf()]
 
     def _lost(self, override: Override, unchosen: Sequence[str], base: DictConfig) -> str | None:
         """The problem of a value that was added to an option that is not chosen, or None; null is no loss."""
@@ -152,7 +166,7 @@ class Composer:
         chosen = base.get(group)
         if group not in self.groups() or not key or not isinstance(chosen, DictConfig) or key in list(chosen):
             return None
-        files = read_options(config_folders(self.folder, base.hydra.searchpath), group)
+        files = read_options(self._folders(base), group)
         form = f"{group}=[...,%s]" if group == CHOSEN_AS_LIST else f"{group}=%s"
         having = [form % option for option in self.options(group) if option in files and key in files[option][1]]
         line, choose = override.input_line, "choose it" if len(having) == 1 else "choose one of them"
@@ -180,10 +194,10 @@ class Composer:
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(self._explain(error)) from error
         OmegaConf.set_struct(cfg, False)
-        objectives = cfg.get(CHOSEN_AS_LIST)
-        if isinstance(objectives, DictConfig) and "_target_" in objectives:
-            folders = config_folders(self.folder, cfg.hydra.searchpath)
-            if problem := describe_nameless(folders, CHOSEN_AS_LIST, objectives["_target_"]):
+        for group in (CHOSEN_AS_LIST, "evaluation"):
+            chosen = cfg.get(group)
+            is_nameless = isinstance(chosen, DictConfig) and "_target_" in chosen
+            if is_nameless and (problem := describe_nameless(self._folders(cfg), group, chosen["_target_"])):
                 raise UserError(problem)
         return cfg
 
@@ -235,8 +249,26 @@ class Composer:
                 shown = "null" if name is None else name
                 return f"{group}={shown}: no such option{nearest(str(name), options)}; choose from {', '.join(options)}"
         default = self._load_default()
-        conflict = find_conflict(config_folders(self.folder, default.hydra.searchpath), group, chosen)
+        conflict = find_conflict(self._folders(default), group, chosen)
         return None if conflict is None else f"{line}: {conflict}"
+
+
+@contextlib.contextmanager
+def lend_groups(names: Sequence[str]) -> Iterator[None]:
+    """Offers groups of `conf/` to a command whose configuration lies in a folder of its own, while the block runs.
+
+    Args:
+        names: of the groups.
+    """
+    store = ConfigStore.instance()
+    for name in names:
+        for path in sorted((find_conf() / name).glob("*.yaml")):
+            store.store(group=name, name=path.stem, node=OmegaConf.load(path))
+    try:
+        yield
+    finally:
+        for name in names:
+            store.repo.pop(name, None)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,35 +22,6 @@ from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 EMBEDDED_TOKENIZER: Final = "emoji"
 NO_ENCODER: Final = "is a visual tokenizer, not an encoder; give a folder that m2-export wrote"
-_HYDRA_SYNTAX = ("'", '"', "[", "{", "$")
-
-
-def protect_paths(argv: Sequence[str], keys: Collection[str]) -> list[str]:
-    """Quotes the values of some keys for Hydra, whose grammar has neither equal signs nor Chinese.
-
-    >>> protect_paths(["images=a=b", "batch_size=8"], {"images"})
-    ['images="a=b"', 'batch_size=8']
-
-    Values that are written in Hydra's own syntax (quoted, a list, an interpolation), `null` and `???` stay;
-    so does everything in a `--multirun`, where a comma separates values.
-    """
-    if any(argument in {"-m", "--multirun"} for argument in argv):
-        return list(argv)
-    return [_protect(argument, keys) for argument in argv]
-
-
-def _protect(argument: str, keys: Collection[str]) -> str:
-    key, separator, value = argument.partition("=")
-    is_plain = value not in {"", "null", "???"} and not value.startswith(_HYDRA_SYNTAX)
-    if not separator or key not in keys or not is_plain:
-        return argument
-    return f"{key}={protect_value(value)}"
-
-
-def protect_value(value: str) -> str:
-    """Quotes one value for Hydra; it reads backslashes as they are, except in front of a quote."""
-    quoted = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), value)
-    return f'"{quoted}"'
 
 
 def find_path(value: str) -> Path:

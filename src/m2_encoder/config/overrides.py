@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
+
+_HYDRA_SYNTAX: Final = ("'", '"', "[", "{", "${")
+
+
+def quote_unreadable(line: str, *, multirun: bool = False) -> str:
+    """Puts the value of an override into quotes if Hydra cannot read it: paths with `=`, braces or Chinese.
+
+    >>> quote_unreadable("images=a=b")
+    'images="a=b"'
+
+    Args:
+        line: as typed. A value that begins like a list, a mapping, a text in quotes or an interpolation stays.
+        multirun: commas separate values; a value that has some stays.
+    """
+    key, equals, value = line.partition("=")
+    if not equals or value.startswith(_HYDRA_SYNTAX) or (multirun and "," in value) or parse_override(line) is not None:
+        return line
+    quoted = f"{key}={quote_value(value)}"
+    return line if parse_override(quoted) is None else quoted
+
+
+def quote_value(value: str) -> str:
+    """A text in quotes for Hydra, which reads backslashes as they are, except in front of a quote."""
+    quoted = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), value)
+    return f'"{quoted}"'
+
+
+def repeated_shards(lines: Sequence[str]) -> list[str]:
+    """Refuses `shards` that are given more than once.
+
+    bash makes several arguments of braces outside of quotes, and Hydra would keep the last one alone.
+    """
+    keys = [line.partition("=")[0] for line in lines]
+    return [
+        f"{key} is given {keys.count(key)} times; put its braces in quotes, {key}='/data/{{000..099}}.tar', or give a "
+        f"list: '{key}=[A,B]'"
+        for key in dict.fromkeys(keys)
+        if keys.count(key) > 1 and key.rpartition(".")[2] == "shards"
+    ]
 
 
 def parse_overrides(
@@ -56,6 +97,7 @@ def refuse_sweeps(overrides: Sequence[Override]) -> list[str]:
             items = value.list if isinstance(value, ChoiceSweep) and value.simple_form else []
             plain = bool(items) and not any(isinstance(item, list | dict) for item in items)
             text = str(override.input_line).partition("=")[2]
-            hint = f"for a list write {override.key_or_group}=[{text}]; " if plain else ""
+            key = override.key_or_group
+            hint = f"for a list write {key}=[{text}], for a text '{key}=\"{text}\"'; " if plain else ""
             problems.append(f"{override.input_line}: holds several values; {hint}to run them all add --multirun")
     return problems

@@ -61,6 +61,7 @@ _FIXES: Final = {
         if group not in {"seed", "run", "objective"}
     },
 }
+OPTIONAL_KEYS: Final = ("task", "evaluation", "adaptation")
 TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
 KEYED_GROUPS: Final = ("objective", "callbacks")
 
@@ -315,13 +316,15 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
     required = [key for key in ROOT_KEYS if not (has_task and key == "objective")]
     # A group whose every option was taken away is as good as none.
     present = {key: value for key, value in cfg.items() if key != "objective" or value != {}}
-    problems = _check_keys("", present, (*ROOT_KEYS, "task"), required=required)
-    for group in (*TARGET_GROUPS, *KEYED_GROUPS, "run", "model", "cluster", *(["task"] if has_task else [])):
+    problems = _check_keys("", present, (*ROOT_KEYS, *OPTIONAL_KEYS), required=required)
+    optional = [key for key in OPTIONAL_KEYS if cfg.get(key) is not None]
+    for group in (*TARGET_GROUPS, *KEYED_GROUPS, "run", "model", "cluster", *optional):
         node = cfg.get(group, UNSET)
         if node is not UNSET and not isinstance(node, Mapping):
             fix = "choose an option with group=option when composing from conf/, or set single keys"
             problems.append(Problem(group, f"{group}={show(node)}: must be a mapping of keys; {fix}"))
     problems += _check_objectives(cfg.get("objective"))
+    problems += check_tasks(cfg.get("evaluation"))
     run, model, cluster = (cfg.get(name) for name in ("run", "model", "cluster"))
     if isinstance(run, Mapping):
         problems += _check_keys("run", run, RUN_KEYS, required=RUN_KEYS)
@@ -344,6 +347,17 @@ def _check_objectives(objectives: Any) -> list[Problem]:
             problems.append(Problem(key, f"{key}: {rule}; give it another, for example objective.my_{name}"))
         elif not isinstance(value, Mapping) or "_target_" not in value:
             fix = f"choose {name} in objective=[...] if there is such an option, or name its class in {key}._target_"
+            problems.append(Problem(key, f"{key}={show(value)}: must have a _target_; {fix}"))
+    return problems
+
+
+def check_tasks(tasks: Any) -> list[Problem]:
+    """Evaluation tasks from which nothing could be built."""
+    problems = []
+    for name, value in (tasks if isinstance(tasks, Mapping) else {}).items():
+        key = f"evaluation.{name}"
+        if not isinstance(value, Mapping) or "_target_" not in value:
+            fix = f"choose {name} in evaluation=[...] if there is such an option, or name its class in {key}._target_"
             problems.append(Problem(key, f"{key}={show(value)}: must have a _target_; {fix}"))
     return problems
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Glob, ValueType
 from omegaconf import DictConfig
 
@@ -52,6 +51,8 @@ def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
             raise UserError(f"{override.input_line}: a sweep runs every value, and an interval names none; {fix}")
     known = {override.input_line for override in readable}
     unreadable = [line for line in all_lines if line not in known]  # reported when the job is composed
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # Hydra has no public name for it
+
     batches = BasicSweeper.split_arguments(readable, None)
     return [[*job, *unreadable] for batch in batches for job in batch]
 

@@ -21,8 +21,7 @@ from m2_encoder.curation.images import measure_image
 from m2_encoder.curation.measure import read_member
 from m2_encoder.curation.tables import HASH_BYTES
 from m2_encoder.data.samples.parse import SampleProblem
-from m2_encoder.data.shards.index import build_index
-from m2_encoder.data.shards.members import IMAGE_EXTENSIONS
+from m2_encoder.data.shards.index import IMAGE_EXTENSIONS, build_index
 from m2_encoder.errors import UserError
 from m2_encoder.files import atomic_file
 

@@ -13,8 +13,7 @@ from m2_encoder.curation.images import ImageMeasure, measure_image
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import MEASURED, write_table
 from m2_encoder.data.samples.parse import SampleProblem, parse_sample_text
-from m2_encoder.data.shards.index import IndexedSample, build_index
-from m2_encoder.data.shards.members import Member
+from m2_encoder.data.shards.index import IndexedSample, Member, build_index
 from m2_encoder.errors import UserError
 
 _UNDECLARED: Final = "?"  # no language: who says none gets the one that is detected

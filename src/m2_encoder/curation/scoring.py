@@ -23,7 +23,7 @@ from m2_encoder.curation.settings import ScoreSettings
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import read_table, write_table
 from m2_encoder.data.images.transforms import EvalTransform
-from m2_encoder.data.shards.members import Member
+from m2_encoder.data.shards.index import Member
 from m2_encoder.errors import ImageError
 from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig

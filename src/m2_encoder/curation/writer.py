@@ -18,8 +18,7 @@ from m2_encoder.curation.measure import check_unchanged, read_member
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import column_names, read_table
 from m2_encoder.data.samples.parse import PLAIN_CAPTION_KEYS, parse_json_object
-from m2_encoder.data.shards.index import open_index
-from m2_encoder.data.shards.members import Member
+from m2_encoder.data.shards.index import Member, open_index
 from m2_encoder.errors import UserError
 from m2_encoder.files import atomic_file
 

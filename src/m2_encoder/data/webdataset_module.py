@@ -25,11 +25,11 @@ from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.order.cache_size import check_cache
 from m2_encoder.data.order.manifest import Manifest, SourceSpec, build_manifest
 from m2_encoder.data.order.plan import PositionPlan, Segment
-from m2_encoder.data.retrieval_set import RetrievalSet, check_retrieval_set, read_retrieval_set
+from m2_encoder.data.retrieval_set import RetrievalSet, ValidationChunks, check_retrieval_set, read_retrieval_set
 from m2_encoder.data.samples.captions import CaptionSampler
+from m2_encoder.data.samples.sample import Column
 from m2_encoder.data.shards.reader import ShardReader
 from m2_encoder.data.shards.remote import RemoteShards
-from m2_encoder.data.validation import ValidationChunks
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -67,6 +67,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         max_bad_samples: entries on the list of unusable samples above which the run ends; None sets no limit.
         new_segment: let a checkpoint of another mixture go on with this one; None never offers it.
         stall_timeout_s: without progress after which loading is an error.
+        columns: more tensors of a batch by name, read from the samples; None leaves one out.
 
     Attributes:
         validation_name: name of the watched set in metrics.
@@ -100,6 +101,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         max_bad_samples: int | None = None,
         new_segment: bool | None = False,
         stall_timeout_s: float = STALL_TIMEOUT_S,
+        columns: Mapping[str, Column | None] | None = None,
     ) -> None:
         super().__init__()
         numbers = {"max_steps": max_steps, "global_batch_size": global_batch_size, "eval_batch_size": eval_batch_size}
@@ -123,6 +125,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._remote = None if cache is None else RemoteShards(**cache)
         self._max_bad_share, self._max_bad_samples = max_bad_share, max_bad_samples
         self._new_segment, self._stall_timeout_s = new_segment, stall_timeout_s
+        self._columns = {name: column for name, column in (columns or {}).items() if column is not None}
         self._is_fresh = False
         self.fault_log = self._build_fault_log(None)
 
@@ -216,7 +219,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._report_faults(plan, is_first=rank == 0)
         return PositionLoader(
             self._build_stream,
-            collate=partial(collate_samples, tokenizer=self.tokenizer, masking=self._masking),
+            collate=partial(collate_samples, tokenizer=self.tokenizer, masking=self._masking, columns=self._columns),
             num_steps=self._max_steps,
             global_batch_size=self.global_batch_size,
             rank=rank,
@@ -259,7 +262,8 @@ class WebDatasetModule(lightning.LightningDataModule):
         return {name: self.retrieval_set(name) for name in self._validation}
 
     def _reader(self) -> ShardReader:
-        return ShardReader(remote=self._remote)
+        files = {extension.lower() for column in self._columns.values() for extension in column.files}
+        return ShardReader(remote=self._remote, files=sorted(files))
 
     def _plan(self, history: Sequence[Segment], start: int) -> PositionPlan:
         return PositionPlan(
@@ -276,6 +280,7 @@ class WebDatasetModule(lightning.LightningDataModule):
             decode=self._decode,
             transform=self._transform,
             keep_decoded=self._keep_decoded,
+            columns=self._columns,
         )
 
     def _build_fault_log(self, folder: Path | None) -> FaultLog:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,8 @@ class FeatureModel(Protocol):
         ...
 
 
-class Tokenize(Protocol):
-    """What evaluation needs of a tokenizer."""
-
-    def __call__(self, texts: Sequence[str], /) -> TextTokens:
-        """Texts to ids and mask, padded on the right."""
-        ...
+Tokenize: TypeAlias = Callable[[Sequence[str]], TextTokens]
+"""Texts to ids and mask, padded on the right, as the model's own tokenizer does it."""
 
 
 def encode_images(
@@ -113,7 +109,7 @@ def encode_texts(
 
 
 @contextmanager
-def evaluation_mode(model: FeatureModel) -> Iterator[torch.device]:
+def evaluation_mode(model: object) -> Iterator[torch.device]:
     """No dropping of paths and no autograd inside; afterwards every module is in the mode it was in.
 
     Yields:

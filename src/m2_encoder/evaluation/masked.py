@@ -21,11 +21,12 @@ Letters: n images · k captions of each · T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from m2_encoder.objectives.base import LocalTerms
 from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 
 NOTHING = -1
@@ -35,26 +36,7 @@ MaskedResults: TypeAlias = dict[str, dict[str, dict[str, float | int | None]]]
 """Objective -> language -> the numbers above; None where there are no terms to take the mean of."""
 
 
-class CaptionTerms(Protocol):
-    """What an objective says of some captions; `m2_encoder.objectives.base.LocalTerms` is that."""
-
-    @property
-    def sums(self) -> Tensor:
-        """Of the losses of a caption's terms, (k * b,)."""
-        ...
-
-    @property
-    def counts(self) -> Tensor:
-        """Terms of a caption, (k * b,)."""
-        ...
-
-    @property
-    def scores(self) -> Mapping[str, Tensor]:
-        """Sums of scores, by name, (k * b,) each."""
-        ...
-
-
-TermsByName: TypeAlias = Mapping[str, CaptionTerms]
+TermsByName: TypeAlias = Mapping[str, LocalTerms]
 
 
 class Evaluated(NamedTuple):
@@ -98,10 +80,10 @@ def measure_masked(batch: ImageTextBatch, evaluate: Evaluate, *, batch_size: int
     right: dict[str, _Sums] = {}
     other: dict[str, _Sums] = {}
     pieces: dict[str, list[Tensor]] = {}
-    number = len(batch.identity)
-    for rows in torch.arange(number).split(batch_size):
-        own = take_rows(batch, rows)
-        beside = None if shift is None else take_rows(batch, rows, captions_of=(rows + shift) % number)
+    others = None if shift is None else move_captions(batch, shift)
+    for start in range(0, len(batch.identity), batch_size):
+        rows = slice(start, start + batch_size)
+        own, beside = batch.rows(rows), None if others is None else others.rows(rows)
         found = evaluate(own, beside)
         _add(right, found.own, own.language)
         if beside is not None and found.other is not None:
@@ -140,27 +122,21 @@ def choose_shift(identity: Tensor) -> int | None:
     return best
 
 
-def take_rows(batch: ImageTextBatch, rows: Tensor, *, captions_of: Tensor | None = None) -> ImageTextBatch:
-    """Some images of a batch with the captions of the same, or of other ones.
+def move_captions(batch: ImageTextBatch, shift: int) -> ImageTextBatch:
+    """The images of a batch, with their hidden patches, beside the captions of others, with their hidden words.
 
     Args:
         batch: k captions per image.
-        rows: which images, with their hidden patches, (b,) int64.
-        captions_of: images whose captions, with their hidden words, stand beside them, (b,) int64; None for their own.
+        shift: whose captions, so many images on; after the last one comes the first.
     """
-    captions = batch.captions_per_image
-    texts = rows if captions_of is None else captions_of
-    places = (texts[:, None] * captions + torch.arange(captions)).flatten()
-    masked, keys = batch.masked_text, rows.tolist()
-    return ImageTextBatch(
-        images=batch.images[rows],
-        text=TextTokens(*(part[places] for part in batch.text)),
-        language=batch.language[places],
-        identity=batch.identity[rows],
-        keys=tuple(batch.keys[row] for row in keys),
-        sources=tuple(batch.sources[row] for row in keys),
-        masked_text=None if masked is None else MaskedText(*(part[places] for part in masked)),
-        patch_mask=None if batch.patch_mask is None else batch.patch_mask[rows],
+
+    def moved(part: Tensor) -> Tensor:
+        return part.roll(-shift * batch.captions_per_image, dims=0)
+
+    return batch._replace(
+        text=TextTokens(*map(moved, batch.text)),
+        language=moved(batch.language),
+        masked_text=None if batch.masked_text is None else MaskedText(*map(moved, batch.masked_text)),
     )
 
 

@@ -23,10 +23,11 @@ from typing import Final, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.encode import FeatureModel, Tokenize, evaluation_mode
 from m2_encoder.evaluation.metrics import RECALL_KS, pairs_of_equal_ids, recall_at_k
-from m2_encoder.evaluation.retrieval import CaptionedImages, SetFeatures
+from m2_encoder.evaluation.retrieval import SetFeatures
 from m2_encoder.objectives.matching import PairEncoder, score_hidden
 from m2_encoder.types import TextTokens
 
@@ -114,7 +115,7 @@ def rerank(
 def rerank_set(
     model: RerankingModel,
     head: nn.Linear,
-    dataset: CaptionedImages,
+    dataset: RetrievalSet,
     features: SetFeatures,
     tokenizer: Tokenize,
     *,

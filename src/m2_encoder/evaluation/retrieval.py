@@ -5,12 +5,13 @@ Legend: n images · m distinct captions · E feature dim · S image side in pixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import (
     DEFAULT_BATCH_SIZE,
     FeatureModel,
@@ -19,30 +20,6 @@ from m2_encoder.evaluation.encode import (
     encode_texts,
 )
 from m2_encoder.evaluation.metrics import RECALL_KS, retrieval_metrics
-
-
-class CaptionedImages(Protocol):
-    """What evaluation needs of a set; `m2_encoder.data.retrieval_set.RetrievalSet` is one."""
-
-    @property
-    def name(self) -> str:
-        """Name in metric names."""
-        ...
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """What each image shows; images with the same key are equally right for a caption, length n."""
-        ...
-
-    @property
-    def images(self) -> Tensor:
-        """(n, 3, S, S), uint8 or floating in 0..1."""
-        ...
-
-    @property
-    def captions(self) -> Mapping[str, tuple[str, ...]]:
-        """By language: row i describes image i, length n."""
-        ...
 
 
 class TextFeatures(NamedTuple):
@@ -75,7 +52,7 @@ class SetFeatures(NamedTuple):
 
 def encode_set(
     model: FeatureModel,
-    dataset: CaptionedImages,
+    dataset: RetrievalSet,
     tokenizer: Tokenize,
     *,
     languages: Sequence[str] | None = None,
@@ -129,36 +106,7 @@ def evaluate_features(features: SetFeatures, *, ks: Sequence[int] = RECALL_KS) -
     return results
 
 
-def evaluate_retrieval(
-    model: FeatureModel,
-    dataset: CaptionedImages,
-    tokenizer: Tokenize,
-    *,
-    languages: Sequence[str] | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    ks: Sequence[int] = RECALL_KS,
-) -> dict[str, dict[str, float]]:
-    """Recalls of a model on a set: the standard protocol, one query per distinct caption.
-
-    Args:
-        model: on any device; its mode is restored.
-        dataset: images and captions.
-        tokenizer: the model's own.
-        languages: which of the set's languages; None for all.
-        batch_size: items per forward pass.
-        ks: cut-offs.
-
-    Returns:
-        By language, what `retrieval_metrics` returns: percent, chance beside it.
-
-    Raises:
-        ValueError: as `encode_set` and `evaluate_features`.
-    """
-    encoded = encode_set(model, dataset, tokenizer, languages=languages, batch_size=batch_size)
-    return evaluate_features(encoded, ks=ks)
-
-
-def _check_set(dataset: CaptionedImages, languages: Sequence[str]) -> None:
+def _check_set(dataset: RetrievalSet, languages: Sequence[str]) -> None:
     if not dataset.keys or not languages:
         raise ValueError(f"retrieval set {dataset.name!r} is empty")
     missing = [language for language in languages if language not in dataset.captions]

@@ -1,12 +1,14 @@
-"""Results as a table: per split a row for each language, and what chance would reach under them."""
+"""Tables of results, in Markdown and on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from m2_encoder.evaluation.markdown import to_markdown
-from m2_encoder.evaluation.metrics import RECALL_KS
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CHANCE = "chance"
 """The "language" of the row that says what a random order would reach."""
@@ -14,67 +16,175 @@ CHANCE = "chance"
 DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
 """Directions of retrieval and what tables call them."""
 
+SPLIT_TITLES: Mapping[str, str] = {
+    "heldout_style": "unseen style",
+    "heldout_families": "unseen concepts and style",
+    "val": "validation: unseen concepts",
+    "val_style": "validation: unseen concepts and style",
+    "train": "training set",
+}
+"""What tables call the splits of the embedded set."""
+
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Split -> language -> what `retrieval_metrics` returns."""
 
+_TITLE_WIDTH = 18  # of a line of a split's title: the table must fit a terminal of 80 columns
+_WIDTH_WITHOUT_TERMINAL = 110
 
-class TableRow(NamedTuple):
-    """One line of the table.
+
+class ResultRow(NamedTuple):
+    """One line of a `ResultTable`.
 
     Attributes:
-        split: name of the set.
-        language: "zh", "en" or "chance".
-        values: percent, by `t2i_r@1` and so on; `mean_recall` is the mean of them.
-        num_images: images in the set.
+        split: key of the set; rows of one set stand together.
+        cells: texts, one for each heading.
+        is_dim: for what is only there for comparison.
     """
 
     split: str
-    language: str
-    values: dict[str, float]
-    num_images: int
+    cells: Sequence[str]
+    is_dim: bool = False
 
 
-def table_rows(results: Results, *, ks: Sequence[int] = RECALL_KS) -> list[TableRow]:
-    """Rows in the order of `results`, chance last in each split.
+class ResultTable(NamedTuple):
+    """A table for the terminal, its first column for the set.
+
+    Attributes:
+        title: line above it.
+        headings: of the other columns; may have two lines.
+        rows: sets one after the other.
+        num_labels: how many of the other columns hold words; numbers stand on the right.
+        caption: line below it.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[ResultRow]
+    num_labels: int = 1
+    caption: str | None = None
+
+
+def open_console() -> Console:
+    """A console on standard output that does not fold tables when it writes to a file."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+
+
+def print_table(
+    console: Console, table: ResultTable, *, titles: Mapping[str, str], num_images: Mapping[str, int]
+) -> None:
+    """Prints a table; the title of a set is folded beside its rows.
+
+    Args:
+        console: where to.
+        table: what.
+        titles: what a split is called; its name where there is none.
+        num_images: by split.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        caption=table.caption,
+        caption_justify="left",
+        caption_style="dim",
+    )
+    shown.add_column("\nsplit", no_wrap=True)
+    for number, heading in enumerate(table.headings):
+        shown.add_column(
+            heading if "\n" in heading else f"\n{heading}", justify="left" if number < table.num_labels else "right"
+        )
+    for split, group in itertools.groupby(table.rows, key=lambda row: row.split):
+        rows = list(group)
+        lines = textwrap.wrap(titles.get(split, split), _TITLE_WIDTH)
+        notes = [*(Text(line, style="bold") for line in lines), Text(f"{num_images[split]:,} images", style="dim")]
+        for note, row in itertools.zip_longest(notes, rows):
+            shown.add_row(note, *([Text(cell, style="dim" if row.is_dim else "") for cell in row.cells] if row else []))
+        shown.add_section()
+    console.print(shown)
+
+
+def tabulate(results: Results) -> dict[str, dict[str, dict[str, float]]]:
+    """What tables of retrieval show, percent: by split, then language with chance last, `t2i_r@1` and so on.
 
     Args:
         results: by split and language.
-        ks: cut-offs.
     """
-    rows = []
+    table: dict[str, dict[str, dict[str, float]]] = {}
     for split, languages in results.items():
-        for language, metrics in languages.items():
-            values = {name: metrics[name] for name in [*_columns(ks), "mean_recall"]}
-            rows.append(TableRow(split, language, values, int(metrics["num_images"])))
         first = next(iter(languages.values()))
-        chance = {name: first[name.replace("_r@", "_chance@")] for name in _columns(ks)}
-        chance["mean_recall"] = sum(chance.values()) / len(chance)
-        rows.append(TableRow(split, CHANCE, chance, int(first["num_images"])))
-    return rows
+        names = [name for direction in DIRECTIONS for name in first if name.startswith(f"{direction}_r@")]
+        table[split] = {
+            language: {name: metrics[name] for name in [*names, "mean_recall"]}
+            for language, metrics in languages.items()
+        }
+        chance = {name: first[name.replace("_r@", "_chance@")] for name in names}
+        table[split][CHANCE] = chance | {"mean_recall": sum(chance.values()) / len(chance)}
+    return table
 
 
-def markdown_table(results: Results, *, titles: Mapping[str, str], ks: Sequence[int] = RECALL_KS) -> str:
-    """The table for a README or a model card, in percent.
+def results_table(results: Results) -> ResultTable:
+    """Retrieval on the terminal: per split a row for each language and one for chance, in percent.
+
+    Args:
+        results: by split and language.
+    """
+    rows = [
+        ResultRow(split, (language, *map(format_percent, values.values())), is_dim=language == CHANCE)
+        for split, languages in tabulate(results).items()
+        for language, values in languages.items()
+    ]
+    words: dict[str, list[str]] = {}
+    for direction, title in DIRECTIONS.items():
+        before, arrow, after = title.partition(" → ")
+        words[direction] = [before + arrow.rstrip(), after]
+    headings = ["\n"]
+    for direction, k in _columns(results):  # a direction's words spread over its columns
+        headings.append(f"{words[direction].pop(0) if words[direction] else ''}\nR@{k}")
+    return ResultTable("Retrieval, percent", [*headings, "\nmean"], rows)
+
+
+def markdown_table(results: Results, *, titles: Mapping[str, str]) -> str:
+    """Retrieval for a README or a model card, in percent.
 
     Args:
         results: by split and language.
         titles: what a split is called; its name where there is none.
-        ks: cut-offs.
     """
-    header = ["split", "images", "language"]
-    header += [f"{name} R@{k}" for name in DIRECTIONS.values() for k in ks] + ["mean"]
+    columns = [f"{DIRECTIONS[direction]} R@{k}" for direction, k in _columns(results)]
+    header = ["split", "images", "language", *columns, "mean"]
     lines = [header, ["---", "--:", "---"] + ["--:"] * (len(header) - 3)]
-    previous = None
-    for row in table_rows(results, ks=ks):
-        same = row.split == previous
-        previous = row.split
-        numbers = [format_percent(value) for value in row.values.values()]
-        if row.language == CHANCE:
-            numbers = [f"*{number}*" for number in numbers]
-        name = f"*{CHANCE}*" if row.language == CHANCE else row.language
-        start = ["", ""] if same else [titles.get(row.split, row.split), f"{row.num_images:,}"]
-        lines.append([*start, name, *numbers])
+    for split, languages in tabulate(results).items():
+        number = int(next(iter(results[split].values()))["num_images"])
+        start = [titles.get(split, split), f"{number:,}"]
+        for language, values in languages.items():
+            mark = "*" if language == CHANCE else ""
+            lines.append(
+                [*start, *(f"{mark}{cell}{mark}" for cell in (language, *map(format_percent, values.values())))]
+            )
+            start = ["", ""]
     return to_markdown(lines) + "\n"
+
+
+def _columns(results: Results) -> list[tuple[str, str]]:
+    """Direction and k of each column of recalls."""
+    names = next(iter(next(iter(results.values())).values()))
+    return [
+        (direction, name.partition("_r@")[2])
+        for direction in DIRECTIONS
+        for name in names
+        if name.startswith(f"{direction}_r@")
+    ]
 
 
 def format_percent(value: float) -> str:
@@ -82,5 +192,28 @@ def format_percent(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
-def _columns(ks: Sequence[int]) -> list[str]:
-    return [f"{direction}_r@{k}" for direction in DIRECTIONS for k in ks]
+def to_markdown(lines: Iterable[Sequence[str]]) -> str:
+    """A table.
+
+    Args:
+        lines: cells of the header, of the rule below it (`---`, `--:`), and of every row.
+    """
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def replace_section(text: str, name: str, content: str) -> str:
+    """Put `content` between the two markers of a section.
+
+    Args:
+        text: of the document, with `<!-- name:begin -->` and `<!-- name:end -->`.
+        name: of the section.
+        content: what takes the place of everything between them.
+
+    Raises:
+        ValueError: unless each marker is there exactly once, in order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the document must hold {begin} and then {end}, once each")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n\n{content.strip()}\n\n{end}{rest.split(end)[1]}"

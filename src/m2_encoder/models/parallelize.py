@@ -5,6 +5,7 @@ The order matters: what a layer does in backward (run again) is decided before i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -80,11 +81,12 @@ def shard_model(
         register_fsdp_forward_method(model, name)
 
 
-def gather_model(model: M2Encoder) -> M2Encoder | None:
+def gather_model(model: M2Encoder, prepare: Callable[[M2Encoder], None] | None = None) -> M2Encoder | None:
     """The whole model on the first rank; a collective, so all ranks that share the weights must call it.
 
     Args:
         model: sharded or not.
+        prepare: gives a plain model the parameters of this one, where it has others.
 
     Returns:
         The model itself if it is whole. Else, on the first rank a whole copy on the CPU, on the others None.
@@ -96,6 +98,8 @@ def gather_model(model: M2Encoder) -> M2Encoder | None:
         return None
     with torch.device("meta"):
         whole = M2Encoder(model.config)
+        if prepare is not None:
+            prepare(whole)
     whole.load_state_dict(state, assign=True)
     return whole
 

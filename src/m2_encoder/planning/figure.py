@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from m2_encoder.files import atomic_file
 from m2_encoder.planning.cost import ModelCost
 from m2_encoder.planning.search import ScalingPoint, Wish
 from m2_encoder.planning.setting import Setting
@@ -61,7 +62,8 @@ def draw_scaling(
         _label(rate_axes, ends)
         figure.suptitle(_finding(scaling, wish), x=0.012, ha="left", fontsize=12, fontweight="bold", color=_INK)
         figure.supxlabel(_caption(cost, wish, planned, cluster), x=0.012, ha="left", fontsize=7.5, color=_MUTED)
-        figure.savefig(path)
+        with atomic_file(path, key="plot") as temporary:
+            figure.savefig(temporary, format=path.suffix[1:])
 
 
 def _lines(scaling: Sequence[ScalingPoint]) -> list[_Line]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hydra.utils import instantiate
 from torch import Tensor
 
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
@@ -13,13 +14,20 @@ from m2_encoder.config.model_choice import build_tokenizer, find_path, is_model_
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.tasks.base import EvaluationTask
+from m2_encoder.evaluation.tasks.masked import Masked
+from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture
+from m2_encoder.evaluation.tasks.reconstruction import Reconstruction
+from m2_encoder.evaluation.tasks.retrieval import Retrieval
 from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalObjective, Objective
 from m2_encoder.objectives.distillation import Distillation
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.patch_targets import VisualCodes
+from m2_encoder.runs.folder import UNSAID
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.training.adaptation import Adaptation, check_adaptation
 
 
 def build_initial_state(model: Mapping[str, Any], config: M2EncoderConfig) -> dict[str, Tensor] | None:
@@ -33,6 +41,18 @@ def build_initial_state(model: Mapping[str, Any], config: M2EncoderConfig) -> di
         return None
     source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
     return dict(load(config, weights=source, trainable=True).model.state_dict())
+
+
+def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
+    """Evaluation tasks by name.
+
+    Args:
+        nodes: that `evaluation` names; None for a run's configuration that is older than this group.
+    """
+    if nodes is None:
+        tasks = {"retrieval": Retrieval(), "masked": Masked(), "masked_picture": MaskedPicture()}
+        return {**tasks, "reconstruction": Reconstruction()}
+    return {name: instantiate(node) for name, node in nodes.items()}
 
 
 def build_masking(
@@ -59,6 +79,23 @@ def build_masking(
     if wanted["user_dictionary"] is not None:
         wanted["user_dictionary"] = str(find_path(wanted["user_dictionary"]))
     return BatchMasking(tokenizer, grid=config.image_size // config.patch_size, **wanted)
+
+
+def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptation:
+    """What `adaptation` names.
+
+    Raises:
+        UserError: for something else, or what does not fit the model.
+    """
+    node = (UNSAID | dict(cfg))["adaptation"]
+    adaptation = instantiate(node)
+    if not isinstance(adaptation, Adaptation):
+        raise UserError(
+            f"adaptation._target_={node['_target_']}: must be a subclass of m2_encoder.training.adaptation.Adaptation; "
+            "derive it from that"
+        )
+    check_adaptation(adaptation, model)
+    return adaptation
 
 
 def load_teachers(

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from m2_encoder.runs.folder import read_config
+from m2_encoder.runs.folder import UNSAID, read_config
 
 _FREE: Final = (
     "run",
     "logger",
+    "evaluation",
     "cluster",
     "trainer.devices",
     "trainer.num_nodes",
@@ -55,7 +56,7 @@ def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     """
     if not path.is_file():
         return []
-    return list(_compare("", read_config(path), cfg))
+    return list(_compare("", UNSAID | read_config(path), UNSAID | dict(cfg)))
 
 
 def _compare(key: str, before: Any, now: Any) -> Iterator[str]:

@@ -6,18 +6,51 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from m2_encoder.checkpoints.card import build_card
 from m2_encoder.checkpoints.export import CardInfo, export_model
+from m2_encoder.checkpoints.io import load_model
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
-from m2_encoder.config.model_choice import build_tokenizer
+from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.runs.provenance import command_line, git_revision, versions
+from m2_encoder.models.visual_tokenizer import VisualTokenizer
+from m2_encoder.objectives.base import Objective
+from m2_encoder.objectives.matching import Matching
+from m2_encoder.record import describe_run
+from m2_encoder.runs.build import build_adaptation
+from m2_encoder.training.adaptation import merge_adaptation
 
 EXPORT_FOLDER: Final = "export"
-SUMMARY_FILE: Final = "summary.json"
+_MATCHING: Final = f"{Matching.__module__}.{Matching.__qualname__}"
+
+
+class HeadOfRun(NamedTuple):
+    """Which objective of a run has the matching head.
+
+    Attributes:
+        name: of the objective.
+        text_expert: its value.
+    """
+
+    name: str
+    text_expert: bool
+
+
+def find_head(cfg: Mapping[str, Any]) -> HeadOfRun | None:
+    """The matching objective in a run's resolved configuration, the first if there are several; None without one."""
+    for name, node in (cfg.get("objective") or {}).items():
+        if node["_target_"] == _MATCHING and node.get("weight", 1.0) > 0:
+            return HeadOfRun(name, bool(node.get("text_expert", False)))
+    return None
+
+
+def trained_head(objectives: Mapping[str, Objective]) -> MatchingHead | None:
+    """The head of the first matching objective among trained ones; None without one."""
+    return next((MatchingHead(o.head, o.text_expert) for o in objectives.values() if isinstance(o, Matching)), None)
 
 
 def export_run(
@@ -42,21 +75,55 @@ def export_run(
     Returns:
         The folder written.
     """
+    facts = describe_run()
     return export_model(
         output or run_folder / EXPORT_FOLDER,
         model=model,
         tokenizer=build_tokenizer(cfg["model"], model.config),
         metrics=read_metrics(run_folder / SUMMARY_FILE),
-        provenance={
-            "run": cfg["run"]["name"],
-            "git_revision": git_revision(),
-            "command": command_line(),
-            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        },
+        provenance=_origin(cfg, facts) | {"versions": ", ".join(map(" ".join, facts["versions"].items()))},
         card=_card(cfg, matching),
         matching=matching,
         overwrite=overwrite,
     )
+
+
+def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
+    """The plain model of a checkpoint.
+
+    Args:
+        cfg: the resolved configuration of its run.
+        checkpoint: of that run.
+
+    Raises:
+        CheckpointError: if its parameters are not those of the run.
+    """
+    config = build_model_config(cfg["model"])
+    adaptation = build_adaptation(cfg, config)
+    model = load_model(config, checkpoint, prepare=adaptation.apply)
+    return merge_adaptation(adaptation, model.requires_grad_(False))
+
+
+def export_visual_tokenizer(
+    run_folder: Path, *, tokenizer: VisualTokenizer, cfg: Mapping[str, Any], metrics: Mapping[str, float]
+) -> Path:
+    """Exports a visual tokenizer, to the run's own export.
+
+    Args:
+        run_folder: of the run.
+        tokenizer: what is exported.
+        cfg: the run's resolved configuration.
+        metrics: of its evaluation.
+
+    Returns:
+        The folder written.
+    """
+    origin = {**_origin(cfg, describe_run()), **metrics}
+    return save_visual_tokenizer(run_folder / EXPORT_FOLDER, tokenizer, provenance=origin, overwrite=True)
+
+
+def _origin(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"run": cfg["run"]["name"], "git_revision": facts["git_revision"], "command": facts["command"]}
 
 
 def _card(cfg: Mapping[str, Any], matching: MatchingHead | None) -> CardInfo:
@@ -76,7 +143,7 @@ def read_metrics(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     if not path.is_file():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["table"]
+        table = json.loads(path.read_text(encoding="utf-8")).get("table", {})
         return {
             split: {
                 language: {name: float(value) for name, value in values.items()}

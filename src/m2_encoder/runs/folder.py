@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.files import write_text
 
 CONFIG_FILE: Final = "config.yaml"
 LAST_CHECKPOINT: Final = "checkpoints/last.ckpt"
@@ -20,15 +21,15 @@ _HEADER: Final = """\
 # Resolved configuration of a run. To repeat it, in a folder of its own:
 #   m2-train --config-path {folder} --config-name config
 """
+UNSAID: Final = {"adaptation": {"_target_": "m2_encoder.training.adaptation.Full"}}
+"""What configurations of earlier versions leave out."""
 
 
 def write_config(path: Path, cfg: Mapping[str, Any]) -> None:
     """Writes the resolved configuration, which composes alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     text = OmegaConf.to_yaml(OmegaConf.create(dict(cfg)))
-    partial.write_text(_HEADER.format(folder=f"outputs/{path.parent.name}") + text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, _HEADER.format(folder=f"outputs/{path.parent.name}") + text)
 
 
 def read_config(path: Path) -> dict[str, Any]:

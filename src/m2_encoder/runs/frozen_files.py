@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from m2_encoder.checkpoints.exported import WEIGHTS_FILE, file_sha256
+from m2_encoder.checkpoints.exported import WEIGHTS_FILE
 from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER, find_path
 from m2_encoder.config.paths import anchor
-from m2_encoder.data.packing.shards import write_json
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.files import file_sha256, write_json
 from m2_encoder.runs.folder import CONFIG_FILE, read_config
 
 FROZEN_FILE: Final = "frozen.json"

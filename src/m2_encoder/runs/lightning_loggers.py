@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from m2_encoder.files import write_text
 from m2_encoder.runs.loggers import first_line, say
 
 _NOT_METRICS = ("epoch",)  # Lightning adds it; steps decide here, so it is always 0
@@ -73,9 +74,7 @@ class JsonlLogger(Logger):
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if 0 <= _step_of(line) <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
 
 class QuietWandbLogger(WandbLogger):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlparse
 
 from m2_encoder.distributed.ranks import is_first_rank
-from m2_encoder.runs.provenance import command_line, git_revision
+from m2_encoder.record import describe_run
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -70,6 +70,7 @@ def build_wandb_logger(
     try:
         import wandb  # a second, which runs without it need not wait
 
+        facts = describe_run()
         from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 
         logger = QuietWandbLogger(
@@ -81,7 +82,7 @@ def build_wandb_logger(
             group=group,
             tags=list(tags),
             mode=mode,
-            config={**cfg, "git_revision": git_revision(), "command": command_line()},
+            config={**cfg, "git_revision": facts["git_revision"], "command": facts["command"]},
             settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_TIMEOUT_S),
         )
         _ = logger.experiment  # starts the run now, where a failure can still be told from one of the training

@@ -110,7 +110,9 @@ def _shapes(
     states: dict[str, Mapping[str, Tensor]] = {}
     unknown: list[str] = []
     with torch.device("meta"):
-        states["model."] = M2Encoder(module.config).state_dict()
+        model = M2Encoder(module.config)
+        module.adaptation.apply(model)
+        states["model."] = model.state_dict()
         for name, objective in module.trained_objectives().items():
             built, head = _copy(objective), f"objectives.{name}."
             try:

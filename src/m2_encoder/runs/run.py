@@ -7,9 +7,8 @@ import logging
 import sys
 import time
 import warnings
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import lightning
 from hydra.utils import instantiate
@@ -22,23 +21,28 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.config.paths import anchor, default_run_folder
-from m2_encoder.evaluation.tasks.masked import measure_sets
-from m2_encoder.evaluation.tasks.masked_picture import PICTURE_FILE as MASKED_FILE
-from m2_encoder.evaluation.tasks.masked_picture import draw_masked
-from m2_encoder.evaluation.tasks.reconstruction import finish_visual_tokenizer
-from m2_encoder.evaluation.tasks.rerank import trained_head
+from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
-from m2_encoder.runs.build import build_initial_state, build_masking, load_teachers, load_visual_tokenizers
+from m2_encoder.models.visual_tokenizer import VisualTokenizer
+from m2_encoder.runs.build import (
+    build_adaptation,
+    build_initial_state,
+    build_masking,
+    build_tasks,
+    load_teachers,
+    load_visual_tokenizers,
+)
 from m2_encoder.runs.changes import describe_changes
-from m2_encoder.runs.export import export_run
+from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_step, write_config
 from m2_encoder.runs.frozen_files import check_frozen, write_frozen
 from m2_encoder.runs.lightning_loggers import JsonlLogger, QuietWandbLogger
 from m2_encoder.runs.ranks import end_together
-from m2_encoder.runs.report import EvaluatedData, report_run, short_path
+from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_parameters, restored_unless_trained
 from m2_encoder.runs.start import check_data, describe_start, write_check
+from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
@@ -58,19 +62,9 @@ class Run(NamedTuple):
     """
 
     module: PretrainModule | VisualTokenizerModule
-    datamodule: lightning.LightningDataModule
+    datamodule: WebDatasetModule
     trainer: lightning.Trainer
     metrics: JsonlLogger
-
-
-class Trained(NamedTuple):
-    """What a run ends with.
-
-    Attributes:
-        model: whole, on this rank.
-    """
-
-    model: M2Encoder
 
 
 def train(cfg: dict[str, Any]) -> dict[str, float]:
@@ -105,32 +99,37 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
             if changes:
                 print(f"run {cfg['run']['name']}: changed since its last start: {'; '.join(changes)}")
         _fit(run, checkpoint if resumes else None)
-    data = cast(EvaluatedData, run.datamodule)
+    model: M2Encoder | VisualTokenizer | None
     if isinstance(run.module, VisualTokenizerModule):
-        metrics = finish_visual_tokenizer(run.module.tokenizer, data, folder, cfg, started=started)
-        _close_loggers(run, metrics)
-        return metrics
-    model = gather_model(run.module.model)  # where the weights are split, every rank takes part
+        model, objectives = run.module.tokenizer, {}
+    else:
+        adaptation = run.module.adaptation
+        whole = gather_model(run.module.model, adaptation.apply)  # where weights are split, every rank takes part
+        model = None if whole is None else merge_adaptation(adaptation, whole)
+        objectives = run.module.trained_objectives()
     if model is None or not run.trainer.is_global_zero:
         return {}
-    objectives = run.module.trained_objectives()
     metrics = report_run(
-        module=Trained(model),
-        datamodule=data,
+        build_tasks(cfg.get("evaluation")),
+        model=model,
+        objectives=objectives,
+        datamodule=run.datamodule,
         run_folder=folder,
         cfg=cfg,
         started=started,
-        draw_more=partial(draw_masked, folder / MASKED_FILE, model=model, objectives=objectives, cfg=cfg),
-        measure_more=partial(measure_sets, model=model, objectives=objectives, cfg=cfg),
     )
     _close_loggers(run, metrics)
-    if cfg["run"]["export"]:
+    if not cfg["run"]["export"]:
+        return metrics
+    if isinstance(model, VisualTokenizer):
+        export_visual_tokenizer(folder, tokenizer=model, cfg=cfg, metrics=metrics)
+    else:
         exported = export_run(folder, model=model, cfg=cfg, matching=trained_head(objectives), overwrite=True)
         print(f'  use it       m2_encoder.load("{short_path(exported)}")')
     return metrics
 
 
-def build_data(cfg: dict[str, Any]) -> lightning.LightningDataModule:
+def build_data(cfg: dict[str, Any]) -> WebDatasetModule:
     """Builds the data module of a configuration; it reads nothing yet.
 
     Args:
@@ -193,6 +192,7 @@ def _build_module(cfg: dict[str, Any], validation_name: str) -> PretrainModule |
         model=model,
         objectives=load_visual_tokenizers(objectives, model),
         initial_state=build_initial_state(cfg["model"], model),
+        adaptation=build_adaptation(cfg, model),
         **shared,
     )
 

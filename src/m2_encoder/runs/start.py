@@ -16,11 +16,11 @@ from m2_encoder.config.command import ProblemsError
 from m2_encoder.data.inspect.source_report import SourceReport
 from m2_encoder.data.inspect.start_check import describe_problems, to_plain
 from m2_encoder.data.inspect.tables import make_table
-from m2_encoder.data.packing.shards import write_json
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
-from m2_encoder.evaluation.console import open_console
+from m2_encoder.evaluation.tables import open_console
+from m2_encoder.files import write_json
 from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.schedule import ever_counts

@@ -16,15 +16,15 @@ from torch.optim import Optimizer
 
 from m2_encoder.distributed.gradients import clip_gradients
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.metrics import RetrievalRecall
+from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInputs, ObjectiveOutput, PairObjective
+from m2_encoder.training.adaptation import Adaptation, Full
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, fill_state, key_by_name
-from m2_encoder.training.second_round import evaluate_pairs
-from m2_encoder.training.step_encoder import StepEncoder, mean_terms
+from m2_encoder.training.step import StepEncoder, evaluate_pairs, mean_terms
 from m2_encoder.training.step_report import report_step
 from m2_encoder.types import LANGUAGES, ContrastiveTopology, ImageTextBatch, RetrievalBatch
 
@@ -39,6 +39,7 @@ class PretrainModule(lightning.LightningModule):
         objectives: by name, in the order of their logs.
         optimizer: builds the optimizer from a module.
         scheduler: builds the per-step schedule from the optimizer.
+        adaptation: what is changed about the model before it is trained; None trains everything.
         initial_state: parameters to start from (fine-tuning), by our names; None starts from `init_weights`.
         max_logit_scale: upper bound of exp(logit_scale), applied after every step (CLIP, arXiv:2103.00020, uses 100).
         max_skipped_in_a_row: steps with a non-finite gradient in a row after which training aborts.
@@ -55,6 +56,7 @@ class PretrainModule(lightning.LightningModule):
         objectives: Mapping[str, Objective],
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory,
+        adaptation: Adaptation | None = None,
         initial_state: Mapping[str, Tensor] | None = None,
         max_logit_scale: float = 100.0,
         max_skipped_in_a_row: int = 20,
@@ -66,6 +68,7 @@ class PretrainModule(lightning.LightningModule):
         if not 1 <= max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale={max_logit_scale!r} must be 1 or more")
         self.config = model
+        self.adaptation = adaptation or Full()
         self.objectives = nn.ModuleDict({name: o for name, o in objectives.items() if o.weight > 0})
         _check_shared_pass(self.trained_objectives())
         self.validation_recall = nn.ModuleDict({language: RetrievalRecall() for language in LANGUAGES})
@@ -87,6 +90,7 @@ class PretrainModule(lightning.LightningModule):
         if self._initial_state is not None:
             self.model.load_state_dict(self._initial_state)
             self._initial_state = None
+        self.adaptation.apply(self.model)
         frozen = self.model.freeze_parts(PARTS.keys() - self._trained_parts())
         logger.info("%s parameters that no objective trains are frozen", f"{frozen:,}")
         strategy = None if self._trainer is None else self._trainer.strategy
@@ -122,9 +126,9 @@ class PretrainModule(lightning.LightningModule):
         """Keep the temperature in its bounds, before anything (such as a checkpoint) sees the new parameters."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
-            self.model.logit_scale.clamp_(0, self._max_log_scale)
-            if self.model.logit_vl_scale.requires_grad:
-                self.model.logit_vl_scale.clamp_(0, self._max_log_scale)
+            for scale in (self.model.logit_scale, self.model.logit_vl_scale):
+                if scale.requires_grad:
+                    scale.clamp_(0, self._max_log_scale)
 
     def on_train_batch_end(self, outputs: Any, batch: ImageTextBatch, batch_idx: int) -> None:
         """Publish the counter of skipped steps."""

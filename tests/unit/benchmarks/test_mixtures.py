@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks._mixtures import BASE, NOT_YET, SECTION, collect, render, render_committed, summarize
-from m2_encoder.evaluation.markdown import replace_section
+from m2_encoder.evaluation.tables import replace_section
 
 BEGIN, END = "<!-- mixtures:begin -->", "<!-- mixtures:end -->"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from m2_encoder import M2Encoder, M2EncoderConfig, load
-from m2_encoder.cli import export
+from m2_encoder.cli import commands
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.errors import UserError
@@ -47,7 +47,7 @@ def start(run_folder: Path, monkeypatch: pytest.MonkeyPatch, repo_root: Path) ->
 
     def run(*argv: str) -> int:
         monkeypatch.setattr(sys, "argv", ["m2-export", f"run.folder={run_folder.parent}", *argv])
-        return export.main()
+        return commands.EXPORT()
 
     return run
 

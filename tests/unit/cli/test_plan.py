@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from m2_encoder.cli import plan
+from m2_encoder.cli import commands, plan
 from m2_encoder.errors import UserError
 
 CONSTANTS = Path("conf") / "cluster" / "hardware"
@@ -26,7 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo_root: Path) -> Cal
 
     def start(*argv: str) -> int:
         monkeypatch.setattr(sys, "argv", ["m2-plan", *argv])
-        return plan.main()
+        return commands.PLAN()
 
     return start
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.cli.train import COMMAND
+from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config import validate
 from m2_encoder.config.command import run_command
 from m2_encoder.config.compose import open_composer
@@ -97,11 +97,11 @@ def test_sweeps_that_name_no_jobs(
     line: str, rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    assert run_command(COMMAND, ["-m", line, f"run.folder={tmp_path}"]) == 2
+    assert run_command(TRAIN, ["-m", line, f"run.folder={tmp_path}"]) == 2
     assert capsys.readouterr().err.startswith(f"m2-train: {rule}")
 
 
 def test_sweeps_are_not_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    assert run_command(COMMAND, ["seed=1,2", "--cfg", "job"]) == 2
+    assert run_command(TRAIN, ["seed=1,2", "--cfg", "job"]) == 2
     assert capsys.readouterr().err.startswith("m2-train: seed=1,2: holds several values")

@@ -1,13 +1,10 @@
-"""Paths as users type them reach the commands unchanged."""
+"""Which model, files and device a command names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
-from hypothesis import strategies as st
 
 from m2_encoder.config.model_choice import (
     find_path,
@@ -15,27 +12,7 @@ from m2_encoder.config.model_choice import (
     model_problems,
     number_problems,
     output_problems,
-    protect_paths,
 )
-
-PATHS = st.text(st.sampled_from("ab/ .=,\\\"'()[]{}:猫é$%~+-") | st.characters(exclude_categories=["C"]), min_size=1)
-
-
-@given(PATHS)
-def test_any_path_survives_hydra(path: str) -> None:
-    if path.startswith(("'", '"', "[", "{", "$")):
-        return  # Hydra's own syntax: the user has quoted already
-    (line,) = protect_paths([f"images={path}"], {"images"})
-    assert OverridesParser.create().parse_override(line).value() == path
-
-
-@pytest.mark.parametrize("argument", ["images=null", "images=???", "images=", 'images="a b"', "--help", "x=a=b"])
-def test_everything_else_stays(argument: str) -> None:
-    assert protect_paths([argument], {"images"}) == [argument]
-
-
-def test_sweeps_stay() -> None:
-    assert protect_paths(["-m", "model=a,b"], {"model"}) == ["-m", "model=a,b"]
 
 
 def test_paths_count_from_the_working_directory_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

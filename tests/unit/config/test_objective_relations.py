@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.cli.train import _PATH_KEYS, COMMAND
+from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
-from m2_encoder.config.model_choice import protect_paths
+from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, write_config
 
 Problems = Callable[..., list[str]]
@@ -21,8 +21,8 @@ def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Probl
     outputs = tmp_path_factory.mktemp("outputs")
 
     def find(*lines: str) -> list[str]:
-        given = protect_paths([f"run.folder={outputs}", *lines], _PATH_KEYS)
-        with open_composer(repo_root / "conf", COMMAND.config_name) as composer:
+        given = [quote_unreadable(line) for line in (f"run.folder={outputs}", *lines)]
+        with open_composer(repo_root / "conf", TRAIN.config_name) as composer:
             composition = composer.compose([*given, "logger=csv", "trainer.accelerator=cpu"])
         return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from m2_encoder.cli import train
+from m2_encoder.cli import commands
 from m2_encoder.config import validate
 from m2_encoder.config.command import run_command
 from m2_encoder.config.compose import Composition, open_composer
@@ -40,7 +40,7 @@ def test_what_stays_chosen_keeps_its_values(tmp_path: Path) -> None:
 def test_the_command_sees_the_same(tmp_path: Path) -> None:
     """Hydra composes once more for the job itself."""
     seen: list[dict[str, Any]] = []
-    command = dataclasses.replace(train.COMMAND, run=seen.append)
+    command = dataclasses.replace(commands.TRAIN, run=seen.append)
     assert run_command(command, ["+experiment=emoji_full", "objective=[itc]", f"run.folder={tmp_path}"]) == 0
     assert list(seen[0]["objective"]) == ["itc"]
 
@@ -62,7 +62,7 @@ def test_a_plus_does_not_hide_it(plus: str, value: str) -> None:
 
 def test_what_is_shown_is_what_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     lines = ["+experiment=emoji_full", "objective=[itc]", f"run.folder={tmp_path}", "--cfg", "job"]
-    assert run_command(train.COMMAND, lines) == 0
+    assert run_command(commands.TRAIN, lines) == 0
     assert list(yaml.safe_load(capsys.readouterr().out)["objective"]) == ["itc"]
 
 
@@ -83,7 +83,7 @@ def own(tmp_path: Path) -> Path:
 
 def run_own(own: Path, *lines: str) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
-    command = dataclasses.replace(train.COMMAND, run=seen.append)
+    command = dataclasses.replace(commands.TRAIN, run=seen.append)
     given = ["--config-dir", str(own), "+experiment=e", f"run.folder={own.parent / 'outputs'}", *lines]
     return seen if run_command(command, [*given, "logger=csv"]) == 0 else []
 
@@ -96,7 +96,7 @@ def test_objectives_of_an_own_folder_may_be_left_out(own: Path) -> None:
 def test_own_folders_reach_other_ranks(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They start with the arguments that the first one completed."""
     seen: list[list[str]] = []
-    command = dataclasses.replace(train.COMMAND, run=lambda _: seen.append(sys.argv[1:]))
+    command = dataclasses.replace(commands.TRAIN, run=lambda _: seen.append(sys.argv[1:]))
     lines = ["--config-dir", str(own), "+experiment=e", "objective=[itc]", f"run.folder={own.parent / 'outputs'}"]
     assert run_command(command, lines) == 0
     assert run_command(command, list(seen[0])) == 0
@@ -128,7 +128,7 @@ def test_an_option_without_its_name(own: Path, lines: list[str], capsys: pytest.
     path = own / "objective" / "flat.yaml"
     path.write_text((own / "objective" / "mine.yaml").read_text().replace("mine:\n", "").replace("  ", ""))
     (own / "experiment" / "f.yaml").write_text("# @package _global_\ndefaults: [override /objective: [flat]]\n")
-    command = dataclasses.replace(train.COMMAND, run=lambda _: None)
+    command = dataclasses.replace(commands.TRAIN, run=lambda _: None)
     assert run_command(command, ["--config-dir", str(own), *lines, f"run.folder={own.parent}"]) == 2
     expected = f"objective=[...,flat]: {path} must begin with `flat:`, with its values indented below"
     assert capsys.readouterr().err == f"m2-train: {expected}\n"

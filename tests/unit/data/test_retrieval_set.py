@@ -65,15 +65,19 @@ def test_equals_the_transform(tmp_path: Path) -> None:
 
 
 BAD = {
-    "no json": ({"a.png": image_bytes(1)}, "needs a .json"),
-    "broken json": ({**sample("a", 1), "a.json": b"{"}, "unreadable sample"),
-    "json without captions": ({**sample("a", 1), "a.json": b"[]"}, "no `captions` by language"),
-    "no image": ({"a.json": sample("a", 1)["a.json"]}, "one of .webp, .png"),
+    "no json": ({"a.png": image_bytes(1)}, "a.tar:a: missing_caption .*wanted a json"),
+    "broken json": ({**sample("a", 1), "a.json": b"{"}, "a.tar:a: bad_json"),
+    "json without captions": ({**sample("a", 1), "a.json": b"[]"}, "a.tar:a: bad_json: holds a list"),
+    "no image": ({"a.json": sample("a", 1)["a.json"]}, "a.tar:a: missing_image .*wanted one of webp, png"),
     "broken image": ({**sample("a", 1), "a.png": image_bytes(1)[:40]}, "a.tar:a: .*"),
     "missing language": (sample("a", 1, captions={"en": ["x"]}), "no caption in 'zh'"),
     "empty caption": (sample("a", 1, captions={"en": [" "], "zh": ["猫"]}), "no caption in 'en'"),
-    "caption as a string": (sample("a", 1, captions={"en": "cat", "zh": "猫"}), "no caption in 'en'"),
+    "caption as a string": (
+        sample("a", 1, captions={"en": "cat", "zh": "猫"}),
+        "a.tar:a: wrong_type: captions of 'en'",
+    ),
     "empty tar": ({}, "no samples"),
+    "a file that is no sample": ({**sample("a", 1), "README": b"hello"}, "a.tar:README: missing_image"),
 }
 
 
@@ -94,3 +98,26 @@ def test_damaged_tars_and_empty_folders_are_refused(tmp_path: Path) -> None:
         (tmp_path / "a.tar").write_bytes(content)
         with pytest.raises(UserError, match=r"a\.tar"):
             read(tmp_path)
+
+
+def test_a_member_twice_and_damage_in_the_middle_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {**sample("a", 1), **sample("b", 2), **sample("c", 3)})
+    whole = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        start = tar.getmember("b.png").offset
+    (tmp_path / "a.tar").write_bytes(whole[:start] + b"\x5a" * 512 + whole[start + 512 :])
+    with pytest.raises(
+        UserError, match=rf"a\.tar: truncated_shard \(damaged at byte {start}\); an evaluation skips nothing"
+    ):
+        read(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for value in (1, 2):
+            content = image_bytes(value)
+            info = tarfile.TarInfo("a.png")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        info = tarfile.TarInfo("a.txt")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"cat"))
+    with pytest.raises(UserError, match=r"a\.tar:a: duplicate_key"):
+        read(tmp_path)

@@ -17,8 +17,8 @@ from m2_encoder.evaluation.masked import (
     choose_shift,
     hidden_tokens,
     measure_masked,
+    move_captions,
     next_tokens,
-    take_rows,
 )
 from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 
@@ -136,19 +136,15 @@ def test_one_content_has_no_other_partner() -> None:
 
 def test_captions_keep_their_hidden_words_and_images_their_hidden_patches() -> None:
     batch = make_set(5)
-    taken = take_rows(batch, torch.tensor([3, 0]), captions_of=torch.tensor([1, 4]))
+    moved = move_captions(batch, 3)
     assert batch.masked_text is not None
-    assert batch.patch_mask is not None
-    assert taken.masked_text is not None
-    assert taken.patch_mask is not None
-    assert taken.images[:, 0, 0, 0].tolist() == [3, 0]
-    assert torch.equal(taken.patch_mask, batch.patch_mask[[3, 0]])
-    assert taken.keys == ("3", "0")
-    places = [2, 3, 8, 9]
-    assert torch.equal(taken.text.ids, batch.text.ids[places])
-    assert torch.equal(taken.masked_text.ids, batch.masked_text.ids[places])
-    assert torch.equal(taken.masked_text.predicted, batch.masked_text.predicted[places])
-    assert taken.language.tolist() == [ZH, EN, ZH, EN]
+    assert moved.masked_text is not None
+    assert (moved.images is batch.images, moved.patch_mask is batch.patch_mask, moved.keys) == (True, True, batch.keys)
+    places = [6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
+    assert torch.equal(moved.text.ids, batch.text.ids[places])
+    assert torch.equal(moved.masked_text.ids, batch.masked_text.ids[places])
+    assert torch.equal(moved.masked_text.predicted, batch.masked_text.predicted[places])
+    assert moved.language.tolist() == [ZH, EN] * 5
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=14))

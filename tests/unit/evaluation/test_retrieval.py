@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from m2_encoder.data.retrieval_set import RetrievalSet
-from m2_encoder.evaluation.retrieval import encode_set, evaluate_retrieval
+from m2_encoder.evaluation.encode import FeatureModel
+from m2_encoder.evaluation.metrics import RECALL_KS
+from m2_encoder.evaluation.retrieval import encode_set, evaluate_features
 from m2_encoder.types import TextTokens
 
 
@@ -28,6 +31,16 @@ def tokenize(texts: tuple[str, ...]) -> TextTokens:
     return TextTokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
+def evaluate_retrieval(
+    model: FeatureModel,
+    dataset: RetrievalSet,
+    *,
+    languages: Sequence[str] | None = None,
+    ks: Sequence[int] = RECALL_KS,
+) -> dict[str, dict[str, float]]:
+    return evaluate_features(encode_set(model, dataset, tokenize, languages=languages), ks=ks)
+
+
 def make_set(keys: str, pixels: list[int], zh: list[int], en: list[int]) -> RetrievalSet:
     images = torch.tensor(pixels, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
     captions = {"zh": tuple(f"概念 {n}" for n in zh), "en": tuple(f"concept {n}" for n in en)}
@@ -36,10 +49,10 @@ def make_set(keys: str, pixels: list[int], zh: list[int], en: list[int]) -> Retr
 
 def test_languages_are_measured_apart() -> None:
     dataset = make_set("abcd", [0, 1, 2, 3], zh=[0, 1, 2, 3], en=[0, 1, 3, 2])
-    results = evaluate_retrieval(OneHotModel(), dataset, tokenize, ks=[1])
+    results = evaluate_retrieval(OneHotModel(), dataset, ks=[1])
     assert results["zh"]["mean_recall"] == 100
     assert results["en"]["t2i_r@1"] == results["en"]["i2t_r@1"] == 50
-    assert list(evaluate_retrieval(OneHotModel(), dataset, tokenize, languages=["en"])) == ["en"]
+    assert list(evaluate_retrieval(OneHotModel(), dataset, languages=["en"])) == ["en"]
 
 
 def test_images_of_one_concept_share_a_caption() -> None:
@@ -47,7 +60,7 @@ def test_images_of_one_concept_share_a_caption() -> None:
     encoded = encode_set(OneHotModel(), dataset, tokenize)
     assert encoded.texts["en"].texts == ("concept 0", "concept 1")
     assert encoded.image_ids.tolist() == [0, 0, 1]
-    metrics = evaluate_retrieval(OneHotModel(), dataset, tokenize, ks=[1])["en"]
+    metrics = evaluate_retrieval(OneHotModel(), dataset, ks=[1])["en"]
     assert metrics["num_texts"] == 2
     assert metrics["t2i_r@1"] == 100  # one of the two images is enough
     assert metrics["i2t_r@1"] == pytest.approx(200 / 3)  # the other one finds nothing
@@ -56,7 +69,7 @@ def test_images_of_one_concept_share_a_caption() -> None:
 
 def test_same_words_for_two_concepts_stay_two_queries() -> None:
     dataset = make_set("ab", [0, 1], zh=[0, 1], en=[0, 0])
-    metrics = evaluate_retrieval(OneHotModel(), dataset, tokenize, ks=[1])["en"]
+    metrics = evaluate_retrieval(OneHotModel(), dataset, ks=[1])["en"]
     assert metrics["num_texts"] == 2
     assert metrics["t2i_r@1"] == 50
     assert metrics["i2t_r@1"] == 0  # both texts look the same: the hardest order counts
@@ -73,7 +86,7 @@ def test_same_words_for_two_concepts_stay_two_queries() -> None:
 )
 def test_broken_sets_are_refused(dataset: RetrievalSet, languages: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate_retrieval(OneHotModel(), dataset, tokenize, languages=languages)
+        evaluate_retrieval(OneHotModel(), dataset, languages=languages)
 
 
 def test_broken_model_is_refused() -> None:
@@ -83,4 +96,4 @@ def test_broken_model_is_refused() -> None:
 
     dataset = make_set("abc", [0, 1, 2], zh=[0, 1, 2], en=[0, 1, 2])
     with pytest.raises(ValueError, match="1 of 3 zh text features are not finite"):
-        evaluate_retrieval(NanModel(), dataset, tokenize)
+        evaluate_retrieval(NanModel(), dataset)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m2_encoder.evaluation.metrics import retrieval_metrics
-from m2_encoder.evaluation.tables import format_percent, markdown_table, table_rows
+from m2_encoder.evaluation.tables import format_percent, markdown_table, tabulate
 
 
 def example() -> dict[str, dict[str, dict[str, float]]]:
@@ -16,14 +16,12 @@ def example() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def test_chance_closes_every_split() -> None:
-    rows = table_rows(example())
-    names = [(row.split, row.language) for row in rows]
-    assert names == [(split, x) for split in ("easy", "hard") for x in ("zh", "en", "chance")]
-    assert rows[0].values["t2i_r@1"] == 100
-    assert rows[1].values["t2i_r@1"] == 0
-    assert rows[2].values["t2i_r@5"] == pytest.approx(25)
-    assert rows[2].values["mean_recall"] == pytest.approx((5 + 25 + 50) / 3)
-    assert all(row.num_images == 20 for row in rows)
+    table = tabulate(example())
+    assert [list(languages) for languages in table.values()] == [["zh", "en", "chance"]] * 2
+    assert table["easy"]["zh"]["t2i_r@1"] == 100
+    assert table["easy"]["en"]["t2i_r@1"] == 0
+    assert table["easy"]["chance"]["t2i_r@5"] == pytest.approx(25)
+    assert table["easy"]["chance"]["mean_recall"] == pytest.approx((5 + 25 + 50) / 3)
 
 
 def test_markdown_has_a_cell_for_every_column() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from m2_encoder.data.emoji.dataset import write_emoji_shards
@@ -11,6 +11,7 @@ from m2_encoder.data.loading.loader import PositionLoader
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.samples.captions import CaptionSampler
+from m2_encoder.data.samples.sample import Column
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -42,6 +43,7 @@ class EmojiDataModule(WebDatasetModule):
         transform: builds the augmentation for an image size.
         eval_batch_size: images or texts per forward in validation.
         masking: hides words and patches for masked objectives; None hides nothing.
+        columns: more tensors of a batch by name, read from the samples; None leaves one out.
 
     Raises:
         UserError: for numbers that are too small.
@@ -62,6 +64,7 @@ class EmojiDataModule(WebDatasetModule):
         transform: Callable[[int], TrainTransform],
         eval_batch_size: int = 256,
         masking: BatchMasking | None = None,
+        columns: Mapping[str, Column | None] | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -80,6 +83,7 @@ class EmojiDataModule(WebDatasetModule):
             validation={f"emoji_{VALIDATION_SPLIT}": str(Path(folder) / VALIDATION_SPLIT)},
             eval_batch_size=eval_batch_size,
             masking=masking,
+            columns=columns,
             max_bad_share=0.0,
             new_segment=None,
         )

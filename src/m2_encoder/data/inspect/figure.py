@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from m2_encoder.data.inspect.source_report import SourceReport
 from m2_encoder.data.inspect.statistics import REPETITION_CLASSES, Statistics
 from m2_encoder.errors import UserError
+from m2_encoder.files import atomic_file
 
 _INK: Final = "#1f2933"
 _MUTED: Final = "#7b8794"
@@ -75,15 +76,8 @@ def draw_statistics(
         heading = f"{_drawn(title, drawable)}: {'' if report.is_whole else 'about '}{report.samples:,} samples"
         figure.suptitle(heading, x=0.01, ha="left", fontsize=13, color=_INK)
         figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8, color=_MUTED)
-        partial = path.with_name(f".partial.{path.name}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(partial)
-            partial.replace(path)
-        except OSError as error:
-            raise UserError(
-                f"plot={path}: cannot be written ({error.strerror or error}); give another place"
-            ) from error
+        with atomic_file(path, key="plot") as temporary:
+            figure.savefig(temporary, format=path.suffix[1:])
 
 
 def _load_fonts(font: Path | None) -> tuple[list[str], frozenset[int]]:

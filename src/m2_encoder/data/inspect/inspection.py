@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_facts
-from m2_encoder.data.samples.captions import STORED_ROLES
+from m2_encoder.data.samples.captions import check_roles
 from m2_encoder.data.samples.parse import SampleProblem, SampleText, name_content, parse_sample_text
-from m2_encoder.data.shards.index import IndexedSample, ShardIndex, open_index
-from m2_encoder.data.shards.members import Member
+from m2_encoder.data.shards.index import IndexedSample, Member, ShardIndex, open_index
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.shards.tar_scan import scan_tar
@@ -325,8 +324,8 @@ def _inspect_sample(
     decode: bool,
 ) -> None:
     said = _read_text(descriptor, sample, options)
-    seen.json_keys.update(said.keys)
-    check_roles(said)
+    seen.json_keys.update(said.metadata.keys())
+    check_roles(said.captions)
     image = _read(descriptor, sample.image)
     assert image is not None, "an indexed sample has an image"
     facts = read_image_facts(image, options.limits, decode=False)
@@ -338,18 +337,6 @@ def _inspect_sample(
             seen.damaged += 1
             raise
     seen.add(sample, image, facts, said, counter)
-
-
-def check_roles(said: SampleText) -> None:
-    """Refuse what `CaptionSampler` does not know how to draw.
-
-    Raises:
-        SampleProblem: wrong_type.
-    """
-    for caption in said.captions:
-        if caption.role is not None and caption.role not in STORED_ROLES:
-            known = ", ".join(STORED_ROLES)
-            raise SampleProblem("wrong_type", f"unknown role {caption.role} of {caption.language!r}; known: {known}")
 
 
 def _read_text(descriptor: int, sample: IndexedSample, options: InspectionOptions) -> SampleText:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expect_false_negatives
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
 from m2_encoder.data.inspect.survey import Survey
-from m2_encoder.data.shards.members import IMAGE_EXTENSIONS
+from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from m2_encoder.data.loading.pixel_rows import join_rows
-from m2_encoder.data.loading.stream import TrainingSample
 from m2_encoder.data.masking.batch_masking import BatchMasking
+from m2_encoder.data.samples.sample import Column, Sample
+from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES, ImageTextBatch
 
 
 def collate_samples(
-    samples: list[TrainingSample], *, tokenizer: SentencePieceTokenizer, masking: BatchMasking | None = None
+    samples: list[Sample],
+    *,
+    tokenizer: SentencePieceTokenizer,
+    masking: BatchMasking | None = None,
+    columns: Mapping[str, Column] | None = None,
 ) -> ImageTextBatch:
     """Stack samples to a batch; texts are padded to the longest.
 
@@ -23,6 +28,10 @@ def collate_samples(
         samples: of the batch.
         tokenizer: makes ids of captions.
         masking: hides words and patches; None where no objective asks for it.
+        columns: the user's own, by name.
+
+    Raises:
+        UserError: if the values of a column make no tensor with a row for each.
     """
     captions = [caption for sample in samples for caption in sample.captions]
     texts = [caption.text for caption in captions]
@@ -41,7 +50,22 @@ def collate_samples(
         sources=tuple(sample.source for sample in samples),
         masked_text=masked,
         patch_mask=None if masking is None else masking.mask_images([sample.draw for sample in samples]),
+        extra={name: _collate_column(name, column, samples) for name, column in (columns or {}).items()},
     )
+
+
+def _collate_column(name: str, column: Column, samples: Sequence[Sample]) -> Tensor:
+    values = [sample.columns[name] for sample in samples]
+    if column.per_caption:
+        values = [value for own in values for value in own]
+    count = sum(len(sample.captions) for sample in samples) if column.per_caption else len(samples)
+    try:
+        tensor = column.collate(values)
+        if len(tensor) != count:
+            raise ValueError(f"{len(tensor)} rows for {count} {'captions' if column.per_caption else 'images'}")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"its values make no tensor: {error}", key=f"data.columns.{name}") from error
+    return tensor
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:

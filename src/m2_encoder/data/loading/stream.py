@@ -7,8 +7,7 @@ if it is unusable, which one stands in for it. So batches are full, and the same
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,19 +18,18 @@ from m2_encoder.data.loading.faults import SHARD_REASONS, SampleFault
 from m2_encoder.data.loading.pixel_rows import PixelRows
 from m2_encoder.data.loading.stages import DECODING, READING, TRANSFORMING, StageClock
 from m2_encoder.data.order.plan import Place, PositionPlan, Stretch
-from m2_encoder.data.samples.captions import Caption, CaptionSampler
-from m2_encoder.data.samples.parse import SampleProblem, SampleText, name_content, parse_sample_text
+from m2_encoder.data.samples.captions import CaptionSampler
+from m2_encoder.data.samples.parse import SampleProblem, name_content, parse_sample_text
+from m2_encoder.data.samples.sample import Column, Sample
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.reader import ShardReader
 from m2_encoder.errors import ImageError, UserError
-from m2_encoder.types import LANGUAGES
 
 MAX_IN_A_ROW = 32
 """Unusable samples in a row, for one position, after which the run ends."""
 
 _READ_AHEAD = 32  # samples whose files are in memory before they are decoded
 _SAMPLE_STREAM = 1
-_PLAIN_ROLE = "original"  # of a caption that says nothing about itself
 
 
 class ImageTransform(Protocol):
@@ -40,27 +38,6 @@ class ImageTransform(Protocol):
     def __call__(self, source: Any, *, rng: np.random.Generator) -> Tensor:
         """Augment a decoded image to (3, S, S) uint8, drawing from `rng` alone."""
         ...
-
-
-class TrainingSample(NamedTuple):
-    """A decoded, augmented sample with its drawn captions.
-
-    Attributes:
-        image: (3, S, S) uint8.
-        captions: one, or one per language.
-        key: as in the tar.
-        source: name of the source.
-        identity: equal numbers mark the same content.
-        draw: which draw from the data it is: (seed, position, attempt). Whatever else is random about it is keyed by
-            that.
-    """
-
-    image: Tensor
-    captions: tuple[Caption, ...]
-    key: str
-    source: str
-    identity: int
-    draw: tuple[int, ...]
 
 
 class Delivery(NamedTuple):
@@ -75,29 +52,6 @@ class Delivery(NamedTuple):
     faults: tuple[SampleFault, ...] = ()
 
 
-class _Opened(NamedTuple):
-    """A sample before anything is drawn for it; `captions` as `CaptionSampler` takes them."""
-
-    key: str
-    image: Any
-    is_decoded: bool
-    captions: dict[str, dict[str, list[str]]]
-    identity: int
-
-
-@dataclass(eq=False)
-class _Draft:
-    """What is known of the sample of a position before it is decoded; of the attempt that is usable so far."""
-
-    position: int
-    attempt: int = -1
-    faults: list[SampleFault] = field(default_factory=list)
-    place: Place = field(init=False)
-    opened: _Opened = field(init=False)
-    rng: np.random.Generator = field(init=False)
-    captions: tuple[Caption, ...] = field(init=False)
-
-
 class SampleStream(Dataset[Delivery]):
     """Training samples by position.
 
@@ -109,6 +63,7 @@ class SampleStream(Dataset[Delivery]):
             cannot be used.
         transform: augments an image.
         keep_decoded: decode each image once and keep it; for small sources (emoji: 50 MB per process).
+        columns: the user's own, by name.
 
     Attributes:
         clock: says what is done, and measures it; a worker sets its own.
@@ -123,13 +78,15 @@ class SampleStream(Dataset[Delivery]):
         decode: Callable[[bytes], Any],
         transform: ImageTransform,
         keep_decoded: bool = False,
+        columns: Mapping[str, Column] | None = None,
     ) -> None:
         self._plan = plan
         self._reader = reader
         self._captions = captions
         self._decode = decode
         self._transform = transform
-        self._kept: dict[tuple[int, int, int], _Opened] | None = {} if keep_decoded else None
+        self._columns = dict(columns or {})
+        self._kept: dict[tuple[int, int, int], Sample] | None = {} if keep_decoded else None
         self._is_remote = any(is_remote(shard) for source in plan.manifest.sources for shard in source.shards)
         self._announced: dict[tuple[int, int], Stretch] = {}
         self.clock = StageClock()
@@ -152,79 +109,72 @@ class SampleStream(Dataset[Delivery]):
         """
         rows = PixelRows(len(positions))
         for first in range(0, len(positions), _READ_AHEAD):
-            drafts = [self._draft(position) for position in positions[first : first + _READ_AHEAD]]
-            drafts.reverse()
-            while drafts:
-                draft = drafts.pop()  # lets its image file go
-                image = rows.keep(self._make_pixels(draft))
-                opened = draft.opened
-                name = self._plan.manifest.sources[draft.place.source].name
-                sample = TrainingSample(
-                    image,
-                    draft.captions,
-                    opened.key,
-                    name,
-                    opened.identity,
-                    (self._plan.seed, draft.position, draft.attempt),
-                )
-                yield Delivery(sample, tuple(draft.faults))
+            drawn = [self._begin(position) for position in positions[first : first + _READ_AHEAD]]
+            drawn.reverse()
+            while drawn:
+                yield self._finish(*drawn.pop(), rows)  # lets its image file go
 
-    def _draft(self, position: int) -> _Draft:
-        """Everything about a sample but its pixels."""
+    def _begin(self, position: int) -> tuple[Sample, np.random.Generator, list[SampleFault]]:
+        """Everything about a sample but its pixels, with what was unusable before it."""
         if self._is_remote:
             self._announce(position)
-        draft = _Draft(position)
-        self._redraft(draft)
-        return draft
+        faults: list[SampleFault] = []
+        return *self._draw(position, 0, faults), faults
 
-    def _redraft(self, draft: _Draft) -> None:
-        """Go on to the next attempt whose sample can be read and says something."""
-        while draft.attempt + 1 < MAX_IN_A_ROW:
-            draft.attempt += 1
-            draft.place = self._plan.locate(draft.position, attempt=draft.attempt)
+    def _draw(self, position: int, attempt: int, faults: list[SampleFault]) -> tuple[Sample, np.random.Generator]:
+        """The first sample from an attempt on that can be read and says something."""
+        for number in range(attempt, MAX_IN_A_ROW):
+            place = self._plan.locate(position, attempt=number)
             try:
-                draft.opened = self._open(draft.place)
-                attempt = (draft.attempt,) if draft.attempt else ()
-                draft.rng = np.random.default_rng((self._plan.seed, _SAMPLE_STREAM, draft.position, *attempt))
-                draft.captions = self._draw_captions(draft)
+                sample = self._open(place)
+                again = (number,) if number else ()
+                rng = np.random.default_rng((self._plan.seed, _SAMPLE_STREAM, position, *again))
+                captions = self._captions(sample.text, rng=rng)
+                sample = sample._replace(captions=captions, draw=(self._plan.seed, position, number))
+                return self._read_columns(sample) if self._columns else sample, rng
             except SampleProblem as problem:
-                draft.faults.append(self._name(draft.place, problem))
-            else:
-                return
-        first = "; ".join(dict.fromkeys(fault.describe() for fault in draft.faults[:3]))
+                faults.append(self._name(place, problem))
+        first = "; ".join(dict.fromkeys(fault.describe() for fault in faults[:3]))
         raise UserError(f"{first}: {MAX_IN_A_ROW} samples in a row are unusable; mend the shards of this source")
 
-    def _draw_captions(self, draft: _Draft) -> tuple[Caption, ...]:
+    def _read_columns(self, sample: Sample) -> Sample:
+        values, name = {}, ""
         try:
-            return self._captions(draft.opened.captions, rng=draft.rng)
-        except UserError as error:
-            raise SampleProblem("wrong_type", str(error)) from error
+            for name, column in self._columns.items():
+                values[name] = column.read(sample)
+        except SampleProblem:
+            raise
+        except (LookupError, TypeError, ValueError) as error:
+            raise SampleProblem("wrong_type", f"column {name}: {type(error).__name__}: {error}") from error
+        return sample._replace(columns=values)
 
-    def _make_pixels(self, draft: _Draft) -> Tensor:
-        """Decoded and augmented; where that fails, the draft becomes that of the next attempt."""
+    def _finish(self, sample: Sample, rng: np.random.Generator, faults: list[SampleFault], rows: PixelRows) -> Delivery:
+        """Decoded and augmented; where that fails, the sample becomes that of the next attempt."""
         while True:
             try:
-                image = self._decoded(draft)
-                self.clock.enter(TRANSFORMING, draft.opened.key)
-                return self._transform(image, rng=draft.rng)
+                image = self._decoded(sample)
+                self.clock.enter(TRANSFORMING, sample.key)
+                pixels = self._transform(image, rng=rng)
             except (SampleProblem, ImageError) as problem:  # noqa: PERF203 - next to decoding it costs nothing
-                draft.faults.append(self._name(draft.place, problem))
-                self._redraft(draft)
+                faults.append(self._name(sample.place, problem))
+                _, position, attempt = sample.draw
+                sample, rng = self._draw(position, attempt + 1, faults)
+            else:
+                return Delivery(sample._replace(image=rows.keep(pixels), is_decoded=True), tuple(faults))
 
-    def _decoded(self, draft: _Draft) -> Any:
-        opened, place = draft.opened, draft.place
-        if opened.is_decoded:
-            return opened.image
-        self.clock.enter(DECODING, f"{opened.key} of {self._plan.manifest.sources[place.source].shards[place.shard]}")
-        image = self._decode(opened.image)
+    def _decoded(self, sample: Sample) -> Any:
+        if sample.is_decoded:
+            return sample.image
+        place = sample.place
+        self.clock.enter(DECODING, f"{sample.key} of {self._plan.manifest.sources[place.source].shards[place.shard]}")
+        image = self._decode(sample.image)
         if self._kept is not None:
-            self._kept[place.source, place.shard, place.number] = opened._replace(image=image, is_decoded=True)
+            self._kept[place.source, place.shard, place.number] = sample._replace(image=image, is_decoded=True)
         return image
 
-    def _open(self, place: Place) -> _Opened:
-        where = (place.source, place.shard, place.number)
-        if self._kept is not None and where in self._kept:
-            return self._kept[where]
+    def _open(self, place: Place) -> Sample:
+        if self._kept and (kept := self._kept.get((place.source, place.shard, place.number))) is not None:
+            return kept._replace(place=place)
         source = self._plan.manifest.sources[place.source]
         shard = source.shards[place.shard]
         self.clock.enter(READING, shard)
@@ -232,19 +182,8 @@ class SampleStream(Dataset[Delivery]):
         raw = self._reader.read(shard, place.number, size=size, written=written)
         language = source.spec.languages[0] if len(source.spec.languages) == 1 else None
         text = parse_sample_text(raw.json, raw.text, language=language)
-        captions = self._sort_captions(text)
         content = name_content(text, key=raw.key, shard=str(place.shard), source=source.name)
-        return _Opened(raw.key, raw.image, False, captions, content_identity(content))
-
-    def _sort_captions(self, text: SampleText) -> dict[str, dict[str, list[str]]]:
-        captions: dict[str, list[str]] = {language: [] for language in LANGUAGES}
-        roles: dict[str, list[str]] = {language: [] for language in LANGUAGES}
-        for caption in text.captions:
-            captions[caption.language].append(caption.text)
-            roles[caption.language].append(caption.role or _PLAIN_ROLE)
-        if not any(captions[language] for language in self._captions.languages):
-            raise SampleProblem("missing_caption", f"no caption in {' or '.join(self._captions.languages)}")
-        return {"captions": captions, "caption_roles": roles}
+        return Sample(raw.key, source.name, place, text, content_identity(content), raw.files, raw.image)
 
     def _name(self, place: Place, problem: SampleProblem | ImageError) -> SampleFault:
         source = self._plan.manifest.sources[place.source]

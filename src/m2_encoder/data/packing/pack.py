@@ -19,12 +19,12 @@ from m2_encoder.data.packing.shards import (
     ShardResult,
     ShardTask,
     read_marker,
-    write_json,
     write_shard,
 )
 from m2_encoder.data.packing.sources import Source
 from m2_encoder.data.worker_pool import map_in_processes
 from m2_encoder.errors import UserError
+from m2_encoder.files import atomic_file, write_json
 
 SUMMARY_FILE = "pack.json"
 """Names the shards of a finished output, and counts what is in them."""
@@ -208,7 +208,7 @@ def _exclusive(folder: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"output={folder}: another m2-data pack writes there; wait for it") from error
-        for path in (*folder.glob(".*.partial"), *folder.glob(".*.index.*.tmp"), *markers.glob(".*.partial")):
+        for path in (*folder.glob(".*.partial"), *folder.glob(".*.tmp"), *markers.glob(".*.tmp")):
             path.unlink(missing_ok=True)
         yield markers
 
@@ -254,14 +254,12 @@ def _remove_shard(marker: Path) -> None:
 def _finish(folder: Path, results: list[ShardResult], reused: int) -> PackSummary:
     failed: Counter[str] = Counter()
     captions: Counter[str] = Counter()
-    partial = folder / f".{FAILURES_FILE}.partial"
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_file(folder / FAILURES_FILE) as partial, partial.open("w", encoding="utf-8") as file:
         for result in results:
             captions.update(result.captions)
             for failure in result.failures:
                 failed[failure.reason] += 1
                 file.write(json.dumps(failure._asdict(), ensure_ascii=True) + "\n")
-    partial.replace(folder / FAILURES_FILE)
     written = [result for result in results if result.samples]
     summary = PackSummary(
         shards=len(written),

@@ -18,6 +18,7 @@ from m2_encoder.data.packing.records import URL_SCHEMES, Failure, Record, Slice
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem
 from m2_encoder.data.shards.index import open_index
 from m2_encoder.errors import UserError
+from m2_encoder.files import write_json
 
 MARKER_FOLDER = ".pack"
 """Folder inside the output that says which shards are done."""
@@ -117,17 +118,6 @@ def read_marker(path: Path) -> ShardResult | None:
     except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged by whoever
         return None
     return result if size == result.num_bytes else None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        _sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_tar(task: ShardTask, path: Path, stamp: str) -> ShardResult:

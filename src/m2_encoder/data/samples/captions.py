@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
@@ -27,6 +28,7 @@ STORED_ROLES = ("name", "alias", "keyword", "original", "rewritten", "translated
 CAPTION_ROLES = (*STORED_ROLES, "mixed")
 """One caption of a role; or, for "mixed", several keywords as a list, sometimes with the name among them."""
 
+_PLAIN_ROLE = "original"  # of a caption that says nothing about itself
 _SEPARATOR = {"en": ", ", "zh": "，"}
 
 
@@ -79,30 +81,26 @@ class CaptionSampler:
         self.languages = tuple(language for language, weight in self.language_weights.items() if weight > 0)
         self.captions_per_image = len(self.languages) if every_language else 1
 
-    def __call__(self, metadata: Mapping[str, Any], *, rng: np.random.Generator) -> tuple[Caption, ...]:
+    def __call__(self, text: SampleText, *, rng: np.random.Generator) -> tuple[Caption, ...]:
         """Draw `captions_per_image` captions.
 
         Args:
-            metadata: a sample's JSON: `captions` {language: [text, ...]} and, optionally, `caption_roles` of the same
-                shape; a source without roles gives names only.
+            text: what is said about an image.
             rng: the only source of randomness.
 
         Raises:
-            UserError: if the sample has no caption in any language with a weight, or captions or roles of another form.
+            SampleProblem: missing_caption, if there is none in a language with a weight; wrong_type for unknown roles.
         """
-        available = {
-            language: weight
-            for language, weight in self.language_weights.items()
-            if weight > 0 and metadata["captions"].get(language)
-        }
+        spoken = {caption.language for caption in text.captions}
+        available = {name: self.language_weights[name] for name in self.languages if name in spoken}
         if not available:
-            raise UserError(f"no caption in {', '.join(self.language_weights)}")
+            raise SampleProblem("missing_caption", f"no caption in {' or '.join(self.languages)}")
         if self.every_language:
             languages = [name if name in available else _draw(available, rng) for name in self.languages]
         else:
             languages = [_draw(available, rng)]
         return tuple(
-            Caption(self._speak(_group_by_role(metadata, language), language, rng), language) for language in languages
+            Caption(self._speak(_group_by_role(text, language), language, rng), language) for language in languages
         )
 
     def _speak(self, by_role: Mapping[str, Sequence[str]], language: str, rng: np.random.Generator) -> str:
@@ -125,19 +123,24 @@ class CaptionSampler:
         return _SEPARATOR[language].join(chosen)
 
 
-def _group_by_role(metadata: Mapping[str, Any], language: str) -> dict[str, list[str]]:
-    texts = metadata["captions"][language]
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"captions of {language!r}, {str(texts)[:80]!r}, must be a list of texts, none of them empty")
-    roles = metadata.get("caption_roles", {}).get(language) or ["name"] * len(texts)
-    if len(roles) != len(texts):
-        raise UserError(f"{len(texts)} captions and {len(roles)} caption_roles of {language!r}: each caption has one")
-    unknown = sorted(set(map(str, roles)) - set(STORED_ROLES))
-    if unknown:
-        raise UserError(f"unknown role {', '.join(unknown)} of {language!r}; known: {', '.join(STORED_ROLES)}")
+def check_roles(captions: Iterable[CaptionText]) -> None:
+    """Refuse what `CaptionSampler` does not know how to draw.
+
+    Raises:
+        SampleProblem: wrong_type.
+    """
+    for caption in captions:
+        if caption.role is not None and caption.role not in STORED_ROLES:
+            known = ", ".join(STORED_ROLES)
+            raise SampleProblem("wrong_type", f"unknown role {caption.role} of {caption.language!r}; known: {known}")
+
+
+def _group_by_role(text: SampleText, language: str) -> dict[str, list[str]]:
+    captions = [caption for caption in text.captions if caption.language == language]
+    check_roles(captions)
     by_role: dict[str, list[str]] = {}
-    for text, role in zip(texts, roles, strict=True):
-        by_role.setdefault(role, []).append(text)
+    for caption in captions:
+        by_role.setdefault(caption.role or _PLAIN_ROLE, []).append(caption.text)
     return by_role
 
 

@@ -62,13 +62,13 @@ class SampleText(NamedTuple):
         captions: at least one, by language in the order of `LANGUAGES`.
         identity: equal ones mark the same content; None if the sample says nothing.
         is_marked: whether that is its `identity`, which somebody meant, and not only its `key`.
-        keys: names in the JSON, in its order; none without a JSON.
+        metadata: the JSON; empty without one.
     """
 
     captions: tuple[CaptionText, ...]
     identity: str | None
     is_marked: bool
-    keys: tuple[str, ...]
+    metadata: Mapping[str, Any]
 
 
 def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, language: str | None = None) -> SampleText:
@@ -91,7 +91,7 @@ def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, langu
     if not captions:
         raise SampleProblem("missing_caption", _describe_nothing(metadata, json_file, text_file))
     is_marked = metadata.get("identity") is not None
-    return SampleText(captions, read_identity(metadata), is_marked, tuple(metadata))
+    return SampleText(captions, read_identity(metadata), is_marked, metadata)
 
 
 def name_content(text: SampleText, *, key: str, shard: str, source: str) -> str:

@@ -14,7 +14,6 @@ import logging
 import os
 import stat
 import struct
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +22,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2_encoder.data.shards.members import IMAGE_EXTENSIONS, Member
-from m2_encoder.data.shards.tar_scan import TarMember, scan_tar
+from m2_encoder.data.shards.tar_scan import TarMember, padded, scan_tar
+from m2_encoder.errors import UserError
+from m2_encoder.files import atomic_file
 
 logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+"""Extensions of the member that holds the image."""
 
 INDEX_SUFFIX = ".index"
 """Appended to the name of a tar."""
@@ -47,6 +50,18 @@ _SAMPLE = np.dtype(
 )
 _HEADER_BYTES = 512  # more than a header takes
 _MAX_MEMBER_BYTES = 2**32 - 1
+
+
+class Member(NamedTuple):
+    """One file inside a tar.
+
+    Attributes:
+        offset: where its bytes start, from the beginning of the tar.
+        size: how many there are.
+    """
+
+    offset: int
+    size: int
 
 
 class ShardFault(NamedTuple):
@@ -283,14 +298,35 @@ def open_index(tar: str | os.PathLike[str]) -> ShardIndex:
     if index is not None and (index.size, index.written) == (status.st_size, status.st_mtime_ns):
         return index
     index = build_index(tar)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        partial.write_bytes(index.dump())
-        os.replace(partial, path)
-    except OSError as error:
-        logger.warning("cannot keep the index %s (%s): every process will scan the tar again", path, error)
-        partial.unlink(missing_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(index.dump())
+    except UserError as error:
+        logger.warning("%s: every process will scan the tar again", error)
     return index
+
+
+def find_files(descriptor: int, index: ShardIndex, number: int, extensions: Sequence[str]) -> dict[str, Member]:
+    """Further files of a sample, which the index does not hold; they stand beside its image, as in any WebDataset tar.
+
+    Args:
+        descriptor: the opened tar.
+        index: of that tar.
+        number: of the sample.
+        extensions: of the files, in lower case; those that are not there are left out.
+
+    Raises:
+        OSError: if the tar cannot be read.
+    """
+    start = max(padded(each.offset + each.size) for each in _files(index[number - 1])) if number else 0
+    end = min(each.offset for each in _files(index[number + 1])) if number + 1 < len(index) else index.size
+    found, _ = _group(scan_tar(descriptor, size=end, start=start).members)
+    own = found.get(index[number].key, {})
+    return {extension: own[extension] for extension in extensions if extension in own}
+
+
+def _files(sample: IndexedSample) -> list[Member]:
+    return [each for each in (sample.image, sample.json, sample.text) if each is not None]
 
 
 def _group(members: list[TarMember]) -> tuple[dict[str, dict[str, Member]], list[ShardFault]]:

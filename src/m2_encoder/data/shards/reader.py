@@ -10,21 +10,23 @@ import os
 import stat
 import time
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from m2_encoder.data.samples.parse import SampleProblem
 from m2_encoder.data.shards.index import (
     INDEX_SUFFIX,
     IndexHeader,
+    Member,
     ShardFault,
     ShardIndex,
     ShardSize,
     count_samples,
+    find_files,
     open_index,
     parse_header,
     parse_index,
 )
-from m2_encoder.data.shards.members import Member
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.errors import UserError
@@ -45,12 +47,14 @@ class SampleBytes(NamedTuple):
         image: the image file.
         json: its `.json`; None without one.
         text: its `.txt`; None without one.
+        files: its further files that were asked for, by extension.
     """
 
     key: str
     image: bytes
     json: bytes | None
     text: bytes | None
+    files: Mapping[str, bytes] = {}
 
 
 class _OpenShard(NamedTuple):
@@ -64,10 +68,14 @@ class ShardReader:
     Args:
         remote: local copies of remote shards; None refuses urls.
         max_open: tars to keep open.
+        files: extensions of further files of each sample to read, in lower case.
     """
 
-    def __init__(self, *, remote: RemoteShards | None = None, max_open: int = MAX_OPEN_SHARDS) -> None:
+    def __init__(
+        self, *, remote: RemoteShards | None = None, max_open: int = MAX_OPEN_SHARDS, files: Sequence[str] = ()
+    ) -> None:
         self._remote = remote
+        self._files = tuple(files)
         self._max_open = max_open
         self._open: OrderedDict[str, _OpenShard] = OrderedDict()
         self._failed: dict[str, tuple[float, SampleProblem]] = {}
@@ -139,11 +147,13 @@ class ShardReader:
             if (status.st_size, status.st_mtime_ns) != (samples.size, samples.written):
                 raise SampleProblem("shard_changed", "was written anew while the run read it")
             sample = samples[number]
+            more = find_files(descriptor, samples, number, self._files) if self._files else {}
             return SampleBytes(
                 sample.key,
                 _read(descriptor, sample.image),
                 None if sample.json is None else _read(descriptor, sample.json),
                 None if sample.text is None else _read(descriptor, sample.text),
+                {extension: _read(descriptor, member) for extension, member in more.items()},
             )
         except IndexError as error:
             raise SampleProblem("shard_changed", str(error)) from error
@@ -160,6 +170,11 @@ class ShardReader:
         remote = [(shard, size) for shard, size in shards if is_remote(shard)]
         if remote and self._remote is not None:
             self._remote.prefetch(remote)
+
+    def close(self) -> None:
+        """Close the tars that are open; the next read opens its own again."""
+        while self._open:
+            os.close(self._open.popitem()[1].descriptor)
 
     def _open_shard(self, shard: str, size: int, written: int) -> _OpenShard:
         failed = self._failed.get(shard)

@@ -51,12 +51,13 @@ class TarScan(NamedTuple):
     problem: str | None
 
 
-def scan_tar(descriptor: int, *, size: int) -> TarScan:
+def scan_tar(descriptor: int, *, size: int, start: int = 0) -> TarScan:
     """Read all headers.
 
     Args:
         descriptor: the opened tar.
         size: of the file, bytes.
+        start: where the first header lies.
 
     Raises:
         OSError: if the disk does not give the bytes; damaged content never raises.
@@ -64,8 +65,8 @@ def scan_tar(descriptor: int, *, size: int) -> TarScan:
     members: list[TarMember] = []
     long_name: str | None = None
     pax_size: int | None = None
-    end, problem = 0, f"no tar, {size} bytes" if size else "empty, 0 bytes"
-    for offset, header, is_sound in _headers(descriptor, size):
+    end, problem = start, f"no tar, {size} bytes" if size else "empty, 0 bytes"
+    for offset, header, is_sound in _headers(descriptor, size, start):
         if header == bytes(BLOCK):
             return TarScan(members, offset, None)
         if not is_sound or (length := _parse_size(header)) is None:
@@ -84,14 +85,13 @@ def scan_tar(descriptor: int, *, size: int) -> TarScan:
                 members.append(TarMember(long_name or _name(header), offset + BLOCK, length))
             if kind not in (_PAX_GLOBAL, _LONG_LINK):
                 long_name, pax_size = None, None
-        end = offset + BLOCK + _padded(length)
+        end = offset + BLOCK + padded(length)
         problem = f"cut at byte {size}" if end > size else f"no end marker at byte {end}"
     return TarScan(members, min(end, size), problem)
 
 
-def _headers(descriptor: int, size: int) -> Iterator[tuple[int, bytes, bool]]:
+def _headers(descriptor: int, size: int, offset: int) -> Iterator[tuple[int, bytes, bool]]:
     """Headers with their place and whether their checksum holds, along the chain of sizes."""
-    offset = 0
     while offset < size:
         offsets: list[int] = []
         headers: list[bytes] = []
@@ -125,7 +125,7 @@ def _follow(descriptor: int, offset: int, size: int, offsets: list[int], headers
             if length > _MAX_EXTENDED_BYTES:
                 break
             pax_size = _parse_pax(pread(descriptor, length, offset + BLOCK))[1]
-        offset += BLOCK + _padded(length)
+        offset += BLOCK + padded(length)
     else:
         return offset
     return size
@@ -188,7 +188,8 @@ def _decode(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", "replace")
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
+    """Bytes that a file of so many takes in a tar: whole blocks."""
     return (length + BLOCK - 1) // BLOCK * BLOCK
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from m2_encoder.files import atomic_file
+
 SCALE = 2
 """Pixels per point."""
 
@@ -22,6 +24,18 @@ _SMOOTHING = 4  # shapes are drawn this much larger, then reduced
 _BOLD_STROKE_PX = 0.6  # the shipped font has one weight; headings get a thin outline of their own colour
 
 Color = tuple[int, int, int]
+
+PAGE: Color = (244, 246, 248)
+PANEL: Color = (255, 255, 255)
+LINE: Color = (224, 228, 234)
+INK: Color = (23, 28, 36)
+SOFT: Color = (104, 113, 126)
+GREEN: Color = (22, 151, 88)
+AMBER: Color = (176, 106, 12)
+BLUE: Color = (42, 98, 196)
+
+LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
+"""What pictures call languages."""
 
 
 class Canvas:
@@ -126,9 +140,8 @@ class Canvas:
 
     def save(self, path: Path) -> None:
         """Write a PNG, whole or not at all."""
-        partial = path.with_name(f".{path.name}.partial")
-        self._image.save(partial, format="PNG", optimize=True)
-        partial.replace(path)
+        with atomic_file(path) as temporary:
+            self._image.save(temporary, format="PNG", optimize=True)
 
     def _paste_smooth(self, sprite: Image.Image, x: float, y: float) -> None:
         reduced = sprite.reduce(_SMOOTHING)

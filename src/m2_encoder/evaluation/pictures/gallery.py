@@ -14,21 +14,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import FeatureModel, Tokenize, encode_texts
-from m2_encoder.evaluation.pictures.drawing import Canvas, Color, text_width, wrap_text
-from m2_encoder.evaluation.retrieval import CaptionedImages, SetFeatures
+from m2_encoder.evaluation.pictures.drawing import (
+    AMBER,
+    BLUE,
+    GREEN,
+    INK,
+    LANGUAGE_NAMES,
+    LINE,
+    PAGE,
+    PANEL,
+    SOFT,
+    Canvas,
+    Color,
+    text_width,
+    wrap_text,
+)
+from m2_encoder.evaluation.retrieval import SetFeatures
 
 NUM_HITS = 5
 """Images shown per query."""
 
-_PAGE: Color = (244, 246, 248)
-_PANEL: Color = (255, 255, 255)
-_LINE: Color = (224, 228, 234)
-_INK: Color = (23, 28, 36)
-_SOFT: Color = (104, 113, 126)
-_GREEN: Color = (22, 151, 88)
-_AMBER: Color = (176, 106, 12)
-_BLUE: Color = (42, 98, 196)
 _PILL: Color = (233, 239, 250)
 
 _MARGIN, _PADDING, _COLUMN_GAP, _SECTION_GAP = 44, 28, 44, 22
@@ -36,7 +43,6 @@ _QUERY_WIDTH, _CARD, _INSET, _CARD_GAP = 164, 80, 8, 10
 _ROW_HEIGHT, _HEADER_HEIGHT, _SECTION_HEAD, _FOOTER_HEIGHT = 124, 132, 84, 64
 _HITS_WIDTH = NUM_HITS * _CARD + (NUM_HITS - 1) * _CARD_GAP
 _COLUMN_WIDTH = _QUERY_WIDTH + _HITS_WIDTH
-_LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
 
 
 class Hit(NamedTuple):
@@ -86,7 +92,7 @@ class GallerySection(NamedTuple):
 
 
 def find_concepts(
-    dataset: CaptionedImages, features: SetFeatures, keys: Sequence[str], *, num_hits: int = NUM_HITS
+    dataset: RetrievalSet, features: SetFeatures, keys: Sequence[str], *, num_hits: int = NUM_HITS
 ) -> dict[str, tuple[GalleryRow, ...]]:
     """Rows that search for known concepts by their own captions.
 
@@ -120,7 +126,7 @@ def find_concepts(
 def find_freely(
     model: FeatureModel,
     tokenizer: Tokenize,
-    dataset: CaptionedImages,
+    dataset: RetrievalSet,
     features: SetFeatures,
     queries: Mapping[str, tuple[str, ...]],
     *,
@@ -169,9 +175,9 @@ def draw_gallery(path: Path, sections: Sequence[GallerySection], *, title: str, 
     num_columns = max(len(section.columns) for section in sections)
     width = 2 * (_MARGIN + _PADDING) + num_columns * _COLUMN_WIDTH + (num_columns - 1) * _COLUMN_GAP
     height = _HEADER_HEIGHT + sum(_section_height(s) + _SECTION_GAP for s in sections) + _FOOTER_HEIGHT
-    canvas = Canvas(width, height, background=_PAGE)
-    canvas.text(title, _MARGIN, 64, 30, color=_INK, bold=True)
-    canvas.text(subtitle, _MARGIN, 95, 15, color=_SOFT)
+    canvas = Canvas(width, height, background=PAGE)
+    canvas.text(title, _MARGIN, 64, 30, color=INK, bold=True)
+    canvas.text(subtitle, _MARGIN, 95, 15, color=SOFT)
     y = float(_HEADER_HEIGHT)
     for section in sections:
         _draw_section(canvas, section, y, width - 2 * _MARGIN)
@@ -184,7 +190,7 @@ def draw_gallery(path: Path, sections: Sequence[GallerySection], *, title: str, 
 def _search(
     query: str,
     query_feature: Tensor,
-    dataset: CaptionedImages,
+    dataset: RetrievalSet,
     features: SetFeatures,
     right: Tensor | None,
     num_hits: int,
@@ -205,10 +211,10 @@ def _section_height(section: GallerySection) -> int:
 
 
 def _draw_section(canvas: Canvas, section: GallerySection, y: float, width: float) -> None:
-    canvas.box(_MARGIN, y, width, _section_height(section), fill=_PANEL, outline=_LINE, radius=14)
+    canvas.box(_MARGIN, y, width, _section_height(section), fill=PANEL, outline=LINE, radius=14)
     left = _MARGIN + _PADDING
-    canvas.text(section.title, left, y + 40, 20, color=_INK, bold=True)
-    canvas.text(section.note, left, y + 64, 13.5, color=_SOFT)
+    canvas.text(section.title, left, y + 40, 20, color=INK, bold=True)
+    canvas.text(section.note, left, y + 64, 13.5, color=SOFT)
     for number, (language, rows) in enumerate(section.columns.items()):
         x = left + number * (_COLUMN_WIDTH + _COLUMN_GAP)
         _draw_column_head(canvas, language, section.figures.get(language, ""), x, y + _SECTION_HEAD)
@@ -217,42 +223,42 @@ def _draw_section(canvas: Canvas, section: GallerySection, y: float, width: floa
 
 
 def _draw_column_head(canvas: Canvas, language: str, figures: str, x: float, y: float) -> None:
-    name = _LANGUAGE_NAMES.get(language, language)
+    name = LANGUAGE_NAMES.get(language, language)
     pill_width = text_width(name, 13) + 20
     canvas.box(x, y, pill_width, 24, fill=_PILL, radius=12)
-    canvas.text(name, x + pill_width / 2, y + 16.7, 13, color=_BLUE, anchor="ms")
-    canvas.text(figures, x + _COLUMN_WIDTH, y + 16.7, 13, color=_SOFT, anchor="rs")
-    canvas.box(x, y + 33, _COLUMN_WIDTH, 1, fill=_LINE)
+    canvas.text(name, x + pill_width / 2, y + 16.7, 13, color=BLUE, anchor="ms")
+    canvas.text(figures, x + _COLUMN_WIDTH, y + 16.7, 13, color=SOFT, anchor="rs")
+    canvas.box(x, y + 33, _COLUMN_WIDTH, 1, fill=LINE)
 
 
 def _draw_row(canvas: Canvas, row: GalleryRow, x: float, y: float, num_images: int) -> None:
     lines = wrap_text(row.query, 17, _QUERY_WIDTH - 16, max_lines=3)
     baseline = y + _CARD / 2 - (len(lines) - 1) * 11 + (0 if row.rank is not None else 6)
     for number, line in enumerate(lines):
-        canvas.text(line, x, baseline + number * 22, 17, color=_INK)
+        canvas.text(line, x, baseline + number * 22, 17, color=INK)
     if row.rank is not None:
         found = row.rank <= len(row.hits)
         note = f"rank {row.rank}" if found else f"rank {row.rank:,} of {num_images:,}"
-        canvas.text(note, x, baseline + len(lines) * 22, 12.5, color=_GREEN if found else _AMBER)
+        canvas.text(note, x, baseline + len(lines) * 22, 12.5, color=GREEN if found else AMBER)
     for number, hit in enumerate(row.hits):
         _draw_card(canvas, hit, x + _QUERY_WIDTH + number * (_CARD + _CARD_GAP), y)
 
 
 def _draw_card(canvas: Canvas, hit: Hit, x: float, y: float) -> None:
-    outline, line = (_GREEN, 2.5) if hit.is_right else (_LINE, 1.0)
-    canvas.box(x, y, _CARD, _CARD, fill=_PANEL, outline=outline, line=line, radius=10)
+    outline, line = (GREEN, 2.5) if hit.is_right else (LINE, 1.0)
+    canvas.box(x, y, _CARD, _CARD, fill=PANEL, outline=outline, line=line, radius=10)
     canvas.picture(hit.image, x + _INSET, y + _INSET, _CARD - 2 * _INSET)
     if hit.is_right:
-        canvas.badge(x + _CARD - 15, y - 6, 21, fill=_GREEN)
-    color = _GREEN if hit.is_right else _SOFT
+        canvas.badge(x + _CARD - 15, y - 6, 21, fill=GREEN)
+    color = GREEN if hit.is_right else SOFT
     canvas.text(f"{hit.score:.2f}", x + _CARD / 2, y + _CARD + 17, 12, color=color, anchor="ms")
 
 
 def _draw_legend(canvas: Canvas, y: float) -> None:
-    canvas.badge(_MARGIN, y - 4, 19, fill=_GREEN)
+    canvas.badge(_MARGIN, y - 4, 19, fill=GREEN)
     parts = (
         "the drawing that the query names",
         "number under a picture: cosine of its feature and the query's",
         "rank: place of the right drawing; equal scores count against it",
     )
-    canvas.text("   ·   ".join(parts), _MARGIN + 28, y + 10.5, 13, color=_SOFT)
+    canvas.text("   ·   ".join(parts), _MARGIN + 28, y + 10.5, 13, color=SOFT)

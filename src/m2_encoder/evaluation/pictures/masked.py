@@ -11,23 +11,28 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from m2_encoder.evaluation.pictures.drawing import Canvas, Color, text_width, wrap_text
+from m2_encoder.evaluation.pictures.drawing import (
+    AMBER,
+    BLUE,
+    GREEN,
+    INK,
+    LANGUAGE_NAMES,
+    LINE,
+    PAGE,
+    PANEL,
+    SOFT,
+    Canvas,
+    Color,
+    text_width,
+    wrap_text,
+)
 
-_PAGE: Color = (244, 246, 248)
-_PANEL: Color = (255, 255, 255)
-_LINE: Color = (224, 228, 234)
-_INK: Color = (23, 28, 36)
-_SOFT: Color = (104, 113, 126)
-_GREEN: Color = (22, 151, 88)
 _GREEN_PILL: Color = (222, 243, 232)
-_AMBER: Color = (176, 106, 12)
 _AMBER_PILL: Color = (251, 238, 214)
-_BLUE: Color = (42, 98, 196)
 
 _MARGIN, _PADDING, _HEAD, _FOOT, _TITLES = 40, 24, 114, 54, 40
 _CARD, _GAP, _ROW, _TEXT_WIDTH = 84, 12, 108, 430
 _BLANK = "(blank)"
-_LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
 
 
 class Words(NamedTuple):
@@ -83,15 +88,15 @@ def draw_masked_page(path: Path, rows: Sequence[MaskedRow], *, title: str, subti
     pictures_width = len(columns) * (_CARD + _GAP) - _GAP
     width = 2 * (_MARGIN + _PADDING) + pictures_width + 2 * _GAP + _TEXT_WIDTH
     height = _HEAD + _TITLES + len(rows) * _ROW + _FOOT
-    canvas = Canvas(width, height, background=_PAGE)
-    canvas.text(title, _MARGIN, 46, 23, color=_INK, bold=True)
+    canvas = Canvas(width, height, background=PAGE)
+    canvas.text(title, _MARGIN, 46, 23, color=INK, bold=True)
     for text, y in ((subtitle, 72), (note, 91)):
-        canvas.text(_shorten(text, 12.5, width - 2 * _MARGIN), _MARGIN, y, 12.5, color=_SOFT)
-    canvas.box(_MARGIN, _HEAD, width - 2 * _MARGIN, height - _HEAD - _FOOT, fill=_PANEL, outline=_LINE, radius=14)
+        canvas.text(_shorten(text, 12.5, width - 2 * _MARGIN), _MARGIN, y, 12.5, color=SOFT)
+    canvas.box(_MARGIN, _HEAD, width - 2 * _MARGIN, height - _HEAD - _FOOT, fill=PANEL, outline=LINE, radius=14)
     left = _MARGIN + _PADDING
     for number, column in enumerate(columns):
         x = left + number * (_CARD + _GAP) + _CARD / 2
-        canvas.text(column, x, _HEAD + 26, 11.5, color=_SOFT, anchor="ms")
+        canvas.text(column, x, _HEAD + 26, 11.5, color=SOFT, anchor="ms")
     for number, row in enumerate(rows):
         y = _HEAD + _TITLES + number * _ROW
         for place, column in enumerate(columns):
@@ -105,13 +110,13 @@ def draw_masked_page(path: Path, rows: Sequence[MaskedRow], *, title: str, subti
 def _draw_captions(canvas: Canvas, captions: Mapping[str, PredictedCaption], x: float, y: float) -> None:
     for number, (language, caption) in enumerate(captions.items()):
         top = y + 17 + number * 46
-        canvas.text(_LANGUAGE_NAMES.get(language, language), x, top, 11, color=_BLUE)
-        canvas.text(_shorten(caption.text, 12, _TEXT_WIDTH - 56), x + 56, top, 12, color=_SOFT)
+        canvas.text(LANGUAGE_NAMES.get(language, language), x, top, 11, color=BLUE)
+        canvas.text(_shorten(caption.text, 12, _TEXT_WIDTH - 56), x + 56, top, 12, color=SOFT)
         end, limit = x + 56, x + _TEXT_WIDTH - text_width("…", 16)
         for words in caption.words:
             if end + _words_width(words) > limit:
                 rest = _shorten(words.text, 16, limit - end) if words.is_right is None else "…"
-                canvas.text(rest, end, top + 23, 16, color=_INK)
+                canvas.text(rest, end, top + 23, 16, color=INK)
                 break
             end = _draw_words(canvas, words, end, top + 23)
 
@@ -128,9 +133,9 @@ def _words_width(words: Words) -> float:
 
 def _draw_words(canvas: Canvas, words: Words, x: float, y: float) -> float:
     if words.is_right is None:
-        return canvas.text(words.text, x, y, 16, color=_INK)
+        return canvas.text(words.text, x, y, 16, color=INK)
     text = words.text.strip() or _BLANK
-    color, pill = (_GREEN, _GREEN_PILL) if words.is_right else (_AMBER, _AMBER_PILL)
+    color, pill = (GREEN, _GREEN_PILL) if words.is_right else (AMBER, _AMBER_PILL)
     x += 4 if words.text.startswith(" ") else 2
     inner = text_width(text, 16) + 12
     canvas.box(x, y - 16.5, inner, 22, fill=pill, radius=6)
@@ -141,8 +146,8 @@ def _draw_words(canvas: Canvas, words: Words, x: float, y: float) -> float:
 def _draw_legend(canvas: Canvas, y: float) -> None:
     x: float = _MARGIN
     for color, pill, text in (
-        (_GREEN, _GREEN_PILL, "hidden words, predicted right"),
-        (_AMBER, _AMBER_PILL, "predicted wrong; the true caption stands above"),
+        (GREEN, _GREEN_PILL, "hidden words, predicted right"),
+        (AMBER, _AMBER_PILL, "predicted wrong; the true caption stands above"),
     ):
         canvas.box(x, y - 9, 18, 14, fill=pill, outline=color, radius=4)
-        x = canvas.text(text, x + 26, y + 2.5, 12, color=_SOFT) + 24
+        x = canvas.text(text, x + 26, y + 2.5, 12, color=SOFT) + 24

@@ -8,13 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from m2_encoder.evaluation.pictures.drawing import Canvas, Color
+from m2_encoder.evaluation.pictures.drawing import INK, LINE, PAGE, PANEL, SOFT, Canvas
 
-_PAGE: Color = (244, 246, 248)
-_PANEL: Color = (255, 255, 255)
-_LINE: Color = (224, 228, 234)
-_INK: Color = (23, 28, 36)
-_SOFT: Color = (104, 113, 126)
 _MARGIN, _CARD, _GAP, _PADDING, _HEAD, _SECTION_HEAD, _LABEL = 40, 76, 10, 20, 96, 62, 92
 
 
@@ -50,18 +45,18 @@ def draw_reconstructions(path: Path, sets: Sequence[ReconstructedImages], *, tit
     inner = _LABEL + columns * _CARD + (columns - 1) * _GAP
     width = 2 * (_MARGIN + _PADDING) + inner
     section = _SECTION_HEAD + 2 * _CARD + _GAP + _PADDING
-    canvas = Canvas(width, _HEAD + len(sets) * (section + _GAP) + _MARGIN - _GAP, background=_PAGE)
-    canvas.text(title, _MARGIN, 48, 23, color=_INK, bold=True)
-    canvas.text(subtitle, _MARGIN, 74, 12, color=_SOFT)
+    canvas = Canvas(width, _HEAD + len(sets) * (section + _GAP) + _MARGIN - _GAP, background=PAGE)
+    canvas.text(title, _MARGIN, 48, 23, color=INK, bold=True)
+    canvas.text(subtitle, _MARGIN, 74, 12, color=SOFT)
     for number, shown in enumerate(sets):
         top = _HEAD + number * (section + _GAP)
-        canvas.box(_MARGIN, top, width - 2 * _MARGIN, section, fill=_PANEL, outline=_LINE, radius=12)
+        canvas.box(_MARGIN, top, width - 2 * _MARGIN, section, fill=PANEL, outline=LINE, radius=12)
         left = _MARGIN + _PADDING
-        canvas.text(shown.title, left, top + 28, 15, color=_INK, bold=True)
-        canvas.text(shown.note, left, top + 47, 11, color=_SOFT)
+        canvas.text(shown.title, left, top + 28, 15, color=INK, bold=True)
+        canvas.text(shown.note, left, top + 47, 11, color=SOFT)
         for row, (label, images) in enumerate((("original", shown.original), ("from codes", shown.drawn))):
             y = top + _SECTION_HEAD + row * (_CARD + _GAP)
-            canvas.text(label, left, y + _CARD / 2 + 4, 12, color=_SOFT)
+            canvas.text(label, left, y + _CARD / 2 + 4, 12, color=SOFT)
             for column, image in enumerate(images):
                 canvas.picture(image, left + _LABEL + column * (_CARD + _GAP), y, _CARD)
     canvas.save(path)

@@ -1,134 +1,167 @@
-"""What the masked objectives of a run predict on its sets: measured, under the names of the loggers, and as a table."""
+"""What masked objectives predict on every set, with the right partner and with a wrong one.
+
+Masks are drawn by a fixed key and the place in the set, before and after training the same; every hidden word is
+replaced by the mask token, so that none is left for copying.
+"""
 
 from __future__ import annotations
 
-import itertools
-import textwrap
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
-from m2_encoder.config.model_choice import build_tokenizer
+from m2_encoder.data.masking.text_masking import MaskVocabulary
 from m2_encoder.data.retrieval_set import RetrievalSet
-from m2_encoder.evaluation.console_tables import start_table
 from m2_encoder.evaluation.encode import evaluation_mode
 from m2_encoder.evaluation.masked import NOTHING, Evaluated, MaskedResults, hidden_tokens, measure_masked, next_tokens
-from m2_encoder.evaluation.tasks.masked_batches import make_batch, make_passes
+from m2_encoder.evaluation.tables import ResultRow, ResultTable
+from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.objectives.base import LocalObjective, LocalTerms, Objective
+from m2_encoder.objectives.base import LocalObjective, LocalTerms
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, VisualCodes, normalized_patches
-from m2_encoder.types import ImageTextBatch
+from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 
-_BATCH_SIZE = 64  # images
-_TITLE_WIDTH = 18  # of a line of a split's title: the table must fit a terminal of 80 columns
-_SHOWN = {
+ORDER: Final = ("zh", "en")
+"""Languages of the captions of an image, one caption each."""
+
+_KEY: Final = 2024  # of the masks
+_BATCH_SIZE: Final = 64  # images
+_SHOWN: Final = {
     "accuracy": ("accuracy", "other_accuracy", "commonest_accuracy"),
     "loss": ("loss", "other_loss", "mean_loss"),
 }
 """What a row of the table shows: with the right partner, with a wrong one, without looking."""
 
 
-def measure_sets(
-    sets: Mapping[str, RetrievalSet],
-    *,
-    model: M2Encoder,
-    objectives: Mapping[str, Objective],
-    cfg: Mapping[str, Any],
-) -> dict[str, MaskedResults]:
-    """Measures masked language, masked image and captioning objectives as `m2_encoder.evaluation.masked` says.
+class Masked(EvaluationTask):
+    """Masked language, masked image and captioning objectives, measured as `evaluation.masked` says.
 
     Masked images with normalised pixels have `mean_loss`, too: the loss of answering each hidden patch's mean, which is
     1 but for patches of one colour, where it is 0.
-
-    Args:
-        sets: by split, images at the model's size.
-        model: trained, on any device.
-        objectives: of the run, with their heads; left in evaluation mode on the model's device.
-        cfg: the resolved configuration of the run.
-
-    Returns:
-        By split and objective; empty where no such objective counted.
     """
-    measured: dict[str, LocalObjective] = {
-        name: objective
-        for name, objective in objectives.items()
-        if objective.weight > 0 and isinstance(objective, MaskedImage | MaskedLanguage | Captioning)
-    }
-    if not measured:
-        return {}
-    tokenizer = build_tokenizer(cfg["model"], model.config)
-    found = {}
-    with evaluation_mode(model) as device:
-        for objective in measured.values():
-            objective.to(device).eval()
-        for split, dataset in sets.items():
-            rows = range(len(dataset.keys))
-            batch = make_batch(dataset, rows, objectives=measured, tokenizer=tokenizer, model=model)
-            found[split] = measure_masked(
-                batch,
-                lambda own, other: _evaluate(model, measured, own, other),
-                batch_size=_BATCH_SIZE,
-            )
-    return found
+
+    def applies(self, context: EvaluationContext) -> bool:
+        """Runs in which such an objective counted."""
+        return super().applies(context) and bool(_measured(context))
+
+    def measure(self, context: EvaluationContext) -> TaskResult:
+        """Shares as in training, and losses; `masked` of `summary.json` has them by split and objective."""
+        results = self.measure_sets(context)
+        metrics = {
+            context.metric(split, language, f"{objective}_{key}"): float(value)
+            for split, objectives in results.items()
+            for objective, languages in objectives.items()
+            for language, numbers in languages.items()
+            for key, value in numbers.items()
+            if key != "count" and value is not None
+        }
+        if not results:
+            return TaskResult(metrics)
+        return TaskResult(metrics, rows=[masked_table(results)], record={"masked": results})
+
+    def measure_sets(self, context: EvaluationContext) -> dict[str, MaskedResults]:
+        """The numbers by split; objectives are left in evaluation mode on the model's device."""
+        model, measured = context.encoder, _measured(context)
+        found = {}
+        with evaluation_mode(model) as device:
+            for objective in measured.values():
+                objective.to(device).eval()
+            for split, dataset in context.sets.items():
+                found[split] = measure_masked(
+                    make_batch(context, dataset, range(len(dataset.keys))),
+                    lambda own, other: _evaluate(model, measured, own, other),
+                    batch_size=_BATCH_SIZE,
+                )
+        return found
 
 
-def masked_metrics(results: Mapping[str, MaskedResults], sets: Mapping[str, RetrievalSet]) -> dict[str, float]:
-    """Numbers under the names of the loggers: `val/<set>_<language>/cmlm_accuracy`, shares as in training.
-
-    Args:
-        results: by split.
-        sets: by split.
-    """
-    return {
-        f"val/{sets[split].name}_{language}/{objective}_{key}": float(value)
-        for split, objectives in results.items()
-        for objective, languages in objectives.items()
-        for language, numbers in languages.items()
-        for key, value in numbers.items()
-        if key != "count" and value is not None
-    }
+def _measured(context: EvaluationContext) -> dict[str, LocalObjective]:
+    kinds = MaskedImage | MaskedLanguage | Captioning
+    return {name: o for name, o in context.objectives.items() if o.weight > 0 and isinstance(o, kinds)}
 
 
-def masked_table(
-    results: Mapping[str, MaskedResults], *, titles: Mapping[str, str], num_images: Mapping[str, int]
-) -> Table:
+def masked_table(results: Mapping[str, MaskedResults]) -> ResultTable:
     """Per split a row for each objective and language: accuracies in percent, losses of patches as they are.
 
     Args:
         results: by split.
-        titles: what a split is called; its name where there is none.
-        num_images: by split.
     """
+    rows = [
+        ResultRow(split, _cells(name, language, numbers))
+        for split, objectives in results.items()
+        for name, languages in objectives.items()
+        for language, numbers in languages.items()
+    ]
+    headings = ("objective", "\n", "measure", "right\npartner", "another's", "\nblind", "\nterms")
     caption = "blind: always the commonest token or code, or each patch's mean"
-    table = start_table("Hidden words and patches", caption=caption)
-    table.add_column("\nobjective")
-    table.add_column("\n")
-    table.add_column("\nmeasure")
-    for heading in ("right\npartner", "another's", "\nblind", "\nterms"):
-        table.add_column(heading if "\n" in heading else f"\n{heading}", justify="right")
-    for split, objectives in results.items():
-        lines = textwrap.wrap(titles.get(split, split), _TITLE_WIDTH)
-        notes = [*(Text(line, style="bold") for line in lines), Text(f"{num_images[split]:,} images", style="dim")]
-        rows = [_make_row(name, code, numbers) for name, of in objectives.items() for code, numbers in of.items()]
-        for note, row in itertools.zip_longest(notes, rows):
-            table.add_row(note, *(row or []))
-        table.add_section()
-    return table
+    return ResultTable("Hidden words and patches", headings, rows, num_labels=3, caption=caption)
 
 
-def _make_row(objective: str, language: str, numbers: Mapping[str, float | int | None]) -> list[str]:
+def _cells(objective: str, language: str, numbers: Mapping[str, float | int | None]) -> list[str]:
     is_share = "accuracy" in numbers
     shown = [numbers.get(key) for key in _SHOWN["accuracy" if is_share else "loss"]]
     cells = ["–" if value is None else f"{100 * value:.1f}" if is_share else f"{value:.3f}" for value in shown]
     return [objective, language, "% right" if is_share else "loss", *cells, f"{numbers['count']:,}"]
+
+
+def make_batch(context: EvaluationContext, dataset: RetrievalSet, rows: Sequence[int]) -> ImageTextBatch:
+    """Images with their captions, a row for each of `ORDER`, on the CPU.
+
+    Args:
+        context: says what is hidden.
+        dataset: images at the model's size.
+        rows: which of it.
+    """
+    texts = [dataset.captions[language][row] for row in rows for language in ORDER]
+    tokenizer, masking = context.tokenizer, context.masking
+    text, masked, patches = tokenizer(texts), None, None
+    if masking is not None:
+        patches = masking.mask_images([(_KEY, row) for row in rows])
+        if masking.hides_words:
+            draws = [(_KEY, row, place) for row in rows for place in range(len(ORDER))]
+            text, drawn = masking.mask_texts(texts, draws)
+            mask_id = MaskVocabulary.of(tokenizer).mask_id
+            masked = MaskedText(text.ids.masked_fill(drawn.predicted, mask_id), drawn.predicted)
+    keys = tuple(dataset.keys[row] for row in rows)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return ImageTextBatch(
+        # All of a set is not copied: it may take gigabytes.
+        images=dataset.images if list(rows) == list(range(len(dataset.keys))) else dataset.images[list(rows)],
+        text=text,
+        language=torch.tensor([LANGUAGES.index(language) for _ in rows for language in ORDER]),
+        identity=torch.tensor([numbers[key] for key in keys]),
+        keys=keys,
+        sources=(dataset.name,) * len(keys),
+        masked_text=masked,
+        patch_mask=patches,
+    )
+
+
+def make_passes(model: M2Encoder, batch: ImageTextBatch, objectives: Mapping[str, LocalObjective]) -> PiecePasses:
+    """The passes that objectives ask for, on the model's device."""
+    return PiecePasses(
+        model,
+        move_batch(batch, model.logit_scale.device),
+        allowed=frozenset().union(*(objective.passes for objective in objectives.values())),
+        text_expert=any(objective.text_expert for objective in objectives.values()),
+    )
+
+
+def move_batch(batch: ImageTextBatch, device: torch.device) -> ImageTextBatch:
+    """The same on a device."""
+    masked = batch.masked_text
+    return batch._replace(
+        images=batch.images.to(device),
+        text=TextTokens(*(part.to(device) for part in batch.text)),
+        masked_text=None if masked is None else MaskedText(*(part.to(device) for part in masked)),
+        patch_mask=None if batch.patch_mask is None else batch.patch_mask.to(device),
+    )
 
 
 def _evaluate(

@@ -1,6 +1,6 @@
 """The picture of a run with masked objectives: hidden patches drawn, hidden words said.
 
-Each image is shown with its captions in the order of the page; `masked_batches` says what is hidden.
+Each image is shown with its captions in the order of the page; `masked.make_batch` says what is hidden.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from m2_encoder.config.model_choice import build_tokenizer
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import evaluation_mode
 from m2_encoder.evaluation.pictures.masked import MaskedRow, PredictedCaption, Words, draw_masked_page
-from m2_encoder.evaluation.tasks.masked_batches import ORDER, make_batch, make_passes
-from m2_encoder.evaluation.tasks.showcase import SPLIT_TITLES
+from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
+from m2_encoder.evaluation.tasks.masked import ORDER, make_batch, make_passes
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import LocalObjective, Objective
 from m2_encoder.objectives.masked_image import MaskedImage
@@ -36,37 +35,34 @@ _HIDDEN_GREY: Final = 0.84
 _BYTE: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def draw_masked(
-    path: Path,
-    sets: Mapping[str, RetrievalSet],
-    *,
-    model: M2Encoder,
-    objectives: Mapping[str, Objective],
-    cfg: Mapping[str, Any],
-) -> Path | None:
-    """Draws what masked objectives predict on a reported set.
+class MaskedPicture(EvaluationTask):
+    """Draws `masked.png`: some images of a reported set with predicted patches and predicted words."""
+
+    def applies(self, context: EvaluationContext) -> bool:
+        """Runs in which hidden words or patches counted, and that have a set."""
+        return super().applies(context) and bool(_drawn(context)) and bool(context.sets)
+
+    def measure(self, context: EvaluationContext) -> TaskResult:
+        """Measures nothing."""
+        return TaskResult({}, pictures={PICTURE_FILE: lambda path: draw_masked(path, context)})
+
+
+def draw_masked(path: Path, context: EvaluationContext) -> Path:
+    """Draws what masked objectives predict.
 
     Args:
         path: where to write.
-        sets: by split, images at the model's size.
-        model: trained, on any device.
-        objectives: of the run, with their heads.
-        cfg: the resolved configuration of the run.
-
-    Returns:
-        `path`, or None where no masked objective counted or no set is there.
+        context: of a run with such objectives, and with a set.
     """
-    masked = {n: o for n, o in objectives.items() if o.weight > 0 and isinstance(o, MaskedImage | MaskedLanguage)}
-    split = next((split for split in (*_SPLITS, *sets) if split in sets), None)
-    if not masked or split is None:
-        return None
-    tokenizer = build_tokenizer(cfg["model"], model.config)
-    chosen = choose_rows(sets[split])
+    masked, model, run = _drawn(context), context.encoder, context.run
+    split = next(split for split in (*_SPLITS, *context.sets) if split in context.sets)
+    dataset = context.sets[split]
+    chosen = choose_rows(dataset)
     with evaluation_mode(model):
-        batch = make_batch(sets[split], chosen, objectives=masked, tokenizer=tokenizer, model=model)
+        batch = make_batch(context, dataset, chosen)
         pictures, predicted = _predict(make_passes(model, batch, masked), masked, model)
-    captions = [sets[split].captions[language][item] for item in chosen for language in ORDER]
-    told = [_tell(batch, predicted, row, caption, tokenizer) for row, caption in enumerate(captions)]
+    captions = [dataset.captions[language][item] for item in chosen for language in ORDER]
+    told = [_tell(batch, predicted, row, caption, context.tokenizer) for row, caption in enumerate(captions)]
     rows = [
         MaskedRow(
             pictures={column: images[row].cpu() for column, images in pictures.items()},
@@ -78,9 +74,14 @@ def draw_masked(
         path,
         rows,
         title="Hidden patches and hidden words",
-        subtitle=f"run {cfg['run']['name']}, {cfg['trainer']['max_steps']:,} steps, objectives {', '.join(objectives)}",
-        note=f"{SPLIT_TITLES.get(split, split)}, chosen before training{_caveat(masked)}",
+        subtitle=f"run {run.name}, {run.steps or 0:,} steps, objectives {', '.join(context.objectives)}",
+        note=f"{context.title(split)}, chosen before training{_caveat(masked)}",
     )
+
+
+def _drawn(context: EvaluationContext) -> dict[str, LocalObjective]:
+    kinds = MaskedImage | MaskedLanguage
+    return {name: o for name, o in context.objectives.items() if o.weight > 0 and isinstance(o, kinds)}
 
 
 def _caveat(objectives: Mapping[str, Objective]) -> str:

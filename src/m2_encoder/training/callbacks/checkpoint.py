@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from m2_encoder.errors import UserError
+from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         assert storage_options is None, f"nothing gives storage_options, got {storage_options!r}"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
+        with atomic_file(path, error=CheckpointError) as temporary:
             torch.save(checkpoint, temporary)
 
 
@@ -175,7 +175,7 @@ class RunCheckpoint(Checkpoint):
         path = self.folder / f"step={step}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            with atomic_file(self.last) as temporary:
+            with atomic_file(self.last, error=CheckpointError) as temporary:
                 _link_or_copy(path, temporary)
         trainer.strategy.barrier("last.ckpt")
         self._saved_step = step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +18,7 @@ from m2_encoder.data.emoji.emoji_module import REPORTED_SPLITS, EmojiDataModule
 from m2_encoder.data.images.transforms import EvalTransform, TrainTransform
 from m2_encoder.data.loading.stream import content_identity
 from m2_encoder.data.retrieval_set import read_retrieval_set
-from m2_encoder.data.shards.members import index_shards, read_sample
+from m2_encoder.data.shards.reader import SampleBytes, ShardReader
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES, ImageTextBatch
 from tests.support.training import IMAGE_SIZE, make_captions, make_datamodule, make_tokenizer
@@ -37,8 +38,17 @@ def batches(emoji_folder: Path) -> list[ImageTextBatch]:
 
 
 @pytest.fixture(scope="module")
-def metadata(emoji_folder: Path) -> dict[str, dict[str, Any]]:
-    return {location.key: read_sample(location).metadata for location in index_shards(emoji_folder / "train")}
+def samples(emoji_folder: Path) -> dict[str, SampleBytes]:
+    reader, found = ShardReader(), []
+    for shard in map(str, (emoji_folder / "train").glob("*.tar")):
+        size = reader.measure(shard)
+        found += [reader.read(shard, number, size=size.size) for number in range(size.samples)]
+    return {sample.key: sample for sample in found}
+
+
+@pytest.fixture(scope="module")
+def metadata(samples: dict[str, SampleBytes]) -> dict[str, dict[str, Any]]:
+    return {key: json.loads(sample.json or b"") for key, sample in samples.items()}
 
 
 def test_shapes_and_dtypes(batches: list[ImageTextBatch]) -> None:
@@ -68,16 +78,15 @@ def test_captions_belong_to_their_samples(batches: list[ImageTextBatch], metadat
     assert min(checked.values()) > 0.3 * 8 * 128
 
 
-def test_pictures_belong_to_their_keys(emoji_folder: Path) -> None:
+def test_pictures_belong_to_their_keys(emoji_folder: Path, samples: dict[str, SampleBytes]) -> None:
     # With an augmentation that does nothing, the pixels of a batch are those of the sample with its key.
     plain = make_datamodule(
         emoji_folder, transform=lambda size: TrainTransform(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0, num_ops=0)
     )
     batch = next(iter(plain.train_dataloader()))
     transform = EvalTransform(IMAGE_SIZE)
-    pictures = {location.key: location for location in index_shards(emoji_folder / "train")}
     for key, image in zip(batch.keys, batch.images, strict=True):
-        assert torch.equal(image, transform.to_uint8(read_sample(pictures[key]).image))
+        assert torch.equal(image, transform.to_uint8(samples[key].image))
 
 
 def test_identity_is_the_concept_in_every_style(

@@ -42,7 +42,7 @@ def test_captions(json_file: Any, text_file: bytes | None, expected: list[tuple[
     content = None if json_file is None else _encode(json_file)
     found = parse_sample_text(content, text_file)
     assert found.captions == tuple(CaptionText(*item) for item in expected)
-    assert found.keys == tuple(json_file or ())
+    assert tuple(found.metadata) == tuple(json_file or ())
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import torch
 from rich.console import Console
 
 from m2_encoder.data.retrieval_set import RetrievalSet
-from m2_encoder.evaluation.tasks.masked import masked_metrics, masked_table, measure_sets
-from m2_encoder.evaluation.tasks.masked_batches import ORDER, make_batch, make_passes
+from m2_encoder.evaluation.masked import MaskedResults
+from m2_encoder.evaluation.tables import print_table
+from m2_encoder.evaluation.tasks.base import EvaluationContext
+from m2_encoder.evaluation.tasks.masked import ORDER, Masked, make_batch, make_passes, masked_table
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.objectives.base import LocalObjective, Objective
@@ -21,6 +23,7 @@ from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.patch_targets import VisualCodes
+from m2_encoder.runs.build import build_masking
 from m2_encoder.types import ImageTextBatch, MaskedText, TextTokens
 from tests.support.training import make_tokenizer, tiny_config
 
@@ -48,7 +51,6 @@ SET = RetrievalSet(
     images=torch.from_numpy(IMAGES),
     captions={"en": ENGLISH, "zh": CHINESE},
 )
-CFG: dict[str, Any] = {"model": {"tokenizer": "emoji"}}
 
 
 def build(objectives: dict[str, Objective]) -> M2Encoder:
@@ -68,8 +70,18 @@ def build(objectives: dict[str, Objective]) -> M2Encoder:
     return model.train()
 
 
-def whole(model: M2Encoder, objectives: dict[str, LocalObjective]) -> ImageTextBatch:
-    return make_batch(SET, range(NUMBER), objectives=objectives, tokenizer=make_tokenizer(), model=model)
+def make_context(model: M2Encoder, objectives: dict[str, Objective]) -> EvaluationContext:
+    tokenizer = make_tokenizer()
+    masking = build_masking(objectives, tokenizer, model.config)
+    return EvaluationContext(model, tokenizer, {"val": SET}, objectives=objectives, masking=masking)
+
+
+def measure(model: M2Encoder, objectives: dict[str, Objective]) -> MaskedResults:
+    return Masked().measure_sets(make_context(model, objectives))["val"]
+
+
+def whole(model: M2Encoder, objective: LocalObjective) -> ImageTextBatch:
+    return make_batch(make_context(model, {"it": objective}), SET, range(NUMBER))
 
 
 def single(batch: ImageTextBatch, image: int, row: int) -> ImageTextBatch:
@@ -104,16 +116,16 @@ def test_words_are_counted_one_by_one() -> None:
     objective = MaskedLanguage()
     objectives: dict[str, Objective] = {"itc": ImageTextContrastive(), "cmlm": objective}
     model = build(objectives)
-    found = measure_sets({"val": SET}, model=model, objectives=objectives, cfg=CFG)
+    found = measure(model, objectives)
     assert model.training, "left as it was"
-    assert list(found["val"]) == ["cmlm"]
-    batch = whole(model.eval(), {"cmlm": objective})
+    assert list(found) == ["cmlm"]
+    batch = whole(model.eval(), objective)
     masked = batch.masked_text
     assert masked is not None
     assert (masked.ids[masked.predicted] == make_tokenizer().mask_id).all(), "nothing is left for copying"
     hits: list[int] = []
     for place, language in enumerate(ORDER):
-        numbers = found["val"]["cmlm"][language]
+        numbers = found["cmlm"][language]
         hidden = batch.text.ids[place :: len(ORDER)][masked.predicted[place :: len(ORDER)]].tolist()
         own, other = (count_hits(model, objective, batch, place, step) for step in (0, NUMBER // 2))
         assert numbers["count"] == len(hidden)
@@ -130,8 +142,8 @@ def test_patches_are_the_same_beside_either_caption(masking: Any) -> None:
     objective = MaskedImage(masking=masking, mask_ratio=0.5)
     objectives: dict[str, Objective] = {"cmim": objective}
     model = build(objectives)
-    found = measure_sets({"val": SET}, model=model, objectives=objectives, cfg=CFG)["val"]["cmim"]
-    batch = whole(model.eval(), {"cmim": objective})
+    found = measure(model, objectives)["cmim"]
+    batch = whole(model.eval(), objective)
     with torch.no_grad():
         masks = objective.choose(make_passes(model, batch, {"cmim": objective}))
     assert (masks.sum(dim=1) == 2).all()
@@ -170,8 +182,8 @@ def test_codes_have_an_accuracy_beside_either_caption_and_blind(masking: Any) ->
     objective = MaskedImage(masking=masking, mask_ratio=0.5, targets=targets)
     objectives: dict[str, Objective] = {"cmim": objective}
     model = build(objectives)
-    found = measure_sets({"val": SET}, model=model, objectives=objectives, cfg=CFG)["val"]["cmim"]
-    batch = whole(model.eval(), {"cmim": objective})
+    found = measure(model, objectives)["cmim"]
+    batch = whole(model.eval(), objective)
     shared = make_passes(model, batch, {"cmim": objective})
     with torch.no_grad():
         terms = objective.terms(shared)
@@ -189,7 +201,7 @@ def test_codes_have_an_accuracy_beside_either_caption_and_blind(masking: Any) ->
 def test_captions_are_measured_too() -> None:
     objective = Captioning()
     objectives: dict[str, Objective] = {"captioning": objective}
-    found = measure_sets({"val": SET}, model=build(objectives), objectives=objectives, cfg=CFG)["val"]["captioning"]
+    found = measure(build(objectives), objectives)["captioning"]
     for language in ORDER:
         tokens = [token for ids in map(make_tokenizer().encode, SET.captions[language]) for token in [*ids, END]]
         assert found[language]["count"] == len(tokens)
@@ -199,14 +211,16 @@ def test_captions_are_measured_too() -> None:
 
 def test_nothing_masked_nothing_measured() -> None:
     objectives: dict[str, Objective] = {"itc": ImageTextContrastive(), "cmlm": MaskedLanguage(weight=0.0)}
-    assert measure_sets({"val": SET}, model=build({}), objectives=objectives, cfg=CFG) == {}
+    assert not Masked().applies(make_context(build({}), objectives))
 
 
-def test_names_of_metrics_and_the_table() -> None:
+def test_names_of_metrics_and_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     words = {"count": 4567, "accuracy": 0.5, "other_accuracy": 0.25, "loss": 2.0, "commonest_accuracy": 0.125}
     patches = {"count": 12, "loss": 0.8125, "other_loss": 0.875, "mean_loss": None}
     results: Any = {"val": {"cmlm": {"zh": words}, "cmim": {"en": patches}}}
-    assert masked_metrics(results, {"val": SET}) == {
+    monkeypatch.setattr(Masked, "measure_sets", lambda *_: results)
+    found = Masked().measure(make_context(build({}), {}))
+    assert found.metrics == {
         "val/things_zh/cmlm_accuracy": 0.5,
         "val/things_zh/cmlm_other_accuracy": 0.25,
         "val/things_zh/cmlm_commonest_accuracy": 0.125,
@@ -214,9 +228,11 @@ def test_names_of_metrics_and_the_table() -> None:
         "val/things_en/cmim_loss": 0.8125,
         "val/things_en/cmim_other_loss": 0.875,
     }
+    assert found.record == {"masked": results}
     console = Console(width=80)
     with console.capture() as shown:
-        console.print(masked_table(results, titles={"val": "unseen concepts and style"}, num_images={"val": 1494}))
+        titles = {"val": "unseen concepts and style"}
+        print_table(console, masked_table(results), titles=titles, num_images={"val": 1494})
     lines = [line.split() for line in shown.get().splitlines()]
     assert ["unseen", "concepts", "cmlm", "zh", "%", "right", "50.0", "25.0", "12.5", "4,567"] in lines
     assert ["and", "style", "cmim", "en", "loss", "0.812", "0.875", "–", "12"] in lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,19 +11,18 @@ from torch import Tensor
 
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.pictures.masked import MaskedRow
-from m2_encoder.evaluation.tasks import masked_picture as masked_showcase
-from m2_encoder.evaluation.tasks.masked_picture import choose_rows, draw_masked, spell_bytes
+from m2_encoder.evaluation.tasks import masked_picture
+from m2_encoder.evaluation.tasks.base import EvaluationContext, RunFacts
+from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture, choose_rows, spell_bytes
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.passes import PiecePasses
+from m2_encoder.runs.build import build_masking
 from tests.support.training import make_tokenizer, tiny_config
 
-CFG: dict[str, Any] = {
-    "model": {"tokenizer": "emoji"}, "run": {"name": "try"}, "trainer": {"max_steps": 3},
-}  # fmt: skip
 SET = RetrievalSet(
     name="squares",
     keys=tuple(f"k{i}" for i in range(12)),
@@ -52,16 +50,25 @@ def draw(
     torch.manual_seed(0)
     model = M2Encoder(config)
     shown: list[MaskedRow] = []
-    original = masked_showcase.draw_masked_page
+    original = masked_picture.draw_masked_page
 
     def spied(path: Path, rows: list[MaskedRow], **words: str) -> Path:
         shown.extend(rows)
         return original(path, rows, **words)
 
-    monkeypatch.setattr(masked_showcase, "draw_masked_page", spied)
+    monkeypatch.setattr(masked_picture, "draw_masked_page", spied)
     for objective in objectives.values():
         objective.build(config)
-    return draw_masked(path, {"val": SET}, model=model, objectives=objectives, cfg=CFG), shown
+    tokenizer = make_tokenizer()
+    masking = build_masking(objectives, tokenizer, config)
+    context = EvaluationContext(
+        model, tokenizer, {"val": SET}, objectives=objectives, masking=masking, run=RunFacts("try", steps=3)
+    )
+    if not MaskedPicture().applies(context):
+        return None, shown
+    ((name, draw_it),) = MaskedPicture().measure(context).pictures.items()
+    draw_it(path.with_name(name))
+    return path.with_name(name), shown
 
 
 @pytest.mark.parametrize(

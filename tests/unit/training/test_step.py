@@ -15,7 +15,7 @@ from m2_encoder.objectives.base import LocalObjective, LocalTerms
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.passes import PiecePasses
-from m2_encoder.training.step_encoder import EncodedStep, StepEncoder, mean_terms
+from m2_encoder.training.step import EncodedStep, StepEncoder, mean_terms
 from m2_encoder.types import ImageTextBatch, MaskedText, TextTokens
 from tests.support.training import tiny_config
 

@@ -15,7 +15,7 @@ from m2_encoder.evaluation.metrics import retrieval_metrics
 _WORKER = """
 import json, sys
 import torch, torch.distributed as dist
-from m2_encoder.evaluation.metrics import RetrievalRecall
+from m2_encoder.evaluation.recall_metric import RetrievalRecall
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

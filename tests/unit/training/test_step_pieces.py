@@ -14,7 +14,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
 from m2_encoder.objectives import image_text_contrastive
-from m2_encoder.training.micro_batches import encode_pieces, split_batch
+from m2_encoder.training.step import encode_pieces, split_rows
 from m2_encoder.types import ImageTextBatch, TextTokens
 from tests.support.training import tiny_config
 
@@ -39,19 +39,19 @@ class TestSplit:
     @pytest.mark.parametrize("captions", [1, 3])
     def test_rows_stay_with_their_captions_and_in_order(self, captions: int) -> None:
         batch = make_batch(6, captions=captions)
-        images, texts = split_batch(batch, 3)
-        assert [len(piece) for piece in images] == [2, 2, 2]
-        assert torch.equal(torch.cat(images), batch.images)
-        assert torch.equal(torch.cat([piece.ids for piece in texts]), batch.text.ids)
-        assert torch.equal(torch.cat([piece.mask for piece in texts]), batch.text.mask)
-        assert [piece.ids.shape for piece in texts] == [(2 * captions, 9)] * 3
+        pieces = split_rows(batch, 3)
+        assert [len(piece.images) for piece in pieces] == [2, 2, 2]
+        assert torch.equal(torch.cat([piece.images for piece in pieces]), batch.images)
+        assert torch.equal(torch.cat([piece.text.ids for piece in pieces]), batch.text.ids)
+        assert torch.equal(torch.cat([piece.text.mask for piece in pieces]), batch.text.mask)
+        assert [piece.text.ids.shape for piece in pieces] == [(2 * captions, 9)] * 3
 
     @pytest.mark.parametrize(("rows", "pieces"), [(6, 4), (2, 3), (1, 2)])
     def test_what_cannot_be_divided_is_named(self, rows: int, pieces: int) -> None:
         with pytest.raises(
             UserError, match=f"strategy.micro_batches={pieces} must divide the {rows} rows of a rank; .*batch_size"
         ):
-            split_batch(make_batch(rows), pieces)
+            split_rows(make_batch(rows), pieces)
 
 
 class Noisy(nn.Module):
@@ -125,9 +125,9 @@ def encoder_step(*, pieces: int, drop: float, recompute: bool, checkpoint: bool 
 
 
 def encode_and_backward(model: M2Encoder, batch: ImageTextBatch, *, pieces: int, recompute: bool) -> None:
-    images, texts = split_batch(batch, pieces)
-    (image,) = encode_pieces(lambda piece: (model.encode_image(piece),), images, recompute=recompute)
-    (text,) = encode_pieces(lambda piece: (model.encode_text(piece),), texts, recompute=recompute)
+    rows = split_rows(batch, pieces)
+    (image,) = encode_pieces(lambda piece: (model.encode_image(piece.images),), rows, recompute=recompute)
+    (text,) = encode_pieces(lambda piece: (model.encode_text(piece.text),), rows, recompute=recompute)
     image_text_contrastive(image, text, model.logit_scale).backward()
 
 

@@ -1,0 +1,203 @@
+"""The console commands: what their help says, and the functions that check a configuration and do the work.
+
+Those functions are named as `module:function` and imported when they are needed: `--help` loads none of them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from m2_encoder.config.command import Command
+from m2_encoder.config.paths import default_run_folder
+
+TRAIN: Final = Command(
+    name="m2-train",
+    config_name="train",
+    summary="Train, evaluate and export an image-text encoder; one folder in outputs/ per run.",
+    examples=(
+        "m2-train +experiment=emoji",
+        "m2-train +experiment=emoji run.name=wide model.embed_dim=256 optimizer.lr=5e-4",
+        "m2-train +experiment=emoji run.name=two strategy=ddp trainer.devices=2",
+        "m2-train data=webdataset data.sources.main.shards='/data/{000..099}.tar' model.tokenizer=sp.model",
+        "m2-train ... strategy=grouped_ddp strategy.group_size=8   # negatives from 8 ranks instead of from all",
+        "m2-train -m +experiment=smoke optimizer.lr=1e-3,2e-3      # smoke-lr=0.001, smoke-lr=0.002",
+        "m2-train --config-path outputs/emoji --config-name config  # repeats a run",
+    ),
+    check="m2_encoder.config.validate:validate_train",
+    late=("callbacks", "data", "evaluation", "strategy", "task", "trainer"),
+    check_late="m2_encoder.config.validate:check_late",
+    run="m2_encoder.cli.train:run_train",
+    run_folder=default_run_folder,
+    complete="m2_encoder.cli.train:name_repetition",
+    notes=(
+        "A run's folder must not exist; run.resume=auto continues one, run.resume=must insists on a checkpoint.",
+        "Exit codes: 0 done, 2 something to mend (listed on stderr before anything starts), 130 interrupted, 143 saved",
+        "and ended by SIGTERM.",
+    ),
+)
+
+EVALUATE: Final = Command(
+    name="m2-evaluate",
+    config_name="evaluate",
+    config_folder="commands",
+    groups=("evaluation",),
+    summary="Measure how well a model retrieves images and texts in both languages.",
+    examples=(
+        "m2-evaluate model=outputs/emoji/export data=emoji",
+        "m2-evaluate model=outputs/emoji/export data=my_tars output=results.json",
+        "m2-evaluate model=outputs/r2d2/export rerank=16   # order the best 16 anew by the matching head",
+    ),
+    check="m2_encoder.cli.evaluate:check_evaluate",
+    run="m2_encoder.cli.evaluate:run_evaluate",
+    notes=(
+        "Recall at k in percent, ranks as pessimistic as can be: equal scores count against the right item. The chance",
+        "row is what a random order would reach. Each caption is a query once; images with its key are all right.",
+        "rerank=K: the first K of each query are ordered anew by the matching head that the model's folder holds; the",
+        "others stay behind them. Both results are shown. It costs K passes of the vision-language layers per query.",
+    ),
+)
+
+EXPORT: Final = Command(
+    name="m2-export",
+    config_name="export",
+    config_folder="commands",
+    summary="Write a run's checkpoint as a folder for m2_encoder.load: configuration, weights, tokenizer, model card.",
+    examples=(
+        "m2-export run.name=emoji",
+        "m2-export run.name=emoji checkpoint=step=500.ckpt output=outputs/emoji/export-500",
+    ),
+    check="m2_encoder.cli.export:check_export",
+    run="m2_encoder.cli.export:run_export",
+    notes=("checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",),
+)
+
+EMBED: Final = Command(
+    name="m2-embed",
+    config_name="embed",
+    config_folder="commands",
+    summary="Write features of a folder of images, or of a text file.",
+    examples=(
+        "m2-embed model=outputs/emoji/export images=photos output=photos.safetensors",
+        "m2-embed model=outputs/emoji/export texts=captions.txt output=captions.parquet",
+        "m2-embed model=m2-encoder-0.4b weights=m2_encoder_0.4B.ckpt tokenizer=sp.model images=photos "
+        "output=photos.parquet",
+    ),
+    check="m2_encoder.cli.embed:check_embed",
+    run="m2_encoder.cli.embed:run_embed",
+    notes=(
+        "Images are found in all sub-folders, by suffix, in sorted order; a text file is UTF-8, one text per line.",
+        "What cannot be used (a damaged image, a blank line) is listed on stderr and skipped; the column `index` says",
+        "which place in the input a row has. m2_encoder.evaluation.feature_file.read_features reads both formats.",
+        "",
+        "Exit codes: 0 everything embedded, 1 something was skipped, 2 nothing written: the message says what to mend.",
+    ),
+)
+
+PLAN: Final = Command(
+    name="m2-plan",
+    config_name="plan",
+    config_folder="commands",
+    summary="Predict memory, traffic and time of a training step, and find the best contrastive groups.",
+    examples=(
+        "m2-plan model=m2_encoder_1b cluster=a100_80g ranks=256",
+        "m2-plan ranks=64 global_batch_size=65536 group_batch_size=32768 output=plan.json plot=plan.png",
+        "m2-plan group_size=32 micro_batches=4 cluster=h100_80g hardware.inter_node_gb_per_s=50",
+    ),
+    check="m2_encoder.cli.plan:check_plan",
+    run="m2_encoder.cli.plan:run_plan",
+    notes=(
+        "Nothing is trained and no device is needed. A rank contrasts its k micro-batches of B rows with those of the",
+        "g ranks of its group; the baselines contrast the rows of all ranks, and may accumulate micro-batches with a",
+        "loss of their own. Constants, and where they come from, are in conf/cluster/hardware. The plan ends with",
+        "what it leaves out.",
+    ),
+)
+
+DATA_EMOJI: Final = Command(
+    name="m2-data emoji",
+    config_name="data_emoji",
+    config_folder="commands",
+    summary="Unpack the embedded bilingual emoji set to WebDataset tars, one folder per split.",
+    examples=("m2-data emoji", "m2-data emoji folder=emoji-tars heldout_style=noto"),
+    check="m2_encoder.cli.data:check_emoji",
+    run="m2_encoder.cli.data:run_emoji",
+)
+
+DATA_PACK: Final = Command(
+    name="m2-data pack",
+    config_name="data_pack",
+    config_folder="commands",
+    summary="Pack images with captions, from a folder or tables, into WebDataset tars.",
+    examples=(
+        "m2-data pack source=photos output=tars",
+        "m2-data pack source=MUGE/train_imgs.tsv output=tars/muge language=zh",
+        "m2-data pack source='laion/*.parquet' output=tars/laion columns.image=URL columns.caption=TEXT max_side=512",
+    ),
+    check="m2_encoder.cli.data_pack:check_pack",
+    run="m2_encoder.cli.data_pack:run_pack",
+    notes=(
+        "A run that was stopped, however it ended, goes on when it is started again; the tars are the same, byte for",
+        "byte, whatever the number of workers. Started again after images or captions were written again, it packs",
+        "their tars again. What cannot be packed is counted by reason and listed.",
+        "",
+        "Exit codes: 0 done, 1 done but too many failures (max_failed_share), 2 nothing packed: the message says why.",
+    ),
+)
+
+DATA_CHECK: Final = Command(
+    name="m2-data check",
+    config_name="data_check",
+    config_folder="commands",
+    summary="Look into shards before training: usable samples, captions, images, duplicates, false negatives.",
+    examples=(
+        "m2-data check source=outputs/data/emoji/train",
+        "m2-data check source='tars/{000..099}.tar' batch_size=32768 full=true json=true",
+        "m2-data check source='s3://bucket/{000..099}.tar' cache=outputs/cache max_shards=2",
+    ),
+    check="m2_encoder.cli.data_check:check_check",
+    run="m2_encoder.cli.data_check:run_check",
+    notes=(
+        "A few samples of a few shards are read, unless full=true; counts of the whole source are then estimates, and",
+        "rare faults may be missed. Duplicates are exact: the same bytes of an image, the same text of a caption.",
+        "",
+        "Exit codes: 0 fine, 2 training on it would be pointless or refused: the last lines say why, and the way out.",
+    ),
+)
+
+DATA_STATS: Final = Command(
+    name="m2-data stats",
+    config_name="data_stats",
+    config_folder="commands",
+    summary="Tables and a picture of shards: languages, lengths in words and tokens, sizes, duplicates.",
+    examples=(
+        "m2-data stats source=outputs/data/emoji/train plot=emoji.png",
+        "m2-data stats source='tars/*.tar' tokenizer=sp.model full=true output=stats.json plot=stats.pdf",
+    ),
+    check="m2_encoder.cli.data_stats:check_stats",
+    run="m2_encoder.cli.data_stats:run_stats",
+    notes=(
+        "Words of Chinese captions are those of jieba; pictures need the extra plot.",
+        "A part of the source is read, unless full=true.",
+    ),
+)
+
+DATA_CURATE: Final = Command(
+    name="m2-data curate",
+    config_name="data_curate",
+    config_folder="commands",
+    summary="Drop what is not worth training on from WebDataset tars, and say what fell where and why.",
+    examples=(
+        "m2-data curate shards=tars output=curated",
+        "m2-data curate 'shards={laion: tars/laion, wukong: tars/wukong}' 'language={wukong: zh}' output=curated",
+        "m2-data curate shards=tars output=curated score.model=outputs/emoji/export evaluation.images=[flickr30k_test]",
+        "m2-data curate shards=outputs/data/emoji/train output=outputs/data/emoji-curated images.min_side=32",
+    ),
+    check="m2_encoder.cli.data_curate:check_curate",
+    run="m2_encoder.cli.data_curate:run_curate",
+    notes=(
+        "decisions/ keeps every pair with all values, keep and reason, as Arrow files; report.json and report.md count",
+        "them by source, language and reason. A run that was stopped, however it ended, goes on when it is started",
+        "again; the result is the same, byte for byte, for any number of workers, and on Ray. New shards hold the",
+        "image and one .json per sample; other members of a sample are not carried over.",
+    ),
+)

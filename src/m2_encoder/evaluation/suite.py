@@ -1,0 +1,81 @@
+"""Runs evaluation tasks and writes what they found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m2_encoder.errors import UserError
+from m2_encoder.evaluation.tables import print_table
+from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
+from m2_encoder.files import atomic_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SUMMARY_FILE = "summary.json"
+TABLE_FILE = "results.md"
+
+
+def run_tasks(tasks: Mapping[str, EvaluationTask], context: EvaluationContext) -> dict[str, TaskResult]:
+    """What the tasks that apply to a model find, in the order given; call it on one rank.
+
+    Raises:
+        UserError: if two tasks give metrics or entries of `summary.json` the same name.
+    """
+    results: dict[str, TaskResult] = {}
+    owners: dict[str, str] = {}
+    for name, task in tasks.items():
+        if not task.applies(context):
+            continue
+        results[name] = found = task.measure(context)
+        for key in (*found.metrics, *found.record, *found.pictures):
+            if (owner := owners.setdefault(key, name)) != name:
+                raise UserError(f"{key} is measured by {owner} and by {name}; choose one of them")
+    return results
+
+
+def summarize(results: Mapping[str, TaskResult]) -> dict[str, Any]:
+    """The entries of `summary.json` that tasks make: `metrics` of all of them, and their own."""
+    summary: dict[str, Any] = {"metrics": {}}
+    for result in results.values():
+        summary["metrics"].update(result.metrics)
+        summary |= result.record
+    return summary
+
+
+def write_results(folder: Path, results: Mapping[str, TaskResult], summary: Mapping[str, Any]) -> list[Path]:
+    """Writes pictures, `results.md` and `summary.json`.
+
+    Args:
+        folder: exists; files in it are replaced.
+        results: by task.
+        summary: of `summarize`, with what else is known.
+
+    Returns:
+        The pictures.
+    """
+    pictures = []
+    for result in results.values():
+        for name, draw in result.pictures.items():
+            draw(folder / name)
+            pictures.append(folder / name)
+    if markdown := "\n".join(result.markdown for result in results.values() if result.markdown):
+        (folder / TABLE_FILE).write_text(markdown, encoding="utf-8")
+    with atomic_file(folder / SUMMARY_FILE) as path:
+        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return pictures
+
+
+def print_results(console: Console, results: Mapping[str, TaskResult], context: EvaluationContext) -> None:
+    """Prints tables and lines."""
+    num_images = {split: len(dataset.keys) for split, dataset in context.sets.items()}
+    for result in results.values():
+        for row in result.rows:
+            if isinstance(row, str):
+                console.print(row, soft_wrap=True, highlight=False)
+            else:
+                console.print()
+                print_table(console, row, titles=context.titles, num_images=num_images)

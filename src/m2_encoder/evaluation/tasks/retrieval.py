@@ -1,0 +1,154 @@
+"""Retrieval of images by texts and of texts by images, with a gallery of a few queries.
+
+The queries were chosen before any model was trained, from the captions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.evaluation.pictures.gallery import GallerySection, draw_gallery, find_concepts, find_freely
+from m2_encoder.evaluation.retrieval import evaluate_features
+from m2_encoder.evaluation.tables import Results, format_percent, markdown_table, results_table, tabulate
+from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
+
+PICTURE_FILE: Final = "retrieval.png"
+
+_STYLE_NAMES: Mapping[str, str] = {
+    "noto": "Noto", "twemoji": "Twemoji", "fluent": "Fluent", "openmoji": "OpenMoji",
+}  # fmt: skip
+# Everyday things: an elephant, a rocket, a guitar; then families that training never showed.
+_CONCEPTS: Mapping[str, tuple[str, ...]] = {
+    "heldout_style": ("1f418", "1f680", "1f3b8"),
+    "heldout_families": ("1f63f", "1f68d", "1f989"),
+}
+_FREE_QUERIES = {
+    "zh": ("红色的水果", "会飞的动物"),
+    "en": ("a red fruit", "an animal that flies"),
+}
+_HEADINGS: Mapping[str, str] = {
+    "heldout_style": "Known concepts in a style it has never seen",
+    "heldout_families": "Concepts it has never seen, in a style it has never seen",
+}
+_NUM_CONCEPTS = 3
+_PICTURE_SIZE_PX = 64  # a gallery of smaller images would be blurred; the files are at least this large
+
+
+class Retrieval(EvaluationTask):
+    """Recalls of every set in every language; draws `retrieval.png`."""
+
+    def measure(self, context: EvaluationContext) -> TaskResult:
+        """Percent, as `evaluation.metrics.retrieval_metrics` says."""
+        results = {split: evaluate_features(features) for split, features in context.features.items()}
+        return report_recalls(context, results, metrics=recall_metrics(context, results))
+
+
+def recall_metrics(context: EvaluationContext, results: Results, prefix: str = "") -> dict[str, float]:
+    """Recalls under the names of the loggers: `val/<set>_<language>/t2i_r@10`.
+
+    Args:
+        context: names the sets.
+        results: by split and language.
+        prefix: before the last part of the names.
+    """
+    return {
+        context.metric(split, language, f"{prefix}{name}"): value
+        for split, languages in results.items()
+        for language, metrics in languages.items()
+        for name, value in metrics.items()
+        if "_r@" in name or name == "mean_recall"
+    }
+
+
+def report_recalls(
+    context: EvaluationContext, results: Results, *, metrics: Mapping[str, float], lines: tuple[str, ...] = ()
+) -> TaskResult:
+    """Tables of recalls, and the gallery.
+
+    Args:
+        context: what was measured.
+        results: a row of the tables for each split and language.
+        metrics: by the names of the loggers.
+        lines: what is printed below the table.
+    """
+    record = {"table": tabulate(results), "evaluation": results}
+    if not results:  # a run on shards alone has no sets
+        return TaskResult(metrics, record=record)
+    return TaskResult(
+        metrics,
+        rows=(results_table(results), *lines),
+        record=record,
+        markdown=markdown_table(results, titles=context.titles),
+        pictures={PICTURE_FILE: lambda path: draw_queries(path, context, results)},
+    )
+
+
+def draw_queries(path: Path, context: EvaluationContext, results: Results) -> Path:
+    """Draws what a few queries find in the sets for reporting, or in the first one.
+
+    Args:
+        path: where to write.
+        context: what was measured.
+        results: by split; numbers over the columns.
+    """
+    shown = {
+        split: _enlarge(split, context) for split in [name for name in _HEADINGS if name in results] or [*results][:1]
+    }
+    sections = [_concept_section(split, dataset, context, results) for split, dataset in shown.items()]
+    split, dataset = next(iter(shown.items()))
+    columns = find_freely(context.encoder, context.tokenizer, dataset, context.features[split], _FREE_QUERIES)
+    number = len(dataset.keys)
+    note = f"the same {number:,} images as above; no caption says it like this, and no single image is the right one"
+    sections.append(GallerySection("Free questions", note, columns, {}, number))
+    trained = f", {context.run.steps:,} steps" if context.run.steps is not None else ""
+    subtitle = f"model {context.run.model}{trained}   ·   run {context.run.name}   ·   queries fixed before training"
+    return draw_gallery(path, sections, title="Text → image retrieval, 中文 and English", subtitle=subtitle)
+
+
+def _enlarge(split: str, context: EvaluationContext) -> RetrievalSet:
+    """The same set with images large enough to look at, where the model takes smaller ones."""
+    dataset, folder = context.sets[split], context.run.folder
+    if folder is None or dataset.images.shape[-1] >= _PICTURE_SIZE_PX or not (folder / split).is_dir():
+        return dataset
+    larger = read_retrieval_set(folder / split, name=dataset.name, transform=EvalTransform(_PICTURE_SIZE_PX))
+    return larger if larger.keys == dataset.keys else dataset
+
+
+def _concept_section(split: str, dataset: RetrievalSet, context: EvaluationContext, results: Results) -> GallerySection:
+    features = context.features[split]
+    figures = {}
+    for language in features.texts:
+        metrics = results[split][language]
+        parts = [
+            f"R@{k} {format_percent(metrics[f't2i_r@{k}'])} %  (chance {format_percent(metrics[f't2i_chance@{k}'])} %)"
+            for k in (1, 10)
+        ]
+        figures[language] = "   ·   ".join(parts)
+    return GallerySection(
+        title=_HEADINGS.get(split, context.title(split)),
+        note=_note(split, len(dataset.keys), context.run.heldout_style),
+        columns=find_concepts(dataset, features, _choose_concepts(split, dataset)),
+        figures=figures,
+        num_images=len(dataset.keys),
+    )
+
+
+def _note(split: str, number: int, heldout_style: str) -> str:
+    images = f"{number:,} images"
+    if heldout_style in _STYLE_NAMES and split in _HEADINGS:
+        *others, last = (name for style, name in _STYLE_NAMES.items() if style != heldout_style)
+        images += f" drawn by {_STYLE_NAMES[heldout_style]}; training saw only {', '.join(others)} and {last}"
+    if split == "heldout_families":
+        images += ", and none of these concepts"
+    return images
+
+
+def _choose_concepts(split: str, dataset: RetrievalSet) -> list[str]:
+    """The concepts chosen beforehand; in a set without them, some at even distances."""
+    chosen = [key for key in _CONCEPTS.get(split, ()) if key in dataset.keys]
+    distinct = list(dict.fromkeys(dataset.keys))
+    return chosen or distinct[:: max(1, len(distinct) // _NUM_CONCEPTS)][:_NUM_CONCEPTS]

@@ -1,0 +1,288 @@
+"""One training step's passes through the model: features of all rows of a rank, and the terms of local objectives.
+
+*Batch accumulation*: a rank's rows are encoded in pieces (micro-batches), with one loss over all of them. The gradient
+is that of the whole batch, because the features of all pieces meet in one loss and one backward pass follows. With
+recomputation only one piece keeps its activations: each piece is a segment of torch's non-reentrant checkpointing,
+which encodes it again when backward needs it, with the random state of the first time, so that dropout and stochastic
+depth repeat (GradCache, arXiv:2101.06983, in autograd's own terms).
+
+*Second round*: hard negatives, selected by the features of all rows, pass the vision-language layers beside the right
+pairs. Where the first round's hidden states are still there (one piece, or no recomputation), they serve again: only
+the wrong captions, which come from all ranks of the group, are encoded anew. Where they are not, each piece is encoded
+again with its wrong images and captions, as one more segment of checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from m2_encoder.errors import UserError
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.objectives.base import (
+    FeaturePair,
+    LocalObjective,
+    LocalTerms,
+    ObjectiveInputs,
+    ObjectiveOutput,
+    PairObjective,
+)
+from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
+from m2_encoder.types import HeadFeatures, ImageTextBatch, TextTokens
+
+Piece = TypeVar("Piece")
+
+
+def split_rows(batch: ImageTextBatch, micro_batches: int) -> list[ImageTextBatch]:
+    """Split a rank's rows into equal pieces, in order.
+
+    Args:
+        batch: B images with k captions each.
+        micro_batches: number of pieces.
+
+    Returns:
+        Pieces of B / pieces images with their captions.
+
+    Raises:
+        UserError: if the rows cannot be divided.
+    """
+    rows = batch.images.shape[0]
+    if rows % micro_batches:
+        raise UserError(
+            f"strategy.micro_batches={micro_batches} must divide the {rows} rows of a rank; "
+            "change it or data.global_batch_size"
+        )
+    if micro_batches == 1:
+        return [batch]
+    size = rows // micro_batches
+    return [batch.rows(slice(first, first + size)) for first in range(0, rows, size)]
+
+
+def encode_pieces(
+    encode: Callable[[Piece], tuple[Tensor, ...]], pieces: Sequence[Piece], *, recompute: bool
+) -> tuple[Tensor, ...]:
+    """Encode pieces one after the other.
+
+    Args:
+        encode: gives tensors with one row per row of the piece. With FSDP2 it must be a registered forward method.
+        pieces: at least one; the same number on every rank.
+        recompute: keep no activations; encode again in backward. One piece alone would gain nothing and is kept.
+
+    Returns:
+        What `encode` gives, concatenated over the pieces.
+    """
+    replays = recompute and len(pieces) > 1 and torch.is_grad_enabled()
+    encoded = [checkpoint(encode, piece, use_reentrant=False) if replays else encode(piece) for piece in pieces]
+    return tuple(torch.cat(parts) for parts in zip(*encoded, strict=True)) if len(encoded) > 1 else encoded[0]
+
+
+class EncodedStep(NamedTuple):
+    """What the objectives of a step are computed from.
+
+    Attributes:
+        heads: features of all rows of this rank by head; empty if no objective needs features.
+        terms: of the local objectives by name, for all captions of this rank.
+        passes: those of every piece, for the second round; empty if it was not asked for, or pieces are recomputed.
+    """
+
+    heads: dict[str, FeaturePair]
+    terms: dict[str, LocalTerms]
+    passes: tuple[PiecePasses, ...] = ()
+
+
+class StepEncoder:
+    """Runs the passes that a step needs.
+
+    Args:
+        model: whole or sharded.
+        local: local objectives that are active in this step, by name.
+        trains_features: whether any objective compares features.
+        trains_backbone_features: whether any trains the head on the backbone, too.
+        keeps_passes: give the passes, too, where they are not recomputed.
+    """
+
+    def __init__(
+        self,
+        model: M2Encoder,
+        local: Mapping[str, LocalObjective],
+        *,
+        trains_features: bool,
+        trains_backbone_features: bool,
+        keeps_passes: bool = False,
+    ) -> None:
+        self._model = model
+        self._local = local
+        self._num_heads = (2 if trains_backbone_features else 1) if trains_features else 0
+        self._keeps_passes = keeps_passes
+        self._allowed = frozenset().union(*(objective.passes for objective in local.values()))
+        self._text_expert = any(objective.text_expert for objective in local.values())
+
+    def encode(self, batch: ImageTextBatch, *, micro_batches: int, recompute: bool) -> EncodedStep:
+        """Encode a batch.
+
+        Args:
+            batch: this rank's rows.
+            micro_batches: number of pieces.
+            recompute: keep no activations of a piece; encode it again in backward.
+        """
+        pieces = split_rows(batch, micro_batches)
+        keeps = self._keeps_passes and not (recompute and len(pieces) > 1)
+        if self._local or keeps:
+            kept: list[PiecePasses] = []
+            encode = partial(self._encode_piece, kept=kept if keeps else None)
+            flat = encode_pieces(encode, pieces, recompute=recompute)
+            image, text = flat[: self._num_heads], flat[self._num_heads : 2 * self._num_heads]
+            return EncodedStep(self._pair(image, text), self._take_terms(flat[2 * self._num_heads :]), tuple(kept))
+        # Without local objectives the modalities do not meet: encoded apart, only one of them is recomputed at a time.
+        image = encode_pieces(self._encode_images, pieces, recompute=recompute)
+        text = encode_pieces(self._encode_texts, pieces, recompute=recompute)
+        return EncodedStep(self._pair(image, text), {})
+
+    def _encode_images(self, piece: ImageTextBatch) -> tuple[Tensor, ...]:
+        if self._num_heads == 2:
+            return _tensors(self._model.encode_image_heads(piece.images))
+        return (self._model.encode_image(piece.images),)
+
+    def _encode_texts(self, piece: ImageTextBatch) -> tuple[Tensor, ...]:
+        if self._num_heads == 2:
+            return _tensors(self._model.encode_text_heads(piece.text))
+        return (self._model.encode_text(piece.text),)
+
+    def _encode_piece(self, piece: ImageTextBatch, *, kept: list[PiecePasses] | None) -> tuple[Tensor, ...]:
+        """Features of images, of captions, then the terms of each local objective, flat."""
+        passes = PiecePasses(self._model, piece, allowed=self._allowed, text_expert=self._text_expert)
+        if kept is not None:
+            kept.append(passes)
+        flat: list[Tensor] = []
+        if self._num_heads:
+            for heads in (passes.image_heads, passes.text_heads):
+                flat += _tensors(heads)[: self._num_heads]
+        for objective in self._local.values():
+            flat += _flatten(objective, objective(passes))
+        return tuple(flat)
+
+    def _take_terms(self, flat: tuple[Tensor, ...]) -> dict[str, LocalTerms]:
+        terms: dict[str, LocalTerms] = {}
+        for name, objective in self._local.items():
+            size = 2 + len(objective.score_names)
+            terms[name], flat = _unflatten(objective, flat[:size]), flat[size:]
+        return terms
+
+    def _pair(self, image: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> dict[str, FeaturePair]:
+        scales = (self._model.logit_scale, self._model.logit_vl_scale)
+        return dict(zip(HeadFeatures._fields, map(FeaturePair, image, text, scales), strict=False))
+
+
+class _PairPiece(NamedTuple):
+    """One piece of the second round.
+
+    Attributes:
+        batch: its rows.
+        wrong: hard negatives of its captions.
+        wrong_images: a wrong image for each caption: its hidden states where there are `passes`, else its pixels.
+        passes: of the first round; None if they are run again.
+    """
+
+    batch: ImageTextBatch
+    wrong: HardPairs
+    wrong_images: Tensor
+    passes: PiecePasses | None
+
+
+def evaluate_pairs(
+    model: M2Encoder,
+    objectives: Mapping[str, PairObjective],
+    inputs: ObjectiveInputs,
+    *,
+    first_round: Sequence[PiecePasses],
+    micro_batches: int,
+    recompute: bool,
+) -> dict[str, LocalTerms]:
+    """Select hard negatives and evaluate the pairs; collective in the contrastive group.
+
+    Args:
+        model: whole or sharded.
+        objectives: by name.
+        inputs: features of all rows, and the batch.
+        first_round: the passes of every piece, if they are kept; otherwise empty.
+        micro_batches: number of pieces.
+        recompute: keep no activations of a piece; encode it again in backward.
+
+    Returns:
+        Terms of all captions of this rank, by objective.
+    """
+    found = {}
+    for name, objective in objectives.items():
+        pieces = _split(inputs, objective.select(inputs), first_round, micro_batches)
+        encode = partial(_encode_pairs, model, objective)
+        found[name] = _unflatten(objective, encode_pieces(encode, pieces, recompute=recompute and not first_round))
+    return found
+
+
+def mean_terms(terms: Mapping[str, LocalTerms]) -> dict[str, ObjectiveOutput]:
+    """Means over the terms of all ranks; collective if there are terms, so every rank calls it with the same names.
+
+    The loss of a rank is its sum over the mean count of the ranks: averaged over ranks, as gradients are, it is the
+    mean over all terms, however many each rank has.
+    """
+    if not terms:
+        return {}
+    counts = torch.stack([each.counts.sum().to(each.sums.dtype) for each in terms.values()])
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks > 1:
+        dist.all_reduce(counts)
+    outputs = {}
+    for (name, each), count in zip(terms.items(), counts.clamp(min=1) / ranks, strict=True):
+        own = each.counts.clamp(min=1)
+        outputs[name] = ObjectiveOutput(
+            loss=each.sums.sum() / count,
+            per_sample=(each.sums / own).detach(),
+            counts=each.counts,
+            scores={score: sums / own for score, sums in each.scores.items()},
+        )
+    return outputs
+
+
+def _split(
+    inputs: ObjectiveInputs, wrong: HardPairs, first_round: Sequence[PiecePasses], micro_batches: int
+) -> list[_PairPiece]:
+    assert inputs.batch is not None, "the training module gives the batch"
+    batches = split_rows(inputs.batch, micro_batches)
+    images = torch.cat([passes.image_hidden for passes in first_round]) if first_round else inputs.batch.images
+    size = len(wrong.image_rows) // micro_batches
+    pieces = []
+    for number, batch in enumerate(batches):
+        own = slice(number * size, (number + 1) * size)
+        rows = wrong.image_rows[own]
+        text = TextTokens(wrong.text.ids[own], wrong.text.mask[own])
+        negatives = HardPairs(text, wrong.has_text[own], rows, wrong.has_image[own])
+        pieces.append(_PairPiece(batch, negatives, images[rows], first_round[number] if first_round else None))
+    return pieces
+
+
+def _encode_pairs(model: M2Encoder, objective: PairObjective, piece: _PairPiece) -> tuple[Tensor, ...]:
+    passes, hidden = piece.passes, piece.wrong_images
+    if passes is None:
+        passes = PiecePasses(model, piece.batch, allowed=frozenset())
+        hidden = model.encode_image_backbone(piece.wrong_images)
+    pairs = PiecePairs(model, passes, piece.wrong, hidden, text_expert=objective.text_expert)
+    return _flatten(objective, objective(pairs))
+
+
+def _flatten(objective: LocalObjective | PairObjective, terms: LocalTerms) -> tuple[Tensor, ...]:
+    return (terms.sums, terms.counts, *(terms.scores[name] for name in objective.score_names))
+
+
+def _unflatten(objective: LocalObjective | PairObjective, flat: tuple[Tensor, ...]) -> LocalTerms:
+    sums, counts, *scores = flat
+    return LocalTerms(sums, counts, dict(zip(objective.score_names, scores, strict=True)))
+
+
+def _tensors(heads: HeadFeatures) -> tuple[Tensor, ...]:
+    return tuple(features for features in heads if features is not None)
