@@ -40,7 +40,7 @@ from m2_encoder.objectives.base import LocalObjective, ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
-from m2_encoder.runs.run import build_data
+from m2_encoder.runs.build import build_data, build_objectives
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.optim import build_muon
 from m2_encoder.training.step import StepEncoder, mean_terms
@@ -199,7 +199,7 @@ def _load_batches(folder: Path, *, count: int) -> list[ImageTextBatch]:
         composed = compose("train", overrides=["+experiment=emoji_full", f"data.folder={folder}"])
     cfg = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(cfg, dict)
-    data = build_data(cfg)  # type: ignore[arg-type]  # keys are strings
+    data = build_data(cfg, build_objectives(cfg))  # type: ignore[arg-type]  # keys are strings
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()

@@ -16,9 +16,10 @@ from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer, open_composer
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
+from m2_encoder.errors import Problem
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.runs.build import build_run
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config, write_config
-from m2_encoder.runs.run import build_run
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -194,6 +195,6 @@ def test_runs_of_the_same_names_say_nothing_about_configurations(
 
 
 def test_validation_command_reports(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "validate_train", lambda _cfg, **_: ["seed=-1: must be 0 or more"])
+    monkeypatch.setattr(validate, "validate_train", lambda _cfg, **_: [Problem("seed", -1, "must be 0 or more")])
     assert validate.main() == 2
     assert "seed=-1" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import torch
 from m2_encoder.config.compose import open_composer
 from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import ImageTextContrastive
-from m2_encoder.runs.run import build_run
+from m2_encoder.runs.build import build_run
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]

@@ -15,12 +15,11 @@ from m2_encoder.checkpoints.export import export_model
 from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
+from m2_encoder.config.problems import format_problem
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import Objective
-from m2_encoder.objectives.distillation import Distillation
-from m2_encoder.runs.build import load_teachers
-from m2_encoder.runs.run import build_run
+from m2_encoder.runs.build import build_objectives, build_run
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
@@ -51,7 +50,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compose(composer: Composer, *lines: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
     composition = composer.compose([*SMALL, f"run.folder={folder}", *lines])
     assert composition.problems == []
-    return composition.cfg, validate.validate_train(composition.cfg)
+    return composition.cfg, [*map(format_problem, validate.validate_train(composition.cfg))]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -156,5 +155,6 @@ def test_a_teacher_must_exist_and_read_the_same_ids(teacher: Path, parity_dir: P
         (official, str(teacher), r"must read the ids of model\.tokenizer="),
         ({"name": "tiny", "tokenizer": "emoji"}, "outputs/nowhere", "no such folder"),
     ):
+        node = {"_target_": "m2_encoder.objectives.distillation.Distillation", "teacher": name}
         with pytest.raises(UserError, match=message):
-            load_teachers({"d": Distillation(teacher=name)}, given, build_model_config(given))
+            build_objectives({"model": given, "objective": {"d": node}})

@@ -139,7 +139,7 @@ def test_a_pointless_run_leaves_nothing_behind(start: Start, tmp_path: Path, mon
         raise AssertionError("started although the run is pointless")
 
     monkeypatch.setattr(loggers, "build_wandb_logger", refuse)
-    monkeypatch.setattr(train_command, "build_run", refuse)
+    monkeypatch.setattr("m2_encoder.runs.run.build_trainer", refuse)
     ended = start("m2-train", *SMALL, "data.sources.main.shards=tars", "run.name=vain")
     assert ended.code == 2
     assert ended.err.splitlines() == [

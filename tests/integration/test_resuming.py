@@ -36,7 +36,7 @@ Start = Callable[..., int]
 def start(repo_root: Path, emoji_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """`m2-train` of two steps without its report, in this process."""
     monkeypatch.chdir(repo_root)
-    monkeypatch.setattr(train_command, "report_run", lambda **_: {})
+    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda *_, **__: {})
     places = (f"run.folder={tmp_path}", f"data.folder={emoji_folder}")
 
     def run(*lines: str) -> int:
@@ -54,7 +54,7 @@ def refuse(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     def run(*lines: str) -> str:
         before = _files(tmp_path / "r")
         with monkeypatch.context() as patch:
-            patch.setattr(train_command, "_build_logger", lambda *_: pytest.fail("a logger was started"))
+            patch.setattr("m2_encoder.runs.build._build_logger", lambda *_: pytest.fail("a logger was started"))
             capsys.readouterr()
             assert start(*lines) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()

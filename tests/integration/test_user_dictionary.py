@@ -11,8 +11,8 @@ import pytest
 
 from m2_encoder.cli import train as train_command
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
-from m2_encoder.objectives.masked_language import MaskedLanguage
-from m2_encoder.runs.build import build_masking
+from m2_encoder.data.masking.batch_masking import build_masking
+from m2_encoder.runs.build import build_objectives
 
 KEY = "objective.cmlm.user_dictionary"
 
@@ -42,9 +42,11 @@ def test_its_words_are_masked_whole_from_any_folder(
     shutil.copy(repo_root / "conf" / "train.yaml", checkout / "conf")
     (checkout / "words.txt").write_text("红色的苹果\n", encoding="utf-8")
     monkeypatch.chdir(checkout / "src")
-    config = build_model_config({"name": "tiny"})
-    tokenizer = build_tokenizer({"name": "tiny", "tokenizer": "emoji"}, config)
-    masking = build_masking({"cmlm": MaskedLanguage(user_dictionary="words.txt")}, tokenizer, config)
+    model = {"name": "tiny", "tokenizer": "emoji"}
+    config = build_model_config(model)
+    node = {"_target_": "m2_encoder.objectives.masked_language.MaskedLanguage", "user_dictionary": "words.txt"}
+    objectives = build_objectives({"model": model, "objective": {"cmlm": node}})
+    masking = build_masking(objectives, build_tokenizer(model, config), config)
     assert masking is not None
     _, masked = masking.mask_texts(["红色的苹果"] * 20, [(0, row) for row in range(20)])
     assert {tuple(set(row[2:-1])) for row in masked.predicted.tolist()} == {(True,)}

@@ -13,14 +13,12 @@ from PIL import Image
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_visual_tokenizer
 from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer
-from m2_encoder.config.model_choice import build_model_config
-from m2_encoder.errors import UserError
+from m2_encoder.config.problems import format_problem
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
-from m2_encoder.objectives.masked_image import MaskedImage
-from m2_encoder.objectives.patch_targets import VisualCodes
-from m2_encoder.runs.build import load_visual_tokenizers
+from m2_encoder.runs.build import build_objectives, build_run
 from m2_encoder.runs.folder import write_config
-from m2_encoder.runs.run import build_run, train
+from m2_encoder.runs.run import train
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
@@ -90,6 +88,7 @@ def test_tokenizer_trains_and_its_codes_are_learnt(
         (["objective=[itc]"], "objective=[itc]: must be empty: the task has a loss of its own"),
         (["strategy=ddp", "trainer.devices=2"], "strategy: must be single"),
         (["strategy.micro_batches=2"], "strategy.micro_batches=2: has no meaning"),
+        (["adaptation._target_=builtins.dict"], "adaptation._target_=builtins.dict: must be full"),
         (["task.num_codes=1"], "task.num_codes=1: must be"),
         (["task.decay=1"], "task.decay=1: must be"),
         (["task.num_heads=3"], "task.num_heads=3: must divide task.embed_dim=32; for example task.num_heads=4"),
@@ -99,13 +98,12 @@ def test_what_a_tokenizer_cannot_use_is_said(
     composer: Composer, tmp_path: Path, lines: list[str], message: str
 ) -> None:
     composition = composer.compose([*SMALL, f"run.folder={tmp_path}", *lines])
-    problems = [*composition.problems, *validate.validate_train(composition.cfg)]
-    assert len(problems) == 1
-    assert problems[0].startswith(message)
+    (problem,) = [*composition.problems, *map(format_problem, validate.validate_train(composition.cfg))]
+    assert format_problem(problem).startswith(message)
 
 
 def test_a_tokenizer_and_an_encoder_do_not_go_on_in_each_others_run(composer: Composer, tmp_path: Path) -> None:
-    encoder = ("+experiment=emoji", *FEW)
+    encoder = ("+experiment=smoke", *FEW)
     for number, (first, then, what) in enumerate(
         [(SMALL, encoder, "a visual tokenizer"), (encoder, SMALL, "an encoder")]
     ):
@@ -114,9 +112,11 @@ def test_a_tokenizer_and_an_encoder_do_not_go_on_in_each_others_run(composer: Co
         (folder / "checkpoints").mkdir(parents=True)
         write_config(folder / "config.yaml", compose(composer, *first, *shared))
         (folder / "checkpoints" / "last.ckpt").touch()
-        assert compose(composer, *first, *shared)
-        problems = validate.validate_train(composer.compose([*then, *shared]).cfg)
-        assert f"run.name=run{number}: its run trains {what}; give another run.name" in problems
+        with pytest.raises(UserError) as caught:
+            train(compose(composer, *then, *shared))
+        assert caught.value.problems == (
+            Problem("run.name", f"run{number}", f"its run trains {what}", "give another run.name"),
+        )
 
 
 def test_codes_need_a_tokenizer_of_the_same_patches(composer: Composer, tmp_path: Path) -> None:
@@ -129,9 +129,11 @@ def test_codes_need_a_tokenizer_of_the_same_patches(composer: Composer, tmp_path
         ]
     )
     (problem,) = validate.validate_train(composition.cfg)
-    assert problem.startswith("objective.cmim.targets.tokenizer=outputs/nowhere: no such folder; train one with")
+    assert format_problem(problem).startswith(
+        "objective.cmim.targets.tokenizer=outputs/nowhere: no such folder; train one with"
+    )
     config = VisualTokenizerConfig(image_size=64, patch_size=8, num_codes=5, code_dim=4, embed_dim=8, num_heads=2)
     folder = save_visual_tokenizer(tmp_path / "t", VisualTokenizer(config))
-    objective = MaskedImage(targets=VisualCodes(tokenizer=str(folder)))
+    composition.cfg["objective"]["cmim"]["targets"]["tokenizer"] = str(folder)
     with pytest.raises(UserError, match=r"has image_size=64, the model 32; train one with .* model\.image_size=32"):
-        load_visual_tokenizers({"cmim": objective}, build_model_config({"name": "tiny"}))
+        build_objectives(composition.cfg)

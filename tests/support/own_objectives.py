@@ -8,6 +8,7 @@ from torch import nn
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.patch_targets import NormalizedPixels
 from m2_encoder.objectives.schedule import Schedule
 
 
@@ -75,3 +76,11 @@ class FromFile(Prototypes):
 def make_nothing() -> str:
     """Makes no objective."""
     return "nothing"
+
+
+class Brightness(NormalizedPixels):
+    """Targets of another width."""
+
+    def build(self, shape: M2EncoderConfig) -> None:
+        super().build(shape)
+        self.head = nn.Linear(shape.embed_dim, 1)

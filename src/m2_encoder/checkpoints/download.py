@@ -44,21 +44,13 @@ def cache_folder() -> Path:
 def download(url: str, *, folder: str | os.PathLike[str] | None = None, timeout_s: float = 30.0) -> Path:
     """Fetch a file, or find it in the cache.
 
-    An interrupted download leaves a `.part` file, and the next call continues there if the server can. The
-    final name appears only once the length, and the hash if one is given, are right. Two processes that want
-    the same file wait for each other.
-
-    Args:
-        url: http(s) address; a fragment `#sha256=<64 hex digits>` is verified.
-        folder: cache folder; None for `cache_folder()`.
-        timeout_s: longest silence of the server, seconds.
-
-    Returns:
-        The complete file.
+    An interrupted download leaves a `.part` file, and the next call continues there if the server can. The final name
+    appears only once the length, and the hash if one is given, are right. Two processes that want the same file wait
+    for each other. A fragment `#sha256=<64 hex digits>` of the url is verified; `timeout_s` is the longest silence of
+    the server.
 
     Raises:
-        CheckpointError: if the server cannot be reached or refuses, the connection breaks, the hash is
-            another one, or the disk refuses.
+        CheckpointError: if the download fails, the hash is another one, or the disk refuses.
     """
     try:
         address, fragment = urldefrag(url)

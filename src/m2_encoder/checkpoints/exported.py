@@ -28,21 +28,13 @@ CONFIG_METADATA_KEY = "m2_encoder_config"
 
 
 class ExportedFolder(NamedTuple):
-    """What an exported folder holds, checked but not loaded.
-
-    Attributes:
-        config: the architecture.
-        weights: safetensors file under our names.
-        tokenizer: SentencePiece file.
-        context_length: most tokens of a text, template included.
-        truncation_side: where a longer text is cut.
-    """
+    """What an exported folder holds, checked but not loaded."""
 
     config: M2EncoderConfig
-    weights: Path
+    weights: Path  # safetensors file under our names
     tokenizer: Path
-    context_length: int
-    truncation_side: Literal["left", "right"]
+    context_length: int  # most tokens of a text, template included
+    truncation_side: Literal["left", "right"]  # where a longer text is cut
 
 
 def config_text(config: M2EncoderConfig) -> str:
@@ -61,12 +53,6 @@ def read_format(folder: str | os.PathLike[str]) -> str | None:
 
 def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
     """Read and check a folder written by `m2_encoder.checkpoints.export.export_model`.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        The architecture and where everything lies.
 
     Raises:
         CheckpointError: if a file is missing, or the files contradict each other.

@@ -40,13 +40,7 @@ _SAFETENSORS_DTYPES = {
 
 
 def file_kind(path: str | os.PathLike[str]) -> str:
-    """What a file contains, by its first bytes.
-
-    Args:
-        path: any file.
-
-    Returns:
-        "zip" or "pickle" (both written by `torch.save`), or "safetensors".
+    """What kind of file: "zip" or "pickle" (both written by `torch.save`) or "safetensors"; told by its first bytes.
 
     Raises:
         CheckpointError: for a missing, empty or foreign file, or a folder.
@@ -78,13 +72,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
 def read_torch(path: str | os.PathLike[str], *, mapped: bool = False) -> object:
     """Read what `torch.save` wrote, tensors on the CPU; code in it is refused, never executed.
 
-    Args:
-        path: a file of kind "zip" or "pickle".
-        mapped: let tensors point into the file instead of memory, so that what nobody touches is never read.
-            Only zips can be mapped.
-
-    Returns:
-        The saved object, as untrusted as the file.
+    With `mapped`, tensors point into the file, so that only what is touched is read; only zips can be mapped.
 
     Raises:
         CheckpointError: if the file is truncated or holds anything but tensors and plain containers.
@@ -119,12 +107,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     The library would map the file instead: then the pages count twice once a copy is made, and a file that is
     overwritten later would change or crash the model.
-
-    Args:
-        path: a file of kind "safetensors".
-
-    Returns:
-        Tensors on the CPU, in the order of the file.
 
     Raises:
         CheckpointError: if the file is truncated, inconsistent, or has a dtype that no checkpoint uses.

@@ -275,10 +275,6 @@ def save_official(model: M2Encoder, path: str | os.PathLike[str]) -> None:
 
     The file appears whole or not at all. Tensors keep their dtype.
 
-    Args:
-        model: any model with data; one built on `meta` has none.
-        path: the file to write; its folder must exist.
-
     Raises:
         CheckpointError: if the file cannot be written.
     """
@@ -291,11 +287,6 @@ def save_safetensors(
     model: M2Encoder, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write the parameters under our names in fp32, whole or not at all.
-
-    Args:
-        model: any model with data.
-        path: the file to write; its folder must exist.
-        metadata: text stored beside the tensors.
 
     Raises:
         CheckpointError: if the file cannot be written.

@@ -11,13 +11,7 @@ from torch import Tensor
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
-    """Write a file with the permissions of any new file: safetensors itself lets nobody else read it.
-
-    Args:
-        tensors: by name, contiguous, on the CPU.
-        path: the file; its folder must exist.
-        metadata: text stored beside the tensors.
-    """
+    """Write a file with the permissions of any new file: safetensors itself lets nobody else read it."""
     path.touch()
     mode = path.stat().st_mode & 0o777  # what the user's umask leaves
     safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata))

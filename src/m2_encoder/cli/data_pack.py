@@ -2,94 +2,84 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from m2_encoder.bounds import Count, Fraction, Language, Paths, Positive, Text
+from m2_encoder.config.check import check_settings
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.problems import Unset, show
-from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, text, whole
+from m2_encoder.config.problems import Unset, find_problems, show
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.packing.download import DownloadOptions
 from m2_encoder.data.packing.encoding import ImageOptions
 from m2_encoder.data.packing.pack import FAILURES_FILE, PackOptions, PackSummary, check_pattern, pack
 from m2_encoder.data.packing.records import Columns
 from m2_encoder.data.packing.shards import ShardResult
-from m2_encoder.data.packing.sources import FORMATS, Source, find_source
+from m2_encoder.data.packing.sources import Format, Source, find_source
 from m2_encoder.data.worker_pool import default_workers
-from m2_encoder.errors import UserError
-from m2_encoder.types import LANGUAGES
+from m2_encoder.errors import Problem, UserError
 
 EXIT_FAILURES: Final = 1
-_STARTS_WITH_KEY: Final = re.compile(r"[a-z_.]+=")
 
 
-def optional(rule: Rule) -> Rule:
-    """The same rule, which null keeps, too."""
-    return rule._replace(holds=lambda value: value is None or rule.holds(value), must=f"{rule.must}, or null")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ColumnSettings:
+    """The keys of `columns`."""
+
+    image: Text | None
+    caption: Text | None
+    key: Text | None
+    language: Text | None
+    extra: Sequence[Text]
 
 
-def source_rule(example: str) -> Rule:
-    """A path, a pattern, or a list of them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """The keys of m2-data pack; `conf/commands/data_pack.yaml` says what they mean."""
 
-    def holds(value: Any) -> bool:
-        items = value if isinstance(value, list) else [value]
-        return bool(items) and all(isinstance(item, str) and item.strip() for item in items)
-
-    return Rule("source", holds, "a path, a pattern such as data/*.tar, or a list of them", example)
-
-
-_RULES: Final[tuple[Rule, ...]] = (
-    source_rule("photos"),
-    text("output", "tars"),
-    optional(choice("format", FORMATS)),
-    text("texts", "train_texts.jsonl", optional=True),
-    text("image_root", "photos", optional=True),
-    *(text(f"columns.{name}", name, optional=True) for name in ("image", "caption", "key", "language")),
-    Rule(
-        "columns.extra",
-        lambda value: isinstance(value, list) and all(isinstance(item, str) and item for item in value),
-        "a list of names of columns",
-        "[license]",
-    ),
-    optional(choice("language", LANGUAGES)),
-    whole("samples_per_shard", 1, "1000", most=10**6),
-    text("pattern", "%06d.tar"),
-    whole("max_side", 1, "512", optional=True),
-    whole("quality", 1, "90", most=95, optional=True),
-    flag("verify"),
-    whole("min_side", 1, "4"),
-    number("max_aspect", "20", least=1),
-    whole("max_pixels", 1, "89478485"),
-    whole("threads", 1, "16", most=1024),
-    number("timeout_s", "10", above=0),
-    whole("retries", 0, "2", most=100),
-    flag("retry_remote"),
-    whole("workers", 0, "8", most=1024, optional=True),
-    number("max_failed_share", "0.1", least=0, most=1),
-    flag("overwrite"),
-)
+    source: Paths
+    output: Text
+    format: Format | None
+    texts: Text | None
+    image_root: Text | None
+    columns: ColumnSettings
+    language: Language | None
+    samples_per_shard: Annotated[int, Ge(1), Le(10**6)]
+    pattern: Text
+    max_side: Count | None
+    quality: Annotated[int, Ge(1), Le(95)] | None
+    verify: bool
+    min_side: Count
+    max_aspect: Annotated[float, Ge(1)]
+    max_pixels: Count
+    threads: Annotated[int, Ge(1), Le(1024)]
+    timeout_s: Positive
+    retries: Annotated[int, Ge(0), Le(100)]
+    retry_remote: bool
+    workers: Annotated[int, Ge(0), Le(1024)] | None
+    max_failed_share: Fraction
+    overwrite: bool
 
 
-def check_pack(cfg: dict[str, Any]) -> list[str]:
+def check_pack(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-data pack; looks at names of files, not into them."""
-    if not isinstance(cfg["columns"], dict):
-        return [f"columns={cfg['columns']}: must be names by role, for example columns.caption=title"]
-    problems = [problem.text for problem in check_rules(cfg, _RULES)]
+    problems = check_settings(PackSettings, cfg)
     if problems or any(isinstance(cfg[key], Unset) for key in ("source", "output")):
         return problems
     try:
         check_pattern(cfg["pattern"])
         source = _find(cfg)
         if source.format == "folder" and anchor(cfg["output"]).resolve().is_relative_to(source.paths[0].resolve()):
-            raise UserError(
-                f"output={cfg['output']}: lies inside of source={cfg['source']}; give a folder outside of it"
-            )
+            inside = f"lies inside of source={cfg['source']}; give a folder outside of it"
+            raise UserError(inside, key="output", value=cfg["output"])
     except UserError as error:
-        problems.append(_with_key(cfg, error))
+        problems += find_problems(_with_key(cfg, error))
     return problems
 
 
@@ -109,16 +99,15 @@ def run_pack(cfg: dict[str, Any]) -> int:
                 _find(cfg), output, _options(cfg), workers=workers, overwrite=cfg["overwrite"], report=meter.add
             )
         except UserError as error:
-            raise UserError(_with_key(cfg, error)) from error
+            raise _with_key(cfg, error) from error
     _print_summary(summary, output)
     failed = sum(summary.failed.values())
     return EXIT_FAILURES if failed > cfg["max_failed_share"] * (failed + summary.samples) else 0
 
 
-def _with_key(cfg: dict[str, Any], error: UserError) -> str:
-    """The message, with the source in front where it names no key: what is wrong then is in there."""
-    text = str(error)
-    return text if _STARTS_WITH_KEY.match(text) else f"source={show(cfg['source'])}: {text}"
+def _with_key(cfg: dict[str, Any], error: UserError) -> UserError:
+    """The error; with the source as its key where it has none: what is wrong then is in there."""
+    return error if error.key is not None else UserError(str(error), key="source", value=show(cfg["source"]))
 
 
 class _Meter:

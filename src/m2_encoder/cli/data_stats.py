@@ -2,54 +2,55 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+from annotated_types import Ge
 from rich.table import Table
 
-from m2_encoder.cli.data_check import SURVEY_RULES, source_problems, survey, title_of, write_output
+from m2_encoder.bounds import Text
+from m2_encoder.cli.data_check import SurveySettings, source_problems, survey, title_of, write_output
+from m2_encoder.config.check import check_settings
 from m2_encoder.config.command import EXIT_USER_ERROR
-from m2_encoder.config.model_choice import find_path, output_problems
-from m2_encoder.config.rules import Rule, check_rules, text, whole
+from m2_encoder.config.model_choice import find_path, output_problems, plot_problems
+from m2_encoder.config.problems import find_problems
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import check_source
 from m2_encoder.data.inspect.statistics import REPETITION_CLASSES, Statistics, measure_statistics
 from m2_encoder.data.inspect.tables import make_table, print_report, print_titled
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 
 _TEMPLATE_TOKENS: Final = 2  # start and end, which a model reads beside those of the text
-_FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
-
-_RULES: Final[tuple[Rule, ...]] = (
-    *SURVEY_RULES,
-    text("tokenizer", "sp.model", optional=True),
-    whole("context_length", 2, "52"),
-    text("plot", "source.png", optional=True),
-    text("font", "NotoSansSC-Regular.ttf", optional=True),
-)
 
 
-def check_stats(cfg: dict[str, Any]) -> list[str]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatsSettings(SurveySettings):
+    """The keys of m2-data stats."""
+
+    tokenizer: Text | None
+    context_length: Annotated[int, Ge(2)]
+    plot: Text | None
+    font: Text | None
+
+
+def check_stats(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-data stats."""
-    problems = [problem.text for problem in check_rules(cfg, _RULES)]
+    problems = check_settings(StatsSettings, cfg)
     problems += source_problems(cfg, problems)
-    for key in ("output", "plot"):
-        found = output_problems(cfg[key], overwrite=cfg["overwrite"])
-        problems += [f"{key}={text.removeprefix('output=')}" for text in found]
-    if isinstance(cfg["plot"], str):
-        problems += _plot_problems(cfg["plot"])
+    problems += output_problems(cfg["output"], overwrite=cfg["overwrite"])
+    problems += plot_problems(cfg["plot"], overwrite=cfg["overwrite"])
     for key in ("tokenizer", "font"):
         if isinstance(cfg[key], str) and not find_path(cfg[key]).is_file():
-            problems.append(f"{key}={cfg[key]}: no such file")
+            problems.append(Problem(key, cfg[key], "no such file"))
     try:
         count_words("词", "zh")
     except UserError as error:
-        problems.append(str(error))
+        problems += find_problems(error)
     return problems
 
 
@@ -79,14 +80,6 @@ def run_stats(cfg: dict[str, Any]) -> int:
         draw_statistics(path, statistics, report, title=title_of(cfg["source"]), max_tokens=limit, font=font)
         print(f"plot: {path}")
     return 0
-
-
-def _plot_problems(plot: str) -> list[str]:
-    if Path(plot).suffix not in _FIGURE_SUFFIXES:
-        return [f"plot={plot}: must end in {', '.join(_FIGURE_SUFFIXES)}"]
-    if importlib.util.find_spec("matplotlib") is None:
-        return [f"plot={plot}: needs an extra; install it with pip install 'm2-encoder[plot]'"]
-    return []
 
 
 def _read_tokenizer(name: str | None) -> bytes:

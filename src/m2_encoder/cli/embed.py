@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import sys
 from collections.abc import Iterator
@@ -18,16 +19,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from m2_encoder.bounds import Count, Index
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE
+from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import (
     find_path,
-    flag_problems,
     load_from,
     model_problems,
-    number_problems,
 )
 from m2_encoder.config.problems import Unset
-from m2_encoder.errors import UserError
+from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.evaluation.embedding import EmbeddedBatch, Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
 from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
@@ -37,27 +38,43 @@ from m2_encoder.hub import LoadedModel
 EXIT_SKIPPED = 1
 
 
-def check_embed(cfg: dict[str, Any]) -> list[str]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedSettings:
+    """The keys of m2-embed; `conf/commands/embed.yaml` says what they mean."""
+
+    model: Any
+    weights: Any
+    tokenizer: Any
+    images: Any
+    texts: Any
+    output: Any
+    overwrite: bool
+    batch_size: Count
+    num_workers: Index
+    device: Any
+
+
+def check_embed(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-embed, before the model is loaded."""
-    problems = [
-        *model_problems(cfg),
-        *number_problems(cfg, batch_size=1, num_workers=0),
-        *flag_problems(cfg, "overwrite"),
-    ]
+    problems = [*model_problems(cfg), *check_settings(EmbedSettings, cfg)]
     images, texts, output = cfg["images"], cfg["texts"], cfg["output"]
     if (images is None) == (texts is None):
         given = "neither" if images is None else "both"
-        problems.append(f"images, texts: {given} given; give images=FOLDER or texts=FILE")
+        problems.append(Problem("images, texts", NOTHING, f"{given} given", "give images=FOLDER or texts=FILE"))
     if images is not None and not Path(str(images)).expanduser().is_dir():
         is_file = Path(str(images)).expanduser().is_file()
-        problems.append(f"images={images}: {'is a file; give the folder it is in' if is_file else 'no such folder'}")
+        rule = "is a file; give the folder it is in" if is_file else "no such folder"
+        problems.append(Problem("images", images, rule))
     if texts is not None and not Path(str(texts)).expanduser().is_file():
-        problems.append(f"texts={texts}: no such file; give a UTF-8 file with one text per line")
+        problems.append(Problem("texts", texts, "no such file", "give a UTF-8 file with one text per line"))
     if texts is not None and _needs_tokenizer(cfg):
-        problems.append("tokenizer=null: texts need the SentencePiece file of a named model; add tokenizer=FILE")
+        rule = "texts need the SentencePiece file of a named model"
+        problems.append(Problem("tokenizer", None, rule, "add tokenizer=FILE"))
     if not isinstance(output, Unset):
         path = Path(str(output)).expanduser()
-        problems += [f"output={why}" for why in check_feature_path(path, overwrite=cfg["overwrite"] is True)]
+        problems += [
+            Problem("output", str(path), why) for why in check_feature_path(path, overwrite=cfg["overwrite"] is True)
+        ]
     return problems
 
 

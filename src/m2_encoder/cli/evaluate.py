@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
+
+from m2_encoder.bounds import Count, Rule, Text
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.matching_head import MatchingHead, has_head, read_head
+from m2_encoder.config.check import check_settings, check_targets
 from m2_encoder.config.model_choice import (
     find_path,
-    flag_problems,
     is_model_name,
     load_from,
     model_problems,
-    number_problems,
     output_problems,
 )
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.problems import Unset
+from m2_encoder.config.problems import Unset, find_problems
 from m2_encoder.config.schema import check_tasks
-from m2_encoder.config.signatures import check_targets
-from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EMOJI_STYLES, write_emoji_shards
+from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EmojiStyle, Split, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.suite import print_results, run_tasks, summarize
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext
 from m2_encoder.evaluation.tasks.rerank import Rerank
+from m2_encoder.files import write_json
 from m2_encoder.hub import MissingTokenizer
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_tasks
@@ -40,57 +42,63 @@ EMBEDDED = "emoji"
 PROTOCOL = "standard"
 """Every distinct caption is a query, positives are by key; see `evaluation.retrieval.encode_set`."""
 
-_LEAST = 2  # candidates: one alone keeps its place
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """The keys of m2-evaluate; `conf/commands/evaluate.yaml` says what they mean."""
+
+    model: Any
+    weights: Any
+    tokenizer: Any
+    data: Text
+    folder: Text
+    heldout_style: EmojiStyle
+    splits: Annotated[Sequence[Split], Rule(bool, f"a list of {', '.join(EMOJI_SPLITS)}", "[heldout_style]")]
+    output: Any
+    overwrite: bool
+    rerank: Annotated[int, Ge(2)] | None
+    batch_size: Count
+    device: Any
+    evaluation: Mapping[str, Any]
 
 
-def check_evaluate(cfg: dict[str, Any]) -> list[str]:
+def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-evaluate, before the model is loaded."""
     problems = [
         *model_problems(cfg),
-        *number_problems(cfg, batch_size=1),
-        *flag_problems(cfg, "overwrite"),
+        *check_settings(EvaluateSettings, cfg),
         *output_problems(cfg["output"], overwrite=cfg["overwrite"]),
-        *rerank_problems(cfg),
-        *(problem.text for problem in check_tasks(cfg["evaluation"])),
-        *(problem.text for problem in check_targets(cfg, given={}, skip=lambda _: False)),
+        *check_tasks(cfg["evaluation"]),
+        *check_targets(cfg, given={}),
     ]
+    reported = {problem.key for problem in problems}
+    if isinstance(cfg["rerank"], int) and "rerank" not in reported:
+        problems += rerank_problems(cfg)
     data = cfg["data"]
-    if isinstance(data, Unset):
-        return problems
-    if data != EMBEDDED and not find_path(str(data)).is_dir():
-        problems.append(f"data={data}: no such folder; give {EMBEDDED} or a folder of WebDataset tars")
-    if cfg["heldout_style"] not in EMOJI_STYLES:
-        problems.append(f"heldout_style={cfg['heldout_style']}: choose from {', '.join(EMOJI_STYLES)}")
-    splits = cfg["splits"]
-    unknown = [name for name in splits if name not in EMOJI_SPLITS] if isinstance(splits, list) else [splits]
-    if unknown or not splits:
-        problems.append(f"splits={splits}: must be a list of {', '.join(EMOJI_SPLITS)}")
+    if isinstance(data, str) and data != EMBEDDED and not find_path(data).is_dir():
+        problems.append(Problem("data", data, "no such folder", f"give {EMBEDDED} or a folder of WebDataset tars"))
     return problems
 
 
-def rerank_problems(cfg: Mapping[str, Any]) -> list[str]:
+def rerank_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with `rerank`, without loading anything."""
     candidates, model, weights = cfg["rerank"], cfg["model"], cfg["weights"]
-    if candidates is None:
-        return []
-    if not isinstance(candidates, int) or isinstance(candidates, bool) or candidates < _LEAST:
-        return [
-            f"rerank={candidates}: must be null, or a whole number of at least {_LEAST}: how many candidates of each "
-            "query are ordered anew"
-        ]
     fix = (
         "train with the objective itm (m2-train +experiment=r2d2 does), export that run again with "
         "m2-export run.name=NAME overwrite=true and give its export as the model, or leave rerank out"
     )
     if weights is not None or is_model_name(model):
         given = f"weights={weights}" if weights is not None else f"model={model}"
-        return [f"rerank={candidates}: {given} brings no matching head, only a folder of m2-export does; {fix}"]
+        rule = f"{given} brings no matching head, only a folder of m2-export does"
+        return [Problem("rerank", candidates, rule, fix)]
     if isinstance(model, Unset) or not isinstance(model, str) or not (find_path(model) / CONFIG_FILE).is_file():
         return []  # which is reported for the model
     try:
-        return [] if has_head(find_path(model)) else [f"rerank={candidates}: {model} has no matching head; {fix}"]
+        return (
+            [] if has_head(find_path(model)) else [Problem("rerank", candidates, f"{model} has no matching head", fix)]
+        )
     except UserError as error:
-        return [str(error)]
+        return find_problems(error)
 
 
 def run_evaluate(cfg: dict[str, Any]) -> None:
@@ -130,24 +138,14 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         "seconds": round(time.time() - started, 3),
         **describe_run(),
     }
-    path = _write(cfg["output"], report)
-    console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
-
-
-def _write(output: str, report: Mapping[str, Any]) -> Path:
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    path = Path(output).expanduser()
-    partial = path.with_name(f".{path.name}.partial")
+    path = Path(cfg["output"]).expanduser()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        return partial.replace(path)
-    except OSError as error:
-        print(text, end="", flush=True)  # what took long to compute is not lost
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        reason = f"cannot be written ({error.strerror or error}); its content is printed above"
-        raise UserError(f"output={output}: {reason}") from error
+        write_json(path, report, key="output")
+    except UserError as error:
+        print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # what took long to compute is not lost
+        error.text += "; its content is printed above"
+        raise
+    console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
 
 
 def _read_head(cfg: Mapping[str, Any]) -> MatchingHead | None:

@@ -2,54 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from m2_encoder.bounds import Text
 from m2_encoder.checkpoints.matching_head import read_head
+from m2_encoder.config.check import check_settings
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
-from m2_encoder.config.rules import Rule, check_rules, flag, text
+from m2_encoder.errors import Problem
 from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head, read_trained
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 
-_RULES: Final[tuple[Rule, ...]] = (
-    text("run.name", "emoji"),
-    text("run.folder", "outputs"),
-    text("checkpoint", "last"),
-    text("output", "outputs/emoji/export", optional=True),
-    flag("overwrite"),
-)
-_KEYS: Final = ("run", "checkpoint", "output", "overwrite")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunPlace:
+    """The keys of `run`."""
+
+    name: Text
+    folder: Text
 
 
-def check_export(cfg: dict[str, Any]) -> list[str]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """The keys of m2-export; `conf/commands/export.yaml` says what they mean."""
+
+    run: RunPlace
+    checkpoint: Text
+    output: Text | None
+    overwrite: bool
+
+
+def check_export(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of `m2-export`."""
-    problems = [problem.text for problem in check_rules(cfg, _RULES)]
-    problems += [f"{key}: unknown; known: {', '.join(_KEYS)}" for key in cfg if key not in _KEYS]
+    problems = check_settings(ExportSettings, cfg)
     if problems or UNSET in (cfg["run"]["name"], cfg["run"]["folder"]):
         return problems  # what is missing has been reported
-    folder = default_run_folder(cfg)
+    folder, name = default_run_folder(cfg), cfg["run"]["name"]
     if not (folder / CONFIG_FILE).is_file():
         names = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
         known = f"; there is: {', '.join(names)}" if names else ""
-        problems.append(f"run.name={cfg['run']['name']}: no run in {folder}{known}; train it first with m2-train")
+        problems.append(Problem("run.name", name, f"no run in {folder}{known}", "train it first with m2-train"))
     elif read_config(folder / CONFIG_FILE).get("task") is not None:
-        return [
-            f"run.name={cfg['run']['name']}: trained no encoder but what task= names; m2-train exports that itself, to "
-            f"{folder / EXPORT_FOLDER}, unless run.export=false"
-        ]
+        rule = "trained no encoder but what task= names"
+        fix = f"m2-train exports that itself, to {folder / EXPORT_FOLDER}, unless run.export=false"
+        return [Problem("run.name", name, rule, fix)]
     elif not _checkpoint(cfg).is_file():
-        problems.append(
-            f"checkpoint={cfg['checkpoint']}: no file {_checkpoint(cfg)}; give `last` or the path of a checkpoint"
-        )
+        fix = "give `last` or the path of a checkpoint"
+        problems.append(Problem("checkpoint", cfg["checkpoint"], f"no file {_checkpoint(cfg)}", fix))
     elif (owner := _find_owner(_checkpoint(cfg))) is not None and owner != folder.resolve():
         elsewhere = "" if owner.parent == folder.resolve().parent else f" run.folder={owner.parent}"
-        problems.append(
-            f"checkpoint={cfg['checkpoint']}: is of the run in {owner}; use run.name={owner.name}{elsewhere}"
-        )
+        fix = f"use run.name={owner.name}{elsewhere}"
+        problems.append(Problem("checkpoint", cfg["checkpoint"], f"is of the run in {owner}", fix))
     if _output(cfg).exists() and not cfg["overwrite"]:
-        problems.append(f"output={_output(cfg)}: exists already; add overwrite=true, or give another output")
+        problems.append(
+            Problem("output", str(_output(cfg)), "exists already", "add overwrite=true, or give another output")
+        )
     return problems
 
 

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import yaml
+from annotated_types import Ge, Le
 
-from m2_encoder.config.model_choice import find_path, output_problems
+from m2_encoder.bounds import Count, Positive, Rule, Text
+from m2_encoder.config.check import check_settings, check_values, make_optional, read_parameters
+from m2_encoder.config.model_choice import find_path, output_problems, plot_problems
 from m2_encoder.config.paths import find_conf
-from m2_encoder.config.problems import UNSET, show
-from m2_encoder.config.rules import Rule, check_rules, choice, flag, number, whole
-from m2_encoder.errors import UserError
+from m2_encoder.config.problems import find_problems
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
-from m2_encoder.planning.cost import PRECISIONS, ModelCost, estimate_cost
+from m2_encoder.planning.cost import ModelCost, estimate_cost
 from m2_encoder.planning.hardware import Hardware
 from m2_encoder.planning.report import print_plan, to_report, train_overrides
 from m2_encoder.planning.search import ScalingPoint, Wish, find_baselines, find_best, scale_worlds
-from m2_encoder.planning.setting import STRATEGIES
 from m2_encoder.planning.step import Prediction
 from m2_encoder.record import describe_run
 
 WORLD_SIZES: Final = tuple(2**power for power in range(3, 11))
 """Of the plot: 8 to 1,024 ranks."""
-_FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
 _MODELS: Final = {name.replace("-", "_").replace(".", "_"): name for name in NAME_TO_CONFIG}
 """Options of m2-train's `model`, with the names of the architectures."""
 _CHOICES: Final = (
@@ -36,36 +35,31 @@ _CHOICES: Final = (
 )  # fmt: skip
 
 
-def _optional(rule: Rule) -> Rule:
-    """The same rule, which null keeps, too."""
-    return rule._replace(holds=lambda value: value is None or rule.holds(value), must=f"{rule.must}, or null")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """The keys of m2-plan; `conf/commands/plan.yaml` says what they mean."""
 
-
-_RULES: Final[tuple[Rule, ...]] = (
-    choice("model", _MODELS, example="m2_encoder_1b"),
-    whole("image_size", 1, "384", optional=True),
-    whole("text_tokens", 2, "20", optional=True),
-    choice("precision", PRECISIONS),
-    whole("heads", 1, "1", most=2),
-    whole("ranks", 1, "256", most=2**20),
-    whole("global_batch_size", 1, "32768", most=2**40),
-    whole("group_batch_size", 1, "8192", most=2**40),
-    whole("group_size", 1, "32", optional=True),
-    whole("micro_batches", 1, "4", optional=True),
-    whole("min_rows", 1, "8"),
-    _optional(choice("strategy", STRATEGIES)),
-    _optional(flag("recompute")),
-    _optional(flag("activation_checkpointing")),
-    Rule("feature_bytes", lambda value: value in (2, 4) and not isinstance(value, bool), "2 or 4", "4"),
-    number("memory_gb", "80", above=0, optional=True),
-    flag("overwrite"),
-    *(
-        whole("hardware.devices_per_node", 1, "8", optional=True)
-        if field.name == "devices_per_node"
-        else number(f"hardware.{field.name}", "1", least=0, optional=True)
-        for field in dataclasses.fields(Hardware)
-    ),
-)
+    model: Annotated[str, Rule(_MODELS.__contains__, f"one of {', '.join(_MODELS)}", "m2_encoder_1b")]
+    image_size: Count | None
+    text_tokens: Annotated[int, Ge(2)] | None
+    precision: Literal["bf16-mixed", "16-mixed", "32-true"]
+    heads: Annotated[int, Ge(1), Le(2)]
+    cluster: Any
+    ranks: Annotated[int, Ge(1), Le(2**20)]
+    global_batch_size: Annotated[int, Ge(1), Le(2**40)]
+    group_batch_size: Annotated[int, Ge(1), Le(2**40)]
+    group_size: Count | None
+    micro_batches: Count | None
+    min_rows: Count
+    strategy: Literal["grouped_ddp", "grouped_fsdp"] | None
+    recompute: bool | None
+    activation_checkpointing: bool | None
+    feature_bytes: Literal[2, 4]
+    memory_gb: Positive | None
+    output: Text | None
+    plot: Text | None
+    overwrite: bool
+    hardware: Mapping[str, Any]
 
 
 class Plan(NamedTuple):
@@ -88,33 +82,19 @@ class Plan(NamedTuple):
     scaling: list[ScalingPoint]
 
 
-def check_plan(cfg: dict[str, Any]) -> list[str]:
+def check_plan(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-plan."""
-    if not isinstance(cfg["hardware"], Mapping):
-        return [f"hardware={show(cfg['hardware'])}: must be constants by name, for example hardware.mfu=0.4"]
-    problems = [problem.text for problem in check_rules(cfg, _RULES)]
-    for key in ("output", "plot"):
-        found = output_problems(cfg[key], overwrite=cfg["overwrite"])
-        problems += [f"{key}={text.removeprefix('output=')}" for text in found]
-    if isinstance(cfg["plot"], str):
-        problems += _plot_problems(cfg["plot"])
-    elif cfg["plot"] is not None and cfg["plot"] is not UNSET:
-        problems.append(f"plot={cfg['plot']}: must be the name of a file, for example plot=plan.png")
-    if problems:
-        return problems
-    try:
-        build_plan(cfg)
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def _plot_problems(plot: str) -> list[str]:
-    if Path(plot).suffix not in _FIGURE_SUFFIXES:
-        return [f"plot={plot}: must end in {', '.join(_FIGURE_SUFFIXES)}"]
-    if importlib.util.find_spec("matplotlib") is None:
-        return [f"plot={plot}: needs an extra; install it with pip install 'm2-encoder[plot]'"]
-    return []
+    problems = check_settings(PlanSettings, cfg)
+    if isinstance(cfg["hardware"], Mapping):
+        problems += check_values("hardware", cfg["hardware"], make_optional(read_parameters(Hardware)))
+    problems += output_problems(cfg["output"], overwrite=cfg["overwrite"])
+    problems += plot_problems(cfg["plot"], overwrite=cfg["overwrite"])
+    if not problems:
+        try:
+            build_plan(cfg)
+        except UserError as error:
+            return find_problems(error)
+    return problems
 
 
 def build_plan(cfg: Mapping[str, Any]) -> Plan:
@@ -129,10 +109,9 @@ def build_plan(cfg: Mapping[str, Any]) -> Plan:
     overrides = {} if cfg["image_size"] is None else {"image_size": cfg["image_size"]}
     per_node = hardware.devices_per_node
     if cfg["ranks"] > per_node and cfg["ranks"] % per_node:
-        raise UserError(
-            f"ranks={cfg['ranks']}: must be a multiple of the {per_node} devices of a node; "
-            f"use {cfg['ranks'] // per_node * per_node} or hardware.devices_per_node=N"
-        )
+        fix = f"use {cfg['ranks'] // per_node * per_node} or hardware.devices_per_node=N"
+        rule = f"must be a multiple of the {per_node} devices of a node; {fix}"
+        raise UserError(rule, key="ranks", value=cfg["ranks"])
     cost = estimate_cost(
         M2EncoderConfig.from_name(_MODELS[cfg["model"]], **overrides),
         precision=cfg["precision"],
@@ -178,7 +157,7 @@ def read_hardware(cluster: str, overrides: Mapping[str, Any]) -> Hardware:
     try:
         return Hardware.from_dict(values)
     except UserError as error:
-        raise UserError(f"hardware of cluster={cluster}: {error}") from error
+        raise UserError(f"hardware: {error}", key="cluster", value=cluster) from error
 
 
 def _read_constants(cluster: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -188,16 +167,18 @@ def _read_constants(cluster: str, above: tuple[str, ...] = ()) -> dict[str, Any]
         path = find_path(str(cluster))
     if not path.is_file():
         known = ", ".join(sorted(option.stem for option in folder.glob("*.yaml")))
-        raise UserError(f"cluster={cluster}: no such cluster; choose from {known}, or give a YAML file like theirs")
+        raise UserError(
+            f"no such cluster; choose from {known}, or give a YAML file like theirs", key="cluster", value=cluster
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"cluster={cluster}: is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"is not valid YAML: {' '.join(str(error).split())}", key="cluster", value=cluster) from error
     if not isinstance(values, dict):
-        raise UserError(f"cluster={cluster}: must hold constants as `name: number`")
+        raise UserError("must hold constants as `name: number`", key="cluster", value=cluster)
     base, chain = values.pop("base", None), (*above, cluster)
     if base in chain:
-        raise UserError(f"cluster={base}: is its own base, by way of {chain[-1]}")
+        raise UserError(f"is its own base, by way of {chain[-1]}", key="cluster", value=base)
     return (_read_constants(base, chain) if base else {}) | values
 
 

@@ -1,27 +1,12 @@
-"""What all commands share: Hydra underneath, mistakes in words, exit codes that scripts can rely on.
+"""What every console command does: it composes a configuration with Hydra, checks it, and runs.
 
-A command describes itself and hands over (see `cli/train.py`, or `cli/embed.py` for one without a run
-folder)::
+A `Command` describes one; all are in `cli/commands.py`. Its functions get plain, resolved containers (`dict`, `list`,
+scalars). `check` returns a line for each mistake, `key=value: rule; fix`; a value that is missing or cannot be resolved
+is `UNSET` there and has been reported. `run` is called only when nothing is wrong; it may raise `UserError`, of which
+the message is printed without a traceback.
 
-    COMMAND = Command(
-        name="m2-embed",                       # what the user types
-        config_name="embed",                   # conf/embed.yaml, the primary configuration
-        summary="Write features of images or texts.",
-        examples=("m2-embed model=outputs/emoji/export images=photos output=features.safetensors",),
-        check=check_embed,                     # (cfg: dict) -> list of problems; nothing heavy, nothing
-        written run=run_embed,                         # (cfg: dict) -> exit code or None; only called when
-        check found none
-    )
-
-    def main() -> int:
-        return run_command(COMMAND)
-
-`check` and `run` get plain, resolved containers (`dict`, `list`, scalars). In `check` a value that is missing
-or cannot be resolved is `UNSET`: skip it, it has been reported. A problem is one line, `key=value: rule;
-fix`. `run` may raise `UserError`; its message is printed without a traceback.
-
-Exit codes: 0 done, 2 the user can mend it (all problems on stderr), 130 interrupted, 1 anything else; a
-command may return its own. `HYDRA_FULL_ERROR=1` shows the traceback of a user error too.
+Exit codes: 0 done, 2 the user can mend it (all problems on stderr), 130 interrupted, 1 anything else; a command may
+return its own. `HYDRA_FULL_ERROR=1` shows the traceback of a user error, too.
 """
 
 from __future__ import annotations
@@ -40,11 +25,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.config.arguments import Arguments, parse_arguments
-from m2_encoder.config.choices import config_folders
-from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, lend_groups, open_composer
+from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
+from m2_encoder.config.groups import drop_unchosen, lend_groups
 from m2_encoder.config.help import read_values, render_help
+from m2_encoder.config.old_names import update_names
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
+from m2_encoder.config.problems import find_problems, format_problem
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_sweep_line,
@@ -53,9 +40,8 @@ from m2_encoder.config.sweeps import (
     sweep_problems,
     without_constant,
 )
-from m2_encoder.config.unchosen import drop_unchosen
 from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -77,21 +63,23 @@ class ProblemsError(UserError):
 class Command:
     """One console command.
 
+    Functions are given as they are, or as `module:function` to be imported when they are called.
+
     Attributes:
         name: what the user types.
-        config_name: the primary configuration in `conf/`, without suffix.
+        config_name: the primary configuration, without suffix.
         summary: one sentence for `--help`.
         examples: command lines for `--help`.
-        check: finds what is wrong with a configuration, before anything heavy starts.
+        check: finds what is wrong with a configuration; nothing heavy, nothing written.
         run: does the work; its return value is the exit code (None is 0).
         run_folder: the folder of a run, for commands that have one: Hydra's records go there.
-        complete: more overrides that follow from the configuration and the folder it was read from; only
-            asked for when this process is the only rank so far.
+        complete: more overrides that follow from the configuration and the folder it was read from; only asked for when
+            this process is the only rank so far.
         notes: more lines for `--help`, such as exit codes of its own.
-        late: nodes whose check takes long, because it imports Lightning. `check` gets `trusted=`, those of them that
-            are as shipped; they are checked by `check_late` if nothing else is wrong.
-        config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it,
-            `model=PATH` is a plain value, although `conf/` has a group of that name.
+        check_late: what takes long to check, because it imports Lightning, is checked here if nothing else is wrong.
+            Both checks then get `changed=`: the keys that have other values than shipped files, or None if not known.
+        config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it, `model=PATH` is a
+            plain value, although `conf/` has a group of that name.
         groups: of `conf/` that such a command has all the same.
     """
 
@@ -99,12 +87,11 @@ class Command:
     config_name: str
     summary: str
     examples: tuple[str, ...]
-    check: Callable[[dict[str, Any]], list[str]] | str
+    check: Callable[..., Sequence[str | Problem]] | str
     run: Callable[[dict[str, Any]], int | None] | str
     run_folder: Callable[[dict[str, Any]], Path] | None = None
     complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | str | None = None
     notes: tuple[str, ...] = ()
-    late: tuple[str, ...] = ()
     check_late: str = ""
     config_folder: str = ""
     groups: tuple[str, ...] = ()
@@ -148,7 +135,8 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
 
 def report_problems(name: str, error: UserError) -> None:
     """Prints a user error on stderr: one line, or a list; only the first of several ranks speaks."""
-    problems = error.lines if isinstance(error, ProblemsError) else [" ".join(str(error).split())]
+    found = [format_problem(problem) for problem in find_problems(error)]
+    problems = error.lines if isinstance(error, ProblemsError) else found
     if not is_first_rank():
         return
     if len(problems) == 1:
@@ -203,7 +191,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
     if command.complete is not None and not composition.problems and is_only_rank():
         more = _resolve(command.complete)(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
-    _raise_if_any(_find_problems(command, composition, own_files=composer.has_own_files))
+    _raise_if_any(_find_problems(command, composition))
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
 
 
@@ -217,7 +205,7 @@ def _check_sweep(
     for job in jobs:
         composition = composer.compose(job)
         name = _rename(command, composition.cfg, job, constant)
-        problems += _find_problems(command, composition, own_files=composer.has_own_files)
+        problems += _find_problems(command, composition)
         if name is not None and name in names:
             problems.append(f"run.name={name}: two jobs of the sweep have this name; sweep distinct values")
         names.add(name or "")
@@ -227,12 +215,11 @@ def _check_sweep(
     _raise_if_any(problems or [f"{problem}; {fix}" for problem in first.refused])
 
 
-def _find_problems(command: Command, composition: Composition, *, own_files: bool) -> list[str]:
-    trusted = [] if own_files else [node for node in command.late if node not in composition.changed]
-    check, cfg = _resolve(command.check), composition.cfg
-    problems = [*composition.problems, *(check(cfg, trusted=trusted) if trusted else check(cfg))]
-    if trusted and not problems:
-        problems = _resolve(command.check_late)(cfg, trusted)
+def _find_problems(command: Command, composition: Composition) -> list[str]:
+    cfg, more = composition.cfg, {"changed": composition.changed} if command.check_late else {}
+    problems = [*composition.problems, *_resolve(command.check)(cfg, **more)]
+    if command.check_late and not problems:
+        problems = _resolve(command.check_late)(cfg, **more)
     return composition.without_echoes(problems)
 
 
@@ -284,9 +271,9 @@ class _Job:
     def __call__(self, cfg: DictConfig) -> None:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
-        plain = {str(key): value for key, value in values.items()}
+        plain = update_names({str(key): value for key, value in values.items()})
         settings = HydraConfig.get()
-        drop_unchosen(plain, config_folders(self._folder, settings.searchpath))
+        drop_unchosen(plain, self._folder, settings.searchpath)
         if settings.mode == RunMode.MULTIRUN:
             name = _rename(self._command, plain, list(settings.overrides.task), self._constant)
             _say(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}")

@@ -1,22 +1,20 @@
 """Composition that reports every wrong override at once, in words, before Hydra runs anything.
 
-Hydra stops at the first mistake and explains it in terms of its own machinery. Here each override is parsed
-and looked up on its own, what is wrong is collected, and the rest is composed, so that its values can be
-validated too.
+Hydra stops at the first mistake and explains it in terms of its own machinery. Here each override is parsed and looked
+up on its own, what is wrong is collected, and the rest is composed, so that its values can be checked, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
@@ -24,19 +22,26 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from m2_encoder.config.choices import config_folders, describe_nameless, find_conflict, read_options
-from m2_encoder.config.keys import key_problem
-from m2_encoder.config.missing import describe_missing
-from m2_encoder.config.overrides import adds, parse_overrides, refuse_sweeps, repeated_shards
+from m2_encoder.config.groups import CHOSEN_AS_LISTS, drop_unchosen, find_conflict, read_options
+from m2_encoder.config.old_names import update_names
+from m2_encoder.config.overrides import adds, key_problem, parse_overrides, refuse_repeated, refuse_sweeps
 from m2_encoder.config.paths import find_conf
-from m2_encoder.config.problems import UNSET, flatten, nearest
-from m2_encoder.config.unchosen import CHOSEN_AS_LIST, drop_unchosen
-from m2_encoder.errors import UserError
+from m2_encoder.config.problems import UNSET, flatten, format_problem, nearest
+from m2_encoder.errors import Problem, UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
 # Folders of conf/ that offer no choice: Hydra's settings, and configurations of commands without groups.
 _NO_GROUPS: Final = ("hydra", "commands")
 _NO_MAPPING: Final = re.compile(r"Error merging override (.*?)(?: \(|$)")
+_PLACEHOLDERS: Final = {
+    "model": "FOLDER",
+    "name": "NAME",
+    "output": "PATH",
+    "shards": "PATHS",
+    "targets.tokenizer": "FOLDER (a visual tokenizer's, such as outputs/visual_tokenizer/export)",
+    "teacher": "FOLDER (of m2-export)",
+    "tokenizer": "FILE (the SentencePiece model of the weights, such as the official sp.model)",
+}
 _REFERENCE: Final = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -50,7 +55,7 @@ class Composition(NamedTuple):
         hydra: Hydra's own settings for the run.
         unchosen: keys that were left out, because they say something of options that are not chosen.
         refused: the part of `problems` that lies in the overrides, whatever the values of other keys are.
-        changed: nodes at the top in which values are not those of the files.
+        changed: dotted keys to which single values were given; None where files that are not shipped take part.
     """
 
     cfg: dict[str, Any]
@@ -59,12 +64,13 @@ class Composition(NamedTuple):
     hydra: DictConfig
     unchosen: list[str]
     refused: list[str]
-    changed: set[str]
+    changed: set[str] | None
 
-    def without_echoes(self, problems: Sequence[str]) -> list[str]:
-        """Leaves out problems of a key that only repeats the wrong value of another."""
-        wrong = {problem.partition("=")[0] for problem in problems}
-        return [text for text in problems if self.references.get(text.partition("=")[0]) not in wrong]
+    def without_echoes(self, problems: Sequence[Problem | str]) -> list[str]:
+        """A line for each problem, but for those of a key that only repeats the wrong value of another."""
+        lines = [problem if isinstance(problem, str) else format_problem(problem) for problem in problems]
+        wrong = {line.partition("=")[0] for line in lines}
+        return [line for line in lines if self.references.get(line.partition("=")[0]) not in wrong]
 
 
 class Composer:
@@ -81,11 +87,6 @@ class Composer:
         self._fixed = list(fixed)
         self._default: DictConfig | None = None
         self._options: dict[str, list[str]] = {}  # Hydra reads all configurations again whenever it is asked
-
-    @property
-    def has_own_files(self) -> bool:
-        """Whether files other than the shipped ones can be part of a configuration."""
-        return bool(self._fixed) or self.folder != find_conf()
 
     def groups(self) -> dict[str, list[str]]:
         """Every group of the configuration folder with its options."""
@@ -117,44 +118,38 @@ class Composer:
             UserError: if nothing can be composed at all; the message says why.
         """
         overrides, problems = parse_overrides(lines, self._suggest)
-        problems += [*repeated_shards(lines), *refuse_sweeps(overrides)]
+        problems += [*refuse_repeated(lines), *refuse_sweeps(overrides)]
         overrides = [override for override in overrides if not override.is_sweep_override()]
-        default = self._load_default()
-        selected = {*default.hydra.runtime.choices, *default}  # a group chosen as a list is only in the latter
         groups = [override for override in overrides if self._is_group(override)]
-        reasons = {id(override): self._group_problem(override, selected) for override in groups}
+        reasons = {id(override): self._group_problem(override) for override in groups}
         choices = [override for override in groups if reasons[id(override)] is None]
         try:
-            base = self._load(choices) if choices else default
+            base = self._load(choices) if choices else self._load_default()
         except UserError as error:
             problems.append(str(error))
-            base, choices = default, []
+            base, choices = self._load_default(), []
         unchosen = self._drop_unchosen(base)
-        for override in overrides:
-            if override not in groups:
-                reason = key_problem(override, base)
-                reasons[id(override)] = (reason and self._other_option(override, base)) or reason
+        values = [override for override in overrides if override not in groups]
+        for override in values:
+            reason = key_problem(override, base)
+            reasons[id(override)] = (reason and self._other_option(override, base)) or reason
         problems += [reason for override in overrides if (reason := reasons[id(override)])]
-        good = [override for override in overrides if reasons[id(override)] is None]
-        good = [override for override in good if override in choices or override not in groups]
+        good = [override for override in values if reasons[id(override)] is None]
         cfg = base
-        if good != choices:
-            cfg = self._load_leniently(good, base) if problems else self._load(good)
+        if good:
+            cfg = self._load_leniently([*choices, *good], base) if problems else self._load([*choices, *good])
             unchosen = self._drop_unchosen(cfg)
         problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
-        values, unresolved, references = to_plain(cfg)
-        changed = {override.key_or_group.partition(".")[0] for override in good if override not in groups}
-        return Composition(values, problems + unresolved, references, cfg.hydra, unchosen, problems, changed)
+        plain, unresolved, references = to_plain(cfg)
+        is_shipped = not self._fixed and self.folder.is_relative_to(find_conf())
+        changed = {str(override.key_or_group) for override in good} if is_shipped else None
+        return Composition(plain, problems + unresolved, references, cfg.hydra, unchosen, problems, changed)
 
     def _drop_unchosen(self, cfg: DictConfig) -> list[str]:
-        return drop_unchosen(cfg, self._folders(cfg))
-
-    def _folders(self, cfg: DictConfig) -> list[Path]:
-        """Where options are looked for, those of groups that are lent to this folder included."""
-        return [*config_folders(self.folder, cfg.hydra.searchpath), find_conf()]
+        return drop_unchosen(cfg, self.folder, cfg.hydra.searchpath)
 
     def _lost(self, override: Override, unchosen: Sequence[str], base: DictConfig) -> str | None:
-        """The problem of a value that was added to an option that is not chosen, or None; null is no loss."""
+        """Refuses `+objective.x.y=1` where objective x is not selected; null is allowed."""
         is_value = adds(override) and override.value() is not None
         is_lost = is_value and any(f"{override.key_or_group}.".startswith(f"{key}.") for key in unchosen)
         return self._other_option(override, base) if is_lost else None
@@ -166,8 +161,8 @@ class Composer:
         chosen = base.get(group)
         if group not in self.groups() or not key or not isinstance(chosen, DictConfig) or key in list(chosen):
             return None
-        files = read_options(self._folders(base), group)
-        form = f"{group}=[...,%s]" if group == CHOSEN_AS_LIST else f"{group}=%s"
+        files = read_options(group, self.folder, base.hydra.searchpath)
+        form = f"{group}=[...,%s]" if group in CHOSEN_AS_LISTS else f"{group}=%s"
         having = [form % option for option in self.options(group) if option in files and key in files[option][1]]
         line, choose = override.input_line, "choose it" if len(having) == 1 else "choose one of them"
         return f"{line}: the chosen {group} has no {key}, unlike {' and '.join(having)}; {choose}" if having else None
@@ -194,11 +189,13 @@ class Composer:
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(self._explain(error)) from error
         OmegaConf.set_struct(cfg, False)
-        for group in (CHOSEN_AS_LIST, "evaluation"):
-            chosen = cfg.get(group)
-            is_nameless = isinstance(chosen, DictConfig) and "_target_" in chosen
-            if is_nameless and (problem := describe_nameless(self._folders(cfg), group, chosen["_target_"])):
-                raise UserError(problem)
+        for group in CHOSEN_AS_LISTS:
+            node = cfg.get(group)
+            if isinstance(node, DictConfig) and node.get("_target_") is not None:
+                for name, (path, content) in read_options(group, self.folder, cfg.hydra.searchpath).items():
+                    if content.get("_target_") == node["_target_"]:
+                        fix = f"{path} must begin with `{name}:`, with its values indented below"
+                        raise UserError(f"{group}=[...,{name}]: {fix}")
         return cfg
 
     def _explain(self, error: Exception) -> str:
@@ -226,49 +223,30 @@ class Composer:
                 return f" (did you mean {added}{group}={word.lstrip('+-')}?)"
         return ""
 
-    def _group_problem(self, override: Override, selected: Collection[Any]) -> str | None:
-        group, line = override.key_or_group, override.input_line
-        options = self.options(group)
+    def _group_problem(self, override: Override) -> str | None:
+        group, line, options = override.key_or_group, override.input_line, self.options(override.key_or_group)
         if not options:
-            known = ", ".join(self.groups())
             near = nearest(group, self.groups())
-            return f"{line}: there is no group {group!r}{near}; the groups are {known}"
-        value = override.value()
-        if override.is_add() and group in selected:
+            return f"{line}: there is no group {group!r}{near}; the groups are {', '.join(self.groups())}"
+        default, value = self._load_default(), override.value()
+        is_chosen = group in {
+            *default.hydra.runtime.choices,
+            *default,
+        }  # a group chosen as a list is only in the latter
+        if override.is_add() and is_chosen:
             return f"{line}: {group} is chosen already; leave out the +"
-        if not adds(override) and group not in selected:
+        if not adds(override) and not is_chosen:
             fix = "leave this out" if value is None else f"add it with +{line}"  # a ~group has no value
             return f"{line}: {group} is not chosen by default; {fix}"
         if override.is_delete():
             return f"{line}: a group cannot be taken away; choose one of {', '.join(options)}"
         if value is None:
             return f"{line}: a group cannot be null; choose from {', '.join(options)}"
-        chosen = value if isinstance(value, list) else [value]
+        chosen = ["null" if name is None else str(name) for name in (value if isinstance(value, list) else [value])]
         for name in chosen:
             if name not in options:
-                shown = "null" if name is None else name
-                return f"{group}={shown}: no such option{nearest(str(name), options)}; choose from {', '.join(options)}"
-        default = self._load_default()
-        conflict = find_conflict(self._folders(default), group, chosen)
-        return None if conflict is None else f"{line}: {conflict}"
-
-
-@contextlib.contextmanager
-def lend_groups(names: Sequence[str]) -> Iterator[None]:
-    """Offers groups of `conf/` to a command whose configuration lies in a folder of its own, while the block runs.
-
-    Args:
-        names: of the groups.
-    """
-    store = ConfigStore.instance()
-    for name in names:
-        for path in sorted((find_conf() / name).glob("*.yaml")):
-            store.store(group=name, name=path.stem, node=OmegaConf.load(path))
-    try:
-        yield
-    finally:
-        for name in names:
-            store.repo.pop(name, None)
+                return f"{group}={name}: no such option{nearest(name, options)}; choose from {', '.join(options)}"
+        return find_conflict(line, chosen, read_options(group, self.folder, default.hydra.searchpath))
 
 
 @contextlib.contextmanager
@@ -327,5 +305,38 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
             return UNSET
         return plain(value, path)
 
-    values = plain(cfg, "")
+    values = update_names(plain(cfg, ""))
     return values, [*describe_missing(missing), *problems], references
+
+
+def describe_missing(keys: Sequence[str]) -> list[str]:
+    """A line for each key that is `???`; one line where several parts of a mapping lack the same key.
+
+    >>> describe_missing(["a.x.shards", "seed", "a.y.shards"])[0]
+    'a.{x,y}.shards=???: must be given; add a.x.shards=PATHS and so on, or leave a part out: ~a.x'
+
+    Args:
+        keys: dotted, in the order of the configuration.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key in keys:
+        above, _, last = key.rpartition(".")
+        parent, _, part = above.rpartition(".")
+        groups.setdefault((parent, last) if parent else (key, ""), []).append(part if parent else key)
+    lines = []
+    for (parent, last), parts in groups.items():
+        if len(parts) == 1:
+            key = f"{parent}.{parts[0]}.{last}" if last else parent
+            lines.append(f"{key}=???: must be given; add {key}={_placeholder(key)}")
+        else:
+            first = f"{parent}.{parts[0]}"
+            lines.append(
+                f"{parent}.{{{','.join(parts)}}}.{last}=???: must be given; add {first}.{last}={_placeholder(last)} "
+                f"and so on, or leave a part out: ~{first}"
+            )
+    return lines
+
+
+def _placeholder(key: str) -> str:
+    parts = key.split(".")
+    return _PLACEHOLDERS.get(".".join(parts[-2:])) or _PLACEHOLDERS.get(parts[-1], "VALUE")

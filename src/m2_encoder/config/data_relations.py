@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from m2_encoder.config.known import Known, UnknownValueError, count_ranks, make_problem
-from m2_encoder.config.problems import nearest, show
-from m2_encoder.config.rules import Problem
-from m2_encoder.data.inspect.start_check import StartCheck
-from m2_encoder.data.order.manifest import SourceSpec
+from m2_encoder.config.known import Known, UnknownValueError, count_ranks
 from m2_encoder.data.shards.paths import is_remote, list_shards, what_is_there
-from m2_encoder.data.shards.remote import RemoteShards
-from m2_encoder.errors import UserError
-
-_SOURCE_KEYS: Final = tuple(field.name for field in dataclasses.fields(SourceSpec) if field.name != "name")
+from m2_encoder.errors import Problem, UserError
 
 
 def _sources(known: Known) -> dict[str, Mapping[str, Any]]:
     """Those that are used, by name."""
     return {name: values for name, values in known("data.sources").items() if isinstance(values, Mapping)}
-
-
-def _check_source_keys(known: Known) -> Iterator[Problem]:
-    for name, values in _sources(known).items():
-        key = f"data.sources.{name}"
-        yield from _check_keys(key, values, _SOURCE_KEYS)
-        if "shards" not in values:
-            yield Problem(f"{key}.shards", f"{key}.shards: is missing; add {key}.shards=PATHS, or leave it out: ~{key}")
-
-
-def _check_cache_keys(known: Known) -> Iterator[Problem]:
-    cache = known("data.cache")
-    if cache is None:
-        return
-    arguments = inspect.signature(RemoteShards).parameters
-    yield from _check_keys("data.cache", cache, list(arguments))
-    examples = {"folder": "cache", "max_bytes": "2e11"}
-    for name, item in arguments.items():
-        if item.default is item.empty and name not in cache:
-            key = f"data.cache.{name}"
-            yield Problem(key, f"{key}: is missing; add +{key}={examples[name]}")
-
-
-def _check_check_keys(known: Known) -> Iterator[Problem]:
-    check = known("data.check")
-    yield from _check_keys("data.check", check or {}, StartCheck._fields)
-
-
-def _check_keys(path: str, node: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
-    for name, value in node.items():
-        if name not in allowed:
-            rule = f"{path} has no key {name!r}{nearest(name, allowed)}"
-            yield make_problem(f"{path}.{name}", show(value), rule, f"it has {', '.join(allowed)}")
 
 
 def _check_source_weights(known: Known) -> Iterator[Problem]:
@@ -64,11 +22,11 @@ def _check_source_weights(known: Known) -> Iterator[Problem]:
     if silent and len(silent) < len(weights):
         given = next(name for name in weights if name not in silent)
         rule = f"must be given for all sources or for none, and data.sources.{given} has one"
-        yield make_problem(f"data.sources.{silent[0]}.weight", "null", rule, "give all of them one, or null")
+        yield Problem(f"data.sources.{silent[0]}.weight", None, rule, "give all of them one, or null")
     elif weights and not silent and not any(weights.values()):
         name = next(iter(weights))
         fix = f"for example data.sources.{name}.weight=1"
-        yield make_problem(f"data.sources.{name}.weight", weights[name], "must be above 0 for at least one source", fix)
+        yield Problem(f"data.sources.{name}.weight", weights[name], "must be above 0 for at least one source", fix)
 
 
 def _check_lanes(known: Known) -> Iterator[Problem]:
@@ -76,7 +34,7 @@ def _check_lanes(known: Known) -> Iterator[Problem]:
     if lanes < ranks:
         least = 1 << (ranks - 1).bit_length()
         rule = f"must be at least the {ranks} ranks, or ranks read the same shards"
-        yield make_problem("data.lanes", lanes, rule, f"for example data.lanes={least}")
+        yield Problem("data.lanes", lanes, rule, f"for example data.lanes={least}")
 
 
 def _check_shards(known: Known) -> Iterator[Problem]:
@@ -89,7 +47,7 @@ def _check_shards(known: Known) -> Iterator[Problem]:
             continue  # this one is reported; the others may have faults of their own
         patterns = [shards] if isinstance(shards, str) else shards
         if problem := _problem_of(patterns, known("data.cache", {})):
-            yield Problem(key, f"{key}={show(shards)}: {problem}")
+            yield Problem(key, shards, problem)
 
 
 def _problem_of(patterns: Sequence[str], cache: Any) -> str | None:
@@ -108,7 +66,7 @@ def _problem_of(patterns: Sequence[str], cache: Any) -> str | None:
         if len(local) > 1:
             list_shards(local)  # refuses what comes twice
     except UserError as error:
-        return str(error)
+        return _text(error)
     return None
 
 
@@ -119,13 +77,14 @@ def _check_validation(known: Known) -> Iterator[Problem]:
             list_shards(folder)
         except UserError as error:
             fix = "give a folder of tars, as m2-data pack writes it"
-            yield Problem(key, f"{key}={' '.join(str(error).split())}; {fix}")
+            yield Problem(key, folder, _text(error), fix)
+
+
+def _text(error: UserError) -> str:
+    return " ".join(error.text.split())
 
 
 DATA_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
-    _check_source_keys,
-    _check_cache_keys,
-    _check_check_keys,
     _check_source_weights,
     _check_lanes,
 )

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 from m2_encoder.config.problems import UNSET
-from m2_encoder.config.rules import Problem
+from m2_encoder.errors import Problem
 
 _MISSING: Final = object()
 
@@ -69,11 +69,6 @@ def run_check(check: Callable[[Known], Iterator[Problem]], known: Known) -> list
     except UnknownValueError:
         pass
     return found
-
-
-def make_problem(key: str, value: Any, rule: str, fix: str) -> Problem:
-    """A problem in the form of all: `key=value: rule; fix`."""
-    return Problem(key, f"{key}={value}: {rule}; {fix}")
 
 
 def count_devices(devices: Any, available: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping
@@ -15,11 +16,12 @@ from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.hub import LoadedModel, list_models, load
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
+_FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
 EMBEDDED_TOKENIZER: Final = "emoji"
 NO_ENCODER: Final = "is a visual tokenizer, not an encoder; give a folder that m2-export wrote"
 
@@ -36,43 +38,28 @@ def format_of(value: str) -> str | None:
     return read_format(folder) or read_format(folder / "export")
 
 
-def model_problems(cfg: dict[str, Any]) -> list[str]:
+def model_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with `model`, `weights`, `tokenizer` and `device`, without loading anything."""
     problems = []
     model, weights = cfg["model"], cfg["weights"]
     if not isinstance(model, Unset):
         if is_model_name(model):
             if weights is None:
-                problems.append(f"model={model}: a named model needs its checkpoint; add weights=FILE")
+                problems.append(Problem("model", model, "a named model needs its checkpoint", "add weights=FILE"))
         elif not isinstance(model, str) or not find_path(model).is_dir():
-            known = ", ".join(list_models())
-            problems.append(
-                f"model={model}: no such folder; give one that m2-export wrote, or one of {known} with weights="
-            )
+            fix = f"give one that m2-export wrote, or one of {', '.join(list_models())} with weights="
+            problems.append(Problem("model", model, "no such folder", fix))
         elif format_of(model) == VISUAL_TOKENIZER_FORMAT:
-            problems.append(f"model={model}: {NO_ENCODER}")
+            problems.append(Problem("model", model, NO_ENCODER))
         elif not (find_path(model) / CONFIG_FILE).is_file() and (find_path(model) / "export").is_dir():
-            problems.append(f"model={model}: is a run's folder; its model is in model={model.rstrip('/')}/export")
+            inside = f"its model is in model={model.rstrip('/')}/export"
+            problems.append(Problem("model", model, "is a run's folder", inside))
     for key in ("weights", "tokenizer"):
         value = cfg[key]
         is_url = key == "weights" and str(value).startswith(("http://", "https://"))
         if value is not None and not is_url and not (isinstance(value, str) and find_path(value).is_file()):
-            problems.append(f"{key}={value}: no such file")
+            problems.append(Problem(key, value, "no such file"))
     return [*problems, *_device_problems(cfg["device"])]
-
-
-def number_problems(cfg: dict[str, Any], **least: int) -> list[str]:
-    """Keys that must be whole numbers of at least so much."""
-    return [
-        f"{key}={cfg[key]}: must be a whole number of at least {minimum}"
-        for key, minimum in least.items()
-        if not isinstance(cfg[key], int) or isinstance(cfg[key], bool) or cfg[key] < minimum
-    ]
-
-
-def flag_problems(cfg: dict[str, Any], *keys: str) -> list[str]:
-    """Keys that must be true or false."""
-    return [f"{key}={cfg[key]}: must be true or false" for key in keys if not isinstance(cfg[key], bool)]
 
 
 def build_model_config(model: Mapping[str, Any]) -> M2EncoderConfig:
@@ -131,33 +118,47 @@ def device_of(value: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _device_problems(value: object) -> list[str]:
+def _device_problems(value: object) -> list[Problem]:
     if value == "auto" or isinstance(value, Unset):
         return []
     try:
         kind = torch.device(str(value)).type
     except RuntimeError:
-        return [f"device={value}: no such kind of device; choose auto, cpu, cuda, cuda:N or mps"]
+        return [Problem("device", value, "no such kind of device", "choose auto, cpu, cuda, cuda:N or mps")]
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, False):
         usable = ", ".join(name for name, there in available.items() if there)
-        return [f"device={value}: this machine has none; choose auto or {usable}"]
+        return [Problem("device", value, "this machine has none", f"choose auto or {usable}")]
     return []
 
 
-def output_problems(value: object, *, overwrite: object) -> list[str]:
+def output_problems(value: object, *, overwrite: object, key: str = "output") -> list[Problem]:
     """Whether a plain file may be written; features have rules of their own."""
     if value is None or isinstance(value, Unset):
         return []
     path = Path(str(value)).expanduser()
     if path.is_dir():
-        return [f"output={value}: is a folder; give the name of a file"]
+        return [Problem(key, value, "is a folder", "give the name of a file")]
     if path.exists() and overwrite is not True:
-        return [f"output={value}: exists; choose another name, or replace it with overwrite=true"]
+        return [Problem(key, value, "exists", "choose another name, or replace it with overwrite=true")]
     folder = next((parent for parent in path.absolute().parents if parent.exists()), Path(os.sep))
     if not takes_files(folder):
-        return [f"output={value}: cannot be written, because {folder} is no folder that you may write to"]
+        return [Problem(key, value, f"cannot be written, because {folder} is no folder that you may write to")]
     return []
+
+
+def plot_problems(value: object, *, overwrite: object) -> list[Problem]:
+    """Whether a figure may be drawn there."""
+    if value is None or isinstance(value, Unset):
+        return []
+    problems = output_problems(value, overwrite=overwrite, key="plot")
+    if Path(str(value)).suffix not in _FIGURE_SUFFIXES:
+        problems.append(
+            Problem("plot", value, f"must end in {', '.join(_FIGURE_SUFFIXES)}", "for example plot=plot.png")
+        )
+    elif importlib.util.find_spec("matplotlib") is None:
+        problems.append(Problem("plot", value, "needs an extra", "install it with pip install 'm2-encoder[plot]'"))
+    return problems
 
 
 def takes_files(folder: Path) -> bool:

@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from hydra.utils import instantiate
-
-from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT
-from m2_encoder.config.known import Known, make_problem
-from m2_encoder.config.model_choice import NO_ENCODER, find_path, format_of, is_model_name
+from m2_encoder.config.known import Known
+from m2_encoder.config.objective_files import check_files
 from m2_encoder.config.problems import show
-from m2_encoder.config.rules import Problem
-from m2_encoder.objectives.base import Objective
+from m2_encoder.errors import Problem
+from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.schedule import check_schedule, find_pause
-from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
 
 
 def counting(known: Known) -> list[str]:
     """Names of the objectives with a weight; the others are no part of a run, whatever they say."""
-    return [name for name in known("objective") if known(f"objective.{name}.weight", 1.0)]
-
-
-def trained_by(objectives: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """What objectives train: checkpoints of runs for which this is equal fit each other.
-
-    Args:
-        objectives: those with a weight, as a resolved configuration has them.
-
-    Returns:
-        Those with parameters of their own, with what decides on their shapes; and the parts of the model.
-    """
-    own: dict[str, Any] = {}
-    parts: set[str] = set()
-    for name, node in objectives.items():
-        objective = instantiate(node)
-        parts |= objective.trained_parts()
-        if type(objective).build is not Objective.build or next(objective.parameters(), None) is not None:
-            targets = node.get("targets") or {}
-            own[name] = (node["_target_"], node.get("decoder"), targets.get("_target_"))
-    return own, frozenset(parts)
+    return list(active({name: {"weight": known(f"objective.{name}.weight", 1.0)} for name in known("objective")}))
 
 
 def _check_kinds(known: Known) -> Iterator[Problem]:
@@ -53,12 +28,10 @@ def _check_kinds(known: Known) -> Iterator[Problem]:
             continue  # a function may make one
         if not issubclass(found, Objective):
             fix = "name a subclass of m2_encoder.objectives.base.Objective"
-            yield make_problem(key, target, "is no objective", fix)
+            yield Problem(key, target, "is no objective", fix)
         elif inspect.isabstract(found):
             lacks = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
-            yield make_problem(
-                key, target, f"is not complete: it does not define {lacks}", "define it, or name another"
-            )
+            yield Problem(key, target, f"is not complete: it does not define {lacks}", "define it, or name another")
 
 
 def _check_weights(known: Known) -> Iterator[Problem]:
@@ -66,7 +39,7 @@ def _check_weights(known: Known) -> Iterator[Problem]:
     if objectives and not counting(known):
         names = ", ".join(objectives)
         fix = f"for example objective.{next(iter(objectives))}.weight=1.0"
-        yield Problem("objective", f"objective.*.weight=0: must be above 0 for at least one of {names}; {fix}")
+        yield Problem("objective.*.weight", 0, f"must be above 0 for at least one of {names}", fix)
 
 
 def _check_schedules(known: Known) -> Iterator[Problem]:
@@ -77,7 +50,7 @@ def _check_schedules(known: Known) -> Iterator[Problem]:
         name, schedule = next(iter(schedules.items()))
         rule = f"must not be 0 at step {pause}, where no other objective counts, either"
         fix = f"give a factor above 0 there, or objective.{name}.schedule=null"
-        yield make_problem(f"objective.{name}.schedule", show(schedule), rule, fix)
+        yield Problem(f"objective.{name}.schedule", schedule, rule, fix)
 
 
 def _check_shared_passes(known: Known) -> Iterator[Problem]:
@@ -93,7 +66,7 @@ def _check_shared_passes(known: Known) -> Iterator[Problem]:
             if value != wanted:
                 rule = f"must be that of objective.{first}, {show(wanted)}: they share {targets}"
                 fix = f"use objective.{name}.{key}={show(wanted)}"
-                yield make_problem(f"objective.{name}.{key}", show(value), rule, fix)
+                yield Problem(f"objective.{name}.{key}", value, rule, fix)
 
 
 def _check_captions(known: Known) -> Iterator[Problem]:
@@ -105,47 +78,17 @@ def _check_captions(known: Known) -> Iterator[Problem]:
         key = f"objective.{name}.teacher_language"
         if known(key, None) is not None:
             rule = "needs captions in every language (data.captions.every_language=false)"
-            yield make_problem(key, known(key), rule, "use data.captions.every_language=true, or null")
+            yield Problem(key, known(key), rule, "use data.captions.every_language=true, or null")
         elif target.endswith(".TextContrast"):
             rule = f"must be true: objective.{name} compares the captions of an image"
-            yield make_problem("data.captions.every_language", "false", rule, "use data.captions.every_language=true")
+            yield Problem("data.captions.every_language", False, rule, "use data.captions.every_language=true")
 
 
 def _check_one_sided(known: Known) -> Iterator[Problem]:
     for name in known("objective"):
         if known(f"objective.{name}.one_sided", False) and not known(f"objective.{name}.equal_rows", True):
             rule = f"must be false where ranks may differ in rows (objective.{name}.equal_rows=false)"
-            yield make_problem(f"objective.{name}.one_sided", "true", rule, f"use objective.{name}.equal_rows=true")
-
-
-def _check_teachers(known: Known) -> Iterator[Problem]:
-    for name in counting(known):
-        key = f"objective.{name}.teacher"
-        teacher, weights = known(key, None), known(f"{key}_weights", None)
-        if weights is not None and not find_path(weights).is_file():
-            yield make_problem(f"{key}_weights", weights, "no such file", "give the path of the teacher's checkpoint")
-        elif teacher is not None and is_model_name(teacher):
-            if weights is None:
-                yield make_problem(key, teacher, "needs its checkpoint", f"add {key}_weights=FILE")
-        elif teacher is not None and format_of(teacher) == VISUAL_TOKENIZER_FORMAT:
-            yield Problem(key, f"{key}={teacher}: {NO_ENCODER}")
-        elif teacher is not None and not (find_path(teacher) / CONFIG_FILE).is_file():
-            inside = Path(teacher) / "export"
-            fix = f"use {key}={inside}" if (find_path(teacher) / "export").is_dir() else "give one of m2-export"
-            yield make_problem(key, teacher, "no folder with an exported model", fix)
-
-
-def _check_dictionaries(known: Known) -> Iterator[Problem]:
-    for name in counting(known):
-        key = f"objective.{name}.user_dictionary"
-        if (value := known(key, None)) is None:
-            continue
-        try:
-            read_user_words(find_path(value))
-        except OSError as error:
-            yield make_problem(key, value, str(error.strerror), f"{DICTIONARY_FIX}, or null")
-        except ValueError as error:
-            yield Problem(key, f"{key}={value}: {error}")
+            yield Problem(f"objective.{name}.one_sided", True, rule, f"use objective.{name}.equal_rows=true")
 
 
 OBJECTIVE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
@@ -157,8 +100,5 @@ OBJECTIVE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_one_sided,
 )
 
-OBJECTIVE_PLACE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
-    _check_teachers,
-    _check_dictionaries,
-)
+OBJECTIVE_PLACE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (check_files,)
 """Those that look at this machine."""

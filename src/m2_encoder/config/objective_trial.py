@@ -10,12 +10,12 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from m2_encoder.config.known import Known, make_problem
+from m2_encoder.config.known import Known
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.config.objective_relations import counting
-from m2_encoder.config.rules import Problem
+from m2_encoder.config.problems import find_problems
 from m2_encoder.config.schema import MODEL_FIELDS
-from m2_encoder.errors import NotGivenError, UserError
+from m2_encoder.errors import NotGivenError, Problem, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.patch_targets import PatchTargets
@@ -30,14 +30,12 @@ def _try_objectives(known: Known) -> Iterator[Problem]:
         try:
             if isinstance(targets, Mapping) and not isinstance(_make(targets), PatchTargets):
                 fix = "name a subclass of m2_encoder.objectives.patch_targets.PatchTargets"
-                yield make_problem(f"{key}.targets._target_", targets["_target_"], "makes no targets of patches", fix)
+                yield Problem(f"{key}.targets._target_", targets["_target_"], "makes no targets of patches", fix)
             elif not isinstance(_make(node, shape), Objective):
                 fix = "name a subclass of m2_encoder.objectives.base.Objective"
-                yield make_problem(f"{key}._target_", node["_target_"], "makes no objective", fix)
+                yield Problem(f"{key}._target_", node["_target_"], "makes no objective", fix)
         except UserError as error:
-            text = " ".join(str(error).split())
-            argument = text.partition("=")[0]
-            yield Problem(f"{key}.{argument}", f"{key}.{text}") if argument in node else Problem(key, f"{key}: {text}")
+            yield from find_problems(error.under(key))
 
 
 def _read_shape(known: Known) -> M2EncoderConfig:

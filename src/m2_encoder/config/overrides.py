@@ -1,14 +1,17 @@
-"""Overrides of a command line, each parsed on its own, and what is wrong with the form of one."""
+"""Overrides of a command line: each parsed on its own, and what is wrong with its form and its key."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from m2_encoder.config.problems import nearest
 
 _HYDRA_SYNTAX: Final = ("'", '"', "[", "{", "${")
 
@@ -36,7 +39,7 @@ def quote_value(value: str) -> str:
     return f'"{quoted}"'
 
 
-def repeated_shards(lines: Sequence[str]) -> list[str]:
+def refuse_repeated(lines: Sequence[str]) -> list[str]:
     """Refuses `shards` that are given more than once.
 
     bash makes several arguments of braces outside of quotes, and Hydra would keep the last one alone.
@@ -101,3 +104,73 @@ def refuse_sweeps(overrides: Sequence[Override]) -> list[str]:
             hint = f"for a list write {key}=[{text}], for a text '{key}=\"{text}\"'; " if plain else ""
             problems.append(f"{override.input_line}: holds several values; {hint}to run them all add --multirun")
     return problems
+
+
+def key_problem(override: Override, base: DictConfig) -> str | None:
+    """What is wrong with the key of a value override, or None; unknown keys get the nearest known one.
+
+    Hydra itself would name the first one only. Keys that are added with a plus are left to the checks of values.
+
+    Args:
+        override: not of a group.
+        base: the configuration without the overrides of single keys, not in struct mode.
+    """
+    key, line = override.key_or_group, override.input_line
+    if key == "hydra" or key.startswith("hydra."):
+        return None
+    node: Any = base
+    above = ""
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return None if adds(override) and node is None else f"{line}: {above} is a value and holds no keys"
+        if part not in _names(node):
+            return None if adds(override) else _unknown_key(line, part, above, node)
+        node, above = _peek(node, part), f"{above}.{part}".lstrip(".")
+    if override.is_add() and node is not None and not isinstance(node, DictConfig | ListConfig):
+        return f"{line}: {key} exists; leave out the +"
+    if adds(override) or override.is_delete() or not isinstance(node, DictConfig):
+        return None
+    value = override.value()
+    if isinstance(value, list) and value and "." not in key and all(isinstance(name, str) for name in value):
+        return _option_problem(line, key, value, _names(node))
+    return _unknown_inside(line, value, key, node)
+
+
+def _names(node: DictConfig) -> list[str]:
+    return [str(name) for name in node]  # `in` denies keys that are ???
+
+
+def _peek(node: DictConfig, part: str) -> Any:
+    return OmegaConf.select(node, part, throw_on_resolution_failure=False)
+
+
+def _option_problem(line: str | None, key: str, options: Sequence[object], names: Sequence[str]) -> str:
+    """Options are chosen where a saved configuration has what they define."""
+    if unknown := [str(name) for name in options if name not in names]:
+        fix = f"it has no options such as {', '.join(unknown)}; compose from conf/ for them"
+    elif others := [f"~{key}.{name}" for name in names if name not in options]:
+        fix = f"leave others out with {' '.join(others)}"
+    else:
+        fix = "leave it out"
+    return f"{line}: {key} holds {', '.join(names)} here; {fix}"
+
+
+def _unknown_inside(line: str | None, value: object, path: str, node: Any) -> str | None:
+    """What is wrong with the keys of a mapping that is given as a value, or None."""
+    if not isinstance(value, Mapping) or not isinstance(node, DictConfig):
+        return None
+    for name, item in value.items():
+        if str(name) not in _names(node):
+            return _unknown_key(line, str(name), path, node)
+        if problem := _unknown_inside(line, item, f"{path}.{name}", _peek(node, str(name))):
+            return problem
+    return None
+
+
+def _unknown_key(line: str | None, part: str, above: str, node: DictConfig) -> str:
+    known = [name for name in _names(node) if not name.startswith("_") and (above or name != "hydra")]
+    rule = f"{line}: {above or 'the configuration'} has no key {part!r}"
+    near, fix = nearest(part, known), f"it has {', '.join(known) or 'none'}"
+    if "_target_" in node and not near:
+        fix += f"; other arguments of {node['_target_']} take a +, as in +{line}"
+    return f"{rule}{near}; {fix}"

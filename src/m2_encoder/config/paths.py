@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+LAST_CHECKPOINT: Final = "checkpoints/last.ckpt"
+"""In a run's folder: the newest training state."""
 
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 

@@ -15,21 +15,18 @@ from typing import Any, Final
 import torch
 
 from m2_encoder.config.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
-from m2_encoder.config.known import Known, count_devices, count_ranks, make_problem, run_check
-from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
+from m2_encoder.config.known import Known, count_devices, count_ranks, run_check
+from m2_encoder.config.model_choice import build_tokenizer, takes_files
 from m2_encoder.config.objective_relations import OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS
 from m2_encoder.config.objective_trial import TRIAL_CHECKS
-from m2_encoder.config.paths import anchor, default_run_folder
-from m2_encoder.config.rules import Problem
-from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
-from m2_encoder.config.task_relations import TASK_CHECKS, TASK_PLACE_CHECKS
+from m2_encoder.config.paths import LAST_CHECKPOINT, anchor, default_run_folder
+from m2_encoder.config.problems import find_problems
+from m2_encoder.config.task_relations import TASK_CHECKS
 from m2_encoder.data.emoji.dataset import load_emoji_concepts
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import divisors, resolve_group_size
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
-from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
-from m2_encoder.runs.resume_relations import RESUME_CHECKS, find_resumed
 
 MAX_CPU_RANKS: Final = 8
 _EMOJI_TARGET: Final = "m2_encoder.data.emoji.emoji_module.EmojiDataModule"
@@ -38,7 +35,6 @@ _FSDP_TARGET: Final = "m2_encoder.strategies.grouped_fsdp.GroupedFSDPStrategy"
 _FSDP_PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true", "16-true", "32", "bf16", 32)
 _MUON_TARGET: Final = "m2_encoder.training.optim.build_muon"
 _GPU_PRECISIONS: Final = ("16-mixed", "16-true", "16", 16)
-_SHAPE_FIELDS: Final = tuple(field for field in MODEL_FIELDS if field not in REAL_MODEL_FIELDS)
 
 
 def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machine: bool = True) -> list[Problem]:
@@ -63,14 +59,14 @@ def _check_heads(known: Known) -> Iterator[Problem]:
     width, heads = _size(known, "embed_dim"), _size(known, "num_heads")
     if width % heads:
         fix = f"for example model.embed_dim={_multiple(width, heads)}"
-        yield make_problem("model.embed_dim", width, f"must be a multiple of model.num_heads={heads}", fix)
+        yield Problem("model.embed_dim", width, f"must be a multiple of model.num_heads={heads}", fix)
 
 
 def _check_patches(known: Known) -> Iterator[Problem]:
     image, patch = _size(known, "image_size"), _size(known, "patch_size")
     if image % patch:
         fix = f"for example model.image_size={_multiple(image, patch)}"
-        yield make_problem("model.image_size", image, f"must be a multiple of model.patch_size={patch}", fix)
+        yield Problem("model.image_size", image, f"must be a multiple of model.patch_size={patch}", fix)
 
 
 def _check_context(known: Known) -> Iterator[Problem]:
@@ -78,14 +74,14 @@ def _check_context(known: Known) -> Iterator[Problem]:
     if not 2 <= context <= longest:
         rule = f"must be in 2..{longest} (model.num_text_positions - {NUM_RESERVED_POSITIONS})"
         fix = f"for example model.context_length={max(2, longest)}"
-        yield make_problem("model.context_length", context, rule, fix)
+        yield Problem("model.context_length", context, rule, fix)
 
 
 def _check_weights(known: Known) -> Iterator[Problem]:
     weights = known("model.weights", None)
     if weights is not None and not weights.startswith(("http://", "https://")) and not anchor(weights).is_file():
         fix = "give the path of a checkpoint, or null to train from scratch"
-        yield make_problem("model.weights", weights, "no such file", fix)
+        yield Problem("model.weights", weights, "no such file", fix)
 
 
 def _check_tokenizer(known: Known) -> Iterator[Problem]:
@@ -93,21 +89,20 @@ def _check_tokenizer(known: Known) -> Iterator[Problem]:
     try:
         tokenizer = build_tokenizer({"tokenizer": name}, M2EncoderConfig())
     except UserError as error:
-        text = " ".join(str(error).split())
-        yield Problem("model.tokenizer", text if "model.tokenizer=" in text else f"model.tokenizer={name}: {text}")
+        yield Problem("model.tokenizer", name, " ".join(error.text.split()))
         return
     vocab_size = _size(known, "vocab_size")
     if tokenizer.vocab_size > vocab_size:
         rule = f"must be at least {tokenizer.vocab_size}, the pieces of model.tokenizer={name}"
         fix = f"for example model.vocab_size={tokenizer.vocab_size}, or give another tokenizer"
-        yield make_problem("model.vocab_size", vocab_size, rule, fix)
+        yield Problem("model.vocab_size", vocab_size, rule, fix)
 
 
 def _check_steps(known: Known) -> Iterator[Problem]:
     warmup, steps = known("scheduler.warmup_steps"), known("trainer.max_steps")
     if warmup > steps:
         fix = f"for example scheduler.warmup_steps={steps // 10}"
-        yield make_problem("scheduler.warmup_steps", warmup, f"must be in 0..trainer.max_steps={steps}", fix)
+        yield Problem("scheduler.warmup_steps", warmup, f"must be in 0..trainer.max_steps={steps}", fix)
 
 
 def _check_devices(known: Known) -> Iterator[Problem]:
@@ -117,32 +112,28 @@ def _check_devices(known: Known) -> Iterator[Problem]:
     gpus = torch.cuda.device_count()
     if accelerator in {"gpu", "cuda"} and not gpus:
         fix = "use trainer.accelerator=cpu or auto"
-        yield make_problem(
-            "trainer.accelerator", accelerator, "must be a device of this machine, which has no GPU", fix
-        )
+        yield Problem("trainer.accelerator", accelerator, "must be a device of this machine, which has no GPU", fix)
         return
     on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0)
     available = gpus if on_gpu else max(MAX_CPU_RANKS, os.cpu_count() or 1)
     wanted = max(devices) + 1 if isinstance(devices, list) else count_devices(devices, available)
     if wanted > available:
         what = f"the {available} GPU(s) of this machine" if on_gpu else f"{available} processes on this machine's CPU"
-        yield make_problem(
-            "trainer.devices", devices, f"must not exceed {what}", f"for example trainer.devices={available}"
-        )
+        yield Problem("trainer.devices", devices, f"must not exceed {what}", f"for example trainer.devices={available}")
     if not on_gpu and known("trainer.precision", None) in _GPU_PRECISIONS:
         fix = "use trainer.precision=bf16-mixed or 32-true"
-        yield make_problem("trainer.precision", known("trainer.precision"), "must be one that the CPU can compute", fix)
+        yield Problem("trainer.precision", known("trainer.precision"), "must be one that the CPU can compute", fix)
 
 
 def _check_ranks(known: Known) -> Iterator[Problem]:
     ranks = count_ranks(known)
     if ranks > 1 and known("strategy._target_", None) == _SINGLE_TARGET:
         rule = f"must be one that lets ranks cooperate: there are {ranks} (trainer.devices x trainer.num_nodes)"
-        yield make_problem("strategy", "single", rule, "use strategy=ddp or grouped_ddp, or trainer.devices=1")
+        yield Problem("strategy", "single", rule, "use strategy=ddp or grouped_ddp, or trainer.devices=1")
     batch = known("data.global_batch_size")
     if batch % ranks:
         fix = f"for example data.global_batch_size={_multiple(batch, ranks)}"
-        yield make_problem("data.global_batch_size", batch, f"must be a multiple of the {ranks} ranks", fix)
+        yield Problem("data.global_batch_size", batch, f"must be a multiple of the {ranks} ranks", fix)
 
 
 def _check_groups(known: Known) -> Iterator[Problem]:
@@ -156,7 +147,7 @@ def _check_groups(known: Known) -> Iterator[Problem]:
             group_nodes=nodes,
         )
     except UserError as error:
-        yield Problem("strategy.group_size" if nodes is None else "strategy.group_nodes", str(error))
+        yield from find_problems(error)
 
 
 def _check_micro_batches(known: Known) -> Iterator[Problem]:
@@ -165,7 +156,7 @@ def _check_micro_batches(known: Known) -> Iterator[Problem]:
     if rows % pieces:
         fits = max(d for d in divisors(rows) if d < pieces)
         rule = f"must divide the {rows} rows of a rank (data.global_batch_size={batch} over {ranks} rank(s))"
-        yield make_problem("strategy.micro_batches", pieces, rule, f"for example strategy.micro_batches={fits}")
+        yield Problem("strategy.micro_batches", pieces, rule, f"for example strategy.micro_batches={fits}")
 
 
 def _check_sharding(known: Known) -> Iterator[Problem]:
@@ -173,31 +164,31 @@ def _check_sharding(known: Known) -> Iterator[Problem]:
         return
     if known("optimizer._target_", None) == _MUON_TARGET:
         rule = "must be one that needs no whole matrices, which strategy=grouped_fsdp splits over ranks"
-        yield make_problem("optimizer", "muon", rule, "use optimizer=adamw, or strategy=grouped_ddp")
+        yield Problem("optimizer", "muon", rule, "use optimizer=adamw, or strategy=grouped_ddp")
     if (precision := known("trainer.precision", "32-true")) not in _FSDP_PRECISIONS:
         rule = f"must be one of {', '.join(map(str, _FSDP_PRECISIONS[:4]))} with strategy=grouped_fsdp"
-        yield make_problem("trainer.precision", precision, rule, "use trainer.precision=bf16-mixed")
+        yield Problem("trainer.precision", precision, rule, "use trainer.precision=bf16-mixed")
     if count_ranks(known) > 1 and (chunk := known("data.eval_batch_size", 2)) < 2:
         rule = "must be 2 or more with strategy=grouped_fsdp, whose ranks must all encode the same number of batches"
-        yield make_problem("data.eval_batch_size", chunk, rule, "for example data.eval_batch_size=256")
+        yield Problem("data.eval_batch_size", chunk, rule, "for example data.eval_batch_size=256")
 
 
 def _check_cluster(known: Known) -> Iterator[Problem]:
     cluster, nodes = known("cluster.name"), known("trainer.num_nodes")
     if cluster == "local" and nodes > 1:
         fix = "use cluster=slurm or cluster=torchrun, or trainer.num_nodes=1"
-        yield make_problem("trainer.num_nodes", nodes, "must be 1 with cluster=local, which is this machine", fix)
+        yield Problem("trainer.num_nodes", nodes, "must be 1 with cluster=local, which is this machine", fix)
     if cluster == "slurm" and shutil.which("srun") is None:
-        yield make_problem("cluster", "slurm", "there is no srun on this machine", "start from a SLURM login node")
+        yield Problem("cluster", "slurm", "there is no srun on this machine", "start from a SLURM login node")
     if cluster != "torchrun":
         return
     started = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
     if started is None:
         fix = "torchrun --nproc-per-node=N -m m2_encoder.cli.train ..., or cluster=local"
-        yield make_problem("cluster", "torchrun", "must be started by torchrun", fix)
+        yield Problem("cluster", "torchrun", "must be started by torchrun", fix)
     elif started != str(count_ranks(known)):
         rule = f"must give the {started} ranks that torchrun started, times trainer.num_nodes={nodes}"
-        yield make_problem("trainer.devices", known("trainer.devices"), rule, "make both the same")
+        yield Problem("trainer.devices", known("trainer.devices"), rule, "make both the same")
 
 
 def _check_training_set(known: Known) -> Iterator[Problem]:
@@ -208,45 +199,23 @@ def _check_training_set(known: Known) -> Iterator[Problem]:
     size = sum(style != heldout for concept in concepts for style in concept.styles)
     if batch > size:
         fix = "for example data.global_batch_size=256"
-        yield make_problem("data.global_batch_size", batch, f"must not exceed the {size} training samples", fix)
+        yield Problem("data.global_batch_size", batch, f"must not exceed the {size} training samples", fix)
 
 
 def _check_folders(known: Known) -> Iterator[Problem]:
     for key in ("run.folder", "data.folder"):
         if (value := known(key, None)) is not None and (reason := _unusable(anchor(value))):
-            yield make_problem(key, value, reason, "give a folder that you may write to")
+            yield Problem(key, value, reason, "give a folder that you may write to")
     name, resume = known("run.name"), known("run.resume")
     folder = default_run_folder({"run": {"name": name, "folder": known("run.folder")}})
     if not is_first_rank() or _unusable(folder):
         return  # the first rank decides, before the others start
     if resume == "never" and _has_run(folder):
         fix = f"continue it with run.resume=auto, give another run.name, or delete {folder}"
-        yield make_problem("run.name", name, f"{folder} holds a run already", fix)
+        yield Problem("run.name", name, f"{folder} holds a run already", fix)
     if resume == "must" and not (folder / LAST_CHECKPOINT).is_file():
         fix = "give the run.name of a run with a checkpoint, or run.resume=auto to start it if there is none"
-        yield make_problem("run.resume", resume, f"there is no {folder / LAST_CHECKPOINT}", fix)
-
-
-def _check_resumed_model(known: Known) -> Iterator[Problem]:
-    if (folder := find_resumed(known)) is None:
-        return
-    try:
-        saved = read_config(folder / CONFIG_FILE)
-        before = build_model_config(saved["model"]).to_dict()
-    except (UserError, KeyError, TypeError) as error:
-        fix = "restore the file, or start again with another run.name"
-        yield make_problem("run.resume", known("run.resume"), f"cannot read {folder / CONFIG_FILE} ({error})", fix)
-        return
-    if (saved.get("task") is None) != (known("task", None) is None):
-        what = "an encoder" if saved.get("task") is None else "a visual tokenizer"
-        yield make_problem("run.name", known("run.name"), f"its run trains {what}", "give another run.name")
-        return
-    for field in _SHAPE_FIELDS:
-        if (value := _size(known, field)) != before[field]:
-            fix = "leave it out, or give another run.name"
-            yield make_problem(
-                f"model.{field}", value, f"must be {before[field]}, as in the run that is continued", fix
-            )
+        yield Problem("run.resume", resume, f"there is no {folder / LAST_CHECKPOINT}", fix)
 
 
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
@@ -269,15 +238,11 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     *DATA_CHECKS,
     *DATA_PLACE_CHECKS,
     *TASK_CHECKS,
-    *TASK_PLACE_CHECKS,
     _check_folders,
-    _check_resumed_model,
-    *RESUME_CHECKS,
 )
 
 _MACHINE_CHECKS: Final = (
-    _check_devices, _check_cluster, *OBJECTIVE_PLACE_CHECKS, *DATA_PLACE_CHECKS, *TASK_PLACE_CHECKS,
-    _check_resumed_model, *RESUME_CHECKS,
+    _check_devices, _check_cluster, *OBJECTIVE_PLACE_CHECKS, *DATA_PLACE_CHECKS,
 )  # fmt: skip
 
 

@@ -9,14 +9,12 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
+from m2_encoder.config.check import check_targets, read_parameters
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.relations import check_relations
-from m2_encoder.config.rules import Problem, check_rules
-from m2_encoder.config.schema import TRAIN_RULES, check_shape
-from m2_encoder.config.signatures import check_targets
-from m2_encoder.data.images.transforms import TrainTransform
-from m2_encoder.errors import UserError
+from m2_encoder.config.schema import Trainer, check_shape
+from m2_encoder.errors import Problem, UserError
 
 GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "data": ("tokenizer", "image_size", "seed", "max_steps"),
@@ -31,61 +29,43 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
 }
 """By node, what the command passes itself when it builds the object."""
 
+_NODES_OF_LIGHTNING: Final = ("callbacks", "data", "evaluation", "strategy", "task", "trainer")
 
-def validate_train(cfg: dict[str, Any], *, trusted: Collection[str] = (), on_this_machine: bool = True) -> list[str]:
+
+def validate_train(
+    cfg: dict[str, Any], *, changed: Collection[str] | None = None, on_this_machine: bool = True
+) -> list[Problem]:
     """Everything that is wrong with a composed configuration of `m2-train`.
 
     Args:
         cfg: plain containers, as `config.compose` makes them.
-        trusted: nodes at the top that are not compared with the signatures of their targets; see `check_late`.
+        changed: keys that have other values than shipped files; what that leaves to `check_late` is not looked at. None
+            to check everything.
         on_this_machine: also ask whether this machine has what the run needs.
 
     Returns:
-        One line per problem, `key=value: rule; fix`; empty when training can start.
+        One per mistake; empty when training can start.
     """
-    problems = check_shape(cfg)
-    problems += check_rules(cfg, TRAIN_RULES)
-    reported = {problem.key for problem in problems}
+    trusted = _find_trusted(changed)
     compared = {key: node for key, node in cfg.items() if key not in trusted}
-    problems += check_targets(compared, given=GIVEN_ARGUMENTS, skip=reported.__contains__)
-    reported = {problem.key for problem in problems}
-    problems += _try_transform(cfg, reported)
-    reported = {problem.key for problem in problems}
-    problems += check_relations(cfg, reported, on_this_machine=on_this_machine)
-    return [problem.text for problem in problems]
+    found: dict[str, Problem] = {}
+    for problem in (*check_shape(cfg), *check_targets(compared, given=GIVEN_ARGUMENTS)):
+        found.setdefault(problem.key, problem)
+    return [*found.values(), *check_relations(cfg, set(found), on_this_machine=on_this_machine)]
 
 
-def check_late(cfg: Mapping[str, Any], nodes: Collection[str]) -> list[str]:
-    """What is wrong with nodes that `validate_train` trusted, because a look at their targets imports Lightning."""
-    compared = {key: node for key, node in cfg.items() if key in nodes}
-    return [problem.text for problem in check_targets(compared, given=GIVEN_ARGUMENTS, skip=lambda _: False)]
+def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> list[Problem]:
+    """What is wrong with nodes that `validate_train` trusted."""
+    trusted = _find_trusted(changed)
+    return list(check_targets({key: node for key, node in cfg.items() if key in trusted}, given=GIVEN_ARGUMENTS))
 
 
-def _try_transform(cfg: Mapping[str, Any], reported: set[str]) -> list[Problem]:
-    """The transform checks its own arguments and costs nothing: each is tried alone, so that all mistakes show."""
-    data = cfg.get("data")
-    node = data.get("transform") if isinstance(data, Mapping) else None
-    if not isinstance(node, Mapping) or not str(node.get("_target_")).endswith(
-        (".TrainTransform", ".TensorTrainTransform")
-    ):
-        return []
-    problems = []
-    for name, value in node.items():
-        key = f"data.transform.{name}"
-        if not name.startswith("_") and key not in reported:
-            message = _error_of_transform(name, value)
-            if message is not None:
-                problems.append(Problem(key, message if message.startswith(key) else f"{key}={value}: {message}"))
-    return problems
-
-
-def _error_of_transform(name: str, value: Any) -> str | None:
-    try:
-        TrainTransform(64, **{name: value})
-    except UserError as error:
-        message = " ".join(str(error).split())
-        return f"data.transform.{message}" if message.startswith(f"{name}=") else message
-    return None
+def _find_trusted(changed: Collection[str] | None) -> set[str]:
+    """Nodes of which the targets need Lightning, and the values are as shipped or have bounds in `schema`."""
+    if changed is None:
+        return set()
+    bounded = {f"trainer.{name}" for name in read_parameters(Trainer)}
+    return set(_NODES_OF_LIGHTNING) - {key.partition(".")[0] for key in changed if key not in bounded}
 
 
 def validate_experiments() -> dict[str, list[str]]:

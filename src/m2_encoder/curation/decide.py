@@ -27,50 +27,29 @@ _ADDED_BY_VERDICTS = ("first_shard", "first_row")
 
 
 class RulesTask(NamedTuple):
-    """Rules for single pairs, for one shard.
-
-    Attributes:
-        output: where the table goes.
-        measured: the shard's measured table.
-        settings: all of them.
-        evaluation: a hash list; None if nothing has to be kept out.
-    """
+    """Rules for single pairs, for one shard."""
 
     output: str
     measured: str
     settings: CurationSettings
-    evaluation: str | None
+    evaluation: str | None  # hash list of the evaluation images, if any
 
 
 class MergeTask(NamedTuple):
-    """What all global rules decided, for one chunk of shards.
+    """What all global rules decided, for one chunk of shards."""
 
-    Attributes:
-        output: a marker, written after the tables.
-        tables: where the table of each shard goes.
-        chunk: shards with the tables of `RulesTask`.
-        verdicts: of each global rule, in order.
-    """
-
-    output: str
-    tables: tuple[str, ...]
+    output: str  # a marker, written after the tables
+    tables: tuple[str, ...]  # where the table of each shard goes
     chunk: Chunk
     verdicts: tuple[Verdicts, ...]
 
 
 class FlagTask(NamedTuple):
-    """Scores to decisions, for one shard.
-
-    Attributes:
-        output: where the table goes.
-        merged: the shard's table so far.
-        scores: the score files of its windows, in order.
-        settings: all of them.
-    """
+    """Scores to decisions, for one shard."""
 
     output: str
-    merged: str
-    scores: tuple[str, ...]
+    merged: str  # the shard's table so far
+    scores: tuple[str, ...]  # the score files of its windows, in order
     settings: CurationSettings
 
 

@@ -30,42 +30,24 @@ _LINE = re.compile(r"(?P<sha>[0-9a-fA-F]{64})(?:\s+(?P<hash>[0-9a-fA-F]{16}|-)\s
 
 
 class EvaluationImages(NamedTuple):
-    """Hashes of all evaluation images.
+    """Hashes of all evaluation images."""
 
-    Attributes:
-        hashes: SHA-256 of files, binary(32).
-        perceptual: hashes of what they look like, (m,) uint64; images without one are left out.
-        colors: mean colours of those, 0xRRGGBB, (m,) uint64.
-    """
-
-    hashes: pa.Array
-    perceptual: npt.NDArray[np.uint64]
-    colors: npt.NDArray[np.uint64]
+    hashes: pa.Array  # SHA-256 of files, binary(32)
+    perceptual: npt.NDArray[np.uint64]  # hashes of what they look like, (m,) uint64; images without one are left out
+    colors: npt.NDArray[np.uint64]  # mean colours of those, 0xRRGGBB, (m,) uint64
 
 
 class HashTask(NamedTuple):
-    """Some files to hash.
+    """Some files to hash."""
 
-    Attributes:
-        output: a hash list, with a line per image.
-        place: what the user named, which they are of.
-        files: hash lists, tars or images.
-        max_pixels: larger images count by their bytes only.
-    """
-
-    output: str
-    place: str
-    files: tuple[str, ...]
+    output: str  # a hash list, with a line per image
+    place: str  # what the user named
+    files: tuple[str, ...]  # hash lists, tars or images
     max_pixels: int
 
 
 def plan_hashes(places: Sequence[str], folder: Path, *, max_pixels: int) -> list[HashTask]:
-    """Tasks that hash everything that is named.
-
-    Args:
-        places: hash lists, tars, or folders of images or tars, sub-folders included.
-        folder: where the outputs go.
-        max_pixels: larger images count by their bytes only.
+    """Tasks that hash all images of hash lists, tars, and folders of images or tars (sub-folders included).
 
     Raises:
         UserError: for a place that does not exist or holds no image.

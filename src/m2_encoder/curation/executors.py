@@ -24,12 +24,7 @@ class Executor(Protocol):
     """Runs tasks. Both methods yield once per finished task: the peak memory of whoever ran it, bytes."""
 
     def run(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[int]:
-        """Run tasks that need nothing but processors.
-
-        Args:
-            function: importable by name.
-            tasks: arguments that pickle.
-        """
+        """Run tasks that need only CPUs; `function` must be importable by name, and the tasks must pickle."""
         ...
 
     def run_model(
@@ -39,14 +34,7 @@ class Executor(Protocol):
         settings: Any,
         tasks: Sequence[Any],
     ) -> Iterator[int]:
-        """Run tasks that are prepared on processors and consumed by a model.
-
-        Args:
-            prepare: as `function` of `run`; its result goes to the consumer.
-            consumer: from `settings` to what takes the results; made once per device.
-            settings: pickles.
-            tasks: arguments of `prepare`.
-        """
+        """Run `prepare` on CPUs and hand each result to `consumer(settings)`, which is made once per device."""
         ...
 
     def close(self) -> None:
@@ -55,10 +43,9 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Processes of this machine; they stay from stage to stage, since to start one takes longer than most tasks.
+    """Processes of this machine, kept from stage to stage because starting one takes longer than most tasks.
 
-    Args:
-        workers: how many; 0 runs everything in this process.
+    `workers=0` runs everything in this process.
     """
 
     def __init__(self, workers: int) -> None:

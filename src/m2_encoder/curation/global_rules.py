@@ -36,12 +36,11 @@ class GlobalRule(NamedTuple):
 
     Attributes:
         reason: its word in reports, and the name of its stages.
-        per_sample: whether it looks at images: a sample takes part once, and falls with all of its captions.
-        keys: from a shard's surviving rows (a table of `_NEEDED`) to `high` and `low` words of the key, and whatever
-            else the judgement needs, (n,) each; several tables follow one another, (T * n,). The last argument is the
-            number of rows of the whole curation.
-        judge: from all rows of some keys, with `place`, to those that fall.
-        is_on: whether settings ask for it.
+        per_sample: whether it looks at images: a sample takes part once, and all its captions are rejected together.
+        keys: from a shard's surviving rows (a table of `_NEEDED`) and the number of rows of the whole curation to
+            `high` and `low` words of the key and what else `judge` needs, (n,) each; several tables follow one another,
+            (T * n,).
+        judge: from all rows of some keys, with `place`, to the rejected ones.
         tables: how many keys a row has.
         rejects: False for a rule that only marks rows: they stay, and get `copied` instead of a reason.
     """
@@ -56,70 +55,40 @@ class GlobalRule(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Neighbouring shards that are processed together.
-
-    Attributes:
-        number: place among the chunks.
-        first: number of its first shard.
-        paths: the tables of its shards, in order.
-    """
+    """Neighbouring shards that are processed together."""
 
     number: int
-    first: int
-    paths: tuple[str, ...]
+    first: int  # number of its first shard
+    paths: tuple[str, ...]  # the tables of its shards, in order
 
 
 class Verdicts(NamedTuple):
-    """Where the verdicts of a rule are.
-
-    Attributes:
-        rule: its reason.
-        paths: a file per partition, with a bucket per chunk.
-    """
+    """Where the verdicts of a rule are."""
 
     rule: str
-    paths: tuple[str, ...]
+    paths: tuple[str, ...]  # a file per partition, with a bucket per chunk
 
 
 class SpillTask(NamedTuple):
-    """First pass over a chunk.
+    """First pass over a chunk."""
 
-    Attributes:
-        output: a file with a bucket per partition.
-        rule: its reason.
-        chunk: whose rows.
-        earlier: verdicts of the rules before, in order.
-        partitions: P.
-        rows: of the whole curation.
-        settings: all of them.
-    """
-
-    output: str
+    output: str  # a file with a bucket per partition
     rule: str
     chunk: Chunk
-    earlier: tuple[Verdicts, ...]
-    partitions: int
-    rows: int
+    earlier: tuple[Verdicts, ...]  # verdicts of the rules before, in order
+    partitions: int  # P
+    rows: int  # of the whole curation
     settings: CurationSettings
 
 
 class JudgeTask(NamedTuple):
-    """Second pass over a partition.
+    """Second pass over a partition."""
 
-    Attributes:
-        output: a file with a bucket per chunk: `place` of rows that fall, and `first`, the place that they repeat.
-        rule: its reason.
-        spills: the files of all chunks.
-        partition: which bucket of them.
-        chunk_starts: number of the first shard of each chunk.
-        settings: all of them.
-    """
-
-    output: str
+    output: str  # a file with a bucket per chunk: `place` of rejected rows, and `first`, the place that they repeat
     rule: str
     spills: tuple[str, ...]
-    partition: int
-    chunk_starts: tuple[int, ...]
+    partition: int  # which bucket of them
+    chunk_starts: tuple[int, ...]  # number of the first shard of each chunk
     settings: CurationSettings
 
 
@@ -157,13 +126,7 @@ def read_verdicts(verdicts: Verdicts, chunk: int) -> Nearest:
 
 
 def fallen(sample: npt.NDArray[Any], number: int, rule: GlobalRule, verdict: Nearest) -> tuple[Bools, Columns]:
-    """Which rows of a shard fall by a rule.
-
-    Args:
-        sample: the shard's column, (n,).
-        number: of the shard.
-        rule: whose verdict it is.
-        verdict: of the shard's chunk, in the order of places.
+    """Which rows of a shard a rule rejects; `verdict` is that of the shard's chunk, in the order of places.
 
     Returns:
         Mask, (n,), and for the rows in it `shard` and `row` of what they repeat, (n,), 0 elsewhere.

@@ -28,29 +28,17 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class ImageMeasure(NamedTuple):
-    """One image.
+    """One image."""
 
-    Attributes:
-        image_hash: SHA-256 of its bytes, 32 bytes.
-        width: pixels.
-        height: pixels.
-        perceptual_hash: 64 bits; None for a plain area, which looks like every other one.
-        mean_color: red, green and blue as 0xRRGGBB.
-    """
-
-    image_hash: bytes
-    width: int
-    height: int
-    perceptual_hash: int | None
-    mean_color: int
+    image_hash: bytes  # SHA-256 of its bytes, 32 bytes
+    width: int  # pixels
+    height: int  # pixels
+    perceptual_hash: int | None  # 64 bits; None for a plain area, which looks like every other one
+    mean_color: int  # red, green and blue as 0xRRGGBB
 
 
 def measure_image(content: bytes, *, max_pixels: int) -> ImageMeasure:
     """Decode an image and measure it; JPEGs are decoded at a fraction of their size where that is enough.
-
-    Args:
-        content: an image file.
-        max_pixels: larger ones are not decoded.
 
     Raises:
         SampleProblem: empty_member, undecodable_image or too_many_pixels.

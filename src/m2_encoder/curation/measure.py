@@ -20,15 +20,9 @@ _UNDECLARED: Final = "?"  # no language: who says none gets the one that is dete
 
 
 class MeasureTask(NamedTuple):
-    """A shard to read.
+    """A shard to read."""
 
-    Attributes:
-        output: where the table goes; `tables.MEASURED` with notes `rows`, `samples`, `fault`.
-        shard: what to read.
-        max_pixels: larger images are not decoded.
-    """
-
-    output: str
+    output: str  # where the table goes; `tables.MEASURED` with notes `rows`, `samples`, `fault`
     shard: Shard
     max_pixels: int
 

@@ -29,15 +29,10 @@ _TARGET_BUCKET = 16  # rows that meet by accident in a bucket, at most
 
 
 class Nearest(NamedTuple):
-    """Rows with an earlier near one.
+    """Rows with an earlier near one."""
 
-    Attributes:
-        place: of the rows, (n,).
-        first: the earliest place that each is near to, (n,).
-    """
-
-    place: UInts
-    first: UInts
+    place: UInts  # of the rows, (n,)
+    first: UInts  # the earliest place that each is near to, (n,)
 
 
 def band_masks(distance: int, rows: int) -> list[int]:
@@ -67,7 +62,7 @@ def find_earlier(
     """For rows of buckets, the earliest row of the same bucket that each is near to.
 
     Args:
-        bucket: (n,); a row that is in several buckets is there several times.
+        bucket: (n,); a row of several buckets occurs several times.
         hashes: perceptual hashes, (n,).
         colors: mean colours 0xRRGGBB, (n,).
         place: order of the rows, (n,); equal for copies of a row.
@@ -99,16 +94,7 @@ def earliest(place: UInts, first: UInts) -> Nearest:
 def is_near_any(
     hashes: UInts, colors: UInts, known: UInts, known_colors: UInts, *, distance: int, tolerance: int
 ) -> Bools:
-    """Which hashes are near to one of a list, (n,).
-
-    Args:
-        hashes: (n,).
-        colors: (n,), as in `find_earlier`.
-        known: the list, (m,).
-        known_colors: (m,).
-        distance: bits that may differ.
-        tolerance: difference of each colour channel.
-    """
+    """Which hashes (n,) are near to one of the known ones (m,): a mask, (n,)."""
     found = np.zeros(len(hashes), dtype=bool)
     masks = band_masks(distance, len(known))
     for keys, known_keys in zip(band_keys(hashes, masks), band_keys(known, masks), strict=True):

@@ -22,16 +22,7 @@ DECISIONS: Final = "decisions"
 
 
 class OutputFolder:
-    """An output folder for one set of settings and shards.
-
-    Args:
-        path: the folder.
-        fingerprint: of everything that decides the result.
-
-    Attributes:
-        path: the folder, absolute.
-        fingerprint: as given.
-    """
+    """The output folder of one set of settings and shards; `fingerprint` hashes all that decides the result."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path = path.absolute()
@@ -41,8 +32,8 @@ class OutputFolder:
         """Make the folder, or take over what an earlier run left.
 
         Returns:
-            The report if the same curation is finished already, else None. One that only decided is finished for
-            those who want no more (`write` False), and gives way to any other.
+            The report if the same curation is finished already, else None. A finished decision without written shards
+                counts only for `write=False`.
 
         Raises:
             UserError: if the folder holds other files, or another finished curation and `overwrite` is False.
@@ -96,12 +87,7 @@ class OutputFolder:
         return self.path / WORK / f"{name}-{key}"
 
     def keep_only(self, tars: Sequence[str], markers: Sequence[Path]) -> None:
-        """Remove shards that no marker vouches for, such as those of an interrupted run with other settings.
-
-        Args:
-            tars: the shards that will be written, `<source>/<number>.tar`.
-            markers: of each, present if it was written; all in the folder of a stage `write`.
-        """
+        """Remove the shards whose marker is missing, such as those of an interrupted run with other settings."""
         # Markers of other settings vouch for shards that bear the same names: they go before any shard changes.
         for folder in (self.path / WORK).glob("write-*"):
             if folder not in {marker.parent for marker in markers}:

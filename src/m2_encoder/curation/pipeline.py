@@ -38,34 +38,21 @@ Progress = Callable[[str, int, int], None]
 
 
 class StageStats(NamedTuple):
-    """What a stage cost.
-
-    Attributes:
-        stage: its name.
-        tasks: how many it has.
-        done_before: how many of them an earlier run had finished.
-        seconds: wall time.
-        peak_bytes: the most memory that one of its processes has held since it started.
-    """
+    """What a stage cost."""
 
     stage: str
     tasks: int
-    done_before: int
+    done_before: int  # how many of them an earlier run had finished
     seconds: float
-    peak_bytes: int
+    peak_bytes: int  # the most memory that one of its processes has held since it started
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curation:
-    """What `curate` did.
+    """What `curate` did."""
 
-    Attributes:
-        report: what was kept and what fell.
-        stages: what each stage cost; empty if everything was there already.
-    """
-
-    report: Report
-    stages: tuple[StageStats, ...]
+    report: Report  # what was kept and what fell
+    stages: tuple[StageStats, ...]  # what each stage cost; empty if everything was there already
 
 
 def curate(
@@ -329,13 +316,7 @@ class _Run:
 
 
 def make_chunks(paths: Sequence[Path], rows: Sequence[int], most: int) -> list[Chunk]:
-    """Cut the shards into runs of at most so many rows; a larger shard is a chunk of its own.
-
-    Args:
-        paths: tables of all shards, in order.
-        rows: of each.
-        most: rows of a chunk.
-    """
+    """Cut the shards into runs of at most so many rows; a larger shard is a chunk of its own."""
     starts, held = [0], 0
     for number, count in enumerate(rows):
         if held and held + count > most:

@@ -46,13 +46,7 @@ def build_report(
 ) -> Report:
     """Sum up the counts that the tables of decisions carry.
 
-    Args:
-        shards: that were read.
-        decided: the table of each.
-        written: shards that were written, `<source>/<number>.tar`, with `samples`, `pairs` and `bytes`.
-        identity: what decides the result.
-        fingerprint: of it.
-        is_written: False if the shards are still to be written.
+    `written` maps `<source>/<number>.tar` to its `samples`, `pairs` and `bytes`.
     """
     sources: dict[str, dict[str, Any]] = {}
     for shard, path in zip(shards, decided, strict=True):

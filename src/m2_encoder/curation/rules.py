@@ -80,13 +80,8 @@ def check_language(
 ) -> pa.RecordBatch:
     """Add `detected`, `confidence` and `language`; reject what is in other languages.
 
-    Args:
-        batch: with `text` and `declared`.
-        allowed: languages to keep, whatever is declared; None for all. Captions without letters pass.
-        detector: see `text_columns.detect_language`.
-        min_confidence: see there.
-        mismatch: "keep" files captions where they are declared to belong; "drop" rejects those that are detected to
-            be in another language; "relabel" files them there, if it is one of `m2_encoder.types.LANGUAGES`.
+    `mismatch="keep"` files a caption under its declared language, "drop" rejects it, "relabel" files it under the
+    detected one if that is in `m2_encoder.types.LANGUAGES`. Captions without letters pass.
     """
     detected, confidence = detect_language(batch.column("text"), detector=detector, min_confidence=min_confidence)
     declared = batch.column("declared")
@@ -110,11 +105,6 @@ def check_lengths(
 ) -> pa.RecordBatch:
     """Add `characters` and `words`; reject captions outside the limits of their language.
 
-    Args:
-        batch: with `text`, `language` and `role`.
-        limits: by language.
-        exempt_roles: roles whose captions pass.
-
     Reference: M2-Encoder (arXiv:2401.15896), texts shorter than 5 characters; the limits per language are ours.
     """
     text, language = batch.column("text"), batch.column("language")
@@ -134,10 +124,7 @@ def check_lengths(
 def check_shape(batch: pa.RecordBatch, *, max_aspect_ratio: float | None, min_side_px: int | None) -> pa.RecordBatch:
     """Add `aspect_ratio` and `min_side`; reject long and small images.
 
-    Args:
-        batch: with `width` and `height`.
-        max_aspect_ratio: longer side over shorter side, inclusive.
-        min_side_px: pixels, inclusive.
+    Both limits are inclusive; the ratio is longer side over shorter side.
 
     Reference: M2-Encoder (arXiv:2401.15896), aspect ratio above 3; DataComp (arXiv:2304.14108), side below 200.
     """
@@ -161,11 +148,8 @@ def check_evaluation(
 ) -> pa.RecordBatch:
     """Add `evaluation`; reject images that are evaluation images, or look like one.
 
-    Args:
-        batch: with `image_hash`, `perceptual_hash` and `mean_color`.
-        images: of the evaluation sets.
-        distance: bits of the perceptual hash that may differ; None compares bytes only.
-        tolerance: difference of each channel of the mean colour.
+    `distance` counts bits of the perceptual hash (None compares bytes only); `tolerance` is per channel of the mean
+    colour.
     """
     found = pc.is_in(batch.column("image_hash"), value_set=images.hashes)
     if distance is not None and len(images.perceptual):
@@ -187,11 +171,6 @@ def check_evaluation(
 def check_score(batch: pa.RecordBatch, *, drop_below: float | None, rewrite_below: float | None) -> pa.RecordBatch:
     """Add `rewrite`, the flag of captions that a captioner should write anew; reject those with a lower score.
 
-    Args:
-        batch: with `score`; null for a kept pair if its image turned out not to be decodable.
-        drop_below: cosine; None rejects nothing.
-        rewrite_below: cosine; None flags nothing.
-
     Reference: M2-Encoder (arXiv:2401.15896), captions with a CLIP score below 0.25 are rewritten.
     """
     score = pc.cast(batch.column("score"), pa.float64())
@@ -203,13 +182,7 @@ def check_score(batch: pa.RecordBatch, *, drop_below: float | None, rewrite_belo
 
 
 def reject(batch: pa.RecordBatch, failed: Any, reason: str) -> pa.RecordBatch:
-    """Reject rows, the ones rejected before left as they are.
-
-    Args:
-        batch: with `keep` and `reason`.
-        failed: boolean array; null is false.
-        reason: one word.
-    """
+    """Reject the rows of the mask `failed` (null is false); rows rejected before keep their reason."""
     newly = pc.and_(batch.column("keep"), pc.fill_null(failed, False))
     keep = pc.and_(batch.column("keep"), pc.invert(newly))
     return _add(batch, keep=keep, reason=pc.if_else(newly, reason, batch.column("reason")))

@@ -32,21 +32,11 @@ _COLUMNS = ("sample", "keep", "text", "image_offset", "image_size")
 
 
 class ScoreTask(NamedTuple):
-    """A window of a shard.
+    """A window of a shard."""
 
-    Attributes:
-        output: a table with the column `score`, (n,) float32, null for rejected rows.
-        decided: the shard's decisions so far.
-        shard: where the images are.
-        start: first row.
-        stop: behind the last row.
-        image_size: S, of the model.
-        max_pixels: larger images are not decoded.
-    """
-
-    output: str
-    decided: str
-    shard: Shard
+    output: str  # a table with the column `score`, (n,) float32, null for rejected rows
+    decided: str  # the shard's decisions so far
+    shard: Shard  # where the images are
     start: int
     stop: int
     image_size: int
@@ -57,7 +47,6 @@ class Window(NamedTuple):
     """A decoded window.
 
     Attributes:
-        output: as in the task.
         num_rows: n.
         rows: which rows are scored; kept ones are missing if their image cannot be decoded after all.
         image_of_row: place in `images` of each of them.
@@ -74,11 +63,7 @@ class Window(NamedTuple):
 
 
 def image_size_of(settings: ScoreSettings) -> int:
-    """S of the model, without loading its weights.
-
-    Raises:
-        UserError: for an unknown model.
-    """
+    """S of the model, without loading its weights."""
     folder = Path(settings.model)
     config = read_exported(folder).config if folder.is_dir() else M2EncoderConfig.from_name(settings.model)
     return config.image_size
@@ -113,9 +98,6 @@ def prepare_window(task: ScoreTask) -> Window:
 
 class Scorer:
     """Holds the model and scores windows.
-
-    Args:
-        settings: which model, where.
 
     Raises:
         UserError: if the model cannot be loaded.

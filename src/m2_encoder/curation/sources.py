@@ -15,23 +15,14 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Shard(NamedTuple):
-    """One tar to read.
+    """One tar to read."""
 
-    Attributes:
-        number: place among all shards of the curation; where copies compete, the lowest number wins.
-        source: name of the source it belongs to.
-        language: of captions that declare none; None to detect it.
-        path: absolute.
-        size: bytes.
-        written: time of the last change, ns.
-    """
-
-    number: int
-    source: str
-    language: str | None
+    number: int  # place among all shards of the curation; where copies compete, the lowest number wins
+    source: str  # name of the source it belongs to
+    language: str | None  # of captions that declare none; None to detect it
     path: str
     size: int
-    written: int
+    written: int  # time of the last change, ns
 
     @property
     def stem(self) -> str:

@@ -45,13 +45,7 @@ MEASURED: Final = pa.schema(
 
 
 def write_table(path: Path, table: pa.Table, *, notes: Mapping[str, str] | None = None) -> None:
-    """Write a table to a new Arrow file, compressed.
-
-    Args:
-        path: the file; its folder is made.
-        table: what to write.
-        notes: kept in the file's schema; see `read_notes`.
-    """
+    """Write a table to a new Arrow file, compressed."""
     table = table.replace_schema_metadata({key: str(value) for key, value in (notes or {}).items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     options = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -90,14 +84,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def write_buckets(path: Path, columns: Mapping[str, npt.NDArray[Any]], bucket: npt.NDArray[Any], count: int) -> None:
-    """Write rows so that each bucket can be read alone.
-
-    Args:
-        path: a new file; its folder is made.
-        columns: arrays of equal length.
-        bucket: of each row, 0 .. count - 1.
-        count: how many buckets the file has, empty ones included.
-    """
+    """Write rows sorted by bucket, 0 .. `count` - 1, so that each bucket can be read alone."""
     order = np.argsort(bucket, kind="stable")
     edges = np.searchsorted(bucket[order], np.arange(count + 1))
     sorted_columns = {name: pa.array(values[order]) for name, values in columns.items()}
@@ -109,12 +96,7 @@ def write_buckets(path: Path, columns: Mapping[str, npt.NDArray[Any]], bucket: n
 
 
 def read_bucket(paths: Sequence[Path], number: int) -> dict[str, npt.NDArray[Any]]:
-    """One bucket of several files, one after the other, as arrays.
-
-    Args:
-        paths: at least one file of `write_buckets`.
-        number: of the bucket.
-    """
+    """One bucket of several files, one after the other, as arrays."""
     batches = []
     for path in paths:
         with pa.memory_map(str(path)) as file:

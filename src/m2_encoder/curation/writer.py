@@ -32,33 +32,20 @@ _IDENTITY_BYTES = 12  # of the image's hash: no two of 10^12 different images me
 
 
 class Part(NamedTuple):
-    """Some kept samples of a shard.
-
-    Attributes:
-        shard: where they are.
-        decisions: the shard's decided table.
-        start: the first one, counted among the kept samples.
-        stop: behind the last one.
-    """
+    """Some kept samples of a shard."""
 
     shard: Shard
-    decisions: str
-    start: int
-    stop: int
+    decisions: str  # the shard's decided table
+    start: int  # the first one, counted among the kept samples
+    stop: int  # behind the last one
 
 
 class WriteTask(NamedTuple):
-    """One shard to write.
+    """One shard to write."""
 
-    Attributes:
-        output: a marker with `samples`, `pairs` and `bytes`, written after the tar.
-        tar: the shard.
-        parts: what goes into it, in order.
-    """
-
-    output: str
+    output: str  # a marker with `samples`, `pairs` and `bytes`, written after the tar
     tar: str
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # what goes into it, in order
 
 
 def plan_shards(
@@ -66,9 +53,7 @@ def plan_shards(
 ) -> list[tuple[str, tuple[Part, ...]]]:
     """Which samples go into which new shard: those of a source in their old order, shards filled up.
 
-    Args:
-        decided: old shards with the path of their decisions and how many of their samples are kept.
-        samples_per_shard: of a new shard; the last one of a source holds the rest.
+    `decided` holds old shards with the path of their decisions and the number of their kept samples.
 
     Returns:
         Names `<source>/<number>.tar` with their parts.

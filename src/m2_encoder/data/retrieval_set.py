@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.samples.parse import SampleProblem, SampleText, parse_sample_text
-from m2_encoder.data.shards.index import ShardSize
+from m2_encoder.data.shards.index import IndexHeader
 from m2_encoder.data.shards.reader import SampleBytes, ShardReader
 from m2_encoder.errors import ImageError, UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -165,7 +165,7 @@ def _read_samples(folder: str | os.PathLike[str]) -> Iterator[tuple[str, SampleB
         raise UserError(f"{folder}: no samples in its {len(shards)} tar(s)")
 
 
-def _measure(reader: ShardReader, shard: str) -> ShardSize:
+def _measure(reader: ShardReader, shard: str) -> IndexHeader:
     """What a shard holds, if all of it can be used as far as headers tell."""
     try:
         size, faults = reader.measure(shard), reader.faults(shard)

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning
 import torch
 import torch.distributed as dist
+from annotated_types import Ge
 
+from m2_encoder.bounds import Count, Example, Fraction, Index, KeysOf, Positive, Rule, Text, check_bounds
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.inspect.source_report import SourceReport
@@ -38,6 +40,15 @@ logger = logging.getLogger(__name__)
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 """In the run's folder: what could not be used."""
+
+
+BatchSize = Annotated[int, Ge(2), Example("256")]
+_SOURCES = Rule(
+    lambda sources: any(values is not None for values in sources.values()),
+    "sources by name, each a mapping of keys, or null to leave it out, and at least one not null",
+    "{main: {shards: PATHS}}",
+)
+_FOLDERS = Rule(lambda folders: True, "folders of tars by name", "{my: tars/val}")
 
 
 class WebDatasetModule(lightning.LightningDataModule):
@@ -76,6 +87,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         UserError: for numbers that are too small, or sources that make no sense.
     """
 
+    @check_bounds
     def __init__(
         self,
         *,
@@ -83,43 +95,39 @@ class WebDatasetModule(lightning.LightningDataModule):
         image_size: int,
         seed: int,
         max_steps: int,
-        sources: Mapping[str, Mapping[str, Any] | None],
-        global_batch_size: int,
-        num_workers: int,
+        sources: Annotated[
+            Mapping[str, Mapping[str, Any] | None], _SOURCES, KeysOf(SourceSpec, each=True, given=("name",))
+        ],
+        global_batch_size: BatchSize,
+        num_workers: Annotated[Index, Example("0")],
         captions: CaptionSampler,
         decode: Callable[[bytes], Any],
         transform: Callable[[int], ImageTransform],
-        lanes: int = 64,
-        window: int = 65_536,
+        lanes: Count = 64,
+        window: Count = 65_536,
         keep_decoded: bool = False,
-        check: Mapping[str, int] | None = None,
-        validation: Mapping[str, str] | None = None,
-        eval_batch_size: int = 256,
+        check: Annotated[Mapping[str, Any] | None, KeysOf(StartCheck)] = None,
+        validation: Annotated[Mapping[str, Text] | None, _FOLDERS] = None,
+        eval_batch_size: Count = 256,
         masking: BatchMasking | None = None,
-        cache: Mapping[str, Any] | None = None,
-        max_bad_share: float = 0.05,
-        max_bad_samples: int | None = None,
+        cache: Annotated[Mapping[str, Any] | None, KeysOf(RemoteShards)] = None,
+        max_bad_share: Fraction = 0.05,
+        max_bad_samples: Index | None = None,
         new_segment: bool | None = False,
-        stall_timeout_s: float = STALL_TIMEOUT_S,
+        stall_timeout_s: Positive = STALL_TIMEOUT_S,
         columns: Mapping[str, Column | None] | None = None,
     ) -> None:
         super().__init__()
-        numbers = {"max_steps": max_steps, "global_batch_size": global_batch_size, "eval_batch_size": eval_batch_size}
-        for name, value, least in (*((n, v, 1) for n, v in numbers.items()), ("num_workers", num_workers, 0)):
-            if value < least:
-                raise UserError(f"{name}={value!r} must be {least} or more")
         used = {name: values for name, values in sources.items() if values is not None}
-        if not used:
-            raise UserError("data.sources is empty; name at least one, for example data.sources.main.shards=PATHS")
         self.tokenizer = tokenizer
         self._masking = masking
         self.global_batch_size = global_batch_size
-        self._specs = [SourceSpec.from_config(name, values) for name, values in used.items()]
+        self._specs = [SourceSpec(name, **values) for name, values in used.items()]
         self._image_size, self._seed, self._max_steps = image_size, seed, max_steps
         self._num_workers, self._eval_batch_size = num_workers, eval_batch_size
         self._captions, self._decode, self._transform = captions, decode, transform(image_size)
         self._lanes, self._window, self._keep_decoded = lanes, window, keep_decoded
-        self._check = None if check is None else StartCheck.from_config(check)
+        self._check = None if check is None else StartCheck(**check)
         self._needs = TrainingNeeds(global_batch_size, captions.languages, _limits_of(decode), max_bad_share)
         self._validation = dict(validation or {})
         self._remote = None if cache is None else RemoteShards(**cache)

@@ -73,26 +73,21 @@ def resolve_group_size(
         UserError: if both are given, or the groups would not be equal or would cut a node in an uneven way.
     """
     if group_size is not None and group_nodes is not None:
-        raise UserError(
-            f"strategy.group_nodes={group_nodes}: must be null when strategy.group_size={group_size} is given; "
-            "keep one of the two"
-        )
+        rule = f"must be null when strategy.group_size={group_size} is given; keep one of the two"
+        raise UserError(rule, key="strategy.group_nodes", value=group_nodes)
     if group_nodes is not None:
         nodes = world_size // ranks_per_node
         if not _is_one_of(group_nodes, divisors(nodes)):
-            raise UserError(
-                f"strategy.group_nodes={group_nodes}: must divide the {nodes} node(s); use one of {_listed(nodes)}"
-            )
+            rule = f"must divide the {nodes} node(s); use one of {_listed(nodes)}"
+            raise UserError(rule, key="strategy.group_nodes", value=group_nodes)
         return group_nodes * ranks_per_node
     if group_size is None:
         return world_size
     allowed = group_sizes(world_size=world_size, ranks_per_node=ranks_per_node)
     if not _is_one_of(group_size, allowed):
         whole = "" if ranks_per_node == world_size else f" and lie in one node of {ranks_per_node}, or be whole nodes"
-        raise UserError(
-            f"strategy.group_size={group_size}: must divide the {world_size} rank(s){whole}; "
-            f"use one of {', '.join(map(str, allowed))}"
-        )
+        rule = f"must divide the {world_size} rank(s){whole}; use one of {', '.join(map(str, allowed))}"
+        raise UserError(rule, key="strategy.group_size", value=group_size)
     return group_size
 
 

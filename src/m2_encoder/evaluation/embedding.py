@@ -95,7 +95,7 @@ def embed_images(
         raise ValueError(f"batch_size={batch_size} must be at least 1, num_workers={num_workers} at least 0")
     decoded = _map_ahead(partial(_decode_item, decode), items, num_workers=num_workers, ahead=batch_size)
     with evaluation_mode(model) as device:
-        while batch := _take_batch(decoded, batch_size):
+        while batch := list(itertools.islice(decoded, batch_size)):  # failures count: many in a row are no halt
             good = [(item, result) for item, result in batch if isinstance(result, Tensor)]
             skipped = [Skipped(item.name, reason) for item, reason in batch if isinstance(reason, str)]
             features = torch.empty((0, 0))
@@ -140,11 +140,6 @@ def _decode_item(decode: Callable[[Path], Tensor], item: Item) -> tuple[Item, Te
     except (UserError, OSError) as error:
         reason = " ".join(str(error).split())
         return item, reason.removeprefix(f"{item.content}: ")  # the name is said anyway
-
-
-def _take_batch(decoded: Iterator[tuple[Item, Tensor | str]], batch_size: int) -> list[tuple[Item, Tensor | str]]:
-    """The next items. Failures count, so that a long run of them does not look like a halt."""
-    return list(itertools.islice(decoded, batch_size))
 
 
 def _finish(items: list[Item], features: Tensor, skipped: list[Skipped]) -> EmbeddedBatch:

@@ -68,16 +68,16 @@ def check_feature_path(path: Path, *, overwrite: bool) -> list[str]:
     """What speaks against writing a file of features, one reason each; empty if nothing does."""
     problems = []
     if path.suffix not in SUFFIXES:
-        problems.append(f"{path} must end in {' or '.join(SUFFIXES)}")
+        problems.append(f"must end in {' or '.join(SUFFIXES)}")
     elif path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        problems.append(f"{path} needs pyarrow; install it with pip install 'm2-encoder[parquet]'")
+        problems.append("needs pyarrow; install it with pip install 'm2-encoder[parquet]'")
     if path.is_dir():
-        problems.append(f"{path} is a folder; give the name of a file")
+        problems.append("is a folder; give the name of a file")
     elif path.exists() and not overwrite:
-        problems.append(f"{path} exists; choose another name, or replace it with overwrite=true")
+        problems.append("exists; choose another name, or replace it with overwrite=true")
     folder = next((parent for parent in path.absolute().parents if parent.exists()), Path("/"))
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        problems.append(f"{path} cannot be written: {folder} is no folder that you may write to")
+        problems.append(f"cannot be written: {folder} is no folder that you may write to")
     return problems
 
 
@@ -98,7 +98,7 @@ def open_feature_file(
     """
     problems = check_feature_path(path, overwrite=overwrite)
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError("; ".join(problems), key="output", value=path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     write = _write_parquet if path.suffix == ".parquet" else _write_safetensors
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tables import print_table
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
-from m2_encoder.files import atomic_file
+from m2_encoder.files import write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,9 +62,8 @@ def write_results(folder: Path, results: Mapping[str, TaskResult], summary: Mapp
             draw(folder / name)
             pictures.append(folder / name)
     if markdown := "\n".join(result.markdown for result in results.values() if result.markdown):
-        (folder / TABLE_FILE).write_text(markdown, encoding="utf-8")
-    with atomic_file(folder / SUMMARY_FILE) as path:
-        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(folder / TABLE_FILE, markdown)
+    write_json(folder / SUMMARY_FILE, summary)
     return pictures
 
 
@@ -78,4 +76,4 @@ def print_results(console: Console, results: Mapping[str, TaskResult], context: 
                 console.print(row, soft_wrap=True, highlight=False)
             else:
                 console.print()
-                print_table(console, row, titles=context.titles, num_images=num_images)
+                print_table(console, row, num_images=num_images)

@@ -72,15 +72,12 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
-def print_table(
-    console: Console, table: ResultTable, *, titles: Mapping[str, str], num_images: Mapping[str, int]
-) -> None:
+def print_table(console: Console, table: ResultTable, *, num_images: Mapping[str, int]) -> None:
     """Prints a table; the title of a set is folded beside its rows.
 
     Args:
         console: where to.
         table: what.
-        titles: what a split is called; its name where there is none.
         num_images: by split.
     """
     from rich import box
@@ -106,7 +103,7 @@ def print_table(
         )
     for split, group in itertools.groupby(table.rows, key=lambda row: row.split):
         rows = list(group)
-        lines = textwrap.wrap(titles.get(split, split), _TITLE_WIDTH)
+        lines = textwrap.wrap(split_title(split), _TITLE_WIDTH)
         notes = [*(Text(line, style="bold") for line in lines), Text(f"{num_images[split]:,} images", style="dim")]
         for note, row in itertools.zip_longest(notes, rows):
             shown.add_row(note, *([Text(cell, style="dim" if row.is_dim else "") for cell in row.cells] if row else []))
@@ -154,19 +151,18 @@ def results_table(results: Results) -> ResultTable:
     return ResultTable("Retrieval, percent", [*headings, "\nmean"], rows)
 
 
-def markdown_table(results: Results, *, titles: Mapping[str, str]) -> str:
+def markdown_table(results: Results) -> str:
     """Retrieval for a README or a model card, in percent.
 
     Args:
         results: by split and language.
-        titles: what a split is called; its name where there is none.
     """
     columns = [f"{DIRECTIONS[direction]} R@{k}" for direction, k in _columns(results)]
     header = ["split", "images", "language", *columns, "mean"]
     lines = [header, ["---", "--:", "---"] + ["--:"] * (len(header) - 3)]
     for split, languages in tabulate(results).items():
         number = int(next(iter(results[split].values()))["num_images"])
-        start = [titles.get(split, split), f"{number:,}"]
+        start = [split_title(split), f"{number:,}"]
         for language, values in languages.items():
             mark = "*" if language == CHANCE else ""
             lines.append(
@@ -185,6 +181,11 @@ def _columns(results: Results) -> list[tuple[str, str]]:
         for name in names
         if name.startswith(f"{direction}_r@")
     ]
+
+
+def split_title(split: str) -> str:
+    """What tables and pictures call a split: its title, or its name where there is none."""
+    return SPLIT_TITLES.get(split, split)
 
 
 def format_percent(value: float) -> str:

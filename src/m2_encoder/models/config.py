@@ -13,17 +13,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from m2_encoder.errors import UserError
+from annotated_types import Ge, Gt, Le, Lt
+
+from m2_encoder.bounds import Count, Positive, check_fields, refuse
+from m2_encoder.errors import Problem, UserError
 
 NUM_RESERVED_POSITIONS = 2
 """Rows 0 and 1 of both position tables are never read: token t uses row t + 2."""
-
-_POSITIVE_FIELDS = (
-    "embed_dim", "num_heads", "num_layers", "num_vl_layers", "feature_dim", "image_size", "patch_size",
-    "vocab_size", "context_length", "num_text_positions", "ffn_ratio",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,55 +53,39 @@ class M2EncoderConfig:
     """
 
     name: str = "custom"
-    embed_dim: int = 768
-    num_heads: int = 12
-    num_layers: int = 12
-    num_vl_layers: int = 3
-    feature_dim: int = 768
-    image_size: int = 224
-    patch_size: int = 16
-    vocab_size: int = 21128
-    context_length: int = 52
-    num_text_positions: int = 1024
-    ffn_ratio: int = 4
-    drop_path_rate: float = 0.0
-    layer_norm_eps: float = 1e-5
-    position_init_std: float = 1.0
-    initial_temperature: float = 0.07
+    embed_dim: Count = 768
+    num_heads: Count = 12
+    num_layers: Count = 12
+    num_vl_layers: Count = 3
+    feature_dim: Count = 768
+    image_size: Count = 224
+    patch_size: Count = 16
+    vocab_size: Count = 21128
+    context_length: Count = 52
+    num_text_positions: Count = 1024
+    ffn_ratio: Count = 4
+    drop_path_rate: Annotated[float, Ge(0), Lt(1)] = 0.0
+    layer_norm_eps: Annotated[float, Gt(0), Lt(1)] = 1e-5
+    position_init_std: Positive = 1.0
+    initial_temperature: Annotated[float, Ge(0.01), Le(1)] = 0.07
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{field}={getattr(self, field)!r} must be a positive whole number"
-            for field in _POSITIVE_FIELDS
-            if not _is_whole(getattr(self, field)) or getattr(self, field) < 1
-        ]
-        if not problems:
-            problems += self._relations()
-        if not _is_number(self.drop_path_rate) or not 0 <= self.drop_path_rate < 1:
-            problems.append(f"drop_path_rate={self.drop_path_rate!r} must be in [0, 1)")
-        if not _is_number(self.layer_norm_eps) or not 0 < self.layer_norm_eps < 1:
-            problems.append(f"layer_norm_eps={self.layer_norm_eps!r} must be in (0, 1)")
-        if not _is_number(self.position_init_std) or not self.position_init_std > 0:
-            problems.append(f"position_init_std={self.position_init_std!r} must be above 0")
-        if not _is_number(self.initial_temperature) or not 0.01 <= self.initial_temperature <= 1:
-            problems.append(f"initial_temperature={self.initial_temperature!r} must be in 0.01..1")
-        if problems:
-            raise UserError(f"impossible model configuration {self.name!r}: " + "; ".join(problems))
-
-    def _relations(self) -> list[str]:
+        check_fields(self)
         problems = []
         if self.embed_dim % self.num_heads:
-            problems.append(f"embed_dim={self.embed_dim} must be a multiple of num_heads={self.num_heads}")
+            fit = f"for example embed_dim={_multiple(self.embed_dim, self.num_heads)}"
+            rule = f"must be a multiple of num_heads={self.num_heads}"
+            problems.append(Problem("embed_dim", self.embed_dim, rule, fit))
         if self.image_size % self.patch_size:
-            below = max(1, self.image_size // self.patch_size) * self.patch_size
-            problems.append(
-                f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}, "
-                f"e.g. {below} or {below + self.patch_size}"
-            )
+            fit = f"for example image_size={_multiple(self.image_size, self.patch_size)}"
+            rule = f"must be a multiple of patch_size={self.patch_size}"
+            problems.append(Problem("image_size", self.image_size, rule, fit))
         longest = self.num_text_positions - NUM_RESERVED_POSITIONS
         if not 2 <= self.context_length <= longest:
-            problems.append(f"context_length={self.context_length} must be in 2..{longest} (num_text_positions - 2)")
-        return problems
+            rule = f"must be in 2..{longest} (num_text_positions - {NUM_RESERVED_POSITIONS})"
+            fit = f"for example context_length={max(2, longest)}"
+            problems.append(Problem("context_length", self.context_length, rule, fit))
+        refuse(problems)
 
     @property
     def grid_size(self) -> int:
@@ -173,12 +155,8 @@ class M2EncoderConfig:
         return dataclasses.replace(config, name=_published_name(config) or "official")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _multiple(value: int, of: int) -> int:
+    return max(1, value // of) * of
 
 
 NAME_TO_CONFIG: dict[str, M2EncoderConfig] = {

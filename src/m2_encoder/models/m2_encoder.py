@@ -21,11 +21,11 @@ from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
 from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
 from m2_encoder.models.multiway import MultiwayEncoder
-from m2_encoder.models.selected_tokens import ChosenTokens
+from m2_encoder.models.selected_tokens import SelectedTokens
 from m2_encoder.models.token_prediction import token_cross_entropy
 from m2_encoder.models.trainable_parts import is_part
 from m2_encoder.models.trimming import trim_text
-from m2_encoder.models.unpadded_text import Packing, packs
+from m2_encoder.models.unpadded_text import UnpaddedText, has_padding
 from m2_encoder.types import EncoderOutput, FusionOutput, HeadFeatures, TextTokens
 
 _UNUSED_NORM_EPS = 1e-6
@@ -61,7 +61,7 @@ class M2Encoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all parameters anew; also gives values to a model built on `meta` and materialised by `to_empty`."""
+        """Initialise all parameters; also of a model built on `meta` and given memory by `to_empty`."""
         for scale in (self.logit_scale, self.logit_vl_scale):
             nn.init.constant_(scale, -math.log(self.config.initial_temperature))
         self.image_embed.proj.reset_parameters()
@@ -79,7 +79,7 @@ class M2Encoder(nn.Module):
         init_heads(self.pooler, self.text_proj, self.image_proj, self.vl_text_proj, self.vl_image_proj)
 
     def freeze_parts(self, names: Iterable[str]) -> int:
-        """Stop training some of `parts.PARTS`.
+        """Stop training some of `trainable_parts.PARTS`.
 
         Returns:
             How many parameters (scalars) were frozen.
@@ -91,7 +91,7 @@ class M2Encoder(nn.Module):
         return frozen
 
     def part_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """Parameters of some of `parts.PARTS`."""
+        """Parameters of some of `trainable_parts.PARTS`."""
         parts, layers = frozenset(names), self.config.num_vl_layers
         return [p for name, p in self.named_parameters() if is_part(name, parts, num_vl_layers=layers)]
 
@@ -265,11 +265,11 @@ class M2Encoder(nn.Module):
             tokens: of `trim_text`.
             attention_mask: as in `forward_text`.
         """
-        if attention_mask is not None or not packs(tokens.mask):
+        if attention_mask is not None or not has_padding(tokens.mask):
             return self._text_backbone(tokens, attention_mask=attention_mask)[0]
-        packing = Packing(tokens.mask)
-        return packing.unpack(
-            self.backbone(packing.pack(self.text_embed(tokens.ids)), num_image_tokens=0, packing=packing)
+        unpadded = UnpaddedText(tokens.mask)
+        return unpadded.pad(
+            self.backbone(unpadded.strip(self.text_embed(tokens.ids)), num_image_tokens=0, unpadded=unpadded)
         )
 
     def finish_image(self, backbone_hidden: Tensor) -> HeadFeatures:
@@ -287,10 +287,10 @@ class M2Encoder(nn.Module):
 
     def finish_text(self, backbone_hidden: Tensor, mask: Tensor) -> HeadFeatures:
         """Features of both heads of what `encode_text_backbone` gave for texts with this mask, (B, T) bool."""
-        if packs(mask):
-            packing = Packing(mask)
-            x = packing.pack(backbone_hidden)
-            hidden = self.vl_encoder(x, num_image_tokens=x.shape[1], packing=packing, first_token_only=True)[0]
+        if has_padding(mask):
+            unpadded = UnpaddedText(mask)
+            x = unpadded.strip(backbone_hidden)
+            hidden = self.vl_encoder(x, num_image_tokens=x.shape[1], unpadded=unpadded, first_token_only=True)[0]
         else:
             x = backbone_hidden
             hidden = self.vl_encoder(x, num_image_tokens=x.shape[1], token_mask=mask, first_token_only=True)[:, 0]
@@ -302,36 +302,36 @@ class M2Encoder(nn.Module):
         text_hidden: Tensor,
         mask: Tensor,
         *,
-        chosen: Tensor | None = None,
-        reads: Literal["image", "text"] = "text",
+        selected: Tensor | None = None,
+        select_from: Literal["image", "text"] = "text",
         attention_mask: Tensor | None = None,
         text_expert: bool = False,
     ) -> Tensor:
         """Let images and texts that the backbone encoded alone see each other in the vision-language encoder.
 
-        Only the states of chosen tokens are computed to the end, of images or of texts.
+        Only the states of selected tokens are computed to the end, of images or of texts.
 
         Args:
             image_hidden: (B, N, D).
             text_hidden: (k * B, T, D); text j goes with image j // k.
             mask: True on tokens of the texts, (k * B, T) bool.
-            chosen: True where a state is wanted, a row for each text: (k * B, T) bool, or (k * B, N) of the images.
+            selected: True where a state is used, a row for each text: (k * B, T) bool, or (k * B, N) of the images.
                 None for the first token alone.
-            reads: whose tokens are chosen.
+            select_from: whose tokens are selected.
             attention_mask: as in `forward_fusion`, (N + T, N + T) bool.
             text_expert: send text tokens through the text experts; otherwise through the vision experts, too.
 
         Returns:
-            Of the chosen tokens, row by row, (M, D).
+            Of the selected tokens, row by row, (M, D).
         """
-        if chosen is None:
-            length = (text_hidden if reads == "text" else image_hidden).shape[1]
-            chosen = (torch.arange(length, device=mask.device) == 0).expand(len(mask), length)
+        if selected is None:
+            length = (text_hidden if select_from == "text" else image_hidden).shape[1]
+            selected = (torch.arange(length, device=mask.device) == 0).expand(len(mask), length)
         return self.vl_encoder.read(
             image_hidden,
             text_hidden,
-            chosen=ChosenTokens(chosen),
-            reads_text=reads == "text",
+            selected=SelectedTokens(selected),
+            selects_text=select_from == "text",
             text_mask=mask,
             attention_mask=attention_mask,
             text_expert=text_expert,
@@ -356,7 +356,7 @@ class M2Encoder(nn.Module):
         if tokens.ids.shape[0] == 0:
             empty = self.vl_text_proj.weight.new_zeros((0, self.config.feature_dim))
             return HeadFeatures(empty, empty if backbone else None)
-        if not packs(tokens.mask):
+        if not has_padding(tokens.mask):
             lower, token_mask = self._text_backbone(tokens)
             # The released model sends texts, too, through the *vision* experts of the vision-language encoder.
             hidden = self.vl_encoder(
@@ -364,11 +364,12 @@ class M2Encoder(nn.Module):
             )[:, 0]
             first = lower[:, 0]
         else:
-            packing = Packing(tokens.mask)
-            packed = packing.pack(self.text_embed(tokens.ids))
-            lower = self.backbone(packed, num_image_tokens=0, packing=packing)
-            hidden = self.vl_encoder(lower, num_image_tokens=lower.shape[1], packing=packing, first_token_only=True)[0]
-            first = lower[0, : packing.batch_size]
+            unpadded = UnpaddedText(tokens.mask)
+            lower = self.backbone(unpadded.strip(self.text_embed(tokens.ids)), num_image_tokens=0, unpadded=unpadded)
+            hidden = self.vl_encoder(lower, num_image_tokens=lower.shape[1], unpadded=unpadded, first_token_only=True)[
+                0
+            ]
+            first = lower[0, : unpadded.batch_size]
         return HeadFeatures(
             features=_normalize(self.vl_text_proj(hidden)),
             backbone_features=_normalize(self.text_proj(first)) if backbone else None,

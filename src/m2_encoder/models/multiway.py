@@ -20,8 +20,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from m2_encoder.models.config import M2EncoderConfig
-from m2_encoder.models.selected_tokens import ChosenTokens
-from m2_encoder.models.unpadded_text import Packing, packs
+from m2_encoder.models.selected_tokens import SelectedTokens
+from m2_encoder.models.unpadded_text import UnpaddedText, has_padding
 
 EXPERTS = ("vision_expert", "text_expert")
 """Names of the two branches (`A` and `B` in the official checkpoints)."""
@@ -65,25 +65,25 @@ class TransformerExpert(nn.Module):
             self._heads(self.v_proj(x)),
         )
 
-    def project_keys(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+    def project_keys(self, x: Tensor, unpadded: UnpaddedText | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values alone.
 
         Args:
             x: (B, N, D).
-            packing: of x, if it has padding; nothing is then projected for it.
+            unpadded: of x, if it has padding, for which nothing is then projected.
 
         Returns:
             k and v, (B, H, N, D/H) each; on padding, those of some token.
         """
-        if packing is None:
+        if unpadded is None:
             x = self.attention_norm(x)
             return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
-        x = self.attention_norm(packing.pack(x))
-        return self._heads(packing.unpack(self.k_proj(x))), self._heads(packing.unpack(self.v_proj(x)))
+        x = self.attention_norm(unpadded.strip(x))
+        return self._heads(unpadded.pad(self.k_proj(x))), self._heads(unpadded.pad(self.v_proj(x)))
 
-    def project_queries(self, x: Tensor, chosen: ChosenTokens) -> Tensor:
-        """Queries of chosen tokens, (M, D) to (R, H, C, D/H)."""
-        return self._heads(chosen.spread(self.q_proj(self.attention_norm(x))))
+    def project_queries(self, x: Tensor, selected: SelectedTokens) -> Tensor:
+        """Queries of selected tokens, (M, D) to (R, H, C, D/H)."""
+        return self._heads(selected.spread(self.q_proj(self.attention_norm(x))))
 
     def attention_output(self, attended: Tensor) -> Tensor:
         """Merge heads, normalise (sub-LN) and project: (B, H, N, D/H) -> (B, N, D)."""
@@ -110,7 +110,7 @@ class MultiwayLayer(nn.Module):
         *,
         num_image_tokens: int,
         mask: Tensor | None = None,
-        packing: Packing | None = None,
+        unpadded: UnpaddedText | None = None,
         first_token_only: bool = False,
     ) -> Tensor:
         """Run the layer.
@@ -119,7 +119,7 @@ class MultiwayLayer(nn.Module):
             x: (B, N, D).
             num_image_tokens: how many leading tokens the vision expert sees; the text expert sees the others.
             mask: True where a query may look at a key, broadcastable to (B, H, N, N) bool.
-            packing: given if x holds the tokens of several texts in one row, (1, M, D); then there is no mask.
+            unpadded: given if x holds texts without their padding, (1, M, D); then there is no mask.
             first_token_only: compute the output of token 0 alone (all tokens still serve as keys). The last layer
                 before a head that reads token 0 needs no more, and most of its cost is saved.
 
@@ -127,7 +127,7 @@ class MultiwayLayer(nn.Module):
             (B, N, D), or (B, 1, D) with `first_token_only`.
         """
         routes = self._routes(x.shape[1], num_image_tokens)
-        num_first = 1 if packing is None else packing.batch_size
+        num_first = 1 if unpadded is None else unpadded.batch_size
         num_outputs = num_first if first_token_only else x.shape[1]
         parts = [
             expert.project(x[:, start:stop], num_queries=max(0, min(stop, num_outputs) - start))
@@ -136,59 +136,59 @@ class MultiwayLayer(nn.Module):
         q, k, v = (_join(heads, dim=2) for heads in zip(*parts, strict=True))
         if mask is not None and first_token_only and mask.shape[-2] > 1:
             mask = mask[..., :1, :]
-        if packing is None:
+        if unpadded is None:
             attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            attended = packing.attend(q, k, v)
+            attended = unpadded.attend(q, k, v)
 
         x = x[:, :num_outputs]
         routes = [(expert, start, min(stop, num_outputs)) for expert, start, stop in routes if start < num_outputs]
-        x = x + self._drop(_join([e.attention_output(attended[:, :, a:b]) for e, a, b in routes], dim=1), packing)
-        return x + self._drop(_join([e.feed_forward(x[:, a:b]) for e, a, b in routes], dim=1), packing)
+        x = x + self._drop(_join([e.attention_output(attended[:, :, a:b]) for e, a, b in routes], dim=1), unpadded)
+        return x + self._drop(_join([e.feed_forward(x[:, a:b]) for e, a, b in routes], dim=1), unpadded)
 
     def read(
         self,
         image: Tensor,
         text: Tensor,
         *,
-        chosen: ChosenTokens,
-        reads_text: bool,
+        selected: SelectedTokens,
+        selects_text: bool,
         mask: Tensor,
-        text_packing: Packing | None = None,
+        unpadded: UnpaddedText | None = None,
         text_expert: bool = False,
     ) -> Tensor:
-        """What `forward` computes of the sequence image + text, for chosen tokens of one of the two.
+        """What `forward` computes of the sequence image + text, for selected tokens of one of the two.
 
         Keys and values of an image are computed once for all of its texts.
 
         Args:
             image: (R / k, N, D); image i stands before texts k * i … k * i + k - 1.
             text: (R, T, D).
-            chosen: tokens of the texts, or of the images, a row for each text.
-            reads_text: which of both.
-            mask: True where a chosen token may look at a key, broadcastable to (R, H, C, N + T) bool, C as in
-                `ChosenTokens`.
-            text_packing: of the texts, to project no padding.
+            selected: tokens of the texts, or of the images, a row for each text.
+            selects_text: which of both.
+            mask: True where a selected token may look at a key, broadcastable to (R, H, C, N + T) bool, C as in
+                `SelectedTokens`.
+            unpadded: of the texts, to project no padding.
             text_expert: send texts through the text expert.
 
         Returns:
             (M, D).
         """
         of_text = self.text_expert if text_expert else self.vision_expert
-        expert = of_text if reads_text else self.vision_expert
+        expert = of_text if selects_text else self.vision_expert
         repeats = text.shape[0] // max(1, image.shape[0])
         keys, values = (
             torch.cat([of_image.repeat_interleave(repeats, dim=0), of_text], dim=2)
             for of_image, of_text in zip(
-                self.vision_expert.project_keys(image), of_text.project_keys(text, text_packing), strict=True
+                self.vision_expert.project_keys(image), of_text.project_keys(text, unpadded), strict=True
             )
         )
-        x = chosen.take(text if reads_text else image)
-        queries = expert.project_queries(x, chosen)
+        x = selected.take(text if selects_text else image)
+        queries = expert.project_queries(x, selected)
         attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         branch = expert.attention_output(attended)
-        x = x + self._drop_chosen(chosen.collect(branch), chosen)
-        return x + self._drop_chosen(expert.feed_forward(x), chosen)
+        x = x + self._drop_selected(selected.collect(branch), selected)
+        return x + self._drop_selected(expert.feed_forward(x), selected)
 
     def _routes(self, length: int, num_image_tokens: int) -> list[tuple[TransformerExpert, int, int]]:
         split = (
@@ -197,20 +197,20 @@ class MultiwayLayer(nn.Module):
         )
         return [(expert, start, stop) for expert, start, stop in split if start < stop]
 
-    def _drop(self, branch: Tensor, packing: Packing | None) -> Tensor:
+    def _drop(self, branch: Tensor, unpadded: UnpaddedText | None) -> Tensor:
         """Stochastic depth: drop a sample's branch with probability p, scale the others by 1/(1-p)."""
         if not self.training or self.drop_path == 0:
             return branch
-        kept = self._draw_kept(branch.shape[0] if packing is None else packing.batch_size, branch)
-        if packing is not None:
-            kept = kept[packing.texts[: branch.shape[1]]].transpose(0, 1)
+        kept = self._draw_kept(branch.shape[0] if unpadded is None else unpadded.batch_size, branch)
+        if unpadded is not None:
+            kept = kept[unpadded.texts[: branch.shape[1]]].transpose(0, 1)
         return branch * kept
 
-    def _drop_chosen(self, branch: Tensor, chosen: ChosenTokens) -> Tensor:
-        """As `_drop`, for chosen tokens, (M, D): those of a row share its fate."""
+    def _drop_selected(self, branch: Tensor, selected: SelectedTokens) -> Tensor:
+        """As `_drop`, for selected tokens, (M, D): those of a row share its fate."""
         if not self.training or self.drop_path == 0:
             return branch
-        return branch * self._draw_kept(chosen.num_rows, branch)[chosen.rows, 0]
+        return branch * self._draw_kept(selected.num_rows, branch)[selected.rows, 0]
 
     def _draw_kept(self, samples: int, branch: Tensor) -> Tensor:
         keep = 1 - self.drop_path
@@ -258,7 +258,7 @@ class MultiwayEncoder(nn.Module):
         num_image_tokens: int,
         token_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        packing: Packing | None = None,
+        unpadded: UnpaddedText | None = None,
         first_token_only: bool = False,
     ) -> Tensor:
         """Encode a sequence.
@@ -270,15 +270,15 @@ class MultiwayEncoder(nn.Module):
             token_mask: True on tokens, False on padding, (B, N) bool. Padded tokens are zeroed at entry and hidden as
                 keys; their own outputs are meaningless. None means that there is no padding.
             attention_mask: True where query i may look at key j, (N, N) or (B, N, N) bool.
-            packing: given if x is packed, (1, M, D); it replaces both masks, and all tokens go to one expert.
-            first_token_only: return token 0 alone, at a lower cost; of every text if packed.
+            unpadded: given if x holds texts without their padding, (1, M, D); replaces both masks, one expert sees all.
+            first_token_only: return token 0 alone, at a lower cost; of every text if `unpadded`.
 
         Returns:
             Normalised hidden states, (B, N, D) or (B, 1, D).
         """
         mask = None
-        if packing is not None:
-            x = x * packing.token_mask.unsqueeze(-1).to(x.dtype)
+        if unpadded is not None:
+            x = x * unpadded.token_mask.unsqueeze(-1).to(x.dtype)
         if token_mask is not None:
             x = x * token_mask.unsqueeze(-1).to(x.dtype)
             mask = token_mask[:, None, None, :]
@@ -291,7 +291,7 @@ class MultiwayEncoder(nn.Module):
                 x,
                 num_image_tokens=num_image_tokens,
                 mask=mask,
-                packing=packing,
+                unpadded=unpadded,
                 first_token_only=first_token_only and i == len(self.layers) - 1,
             )
         return self.norm(x, num_image_tokens=num_image_tokens)
@@ -301,27 +301,27 @@ class MultiwayEncoder(nn.Module):
         image: Tensor,
         text: Tensor,
         *,
-        chosen: ChosenTokens,
-        reads_text: bool,
+        selected: SelectedTokens,
+        selects_text: bool,
         text_mask: Tensor,
         attention_mask: Tensor | None = None,
         text_expert: bool = False,
     ) -> Tensor:
-        """Encode images with their texts as one sequence each, for chosen tokens alone; see `MultiwayLayer.read`.
+        """Encode images with their texts as one sequence each, for selected tokens alone; see `MultiwayLayer.read`.
 
         All layers but the last compute every token, since any of them may be a key of the last.
 
         Returns:
-            Normalised hidden states of the chosen tokens, (M, D).
+            Normalised hidden states of the selected tokens, (M, D).
         """
         text = text * text_mask.unsqueeze(-1).to(text.dtype)
         num_image_tokens = image.shape[1]
         split = num_image_tokens if text_expert else num_image_tokens + text.shape[1]
-        packing = Packing(text_mask) if packs(text_mask) else None
-        mask = chosen_mask = functional.pad(text_mask, (num_image_tokens, 0), value=True)[:, None, None, :]
+        unpadded = UnpaddedText(text_mask) if has_padding(text_mask) else None
+        mask = selected_mask = functional.pad(text_mask, (num_image_tokens, 0), value=True)[:, None, None, :]
         if attention_mask is not None:
-            places = chosen.spread(chosen.places + num_image_tokens if reads_text else chosen.places)
-            mask, chosen_mask = mask & attention_mask, mask & attention_mask[places][:, None]
+            places = selected.spread(selected.places + num_image_tokens if selects_text else selected.places)
+            mask, selected_mask = mask & attention_mask, mask & attention_mask[places][:, None]
         *lower, last = self.layers
         assert isinstance(last, MultiwayLayer)
         if lower:
@@ -334,13 +334,13 @@ class MultiwayEncoder(nn.Module):
             last.read,
             image,
             text,
-            chosen=chosen,
-            reads_text=reads_text,
-            mask=chosen_mask,
-            text_packing=packing,
+            selected=selected,
+            selects_text=selects_text,
+            mask=selected_mask,
+            unpadded=unpadded,
             text_expert=text_expert,
         )
-        norm: Tensor = (self.norm.text_expert if reads_text and text_expert else self.norm.vision_expert)(x)
+        norm: Tensor = (self.norm.text_expert if selects_text and text_expert else self.norm.vision_expert)(x)
         return norm
 
     def _run(self, layer: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:

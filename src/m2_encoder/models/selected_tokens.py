@@ -1,9 +1,9 @@
-"""Tokens of a batch whose states somebody will look at, when the others serve as keys alone.
+"""Tokens of a batch whose states are used; the others serve as keys and values alone.
 
-A masked objective reads the states of hidden tokens only. The last layer before it then has to compute queries, the
-output projection and the feed-forward network, five sixths of its cost, for those tokens alone.
+A masked objective uses the states of hidden tokens only. The last layer before it then computes queries, the output
+projection and the feed-forward network, five sixths of its cost, for those tokens alone.
 
-Legend: R rows (captions) · T tokens of a row · M chosen tokens in all · C most chosen tokens of a row.
+Legend: R rows (captions) · T tokens of a row · M selected tokens in all · C the most of one row.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ import torch
 from torch import Tensor
 
 
-class ChosenTokens:
-    """Where each chosen token belongs. They stand row by row, in the order of their places.
+class SelectedTokens:
+    """Where each selected token belongs. They stand row by row, in the order of their places.
 
     Args:
-        chosen: True where a token is wanted, (R, T) bool. On an accelerator it costs two synchronisations.
+        selected: True where a state is used, (R, T) bool. On an accelerator it costs two synchronisations.
 
     Attributes:
         num_rows: R.
-        rows: of each chosen token, (M,) int64.
+        rows: of each selected token, (M,) int64.
         places: of each within its row, (M,) int64.
-        table: which chosen token each cell of a rectangle holds, (R, C) int64; empty cells hold the first one.
+        table: which selected token each cell of a rectangle holds, (R, C) int64; empty cells hold the first one.
     """
 
-    def __init__(self, chosen: Tensor) -> None:
-        self.num_rows = chosen.shape[0]
-        self.rows, self.places = chosen.nonzero(as_tuple=True)
-        columns = (chosen.cumsum(dim=1) - 1)[self.rows, self.places]
+    def __init__(self, selected: Tensor) -> None:
+        self.num_rows = selected.shape[0]
+        self.rows, self.places = selected.nonzero(as_tuple=True)
+        columns = (selected.cumsum(dim=1) - 1)[self.rows, self.places]
         width = int(columns.amax()) + 1 if len(columns) else 0
         self._cells = self.rows * width + columns
-        self.table = torch.zeros((self.num_rows * width,), dtype=torch.int64, device=chosen.device)
-        self.table[self._cells] = torch.arange(len(self.rows), device=chosen.device)
+        self.table = torch.zeros((self.num_rows * width,), dtype=torch.int64, device=selected.device)
+        self.table[self._cells] = torch.arange(len(self.rows), device=selected.device)
         self.table = self.table.unflatten(0, (self.num_rows, width))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, x: Tensor) -> Tensor:
-        """States of the chosen tokens.
+        """States of the selected tokens.
 
         Args:
             x: (R / k, T, D); row i serves as rows k * i … k * i + k - 1.

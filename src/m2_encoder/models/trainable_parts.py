@@ -1,7 +1,7 @@
-"""Parts of the model that not every objective trains.
+"""Parts of the model that not every objective trains, by parameter names.
 
-Training freezes the parts that no objective of a run names: a parameter without a gradient would stall DDP and be
-decayed for nothing.
+Training freezes the parts that no objective of a run names: DDP would wait for their gradients, and weight decay would
+shrink them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ PARTS: Final[dict[str, tuple[str, ...]]] = {
     "features": ("vl_image_proj.*", "vl_text_proj.*", "logit_scale"),
     **_READERS,
 }
-"""All parts. A reader is what an expert of the last vision-language layer, `{last}`, does for tokens whose states are
-wanted; for tokens that are keys alone, it gives keys and values."""
+"""All parts. `*_reader`: weights of the last vision-language layer, `{last}`, that act only on tokens whose states are
+read: query and output projections, feed-forward, norm. Key and value projections act on all tokens and are always
+trained."""
 
 
 def is_part(name: str, parts: frozenset[str], *, num_vl_layers: int) -> bool:

@@ -13,23 +13,23 @@ from torch import Tensor
 from torch.nn import functional
 
 
-class Packing:
-    """Where each packed token belongs. The first tokens of all texts come first, then the second ones, and so on.
+class UnpaddedText:
+    """Where each token of the row belongs. The first tokens of all texts come first, then the second ones, and so on.
 
     Args:
         token_mask: True on tokens, (B, T) bool.
 
     Attributes:
         batch_size: B.
-        token_mask: the mask in packed order, (1, M). First tokens are packed even where they are masked, because the
-            heads read them.
-        texts: which text each packed token belongs to, (M,) int64; the first B of them are 0, 1, ..., B - 1.
+        token_mask: the mask in the row's order, (1, M). First tokens are kept even where they are masked, because
+            the heads use them.
+        texts: which text each token belongs to, (M,) int64; the first B of them are 0, 1, ..., B - 1.
     """
 
     def __init__(self, token_mask: Tensor) -> None:
         self.batch_size, self.length = token_mask.shape
         self.key_mask = token_mask[:, None, None, :]
-        # (T, B) order: the first B packed tokens are the ones that the heads read
+        # (T, B) order: the first B tokens are the ones that the heads use
         kept = token_mask.t().clone()
         kept[0] = True
         position, self.texts = kept.nonzero(as_tuple=True)
@@ -38,11 +38,11 @@ class Packing:
         self.slots[self.places] = torch.arange(len(self.places), device=token_mask.device)
         self.token_mask = token_mask.flatten()[self.places].unsqueeze(0)
 
-    def pack(self, x: Tensor) -> Tensor:
+    def strip(self, x: Tensor) -> Tensor:
         """(B, T, D) to (1, M, D)."""
         return x.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
 
-    def unpack(self, x: Tensor) -> Tensor:
+    def pad(self, x: Tensor) -> Tensor:
         """(1, M, D) to (B, T, D); padding holds some token's values."""
         return x[0].index_select(0, self.slots).unflatten(0, (self.batch_size, self.length))
 
@@ -59,20 +59,20 @@ class Packing:
         """
         if q.shape[2] == self.batch_size:
             first = functional.scaled_dot_product_attention(
-                q.transpose(0, 2), self._unpack(k), self._unpack(v), attn_mask=self.key_mask
+                q.transpose(0, 2), self._pad(k), self._pad(v), attn_mask=self.key_mask
             )
             return first.transpose(0, 2)
         attended = functional.scaled_dot_product_attention(
-            self._unpack(q), self._unpack(k), self._unpack(v), attn_mask=self.key_mask
+            self._pad(q), self._pad(k), self._pad(v), attn_mask=self.key_mask
         )
         return attended.transpose(1, 2).flatten(0, 1).index_select(0, self.places).transpose(0, 1).unsqueeze(0)
 
-    def _unpack(self, heads: Tensor) -> Tensor:
+    def _pad(self, heads: Tensor) -> Tensor:
         """(1, H, M, head_dim) to (B, H, T, head_dim); padding holds some token's values, which the mask hides."""
         rectangle = heads[0].transpose(0, 1).index_select(0, self.slots)
         return rectangle.unflatten(0, (self.batch_size, self.length)).transpose(1, 2)
 
 
-def packs(mask: Tensor) -> bool:
-    """Whether packing gains anything: not without padding, nor in compiled graphs, whose shapes depend on no data."""
+def has_padding(mask: Tensor) -> bool:
+    """Whether there is padding to leave out; never in compiled graphs, whose shapes depend on no data."""
     return not (torch.compiler.is_compiling() or mask.is_meta or bool(mask.all()))

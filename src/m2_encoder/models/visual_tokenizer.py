@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2_encoder.bounds import Count, check_fields
 from m2_encoder.errors import UserError
 
 _INIT_STD = 0.02
@@ -50,25 +52,24 @@ class VisualTokenizerConfig:
         UserError: if a number is impossible.
     """
 
-    image_size: int
-    patch_size: int
-    num_codes: int = 8192
-    code_dim: int = 32
-    embed_dim: int = 128
-    num_heads: int = 4
-    num_layers: int = 2
-    num_decoder_layers: int = 2
+    image_size: Count
+    patch_size: Count
+    num_codes: Annotated[int, Ge(2)] = 8192
+    code_dim: Count = 32
+    embed_dim: Count = 128
+    num_heads: Count = 4
+    num_layers: Count = 2
+    num_decoder_layers: Count = 2
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"visual tokenizer: {name}={value!r} must be a positive whole number")
-        for name, divisor in (("image_size", "patch_size"), ("embed_dim", "num_heads")):
-            if getattr(self, name) % getattr(self, divisor):
-                raise UserError(
-                    f"visual tokenizer: {name}={getattr(self, name)} must be a multiple of "
-                    f"{divisor}={getattr(self, divisor)}"
-                )
+        check_fields(self)
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"must be a multiple of patch_size={self.patch_size}", key="image_size", value=self.image_size
+            )
+        if self.embed_dim % self.num_heads:
+            rule = f"must divide embed_dim={self.embed_dim}"
+            raise UserError(rule, key="num_heads", value=self.num_heads)
 
     @property
     def num_patches(self) -> int:

@@ -10,16 +10,16 @@ To add one: write a subclass in a file of this folder and a YAML file in `conf/o
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m2_encoder.errors import UserError
+from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.files import FileKind, Resources
 from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
 from m2_encoder.objectives.schedule import Schedule, check_schedule, interpolate_schedule
 from m2_encoder.types import ImageTextBatch
@@ -105,19 +105,27 @@ class Objective(nn.Module, ABC):
         optional_parts: names of `m2_encoder.models.trainable_parts.PARTS` that this objective trains beside those that
             all of its kind do. Parts that no objective of a run names are frozen, so that no rank waits for a gradient
             that never comes.
+        files: which arguments name a file or folder that this objective reads, and what that is.
 
     Raises:
         UserError: for a weight or schedule that makes no sense.
     """
 
     optional_parts: frozenset[str] = frozenset()
+    files: ClassVar[Mapping[str, FileKind]] = {}
 
-    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None) -> None:
+    @check_bounds
+    def __init__(self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None) -> None:
         super().__init__()
-        if not 0 <= weight < math.inf:
-            raise UserError(f"objective weight={weight!r} must be 0 or more, and finite")
         self.weight = weight
         self.schedule = None if schedule is None else check_schedule(schedule)
+
+    def prepare(self, resources: Resources) -> None:
+        """Load what `files` names; called once, before `build`.
+
+        Raises:
+            UserError: with the argument as its key, for a file that cannot be used.
+        """
 
     def build(self, shape: M2EncoderConfig) -> None:
         """Make parameters that depend on the model; called once, before the optimizer is made."""
@@ -133,6 +141,22 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """Compute the loss of the local rows."""
+
+
+Each = TypeVar("Each")
+
+
+def active(objectives: Mapping[str, Each]) -> dict[str, Each]:
+    """Those with a weight above 0; the others are no part of a run, whatever they say.
+
+    Args:
+        objectives: by name; objects, or the nodes of a configuration that describe them.
+    """
+    return {name: each for name, each in objectives.items() if _weight_of(each) > 0}
+
+
+def _weight_of(objective: Any) -> float:
+    return float(objective.get("weight", 1.0) if isinstance(objective, Mapping) else objective.weight)
 
 
 class LocalTerms(NamedTuple):
@@ -173,13 +197,16 @@ class LocalObjective(Objective):
     patch_ratio: float | None = None
     user_dictionary: str | None = None
 
-    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None, text_expert: bool = False) -> None:
+    @check_bounds
+    def __init__(
+        self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None, text_expert: bool = False
+    ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert
 
     def trained_parts(self) -> frozenset[str]:
         """Names of `PARTS` that get a gradient of this objective."""
-        parts = self.optional_parts | fused_parts(text_expert=self.text_expert, reads=self.passes)
+        parts = self.optional_parts | fused_parts(text_expert=self.text_expert, passes=self.passes)
         return parts | {"vision_expert_reader"} if "features" in parts else parts
 
     @abstractmethod
@@ -207,13 +234,16 @@ class PairObjective(Objective):
 
     score_names: tuple[str, ...] = ()
 
-    def __init__(self, *, weight: float = 1.0, schedule: Schedule | None = None, text_expert: bool = False) -> None:
+    @check_bounds
+    def __init__(
+        self, *, weight: NotNegative = 1.0, schedule: Schedule | None = None, text_expert: bool = False
+    ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         self.text_expert = text_expert
 
     def trained_parts(self) -> frozenset[str]:
         """Names of `PARTS` that get a gradient of this objective."""
-        return self.optional_parts | fused_parts(text_expert=self.text_expert, reads=["caption"])
+        return self.optional_parts | fused_parts(text_expert=self.text_expert, passes=["caption"])
 
     @abstractmethod
     def select(self, inputs: ObjectiveInputs) -> HardPairs:
@@ -228,14 +258,14 @@ class PairObjective(Objective):
         return self.terms(inputs)
 
 
-def fused_parts(*, text_expert: bool, reads: Iterable[str]) -> frozenset[str]:
+def fused_parts(*, text_expert: bool, passes: Iterable[str]) -> frozenset[str]:
     """Names of `PARTS` that states of image and text together train.
 
     Args:
         text_expert: whether texts take the text experts there.
-        reads: names of the `PASSES` whose states are wanted.
+        passes: names of the `PASSES` whose states are used.
     """
     if not text_expert:
         return frozenset({"vision_expert_reader"})
-    readers = {"vision_expert_reader" if name == "masked_image" else "text_expert_reader" for name in reads}
+    readers = {"vision_expert_reader" if name == "masked_image" else "text_expert_reader" for name in passes}
     return frozenset({"vl_text_expert"} | readers)

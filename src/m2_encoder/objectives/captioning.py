@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalObjective, LocalTerms
 from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.schedule import Schedule
-from m2_encoder.objectives.token_head import TokenHead, check_decoder
+from m2_encoder.objectives.token_head import TokenHead
 
 
 class Captioning(LocalObjective):
@@ -41,16 +42,16 @@ class Captioning(LocalObjective):
     passes = frozenset({"caption"})
     score_names = ("accuracy",)
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
         decoder: Literal["tied", "own"] = "tied",
         text_expert: bool = False,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
-        check_decoder(decoder)
         self._decoder = decoder
 
     def build(self, shape: M2EncoderConfig) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge, Lt
 from torch import Tensor
 
+from m2_encoder.bounds import NotNegative, Rule, check_bounds
 from m2_encoder.distributed.collectives import exchange_counts
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
@@ -18,6 +20,12 @@ from m2_encoder.objectives.schedule import Schedule
 
 HEADS: Final = ("features", "backbone_features")
 """Feature pairs of the model: after the vision-language encoder, and after the backbone."""
+
+_HEADS_RULE: Final = Rule(
+    lambda heads: "features" in heads and len(set(heads)) == len(heads) and set(heads) <= set(HEADS),
+    f"[features] or [{', '.join(HEADS)}]",
+    "[features]",
+)
 
 _NORM_TOLERANCE: Final = 0.02  # bf16 rounds a norm by up to 0.004
 
@@ -163,26 +171,24 @@ class ImageTextContrastive(Objective):
         UserError: for other heads, a smoothing outside [0, 1), or uneven rows and one side.
     """
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        label_smoothing: float = 0.0,
+        label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0,
         multi_positive: bool = True,
-        heads: Sequence[Literal["features", "backbone_features"]] = ("features",),
+        heads: Annotated[Sequence[Literal["features", "backbone_features"]], _HEADS_RULE] = ("features",),
         equal_rows: bool = True,
         one_sided: bool = False,
         feature_dtype: Literal["bfloat16", "float16"] | None = None,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
-        _check_smoothing(label_smoothing)
         if one_sided and not equal_rows:
-            raise UserError("one_sided=true needs equal_rows=true")
-        if "features" not in heads or len(set(heads)) != len(heads) or not set(heads) <= set(HEADS):
-            raise UserError(f"heads={list(heads)} must be [features] or [{', '.join(HEADS)}]")
-        if feature_dtype not in (None, "bfloat16", "float16"):
-            raise UserError(f"feature_dtype={feature_dtype!r} must be null, bfloat16 or float16")
+            raise UserError(
+                "must be false where ranks may differ in rows (equal_rows=false)", key="one_sided", value=True
+            )
         self.feature_dtype = None if feature_dtype is None else getattr(torch, feature_dtype)
         self.label_smoothing = label_smoothing
         self.multi_positive = multi_positive

@@ -31,11 +31,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2_encoder.bounds import Count, NotNegative, Positive, Text, check_bounds
 from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.alignment import mean_alignment
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import contrastive_losses
+from m2_encoder.objectives.files import ENCODER, Resources
 from m2_encoder.objectives.row_tiles import gather_constant
 from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import LANGUAGES, ImageTextBatch, TextTokens
@@ -108,7 +110,7 @@ class Distillation(Objective):
 
     Args:
         teacher: whom to load: a folder written by `m2-export`, or a name of `list_models` with `teacher_weights`.
-            Whoever builds the objective loads it and calls `teach_with`; `m2-train` does.
+            `prepare` loads it.
         weight: factor in the sum of objectives.
         schedule: see `Objective`.
         teacher_weights: a checkpoint for a teacher that is named.
@@ -123,31 +125,25 @@ class Distillation(Objective):
         UserError: for weights that are negative or both 0, or other numbers that make no sense.
     """
 
+    files = {"teacher": ENCODER}  # noqa: RUF012 - a ClassVar of Objective
+
+    @check_bounds
     def __init__(
         self,
         *,
-        teacher: str,
-        weight: float = 1.0,
+        teacher: Text,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        teacher_weights: str | None = None,
-        feature_weight: float = 1.0,
-        similarity_weight: float = 1.0,
-        temperature: float | None = None,
+        teacher_weights: Text | None = None,
+        feature_weight: NotNegative = 1.0,
+        similarity_weight: NotNegative = 1.0,
+        temperature: Positive | None = None,
         teacher_language: Literal["en", "zh"] | None = None,
-        chunk_size: int = 256,
+        chunk_size: Count = 256,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
-        if not (feature_weight >= 0 and similarity_weight >= 0 and feature_weight + similarity_weight > 0):
-            raise UserError(
-                f"feature_weight={feature_weight!r} and similarity_weight={similarity_weight!r}: "
-                "must be 0 or more, and not both 0"
-            )
-        if temperature is not None and not temperature > 0:
-            raise UserError(f"temperature={temperature!r} must be above 0, or null for the teacher's own")
-        if teacher_language is not None and teacher_language not in LANGUAGES:
-            raise UserError(f"teacher_language={teacher_language!r} must be null or one of {', '.join(LANGUAGES)}")
-        if chunk_size < 1:
-            raise UserError(f"chunk_size={chunk_size!r} must be 1 or more")
+        if feature_weight + similarity_weight == 0:
+            raise UserError("must be above 0 where similarity_weight is 0", key="feature_weight", value=feature_weight)
         self.teacher_name, self.teacher_weights = teacher, teacher_weights
         self._weights = (float(feature_weight), float(similarity_weight))
         self._temperature = temperature
@@ -156,6 +152,10 @@ class Distillation(Objective):
         # In a tuple, where torch looks for no sub-module.
         self._teacher: tuple[Teacher, ...] = ()
         self.projection: nn.Linear | None = None
+
+    def prepare(self, resources: Resources) -> None:
+        """Load the teacher, onto the CPU until the first step."""
+        self.teach_with(resources.load_encoder("teacher", self.teacher_name, self.teacher_weights))
 
     def teach_with(self, teacher: Teacher) -> None:
         """Take a teacher and freeze it; before `build`."""

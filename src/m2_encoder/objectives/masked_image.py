@@ -10,20 +10,20 @@ attentive masks; MAE (arXiv:2111.06377) and BEiT v2 (arXiv:2208.06366) for the t
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Literal
 
+from annotated_types import Gt, Lt
 from torch import Tensor
 
+from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.attentive import attentive_mask
 from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.files import Resources
 from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
 from m2_encoder.objectives.schedule import Schedule
-
-MASKINGS: Final = ("block", "attentive")
-"""How patches are chosen: BEiT's blocks, drawn by the data module; or those most similar to the caption."""
 
 
 class MaskedImage(LocalObjective):
@@ -43,7 +43,8 @@ class MaskedImage(LocalObjective):
         weight: factor in the sum of objectives.
         schedule: see `Objective`.
         mask_ratio: share of the patches that are hidden; the released configuration names 80 of 196.
-        masking: one of `MASKINGS`.
+        masking: how patches are chosen: "block", BEiT's, drawn by the data module, or "attentive", those most like the
+            caption.
         targets: what is predicted; None for normalised pixels.
         text_expert: see `LocalObjective`.
 
@@ -54,26 +55,30 @@ class MaskedImage(LocalObjective):
     passes = frozenset({"masked_image"})
     optional_parts = frozenset({"mask_token"})
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        mask_ratio: float = 80 / 196,
+        mask_ratio: Annotated[float, Gt(0), Lt(1)] = 80 / 196,
         masking: Literal["block", "attentive"] = "block",
         targets: PatchTargets | None = None,
         text_expert: bool = False,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
-        if not 0 < mask_ratio < 1:
-            raise UserError(f"mask_ratio={mask_ratio!r} must be above 0 and below 1")
-        if masking not in MASKINGS:
-            raise UserError(f"masking={masking!r} must be one of {', '.join(MASKINGS)}")
         self._mask_ratio, self._is_attentive = mask_ratio, masking == "attentive"
         self.patch_ratio = None if self._is_attentive else mask_ratio
         self.targets = NormalizedPixels() if targets is None else targets
         self.score_names = self.targets.score_names
         self._count = 0
+
+    def prepare(self, resources: Resources) -> None:
+        """Load what the targets need."""
+        try:
+            self.targets.prepare(resources)
+        except UserError as error:
+            raise error.under("targets") from error
 
     def build(self, shape: M2EncoderConfig) -> None:
         """Make the head of the targets.

@@ -9,16 +9,19 @@ Reference: BERT (arXiv:1810.04805) for the loss and its head; SyCoCa (arXiv:2401
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Gt, Lt
 from torch import Tensor
 
-from m2_encoder.errors import UserError
+from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.files import FileKind, Resources
 from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.schedule import Schedule
-from m2_encoder.objectives.token_head import TokenHead, check_decoder
+from m2_encoder.objectives.token_head import TokenHead
+from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
 
 
 class MaskedLanguage(LocalObjective):
@@ -39,24 +42,28 @@ class MaskedLanguage(LocalObjective):
 
     passes = frozenset({"masked_text"})
     score_names = ("accuracy",)
+    files = {"user_dictionary": FileKind("file", f"{DICTIONARY_FIX}, or null", read_user_words)}  # noqa: RUF012
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        mask_ratio: float = 0.5,
+        mask_ratio: Annotated[float, Gt(0), Lt(1)] = 0.5,
         decoder: Literal["tied", "own"] = "tied",
         text_expert: bool = False,
         user_dictionary: str | None = None,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
-        if not 0 < mask_ratio < 1:
-            raise UserError(f"mask_ratio={mask_ratio!r} must be above 0 and below 1")
-        check_decoder(decoder)
         self.word_ratio = mask_ratio
         self.user_dictionary = user_dictionary
         self._decoder = decoder
+
+    def prepare(self, resources: Resources) -> None:
+        """Find the dictionary, which the data module reads."""
+        if self.user_dictionary is not None:
+            self.user_dictionary = str(resources.find_path(self.user_dictionary))
 
     def build(self, shape: M2EncoderConfig) -> None:
         """Make the head."""

@@ -1,4 +1,4 @@
-"""Image-text matching (ITM): does this caption describe this image, seen together? With wrong partners that are hard.
+"""Image-text matching (ITM): does this caption describe this image, seen together? Beside hard negatives.
 
     z(i, j) = w . h_ij + c          h_ij: state of the caption's first token after the vision-language layers
     loss = mean over captions j of image i of  softplus(-z(i, j)), softplus(z(i, j')) and softplus(z(i', j))
@@ -6,20 +6,20 @@
 Letters: n local images · k captions per image · M images of the group · g ranks of the group · s = exp(logit_scale)
 · h hardness.
 
-Wrong partners are drawn by the contrastive scores of the step, so that no round of mining is needed:
+Hard negatives are sampled by the contrastive scores of the step, so that no round of mining is needed:
 
     j' ~ softmax_t(h s x_i . y_t)  over the captions t of the whole group that do not describe image i
     i' ~ softmax_r(h s x_r . y_j)  over the images r of this rank that caption j does not describe
 
 With the hardness h = 1 (ALBEF's) they are as hard as the contrast finds them. A model that starts from nothing learns
-nothing from those: its loss stays that of guessing. Smaller values draw more evenly; 0 takes every one alike.
+nothing from those: its loss stays that of guessing. Smaller values sample more evenly; 0 takes every one alike.
 
 A caption describes the images of its identity, and those that come with the very same words: there it would score as
-high as the right caption, be drawn for that, and train one pair as right and wrong in one step. Words are compared
+high as the right caption, be sampled for that, and train one pair as right and wrong in one step. Words are compared
 token by token, without padding, so nothing else is taken for the same.
 
 Captions come from all ranks because their ids are cheap to send; an image of another rank would cost its pixels or
-hidden states. The draw is the inverse of the cumulative probabilities at a number that belongs to the seed, the step
+hidden states. A sample is the inverse of the cumulative probabilities at a number that belongs to the seed, the step
 and the caption's place in the group: for j' it is the same (up to rounding) however the rows of the group are divided,
 for i' only the choice of images changes. It happens once per step, outside of what is recomputed.
 
@@ -33,7 +33,6 @@ ranking stage after a contrastive pre-ranking this is, with one cross encoder fo
 
 from __future__ import annotations
 
-import math
 from typing import Final, NamedTuple, Protocol
 
 import torch
@@ -41,6 +40,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2_encoder.bounds import NotNegative, Seed, check_bounds
 from m2_encoder.distributed.collectives import exchange_counts, gather_rows_without_grad
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
@@ -55,13 +55,13 @@ _STEP_FACTOR: Final = 1_000_003  # a prime beyond any sensible number of seeds
 
 
 class Matching(PairObjective):
-    """ITM with two wrong partners per caption.
+    """ITM with two hard negatives per caption.
 
     Args:
         weight: factor in the sum of objectives.
         schedule: see `Objective`. Scores of the first steps are noise: a later start loses little.
-        hardness: h, factor of the scores by which wrong partners are drawn; ours, ALBEF has 1.
-        seed: of the draws.
+        hardness: h, factor of the scores by which hard negatives are sampled; ours, ALBEF has 1.
+        seed: of the samples.
         text_expert: see `LocalObjective`.
 
     Raises:
@@ -70,20 +70,17 @@ class Matching(PairObjective):
 
     score_names = ("accuracy",)
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        hardness: float = 1.0,
-        seed: int = 0,
+        hardness: NotNegative = 1.0,
+        seed: Seed = 0,
         text_expert: bool = False,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)
-        if not 0 <= hardness < math.inf:
-            raise UserError(f"hardness={hardness!r} must be 0 or more, and finite")
-        if seed < 0:
-            raise UserError(f"seed={seed!r} must be 0 or more")
         self._hardness, self._seed = hardness, seed
 
     def build(self, shape: M2EncoderConfig) -> None:
@@ -94,7 +91,7 @@ class Matching(PairObjective):
 
     @torch.no_grad()
     def select(self, inputs: ObjectiveInputs) -> HardPairs:
-        """Draw a wrong caption and a wrong image for every local caption.
+        """Sample a wrong caption and a wrong image for every local caption.
 
         Raises:
             UserError: if there is no batch.
@@ -104,15 +101,15 @@ class Matching(PairObjective):
         batch, captions = inputs.batch, inputs.batch.captions_per_image
         scale = self._hardness * inputs.logit_scale.exp()
         others = _gather(inputs, batch.text)
-        places = _draw_uniform(len(others.features), seed=self._seed, step=inputs.step)[:, others.own]
+        places = _sample_uniform(len(others.features), seed=self._seed, step=inputs.step)[:, others.own]
         uniform = places.to(inputs.identity.device)
         about = Content(others.identity, _number_texts(others.text)[:, None])
         own = Content(*(part[others.own] for part in about))
         by_image = own.words.view(-1, captions)
         shown = Content(own.identity, by_image.repeat_interleave(captions, dim=0))
         images = inputs.image_features.repeat_interleave(captions, dim=0)
-        text_rows, has_text = draw_partners(images, others.features, scale, shown, about, uniform[0])
-        image_rows, has_image = draw_partners(
+        text_rows, has_text = sample_negatives(images, others.features, scale, shown, about, uniform[0])
+        image_rows, has_image = sample_negatives(
             inputs.text_features, inputs.image_features, scale, own, Content(inputs.identity, by_image), uniform[1]
         )
         return HardPairs(
@@ -127,7 +124,7 @@ class Matching(PairObjective):
         )
         has_text, has_image = passes.has_text, passes.has_image
         sums = functional.softplus(-right)
-        # Not a product: what stands where there was no partner may be anything.
+        # Not a product: what stands where there was no negative may be anything.
         sums = sums + torch.where(has_text, functional.softplus(wrong_text), 0.0)
         sums = sums + torch.where(has_image, functional.softplus(wrong_image), 0.0)
         hits = (right > 0).to(sums.dtype) + (has_text & (wrong_text <= 0)) + (has_image & (wrong_image <= 0))
@@ -192,10 +189,10 @@ class Content(NamedTuple):
     words: Tensor
 
 
-def draw_partners(
+def sample_negatives(
     queries: Tensor, keys: Tensor, scale: Tensor, query_content: Content, key_content: Content, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Draw one key for each query in proportion to exp(scale * query . key), among keys that do not belong to it.
+    """Sample one key for each query in proportion to exp(scale * query . key), among keys that do not belong to it.
 
     Args:
         queries: (N, E).
@@ -270,7 +267,7 @@ def _gather(inputs: ObjectiveInputs, text: TextTokens) -> _GroupTexts:
     )
 
 
-def _draw_uniform(captions: int, *, seed: int, step: int) -> Tensor:
+def _sample_uniform(captions: int, *, seed: int, step: int) -> Tensor:
     """Two numbers for each caption of a group, (2, k * M) in [0, 1), the same on every rank."""
     generator = torch.Generator().manual_seed(seed * _STEP_FACTOR + step)
     return torch.rand((2, captions), dtype=torch.float64, generator=generator)

@@ -167,8 +167,8 @@ class PiecePasses:
             hidden,
             self.text_hidden,
             self.text.mask,
-            chosen=functional.pad(patches, (1, 0)),  # cls is never hidden
-            reads="image",
+            selected=functional.pad(patches, (1, 0)),  # cls is never hidden
+            select_from="image",
             text_expert=self._text_expert,
         )
         self._masked_images.append((patch_mask, states))
@@ -190,12 +190,12 @@ class PiecePasses:
         """
         return self._model.token_losses(states, bias, targets, table)
 
-    def _fuse_text(self, text_hidden: Tensor, chosen: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+    def _fuse_text(self, text_hidden: Tensor, selected: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         return self._model.fuse(
             self.image_hidden,
             text_hidden,
             self.text.mask,
-            chosen=chosen,
+            selected=selected,
             attention_mask=attention_mask,
             text_expert=self._text_expert,
         )

@@ -16,14 +16,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2_encoder.bounds import Text, check_bounds
 from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.files import VISUAL_TOKENIZER, FileKind, Resources
 
 _EPS = 1e-6  # of the variance of a patch, in units of 255 levels squared; MAE's
 _INIT_STD = 0.02
@@ -34,9 +36,14 @@ class PatchTargets(nn.Module, ABC):
 
     Attributes:
         score_names: names of the scores that `compare` gives, always all of them.
+        files: as those of an `Objective`.
     """
 
     score_names: tuple[str, ...] = ()
+    files: ClassVar[Mapping[str, FileKind]] = {}
+
+    def prepare(self, resources: Resources) -> None:
+        """Load what `files` names; called once, before `build`."""
 
     @abstractmethod
     def build(self, shape: M2EncoderConfig) -> None:
@@ -148,17 +155,27 @@ class VisualCodes(PatchTargets):
     It reads whole images once per piece, in fp32, so that a piece that is computed again gets the same codes.
 
     Args:
-        tokenizer: folder written by `m2-train +experiment=visual_tokenizer`. Whoever builds the objective loads it and
-            calls `read_with`; `m2-train` does.
+        tokenizer: folder written by `m2-train +experiment=visual_tokenizer`; `prepare` loads it.
     """
 
     score_names = ("accuracy",)
+    files = {"tokenizer": VISUAL_TOKENIZER}  # noqa: RUF012 - a ClassVar of PatchTargets
 
-    def __init__(self, *, tokenizer: str) -> None:
+    @check_bounds
+    def __init__(self, *, tokenizer: Text) -> None:
         super().__init__()
         self.tokenizer_name = tokenizer
         # In a tuple, where torch looks for no sub-module.
         self._tokenizer: tuple[VisualTokenizer, ...] = ()
+
+    def prepare(self, resources: Resources) -> None:
+        """Load the tokenizer, onto the CPU until the first step.
+
+        Raises:
+            UserError: for one that cannot be loaded, or that sees other patches than the model.
+        """
+        self.read_with(resources.load_visual_tokenizer("tokenizer", self.tokenizer_name))
+        self._check_patches(resources.config)
 
     def read_with(self, tokenizer: VisualTokenizer) -> None:
         """Take a tokenizer and freeze it; before `build`."""
@@ -172,14 +189,16 @@ class VisualCodes(PatchTargets):
         Raises:
             UserError: without a tokenizer, or if it sees other patches than the model.
         """
-        tokenizer = self._get_tokenizer()
-        own, wanted = (tokenizer.image_size, tokenizer.patch_size), (shape.image_size, shape.patch_size)
-        if own != wanted:
-            raise UserError(
-                f"tokenizer={self.tokenizer_name}: reads images of {own[0]} pixels in patches of {own[1]}, the model "
-                f"images of {wanted[0]} in patches of {wanted[1]}; train one with the model's numbers"
-            )
-        self.head = _make_head(shape, tokenizer.num_codes)
+        self._check_patches(shape)
+        self.head = _make_head(shape, self._get_tokenizer().num_codes)
+
+    def _check_patches(self, shape: M2EncoderConfig) -> None:
+        for key in ("image_size", "patch_size"):
+            own, wanted = getattr(self._get_tokenizer(), key), getattr(shape, key)
+            if own != wanted:
+                fix = f"train one with m2-train +experiment=visual_tokenizer model.{key}={wanted}"
+                text = f"has {key}={own}, the model {wanted}; {fix}"
+                raise UserError(text, key="tokenizer", value=self.tokenizer_name)
 
     def compare(
         self, states: Tensor, images: Tensor, rows: Tensor, places: Tensor

@@ -74,7 +74,7 @@ def find_pause(schedules: Iterable[Mapping[int, float] | None]) -> int | None:
     return next((step for step in steps if not any(interpolate_schedule(each, step) for each in found)), None)
 
 
-def ever_counts(schedule: Mapping[int, float], steps: int) -> bool:
+def ever_active(schedule: Mapping[int, float], steps: int) -> bool:
     """Whether a checked schedule is above 0 at one of the first `steps` steps."""
     looked_at = {0, steps - 1, *(step for step in schedule if step < steps)}
     return any(interpolate_schedule(schedule, step) > 0 for step in looked_at)

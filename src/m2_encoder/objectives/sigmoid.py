@@ -19,13 +19,15 @@ Reference: SigLIP (arXiv:2303.15343), Eq. 1 and section 3.3, also for the values
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.nn import functional
 
+from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.distributed.collectives import gather_rows_without_grad, scatter_sums
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
@@ -50,17 +52,16 @@ class SigmoidContrastive(Objective):
         UserError: for a bias that is no finite number.
     """
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        initial_bias: float = -10.0,
+        initial_bias: Annotated[float, Ge(-1000), Le(1000)] = -10.0,
         multi_positive: bool = True,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
-        if not abs(initial_bias) < 1e6:
-            raise UserError(f"initial_bias={initial_bias!r} must be a finite number, such as -10")
         self.multi_positive = multi_positive
         self.logit_bias = nn.Parameter(torch.tensor(float(initial_bias)))
 

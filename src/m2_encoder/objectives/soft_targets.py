@@ -24,12 +24,13 @@ softening the labels of negatives progressively, of which "uniform" with growing
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m2_encoder.bounds import NotNegative, Positive, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.alignment import mean_alignment
 from m2_encoder.objectives.base import (
@@ -41,9 +42,6 @@ from m2_encoder.objectives.contrastive import contrastive_losses
 from m2_encoder.objectives.row_tiles import gather_constant
 from m2_encoder.objectives.schedule import Schedule, check_points, interpolate_schedule
 
-SOURCES: Final = ("image", "text", "both", "uniform")
-"""Where softened targets come from."""
-
 
 class SoftTargetContrastive(Objective):
     """ITC over the ranks of the contrastive group, which must hold equally many rows, against softened targets.
@@ -52,7 +50,7 @@ class SoftTargetContrastive(Objective):
         weight: factor in the sum of objectives.
         schedule: see `Objective`.
         softness: a, in [0, 1); or by step, [[step, a], ...], linear in between.
-        source: of Q, one of `SOURCES`.
+        source: of Q: "image", "text", "both" or "uniform".
         temperature: t, of the similarities within a modality.
         multi_positive: rows with the same identity are positives of each other; otherwise only own captions.
 
@@ -60,21 +58,18 @@ class SoftTargetContrastive(Objective):
         UserError: for a softness outside [0, 1), an unknown source, or a temperature that is not above 0.
     """
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
         softness: float | Schedule = 0.2,
         source: Literal["image", "text", "both", "uniform"] = "both",
-        temperature: float = 0.07,
+        temperature: Positive = 0.07,
         multi_positive: bool = True,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
-        if source not in SOURCES:
-            raise UserError(f"source={source!r} must be one of {', '.join(SOURCES)}")
-        if not temperature > 0:
-            raise UserError(f"temperature={temperature!r} must be above 0")
         self._softness = check_softness(softness)
         self._source = source
         self._temperature = temperature
@@ -138,7 +133,7 @@ class _Shares:
         images: local, (n, E).
         texts: means of their captions, (n, E); the similarity of two means is the mean over all pairs of captions.
         inputs: tell identities and the group.
-        source: one of `SOURCES`.
+        source: of Q.
         temperature: t.
     """
 

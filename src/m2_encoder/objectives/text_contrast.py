@@ -18,10 +18,14 @@ InfoNCE: arXiv:1807.03748.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor
 from torch.nn import functional
 
+from m2_encoder.bounds import Count, NotNegative, Positive, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.row_tiles import GroupRows, gather_group, map_rows
@@ -45,22 +49,17 @@ class TextContrast(Objective):
         UserError: for numbers that make no sense.
     """
 
+    @check_bounds
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        temperature: float = 0.07,
-        hard_negatives: int | None = None,
-        max_similarity: float = 0.95,
+        temperature: Positive = 0.07,
+        hard_negatives: Count | None = None,
+        max_similarity: Annotated[float, Gt(-1), Le(1)] = 0.95,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
-        if not temperature > 0:
-            raise UserError(f"temperature={temperature!r} must be above 0")
-        if hard_negatives is not None and hard_negatives < 1:
-            raise UserError(f"hard_negatives={hard_negatives!r} must be 1 or more, or null for all")
-        if not -1 < max_similarity <= 1:
-            raise UserError(f"max_similarity={max_similarity!r} must be above -1 and at most 1")
         self._temperature = temperature
         self._hard_negatives = hard_negatives
         self._max_similarity = max_similarity

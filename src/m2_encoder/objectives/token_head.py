@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalTerms
 from m2_encoder.objectives.passes import PiecePasses
-
-DECODERS: Final = ("tied", "own")
-"""Whose rows the states are compared with: those of the model's token table, or of a table of the objective's own."""
 
 _INIT_STD = 0.02
 
@@ -24,7 +20,7 @@ class TokenHead(nn.Module):
 
     Args:
         shape: of the model.
-        decoder: one of `DECODERS`.
+        decoder: whose rows the states are compared with: "tied", those of the model's token table, or "own".
 
     Reference: BERT (arXiv:1810.04805), section 3.1; tied tables: arXiv:1608.05859.
     """
@@ -40,23 +36,23 @@ class TokenHead(nn.Module):
                 nn.init.normal_(weight, std=_INIT_STD)
         nn.init.zeros_(self.transform.bias)
 
-    def terms(self, hidden: Tensor, targets: Tensor, chosen: Tensor, passes: PiecePasses) -> LocalTerms:
-        """Losses of the chosen tokens, summed by caption.
+    def terms(self, hidden: Tensor, targets: Tensor, predicted: Tensor, passes: PiecePasses) -> LocalTerms:
+        """Losses of the predicted tokens, summed by caption.
 
         Args:
-            hidden: of the chosen tokens, row by row, (M, D).
+            hidden: of the predicted tokens, row by row, (M, D).
             targets: true ids, (k * b, T) int64.
-            chosen: which of them are predicted, (k * b, T) bool.
+            predicted: which tokens of the captions these are, (k * b, T) bool.
             passes: gives the model's token table.
 
         Returns:
             Sums, counts, and under "accuracy" how many targets scored highest.
         """
-        rows, places = chosen.nonzero(as_tuple=True)
+        rows, places = predicted.nonzero(as_tuple=True)
         losses, hits = passes.token_losses(self._states(hidden), self.bias, targets[rows, places], self.table)
-        sums = losses.new_zeros(len(chosen)).index_add(0, rows, losses)
+        sums = losses.new_zeros(len(predicted)).index_add(0, rows, losses)
         correct = torch.zeros_like(sums).index_add(0, rows, hits.to(sums.dtype))
-        return LocalTerms(sums, chosen.sum(dim=1), {"accuracy": correct.detach()})
+        return LocalTerms(sums, predicted.sum(dim=1), {"accuracy": correct.detach()})
 
     def predict(self, hidden: Tensor, table: Tensor) -> Tensor:
         """The token that scores highest for each state, (M, D) to (M,) int64; for a few, as it holds all logits.
@@ -71,13 +67,3 @@ class TokenHead(nn.Module):
 
     def _states(self, hidden: Tensor) -> Tensor:
         return self.norm(functional.gelu(self.transform(hidden)))
-
-
-def check_decoder(decoder: str) -> None:
-    """Refuse an unknown decoder.
-
-    Raises:
-        UserError: naming the known ones.
-    """
-    if decoder not in DECODERS:
-        raise UserError(f"decoder={decoder!r} must be one of {', '.join(DECODERS)}")

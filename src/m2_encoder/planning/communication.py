@@ -26,15 +26,10 @@ METHODS: dict[str, str] = {
 
 
 class CommunicationCost(NamedTuple):
-    """What one rank sends for the contrastive loss in one optimizer step.
+    """What one rank sends for the contrastive loss in one optimizer step."""
 
-    Attributes:
-        bytes_sent: by a ring, forward and backward together.
-        collectives: operations on the critical path; nothing else can run meanwhile.
-    """
-
-    bytes_sent: int
-    collectives: int
+    bytes_sent: int  # by a ring, forward and backward together
+    collectives: int  # operations on the critical path; nothing else can run meanwhile
 
 
 def contrastive_bytes(
@@ -71,9 +66,6 @@ def contrastive_bytes(
         feature_dim: E.
         bytes_per_element: b.
         heads: h, pairs of image and text features that are contrasted.
-
-    Returns:
-        Bytes and collectives per rank and optimizer step.
 
     Raises:
         UserError: for an unknown method, a number below 1, or a group that does not divide the world.

@@ -76,9 +76,6 @@ def estimate_cost(
         precision: one of `PRECISIONS`.
         text_tokens: mean tokens of a text (padding costs nothing); None: the context length, the most there can be.
         heads: contrastive heads: 1 for the features of the vision-language encoder, 2 for those of the backbone, too.
-
-    Raises:
-        UserError: for an unknown precision, texts longer than the context, or another number of heads.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")

@@ -39,16 +39,7 @@ class _Line(NamedTuple):
 def draw_scaling(
     path: Path, scaling: Sequence[ScalingPoint], cost: ModelCost, wish: Wish, *, cluster: str, planned: Setting
 ) -> None:
-    """Draw step time, and pairs per second and device, over world sizes.
-
-    Args:
-        path: where to; the suffix says in which format.
-        scaling: the points; those that do not fit into memory are left out.
-        cost: of the model, for the caption.
-        wish: the memory limit.
-        cluster: for the caption.
-        planned: rows per rank, for the caption.
-    """
+    """Draw step time, and pairs per second and device, over world sizes."""
     lines = _lines(scaling)
     with matplotlib.rc_context({"font.size": 9, "axes.edgecolor": _MUTED, "svg.fonttype": "none"}):
         figure = Figure(figsize=(10, 4.2), dpi=160, facecolor="white", layout="constrained")

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Gt, Le
+
+from m2_encoder.bounds import Count, Fraction, NotNegative, Positive, check_fields
 from m2_encoder.errors import UserError
-
-_WHOLE = ("devices_per_node",)
-_SHARES = ("mfu", "overlap")
-_MAY_BE_ZERO = (
-    "reserved_memory_gb", "intra_node_latency_us", "inter_node_latency_us", "collective_latency_us", "overlap",
-    "straggler_std",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,29 +37,23 @@ class Hardware:
         UserError: if a value is impossible; all of them are listed at once.
     """
 
-    devices_per_node: int
-    device_memory_gb: float
-    reserved_memory_gb: float
-    peak_tflops: float
-    peak_tflops_fp32: float
-    mfu: float
-    memory_gb_per_s: float
-    intra_node_gb_per_s: float
-    intra_node_latency_us: float
-    inter_node_gb_per_s: float
-    inter_node_latency_us: float
-    collective_latency_us: float
-    overlap: float
-    straggler_std: float
+    devices_per_node: Count
+    device_memory_gb: Positive
+    reserved_memory_gb: NotNegative
+    peak_tflops: Positive
+    peak_tflops_fp32: Positive
+    mfu: Annotated[float, Gt(0), Le(1)]
+    memory_gb_per_s: Positive
+    intra_node_gb_per_s: Positive
+    intra_node_latency_us: NotNegative
+    inter_node_gb_per_s: Positive
+    inter_node_latency_us: NotNegative
+    collective_latency_us: NotNegative
+    overlap: Fraction
+    straggler_std: NotNegative
 
     def __post_init__(self) -> None:
-        problems = [
-            problem
-            for field in dataclasses.fields(self)
-            if (problem := _problem(field.name, getattr(self, field.name))) is not None
-        ]
-        if problems:
-            raise UserError("; ".join(problems))
+        check_fields(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Hardware:
@@ -84,14 +73,3 @@ class Hardware:
     def flops_per_s(self) -> float:
         """Operations a second that the encoder reaches."""
         return self.peak_tflops * 1e12 * self.mfu
-
-
-def _problem(name: str, value: object) -> str | None:
-    if name in _WHOLE:
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        return None if is_whole and value >= 1 else f"{name}={value} must be a whole number, 1 or more"  # type: ignore[operator]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return f"{name}={value} must be a number"
-    if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
-        return f"{name}={value} must be {'0 or more' if name in _MAY_BE_ZERO else 'above 0'}"
-    return f"{name}={value} must be at most 1" if name in _SHARES and value > 1 else None

@@ -22,27 +22,16 @@ _TILE_LOGITS = 2 * 8192 * 4096
 
 
 class Memory(NamedTuple):
-    """Bytes of one rank at the peak of a step.
+    """Bytes of one rank at the peak of a step."""
 
-    Attributes:
-        weights: parameters, and whole layers that FSDP2 holds for a moment.
-        weight_copies: 16-bit copies of the weights in mixed precision.
-        gradients: with DDP's buckets.
-        optimizer: AdamW's moments.
-        activations: kept for backward, and the widest gradients beside them.
-        batch: pixels and tokens of all rows of the step.
-        contrast: features, their gradients, and tiles or logits.
-        reserved: by contexts, communication and fragments; a constant of the cluster.
-    """
-
-    weights: float
-    weight_copies: float
-    gradients: float
-    optimizer: float
-    activations: float
-    batch: float
-    contrast: float
-    reserved: float
+    weights: float  # parameters, and whole layers that FSDP2 holds for a moment
+    weight_copies: float  # 16-bit copies of the weights in mixed precision
+    gradients: float  # with DDP's buckets
+    optimizer: float  # AdamW's moments
+    activations: float  # kept for backward, and the widest gradients beside them
+    batch: float  # pixels and tokens of all rows of the step
+    contrast: float  # features, their gradients, and tiles or logits
+    reserved: float  # by contexts, communication and fragments; a constant of the cluster
 
     @property
     def total(self) -> float:

@@ -28,27 +28,14 @@ def count_nodes(hardware: Hardware, ranks: int) -> int:
 
 
 def gather_seconds(hardware: Hardware, *, ranks: int, bytes_per_rank: float) -> float:
-    """All-gather in a ring, or a reduce-scatter, which is the same backwards.
-
-    Args:
-        hardware: constants.
-        ranks: that take part.
-        bytes_per_rank: what each contributes; it passes ranks - 1 times as much on.
-    """
+    """Seconds of an all-gather in a ring, or a reduce-scatter, its reverse; each rank contributes `bytes_per_rank`."""
     if ranks == 1:
         return 0.0
     return _ring_latency(hardware, ranks) + (ranks - 1) * bytes_per_rank / _bandwidth(hardware, ranks)
 
 
 def reduce_seconds(hardware: Hardware, *, ranks: int, num_bytes: float, messages: int = 1) -> float:
-    """All-reduce of a buffer that every rank has whole, in a ring or a tree, whichever starts sooner.
-
-    Args:
-        hardware: constants.
-        ranks: that take part.
-        num_bytes: length of the buffer.
-        messages: pieces it is sent in, one after the other.
-    """
+    """Seconds of an all-reduce of a whole buffer in `messages` pieces, in a ring or a tree, whichever is faster."""
     if ranks == 1:
         return 0.0
     inside = min(ranks, hardware.devices_per_node) - 1
@@ -80,14 +67,9 @@ def waiting_seconds(forward_std: float, backward_std: float, *, group_size: int,
     """Expected time that jitter adds to a step whose ranks meet twice: in their group, then all of them.
 
     A rank's forward and backward pass deviate from their means by independent normal errors. After the forward pass the
-    ranks of a group wait for the slowest of them, after the backward pass all ranks for the slowest of all:
-    E[max over groups (max of the group's forward errors + max of its backward errors)].
-
-    Args:
-        forward_std: standard deviation of what precedes the group's meeting, seconds.
-        backward_std: of what follows, seconds.
-        group_size: g.
-        world_size: W, a multiple of g.
+    ranks of a group wait for the slowest of them, after the backward pass all ranks for the slowest of all: E[max over
+    groups (max of the group's forward errors + max of its backward errors)]. The deviations are in seconds: of what
+    precedes the group's meeting, and of what follows it.
     """
     scale = math.hypot(forward_std, backward_std)
     if scale == 0 or world_size == 1:

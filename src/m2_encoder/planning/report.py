@@ -128,13 +128,7 @@ def _part_rows(predictions: Sequence[Prediction], part: str, scale: float) -> li
 
 
 def train_overrides(cfg: Mapping[str, Any], setting: Setting, hardware: Hardware) -> str:
-    """What makes m2-train do what was planned.
-
-    Args:
-        cfg: of m2-plan: the model, and how its features are contrasted.
-        setting: what was planned.
-        hardware: whose nodes it is for.
-    """
+    """What makes m2-train do what was planned."""
     devices = min(setting.world_size, hardware.devices_per_node)
     words = [
         f"model={cfg['model']}",

@@ -176,13 +176,7 @@ def scale_worlds(
 ) -> list[ScalingPoint]:
     """The same rows per rank on other numbers of ranks; whatever is free is chosen anew for each.
 
-    Args:
-        cost: of the model.
-        hardware: constants of the cluster.
-        wish: what is free; a world too small for its rows contrasts all it has.
-        planned: whose rows per rank are kept.
-        world_sizes: W of each point.
-        fixed_group_size: g of the points' `fixed`, however few rows that contrasts.
+    A world too small for the wanted rows contrasts all it has. `fixed_group_size` is g of the points' `fixed`.
     """
     points = []
     for world in world_sizes:

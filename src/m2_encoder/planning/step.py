@@ -28,27 +28,16 @@ _BUCKET_BYTES = 25 * 2**20  # DDP's default
 
 
 class StepTime(NamedTuple):
-    """Seconds of an optimizer step.
-
-    Attributes:
-        forward: encoding.
-        recomputation: encoding again, by micro-batches or layers.
-        backward: of the encoders.
-        contrast: logits and their gradients.
-        contrast_communication: collectives of the contrast; nothing runs meanwhile.
-        gradient_communication: the part of the gradients' (and FSDP2's parameters') traffic that nothing hides.
-        optimizer: clipping and update.
-        waiting: for slow ranks, expected.
-    """
+    """Seconds of an optimizer step."""
 
     forward: float
-    recomputation: float
+    recomputation: float  # encoding again, by micro-batches or layers
     backward: float
     contrast: float
-    contrast_communication: float
-    gradient_communication: float
+    contrast_communication: float  # collectives of the contrast; nothing runs meanwhile
+    gradient_communication: float  # the part of the gradients' (and FSDP2's parameters') traffic that nothing hides
     optimizer: float
-    waiting: float
+    waiting: float  # for slow ranks, expected
 
     @property
     def total(self) -> float:
@@ -57,23 +46,14 @@ class StepTime(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a setting costs.
-
-    Attributes:
-        setting: what was predicted.
-        time: of a step.
-        memory: of a rank.
-        communication: of the contrast, per rank and step.
-        gradient_bytes: what a rank sends for gradients (and FSDP2's parameters) in a step.
-        logits: of a rank and step, each direction counted.
-    """
+    """What a setting costs."""
 
     setting: Setting
     time: StepTime
     memory: Memory
-    communication: CommunicationCost
-    gradient_bytes: float
-    logits: int
+    communication: CommunicationCost  # of the contrast, per rank and step
+    gradient_bytes: float  # what a rank sends for gradients (and FSDP2's parameters) in a step
+    logits: int  # of a rank and step, each direction counted
 
     @property
     def pairs_per_s(self) -> float:

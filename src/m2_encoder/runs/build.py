@@ -1,18 +1,26 @@
-"""From plain values of a configuration to the objects of a run that Hydra does not build itself."""
+"""From a checked configuration to the objects of a run."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
+import lightning
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
-from m2_encoder.config.model_choice import build_tokenizer, find_path, is_model_name
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer, find_path, is_model_name
 from m2_encoder.config.paths import anchor
-from m2_encoder.data.masking.batch_masking import BatchMasking
+from m2_encoder.data.masking.batch_masking import build_masking
+from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.evaluation.tasks.masked import Masked
@@ -21,26 +29,218 @@ from m2_encoder.evaluation.tasks.reconstruction import Reconstruction
 from m2_encoder.evaluation.tasks.retrieval import Retrieval
 from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig
-from m2_encoder.objectives.base import LocalObjective, Objective
-from m2_encoder.objectives.distillation import Distillation
-from m2_encoder.objectives.masked_image import MaskedImage
-from m2_encoder.objectives.patch_targets import VisualCodes
-from m2_encoder.runs.folder import UNSAID
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.visual_tokenizer import VisualTokenizer
+from m2_encoder.objectives.base import Objective, active
+from m2_encoder.objectives.files import Resources
+from m2_encoder.runs.folder import LAST_CHECKPOINT, UNSAID
+from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.adaptation import Adaptation, check_adaptation
+from m2_encoder.training.module import PretrainModule
+from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
+
+METRICS_FILE: Final = "metrics.jsonl"
+
+Module = PretrainModule | VisualTokenizerModule
+"""What a run trains: an encoder, or what `task` names in place of it."""
 
 
-def build_initial_state(model: Mapping[str, Any], config: M2EncoderConfig) -> dict[str, Tensor] | None:
-    """Parameters to start from, or None to train from scratch.
+class Run(NamedTuple):
+    """The objects of one run.
+
+    Attributes:
+        module: model, objectives, optimizer.
+        datamodule: training and evaluation data.
+        trainer: Lightning's.
+        metrics: the logger behind `metrics.jsonl`.
+    """
+
+    module: Module
+    datamodule: WebDatasetModule
+    trainer: lightning.Trainer
+    metrics: JsonlLogger
+
+
+def build_run(cfg: dict[str, Any], folder: Path) -> Run:
+    """Builds everything that a run needs; nothing is read from the training data.
+
+    Args:
+        cfg: the resolved configuration.
+        folder: the run's.
 
     Raises:
-        UserError: if the file is missing, no checkpoint, or of another shape.
+        UserError: for weights or files of objectives that cannot be used.
     """
-    weights = model.get("weights")
+    objectives = build_objectives(cfg)
+    datamodule = build_data(cfg, objectives)
+    module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
+    trainer, metrics = build_trainer(cfg, folder)
+    return Run(module, datamodule, trainer, metrics)
+
+
+def build_objectives(cfg: Mapping[str, Any]) -> dict[str, Objective]:
+    """The objectives that count, with what they read.
+
+    Args:
+        cfg: the resolved configuration; one with a `task` has no objectives.
+
+    Raises:
+        UserError: for a file that cannot be used; it names the setting.
+    """
+    objectives: dict[str, Objective] = active(instantiate(cfg.get("objective") or {}))
+    if not objectives:
+        return {}
+    config = build_model_config(cfg["model"])
+    tokenizer = build_tokenizer(cfg["model"], config)
+    resources = Resources(tokenizer, config, find_path, partial(_load_encoder, tokenizer), _load_visual_tokenizer)
+    for name, objective in objectives.items():
+        _prepare(name, objective, resources)
+    return objectives
+
+
+def _prepare(name: str, objective: Objective, resources: Resources) -> None:
+    try:
+        objective.prepare(resources)
+    except UserError as error:
+        raise error.under(f"objective.{name}") from error
+
+
+def _load_encoder(tokenizer: SentencePieceTokenizer, argument: str, name: str, weights: str | None) -> M2Encoder:
+    named = is_model_name(name)
+    try:
+        loaded = load(
+            name if named else find_path(name),
+            weights=None if weights is None else find_path(weights),
+            tokenizer=tokenizer if named else None,
+        )
+    except UserError as error:
+        raise UserError(str(error), key=argument, value=name) from error
+    read = loaded.tokenizer
+    if not isinstance(read, SentencePieceTokenizer) or read.model_bytes != tokenizer.model_bytes:
+        rule = "must read the ids of model.tokenizer; use the tokenizer of this model, or another model"
+        raise UserError(rule, key=argument, value=name)
+    return loaded.model
+
+
+def _load_visual_tokenizer(argument: str, name: str) -> VisualTokenizer:
+    try:
+        return load_visual_tokenizer(find_path(name))
+    except UserError as error:
+        raise UserError(str(error), key=argument, value=name) from error
+
+
+def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> WebDatasetModule:
+    """Builds the data module of a configuration; it reads nothing yet.
+
+    Args:
+        cfg: the resolved configuration.
+        objectives: say what is hidden of a batch.
+    """
+    model = build_model_config(cfg["model"])
+    data = dict(cfg["data"])
+    if "folder" in data:
+        data["folder"] = str(anchor(data["folder"]))
+    tokenizer = build_tokenizer(cfg["model"], model)
+    return instantiate(
+        data,
+        tokenizer=tokenizer,
+        image_size=model.image_size,
+        seed=cfg["seed"],
+        max_steps=cfg["trainer"]["max_steps"],
+        masking=build_masking(objectives, tokenizer, model),
+    )
+
+
+def build_module(cfg: Mapping[str, Any], objectives: Mapping[str, Objective], *, validation_name: str) -> Module:
+    """Builds what is trained; an encoder itself is made later, where the strategy wants it.
+
+    Args:
+        cfg: the resolved configuration.
+        objectives: as `build_objectives` gives them.
+        validation_name: name of the validation set in metric names.
+
+    Raises:
+        UserError: for weights that cannot be used.
+    """
+    model = build_model_config(cfg["model"])
+    shared = {
+        "optimizer": instantiate(cfg["optimizer"]),
+        "scheduler": instantiate(cfg["scheduler"]),
+        "validation_name": validation_name,
+    }
+    if cfg.get("task") is not None:
+        return instantiate(cfg["task"], image_size=model.image_size, patch_size=model.patch_size, **shared)
+    initial_state = _load_initial_state(cfg["model"].get("weights"), model)
+    shared |= {"adaptation": build_adaptation(cfg, model), "initial_state": initial_state}
+    return PretrainModule(model=model, objectives=objectives, **shared)
+
+
+def _load_initial_state(weights: str | None, config: M2EncoderConfig) -> dict[str, Tensor] | None:
+    """Parameters to start from, or None to train from scratch."""
     if weights is None:
         return None
     source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
     return dict(load(config, weights=source, trainable=True).model.state_dict())
+
+
+def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptation:
+    """What `adaptation` names.
+
+    Raises:
+        UserError: for something else, or what does not fit the model.
+    """
+    node = (UNSAID | dict(cfg))["adaptation"]
+    adaptation = instantiate(node)
+    if not isinstance(adaptation, Adaptation):
+        rule = "must be a subclass of m2_encoder.training.adaptation.Adaptation; derive it from that"
+        raise UserError(rule, key="adaptation._target_", value=node["_target_"])
+    check_adaptation(adaptation, model)
+    return adaptation
+
+
+def build_trainer(
+    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = ()
+) -> tuple[lightning.Trainer, JsonlLogger]:
+    """Builds the trainer with its loggers, which start here: W&B, too.
+
+    Args:
+        cfg: the resolved configuration.
+        folder: the run's.
+        callbacks: more than the configuration's; they come first.
+    """
+    metrics = JsonlLogger(folder / METRICS_FILE)
+    trainer = instantiate(
+        cfg["trainer"],
+        strategy=instantiate(cfg["strategy"]),
+        logger=[metrics, *_build_logger(cfg, folder)],
+        callbacks=[*callbacks, *_build_callbacks(cfg, folder)],
+        plugins=_build_plugins(cfg["cluster"]["name"]),
+        default_root_dir=str(folder),
+    )
+    return trainer, metrics
+
+
+def _build_logger(cfg: Mapping[str, Any], folder: Path) -> list[Logger]:
+    given: dict[str, Any] = {"folder": folder}
+    if cfg["logger"]["_target_"].endswith(".build_wandb_logger"):
+        given |= {"run_name": cfg["run"]["name"], "cfg": cfg}
+    built = instantiate(cfg["logger"], _recursive_=False, **given)  # the configuration in it is a value
+    return [] if built is None else [built]
+
+
+def _build_callbacks(cfg: Mapping[str, Any], folder: Path) -> list[lightning.Callback]:
+    given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
+    return [instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()]
+
+
+def _build_plugins(cluster: str) -> list[ClusterEnvironment]:
+    """The environment that `cluster` names, so that no variable left over from elsewhere decides it."""
+    if cluster == "slurm":
+        return [SLURMEnvironment(auto_requeue=False)]  # submitit owns preemption
+    if cluster == "torchrun" or TorchElasticEnvironment.detect():
+        return [TorchElasticEnvironment()]
+    return [LightningEnvironment()]
 
 
 def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
@@ -53,120 +253,3 @@ def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
         tasks = {"retrieval": Retrieval(), "masked": Masked(), "masked_picture": MaskedPicture()}
         return {**tasks, "reconstruction": Reconstruction()}
     return {name: instantiate(node) for name, node in nodes.items()}
-
-
-def build_masking(
-    objectives: Mapping[str, Objective], tokenizer: SentencePieceTokenizer, config: M2EncoderConfig
-) -> BatchMasking | None:
-    """What the objectives want hidden of a batch; None if they want nothing.
-
-    Raises:
-        UserError: if they want different things.
-    """
-    wanted: dict[str, Any] = {}
-    for key in ("word_ratio", "patch_ratio", "user_dictionary"):
-        values = {
-            name: getattr(objective, key)
-            for name, objective in objectives.items()
-            if isinstance(objective, LocalObjective) and objective.weight > 0 and getattr(objective, key) is not None
-        }
-        if len(set(values.values())) > 1:
-            given = ", ".join(f"{name} {value}" for name, value in values.items())
-            raise UserError(f"objectives want different {key} ({given}); they share one masked pass: give all the same")
-        wanted[key] = next(iter(values.values()), None)
-    if wanted["word_ratio"] is None and wanted["patch_ratio"] is None:
-        return None
-    if wanted["user_dictionary"] is not None:
-        wanted["user_dictionary"] = str(find_path(wanted["user_dictionary"]))
-    return BatchMasking(tokenizer, grid=config.image_size // config.patch_size, **wanted)
-
-
-def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptation:
-    """What `adaptation` names.
-
-    Raises:
-        UserError: for something else, or what does not fit the model.
-    """
-    node = (UNSAID | dict(cfg))["adaptation"]
-    adaptation = instantiate(node)
-    if not isinstance(adaptation, Adaptation):
-        raise UserError(
-            f"adaptation._target_={node['_target_']}: must be a subclass of m2_encoder.training.adaptation.Adaptation; "
-            "derive it from that"
-        )
-    check_adaptation(adaptation, model)
-    return adaptation
-
-
-def load_teachers(
-    objectives: Mapping[str, Objective], model: Mapping[str, Any], config: M2EncoderConfig
-) -> Mapping[str, Objective]:
-    """Gives every distillation that counts its teacher, on the CPU until the first step.
-
-    Args:
-        objectives: by name.
-        model: that of the configuration, whose tokenizer the teacher must share.
-        config: the student's.
-
-    Returns:
-        The same objectives.
-
-    Raises:
-        UserError: for a teacher that cannot be loaded, or that reads another tokenizer's ids.
-    """
-    for name, objective in objectives.items():
-        if not isinstance(objective, Distillation) or not objective.weight:
-            continue
-        tokenizer = build_tokenizer(model, config)
-        named = is_model_name(objective.teacher_name)
-        source = objective.teacher_name if named else str(find_path(objective.teacher_name))
-        weights = None if objective.teacher_weights is None else find_path(objective.teacher_weights)
-        with _named(f"objective.{name}.teacher={objective.teacher_name}"):
-            teacher = load(source, weights=weights, tokenizer=tokenizer if named else None)
-        read = teacher.tokenizer
-        if not isinstance(read, SentencePieceTokenizer) or read.model_bytes != tokenizer.model_bytes:
-            raise UserError(
-                f"objective.{name}.teacher={objective.teacher_name}: must read the ids of model.tokenizer="
-                f"{model['tokenizer']}; use the teacher's tokenizer, or another teacher"
-            )
-        objective.teach_with(teacher.model)
-    return objectives
-
-
-def load_visual_tokenizers(objectives: Mapping[str, Objective], config: M2EncoderConfig) -> Mapping[str, Objective]:
-    """Gives every objective that predicts codes its visual tokenizer, on the CPU until the first step.
-
-    Args:
-        objectives: by name.
-        config: the student's.
-
-    Returns:
-        The same objectives.
-
-    Raises:
-        UserError: for one that cannot be loaded, or that sees other patches than the student.
-    """
-    for name, objective in objectives.items():
-        if not isinstance(objective, MaskedImage) or not objective.weight:
-            continue
-        if isinstance(targets := objective.targets, VisualCodes):
-            with _named(f"objective.{name}.targets.tokenizer={targets.tokenizer_name}"):
-                tokenizer = load_visual_tokenizer(find_path(targets.tokenizer_name))
-            for key in ("image_size", "patch_size"):
-                own, wanted = getattr(tokenizer, key), getattr(config, key)
-                if own != wanted:
-                    raise UserError(
-                        f"objective.{name}.targets.tokenizer={targets.tokenizer_name}: has {key}={own}, the model "
-                        f"{wanted}; train one with m2-train +experiment=visual_tokenizer model.{key}={wanted}"
-                    )
-            targets.read_with(tokenizer)
-    return objectives
-
-
-@contextlib.contextmanager
-def _named(given: str) -> Iterator[None]:
-    """Puts the key and the value in front of what cannot be loaded."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{given}: {error}") from error

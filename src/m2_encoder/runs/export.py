@@ -18,7 +18,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
-from m2_encoder.objectives.base import Objective
+from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.matching import Matching
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_adaptation
@@ -42,8 +42,8 @@ class HeadOfRun(NamedTuple):
 
 def find_head(cfg: Mapping[str, Any]) -> HeadOfRun | None:
     """The matching objective in a run's resolved configuration, the first if there are several; None without one."""
-    for name, node in (cfg.get("objective") or {}).items():
-        if node["_target_"] == _MATCHING and node.get("weight", 1.0) > 0:
+    for name, node in active(cfg.get("objective") or {}).items():
+        if node["_target_"] == _MATCHING:
             return HeadOfRun(name, bool(node.get("text_expert", False)))
     return None
 

@@ -1,21 +1,39 @@
-"""Files of a run's folder that several commands read: `config.yaml` and the last checkpoint."""
+"""What stands in a run's folder: `config.yaml`, the last checkpoint, and `frozen.json`.
+
+`frozen.json` lists the files that the run reads and never changes, without which its targets would mean something else:
+the tokenizer, teachers, visual tokenizers, whatever objectives name. A run does not go on with others, wherever they
+lie. Weights may be large, so that of a file above `WHOLE_BYTES` only samples are digested.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import yaml
 from omegaconf import OmegaConf
 
+from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER
+from m2_encoder.config.objective_files import find_files
+from m2_encoder.config.old_names import update_names
+from m2_encoder.config.paths import LAST_CHECKPOINT as LAST_CHECKPOINT
+from m2_encoder.config.paths import anchor
+from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError, UserError
-from m2_encoder.files import write_text
+from m2_encoder.files import file_sha256, write_json, write_text
 
 CONFIG_FILE: Final = "config.yaml"
-LAST_CHECKPOINT: Final = "checkpoints/last.ckpt"
+FROZEN_FILE: Final = "frozen.json"
+
+WHOLE_BYTES: Final = 1 << 24
+"""Files up to this size are digested whole."""
+
+_SAMPLE_BYTES, _NUM_SAMPLES = 1 << 20, 16
 
 _HEADER: Final = """\
 # Resolved configuration of a run. To repeat it, in a folder of its own:
@@ -33,7 +51,7 @@ def write_config(path: Path, cfg: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads what `write_config` wrote.
+    """Reads what `write_config` wrote, with today's names of what has moved since.
 
     Raises:
         UserError: if there is no such file, or it is no YAML mapping.
@@ -47,7 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(cfg, dict):
         raise UserError(f"{path}: must hold a mapping")
-    return {str(key): value for key, value in cfg.items()}
+    return update_names({str(key): value for key, value in cfg.items()})
 
 
 def read_content(checkpoint: Path) -> dict[str, Any]:
@@ -72,3 +90,104 @@ def read_step(checkpoint: Path) -> int:
         CheckpointError: if the file is damaged or something else.
     """
     return int(read_content(checkpoint)["global_step"])
+
+
+class Frozen(NamedTuple):
+    """A file that a run reads and never changes.
+
+    Attributes:
+        key: of the setting that names it.
+        value: of that setting.
+        path: the file.
+    """
+
+    key: str
+    value: str
+    path: Path
+
+
+def find_frozen(cfg: Mapping[str, Any]) -> dict[str, Frozen]:
+    """The files that give a run's ids, codes and teachers their meaning.
+
+    Args:
+        cfg: the resolved configuration.
+
+    Returns:
+        By the setting that asks for them. A file that is not there is left for whoever loads it.
+    """
+    found: dict[str, Frozen] = {}
+    if cfg.get("task") is None and (tokenizer := str(cfg["model"]["tokenizer"])) != EMBEDDED_TOKENIZER:
+        found["model.tokenizer"] = Frozen("model.tokenizer", tokenizer, anchor(tokenizer))
+    found |= {file.key: Frozen(*file.locate()) for file in find_files(cfg.get("objective") or {})}
+    return {what: each for what, each in found.items() if each.path.is_file()}
+
+
+def check_frozen(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> dict[str, Frozen]:
+    """Refuse to go on with other files than a run began with, wherever they lie.
+
+    Args:
+        cfg: the resolved configuration.
+        folder: the run's, which holds the digests of before.
+        resumes: whether the run goes on.
+
+    Returns:
+        What `write_frozen` keeps; nothing on all ranks but the first, which alone reads the files.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    if not is_first_rank():
+        return {}
+    frozen = find_frozen(cfg)
+    if not resumes:
+        return frozen
+    before = _read_record(folder / FROZEN_FILE)
+    places = find_frozen(read_config(folder / CONFIG_FILE)) if (folder / CONFIG_FILE).is_file() else {}
+    for what, (key, value, path) in frozen.items():
+        if what in before:
+            origin, same = before[what]["file"], _digest(path, like=before[what]).items() <= before[what].items()
+        else:  # the run began before there were digests, or without this file: the same place must do
+            origin = str(places[what].path.resolve()) if what in places else ""
+            same = origin in ("", str(path.resolve()))
+        if not same:
+            rule = f"{path} is not the file that this run began with, {origin}: what it learns would change its meaning"
+            raise UserError(f"{rule}; restore that file, or give another run.name", key=key, value=value)
+    return frozen
+
+
+def write_frozen(folder: Path, frozen: Mapping[str, Frozen], *, resumes: bool) -> None:
+    """Keep what a run reads, beside what it read before if it goes on."""
+    before = _read_record(folder / FROZEN_FILE) if resumes else {}
+    now = {what: {"file": str(each.path.resolve()), **_digest(each.path)} for what, each in frozen.items()}
+    if before or now:
+        write_json(folder / FROZEN_FILE, {**before, **now})
+    else:
+        (folder / FROZEN_FILE).unlink(missing_ok=True)
+
+
+def _digest(path: Path, *, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What tells a file from another one: of small ones all bytes, of large ones the size and samples.
+
+    Args:
+        path: the file.
+        like: an earlier record, to be compared with; there were times when large files were digested whole.
+    """
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES or (like is not None and "sha256" in like):
+        return {"sha256": file_sha256(path)}
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for sample in range(_NUM_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return {"size": size, "sampled_sha256": digest.hexdigest()}
+
+
+def _read_record(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+        return {what: {**each, "file": str(each["file"])} for what, each in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is damaged; restore it, or start again with another run.name") from error

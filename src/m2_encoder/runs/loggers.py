@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlparse
 
+from m2_encoder.bounds import Count, Text
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.record import describe_run
 
@@ -23,7 +24,7 @@ _INIT_TIMEOUT_S: Final = 30.0
 _WANDB_MODES: Final = ("online", "offline", "disabled")
 
 
-def build_csv_logger(*, folder: Path, flush_every_n_steps: int = 100) -> CSVLogger:
+def build_csv_logger(*, folder: Path, flush_every_n_steps: Count = 100) -> CSVLogger:
     """Scalars as CSV, in `<run folder>/csv/version_<n>/metrics.csv`.
 
     Args:
@@ -40,11 +41,11 @@ def build_wandb_logger(
     run_name: str,
     folder: Path,
     cfg: Mapping[str, Any],
-    project: str = "m2-encoder",
-    entity: str | None = None,
-    group: str | None = None,
+    project: Text = "m2-encoder",
+    entity: Text | None = None,
+    group: Text | None = None,
     tags: Sequence[str] = (),
-    mode: str = "auto",
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto",
 ) -> WandbLogger | None:
     """Starts a W&B run whose id and name are the run's, so that a requeued job continues its curves.
 
@@ -63,8 +64,8 @@ def build_wandb_logger(
         mode: "auto" (online with a key, else offline), "online", "offline" or "disabled". The variable
             `WANDB_MODE` overrides it.
     """
-    mode = resolve_mode(mode)
-    if mode == "disabled" or not is_first_rank():
+    resolved = resolve_mode(mode)
+    if resolved == "disabled" or not is_first_rank():
         return None
     os.environ.setdefault("WANDB_SILENT", "true")  # its own remarks come before its settings are read
     try:
@@ -81,7 +82,7 @@ def build_wandb_logger(
             entity=entity,
             group=group,
             tags=list(tags),
-            mode=mode,
+            mode=resolved,
             config={**cfg, "git_revision": facts["git_revision"], "command": facts["command"]},
             settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_TIMEOUT_S),
         )
@@ -89,7 +90,7 @@ def build_wandb_logger(
     except Exception as error:  # its client, its service, the disk and the network raise what they like
         say(f"W&B: not available ({first_line(error)}); metrics.jsonl has all scalars")
         return None
-    if mode == "offline":
+    if resolved == "offline":
         say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
     return logger
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.config.paths import anchor
+from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.evaluation.suite import SUMMARY_FILE, TABLE_FILE, print_results, run_tasks, summarize, write_results
 from m2_encoder.evaluation.tables import open_console
@@ -18,7 +19,6 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.record import describe_run
-from m2_encoder.runs.build import build_masking
 from m2_encoder.runs.export import trained_head
 
 

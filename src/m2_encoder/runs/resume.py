@@ -1,131 +1,211 @@
-"""A run that goes on: whether its checkpoint fits, and its records as they were where it does not."""
+"""What a run that goes on must find as it was, and what a command line changes about it."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import lightning
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from m2_encoder.errors import UserError
+from m2_encoder.config.model_choice import build_model_config
+from m2_encoder.config.problems import show
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.objectives.base import Objective
-from m2_encoder.runs.changes import find_changes
-from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config, read_content, read_step
-from m2_encoder.runs.frozen_files import FROZEN_FILE, counting_nodes
-from m2_encoder.runs.start import CHECK_FILE
+from m2_encoder.models.trainable_parts import PARTS
+from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
+from m2_encoder.objectives.base import Objective, active
+from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, UNSAID, read_config, read_content
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
-_RECORDS: Final = (CONFIG_FILE, FROZEN_FILE, CHECK_FILE)
+_FREE: Final = (
+    "run",
+    "logger",
+    "cluster",
+    "evaluation",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "data.folder",
+    "data.num_workers",
+    "data.cache",
+    "data.stall_timeout_s",
+    "data.new_segment",
+)
+"""Settings that change neither what is trained nor on what."""
+
+_FREE_OF_OBJECTIVES: Final = ("weight", "schedule")
+"""Settings of an objective that decide on no parameter."""
+
+_AS_BEFORE: Final = "as in the run that is continued"
+_NEW_NAME: Final = "give another run.name"
 _LOAD_ERROR: Final = "Error(s) in loading state_dict"
 
 logger = logging.getLogger(__name__)
 
+Shapes = dict[str, tuple[int, ...]]
 
-@contextlib.contextmanager
-def restored_unless_trained(folder: Path, cfg: Mapping[str, Any], trainer: lightning.Trainer) -> Iterator[None]:
-    """Puts the records of a continued run back if it ends before its first step, whatever ends it.
+
+def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
+    """Settings that differ from those a run was started with last, as "KEY: OLD then, NEW now".
+
+    The order of samples is refused if it changes, and the model's shape; all other changes are the user's right, but
+    not to be made unseen: after one of captions or augmentation a resumed run is no longer the uninterrupted one.
 
     Args:
-        folder: the run's, as it stands before anything is written.
-        cfg: the resolved configuration.
-        trainer: tells how far the run came.
+        path: `config.yaml` of the run; where there is none, nothing is known to have changed.
+        cfg: the configuration of now, resolved.
 
     Raises:
-        UserError: in place of torch's error, for a checkpoint that could not be compared earlier and does not load.
+        UserError: if the file is damaged.
     """
-    begun = read_step(folder / LAST_CHECKPOINT)  # before a step is done, which may be saved and then fail
-    paths = [folder / name for name in _RECORDS] if trainer.is_global_zero else []
-    before = {path: path.read_bytes() if path.is_file() else None for path in paths}
-    try:
-        yield
-    except BaseException as error:
-        if trainer.global_step <= begun:
-            for path, content in before.items():
-                _put_back(path, content)
-        if isinstance(error, RuntimeError) and _LOAD_ERROR in str(error):
-            lines = (line.strip(" \t.") for line in str(error).splitlines()[1:])
-            first = next((line for line in lines if line), "torch does not say why")
-            raise UserError(f"{_misfit(cfg)}: {first}; give another run.name") from error
-        raise
+    if not path.is_file():
+        return []
+    changes = _compare("", UNSAID | read_config(path), UNSAID | dict(cfg))
+    return [f"{key}: {before!r} then, {now!r} now" for key, before, now in changes]
 
 
-def _put_back(path: Path, content: bytes | None) -> None:
-    if content is None:
-        path.unlink(missing_ok=True)
+def _compare(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if key in _FREE or before == now:
         return
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys((*now, *before)):
+            yield from _compare(f"{key}.{name}".lstrip("."), before.get(name), now.get(name))
+    else:
+        yield key, before, now
 
 
-def _misfit(cfg: Mapping[str, Any]) -> str:
-    return f"run.name={cfg['run']['name']}: its checkpoint does not fit"
-
-
-def check_parameters(
-    module: PretrainModule | VisualTokenizerModule, checkpoint: Path, *, cfg: Mapping[str, Any], folder: Path
-) -> None:
-    """Refuse a checkpoint with other parameters than a module has, before anything is written or started.
+def check_resume(module: PretrainModule | VisualTokenizerModule, cfg: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint that does not fit what is to be trained, before anything is written or started.
 
     Args:
         module: of the run; not built yet, and left so.
-        checkpoint: of the run that is continued.
         cfg: the resolved configuration.
-        folder: the run's.
+        folder: the run's, with its last checkpoint; its `config.yaml` says how the run began.
 
     Raises:
-        CheckpointError: if the file is damaged.
-        UserError: naming the first parameter that differs.
+        CheckpointError: if the checkpoint is damaged.
+        UserError: naming all settings that may not differ, or else the first parameter that does.
     """
-    wanted, unknown = _shapes(module)
-    saved = read_content(checkpoint)["state_dict"]
-    there = {name: tuple(value.shape) for name, value in saved.items() if not name.startswith(unknown)}
-    if (found := _first_difference(there, wanted)) is None:
+    before = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if problems := list(_check_sizes(before, cfg)):
+        raise UserError("the run that is continued does not fit", problems=problems)
+    content = read_content(folder / LAST_CHECKPOINT)
+    if (found := _find_misfit(module, content)) is not None:
+        name, said = found
+        raise UserError(f"its checkpoint does not fit: {said}", problems=[_explain(name, said, before, cfg)])
+
+
+def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[Problem]:
+    """What the parameters of a checkpoint do not show, or show less plainly."""
+    if "model" not in before:
         return
-    name, said = found
-    fix = "give another run.name"
-    if name.startswith("objectives.") and (folder / CONFIG_FILE).is_file():
-        own = name.split(".")[1]
-        before, now = (counting_nodes(each).get(own) for each in (read_config(folder / CONFIG_FILE), cfg))
-        if before is not None and now is not None and (changes := find_changes(before, now)):
-            key = f".{changes[0].key}" if len(changes) == 1 else ""
-            fix = f"leave objective.{own}{key} as it was, or {fix}"
-    raise UserError(f"{_misfit(cfg)}: {said}; {fix}")
+    task, task_before = cfg.get("task"), before.get("task")
+    if (task is None) != (task_before is None):
+        what = "an encoder" if task_before is None else "a visual tokenizer"
+        yield Problem("run.name", cfg["run"]["name"], f"its run trains {what}", _NEW_NAME)
+        return
+    now, then = (build_model_config(each["model"]).to_dict() for each in (cfg, before))
+    sizes = {f"model.{key}": (then[key], now[key]) for key, value in now.items() if isinstance(value, int)}
+    if task is not None and task_before is not None:
+        fields = [field.name for field in dataclasses.fields(VisualTokenizerConfig)]
+        sizes |= {f"task.{key}": (task_before[key], task.get(key)) for key in fields if key in task_before}
+    for key, (was, value) in sizes.items():
+        if was != value:
+            yield Problem(key, value, f"must be {show(was)}, {_AS_BEFORE}", f"leave it out, or {_NEW_NAME}")
+    was, value = ((each.get("optimizer") or {}).get("_target_") for each in (before, cfg))
+    if was is not None and was != value:  # which has another state
+        rule = f"must be {was}, {_AS_BEFORE}"
+        yield Problem("optimizer._target_", value, rule, f"leave optimizer=... out, or {_NEW_NAME}")
 
 
-def _shapes(
-    module: PretrainModule | VisualTokenizerModule,
-) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """Shapes by name, and the beginnings of the names that cannot be told."""
+def _explain(name: str, said: str, before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Problem:
+    """Why a parameter may be another one: other objectives, or other settings of them."""
+    begun, now = active(before.get("objective") or {}), active(cfg.get("objective") or {})
+    own = name.split(".")[1] if name.startswith("objectives.") else None
+    shared = begun.keys() & now.keys()
+    if begun and begun.keys() != now.keys() and own not in shared:
+        rule = f"must train the same parameters as [{','.join(begun)}], whose run is continued"
+        fix = f"leave it out, or {_NEW_NAME}; weights may change, but not from or to 0"
+        return Problem("objective", f"[{','.join(now)}]", rule, fix)
+    changes = [
+        change
+        for each in now
+        if each in shared and own in (None, each)
+        for change in _compare(f"objective.{each}", begun[each], now[each])
+        if change[0].split(".")[2] not in _FREE_OF_OBJECTIVES
+    ]
+    if own is None:
+        changes += _compare("adaptation", *((UNSAID | dict(each))["adaptation"] for each in (before, cfg)))
+    if len(changes) == 1:
+        ((key, was, value),) = changes
+        rule = f"was {show(was)} in the run that is continued, whose checkpoint does not fit"
+        return Problem(key, value, rule, f"leave it as it was, or {_NEW_NAME}")
+    fix = f"leave objective.{own} as it was, or {_NEW_NAME}" if changes and own else _NEW_NAME
+    return Problem("run.name", cfg["run"]["name"], f"its checkpoint does not fit: {said}", fix)
+
+
+def _find_misfit(module: PretrainModule | VisualTokenizerModule, content: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first parameter that a checkpoint lacks, has beyond, or has of another shape or not trained; what is wrong.
+
+    Other shapes come first, as they say most.
+    """
+    wanted, trained, unknown = _shapes(module)
+    saved = {name: tuple(value.shape) for name, value in content["state_dict"].items() if not name.startswith(unknown)}
+    for name in wanted:
+        if name in saved and saved[name] != wanted[name]:
+            return name, f"{name} is {saved[name]} there, {wanted[name]} now"
+    for name in wanted:
+        if name not in saved:
+            return name, f"it has no {name}"
+    for name in saved:
+        if name not in wanted:
+            return name, f"it has {name}, which nothing here trains"
+    before = {name for state in content.get("optimizer_states", []) for name in _trained_names(state)}
+    for name in sorted((trained ^ before) if before else ()):
+        if not name.startswith(unknown):
+            return name, f"{name} is {'not ' if name in trained else ''}trained there"
+    return None
+
+
+def _trained_names(state: Mapping[str, Any]) -> list[str]:
+    """Names in the state of an optimizer; none where its groups do not say them."""
+    return [name for group in state.get("param_groups", []) for name in group.get("names", [])]
+
+
+def _shapes(module: PretrainModule | VisualTokenizerModule) -> tuple[Shapes, set[str], tuple[str, ...]]:
+    """Shapes by name, the names of what is trained, and the beginnings of names that cannot be told."""
     if isinstance(module, VisualTokenizerModule):
-        return {name: tuple(value.shape) for name, value in module.state_dict().items()}, ()
-    states: dict[str, Mapping[str, Tensor]] = {}
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        return {name: tuple(value.shape) for name, value in module.state_dict().items()}, trained, ()
     unknown: list[str] = []
+    objectives = module.trained_objectives()
     with torch.device("meta"):
         model = M2Encoder(module.config)
         module.adaptation.apply(model)
-        states["model."] = model.state_dict()
-        for name, objective in module.trained_objectives().items():
-            built, head = _copy(objective), f"objectives.{name}."
+        model.freeze_parts(PARTS.keys() - frozenset().union(*(each.trained_parts() for each in objectives.values())))
+        built: dict[str, nn.Module] = {"model.": model}
+        for name, objective in objectives.items():
+            head, copied = f"objectives.{name}.", _copy(objective)
             try:
-                built.build(module.config)
+                copied.build(module.config)
             except UserError:
                 raise
             except Exception as error:  # a user's own may want values, which nothing has here; loading will tell
                 logger.info("%s cannot be compared with the checkpoint before it is built (%s)", head[:-1], error)
                 unknown.append(head)
             else:
-                states[head] = built.state_dict()
-    shapes = {f"{head}{name}": tuple(value.shape) for head, state in states.items() for name, value in state.items()}
-    return shapes, tuple(unknown)
+                built[head] = copied
+    states = ((f"{head}{name}", value) for head, part in built.items() for name, value in part.state_dict().items())
+    trained = {
+        f"{head}{name}" for head, part in built.items() for name, each in part.named_parameters() if each.requires_grad
+    }
+    return {name: tuple(value.shape) for name, value in states}, trained, tuple(unknown)
 
 
 def _copy(objective: Objective) -> Objective:
@@ -136,15 +216,10 @@ def _copy(objective: Objective) -> Objective:
     )
 
 
-def _first_difference(
-    there: Mapping[str, tuple[int, ...]], now: Mapping[str, tuple[int, ...]]
-) -> tuple[str, str] | None:
-    """Name of a parameter, and what is wrong with it; other shapes come first, as they say most."""
-    for name in now:
-        if name in there and there[name] != now[name]:
-            return name, f"{name} is {there[name]} there, {now[name]} now"
-    for name in now:
-        if name not in there:
-            return name, f"it has no {name}"
-    extra = next((name for name in there if name not in now), None)
-    return None if extra is None else (extra, f"it has {extra}, which nothing here trains")
+def translate_load_error(error: Exception, run_name: str) -> UserError | None:
+    """In place of torch's error, for a checkpoint that could not be compared earlier and does not load."""
+    if not isinstance(error, RuntimeError) or _LOAD_ERROR not in str(error):
+        return None
+    lines = (line.strip(" \t.") for line in str(error).splitlines()[1:])
+    first = next((line for line in lines if line), "torch does not say why")
+    return UserError(f"its checkpoint does not fit: {first}; {_NEW_NAME}", key="run.name", value=run_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
 from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
 from m2_encoder.objectives.masked_image import MaskedImage
-from m2_encoder.objectives.schedule import ever_counts
+from m2_encoder.objectives.schedule import ever_active
 from m2_encoder.types import LANGUAGES
 
 CHECK_FILE: Final = "data_check.json"
@@ -74,6 +74,38 @@ def _was_checked(path: Path, manifest: Mapping[str, str]) -> bool:
         return bool(json.loads(path.read_bytes())["manifest"] == manifest)
     except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged by whoever
         return False
+
+
+class FirstStep(lightning.Callback):
+    """Writes the files that say what a run is, once its first step is done.
+
+    So a start that fails before, or is refused, leaves the files of an earlier start as they were. They are there
+    before any checkpoint is: Lightning calls those who save after all other callbacks.
+
+    Args:
+        write: does it; called once, on the first rank.
+    """
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write: Callable[[], None] | None = write
+        self._begun = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note the step that the run goes on from."""
+        self._begun = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write, after the first update."""
+        if trainer.global_step > self._begun:
+            self.pass_by(trainer)
+
+    def pass_by(self, trainer: lightning.Trainer) -> None:
+        """Write, if that has not been done."""
+        if self._write is not None and trainer.is_global_zero:
+            self._write()
+        self._write = None
 
 
 def describe_start(
@@ -147,7 +179,7 @@ def _find_pauses(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) ->
     """Objectives of which nothing would come: said and not refused, so that a long run can be tried for a few steps."""
     steps = cfg["trainer"]["max_steps"]
     for name, objective in objectives.items():
-        if objective.schedule is not None and not ever_counts(objective.schedule, steps):
+        if objective.schedule is not None and not ever_active(objective.schedule, steps):
             yield f"objective.{name} never counts: its schedule is 0 at all steps before trainer.max_steps={steps}"
 
 
@@ -160,6 +192,6 @@ def _find_blind_choices(cfg: Mapping[str, Any], objectives: Mapping[str, Objecti
         is_attentive = isinstance(objective, MaskedImage) and objective.patch_ratio is None
         if is_attentive or isinstance(objective, PairObjective):
             yield (
-                f"objective.{name} chooses {'patches' if is_attentive else 'wrong partners'} by features that nothing "
+                f"objective.{name} chooses {'patches' if is_attentive else 'hard negatives'} by features that nothing "
                 "in this run trains; add itc to objective=[...], or start from model.weights"
             )

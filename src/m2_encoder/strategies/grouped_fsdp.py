@@ -12,24 +12,24 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.gradients import average_over_ranks
-from m2_encoder.distributed.topology import GroupTopology
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.models.parallelize import checkpoint_layers, shard_model
-from m2_encoder.strategies.groups import ContrastiveGroups, check_micro_batches
+from m2_encoder.models.parallelize import shard_model
+from m2_encoder.strategies.groups import GroupedStrategy
 
 
-class GroupedFSDPStrategy(ModelParallelStrategy):
+class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
     """Weights, gradients and optimizer state split over all ranks; rows of a group's ranks are negatives of each other.
 
     A checkpoint is one file with whole tensors, as of every other strategy, so a run may go on under another one.
 
     Args:
-        group_size: consecutive ranks per group; it divides the world and respects nodes. None: see `group_nodes`.
-        group_nodes: whole nodes per group. With both None the world is one group: ordinary ITC.
-        micro_batches: k: a rank's rows are encoded in so many pieces, with one loss over all of them.
-        recompute: encode a micro-batch again in backward instead of keeping its activations.
-        activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
+        group_size: as in `GroupedStrategy`.
+        group_nodes: as in `GroupedStrategy`.
+        micro_batches: as in `GroupedStrategy`.
+        recompute: as in `GroupedStrategy`.
+        activation_checkpointing: as in `GroupedStrategy`.
         reshard_after_forward: free a layer's gathered weights between forward and backward.
         process_group_backend: as in Lightning's `ModelParallelStrategy`.
         timeout: of a collective.
@@ -40,11 +40,12 @@ class GroupedFSDPStrategy(ModelParallelStrategy):
     Reference: FSDP (arXiv:2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
     """
 
+    @check_bounds
     def __init__(
         self,
-        group_size: int | None = None,
-        group_nodes: int | None = None,
-        micro_batches: int = 1,
+        group_size: Count | None = None,
+        group_nodes: Count | None = None,
+        micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
         reshard_after_forward: bool = True,
@@ -52,35 +53,18 @@ class GroupedFSDPStrategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(
+            group_size=group_size,
+            group_nodes=group_nodes,
+            micro_batches=micro_batches,
+            recompute=recompute,
+            activation_checkpointing=activation_checkpointing,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self._groups = ContrastiveGroups(group_size=group_size, group_nodes=group_nodes)
-        self._averaging: list[RemovableHandle] = []
-        self.micro_batches = check_micro_batches(micro_batches)
-        self.recompute = recompute
-        self.activation_checkpointing = activation_checkpointing
         self.reshard_after_forward = reshard_after_forward
-
-    @property
-    def contrastive_group(self) -> dist.ProcessGroup | None:
-        """Ranks whose rows are negatives of this rank's; None for a group of one.
-
-        Raises:
-            RuntimeError: if read before the processes know each other.
-        """
-        return self._groups.group
-
-    @property
-    def topology(self) -> GroupTopology:
-        """How the ranks are grouped.
-
-        Raises:
-            RuntimeError: if read before the processes know each other.
-        """
-        return self._groups.topology
+        self._averaging: list[RemovableHandle] = []
 
     def setup_environment(self) -> None:
         """Start the processes, then group them.
@@ -90,12 +74,10 @@ class GroupedFSDPStrategy(ModelParallelStrategy):
         """
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the number of nodes
         super().setup_environment()
-        self._groups.create(ranks_per_node=self.num_processes, timeout=self._timeout)
 
     def parallelize(self, model: M2Encoder) -> None:
         """Checkpoint and shard a freshly built model; the training module calls this in `configure_model`."""
-        if self.activation_checkpointing:
-            checkpoint_layers(model)
+        super().parallelize(model)
         # On the CPU autocast leaves layer norms alone, which then take weights of their input's dtype only.
         mixed = self.precision_plugin.precision == "bf16-mixed" and self.root_device.type != "cpu"
         shard_model(
@@ -118,5 +100,4 @@ class GroupedFSDPStrategy(ModelParallelStrategy):
         """Undo the averaging, free the groups, then what Lightning made. The weights stay split."""
         while self._averaging:
             self._averaging.pop().remove()
-        self._groups.destroy()
         super().teardown()

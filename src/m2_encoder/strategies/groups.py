@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
 
+from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
-from m2_encoder.errors import UserError
-
-
-def check_micro_batches(micro_batches: object) -> int:
-    """k, if it is a count.
-
-    Raises:
-        UserError: if it is no whole number, 1 or more.
-    """
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-        raise UserError(
-            f"strategy.micro_batches={micro_batches!r}: must be a whole number, 1 or more; "
-            "for example strategy.micro_batches=1"
-        )
-    return micro_batches
+from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.parallelize import checkpoint_layers
 
 
 class ContrastiveGroups:
@@ -99,3 +89,75 @@ class ContrastiveGroups:
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._topology, self._group, self._owns_group = None, None, False
+
+
+class GroupedStrategy(ParallelStrategy):
+    """Base of strategies for many ranks, where rows of the ranks of one group are negatives of each other.
+
+    Args:
+        group_size: consecutive ranks per group; it divides the world and respects nodes. None: see `group_nodes`.
+        group_nodes: whole nodes per group. With both None the world is one group: ordinary ITC.
+        micro_batches: k: a rank's rows are encoded in so many pieces, with one loss over all of them.
+        recompute: encode a micro-batch again in backward instead of keeping its activations.
+        activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
+        **kwargs: what Lightning's strategy takes.
+
+    Raises:
+        UserError: for both ways of naming a group's size, or an impossible k.
+    """
+
+    _timeout: timedelta | None  # of Lightning's strategies
+
+    @check_bounds
+    def __init__(
+        self,
+        group_size: Count | None = None,
+        group_nodes: Count | None = None,
+        micro_batches: Count = 1,
+        recompute: bool = True,
+        activation_checkpointing: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self._groups = ContrastiveGroups(group_size=group_size, group_nodes=group_nodes)
+        self.micro_batches = micro_batches
+        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
+
+    @property
+    def contrastive_group(self) -> dist.ProcessGroup | None:
+        """Ranks whose rows are negatives of this rank's; None for a group of one.
+
+        Raises:
+            RuntimeError: if read before the processes know each other.
+        """
+        return self._groups.group
+
+    @property
+    def topology(self) -> GroupTopology:
+        """How the ranks are grouped.
+
+        Raises:
+            RuntimeError: if read before the processes know each other.
+        """
+        return self._groups.topology
+
+    def setup_environment(self) -> None:
+        """Start the processes, then group them.
+
+        Raises:
+            UserError: if the ranks cannot be grouped as wanted.
+        """
+        super().setup_environment()
+        assert self.parallel_devices is not None, "Lightning sets them"
+        self._groups.create(ranks_per_node=len(self.parallel_devices), timeout=self._timeout)
+
+    def parallelize(self, model: M2Encoder) -> None:
+        """Prepare a freshly built model; the training module calls this in `configure_model`."""
+        if self.activation_checkpointing:
+            checkpoint_layers(model)
+
+    def teardown(self) -> None:
+        """Free the groups, then what Lightning made."""
+        self._groups.destroy()
+        super().teardown()

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
-from m2_encoder.strategies.groups import check_micro_batches
 
 
 class LocalStrategy(SingleDeviceStrategy):
@@ -24,16 +24,17 @@ class LocalStrategy(SingleDeviceStrategy):
         UserError: for an impossible k.
     """
 
+    @check_bounds
     def __init__(
         self,
         accelerator: str = "auto",
-        micro_batches: int = 1,
+        micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
         wants_cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
         super().__init__(device="cuda:0" if wants_cuda else "cpu")
-        self.micro_batches = check_micro_batches(micro_batches)
+        self.micro_batches = micro_batches
         self.recompute = recompute
         self.activation_checkpointing = activation_checkpointing
 

@@ -25,22 +25,16 @@ _MOST_DIGITS = 15  # of a frequency: jieba's own add up to 60 million, and a flo
 
 
 class UserWord(NamedTuple):
-    """A word of a user's dictionary.
+    """A word of a user's dictionary."""
 
-    Attributes:
-        text: may hold single spaces.
-        frequency: beside jieba's; None for one that lets it be found, 0 for a word taken away.
-    """
-
-    text: str
-    frequency: int | None
+    text: str  # may hold single spaces
+    frequency: int | None  # beside jieba's; None for one that lets it be found, 0 for a word taken away
 
 
 def read_user_words(path: str | os.PathLike[str]) -> list[UserWord]:
     """The words of a file in jieba's format, `word [frequency] [tag]` a line; does not need jieba.
 
-    Args:
-        path: a UTF-8 file. Byte order marks, blank lines, and words with single spaces and a frequency are allowed.
+    Byte order marks, blank lines, and words with single spaces and a frequency are allowed.
 
     Raises:
         OSError: if the file cannot be read.
@@ -67,12 +61,6 @@ def load_jieba(words: Iterable[UserWord] = ()) -> Any:
     """A jieba tokenizer of our own, in about a second; jieba's shared one keeps a file in a folder open to everybody.
 
     What jieba's model joins is no part of it: that of `HanWords` is.
-
-    Args:
-        words: beyond jieba's own.
-
-    Returns:
-        A `jieba.Tokenizer` with its dictionary in memory.
 
     Raises:
         UserError: if jieba is not installed.

@@ -74,14 +74,7 @@ class HanWords:
     def __call__(self, run: str) -> tuple[int, ...]:
         """Where the words of a run begin.
 
-        Args:
-            run: characters of `HAN` alone, or with others that jieba looks at together: `a-zA-Z0-9+#&._%-`.
-
-        Returns:
-            The start of every word, from 0, ascending.
-
-        Raises:
-            UserError: see the class.
+        `run` is of `HAN` alone, or of `HAN` and what jieba looks at together: `a-zA-Z0-9+#&._%-`.
         """
         return self._cached(run)
 
@@ -89,9 +82,6 @@ class HanWords:
         """Dictionary words that are not of Chinese characters alone, such as T恤 and C++: start and end of each.
 
         They count as they are written and in lower case, as some tokenizers leave them. A space is ▁, as in pieces.
-
-        Raises:
-            UserError: see the class.
         """
         pattern = (self._lexicon or self._load()).others
         spans = (match.span() for match in pattern.finditer(text)) if pattern else ()
@@ -158,12 +148,7 @@ def _rebuild(user_dictionary: str | None, use_model: bool, write: Callable[[list
 
 
 def _join(run: str, apart: Set[str]) -> Iterator[int]:
-    """Starts of the words of single characters: Chinese by the model, letters and digits in a row, the rest apart.
-
-    Args:
-        run: the characters.
-        apart: Chinese words that are none.
-    """
+    """Starts of the words of single characters: Chinese by the model, letters and digits in a row, the rest apart."""
     from jieba import finalseg
 
     start = 0

@@ -66,8 +66,6 @@ class SentencePieceTokenizer:
             expect; "right" keeps its beginning.
 
     Attributes:
-        context_length: as given.
-        truncation_side: as given.
         cls_id: id of `[CLS]`, the first token of every text.
         end_id: id of `<|endoftext|>`, the last token of every text, and padding.
         mask_id: id of `[MASK]`, for masked objectives.
@@ -134,11 +132,6 @@ class SentencePieceTokenizer:
     ) -> TextTokens:
         """Token ids and mask of one or many texts, padded to the longest of them.
 
-        Args:
-            texts: one string, or any iterable of strings.
-            context_length: most tokens of a text in this call; None for the tokenizer's own.
-            truncation_side: "left" or "right" for this call; None for the tokenizer's own.
-
         Returns:
             ids (B, T) int64 and mask (B, T) bool; both (0, 0) without texts.
 
@@ -159,12 +152,6 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of all pieces of a text: no template, no truncation.
-
-        Args:
-            text: any string; empty gives no ids.
-
-        Returns:
-            The ids, in order.
 
         Raises:
             UserError: if `text` is not a string.
@@ -224,12 +211,6 @@ class SentencePieceTokenizer:
         The template and padding (`[CLS]`, `<|endoftext|>`) give no text, blank pieces become their spaces,
         other special pieces (`[MASK]`) stay visible. What the normaliser of the model changed stays changed.
 
-        Args:
-            ids: ids of one text, one-dimensional.
-
-        Returns:
-            The text.
-
         Raises:
             UserError: if an id is not an integer of the vocabulary.
         """
@@ -242,12 +223,6 @@ class SentencePieceTokenizer:
     def pieces(self, ids: Iterable[int] | Tensor) -> list[str]:
         """The piece of every id, for example to find word boundaries ("▁").
 
-        Args:
-            ids: ids of one text, one-dimensional.
-
-        Returns:
-            As many pieces as ids.
-
         Raises:
             UserError: if an id is not an integer of the vocabulary.
         """
@@ -255,9 +230,6 @@ class SentencePieceTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the SentencePiece file, byte for byte as it was read.
-
-        Args:
-            path: the file to write; its folder must exist.
 
         Raises:
             UserError: if the file cannot be written.

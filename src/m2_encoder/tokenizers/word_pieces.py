@@ -105,14 +105,6 @@ class WordSegmenter:
         """Ids and words of one text, (T,) each.
 
         A word that truncation cuts is the word of its remaining pieces.
-
-        Args:
-            text: any string.
-            context_length: most tokens, template included; None for the tokenizer's own.
-            truncation_side: "left" keeps the end, "right" the beginning; None for the tokenizer's own.
-
-        Raises:
-            UserError: as the tokenizer's call, and see the class.
         """
         batch = self.segment_batch([text], context_length=context_length, truncation_side=truncation_side)
         return WordPieces(*(part[0] for part in batch))
@@ -124,16 +116,7 @@ class WordSegmenter:
         context_length: int | None = None,
         truncation_side: TruncationSide | None = None,
     ) -> WordPieces:
-        """Ids and words of texts, (B, T) each, padded as the tokenizer does; (0, 0) without texts.
-
-        Args:
-            texts: any iterable of strings.
-            context_length: as in `segment`.
-            truncation_side: as in `segment`.
-
-        Raises:
-            UserError: as the tokenizer's call, and see the class.
-        """
+        """Ids and words of texts, (B, T) each, padded as the tokenizer does; (0, 0) without texts."""
         tokenizer = self.tokenizer
         texts = list(texts)
         kept = tokenizer.kept_pieces(context_length, truncation_side)
@@ -210,13 +193,7 @@ class WordSegmenter:
         return starts
 
     def _add_starts(self, text: str, offset: int, starts: set[int]) -> bool:
-        """Adds the starts of the words of a part of a text; says whether it has Chinese beside letters or digits.
-
-        Args:
-            text: the part.
-            offset: its place.
-            starts: are added to.
-        """
+        """Adds the starts of the words of a part of a text; says whether it has Chinese beside letters or digits."""
         has_han = has_letters = False
         last = ""
         for token in self._scan(text):
@@ -260,10 +237,7 @@ def _leading_spaces(text: str) -> int:
 def _number(parts: list[str], leads: list[int], starts: set[int]) -> list[int]:
     """Numbers the words of pieces: one begins where a piece does, and nowhere inside a piece.
 
-    Args:
-        parts: texts of the pieces; empty for one that only continues the character before it.
-        leads: how many spaces each begins with, `_NOTHING` for spaces alone.
-        starts: where the words begin in the joined text.
+    `leads` counts the spaces before each piece, `_NOTHING` for spaces alone; `starts` are places in the joined text.
     """
     numbers = []
     number = NO_WORD
@@ -282,9 +256,7 @@ def _number(parts: list[str], leads: list[int], starts: set[int]) -> list[int]:
 def _join_bytes(values: list[int | None], parts: list[str]) -> None:
     """Replaces the texts of byte pieces: the first byte of a character stands for it, the others for nothing.
 
-    Args:
-        values: of the bytes, None where a piece is none.
-        parts: texts of the pieces, changed in place.
+    `values` are the bytes, None where a piece is none; `parts` is changed in place.
     """
     place = 0
     while place < len(values):

@@ -20,10 +20,8 @@ _BLOCK = re.compile(f"[{HAN}a-zA-Z0-9+#&._%\\-]+|[^\\W_]")
 def split_words(text: str, language: str) -> list[str]:
     """Words of a text in order, without spaces and punctuation.
 
-    Args:
-        text: a caption.
-        language: "zh" is cut as by jieba, which leaves English words in it whole; any other at what is no letter,
-            digit, or an apostrophe or hyphen inside a word.
+    "zh" is cut as by jieba, which leaves English words in it whole; any other language at what is no letter, digit, or
+    an apostrophe or hyphen inside a word.
 
     Source: jieba 0.42, accurate mode with its hidden Markov model for unknown words.
     """

@@ -67,10 +67,9 @@ def merge_adaptation(adaptation: Adaptation, model: M2Encoder) -> M2Encoder:
         plain = M2Encoder(model.config)
     wanted, found = ({name: p.shape for name, p in each.state_dict().items()} for each in (plain, merged))
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        raise UserError(
-            f"adaptation={type(adaptation).__name__}: `merge` must give back a plain model; it differs in {wrong[0]}"
-            + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-        )
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        rule = f"`merge` must give back a plain model; it differs in {wrong[0]}{more}"
+        raise UserError(rule, key="adaptation", value=type(adaptation).__name__)
     return merged
 
 

@@ -1,4 +1,4 @@
-"""The LightningModule: encode, evaluate the objectives, sum, log. What a loss is stands in `m2_encoder.objectives`."""
+"""The LightningModule of a run: evaluates the objectives on a batch, sums their losses, and logs them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
-from m2_encoder.objectives.base import LocalObjective, Objective, ObjectiveInputs, ObjectiveOutput, PairObjective
+from m2_encoder.objectives.base import (
+    LocalObjective,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveOutput,
+    PairObjective,
+    active,
+)
 from m2_encoder.training.adaptation import Adaptation, Full
 from m2_encoder.training.non_finite import NonFiniteGuard
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory, fill_state, key_by_name
@@ -63,13 +70,13 @@ class PretrainModule(lightning.LightningModule):
         validation_name: str = "val",
     ) -> None:
         super().__init__()
-        if not any(objective.weight > 0 for objective in objectives.values()):
+        if not active(objectives):
             raise UserError(f"objectives {', '.join(objectives) or 'none'}: at least one needs a weight above 0")
         if not 1 <= max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale={max_logit_scale!r} must be 1 or more")
         self.config = model
         self.adaptation = adaptation or Full()
-        self.objectives = nn.ModuleDict({name: o for name, o in objectives.items() if o.weight > 0})
+        self.objectives = nn.ModuleDict(active(objectives))
         _check_shared_pass(self.trained_objectives())
         self.validation_recall = nn.ModuleDict({language: RetrievalRecall() for language in LANGUAGES})
         self.non_finite = NonFiniteGuard(max_in_a_row=max_skipped_in_a_row)
@@ -78,7 +85,7 @@ class PretrainModule(lightning.LightningModule):
         self._max_log_scale = math.log(max_logit_scale)
         self._validation_name = validation_name
         self._last_losses: dict[str, Tensor] = {}
-        self._paused: list[nn.Parameter] = []  # what only objectives that pause in this step train
+        self._paused: list[nn.Parameter] = []  # trained only by objectives that are paused in this step
 
     def configure_model(self) -> None:
         """Build the encoder on the device and in the precision Lightning wants, once."""
@@ -109,7 +116,7 @@ class PretrainModule(lightning.LightningModule):
         objectives = self.trained_objectives()
         weights = {name: objective.weight_at(self.global_step) for name, objective in objectives.items()}
         if not any(weights.values()):
-            raise UserError(f"at step {self.global_step} the schedules of all objectives are 0; let one count there")
+            raise UserError(f"at step {self.global_step} all schedules are 0; one must be above 0 there")
         outputs = self._evaluate(batch, {name: objectives[name] for name, weight in weights.items() if weight > 0})
         report = report_step(outputs, batch.language)
         self._last_losses = report.losses
@@ -120,7 +127,7 @@ class PretrainModule(lightning.LightningModule):
         self.log("train/loss/total", sum(weights[name] * report.losses[name] for name in outputs), prog_bar=True)
         self.log("train/logit_scale", self.model.logit_scale.detach().exp())
         terms = [weights[name] * output.loss for name, output in outputs.items()]
-        return torch.stack(terms).sum() + self._untouched(outputs.keys())
+        return torch.stack(terms).sum() + self._zero_of_paused(outputs.keys())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Keep the temperature in its bounds, before anything (such as a checkpoint) sees the new parameters."""
@@ -149,7 +156,7 @@ class PretrainModule(lightning.LightningModule):
         if gradient_clip_algorithm not in (None, "norm"):
             given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)  # Lightning makes it an enum
             raise UserError(f"trainer.gradient_clip_algorithm={given} must be norm")
-        for parameter in self._paused:  # DDP has waited; to an optimizer 0 is a gradient, for decay and momentum
+        for parameter in self._paused:  # an optimizer would take their zero for a gradient, and decay them
             parameter.grad = None
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = clip_gradients(parameters, gradient_clip_val or math.inf)
@@ -169,7 +176,7 @@ class PretrainModule(lightning.LightningModule):
         checkpoint["non_finite"] = self.non_finite.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the counters of skipped steps."""
         self.non_finite.load_state_dict(checkpoint["non_finite"])
 
     def validation_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
@@ -190,7 +197,7 @@ class PretrainModule(lightning.LightningModule):
             recall.reset()
 
     def trained_objectives(self) -> dict[str, Objective]:
-        """Those that count, by name."""
+        """Objectives with a weight, by name."""
         return {name: o for name, o in self.objectives.items() if isinstance(o, Objective)}
 
     def _recall(self, language: str) -> RetrievalRecall:
@@ -199,7 +206,7 @@ class PretrainModule(lightning.LightningModule):
         return recall
 
     def _evaluate(self, batch: ImageTextBatch, objectives: Mapping[str, Objective]) -> dict[str, ObjectiveOutput]:
-        """Every pass that the objectives need, once, and what they make of it."""
+        """Run the passes that the objectives need, each once, and the objectives on them."""
         local = {name: objective for name, objective in objectives.items() if isinstance(objective, LocalObjective)}
         pairs = {name: objective for name, objective in objectives.items() if isinstance(objective, PairObjective)}
         encoder = StepEncoder(
@@ -226,14 +233,13 @@ class PretrainModule(lightning.LightningModule):
             outputs[first] = _reach_all(outputs[first], inputs)
         return outputs
 
-    def _untouched(self, evaluated: Collection[str]) -> Tensor | float:
-        """Nothing, from each parameter that only pausing objectives train: DDP waits for the gradients of all."""
+    def _zero_of_paused(self, evaluated: Collection[str]) -> Tensor | float:
+        """Zero times every parameter of paused objectives: DDP hangs if a parameter gets no gradient."""
         objectives = self.trained_objectives()
         paused = [objective for name, objective in objectives.items() if name not in evaluated]
         parts = _parts(paused) - _parts(objectives[name] for name in evaluated)
-        alone = [*self.model.part_parameters(parts), *(p for objective in paused for p in objective.parameters())]
-        self._paused = alone
-        return sum(p.flatten()[0] * 0 for p in alone if not isinstance(p, DTensor))  # FSDP2 waits for nobody
+        self._paused = [*self.model.part_parameters(parts), *(p for each in paused for p in each.parameters())]
+        return sum(p.flatten()[0] * 0 for p in self._paused if not isinstance(p, DTensor))  # FSDP2 does not wait
 
     def _trained_parts(self) -> frozenset[str]:
         """Names of `PARTS` that objectives train."""
@@ -245,7 +251,7 @@ class PretrainModule(lightning.LightningModule):
         return strategy
 
     def _log_step(self, step: int) -> None:
-        """The step that loggers write: updates done, so that `samples_seen` is a multiple of it. Lightning's is less.
+        """The step that loggers write: updates done. Lightning's own is one less.
 
         fp64, because fp32 counts no further than 16.7 million.
         """
@@ -253,13 +259,13 @@ class PretrainModule(lightning.LightningModule):
 
 
 def _reach_all(output: ObjectiveOutput, inputs: ObjectiveInputs) -> ObjectiveOutput:
-    """The same loss, with a gradient of 0 for features and scales that no objective looks at: DDP waits for all."""
+    """The same loss, with a gradient of 0 for features and scales that no objective uses: DDP hangs without one."""
     nothing = [(images.sum() + texts.sum() + scale) * 0 for images, texts, scale in inputs.heads.values()]
     return output._replace(loss=output.loss + sum(nothing))
 
 
 def _check_shared_pass(objectives: Mapping[str, Objective]) -> None:
-    """Local objectives look at one pass of image and text, which takes one kind of expert."""
+    """Refuse local objectives with different experts: they share the passes of image and text."""
     wanted = {name: each.text_expert for name, each in objectives.items() if isinstance(each, LocalObjective)}
     first = next(iter(wanted), "")
     for name, value in wanted.items():

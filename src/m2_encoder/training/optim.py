@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
+from annotated_types import Ge, Gt, Le, Len, Lt
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from m2_encoder.bounds import Count, Example, Fraction, Index, NotNegative, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.training.muon import MuonWithAdamW
 
@@ -19,6 +21,12 @@ SchedulerFactory = Callable[[Optimizer], LambdaLR]
 
 _SCALES = ("logit_scale", "logit_vl_scale", "logit_bias")
 _NO_DECAY_SUFFIXES = ("bias", "positions.weight", "cls_token", "mask_token", *_SCALES)
+
+
+LearningRate: TypeAlias = Annotated[float, Gt(0), Le(10), Example("1e-3")]
+Betas: TypeAlias = Annotated[Sequence[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)]
+Epsilon: TypeAlias = Annotated[float, Gt(0), Le(1)]
+Ratio: TypeAlias = Annotated[float, Gt(0), Le(1000)]
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -52,14 +60,15 @@ def parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
+@check_bounds
 def build_optimizer(
     module: nn.Module,
     *,
-    lr: float,
-    betas: Sequence[float] = (0.9, 0.98),
-    eps: float = 1e-6,
-    weight_decay: float = 0.2,
-    logit_scale_lr_ratio: float = 1.0,
+    lr: LearningRate,
+    betas: Betas = (0.9, 0.98),
+    eps: Epsilon = 1e-6,
+    weight_decay: NotNegative = 0.2,
+    logit_scale_lr_ratio: Ratio = 1.0,
 ) -> AdamW:
     """AdamW with the field's parameter groups.
 
@@ -83,7 +92,6 @@ def build_optimizer(
     )
     if not groups:
         raise UserError("no parameter wants a gradient; there is nothing to train")
-    _check_numbers(betas, lr=lr, eps=eps, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio)
     first, second = betas
     return AdamW(groups, lr=lr, betas=(first, second), eps=eps)
 
@@ -140,16 +148,17 @@ def fill_state(state: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str
     return {**state, "state": {**own, **filled}}
 
 
+@check_bounds
 def build_muon(
     module: nn.Module,
     *,
-    lr: float,
-    matrix_lr: float,
-    momentum: float = 0.95,
-    betas: Sequence[float] = (0.9, 0.98),
-    eps: float = 1e-6,
-    weight_decay: float = 0.2,
-    logit_scale_lr_ratio: float = 1.0,
+    lr: LearningRate,
+    matrix_lr: LearningRate,
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95,
+    betas: Betas = (0.9, 0.98),
+    eps: Epsilon = 1e-6,
+    weight_decay: NotNegative = 0.2,
+    logit_scale_lr_ratio: Ratio = 1.0,
 ) -> MuonWithAdamW:
     """Muon for the matrices inside the layers, AdamW as in `build_optimizer` for everything else.
 
@@ -172,16 +181,6 @@ def build_muon(
     adamw = parameter_groups(others, lr=lr, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio)
     if not hidden or not adamw:
         raise UserError("Muon needs trainable matrices inside layers and other parameters; use optimizer=adamw")
-    _check_numbers(
-        betas,
-        lr=lr,
-        matrix_lr=matrix_lr,
-        eps=eps,
-        weight_decay=weight_decay,
-        logit_scale_lr_ratio=logit_scale_lr_ratio,
-    )
-    if not 0 <= momentum < 1:
-        raise UserError(f"momentum={momentum!r} must be in [0, 1)")
     first, second = betas
     return MuonWithAdamW(
         muon=parameter_groups(hidden, lr=matrix_lr, weight_decay=weight_decay),
@@ -192,15 +191,10 @@ def build_muon(
     )
 
 
-def _check_numbers(betas: Sequence[float], **others: float) -> None:
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"betas={list(betas)} must be two numbers in [0, 1)")
-    for name, value in others.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"{name}={value!r} must be 0 or more, and finite")
-
-
-def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, max_steps: int, min_lr_ratio: float = 0.0) -> LambdaLR:
+@check_bounds
+def warmup_cosine(
+    optimizer: Optimizer, *, warmup_steps: Index, max_steps: Count, min_lr_ratio: Fraction = 0.0
+) -> LambdaLR:
     """Linear warm-up to the peak, then half a cosine to `min_lr_ratio` of it at `max_steps`.
 
     Args:
@@ -214,10 +208,8 @@ def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, max_steps: int, mi
 
     Reference: SGDR (arXiv:1608.03983), one cycle.
     """
-    if not 0 <= warmup_steps <= max_steps:
-        raise UserError(f"warmup_steps={warmup_steps!r} must be in 0..max_steps={max_steps!r}")
-    if not 0 <= min_lr_ratio <= 1:
-        raise UserError(f"min_lr_ratio={min_lr_ratio!r} must be in 0..1")
+    if warmup_steps > max_steps:
+        raise UserError(f"must be in 0..max_steps={max_steps}", key="warmup_steps", value=warmup_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -228,12 +220,11 @@ def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, max_steps: int, mi
     return LambdaLR(optimizer, factor)
 
 
-def warmup_constant(optimizer: Optimizer, *, warmup_steps: int) -> LambdaLR:
+@check_bounds
+def warmup_constant(optimizer: Optimizer, *, warmup_steps: Index) -> LambdaLR:
     """Linear warm-up to the peak, which then stays.
 
     Raises:
         UserError: if `warmup_steps` is negative.
     """
-    if warmup_steps < 0:
-        raise UserError(f"warmup_steps={warmup_steps!r} must be 0 or more")
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))

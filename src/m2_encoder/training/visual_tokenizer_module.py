@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import lightning
 import torch
+from annotated_types import Ge, Lt
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from m2_encoder.errors import UserError
+from m2_encoder.bounds import Count, NotNegative, check_bounds
 from m2_encoder.evaluation.reconstruction import ReconstructionMeter, perplexity, psnr
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory
@@ -40,6 +41,7 @@ class VisualTokenizerModule(lightning.LightningModule):
         UserError: for a number that makes no sense.
     """
 
+    @check_bounds
     def __init__(
         self,
         *,
@@ -47,22 +49,18 @@ class VisualTokenizerModule(lightning.LightningModule):
         patch_size: int,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory,
-        num_codes: int = 8192,
-        code_dim: int = 32,
-        embed_dim: int = 128,
-        num_heads: int = 4,
-        num_layers: int = 2,
-        num_decoder_layers: int = 2,
-        commitment_weight: float = 1.0,
-        decay: float = 0.99,
-        restart_below: float = 0.03,
+        num_codes: Annotated[int, Ge(2)] = 8192,
+        code_dim: Count = 32,
+        embed_dim: Count = 128,
+        num_heads: Count = 4,
+        num_layers: Count = 2,
+        num_decoder_layers: Count = 2,
+        commitment_weight: NotNegative = 1.0,
+        decay: Annotated[float, Ge(0), Lt(1)] = 0.99,
+        restart_below: Annotated[float, Ge(0), Lt(1)] = 0.03,
         validation_name: str = "val",
     ) -> None:
         super().__init__()
-        if not commitment_weight >= 0:
-            raise UserError(f"commitment_weight={commitment_weight!r} must be 0 or more")
-        if not (0 <= decay < 1 and 0 <= restart_below < 1):
-            raise UserError(f"decay={decay!r} and restart_below={restart_below!r} must be in [0, 1)")
         config = VisualTokenizerConfig(
             image_size=image_size,
             patch_size=patch_size,

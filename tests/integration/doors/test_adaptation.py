@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import m2_encoder
-from m2_encoder.cli import export
+from m2_encoder.cli.commands import EXPORT
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.types import TextTokens
@@ -108,7 +108,7 @@ def test_low_rank_updates(m2_train: Train, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(
         sys, "argv", ["m2-export", f"run.folder={run.parent}", "run.name=mine", f"output={run / 'two'}"]
     )
-    assert export.main() == 0
+    assert EXPORT() == 0
     first, second = (m2_encoder.load(run / name).model.state_dict() for name in ("export", "two"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

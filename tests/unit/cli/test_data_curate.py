@@ -87,9 +87,9 @@ def test_any_folder_can_be_read(
     [
         ("images.min_side=0", "1 or more"),
         ("duplicates.images=delete", "one of drop, mark, keep"),
-        ("lengths.zh.unit=words", "one of characters"),
-        ("lengths=5", "lengths: holds several values"),
-        ("lengths.en.min=9 lengths.en.max=3", "least 9 is above most 3"),
+        ("lengths.zh.unit=words", "use characters"),
+        ("lengths=5", "lengths=5: must be a mapping"),
+        ("lengths.en.min=9 lengths.en.max=3", "lengths.en.min=9: is above the longest, 3"),
         ("language=fr", "one of en, zh"),
         ("score.model=no/such/folder", "score.model=no/such/folder: no such folder"),
         ("evaluation.images=[nowhere]", "nowhere: no such file or folder"),

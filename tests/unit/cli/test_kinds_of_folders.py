@@ -12,13 +12,11 @@ from m2_encoder.checkpoints.exported import read_exported
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer, save_visual_tokenizer
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
-from m2_encoder.config.model_choice import build_model_config, model_problems
-from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.config.model_choice import model_problems
+from m2_encoder.config.problems import format_problem
+from m2_encoder.errors import CheckpointError, Problem, UserError
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
-from m2_encoder.objectives.distillation import Distillation
-from m2_encoder.objectives.masked_image import MaskedImage
-from m2_encoder.objectives.patch_targets import VisualCodes
-from m2_encoder.runs.build import load_teachers, load_visual_tokenizers
+from m2_encoder.runs.build import build_objectives
 
 Problems = Callable[..., list[str]]
 TOKENIZER, TEACHER = "objective.cmim.targets.tokenizer", "objective.distillation.teacher"
@@ -31,7 +29,9 @@ def problems(repo_root: Path, tmp_path: Path) -> Problems:
             composition = composer.compose(
                 [*lines, "logger=csv", "trainer.accelerator=cpu", f"run.folder={tmp_path / 'outputs'}"]
             )
-        return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
+        return composition.without_echoes(
+            [*composition.problems, *map(format_problem, validate.validate_train(composition.cfg))]
+        )
 
     return find
 
@@ -57,7 +57,7 @@ def test_a_visual_tokenizer_is_no_encoder(problems: Problems, tokenizer: Path) -
     for given in (tokenizer, tokenizer.parent):
         assert problems("objective=[itc,distillation]", f"{TEACHER}={given}") == [f"{TEACHER}={given}: {rule}"]
         cfg = {"model": str(given), "weights": None, "tokenizer": None, "device": "cpu"}
-        assert model_problems(cfg) == [f"model={given}: {rule}"]
+        assert model_problems(cfg) == [Problem("model", str(given), rule)]
     with pytest.raises(CheckpointError, match=rule):
         read_exported(tokenizer)
 
@@ -83,8 +83,11 @@ def test_the_folder_of_a_run_holds_its_tokenizer_in_export(problems: Problems, t
 
 def test_damaged_folders_are_named_with_their_key(tokenizer: Path, encoder: Path) -> None:
     (tokenizer / "config.json").write_text("{")
-    config = build_model_config({"name": "tiny"})
+    model = {"name": "tiny", "tokenizer": "emoji"}
+    targets = {"_target_": "m2_encoder.objectives.patch_targets.VisualCodes", "tokenizer": str(tokenizer)}
+    codes = {"_target_": "m2_encoder.objectives.masked_image.MaskedImage", "targets": targets}
     with pytest.raises(UserError, match=rf"^{TOKENIZER}={tokenizer}: .*damaged or edited"):
-        load_visual_tokenizers({"cmim": MaskedImage(targets=VisualCodes(tokenizer=str(tokenizer)))}, config)
+        build_objectives({"model": model, "objective": {"cmim": codes}})
+    teaching = {"_target_": "m2_encoder.objectives.distillation.Distillation", "teacher": str(encoder)}
     with pytest.raises(UserError, match=rf"^{TEACHER}={encoder}: .*damaged or edited"):
-        load_teachers({"distillation": Distillation(teacher=str(encoder))}, {"tokenizer": "emoji"}, config)
+        build_objectives({"model": model, "objective": {"distillation": teaching}})

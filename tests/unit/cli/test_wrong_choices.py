@@ -10,6 +10,7 @@ from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config import validate
 from m2_encoder.config.command import run_command
 from m2_encoder.config.compose import open_composer
+from m2_encoder.config.problems import format_problem
 from m2_encoder.runs.folder import write_config
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -79,8 +80,8 @@ def test_nothing_to_train_is_said_early(lines: list[str]) -> None:
     with open_composer(CONF, "train") as composer:
         composition = composer.compose([*lines, "logger=csv", "trainer.accelerator=cpu"])
     assert composition.problems == []
-    problems = [text for text in validate.validate_train(composition.cfg) if text.startswith("objective")]
-    assert problems == ["objective: is missing; name at least one, for example objective=[itc]"]
+    problems = [each for each in validate.validate_train(composition.cfg) if each.key.startswith("objective")]
+    assert [*map(format_problem, problems)] == ["objective: is missing; name at least one, for example objective=[itc]"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.overrides import quote_unreadable
-from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, write_config
 
 Problems = Callable[..., list[str]]
 
@@ -84,34 +83,6 @@ def test_dictionaries_are_read_before_a_run_starts(problems: Problems, tmp_path:
     assert problems("objective=[cmlm]", f"{key}={words}") == []
     (problem,) = problems("objective=[cmlm]", f"{key}={tmp_path}")
     assert "Is a directory" in problem
-
-
-@pytest.mark.parametrize(
-    ("lines", "fits"),
-    [
-        (("objective=[itc,cmlm]", "objective.cmlm.weight=0.1", "objective.cmlm.schedule=[[0,1],[9,0]]"), True),
-        (("objective=[itc,cmlm,soft_targets]",), True),
-        (("objective=[soft_targets,cmlm]",), True),
-        (("objective=[itc,cmlm,cmim]", "objective.cmim.weight=0"), True),
-        (("objective=[itc]",), False),
-        (("objective=[cmlm]",), False),
-        (("objective=[itc,cmlm]", "objective.cmlm.weight=0"), False),
-        (("objective=[itc,cmlm,sigmoid]",), False),
-        (("objective=[itc,cmlm,cmim]",), False),
-    ],
-)
-def test_a_continued_run_trains_what_it_began_with(
-    problems: Problems, repo_root: Path, tmp_path: Path, lines: tuple[str, ...], fits: bool
-) -> None:
-    with open_composer(repo_root / "conf", "train") as composer:
-        cfg = composer.compose(["objective=[itc,cmlm]", "logger=csv"]).cfg
-    write_config(tmp_path / "emoji" / CONFIG_FILE, cfg)
-    checkpoint = tmp_path / "emoji" / LAST_CHECKPOINT
-    checkpoint.parent.mkdir()
-    checkpoint.touch()
-    found = problems(*lines, "run.resume=must", f"run.folder={tmp_path}")
-    assert len(found) == (not fits)
-    assert all("must train the same parameters as [itc,cmlm], whose run is continued" in problem for problem in found)
 
 
 @pytest.mark.parametrize(

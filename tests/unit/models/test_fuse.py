@@ -1,4 +1,4 @@
-"""States of chosen tokens where image and text meet, against the whole sequence computed token by token."""
+"""States of selected tokens where image and text meet, against the whole sequence computed token by token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
-from m2_encoder.models.selected_tokens import ChosenTokens
+from m2_encoder.models.selected_tokens import SelectedTokens
 
 CONFIG = dataclasses.replace(
     M2EncoderConfig.from_name("tiny"),
@@ -63,22 +63,24 @@ def compute_all(
 @pytest.mark.parametrize("captions", [1, 2])
 @pytest.mark.parametrize("text_expert", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("reads", ["image", "text"])
+@pytest.mark.parametrize("select_from", ["image", "text"])
 def test_chosen_states_and_their_gradients(
-    layers: int, captions: int, text_expert: bool, causal: bool, reads: Literal["image", "text"]
+    layers: int, captions: int, text_expert: bool, causal: bool, select_from: Literal["image", "text"]
 ) -> None:
     model, (image, text, mask) = make_model(layers), make_hidden(captions)
     attention = None
     if causal:
         attention = torch.ones((TOKENS + LENGTH,) * 2, dtype=torch.bool).tril()
         attention[:TOKENS, :TOKENS] = True
-    chosen = torch.rand(mask.shape if reads == "text" else (len(mask), TOKENS)) < 0.5
-    chosen[0] = False  # a row without any
-    chosen[-1] = True
-    chosen = chosen & mask if reads == "text" else chosen
-    found = model.fuse(image, text, mask, chosen=chosen, reads=reads, attention_mask=attention, text_expert=text_expert)
+    selected = torch.rand(mask.shape if select_from == "text" else (len(mask), TOKENS)) < 0.5
+    selected[0] = False  # a row without any
+    selected[-1] = True
+    selected = selected & mask if select_from == "text" else selected
+    found = model.fuse(
+        image, text, mask, selected=selected, select_from=select_from, attention_mask=attention, text_expert=text_expert
+    )
     whole = compute_all(model, image, text, mask, attention=attention, text_expert=text_expert)
-    expected = (whole[:, TOKENS:] if reads == "text" else whole[:, :TOKENS])[chosen]
+    expected = (whole[:, TOKENS:] if select_from == "text" else whole[:, :TOKENS])[selected]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(expected)
     inputs = [image, text, *model.vl_encoder.parameters()]
@@ -97,16 +99,16 @@ def test_first_tokens_by_default() -> None:
 
 def test_recomputed_layers_give_the_same() -> None:
     model, (image, text, mask) = make_model(2), make_hidden(2)
-    plain = torch.autograd.grad(model.fuse(image, text, mask, chosen=mask).square().sum(), [image, text])
+    plain = torch.autograd.grad(model.fuse(image, text, mask, selected=mask).square().sum(), [image, text])
     checkpoint_layers(model)
-    again = torch.autograd.grad(model.fuse(image, text, mask, chosen=mask).square().sum(), [image, text])
+    again = torch.autograd.grad(model.fuse(image, text, mask, selected=mask).square().sum(), [image, text])
     for own, wanted in zip(again, plain, strict=True):
         assert torch.equal(own, wanted)
 
 
 def test_nothing_chosen_is_no_state_and_no_gradient_but_zero() -> None:
     model, (image, text, mask) = make_model(1), make_hidden(1)
-    found = model.fuse(image, text, mask, chosen=torch.zeros_like(mask))
+    found = model.fuse(image, text, mask, selected=torch.zeros_like(mask))
     assert found.shape == (0, 16)
     (gradient,) = torch.autograd.grad(found.sum(), [image])
     assert not gradient.any()
@@ -118,14 +120,14 @@ def test_a_dropped_branch_is_dropped_for_a_whole_row() -> None:
     image, text, mask = (part.repeat(5, *[1] * (part.dim() - 1)) for part in make_hidden(1))
     layer = model.vl_encoder.layers[0]
     layer.drop_path = 0.5
-    found = model.fuse(image, text, mask, chosen=mask)
+    found = model.fuse(image, text, mask, selected=mask)
     rows = mask.nonzero()[:, 0]
     layer.drop_path = 0.0
     expert = layer.vision_expert
     for part in (expert.out_proj, expert.fc2):
         torch.nn.init.zeros_(part.weight)
         torch.nn.init.zeros_(part.bias)
-    unchanged = (found - model.fuse(image, text, mask, chosen=mask)).abs().amax(dim=1) < 1e-9
+    unchanged = (found - model.fuse(image, text, mask, selected=mask)).abs().amax(dim=1) < 1e-9
     by_row = [set(unchanged[rows == row].tolist()) for row in range(len(mask))]
     assert all(len(fates) == 1 for fates in by_row), "tokens of one row met different fates"
     assert len(set.union(*by_row)) == 2, "no row was dropped, or all were"
@@ -134,13 +136,13 @@ def test_a_dropped_branch_is_dropped_for_a_whole_row() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=6))
 def test_tokens_come_back_from_their_rectangle(flags: list[list[bool]]) -> None:
-    chosen = torch.tensor(flags)
-    tokens = ChosenTokens(chosen)
-    x = torch.arange(chosen.numel() * 2).reshape(*chosen.shape, 2)
+    selected = torch.tensor(flags)
+    tokens = SelectedTokens(selected)
+    x = torch.arange(selected.numel() * 2).reshape(*selected.shape, 2)
     taken = tokens.take(x)
-    assert torch.equal(taken, x[chosen])
+    assert torch.equal(taken, x[selected])
     spread = tokens.spread(taken)
     assert spread.shape[1] == max(map(sum, flags))
     assert torch.equal(tokens.collect(spread), taken)
-    for row, wanted in enumerate(chosen.sum(dim=1).tolist()):
-        assert torch.equal(spread[row, :wanted], x[row][chosen[row]])
+    for row, wanted in enumerate(selected.sum(dim=1).tolist()):
+        assert torch.equal(spread[row, :wanted], x[row][selected[row]])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from m2_encoder.models.unpadded_text import Packing
+from m2_encoder.models.unpadded_text import UnpaddedText
 from m2_encoder.types import TextTokens
 from tests.support.models import random_model, small_config
 
@@ -25,26 +25,26 @@ def masks(draw: st.DrawFn) -> torch.Tensor:
 @settings(deadline=None)
 @given(masks())
 def test_first_tokens_come_first_and_every_token_once(mask: torch.Tensor) -> None:
-    packing = Packing(mask)
+    unpadded = UnpaddedText(mask)
     kept = mask.clone()
     kept[:, 0] = True
-    places = packing.places.tolist()
+    places = unpadded.places.tolist()
     assert sorted(places) == kept.flatten().nonzero().flatten().tolist()
     assert places[: len(mask)] == [row * mask.shape[1] for row in range(len(mask))]
-    assert packing.token_mask.sum() == mask.sum()
+    assert unpadded.token_mask.sum() == mask.sum()
 
 
 @settings(deadline=None)
 @given(masks())
 def test_attention_within_each_text(mask: torch.Tensor) -> None:
     batch, length = mask.shape
-    packing = Packing(mask)
+    unpadded = UnpaddedText(mask)
     q, k, v = (torch.randn(batch, 2, length, 4) for _ in range(3))
     expected = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-    packed = [packing.pack(x.transpose(1, 2).flatten(2)).unflatten(-1, (2, 4)).transpose(1, 2) for x in (q, k, v)]
-    out = packing.attend(*packed).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(out, packing.pack(expected.transpose(1, 2).flatten(2)))
-    first = packing.attend(packed[0][:, :, :batch], *packed[1:])
+    packed = [unpadded.strip(x.transpose(1, 2).flatten(2)).unflatten(-1, (2, 4)).transpose(1, 2) for x in (q, k, v)]
+    out = unpadded.attend(*packed).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, unpadded.strip(expected.transpose(1, 2).flatten(2)))
+    first = unpadded.attend(packed[0][:, :, :batch], *packed[1:])
     torch.testing.assert_close(first.transpose(1, 2).flatten(2)[0], expected[:, :, 0].flatten(1))
 
 

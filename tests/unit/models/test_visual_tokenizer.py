@@ -109,9 +109,9 @@ def test_patches_keep_their_place(tokenizer: VisualTokenizer) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_codes": 0}, "num_codes=0 must be a positive whole number"),
-        ({"image_size": 12}, "image_size=12 must be a multiple of patch_size=8"),
-        ({"num_heads": 3}, "embed_dim=16 must be a multiple of num_heads=3"),
+        ({"num_codes": 0}, "num_codes=0: must be a whole number, 2 or more"),
+        ({"image_size": 12}, "image_size=12: must be a multiple of patch_size=8"),
+        ({"num_heads": 3}, "num_heads=3: must divide embed_dim=16"),
     ],
 )
 def test_impossible_shapes_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -106,5 +106,5 @@ def test_the_mask_is_the_released_one(parity_dir: Path, name: str, monkeypatch: 
 
 
 def test_unknown_decoders_are_refused() -> None:
-    with pytest.raises(UserError, match="decoder='shared' must be one of tied, own"):
+    with pytest.raises(UserError, match="decoder=shared: must be one of tied, own"):
         Captioning(decoder="shared")  # type: ignore[arg-type]

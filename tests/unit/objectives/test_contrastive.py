@@ -240,13 +240,13 @@ class TestObjective:
 
     @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
     def test_a_weight_that_is_no_share_is_named(self, value: float) -> None:
-        with pytest.raises(UserError, match="objective weight="):
+        with pytest.raises(UserError, match="weight="):
             ImageTextContrastive(weight=value)
 
     @pytest.mark.parametrize("heads", [(), ("features", "features"), ("backbone_features",), ("features", "pooler")])
     def test_heads_that_would_leave_parts_untrained_are_named(self, heads: tuple[Any, ...]) -> None:
         """Without `features` all that follows the backbone, and the model that is exported, would get no gradient."""
-        with pytest.raises(UserError, match=r"heads=\[.*\] must be \[features\] or \[features, backbone_features\]"):
+        with pytest.raises(UserError, match=r"heads=\[.*\]: must be \[features\] or \[features, backbone_features\]"):
             ImageTextContrastive(heads=heads)
 
     def test_itc_trains_no_optional_part(self) -> None:

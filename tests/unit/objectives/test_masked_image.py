@@ -168,7 +168,7 @@ def test_drawings_keep_what_is_visible(kind: str) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match="masking='random' must be one of block, attentive"):
+    with pytest.raises(UserError, match="masking=random: must be one of block, attentive"):
         MaskedImage(masking="random")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="codes have no tokenizer yet; load 'somewhere'"):
         VisualCodes(tokenizer="somewhere").build(CONFIG)

@@ -1,4 +1,4 @@
-"""Matching against the plain encoder, pair by pair; the draw of wrong partners; re-ranking."""
+"""Matching against the plain encoder, pair by pair; sampling of hard negatives; re-ranking."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives import matching
 from m2_encoder.objectives.base import FeaturePair, ObjectiveInputs
 from m2_encoder.objectives.contrastive import ImageTextContrastive
-from m2_encoder.objectives.matching import Content, Matching, draw_partners
+from m2_encoder.objectives.matching import Content, Matching, sample_negatives
 from m2_encoder.objectives.passes import HardPairs
 from m2_encoder.types import ImageTextBatch, TextTokens
 from tests.support.objectives import Bench, build_bench, draw_inputs, make_batch
@@ -67,7 +67,7 @@ def plain_terms(module: Bench, batch: ImageTextBatch, wrong: HardPairs) -> tuple
 def test_loss_and_gradients_are_those_of_the_plain_encoder(pieces: int, recompute: bool, lonely: bool) -> None:
     module = build_bench({"matching": Matching()}, micro_batches=pieces, recompute=recompute)
     batch = make_batch(4, 2)
-    if lonely:  # the same content everywhere: nobody has a wrong partner
+    if lonely:  # the same content everywhere: nobody has a negative
         batch = batch._replace(identity=torch.zeros(4, dtype=torch.int64))
     objective = module.objectives["matching"]
     assert isinstance(objective, Matching)
@@ -110,7 +110,7 @@ def test_hidden_states_serve_again_where_they_are_kept(monkeypatch: pytest.Monke
     assert images == [4]
 
 
-def test_partners_follow_the_softmax_and_are_never_alike() -> None:
+def test_negatives_follow_the_softmax_and_are_never_alike() -> None:
     inputs = draw_inputs(6, 2)
     scale = torch.tensor(3.0, dtype=torch.float64)
     identity = inputs.identity.repeat_interleave(2)
@@ -125,7 +125,7 @@ def test_partners_follow_the_softmax_and_are_never_alike() -> None:
     seen: Counter[tuple[int, int]] = Counter()
     for _ in range(draws // 100):
         uniform = torch.rand(600, dtype=torch.float64, generator=generator)
-        rows, found = draw_partners(
+        rows, found = sample_negatives(
             inputs.image_features.detach().repeat(100, 1),
             inputs.text_features.detach(),
             scale,
@@ -140,7 +140,7 @@ def test_partners_follow_the_softmax_and_are_never_alike() -> None:
         assert words[key] not in shown[query]
         share = float(expected[query, key])
         assert abs(count / draws - share) < 5 * (share * (1 - share) / draws) ** 0.5 + 1e-9
-    assert sum(float(expected[place]) > 0.01 for place in [*seen]) > 20, "most possible partners came"
+    assert sum(float(expected[place]) > 0.01 for place in [*seen]) > 20, "most possible negatives came"
 
 
 def list_words(text: TextTokens) -> list[tuple[int, ...]]:
@@ -157,7 +157,7 @@ def with_equal_words(batch: ImageTextBatch) -> ImageTextBatch:
     return batch._replace(text=TextTokens(ids, mask), identity=torch.arange(len(batch.identity)))
 
 
-def test_equal_words_are_never_wrong_partners_whatever_the_identity() -> None:
+def test_equal_words_are_never_negatives_whatever_the_identity() -> None:
     module, batch = build_bench({"matching": Matching()}), with_equal_words(make_batch(4, 2))
     inputs = features_of(module, batch)
     flat = inputs.heads["features"]._replace(logit_scale=torch.tensor(0.0))
@@ -184,13 +184,13 @@ def test_equal_captions_everywhere_leave_no_partner() -> None:
 
 
 @pytest.mark.parametrize("edge", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_draw_are_allowed_partners(edge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ends_of_the_range_give_allowed_negatives(edge: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "_TILE_ELEMENTS", 1)
     inputs = draw_inputs(8, 1)
     own = inputs.identity
     content = Content(own, torch.arange(8)[:, None])
     for scale in (0.0, 1.0, 300.0):
-        rows, found = draw_partners(
+        rows, found = sample_negatives(
             inputs.image_features.detach(),
             inputs.text_features.detach(),
             torch.tensor(scale),

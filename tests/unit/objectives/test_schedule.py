@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2_encoder.errors import UserError
-from m2_encoder.objectives.schedule import check_points, check_schedule, ever_counts, find_pause, interpolate_schedule
+from m2_encoder.objectives.schedule import check_points, check_schedule, ever_active, find_pause, interpolate_schedule
 
 FACTORS = st.one_of(st.just(0.0), st.floats(0.0, 5.0, allow_subnormal=False))
 SCHEDULES = (
@@ -41,7 +41,7 @@ def test_the_first_pause_is_found(schedules: list[list[list[float]]]) -> None:
     assert find_pause(checked) == (paused[0] if paused else None)
     assert find_pause([*checked, None]) is None
     assert all(
-        ever_counts(each, steps) == any(interpolate_schedule(each, s) for s in range(steps))
+        ever_active(each, steps) == any(interpolate_schedule(each, s) for s in range(steps))
         for each in checked
         for steps in (1, 10, 61)
     )

@@ -63,11 +63,11 @@ def test_group_sizes(world: int, per_node: int, sizes: list[int]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mfu": 1.5}, "mfu=1.5 must be at most 1"),
-        ({"mfu": 0}, "mfu=0 must be above 0"),
-        ({"overlap": -0.1}, "overlap=-0.1 must be 0 or more"),
-        ({"devices_per_node": 2.5}, "devices_per_node=2.5 must be a whole number"),
-        ({"peak_tflops": "fast"}, "peak_tflops=fast must be a number"),
+        ({"mfu": 1.5}, "mfu=1.5: must be a number, above 0 and at most 1"),
+        ({"mfu": 0}, "mfu=0: must be a number, above 0"),
+        ({"overlap": -0.1}, "overlap=-0.1: must be a number, 0 or more"),
+        ({"devices_per_node": 2.5}, "devices_per_node=2.5: must be a whole number"),
+        ({"peak_tflops": "fast"}, "peak_tflops=fast: must be a number"),
         ({"warp": 9}, r"unknown hardware constant\(s\) warp; known: devices_per_node"),
     ],
 )

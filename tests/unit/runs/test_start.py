@@ -73,7 +73,7 @@ def test_an_objective_that_never_counts_is_said(schedule: dict[int, float] | Non
 
 def test_choosing_by_features_that_nothing_trains_is_said() -> None:
     way_out = "features that nothing in this run trains; add itc to objective=[...], or start from model.weights"
-    assert say(itm=Matching()) == [BATCH, f"objective.itm chooses wrong partners by {way_out}"]
+    assert say(itm=Matching()) == [BATCH, f"objective.itm chooses hard negatives by {way_out}"]
     assert say(itm=Matching(), itc=ImageTextContrastive()) == [BATCH]
     assert say("some.ckpt", itm=Matching()) == [BATCH]
     assert say(cmim=MaskedImage(masking="attentive")) == [f"objective.cmim chooses patches by {way_out}"]

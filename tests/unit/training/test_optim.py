@@ -196,7 +196,7 @@ def test_warm_up_and_then_constant() -> None:
     ("arguments", "message"),
     [
         ({"warmup_steps": -1, "max_steps": 5}, "warmup_steps=-1"),
-        ({"warmup_steps": 6, "max_steps": 5}, "warmup_steps=6 must be in 0..max_steps=5"),
+        ({"warmup_steps": 6, "max_steps": 5}, "warmup_steps=6: must be in 0..max_steps=5"),
         ({"warmup_steps": 1, "max_steps": 5, "min_lr_ratio": 1.5}, "min_lr_ratio=1.5"),
         ({"warmup_steps": 1, "max_steps": 5, "min_lr_ratio": -0.1}, "min_lr_ratio=-0.1"),
     ],
@@ -214,7 +214,7 @@ def test_an_impossible_constant_schedule_is_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"betas": [0.9]}, r"betas=\[0.9\] must be two numbers"),
+        ({"betas": [0.9]}, r"betas=\[0.9\]: must be 2 numbers"),
         ({"betas": [0.9, 1.0]}, r"betas=\[0.9, 1.0\]"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),

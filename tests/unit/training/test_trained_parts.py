@@ -43,7 +43,7 @@ def backward(module: Bench, names: Sequence[str]) -> None:
     """As a step in which all other objectives pause."""
     batch, objectives = make_batch(4, 2), module.trained_objectives()
     outputs = module._evaluate(batch, {name: objectives[name] for name in names})
-    (torch.stack([output.loss for output in outputs.values()]).sum() + module._untouched(names)).backward()
+    (torch.stack([output.loss for output in outputs.values()]).sum() + module._zero_of_paused(names)).backward()
 
 
 def without_gradient(module: Bench) -> list[str]:

@@ -40,15 +40,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
-EMOJI_STYLES = ("noto", "twemoji", "fluent", "openmoji")
+EmojiStyle: TypeAlias = Literal["noto", "twemoji", "fluent", "openmoji"]
+EMOJI_STYLES = get_args(EmojiStyle)
 """Every drawing style of the package, in the order of `EmojiConcept.styles`."""
 
-EMOJI_SPLITS = ("train", "val", "val_style", "heldout_style", "heldout_families")
+Split: TypeAlias = Literal["train", "val", "val_style", "heldout_style", "heldout_families"]
+EMOJI_SPLITS = get_args(Split)
 """Folders that `write_emoji_shards` writes; the module's head says what each holds."""
 
 EMOJI_MARKER = "emoji.json"
@@ -149,12 +152,13 @@ def load_emoji_tokenizer_model() -> bytes:
     return _read_asset("tokenizer.model")
 
 
+@check_bounds
 def write_emoji_shards(
     folder: str | os.PathLike[str],
     *,
-    heldout_style: str = "twemoji",
+    heldout_style: EmojiStyle = "twemoji",
     styles: Sequence[str] = EMOJI_STYLES,
-    samples_per_shard: int = 500,
+    samples_per_shard: Count = 500,
 ) -> Path:
     """Unpacks the embedded set to WebDataset tars, unless the folder already holds exactly that.
 
@@ -179,8 +183,6 @@ def write_emoji_shards(
         raise UserError(
             f"heldout_style={heldout_style!r} must be one of styles={styles}, with another left to train on"
         )
-    if samples_per_shard < 1:
-        raise UserError(f"samples_per_shard={samples_per_shard} must be at least 1")
     wanted = _fingerprint(styles, heldout_style, samples_per_shard)
     target = Path(folder).resolve()
     if not _is_complete(target, wanted):

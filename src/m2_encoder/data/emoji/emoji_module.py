@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated
 
-from m2_encoder.data.emoji.dataset import write_emoji_shards
+from m2_encoder.bounds import Count, Example, Index, Text
+from m2_encoder.data.emoji.dataset import EmojiStyle, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform, TrainTransform, open_image
 from m2_encoder.data.loading.loader import PositionLoader
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.samples.captions import CaptionSampler
 from m2_encoder.data.samples.sample import Column
-from m2_encoder.data.webdataset_module import WebDatasetModule
+from m2_encoder.data.webdataset_module import BatchSize, WebDatasetModule
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -56,13 +58,13 @@ class EmojiDataModule(WebDatasetModule):
         image_size: int,
         seed: int,
         max_steps: int,
-        folder: str,
-        global_batch_size: int,
-        num_workers: int,
-        heldout_style: str,
+        folder: Annotated[Text, Example("outputs/data/emoji")],
+        global_batch_size: BatchSize,
+        num_workers: Annotated[Index, Example("0")],
+        heldout_style: EmojiStyle,
         captions: CaptionSampler,
         transform: Callable[[int], TrainTransform],
-        eval_batch_size: int = 256,
+        eval_batch_size: Count = 256,
         masking: BatchMasking | None = None,
         columns: Mapping[str, Column | None] | None = None,
     ) -> None:

@@ -18,14 +18,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Ge
 from PIL import ExifTags, Image
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
+from m2_encoder.bounds import Count
 from m2_encoder.data.images.jpeg_header import read_jpeg_size
 from m2_encoder.data.images.limits import ImageLimits, check_size, open_pixels
 from m2_encoder.data.images.transforms import MAX_PIXELS, open_image
@@ -56,9 +59,9 @@ class UnusableImageError(SampleProblem, ImageError):
 def decode_image_uint8(
     data: bytes,
     *,
-    max_pixels: int = _DEFAULT_LIMITS.max_pixels,
-    min_side_px: int = _DEFAULT_LIMITS.min_side_px,
-    max_aspect: float = _DEFAULT_LIMITS.max_aspect,
+    max_pixels: Count = _DEFAULT_LIMITS.max_pixels,
+    min_side_px: Count = _DEFAULT_LIMITS.min_side_px,
+    max_aspect: Annotated[float, Ge(1)] = _DEFAULT_LIMITS.max_aspect,
     honor_exif: bool = True,
     on_fallback: Callable[[], None] | None = None,
 ) -> Tensor:

@@ -10,19 +10,19 @@ Legend: S image side in pixels · H, W height and width of a source.
 from __future__ import annotations
 
 import io
-import numbers
-import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Ge, Gt, Le, Len
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from m2_encoder.bounds import Count, Fraction, Index, NotNegative, Positive, Rule, check_bounds
 from m2_encoder.data.images.augmentation import (
     OFFICIAL_OPERATIONS,
     OPERATIONS,
@@ -99,10 +99,11 @@ class EvalTransform:
         UserError: if `image_size` or `max_pixels` is no positive integer.
     """
 
-    def __init__(self, image_size: int, *, honor_exif: bool = False, max_pixels: int = MAX_PIXELS) -> None:
-        self.image_size = _integer("image_size", image_size, least=1)
+    @check_bounds
+    def __init__(self, image_size: Count, *, honor_exif: bool = False, max_pixels: Count = MAX_PIXELS) -> None:
+        self.image_size = int(image_size)
         self.honor_exif = honor_exif
-        self.max_pixels = _integer("max_pixels", max_pixels, least=1)
+        self.max_pixels = int(max_pixels)
 
     def __call__(self, source: ImageSource) -> Tensor:
         """Transform one image.
@@ -139,6 +140,19 @@ class EvalTransform:
         return _describe(self)
 
 
+_ASCENDING = Rule(lambda pair: pair[0] <= pair[1], "two positive numbers, the smaller one first", "[0.8, 1.0]")
+_JITTER = Rule(
+    lambda ranges: len(ranges) == 4 and max(ranges[:3]) <= 10 and ranges[3] <= 0.5,
+    "ranges of brightness, contrast and saturation, 0..10, and of hue, 0..0.5",
+    "[0.4, 0.4, 0.4, 0.1]",
+)
+_OPERATIONS = Rule(
+    lambda names: bool(names) and set(names) <= set(OPERATIONS),
+    f"a list of names among {', '.join(OPERATIONS)}",
+    "[Rotate]",
+)
+
+
 class TrainTransform:
     """The training variant that the official configuration names, with more for small data, off by default.
 
@@ -173,46 +187,48 @@ class TrainTransform:
         UserError: if an argument is out of its range or an operation unknown.
     """
 
+    @check_bounds
     def __init__(
         self,
-        image_size: int,
+        image_size: Count,
         *,
-        scale: Sequence[float] = (0.8, 1.0),
-        ratio: Sequence[float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        num_ops: int = 2,
-        op_probability: float = 0.5,
-        magnitude: float = 7,
-        operations: Sequence[str] = OFFICIAL_OPERATIONS,
-        fill: int = 128,
-        rotate_degrees: float = 0.0,
-        zoom: Sequence[float] = (1.0, 1.0),
-        translate: float = 0.0,
-        shear: float = 0.0,
-        color_jitter: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
-        grayscale: float = 0.0,
-        invert: float = 0.0,
+        scale: Annotated[Sequence[Annotated[float, Gt(0), Le(1)]], Len(2, 2), _ASCENDING] = (0.8, 1.0),
+        ratio: Annotated[Sequence[Positive], Len(2, 2), _ASCENDING] = (3 / 4, 4 / 3),
+        flip: Fraction = 0.5,
+        num_ops: Index = 2,
+        op_probability: Fraction = 0.5,
+        magnitude: Annotated[float, Ge(0), Le(_MAX_MAGNITUDE)] = 7,
+        operations: Annotated[Sequence[str], _OPERATIONS] = OFFICIAL_OPERATIONS,
+        fill: Annotated[int, Ge(0), Le(255)] = 128,
+        rotate_degrees: Annotated[float, Ge(0), Le(180)] = 0.0,
+        zoom: Annotated[Sequence[Annotated[float, Gt(0), Le(10)]], Len(2, 2), _ASCENDING] = (1.0, 1.0),
+        translate: Fraction = 0.0,
+        shear: Fraction = 0.0,
+        color_jitter: Annotated[Sequence[NotNegative], _JITTER] = (0.0, 0.0, 0.0, 0.0),
+        grayscale: Fraction = 0.0,
+        invert: Fraction = 0.0,
         honor_exif: bool = False,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: Count = MAX_PIXELS,
     ) -> None:
-        self.image_size = _integer("image_size", image_size, least=1)
-        self.scale = _range("scale", scale, most=1.0)
-        self.ratio = _range("ratio", ratio, most=float("inf"))
-        self.flip = _number("flip", flip, most=1)
-        self.num_ops = _integer("num_ops", num_ops, least=0)
-        self.op_probability = _number("op_probability", op_probability, most=1)
-        self.magnitude = _number("magnitude", magnitude, most=_MAX_MAGNITUDE)
-        self.operations = _operation_names(operations)
-        self.fill = _integer("fill", fill, least=0, most=255)
-        self.rotate_degrees = _number("rotate_degrees", rotate_degrees, most=180)
-        self.zoom = _range("zoom", zoom, most=10)
-        self.translate = _number("translate", translate, most=1)
-        self.shear = _number("shear", shear, most=1)
-        self.color_jitter = _jitter_ranges(color_jitter)
-        self.grayscale = _number("grayscale", grayscale, most=1)
-        self.invert = _number("invert", invert, most=1)
+        self.image_size = int(image_size)
+        self.scale = _pair(scale)
+        self.ratio = _pair(ratio)
+        self.flip = float(flip)
+        self.num_ops = int(num_ops)
+        self.op_probability = float(op_probability)
+        self.magnitude = float(magnitude)
+        self.operations = tuple(operations)
+        self.fill = int(fill)
+        self.rotate_degrees = float(rotate_degrees)
+        self.zoom = _pair(zoom)
+        self.translate = float(translate)
+        self.shear = float(shear)
+        brightness, contrast, saturation, hue = map(float, color_jitter)
+        self.color_jitter = (brightness, contrast, saturation, hue)
+        self.grayscale = float(grayscale)
+        self.invert = float(invert)
         self.honor_exif = honor_exif
-        self.max_pixels = _integer("max_pixels", max_pixels, least=1)
+        self.max_pixels = int(max_pixels)
 
     def __call__(self, source: ImageSource, *, rng: np.random.Generator) -> Tensor:
         """Transform one image at random.
@@ -350,50 +366,6 @@ def _describe(transform: EvalTransform | TrainTransform) -> str:
     return f"{type(transform).__name__}({arguments})"
 
 
-def _integer(name: str, value: int, *, least: int, most: int | None = None) -> int:
-    """An integer in its range."""
-    if not isinstance(value, bool):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = least - 1
-        if number >= least and (most is None or number <= most):
-            return number
-    allowed = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
-    raise UserError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _number(name: str, value: object, *, most: float) -> float:
-    """A number from 0 to the most that is allowed."""
-    if not isinstance(value, bool) and isinstance(value, numbers.Real):
-        number = float(value)
-        if 0 <= number <= most:
-            return number
-    raise UserError(f"{name} must be a number from 0 to {most}, got {value!r}")
-
-
-def _range(name: str, values: object, *, most: float) -> tuple[float, float]:
-    """Least and most, both positive."""
-    if isinstance(values, Sequence) and len(values) == 2:
-        least, greatest = (_number(name, value, most=most) for value in values)
-        if 0 < least <= greatest < float("inf"):
-            return least, greatest
-    raise UserError(f"{name} must be two positive numbers, the smaller one first, got {values!r}")
-
-
-def _jitter_ranges(values: object) -> tuple[float, float, float, float]:
-    """Ranges of brightness, contrast, saturation and hue."""
-    if not isinstance(values, Sequence) or len(values) != 4:
-        raise UserError(f"color_jitter must be (brightness, contrast, saturation, hue), got {values!r}")
-    brightness, contrast, saturation = (_number("color_jitter", value, most=10) for value in values[:3])
-    return brightness, contrast, saturation, _number("color_jitter hue", values[3], most=0.5)
-
-
-def _operation_names(names: object) -> tuple[str, ...]:
-    """Names of known operations, at least one."""
-    if isinstance(names, Sequence) and not isinstance(names, str) and names:
-        unknown = [name for name in names if name not in OPERATIONS]
-        if not unknown:
-            return tuple(names)
-        names = unknown
-    raise UserError(f"operations must be a list of names among {', '.join(OPERATIONS)}; got {names!r}")
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    least, most = values
+    return float(least), float(most)

@@ -27,21 +27,13 @@ Floats = npt.NDArray[np.float64]
 
 
 class FalseNegatives(NamedTuple):
-    """What to expect in a batch.
-
-    Attributes:
-        batch_size: B.
-        per_row: false negatives of a row, on average.
-        share_of_rows: rows with at least one.
-        from_captions: the part of `per_row` whose captions are the same.
-        from_images: the part whose images are the same, those with the same caption included.
-    """
+    """What to expect in a batch."""
 
     batch_size: int
-    per_row: float
-    share_of_rows: float
-    from_captions: float
-    from_images: float
+    per_row: float  # false negatives of a row, on average
+    share_of_rows: float  # rows with at least one
+    from_captions: float  # the part of `per_row` whose captions are the same
+    from_images: float  # the part whose images are the same, those with the same caption included
 
 
 def expect_false_negatives(

@@ -45,13 +45,7 @@ def draw_statistics(
 ) -> None:
     """Draw languages, lengths, sizes and duplicates of a source.
 
-    Args:
-        path: where to; the suffix says in which format.
-        statistics: distributions.
-        report: for the caption, and the most frequent texts.
-        title: what the source is called.
-        max_tokens: where a model cuts captions.
-        font: file to use before the shipped one, for characters that that lacks.
+    `max_tokens` is where a model cuts captions; `font` is tried before the shipped one.
 
     Raises:
         UserError: if the font cannot be read, or the place cannot be written.

@@ -7,9 +7,9 @@ their captions parsed and their images checked exactly as training does it.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,9 @@ import numpy.typing as npt
 from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_facts
 from m2_encoder.data.samples.captions import check_roles
 from m2_encoder.data.samples.parse import SampleProblem, SampleText, name_content, parse_sample_text
-from m2_encoder.data.shards.index import IndexedSample, Member, ShardIndex, open_index
+from m2_encoder.data.shards.index import ShardIndex
 from m2_encoder.data.shards.paths import is_remote
+from m2_encoder.data.shards.reader import OpenShard, SampleBytes
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.shards.tar_scan import scan_tar
 from m2_encoder.errors import UserError
@@ -43,54 +44,31 @@ _CONTEXT_LENGTH = 1 << 16  # captions are counted whole, whatever a model would 
 
 
 class InspectionOptions(NamedTuple):
-    """What is looked at.
+    """What is looked at."""
 
-    Attributes:
-        samples_per_shard: evenly spread over a shard; None takes all.
-        decode: decode images, too, which finds cut ones; otherwise only their headers are read.
-        num_decoded: images of a shard to decode, evenly spread; None decodes all that are read.
-        limits: images outside are faults.
-        language: of captions without one; None detects it by the script.
-        words: count words.
-        tokenizer: content of a SentencePiece file, to count tokens with; None does not.
-    """
-
-    samples_per_shard: int | None = 250
-    decode: bool = True
-    num_decoded: int | None = None
-    limits: ImageLimits = ImageLimits()
-    language: str | None = None
+    samples_per_shard: int | None = 250  # evenly spread over a shard; None takes all
+    decode: bool = True  # decode images, too, which finds cut ones; otherwise only their headers are read
+    num_decoded: int | None = None  # images of a shard to decode, evenly spread; None decodes all that are read
+    limits: ImageLimits = ImageLimits()  # images outside are faults
+    language: str | None = None  # of captions without one; None detects it by the script
     words: bool = False
-    tokenizer: bytes | None = None
+    tokenizer: bytes | None = None  # content of a SentencePiece file, to count tokens with; None does not
 
 
 class ShardTask(NamedTuple):
-    """One shard to inspect.
-
-    Attributes:
-        path: of the tar, or its url.
-        options: what is looked at.
-        remote: local copies of remote shards; None refuses urls.
-    """
+    """One shard to inspect."""
 
     path: str
     options: InspectionOptions
-    remote: RemoteShards | None = None
+    remote: RemoteShards | None = None  # local copies of remote shards; None refuses urls
 
 
 class Fault(NamedTuple):
-    """Something unusable.
-
-    Attributes:
-        shard: path of the tar.
-        key: of the sample; None if it concerns the shard.
-        reason: one word, as in the metrics `data/skipped/<reason>`.
-        detail: what was found.
-    """
+    """Something unusable."""
 
     shard: str
-    key: str | None
-    reason: str
+    key: str | None  # of the sample; None if it concerns the shard
+    reason: str  # one word, as in the metrics `data/skipped/<reason>`
     detail: str
 
 
@@ -98,7 +76,6 @@ class ShardInspection(NamedTuple):
     """What one shard holds.
 
     Attributes:
-        path: of the tar, or its url.
         num_bytes: of the tar; 0 if it is not there.
         indexed: samples that are usable as far as headers tell.
         header_faults: samples that are not, by reason.
@@ -136,24 +113,23 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
     """Look at one shard; whatever is in it, or if it is not there, becomes a fault."""
     faults = _Faults(task.path)
     seen = _Seen(task.path)
-    index, descriptor = None, -1
+    shard = None
     indexed = inspected = 0
     header_faults: Counter[str] = Counter()
     try:
-        index, descriptor = _open(task.path, task.remote)
-        header_faults = _add_header_faults(index, faults)
-        seen.extensions = _count_extensions(descriptor, index, task.options)
-        indexed = len(index)
+        shard = _open(task.path, task.remote)
+        header_faults = _add_header_faults(shard.index, faults)
+        seen.extensions = _count_extensions(shard, task.options)
+        indexed = len(shard.index)
         counter = _Counter(task.options)
         chosen = _choose(indexed, task.options.samples_per_shard)
         decoded = {chosen[i] for i in _choose(len(chosen), task.options.num_decoded)} if task.options.decode else set()
         for number in chosen:
             inspected += 1
-            sample = index[number]
             try:
-                _inspect_sample(descriptor, sample, task.options, counter, seen, decode=number in decoded)
+                _inspect_sample(shard.read(number), task.options, counter, seen, decode=number in decoded)
             except SampleProblem as problem:
-                faults.add(sample.key, problem.reason, problem.detail, content=True)
+                faults.add(shard.index[number].key, problem.reason, problem.detail, content=True)
     except FileNotFoundError:
         faults.add(None, "shard_missing", "no such file")
     except SampleProblem as problem:
@@ -161,11 +137,11 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
     except OSError as error:
         faults.add(None, "shard_missing", f"cannot be read: {error.strerror or error}")
     finally:
-        if descriptor >= 0:
-            os.close(descriptor)
+        if shard is not None:
+            shard.close()
     return ShardInspection(
         path=task.path,
-        num_bytes=0 if index is None else index.size,
+        num_bytes=0 if shard is None else shard.index.size,
         indexed=indexed,
         header_faults=header_faults,
         inspected=inspected,
@@ -187,11 +163,11 @@ def find_captions(
 ) -> dict[int, str]:
     """Texts of a shard by their hash, those that are wanted; what cannot be read is left out."""
     left, found = set(wanted), {}
-    index, descriptor = _open(path, remote)
-    try:
-        for number in _choose(len(index), options.samples_per_shard):
+    with closing(_open(path, remote)) as shard:
+        for number in _choose(len(shard.index), options.samples_per_shard):
             try:
-                said = _read_text(descriptor, index[number], options)
+                raw = shard.read(number)
+                said = parse_sample_text(raw.json, raw.text, language=options.language)
             except SampleProblem:
                 continue
             for caption in said.captions:
@@ -200,8 +176,6 @@ def find_captions(
                     left.remove(key)
             if not left:
                 break
-    finally:
-        os.close(descriptor)
     return found
 
 
@@ -242,15 +216,17 @@ class _Seen:
         self.extensions: Counter[str] = Counter()
         self.decoded = self.damaged = 0
 
-    def add(self, sample: IndexedSample, image: bytes, facts: ImageFacts, said: SampleText, counter: _Counter) -> None:
-        identity = name_content(said, key=sample.key, shard=self._shard, source="")
+    def add(self, raw: SampleBytes, facts: ImageFacts, said: SampleText, counter: _Counter) -> None:
+        identity = name_content(said, key=raw.key, shard=self._shard, source="")
         self.formats[facts.format] += 1
         for caption in said.captions:
             words, tokens = counter.words(caption.text, caption.language), counter.tokens(caption.text)
             language = LANGUAGES.index(caption.language)
             text = hash_bytes(caption.text.encode())
             self.captions.append((len(self.rows), language, text, len(caption.text), words, tokens))
-        self.rows.append((facts.width, facts.height, len(image), hash_bytes(image), hash_bytes(identity.encode())))
+        self.rows.append(
+            (facts.width, facts.height, len(raw.image), hash_bytes(raw.image), hash_bytes(identity.encode()))
+        )
 
 
 class _Counter:
@@ -269,25 +245,17 @@ class _Counter:
         return -1 if self._tokenizer is None else len(self._tokenizer.encode(text))
 
 
-def _open(path: str, remote: RemoteShards | None) -> tuple[ShardIndex, int]:
-    """A shard's index and the shard, opened; of a remote one its local copy.
+def _open(path: str, remote: RemoteShards | None) -> OpenShard:
+    """A shard; of a remote one its local copy.
 
     Raises:
         SampleProblem: shard_changed, if it is another one than was indexed, or what a download can end in.
-        UserError: for a url without a folder for copies.
     """
     if is_remote(path):
         if remote is None:
             raise UserError(f"{path} is remote: say where copies of remote shards are kept")
         path = str(remote.fetch(path))
-    path = path.removeprefix("file://")
-    index = open_index(path)
-    descriptor = os.open(path, os.O_RDONLY)
-    status = os.fstat(descriptor)
-    if (status.st_size, status.st_mtime_ns) != (index.size, index.written):
-        os.close(descriptor)
-        raise SampleProblem("shard_changed", "it was written anew while it was read")
-    return index, descriptor
+    return OpenShard(path.removeprefix("file://"))
 
 
 def _add_header_faults(index: ShardIndex, faults: _Faults) -> Counter[str]:
@@ -299,11 +267,11 @@ def _add_header_faults(index: ShardIndex, faults: _Faults) -> Counter[str]:
     return counts
 
 
-def _count_extensions(descriptor: int, index: ShardIndex, options: InspectionOptions) -> Counter[str]:
+def _count_extensions(shard: OpenShard, options: InspectionOptions) -> Counter[str]:
     """Members by extension, from as many headers as samples are read: all of a large tar take longer than the rest."""
-    limit = options.samples_per_shard
+    limit, index = options.samples_per_shard, shard.index
     size = index.size if limit is None or len(index) <= limit else index[limit].image.offset
-    names = (Path(member.name).name for member in scan_tar(descriptor, size=size).members)
+    names = (Path(member.name).name for member in scan_tar(shard.descriptor, size=size).members)
     return Counter(f".{rest}" if dot else "no extension" for _, dot, rest in (name.partition(".") for name in names))
 
 
@@ -315,38 +283,17 @@ def _choose(count: int, limit: int | None) -> Sequence[int]:
 
 
 def _inspect_sample(
-    descriptor: int,
-    sample: IndexedSample,
-    options: InspectionOptions,
-    counter: _Counter,
-    seen: _Seen,
-    *,
-    decode: bool,
+    raw: SampleBytes, options: InspectionOptions, counter: _Counter, seen: _Seen, *, decode: bool
 ) -> None:
-    said = _read_text(descriptor, sample, options)
+    said = parse_sample_text(raw.json, raw.text, language=options.language)
     seen.json_keys.update(said.metadata.keys())
     check_roles(said.captions)
-    image = _read(descriptor, sample.image)
-    assert image is not None, "an indexed sample has an image"
-    facts = read_image_facts(image, options.limits, decode=False)
+    facts = read_image_facts(raw.image, options.limits, decode=False)
     if decode:
         seen.decoded += 1
         try:
-            read_image_facts(image, options.limits, decode=True)
+            read_image_facts(raw.image, options.limits, decode=True)
         except SampleProblem:
             seen.damaged += 1
             raise
-    seen.add(sample, image, facts, said, counter)
-
-
-def _read_text(descriptor: int, sample: IndexedSample, options: InspectionOptions) -> SampleText:
-    return parse_sample_text(_read(descriptor, sample.json), _read(descriptor, sample.text), language=options.language)
-
-
-def _read(descriptor: int, member: Member | None) -> bytes | None:
-    if member is None:
-        return None
-    content = os.pread(descriptor, member.size, member.offset)
-    if len(content) != member.size:
-        raise SampleProblem("shard_changed", f"{len(content):,} of {member.size:,} bytes: the tar was cut while read")
-    return content
+    seen.add(raw, facts, said, counter)

@@ -15,7 +15,6 @@ from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expe
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
 from m2_encoder.data.inspect.survey import Survey
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
-from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -30,35 +29,21 @@ _MANY_FALSE_NEGATIVES = 0.05  # share of rows
 
 
 class CaptionSummary(NamedTuple):
-    """Captions of one language.
+    """Captions of one language."""
 
-    Attributes:
-        captions: how many were inspected.
-        samples: usable inspected samples that have one.
-        characters: `QUANTILES` of their lengths.
-        words: the same in words; None if they were not counted.
-        tokens: the same in tokens; None if they were not counted.
-    """
-
-    captions: int
-    samples: int
-    characters: tuple[float, ...]
-    words: tuple[float, ...] | None
-    tokens: tuple[float, ...] | None
+    captions: int  # how many were inspected
+    samples: int  # usable inspected samples that have one
+    characters: tuple[float, ...]  # `QUANTILES` of their lengths
+    words: tuple[float, ...] | None  # the same in words; None if they were not counted
+    tokens: tuple[float, ...] | None  # the same in tokens; None if they were not counted
 
 
 class Repetition(NamedTuple):
-    """How often the same comes again.
+    """How often the same comes again."""
 
-    Attributes:
-        total: things inspected.
-        distinct: different ones.
-        most: how often the most frequent one comes.
-    """
-
-    total: int
-    distinct: int
-    most: int
+    total: int  # things inspected
+    distinct: int  # different ones
+    most: int  # how often the most frequent one comes
 
     @property
     def share(self) -> float:
@@ -130,11 +115,8 @@ def check_source(
 ) -> SourceReport:
     """Sum up a survey and judge it.
 
-    Args:
-        survey: of the source.
-        batch_size: rows that are contrasted with each other, over all ranks.
-        num_frequent: captions to name, of those that repeat.
-        languages: in which captions are expected.
+    `batch_size` counts rows contrasted with each other, over all ranks; `languages` are those that captions should
+    have.
     """
     inspected = sum(item.inspected for item in survey.shards)
     share, samples = _estimate(survey)
@@ -178,10 +160,7 @@ def check_source(
 def judge_for_training(report: SourceReport, survey: Survey, *, max_bad_share: float) -> SourceReport:
     """Add what m2-train would refuse: shards that are missing, or too many samples that cannot be used.
 
-    Args:
-        report: of the survey.
-        survey: of the source.
-        max_bad_share: of samples that headers tell to be usable and that are not; must be exceeded beyond chance.
+    `max_bad_share` must be exceeded beyond chance.
     """
     problems = list(report.problems)
     is_gone = {item.path for item in survey.shards if item.shard_faults["shard_missing"]}
@@ -202,16 +181,6 @@ def judge_for_training(report: SourceReport, survey: Survey, *, max_bad_share: f
             "at which training ends: mend the shards, or allow more"
         )
     return report._replace(problems=tuple(problems))
-
-
-def refuse_pointless(report: SourceReport, source: str) -> None:
-    """Stop before a run that could learn nothing.
-
-    Raises:
-        UserError: with everything that is wrong, and how to mend it.
-    """
-    if report.problems:
-        raise UserError(f"{source}: {'; '.join(report.problems)}")
 
 
 def _problems(report: SourceReport) -> list[str]:

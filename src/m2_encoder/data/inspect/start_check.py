@@ -5,12 +5,14 @@ A run that could learn nothing, or that would end for its unusable samples, is r
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from m2_encoder.bounds import Count, check_fields
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import SourceReport, check_source
@@ -19,7 +21,6 @@ from m2_encoder.data.order.manifest import Manifest, Source
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
-from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
 _DECODED_SHARE = 8  # of the samples that are read, every so many-th image is decoded, which takes most of the time
@@ -27,7 +28,8 @@ _SIGMAS = 3.0  # by which a share must exceed its limit: a part of a source tell
 _LEAST_READ = 50  # samples, below which a share says nothing about the source
 
 
-class StartCheck(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class StartCheck:
     """How much of each source is looked at.
 
     Attributes:
@@ -35,39 +37,20 @@ class StartCheck(NamedTuple):
         samples: of each source, evenly spread over those shards.
     """
 
-    shards: int = 4
-    samples: int = 2000
+    shards: Count = 4
+    samples: Count = 2000
 
-    @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> StartCheck:
-        """Make it of the values under `data.check`.
-
-        Raises:
-            UserError: for unknown keys or numbers below 1.
-        """
-        unknown = sorted(set(values) - set(cls._fields))
-        if unknown:
-            raise UserError(f"data.check has unknown {', '.join(unknown)}; known: {', '.join(cls._fields)}")
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"data.check.{name}={value!r} must be a whole number, 1 or more")
-        return cls(**values)
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class TrainingNeeds(NamedTuple):
-    """What a run wants of its sources.
+    """What a run wants of its sources."""
 
-    Attributes:
-        global_batch_size: rows of a step over all ranks.
-        languages: those with a weight; a sample needs a caption in one of them.
-        limits: images outside are not used.
-        max_bad_share: of unusable samples, above which the run ends.
-    """
-
-    global_batch_size: int
-    languages: tuple[str, ...]
-    limits: ImageLimits
-    max_bad_share: float
+    global_batch_size: int  # rows of a step over all ranks
+    languages: tuple[str, ...]  # those with a weight; a sample needs a caption in one of them
+    limits: ImageLimits  # images outside are not used
+    max_bad_share: float  # of unusable samples, above which the run ends
 
 
 def check_manifest(
@@ -80,12 +63,7 @@ def check_manifest(
 ) -> dict[str, SourceReport]:
     """Look at a part of each source that the mixture uses, and judge it for this run.
 
-    Args:
-        manifest: sources with their shards.
-        check: how much to look at.
-        needs: what the run wants.
-        remote: local copies of remote shards.
-        stall_timeout_s: after which a source on local disks counts as stuck.
+    After `stall_timeout_s` a source on local disks counts as stuck.
 
     Returns:
         By name of the source; problems say why the run is pointless, warnings what to know. The false negatives are

@@ -22,15 +22,10 @@ _MAX_POINTS = 4000  # of the scatter of sizes; more only cover each other
 
 
 class Histogram(NamedTuple):
-    """How many captions have each length.
+    """How many captions have each length."""
 
-    Attributes:
-        lengths: those that occur, ascending.
-        counts: captions of each.
-    """
-
-    lengths: tuple[int, ...]
-    counts: tuple[int, ...]
+    lengths: tuple[int, ...]  # those that occur, ascending
+    counts: tuple[int, ...]  # captions of each
 
     def share_above(self, limit: int) -> float:
         """Share of captions that are longer."""

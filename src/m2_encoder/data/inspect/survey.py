@@ -24,29 +24,17 @@ from m2_encoder.data.worker_pool import map_in_processes
 
 
 class Survey(NamedTuple):
-    """All inspected samples of a source.
+    """All inspected samples of a source."""
 
-    Attributes:
-        shards: each inspected one, in order.
-        num_shards: of the source.
-        num_bytes: of all its shards, as far as they are there.
-        missing: local shards that are not there, also of those that were not looked at.
-        is_whole: whether every sample was inspected.
-        rows: usable inspected samples, `SAMPLE_ROW`.
-        captions: theirs, `CAPTION_ROW`, with rows counted over all shards.
-        options: what was looked at.
-        remote: local copies of remote shards.
-    """
-
-    shards: tuple[ShardInspection, ...]
-    num_shards: int
-    num_bytes: int
-    missing: tuple[str, ...]
-    is_whole: bool
-    rows: npt.NDArray[np.void]
-    captions: npt.NDArray[np.void]
+    shards: tuple[ShardInspection, ...]  # each inspected one, in order
+    num_shards: int  # of the source
+    num_bytes: int  # of all its shards, as far as they are there
+    missing: tuple[str, ...]  # local shards that are not there, also of those that were not looked at
+    is_whole: bool  # whether every sample was inspected
+    rows: npt.NDArray[np.void]  # usable inspected samples, `SAMPLE_ROW`
+    captions: npt.NDArray[np.void]  # theirs, `CAPTION_ROW`, with rows counted over all shards
     options: InspectionOptions
-    remote: RemoteShards | None = None
+    remote: RemoteShards | None = None  # local copies of remote shards
 
     def usable_of_indexed(self) -> float:
         """Share of usable samples among those that headers tell to be; where images are damaged, as far as decoded."""
@@ -67,13 +55,7 @@ def survey_source(
 ) -> Survey:
     """Look at the shards of a source, or at some of them, evenly spread.
 
-    Args:
-        shards: tars, or their urls.
-        options: what is looked at in each.
-        max_shards: how many at most; None takes all.
-        workers: processes; 0 works in this one.
-        remote: local copies of remote shards; None refuses urls.
-        report: called with each shard, in order.
+    `max_shards=None` takes all, `workers=0` works in this process, and `report` is called with each shard, in order.
 
     Raises:
         UserError: if words shall be counted without jieba, the tokenizer is none, or there is no place for copies.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from m2_encoder.data.masking.patch_masking import BlockMasking
 from m2_encoder.data.masking.text_masking import MaskVocabulary, TextMasking, mask_words_of_batch
 from m2_encoder.data.order.keyed_random import mix
 from m2_encoder.errors import UserError
+from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.objectives.base import LocalObjective, Objective, active
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.word_pieces import WordSegmenter
 from m2_encoder.types import MaskedText, TextTokens
@@ -82,6 +85,30 @@ class BatchMasking:
         if self._patches is None:
             return None
         return torch.from_numpy(np.stack([self._patches.mask_patches(_generator(_PATCHES, draw)) for draw in draws]))
+
+
+def build_masking(
+    objectives: Mapping[str, Objective], tokenizer: SentencePieceTokenizer, shape: M2EncoderConfig
+) -> BatchMasking | None:
+    """What the objectives want hidden of a batch; None if they want nothing.
+
+    Raises:
+        UserError: if they want different things.
+    """
+    wanted: dict[str, Any] = {}
+    for key in ("word_ratio", "patch_ratio", "user_dictionary"):
+        values = {
+            name: getattr(objective, key)
+            for name, objective in active(objectives).items()
+            if isinstance(objective, LocalObjective) and getattr(objective, key) is not None
+        }
+        if len(set(values.values())) > 1:
+            given = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise UserError(f"objectives want different {key} ({given}); they share one masked pass: give all the same")
+        wanted[key] = next(iter(values.values()), None)
+    if wanted["word_ratio"] is None and wanted["patch_ratio"] is None:
+        return None
+    return BatchMasking(tokenizer, grid=shape.image_size // shape.patch_size, **wanted)
 
 
 def _generator(stream: int, draw: tuple[int, ...]) -> np.random.Generator:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from m2_encoder.bounds import Count, NotNegative, Paths, Rule, check_fields
 from m2_encoder.data.order.manifest_record import RecordedSource, name_some, pack_record, write_weight
-from m2_encoder.data.shards.index import ShardSize
+from m2_encoder.data.shards.index import IndexHeader
 from m2_encoder.data.shards.paths import is_remote, list_shards
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
@@ -21,6 +22,11 @@ from m2_encoder.types import LANGUAGES
 
 _SOURCE_KEYS = ("shards", "languages", "weight", "max_samples", "max_epochs")
 _COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
+
+
+def _are_languages(languages: str | Sequence[str]) -> bool:
+    parts = [languages] if isinstance(languages, str) else languages
+    return bool(parts) and all(part in LANGUAGES for part in parts)
 
 
 @dataclass(frozen=True)
@@ -41,40 +47,21 @@ class SourceSpec:
     """
 
     name: str
-    shards: str | Sequence[str]
-    languages: tuple[str, ...] = LANGUAGES
-    weight: float | None = None
-    max_samples: int | None = None
-    max_epochs: int | None = None
+    shards: Paths
+    languages: Annotated[str | Sequence[str], Rule(_are_languages, f"some of {', '.join(LANGUAGES)}", "[zh, en]")] = (
+        LANGUAGES
+    )
+    weight: NotNegative | None = None
+    max_samples: Count | None = None
+    max_epochs: Count | None = None
 
     def __post_init__(self) -> None:
-        where = f"data.sources.{self.name}"
-        unknown = [language for language in self.languages if language not in LANGUAGES]
-        if unknown or not self.languages:
-            raise UserError(f"{where}.languages={list(self.languages)} must be some of {', '.join(LANGUAGES)}")
-        if self.weight is not None and not 0 <= self.weight < float("inf"):
-            raise UserError(f"{where}.weight={self.weight!r} must be a finite number, 0 or more, or null")
-        for key in ("max_samples", "max_epochs"):
-            value = getattr(self, key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UserError(f"{where}.{key}={value!r} must be a whole number, 1 or more, or null")
-
-    @classmethod
-    def from_config(cls, name: str, values: Mapping[str, Any]) -> SourceSpec:
-        """Make a source of the values under `data.sources.<name>`.
-
-        Raises:
-            UserError: for unknown keys, no shards, or values that make no sense.
-        """
-        unknown = sorted(set(values) - set(_SOURCE_KEYS))
-        if unknown:
-            raise UserError(f"data.sources.{name} has unknown {', '.join(unknown)}; known: {', '.join(_SOURCE_KEYS)}")
-        if not values.get("shards"):
-            raise UserError(f"data.sources.{name}.shards is missing; give '/data/{{000..099}}.tar', a glob or a list")
-        languages = values.get("languages") or LANGUAGES
-        return cls(
-            **{**values, "name": name, "languages": tuple([languages] if isinstance(languages, str) else languages)}
-        )
+        try:
+            check_fields(self)
+        except UserError as error:
+            raise error.under(f"data.sources.{self.name}") from error
+        languages = [self.languages] if isinstance(self.languages, str) else self.languages
+        object.__setattr__(self, "languages", tuple(languages))
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +164,7 @@ class Manifest:
 
 
 def build_manifest(
-    specs: Sequence[SourceSpec], *, measure: Callable[[str], ShardSize], stall_timeout_s: float = STALL_TIMEOUT_S
+    specs: Sequence[SourceSpec], *, measure: Callable[[str], IndexHeader], stall_timeout_s: float = STALL_TIMEOUT_S
 ) -> Manifest:
     """Find the shards of every source and count their samples.
 
@@ -192,19 +179,19 @@ def build_manifest(
     return Manifest([_build_source(spec, measure, stall_timeout_s) for spec in specs])
 
 
-def _build_source(spec: SourceSpec, measure: Callable[[str], ShardSize], stall_timeout_s: float) -> Source:
+def _build_source(spec: SourceSpec, measure: Callable[[str], IndexHeader], stall_timeout_s: float) -> Source:
     try:
         shards = list_shards(spec.shards)
     except UserError as error:
         raise error.under(f"data.sources.{spec.name}.shards") from error
     failed: list[str] = []
 
-    def try_measure(shard: str) -> ShardSize:
+    def try_measure(shard: str) -> IndexHeader:
         try:
             return measure(shard)
         except OSError as error:
             failed.append(f"{shard} ({error.strerror or error})")
-            return ShardSize(0, 0)
+            return IndexHeader(0, 0)
 
     found = map_watched(
         try_measure,
@@ -245,11 +232,11 @@ def make_source(
     Args:
         spec: as configured.
         shards: paths or urls.
-        counts: of each, as `ShardSize.samples`.
-        sizes: of each, as `ShardSize.size`.
-        written: of each, as `ShardSize.written`; None for none.
-        unusable: of each, as `ShardSize.unusable`; None for none.
-        layouts: of each, as `ShardSize.layout`; None for none.
+        counts: of each, as `IndexHeader.samples`.
+        sizes: of each, as `IndexHeader.size`.
+        written: of each, as `IndexHeader.written`; None for none.
+        unusable: of each, as `IndexHeader.unusable`; None for none.
+        layouts: of each, as `IndexHeader.layout`; None for none.
     """
     samples = np.asarray(counts, np.int64)
     before = np.cumsum(samples) - samples

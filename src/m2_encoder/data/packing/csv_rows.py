@@ -17,12 +17,7 @@ _MAX_LINES = 100  # of one row
 def read_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, ...]]:
     """Split lines into rows; the first one is the header, blank lines are left out.
 
-    Args:
-        lines: of a file that was opened with `newline=""`, their ends included.
-        delimiter: a comma or a tab.
-
-    Yields:
-        Fields of a row; as many as it has, whatever the header has.
+    The first row is the header. A row has as many fields as its line, whatever the header has.
     """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     source = iter(lines)
@@ -49,11 +44,7 @@ def read_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, ...]]
 def _read_quoted(held: list[str], take: Callable[[], str | None], delimiter: str, width: int) -> tuple[str, ...] | None:
     """A row by RFC 4180, over several lines if need be; None if the first line is no such row.
 
-    Args:
-        held: the first line; afterwards the lines that belong to later rows.
-        take: gives the next line.
-        delimiter: as above.
-        width: fields of the header; 0 for the header itself.
+    `held` starts with the first line and keeps those of later rows; `width` is 0 for the header itself.
     """
     while True:
         reader = csv.reader(held, delimiter=delimiter, strict=True)

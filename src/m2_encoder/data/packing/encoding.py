@@ -33,21 +33,13 @@ class ImageOptions(NamedTuple):
 
 
 class PreparedImage(NamedTuple):
-    """An image as it goes into a shard.
-
-    Attributes:
-        content: the file.
-        extension: of its member.
-        width: pixels.
-        height: pixels.
-        is_changed: whether it is other than in the source.
-    """
+    """An image as it goes into a shard."""
 
     content: bytes
     extension: str
     width: int
     height: int
-    is_changed: bool
+    is_changed: bool  # whether it is other than in the source
 
 
 def prepare_image(content: bytes, options: ImageOptions) -> PreparedImage:

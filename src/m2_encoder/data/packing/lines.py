@@ -24,27 +24,16 @@ _LINES_LOOKED_AT = 100  # of a file, for the keys of its objects
 
 @dataclasses.dataclass(frozen=True)
 class JsonLinesSlice:
-    """Consecutive lines of a JSON lines file.
+    """Consecutive lines of a JSON lines file."""
 
-    Attributes:
-        root: relative paths of images count from here.
-        path: the file.
-        offset: where the first line starts, bytes.
-        size: of the lines, bytes.
-        first_line: number of the first line, from 1.
-        num_lines: how many, blank ones included.
-        digest: of the lines.
-        columns: what their keys mean.
-    """
-
-    root: str
+    root: str  # relative paths of images count from here
     path: str
-    offset: int
+    offset: int  # where the first line starts, bytes
     size: int
-    first_line: int
-    num_lines: int
-    digest: str
-    columns: Columns
+    first_line: int  # number of the first line, from 1
+    num_lines: int  # how many, blank ones included
+    digest: str  # of the lines
+    columns: Columns  # what their keys mean
 
     def __len__(self) -> int:
         return self.num_lines
@@ -80,11 +69,7 @@ def slice_json_lines(
 ) -> Iterator[JsonLinesSlice]:
     """Cut JSON lines files into slices, none of which spans two files.
 
-    Args:
-        paths: the files.
-        size: lines of a slice.
-        columns: what the keys of each line mean.
-        root: where relative paths of images count from; the folder of each file by default.
+    Relative paths of images count from `root`, by default the folder of each file.
 
     Raises:
         UserError: if a file is empty, or its first lines are no JSON or lack images or captions.
@@ -123,27 +108,16 @@ def _check_start(path: Path, file: BinaryIO, columns: Columns) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ChineseClipSlice:
-    """Consecutive lines of Chinese-CLIP's image file, with their captions.
+    """Consecutive lines of Chinese-CLIP's image file, with their captions."""
 
-    Attributes:
-        path: the file, `id<TAB>base64` a line.
-        offset: where the first line starts, bytes.
-        size: of the lines, bytes.
-        digest: of the lines.
-        first_line: number of the first line, from 1.
-        texts: for each line its captions; None where the image came before.
-        unseen: ids that texts name and that have no line; they follow the lines.
-        language: of the captions; None detects it.
-    """
-
-    path: str
+    path: str  # the file, `id<TAB>base64` a line
     offset: int
-    size: int
-    digest: str
-    first_line: int
-    texts: tuple[tuple[str, ...] | None, ...]
-    unseen: tuple[str, ...]
-    language: str | None
+    size: int  # of the lines, bytes
+    digest: str  # of the lines
+    first_line: int  # number of the first line, from 1
+    texts: tuple[tuple[str, ...] | None, ...]  # for each line its captions; None where the image came before
+    unseen: tuple[str, ...]  # ids that texts name and that have no line; they follow the lines
+    language: str | None  # of the captions; None detects it
 
     def __len__(self) -> int:
         return len(self.texts) + len(self.unseen)
@@ -197,11 +171,8 @@ def slice_chinese_clip(
 ) -> Iterator[ChineseClipSlice]:
     """Cut Chinese-CLIP's format into slices.
 
-    Args:
-        images: `id<TAB>base64` a line.
-        texts: JSON lines {"text_id": …, "text": …, "image_ids": […]}; held in memory.
-        size: images of a slice.
-        language: of the captions; None detects it.
+    `images` has `id<TAB>base64` a line; `texts` is JSON lines {"text_id": …, "text": …, "image_ids": […]}, held in
+    memory.
 
     Raises:
         UserError: if a line of `texts` cannot be read: each may name several images, so none can be left out.

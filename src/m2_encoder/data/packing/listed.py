@@ -33,23 +33,14 @@ def batched(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class FolderSlice:
-    """Images of a folder with captions in files of the same name.
-
-    Attributes:
-        root: the folder.
-        images: for each sample the path of its image in the folder, "" where there is only a text.
-        stems: for each sample its path without suffix.
-        repeated: for each sample whether another image of the same name came before it.
-        language: of `.txt` captions; None detects it.
-        extra: keys of a `.json` that are kept.
-    """
+    """Images of a folder with captions in files of the same name."""
 
     root: str
-    images: tuple[str, ...]
-    stems: tuple[str, ...]
-    repeated: tuple[bool, ...]
-    language: str | None
-    extra: tuple[str, ...]
+    images: tuple[str, ...]  # for each sample the path of its image in the folder, "" where there is only a text
+    stems: tuple[str, ...]  # for each sample its path without suffix
+    repeated: tuple[bool, ...]  # for each sample whether another image of the same name came before it
+    language: str | None  # of `.txt` captions; None detects it
+    extra: tuple[str, ...]  # keys of a `.json` that are kept
 
     def __len__(self) -> int:
         return len(self.images)
@@ -89,11 +80,7 @@ def slice_folder(
 ) -> Iterator[FolderSlice]:
     """Cut a folder, with all below it, into slices; samples are sorted by path.
 
-    Args:
-        folder: exists. Hidden files and folders are left out, links to folders are not followed.
-        size: samples of a slice.
-        language: of `.txt` captions; None detects it.
-        extra: keys of a `.json` that are kept.
+    Hidden files and folders are left out; links to folders are not followed.
 
     Raises:
         UserError: if it holds no image, or cannot be read.
@@ -144,21 +131,12 @@ def _read_if_there(path: str) -> bytes | None:
 
 @dataclasses.dataclass(frozen=True)
 class RowSlice:
-    """Rows of a CSV table.
+    """Rows of a CSV table."""
 
-    Attributes:
-        root: relative paths of images count from here.
-        name: of the table's file.
-        first_row: number of the first row, for the list of failures; the header is 0.
-        header: names of the columns.
-        rows: their values.
-        columns: what they mean.
-    """
-
-    root: str
-    name: str
-    first_row: int
-    header: tuple[str, ...]
+    root: str  # relative paths of images count from here
+    name: str  # of the table's file
+    first_row: int  # number of the first row, for the list of failures; the header is 0
+    header: tuple[str, ...]  # names of the columns
     rows: tuple[tuple[str, ...], ...]
     columns: Columns
 
@@ -189,11 +167,8 @@ class RowSlice:
 def slice_csv(paths: Sequence[Path], size: int, columns: Columns, *, root: str | None = None) -> Iterator[RowSlice]:
     """Cut CSV or TSV files with a header into slices, none of which spans two files.
 
-    Args:
-        paths: the files; `.tsv` is separated by tabs. Quotation marks are those of RFC 4180, where they can be.
-        size: rows of a slice.
-        columns: what the columns mean.
-        root: where relative paths of images count from; the folder of each file by default.
+    `.tsv` is separated by tabs; quotation marks are those of RFC 4180, where they can be. Relative paths of images
+    count from `root`, by default the folder of each file.
 
     Raises:
         UserError: if a file is empty or lacks a column with images or captions.

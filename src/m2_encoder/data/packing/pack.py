@@ -57,25 +57,15 @@ class PackOptions(NamedTuple):
 
 
 class PackSummary(NamedTuple):
-    """What an output holds.
-
-    Attributes:
-        shards: tars with at least one sample.
-        samples: pairs.
-        num_bytes: of all tars.
-        changed_images: reduced or encoded again.
-        captions: number by language.
-        failed: number of records by reason.
-        reused: shards that an earlier run had done.
-    """
+    """What an output holds."""
 
     shards: int
-    samples: int
-    num_bytes: int
-    changed_images: int
-    captions: dict[str, int]
-    failed: dict[str, int]
-    reused: int
+    samples: int  # pairs
+    num_bytes: int  # of all tars
+    changed_images: int  # reduced or encoded again
+    captions: dict[str, int]  # number by language
+    failed: dict[str, int]  # number of records by reason
+    reused: int  # shards that an earlier run had done
 
 
 def pack(
@@ -92,7 +82,7 @@ def pack(
     Args:
         source: what to pack; its files may not change meanwhile. Shards whose images or captions were written again
             since they were packed are packed again; other names or rows are another source.
-        folder: of the tars; made if it is not there. Nothing else may be in it.
+        folder: of the tars; made if missing. It may hold nothing else.
         options: how.
         workers: processes; 0 packs in this one. Does not change the bytes.
         overwrite: remove what an earlier run with another source or other options left there.
@@ -116,17 +106,15 @@ def pack(
                     _remove_shard(path)
             return _finish(folder, results, reused)
     except OSError as error:  # of the disk, or of a source that went away
-        raise UserError(f"output={folder}: {error}; mend that and start again, done shards stay") from error
+        raise UserError(f"{error}; mend that and start again, done shards stay", key="output", value=folder) from error
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuse a pattern that does not name one tar for each number.
-
-    Raises:
-        UserError: with an example.
-    """
+    """Raise a `UserError` if the pattern does not name one tar for each number."""
     if not _PATTERN.fullmatch(pattern) or pattern.startswith("."):
-        raise UserError(f"pattern={pattern}: must be a file name with one %06d and .tar, such as wukong-%06d.tar")
+        raise UserError(
+            "must be a file name with one %06d and .tar, such as wukong-%06d.tar", key="pattern", value=pattern
+        )
 
 
 def _run(
@@ -198,16 +186,18 @@ def _exclusive(folder: Path) -> Iterator[Path]:
     try:
         if folder.is_dir() and not markers.is_dir() and any(folder.iterdir()):
             names = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
-            raise UserError(f"output={folder}: holds other files ({names}); give an empty or new folder")
+            raise UserError(f"holds other files ({names}); give an empty or new folder", key="output", value=folder)
         markers.mkdir(parents=True, exist_ok=True)
         lock = (markers / "lock").open("w")
     except OSError as error:
-        raise UserError(f"output={folder}: cannot be written: {error.strerror}; give another folder") from error
+        raise UserError(
+            f"cannot be written: {error.strerror}; give another folder", key="output", value=folder
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"output={folder}: another m2-data pack writes there; wait for it") from error
+            raise UserError("another m2-data pack writes there; wait for it", key="output", value=folder) from error
         for path in (*folder.glob(".*.partial"), *folder.glob(".*.tmp"), *markers.glob(".*.tmp")):
             path.unlink(missing_ok=True)
         yield markers

@@ -33,34 +33,20 @@ _SHOWN_CHARACTERS = 40
 
 
 class Record(NamedTuple):
-    """One pair before its image is read.
+    """One pair before its image is read."""
 
-    Attributes:
-        name: where it stands in the source, for the list of failures.
-        image: content of the file, or its path or URL.
-        captions: at least one.
-        key: what marks the same content; None if the source says nothing.
-        extra: other columns that go into the JSON.
-    """
-
-    name: str
-    image: bytes | str
-    captions: tuple[CaptionText, ...]
-    key: str | None
-    extra: Mapping[str, Any]
+    name: str  # where it stands in the source, for the list of failures
+    image: bytes | str  # content of the file, or its path or URL
+    captions: tuple[CaptionText, ...]  # at least one
+    key: str | None  # what marks the same content; None if the source says nothing
+    extra: Mapping[str, Any]  # other columns that go into the JSON
 
 
 class Failure(NamedTuple):
-    """One record that cannot be packed.
+    """One record that cannot be packed."""
 
-    Attributes:
-        name: where it stands in the source.
-        reason: one word, as in the metrics `data/skipped/<reason>`.
-        detail: what was found.
-    """
-
-    name: str
-    reason: str
+    name: str  # where it stands in the source
+    reason: str  # one word, as in the metrics `data/skipped/<reason>`
     detail: str
 
 
@@ -114,11 +100,7 @@ class Columns(NamedTuple):
         return next((row[name] for name in self.names(role) if row.get(name) not in (None, "")), None)
 
     def check(self, present: Sequence[str], where: str) -> None:
-        """Refuse a table that lacks images or captions altogether.
-
-        Raises:
-            UserError: with the columns that are there.
-        """
+        """Raise a `UserError`, with the columns that are there, if a table lacks images or captions."""
         for role, names in (("image", self.names("image")), ("caption", self.caption_names())):
             if not set(names) & set(present):
                 raise UserError(

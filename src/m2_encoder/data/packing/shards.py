@@ -27,23 +27,13 @@ _KEY_DIGITS = 9
 
 
 class ShardTask(NamedTuple):
-    """What one worker does at a time.
-
-    Attributes:
-        records: what to pack.
-        first: number of the first record in the whole source.
-        name: of the tar.
-        folder: where it goes.
-        fingerprint: of the records and of all options that change bytes.
-        images: what is done to images.
-        downloads: how they are fetched.
-    """
+    """What one worker does at a time."""
 
     records: Slice
-    first: int
+    first: int  # number of the first record in the whole source
     name: str
     folder: str
-    fingerprint: str
+    fingerprint: str  # of the records and of all options that change bytes
     images: ImageOptions
     downloads: DownloadOptions
 
@@ -54,27 +44,16 @@ class ShardTask(NamedTuple):
 
 
 class ShardResult(NamedTuple):
-    """What became of a slice; this is what its marker holds.
-
-    Attributes:
-        name: of the tar; there is none without samples.
-        fingerprint: as in the task.
-        stamp: of the records' files, taken before they were read.
-        samples: pairs in the tar.
-        num_bytes: size of the tar; 0 without samples.
-        changed_images: images that were reduced or encoded again.
-        captions: number by language.
-        failures: what is missing, in the order of the source.
-    """
+    """What became of a slice; this is what its marker holds."""
 
     name: str
     fingerprint: str
-    stamp: str
-    samples: int
-    num_bytes: int
-    changed_images: int
-    captions: dict[str, int]
-    failures: tuple[Failure, ...]
+    stamp: str  # of the records' files, taken before they were read
+    samples: int  # pairs in the tar
+    num_bytes: int  # size of the tar; 0 without samples
+    changed_images: int  # images that were reduced or encoded again
+    captions: dict[str, int]  # number by language
+    failures: tuple[Failure, ...]  # what is missing, in the order of the source
 
 
 def write_shard(task: ShardTask) -> ShardResult:

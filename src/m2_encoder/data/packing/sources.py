@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from m2_encoder.data.packing.lines import slice_chinese_clip, slice_json_lines
 from m2_encoder.data.packing.listed import IMAGE_SUFFIXES, slice_csv, slice_folder
@@ -13,7 +13,8 @@ from m2_encoder.data.packing.tables import slice_parquet
 from m2_encoder.data.shards.paths import find_files
 from m2_encoder.errors import UserError
 
-FORMATS = ("folder", "jsonl", "csv", "chinese_clip", "parquet")
+Format: TypeAlias = Literal["folder", "jsonl", "csv", "chinese_clip", "parquet"]
+FORMATS = get_args(Format)
 """Kinds of sources that can be packed."""
 
 _IMAGES_ENDING, _TEXTS_ENDING = "_imgs.tsv", "_texts.jsonl"  # of Chinese-CLIP's two files
@@ -21,21 +22,13 @@ _SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "parquet":
 
 
 class Source(NamedTuple):
-    """Something to pack.
+    """Something to pack."""
 
-    Attributes:
-        format: one of `FORMATS`.
-        paths: its files; of a folder, the folder.
-        texts: Chinese-CLIP's second file.
-        root: where relative paths of images count from; None is the folder of each table.
-        columns: what the columns of a table mean; also says languages, and what to keep, of the others.
-    """
-
-    format: str
-    paths: tuple[Path, ...]
-    texts: Path | None
-    root: str | None
-    columns: Columns
+    format: str  # one of `FORMATS`
+    paths: tuple[Path, ...]  # its files; of a folder, the folder
+    texts: Path | None  # Chinese-CLIP's second file
+    root: str | None  # where relative paths of images count from; None is the folder of each table
+    columns: Columns  # what the columns of a table mean; also says languages, and what to keep, of the others
 
     def slices(self, size: int) -> Iterator[Slice]:
         """Cut it into slices of `size` records; those of a table's last slice may be fewer.
@@ -81,15 +74,17 @@ def find_source(
         source = _find_pair(folder, str(source))
         folder = Path(source).expanduser()
     if format is None and folder is not None and folder.is_dir() and _holds_tars_alone(folder):
-        raise UserError(f"source={source}: holds tars already; m2-data check looks at them, m2-data curate chooses")
+        raise UserError(
+            "holds tars already; m2-data check looks at them, m2-data curate chooses", key="source", value=source
+        )
     if format in (None, "folder") and folder is not None and folder.is_dir() and _holds_images(folder, format):
         return Source("folder", (folder,), None, None, columns)
     if format == "folder":
-        raise UserError(f"source={source}: no such folder")
+        raise UserError("no such folder", key="source", value=source)
     known = [suffix for name, suffixes in _SUFFIXES.items() if format in (None, name) for suffix in suffixes]
     paths = tuple(find_files(source, suffixes=known or [".tsv"], what="table"))
     if missing := [path for path in paths if not path.is_file()]:
-        raise UserError(f"source={source}: {missing[0]} does not exist")
+        raise UserError(f"{missing[0]} does not exist", key="source", value=source)
     kind = format or _kind_of(paths)
     partner = _find_texts(paths, texts) if kind in ("csv", "chinese_clip") else None
     if kind == "chinese_clip" or (format is None and partner is not None):
@@ -105,7 +100,9 @@ def find_source(
             "beside it; name the file of texts with texts=FILE, or say format=csv if its first row names columns"
         )
     if texts is not None:
-        raise UserError(f"texts={texts}: goes with one .tsv of images in Chinese-CLIP's format; source is {kind}")
+        raise UserError(
+            f"goes with one .tsv of images in Chinese-CLIP's format; source is {kind}", key="texts", value=texts
+        )
     return Source(kind, paths, None, image_root, columns)
 
 
@@ -136,7 +133,7 @@ def _find_texts(paths: Sequence[Path], texts: str | None) -> Path | None:
     if texts is not None:
         path = Path(texts).expanduser()
         if not path.is_file():
-            raise UserError(f"texts={texts}: no such file")
+            raise UserError("no such file", key="texts", value=texts)
         return path
     if len(paths) == 1 and paths[0].name.endswith(_IMAGES_ENDING):
         path = paths[0].with_name(_texts_name(paths[0]))

@@ -17,25 +17,14 @@ _ROWS_AT_A_TIME = 64  # rows with images in them are large
 
 @dataclasses.dataclass(frozen=True)
 class ParquetSlice:
-    """Consecutive rows of a Parquet file.
+    """Consecutive rows of a Parquet file."""
 
-    Attributes:
-        root: relative paths of images count from here.
-        path: the file.
-        file_bytes: its size; another size is another file.
-        first_row: from 0.
-        num_rows: how many.
-        names: the columns to read.
-        path_names: those of them that may hold paths of images.
-        columns: what they mean.
-    """
-
-    root: str
+    root: str  # relative paths of images count from here
     path: str
-    file_bytes: int
-    first_row: int
+    file_bytes: int  # its size; another size is another file
+    first_row: int  # from 0
     num_rows: int
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # the columns to read
     path_names: tuple[str, ...]
     columns: Columns
 
@@ -89,11 +78,8 @@ def slice_parquet(
 ) -> Iterator[ParquetSlice]:
     """Cut Parquet files into slices, none of which spans two files.
 
-    Args:
-        paths: the files.
-        size: rows of a slice.
-        columns: what the columns mean. Images are bytes, a struct with `bytes` or `path`, or a path or URL.
-        root: where relative paths of images count from; the folder of each file by default.
+    Images are bytes, a struct with `bytes` or `path`, or a path or URL. Relative paths count from `root`, by default
+    the folder of each file.
 
     Raises:
         UserError: if pyarrow is not installed, a file is not Parquet, or lacks images or captions.

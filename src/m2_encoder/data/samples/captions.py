@@ -10,26 +10,45 @@ VeCLIP (arXiv:2310.07699); sentences and keywords, HQ-CLIP (arXiv:2507.22431).
 
 from __future__ import annotations
 
-import math
+import typing
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from m2_encoder.bounds import Count, NotNegative, Rule, check_bounds
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText
-from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
-STORED_ROLES = ("name", "alias", "keyword", "original", "rewritten", "translated")
-"""What a stored caption can be: what something is called, or a sentence about an image and where that comes from."""
-
-CAPTION_ROLES = (*STORED_ROLES, "mixed")
+Role: TypeAlias = Literal["name", "alias", "keyword", "original", "rewritten", "translated", "mixed"]
+CAPTION_ROLES = typing.get_args(Role)
 """One caption of a role; or, for "mixed", several keywords as a list, sometimes with the name among them."""
+
+STORED_ROLES = CAPTION_ROLES[:-1]
+"""What a stored caption can be: what something is called, or a sentence about an image and where that comes from."""
 
 _PLAIN_ROLE = "original"  # of a caption that says nothing about itself
 _SEPARATOR = {"en": ", ", "zh": "，"}
+
+
+LanguageWeights: TypeAlias = Annotated[
+    Mapping[Literal["en", "zh"], NotNegative],
+    Rule(
+        lambda weights: any(weights.values()),
+        f"numbers, 0 or more and not all 0, for some of {', '.join(LANGUAGES)}",
+        "{zh: 0.5, en: 0.5}",
+    ),
+]
+RoleWeights: TypeAlias = Annotated[
+    Mapping[Role, NotNegative],
+    Rule(
+        lambda weights: any(weights.values()),
+        f"numbers, 0 or more and not all 0, for some of {', '.join(CAPTION_ROLES)}",
+        "{name: 0.5, keyword: 0.5}",
+    ),
+]
 
 
 class Caption(NamedTuple):
@@ -64,18 +83,17 @@ class CaptionSampler:
         UserError: for unknown languages or roles, negative weights or weights that are all zero.
     """
 
+    @check_bounds
     def __init__(
         self,
         *,
-        language_weights: Mapping[str, float],
-        role_weights: Mapping[str, float],
-        max_keywords: int = 4,
+        language_weights: LanguageWeights,
+        role_weights: RoleWeights,
+        max_keywords: Count = 4,
         every_language: bool = False,
     ) -> None:
-        self.language_weights = _check_weights("language_weights", language_weights, LANGUAGES)
-        self.role_weights = _check_weights("role_weights", role_weights, CAPTION_ROLES)
-        if max_keywords < 1:
-            raise UserError(f"max_keywords={max_keywords!r} must be 1 or more")
+        self.language_weights = _in_order(language_weights, LANGUAGES)
+        self.role_weights = _in_order(role_weights, CAPTION_ROLES)
         self.max_keywords = max_keywords
         self.every_language = every_language
         self.languages = tuple(language for language, weight in self.language_weights.items() if weight > 0)
@@ -144,14 +162,8 @@ def _group_by_role(text: SampleText, language: str) -> dict[str, list[str]]:
     return by_role
 
 
-def _check_weights(name: str, weights: Mapping[str, Any], known: Sequence[str]) -> dict[str, float]:
-    unknown = sorted(set(weights) - set(known))
-    if unknown:
-        raise UserError(f"{name} has unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    are_shares = all(isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights.values())
-    if not are_shares or not any(weights.values()):
-        raise UserError(f"{name}={dict(weights)} must be finite numbers, 0 or more each, and not all 0")
-    return {key: float(weights[key]) for key in known if key in weights}
+def _in_order(weights: Mapping[Any, float], names: Sequence[str]) -> dict[str, float]:
+    return {name: float(weights[name]) for name in names if name in weights}
 
 
 def _draw(weights: Mapping[str, float], rng: np.random.Generator) -> str:

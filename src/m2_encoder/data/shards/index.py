@@ -97,36 +97,16 @@ class IndexedSample(NamedTuple):
 
 
 class IndexHeader(NamedTuple):
-    """The head of an index file.
+    """How much a shard holds: the head of its index file.
 
     Attributes:
         samples: usable samples, as far as headers of the tar tell.
         size: of the tar, bytes.
-        written: when the tar was last written, ns.
-        keys: bytes of all keys.
-        faults: bytes of the list of faults.
-        unusable: entries of that list.
-        layout: CRC-32 of the table and the keys: another order or size of samples is another shard.
-    """
-
-    samples: int
-    size: int
-    written: int
-    keys: int
-    faults: int
-    unusable: int
-    layout: int
-
-
-class ShardSize(NamedTuple):
-    """How much a shard holds.
-
-    Attributes:
-        samples: usable ones, as far as headers of the tar tell.
-        size: bytes of the tar.
         written: when the tar was last written, ns; 0 if nobody says.
         unusable: what headers tell to be unusable, entries.
-        layout: checksum of names, places and sizes of the samples; 0 if nobody says.
+        layout: CRC-32 of the table and the keys: another order or size of samples is another shard.
+        keys: bytes of all keys.
+        faults: bytes of the list of what is unusable.
     """
 
     samples: int
@@ -134,6 +114,8 @@ class ShardSize(NamedTuple):
     written: int = 0
     unusable: int = 0
     layout: int = 0
+    keys: int = 0
+    faults: int = 0
 
 
 class ShardIndex:
@@ -179,8 +161,8 @@ class ShardIndex:
     def header(self) -> IndexHeader:
         """The head of the file beside the tar."""
         layout = zlib.crc32(self._keys, zlib.crc32(self._table.tobytes()))
-        faults = len(self._dump_faults())
-        return IndexHeader(len(self), self.size, self.written, len(self._keys), faults, len(self.faults), layout)
+        keys, faults = len(self._keys), len(self._dump_faults())
+        return IndexHeader(len(self), self.size, self.written, len(self.faults), layout, keys, faults)
 
     def dump(self) -> bytes:
         """The content of the file beside the tar."""

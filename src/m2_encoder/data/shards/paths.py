@@ -82,26 +82,31 @@ def is_remote(shard: str) -> bool:
 def _expand(part: str, suffixes: Sequence[str], what: str) -> list[str]:
     part = os.path.expanduser(part)
     if os.path.isdir(part):
-        with os.scandir(part) as entries:
-            inside = {entry.name: entry.is_dir() for entry in entries}
-        found = sorted(name for name, is_folder in inside.items() if not is_folder and _suffix(name) in suffixes)
-        if not found:
-            wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
-            raise UserError(f"{part}: no {wanted} there; it holds {_name_some(inside)}")
-        return [os.path.join(part, name) for name in found]
+        return _list_folder(part, suffixes)
     if os.path.exists(part):  # whatever signs are in its name
         return [part]
     is_pattern = not _PATTERN.isdisjoint(part)
     if "{" not in part and not is_pattern:
         raise UserError(f"{part}: no such file or folder; {what_is_there(part)}")
     names = _expand_braces(part)
-    if not is_pattern:
-        return names  # of 600,000 names, none is looked up
+    if not is_pattern:  # of 600,000 names of tars, none is looked up
+        lists = (_list_folder(name, suffixes) if _is_folder(name, suffixes) else [name] for name in names)
+        return [name for names in lists for name in names]
     matches = (match for name in names for match in sorted(glob.glob(name, recursive=True)))
     found = [match for match in matches if _suffix(match) in suffixes or os.path.isfile(match)]
     if not found:
         raise UserError(f"{part}: no file fits; give a file, a folder or a pattern with {what}s; {what_is_there(part)}")
     return found
+
+
+def _list_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
+    with os.scandir(folder) as entries:
+        inside = {entry.name: entry.is_dir() for entry in entries}
+    found = sorted(name for name, is_folder in inside.items() if not is_folder and _suffix(name) in suffixes)
+    if not found:
+        wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
+        raise UserError(f"{folder}: no {wanted} there; it holds {_name_some(inside)}")
+    return [os.path.join(folder, name) for name in found]
 
 
 def _expand_url(pattern: str) -> list[str]:
@@ -142,6 +147,10 @@ def what_is_there(path: str) -> str:
 def _name_some(names: Iterable[str]) -> str:
     some = sorted(names)
     return ", ".join(some[:5]) + (", …" if len(some) > 5 else "") if some else "nothing"
+
+
+def _is_folder(name: str, suffixes: Sequence[str]) -> bool:
+    return _suffix(name) not in suffixes and os.path.isdir(name)
 
 
 def _suffix(name: str) -> str:

@@ -19,8 +19,6 @@ from m2_encoder.data.shards.index import (
     IndexHeader,
     Member,
     ShardFault,
-    ShardIndex,
-    ShardSize,
     count_samples,
     find_files,
     open_index,
@@ -57,9 +55,73 @@ class SampleBytes(NamedTuple):
     files: Mapping[str, bytes] = {}
 
 
-class _OpenShard(NamedTuple):
-    descriptor: int
-    samples: ShardIndex
+class OpenShard:
+    """One tar of this machine, opened, with its index.
+
+    Args:
+        path: of the tar.
+        size: bytes it must have; None takes what is there.
+        written: when it was last written, ns; 0 if nobody knows.
+
+    Attributes:
+        index: where its samples lie.
+        descriptor: of the opened tar.
+
+    Raises:
+        SampleProblem: shard_changed, if it is another one; shard_missing, if it is no file.
+        OSError: if it cannot be read.
+    """
+
+    def __init__(self, path: str, *, size: int | None = None, written: int = 0) -> None:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            reason = "shard_missing" if size is None else "shard_changed"
+            raise SampleProblem(reason, "is no ordinary file")  # opening a pipe would wait
+        self.descriptor = os.open(path, os.O_RDONLY)
+        try:
+            status = os.fstat(self.descriptor)
+            if size is not None and status.st_size != size:
+                raise SampleProblem("shard_changed", f"has {status.st_size} bytes, {size} when the run started")
+            if written and status.st_mtime_ns != written:
+                raise SampleProblem("shard_changed", "was written anew since the run started")
+            self.index = open_index(path)
+            if (status.st_size, status.st_mtime_ns) != (self.index.size, self.index.written):
+                raise SampleProblem("shard_changed", "was written anew while it was opened")
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def close(self) -> None:
+        """Close the tar."""
+        os.close(self.descriptor)
+
+    def read(self, number: int, *, files: Sequence[str] = ()) -> SampleBytes:
+        """The files of a sample.
+
+        Args:
+            number: of the sample in the index.
+            files: extensions of further files to read, in lower case.
+
+        Raises:
+            SampleProblem: shard_changed or shard_missing.
+        """
+        descriptor = self.descriptor
+        try:
+            status = os.fstat(descriptor)
+            if (status.st_size, status.st_mtime_ns) != (self.index.size, self.index.written):
+                raise SampleProblem("shard_changed", "was written anew while the run read it")
+            sample = self.index[number]
+            more = find_files(descriptor, self.index, number, files) if files else {}
+            return SampleBytes(
+                sample.key,
+                _read(descriptor, sample.image),
+                None if sample.json is None else _read(descriptor, sample.json),
+                None if sample.text is None else _read(descriptor, sample.text),
+                {extension: _read(descriptor, member) for extension, member in more.items()},
+            )
+        except IndexError as error:
+            raise SampleProblem("shard_changed", str(error)) from error
+        except OSError as error:
+            raise SampleProblem("shard_missing", str(error)) from error
 
 
 class ShardReader:
@@ -77,14 +139,14 @@ class ShardReader:
         self._remote = remote
         self._files = tuple(files)
         self._max_open = max_open
-        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
         self._failed: dict[str, tuple[float, SampleProblem]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """Without open files: a worker process opens its own."""
         return {**self.__dict__, "_open": OrderedDict(), "_failed": {}}
 
-    def measure(self, shard: str) -> ShardSize:
+    def measure(self, shard: str) -> IndexHeader:
         """How much a shard holds, from its index; for `build_manifest`.
 
         A remote shard is measured by the `.index` beside it; without one it has to be downloaded.
@@ -94,17 +156,17 @@ class ShardReader:
             UserError: for a url without a folder for copies.
         """
         if not is_remote(shard):
-            return _measured(count_samples(_path(shard)))
+            return count_samples(_path(shard))
         remote = self._need_remote(shard)
         size = remote.stat(shard)
         head = parse_header(remote.read_head(f"{shard}{INDEX_SUFFIX}", 4096) or b"")
         if head is not None and head.size == size:
-            return _measured(head)._replace(written=0)
+            return head._replace(written=0)
         try:
             counted = count_samples(remote.fetch(shard, size=size))
         except SampleProblem as problem:
             raise OSError(str(problem)) from problem
-        return _measured(counted)._replace(written=0)  # of the copy
+        return counted._replace(written=0)  # of the copy
 
     def faults(self, shard: str) -> tuple[ShardFault, ...]:
         """What headers tell to be unusable in a shard; of a remote one by the index beside it, or by its copy.
@@ -141,29 +203,12 @@ class ShardReader:
             opened = self._open_shard(shard, size, written)
         else:
             self._open.move_to_end(shard)
-        descriptor, samples = opened
-        try:
-            status = os.fstat(descriptor)
-            if (status.st_size, status.st_mtime_ns) != (samples.size, samples.written):
-                raise SampleProblem("shard_changed", "was written anew while the run read it")
-            sample = samples[number]
-            more = find_files(descriptor, samples, number, self._files) if self._files else {}
-            return SampleBytes(
-                sample.key,
-                _read(descriptor, sample.image),
-                None if sample.json is None else _read(descriptor, sample.json),
-                None if sample.text is None else _read(descriptor, sample.text),
-                {extension: _read(descriptor, member) for extension, member in more.items()},
-            )
-        except IndexError as error:
-            raise SampleProblem("shard_changed", str(error)) from error
-        except OSError as error:
-            raise SampleProblem("shard_missing", str(error)) from error
+        return opened.read(number, files=self._files)
 
     def key(self, shard: str, number: int) -> str | None:
         """Name of a sample of an open shard; None if it is not open or has no such sample."""
         opened = self._open.get(shard)
-        return opened.samples[number].key if opened is not None and number < len(opened.samples) else None
+        return opened.index[number].key if opened is not None and number < len(opened.index) else None
 
     def prefetch(self, shards: list[tuple[str, int]]) -> None:
         """Download the remote ones among these shards (path or url, size) in the background."""
@@ -174,9 +219,9 @@ class ShardReader:
     def close(self) -> None:
         """Close the tars that are open; the next read opens its own again."""
         while self._open:
-            os.close(self._open.popitem()[1].descriptor)
+            self._open.popitem()[1].close()
 
-    def _open_shard(self, shard: str, size: int, written: int) -> _OpenShard:
+    def _open_shard(self, shard: str, size: int, written: int) -> OpenShard:
         failed = self._failed.get(shard)
         if failed is not None and time.monotonic() < failed[0]:
             raise failed[1]
@@ -188,10 +233,10 @@ class ShardReader:
             raise
         self._open[shard] = opened
         while len(self._open) > self._max_open:
-            os.close(self._open.popitem(last=False)[1].descriptor)
+            self._open.popitem(last=False)[1].close()
         return opened
 
-    def _open_copy(self, shard: str, size: int) -> _OpenShard:
+    def _open_copy(self, shard: str, size: int) -> OpenShard:
         remote = self._need_remote(shard)
         for _ in range(_COPY_ATTEMPTS):
             path = remote.fetch(shard, size=size)
@@ -211,29 +256,11 @@ class _GoneError(SampleProblem):
     """There is no such file."""
 
 
-def _open(path: str, size: int, written: int) -> _OpenShard:
+def _open(path: str, size: int, written: int) -> OpenShard:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise SampleProblem("shard_changed", "is no ordinary file any more")  # opening a pipe would wait
-        descriptor = os.open(path, os.O_RDONLY)
+        return OpenShard(path, size=size, written=written)
     except OSError as error:
-        raise _GoneError("shard_missing", f"{error.strerror}") from error
-    try:
-        status = os.fstat(descriptor)
-        if status.st_size != size:
-            raise SampleProblem("shard_changed", f"has {status.st_size} bytes, {size} when the run started")
-        if written and status.st_mtime_ns != written:
-            raise SampleProblem("shard_changed", "was written anew since the run started")
-        return _OpenShard(descriptor, open_index(path))
-    except (SampleProblem, OSError) as error:
-        os.close(descriptor)
-        if isinstance(error, SampleProblem):
-            raise
-        raise _GoneError("shard_missing", str(error)) from error
-
-
-def _measured(header: IndexHeader) -> ShardSize:
-    return ShardSize(header.samples, header.size, header.written, header.unusable, header.layout)
+        raise _GoneError("shard_missing", error.strerror or str(error)) from error
 
 
 def _path(shard: str) -> str:

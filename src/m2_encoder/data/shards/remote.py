@@ -18,8 +18,11 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Gt
+
+from m2_encoder.bounds import Count, Example, Positive, Text, check_bounds
 from m2_encoder.data.samples.parse import SampleProblem
 from m2_encoder.data.shards.index import INDEX_SUFFIX
 from m2_encoder.errors import UserError
@@ -46,12 +49,17 @@ class RemoteShards:
         UserError: for numbers that are too small.
     """
 
-    def __init__(self, folder: str, *, max_bytes: int, timeout_s: float = 60.0, attempts: int = 4) -> None:
-        for name, value in (("max_bytes", max_bytes), ("timeout_s", timeout_s), ("attempts", attempts)):
-            if not value > 0:
-                raise UserError(f"data.cache.{name}={value!r} must be above 0")
+    @check_bounds
+    def __init__(
+        self,
+        folder: Annotated[Text, Example("cache")],
+        *,
+        max_bytes: Annotated[float, Gt(0), Example("2e11")],
+        timeout_s: Positive = 60.0,
+        attempts: Count = 4,
+    ) -> None:
         self._folder = Path(folder)
-        self._max_bytes = max_bytes
+        self._max_bytes = int(max_bytes)
         self._timeout_s = timeout_s
         self._attempts = attempts
         self._wanted: queue.SimpleQueue[tuple[str, int | None]] = queue.SimpleQueue()

@@ -14,7 +14,7 @@ from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE
 from m2_encoder.evaluation.retrieval import SetFeatures, encode_set
-from m2_encoder.evaluation.tables import SPLIT_TITLES, ResultTable
+from m2_encoder.evaluation.tables import ResultTable
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
@@ -54,7 +54,6 @@ class EvaluationContext:
         masking: what these hide; None if nothing.
         matching: head of image-text matching; None without one.
         batch_size: images or texts per forward pass.
-        titles: what tables and pictures call a split; its name where there is none.
         run: what pictures say of the run.
     """
 
@@ -65,7 +64,6 @@ class EvaluationContext:
     masking: BatchMasking | None = None
     matching: MatchingHead | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
-    titles: Mapping[str, str] = dataclasses.field(default_factory=lambda: SPLIT_TITLES)
     run: RunFacts = dataclasses.field(default_factory=RunFacts)
 
     def __post_init__(self) -> None:
@@ -88,10 +86,6 @@ class EvaluationContext:
                 self.encoder, dataset, self.tokenizer, languages=languages, batch_size=self.batch_size
             )
         return encoded
-
-    def title(self, split: str) -> str:
-        """What tables and pictures call a split."""
-        return self.titles.get(split, split)
 
     def metric(self, split: str, language: str, name: str) -> str:
         """Name of a metric, as loggers have it: `val/<set>_<language>/<name>`."""

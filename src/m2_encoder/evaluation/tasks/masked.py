@@ -19,7 +19,7 @@ from m2_encoder.evaluation.masked import NOTHING, Evaluated, MaskedResults, hidd
 from m2_encoder.evaluation.tables import ResultRow, ResultTable
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.objectives.base import LocalObjective, LocalTerms
+from m2_encoder.objectives.base import LocalObjective, LocalTerms, active
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
@@ -30,6 +30,7 @@ from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 ORDER: Final = ("zh", "en")
 """Languages of the captions of an image, one caption each."""
 
+_KINDS: Final = (MaskedImage, MaskedLanguage, Captioning)
 _KEY: Final = 2024  # of the masks
 _BATCH_SIZE: Final = 64  # images
 _SHOWN: Final = {
@@ -48,7 +49,7 @@ class Masked(EvaluationTask):
 
     def applies(self, context: EvaluationContext) -> bool:
         """Runs in which such an objective counted."""
-        return super().applies(context) and bool(_measured(context))
+        return super().applies(context) and bool(choose_objectives(context, *_KINDS))
 
     def measure(self, context: EvaluationContext) -> TaskResult:
         """Shares as in training, and losses; `masked` of `summary.json` has them by split and objective."""
@@ -67,7 +68,7 @@ class Masked(EvaluationTask):
 
     def measure_sets(self, context: EvaluationContext) -> dict[str, MaskedResults]:
         """The numbers by split; objectives are left in evaluation mode on the model's device."""
-        model, measured = context.encoder, _measured(context)
+        model, measured = context.encoder, choose_objectives(context, *_KINDS)
         found = {}
         with evaluation_mode(model) as device:
             for objective in measured.values():
@@ -81,9 +82,9 @@ class Masked(EvaluationTask):
         return found
 
 
-def _measured(context: EvaluationContext) -> dict[str, LocalObjective]:
-    kinds = MaskedImage | MaskedLanguage | Captioning
-    return {name: o for name, o in context.objectives.items() if o.weight > 0 and isinstance(o, kinds)}
+def choose_objectives(context: EvaluationContext, *kinds: type[LocalObjective]) -> dict[str, LocalObjective]:
+    """Objectives of some classes that counted, by name."""
+    return {name: o for name, o in active(context.objectives).items() if isinstance(o, kinds)}
 
 
 def masked_table(results: Mapping[str, MaskedResults]) -> ResultTable:

@@ -16,8 +16,9 @@ from torch import Tensor
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import evaluation_mode
 from m2_encoder.evaluation.pictures.masked import MaskedRow, PredictedCaption, Words, draw_masked_page
+from m2_encoder.evaluation.tables import split_title
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
-from m2_encoder.evaluation.tasks.masked import ORDER, make_batch, make_passes
+from m2_encoder.evaluation.tasks.masked import ORDER, choose_objectives, make_batch, make_passes
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import LocalObjective, Objective
 from m2_encoder.objectives.masked_image import MaskedImage
@@ -29,6 +30,7 @@ from m2_encoder.types import ImageTextBatch
 
 PICTURE_FILE: Final = "masked.png"
 
+_KINDS: Final = (MaskedImage, MaskedLanguage)
 _ROWS: Final = 8
 _SPLITS: Final = ("heldout_style", "val")
 _HIDDEN_GREY: Final = 0.84
@@ -40,7 +42,7 @@ class MaskedPicture(EvaluationTask):
 
     def applies(self, context: EvaluationContext) -> bool:
         """Runs in which hidden words or patches counted, and that have a set."""
-        return super().applies(context) and bool(_drawn(context)) and bool(context.sets)
+        return super().applies(context) and bool(choose_objectives(context, *_KINDS)) and bool(context.sets)
 
     def measure(self, context: EvaluationContext) -> TaskResult:
         """Measures nothing."""
@@ -54,7 +56,7 @@ def draw_masked(path: Path, context: EvaluationContext) -> Path:
         path: where to write.
         context: of a run with such objectives, and with a set.
     """
-    masked, model, run = _drawn(context), context.encoder, context.run
+    masked, model, run = choose_objectives(context, *_KINDS), context.encoder, context.run
     split = next(split for split in (*_SPLITS, *context.sets) if split in context.sets)
     dataset = context.sets[split]
     chosen = choose_rows(dataset)
@@ -75,13 +77,8 @@ def draw_masked(path: Path, context: EvaluationContext) -> Path:
         rows,
         title="Hidden patches and hidden words",
         subtitle=f"run {run.name}, {run.steps or 0:,} steps, objectives {', '.join(context.objectives)}",
-        note=f"{context.title(split)}, chosen before training{_caveat(masked)}",
+        note=f"{split_title(split)}, chosen before training{_caveat(masked)}",
     )
-
-
-def _drawn(context: EvaluationContext) -> dict[str, LocalObjective]:
-    kinds = MaskedImage | MaskedLanguage
-    return {name: o for name, o in context.objectives.items() if o.weight > 0 and isinstance(o, kinds)}
 
 
 def _caveat(objectives: Mapping[str, Objective]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
+from annotated_types import Ge
+
+from m2_encoder.bounds import check_bounds
 from m2_encoder.evaluation.rerank import rerank_set
 from m2_encoder.evaluation.retrieval import evaluate_features
 from m2_encoder.evaluation.tasks.base import EvaluationContext, TaskResult
@@ -22,7 +25,8 @@ class Rerank(Retrieval):
         candidates: K, how many candidates of each query are ordered anew.
     """
 
-    def __init__(self, *, candidates: int = 16) -> None:
+    @check_bounds
+    def __init__(self, *, candidates: Annotated[int, Ge(2)] = 16) -> None:
         self._candidates = candidates
 
     def measure(self, context: EvaluationContext) -> TaskResult:

@@ -13,7 +13,7 @@ from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.evaluation.pictures.gallery import GallerySection, draw_gallery, find_concepts, find_freely
 from m2_encoder.evaluation.retrieval import evaluate_features
-from m2_encoder.evaluation.tables import Results, format_percent, markdown_table, results_table, tabulate
+from m2_encoder.evaluation.tables import Results, format_percent, markdown_table, results_table, split_title, tabulate
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 
 PICTURE_FILE: Final = "retrieval.png"
@@ -82,7 +82,7 @@ def report_recalls(
         metrics,
         rows=(results_table(results), *lines),
         record=record,
-        markdown=markdown_table(results, titles=context.titles),
+        markdown=markdown_table(results),
         pictures={PICTURE_FILE: lambda path: draw_queries(path, context, results)},
     )
 
@@ -129,7 +129,7 @@ def _concept_section(split: str, dataset: RetrievalSet, context: EvaluationConte
         ]
         figures[language] = "   ·   ".join(parts)
     return GallerySection(
-        title=_HEADINGS.get(split, context.title(split)),
+        title=_HEADINGS.get(split, split_title(split)),
         note=_note(split, len(dataset.keys), context.run.heldout_style),
         columns=find_concepts(dataset, features, _choose_concepts(split, dataset)),
         figures=figures,

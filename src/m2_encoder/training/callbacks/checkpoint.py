@@ -21,7 +21,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.bounds import Count, check_bounds
+from m2_encoder.errors import CheckpointError
 from m2_encoder.files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -71,9 +72,8 @@ class RunCheckpoint(Checkpoint):
         UserError: if `every_n_steps` is below 1.
     """
 
-    def __init__(self, *, folder: str | os.PathLike[str], every_n_steps: int) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"every_n_steps={every_n_steps!r} must be 1 or more")
+    @check_bounds
+    def __init__(self, *, folder: str | os.PathLike[str], every_n_steps: Count) -> None:
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self._saved_step = 0

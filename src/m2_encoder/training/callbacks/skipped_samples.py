@@ -9,7 +9,7 @@ import lightning
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from m2_encoder.errors import UserError
+from m2_encoder.bounds import Count, check_bounds
 
 _SKIPPED = "skipped_samples"
 
@@ -43,9 +43,8 @@ class SkippedSamples(Callback):
         UserError: if `every_n_steps` is below 1.
     """
 
-    def __init__(self, *, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"every_n_steps={every_n_steps!r} must be 1 or more")
+    @check_bounds
+    def __init__(self, *, every_n_steps: Count = 50) -> None:
         self._every_n_steps = every_n_steps
         self._before: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()

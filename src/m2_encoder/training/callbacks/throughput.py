@@ -10,7 +10,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from m2_encoder.errors import UserError
+from m2_encoder.bounds import Count, Fraction, Positive, check_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,8 @@ class Throughput(Callback):
         UserError: if `warn_share` is outside of 0..1 or `warn_after_s` not positive.
     """
 
-    def __init__(self, *, window_steps: int = 10, warn_share: float = 0.2, warn_after_s: float = 60.0) -> None:
-        if not 0 <= warn_share <= 1:
-            raise UserError(f"warn_share={warn_share!r} must be a share, 0..1; 1 never warns")
-        if not warn_after_s > 0:
-            raise UserError(f"warn_after_s={warn_after_s!r} must be a positive number of seconds")
+    @check_bounds
+    def __init__(self, *, window_steps: Count = 10, warn_share: Fraction = 0.2, warn_after_s: Positive = 60.0) -> None:
         self._window_steps = window_steps
         self._warn_share = warn_share
         self._watch_s = warn_after_s

@@ -248,10 +248,9 @@ def test_changed_data_are_refused(emoji_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"global_batch_size": 0}, "global_batch_size=0 must be 1"),
-        ({"num_workers": -1}, "num_workers=-1 must be 0"),
-        ({"max_steps": 0}, "max_steps=0 must be 1"),
-        ({"eval_batch_size": 0}, "eval_batch_size=0 must be 1"),
+        ({"global_batch_size": 0}, "global_batch_size=0: must be a whole number, 2 or more"),
+        ({"num_workers": -1}, "num_workers=-1: must be a whole number, 0 or more"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0: must be a whole number, 1 or more"),
         ({"seed": -1}, "seed=-1"),
         ({"global_batch_size": 5000}, "global_batch_size=5000 exceeds the 4034 training samples"),
         ({"global_batch_size": 33}, "global_batch_size=33 must be a multiple of the 2 ranks"),

@@ -259,9 +259,7 @@ def test_exact_size_keeps_every_pixel() -> None:
 @pytest.mark.parametrize("make", [EvalTransform, TrainTransform])
 @pytest.mark.parametrize("image_size", [0, -1, 64.0, "64", None, True, (64, 64)])
 def test_image_size_is_validated(make: Callable[..., Any], image_size: Any) -> None:
-    with pytest.raises(
-        UserError, match=f"image_size must be an integer of at least 1, got {re.escape(repr(image_size))}"
-    ):
+    with pytest.raises(UserError, match=f"image_size={re.escape(str(image_size))}: must be a whole number, 1 or more"):
         make(image_size)
 
 
@@ -379,8 +377,8 @@ def test_rotation_covers_both_directions_and_fills_the_corners() -> None:
         ({"magnitude": 11}, "magnitude"),
         ({"operations": []}, "operations"),
         ({"operations": "identity"}, "operations"),
-        ({"operations": ["identity", "blur"]}, r"operations.*identity, autocontrast.*got \['blur'\]"),
-        ({"fill": 256}, "fill must be an integer from 0 to 255, got 256"),
+        ({"operations": ["identity", "blur"]}, r"operations=.*blur.*identity, autocontrast"),
+        ({"fill": 256}, "fill=256: must be a whole number, in 0..255"),
         ({"rotate_degrees": 181}, "rotate_degrees"),
         ({"zoom": (0, 1)}, "zoom"),
         ({"zoom": (1.2, 0.8)}, "zoom"),

@@ -22,6 +22,7 @@ from m2_encoder.data.inspect.inspection import (
 )
 from m2_encoder.data.loading.faults import SKIP_REASONS
 from m2_encoder.data.samples.parse import SampleProblem
+from m2_encoder.data.shards.index import ShardIndex, open_index
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES
 from tests.support.shards import make_image, make_sample, write_numbers, write_tar
@@ -110,14 +111,13 @@ def test_folder_in_the_place_of_a_shard(tmp_path: Path) -> None:
 def test_shard_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_numbers(tmp_path, [3])[0]
     _inspect(path)
-    real_open = os.open
+    counts = iter((4, 5))
 
-    def replace_then_open(name: str, flags: int) -> int:
-        if name == str(path):
-            write_numbers(tmp_path, [4])
-        return real_open(name, flags)
+    def replace_then_open(name: str) -> ShardIndex:
+        write_numbers(tmp_path, [next(counts)])
+        return open_index(name)
 
-    monkeypatch.setattr("m2_encoder.data.inspect.inspection.os.open", replace_then_open)
+    monkeypatch.setattr("m2_encoder.data.shards.reader.open_index", replace_then_open)
     assert _inspect(path).shard_faults == {"shard_changed": 1}
     with pytest.raises(SampleProblem, match="shard_changed"):
         find_captions(str(path), [1], ALL)

@@ -257,10 +257,10 @@ def test_slow_loading_is_waited_for(workers: int) -> None:
     class Slow(Numbers):
         def __getitem__(self, position: int) -> Delivery:
             delivery = super().__getitem__(position)
-            time.sleep(0.3)
+            time.sleep(0.25)
             return delivery
 
-    assert len(list(number_loader(Slow(), num_workers=workers, num_steps=2, stall_timeout_s=0.5))) == 2
+    assert len(list(number_loader(Slow(), num_workers=workers, num_steps=2, stall_timeout_s=0.8))) == 2
 
 
 def test_a_worker_that_dies_is_named_with_what_it_did() -> None:

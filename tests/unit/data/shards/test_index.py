@@ -7,6 +7,7 @@ import os
 import random
 import tarfile
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from m2_encoder.data.shards.index import INDEX_SUFFIX, ShardIndex, build_index, load_index, open_index
-from tests.support.shards import write_tar
+from m2_encoder.data.shards.reader import OpenShard
+from tests.support.shards import make_sample, write_tar
 
 NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/."), min_size=1, max_size=60)
 FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -268,3 +270,19 @@ def test_sizes_beyond_octal_digits(tmp_path: Path) -> None:
     (shard, own) = build_index(path).faults
     assert (own.key, own.reason) == ("a", "truncated_shard")
     assert "cut at byte 1024" in shard.detail
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_further_files_stand_beside_the_image_among_unusable_neighbours(tmp_path: Path, form: int) -> None:
+    long = "l" * (90 if form == tarfile.USTAR_FORMAT else 200)
+    members: list[tuple[str, bytes]] = []
+    for key in ("alone", "a", "mute", long, "c", "last"):
+        members += [(f"{key}.Depth.bin", key.encode())]
+        if key not in ("alone", "mute", "last"):
+            members += [*make_sample(key, 1), (f"{key}.cls", b"7")]
+    path = write_tar(tmp_path / "a.tar", members, form=form)
+    with closing(OpenShard(str(path))) as shard:
+        found = [shard.read(number, files=("depth.bin", "cls", "none")) for number in range(len(shard.index))]
+    assert [(each.key, each.files) for each in found] == [
+        (key, {"depth.bin": key.encode(), "cls": b"7"}) for key in ("a", long, "c")
+    ]

@@ -54,6 +54,9 @@ def test_shards_by_braces_glob_folder_list_and_url(tmp_path: Path) -> None:
     assert names(f"{tmp_path}/a-{{0..1}}.tar") == ["a-0.tar", "a-1.tar"]
     assert names(f"{tmp_path}/{{b,a}}-0.tar") == ["b-0.tar", "a-0.tar"]
     assert names(f"{tmp_path}/a-*.tar") == ["a-0.tar", "a-1.tar"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "c-0.tar").touch()
+    assert names(f"{tmp_path}/{{more,b-0.tar}}") == ["c-0.tar", "b-0.tar"]
     assert names(str(tmp_path)) == ["a-0.tar", "a-1.tar", "b-0.tar"]
     assert names([f"{tmp_path}/b-*.tar", f"file://{tmp_path}/a-0.tar"]) == ["b-0.tar", "a-0.tar"]
     urls = list_shards("s3://bucket/x/{00..02}.tar?v=1")

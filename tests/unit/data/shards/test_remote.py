@@ -149,7 +149,7 @@ def test_a_stream_fetches_ahead_and_replaces_what_the_remote_withholds(tmp_path:
 def test_a_url_needs_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"give data.cache.folder"):
         ShardReader().measure("http://127.0.0.1:9/a.tar")
-    with pytest.raises(UserError, match=r"data.cache.max_bytes=0 must be above 0"):
+    with pytest.raises(UserError, match=r"max_bytes=0: must be a number, above 0"):
         make_remote(tmp_path, max_bytes=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -217,9 +218,9 @@ def test_nothing_masked_nothing_measured() -> None:
 def test_names_of_metrics_and_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     words = {"count": 4567, "accuracy": 0.5, "other_accuracy": 0.25, "loss": 2.0, "commonest_accuracy": 0.125}
     patches = {"count": 12, "loss": 0.8125, "other_loss": 0.875, "mean_loss": None}
-    results: Any = {"val": {"cmlm": {"zh": words}, "cmim": {"en": patches}}}
+    results: Any = {"heldout_families": {"cmlm": {"zh": words}, "cmim": {"en": patches}}}
     monkeypatch.setattr(Masked, "measure_sets", lambda *_: results)
-    found = Masked().measure(make_context(build({}), {}))
+    found = Masked().measure(dataclasses.replace(make_context(build({}), {}), sets={"heldout_families": SET}))
     assert found.metrics == {
         "val/things_zh/cmlm_accuracy": 0.5,
         "val/things_zh/cmlm_other_accuracy": 0.25,
@@ -231,8 +232,7 @@ def test_names_of_metrics_and_the_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.record == {"masked": results}
     console = Console(width=80)
     with console.capture() as shown:
-        titles = {"val": "unseen concepts and style"}
-        print_table(console, masked_table(results), titles=titles, num_images={"val": 1494})
+        print_table(console, masked_table(results), num_images={"heldout_families": 1494})
     lines = [line.split() for line in shown.get().splitlines()]
     assert ["unseen", "concepts", "cmlm", "zh", "%", "right", "50.0", "25.0", "12.5", "4,567"] in lines
     assert ["and", "style", "cmim", "en", "loss", "0.812", "0.875", "–", "12"] in lines

@@ -137,5 +137,5 @@ def test_an_option_without_its_name(own: Path, lines: list[str], capsys: pytest.
 def test_an_entry_of_no_option_is_named(tmp_path: Path) -> None:
     found = compose(CONF, "+objective.cmml={weight: 0.5}", f"run.folder={tmp_path}")
     assert found.problems == []
-    (problem,) = validate.validate_train(found.cfg)
+    (problem,) = found.without_echoes(validate.validate_train(found.cfg))
     assert problem.startswith("objective.cmml={weight: 0.5}: must have a _target_; choose cmml in objective=[...]")

@@ -1,33 +1,42 @@
-"""Digests of the files that give a run's targets their meaning."""
+"""`frozen.json`: the files that give a run's targets their meaning."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from m2_encoder.errors import CheckpointError, UserError
-from m2_encoder.runs.folder import CONFIG_FILE, write_config
-from m2_encoder.runs.frozen_files import FROZEN_FILE, check_frozen, digest_frozen, write_frozen
+from m2_encoder.runs import folder
+from m2_encoder.runs.folder import CONFIG_FILE, FROZEN_FILE, check_frozen, find_frozen, write_config, write_frozen
+
+DISTILLATION = "m2_encoder.objectives.distillation.Distillation"
+CODES = "m2_encoder.objectives.patch_targets.VisualCodes"
 
 
-def _config(folder: Path, **given: Any) -> dict[str, Any]:
+def _config(place: Path, **given: Any) -> dict[str, Any]:
     """A run with a SentencePiece file, a named teacher and a visual tokenizer."""
-    (folder / "codes").mkdir(exist_ok=True)
+    (place / "codes").mkdir(exist_ok=True)
     for name in ("sp.model", "teacher.ckpt", "codes/model.safetensors"):
-        if not (folder / name).exists():
-            (folder / name).write_text(name)
+        if not (place / name).exists():
+            (place / name).write_text(name)
+    weights = str(place / "teacher.ckpt")
     objectives: dict[str, Any] = {
         "itc": {"weight": 1.0},
-        "distillation": {"teacher": "m2-encoder-1b", "teacher_weights": str(folder / "teacher.ckpt")},
-        "cmim": {"weight": 1.0, "targets": {"tokenizer": str(folder / "codes")}},
+        "distillation": {
+            "_target_": DISTILLATION,
+            "teacher": "m2-encoder-1b",
+            "teacher_weights": weights,
+        },
+        "cmim": {"weight": 1.0, "targets": {"_target_": CODES, "tokenizer": str(place / "codes")}},
     }
-    return {"model": {"tokenizer": str(folder / "sp.model")}, "objective": objectives, **given}
+    return {"model": {"tokenizer": str(place / "sp.model")}, "objective": objectives, **given}
 
 
-def _begin(folder: Path, cfg: dict[str, Any]) -> Path:
-    run = folder / "run"
+def _begin(place: Path, cfg: dict[str, Any]) -> Path:
+    run = place / "run"
     write_config(run / CONFIG_FILE, cfg)
     write_frozen(run, check_frozen(cfg, run, resumes=False), resumes=False)
     return run
@@ -65,8 +74,8 @@ def test_what_no_run_reads_has_no_digest(tmp_path: Path) -> None:
     cfg["objective"]["cmim"]["weight"] = 0
     cfg["objective"]["distillation"]["teacher_weights"] = "/no/file"
     cfg["model"]["tokenizer"] = "emoji"
-    assert digest_frozen(cfg) == {}
-    assert set(digest_frozen(_config(tmp_path, task={}))) == {
+    assert find_frozen(cfg) == {}
+    assert set(find_frozen(_config(tmp_path, task={}))) == {
         "objective.distillation.teacher",
         "objective.cmim.targets.tokenizer",
     }
@@ -96,4 +105,30 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     run = _begin(tmp_path, cfg)
     (run / FROZEN_FILE).write_text("[]")
     with pytest.raises(CheckpointError, match=r"frozen\.json: is damaged; restore it"):
+        check_frozen(cfg, run, resumes=True)
+
+
+def test_of_large_files_samples_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "WHOLE_BYTES", 3)
+    monkeypatch.setattr(folder, "_SAMPLE_BYTES", 4)
+    cfg = _config(tmp_path)
+    weights = tmp_path / "teacher.ckpt"
+    weights.write_bytes(bytes(range(200)))
+    run = _begin(tmp_path, cfg)
+    assert "size" in json.loads((run / FROZEN_FILE).read_text())["objective.distillation.teacher"]
+    check_frozen(cfg, run, resumes=True)
+    for other in (bytes(range(199)), bytes(199) + b"a", b"a" + bytes(range(1, 200))):
+        weights.write_bytes(other)
+        with pytest.raises(UserError, match="is not the file that this run began with"):
+            check_frozen(cfg, run, resumes=True)
+
+
+def test_records_that_digest_large_files_whole_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = _config(tmp_path)
+    run = _begin(tmp_path, cfg)
+    monkeypatch.setattr(folder, "WHOLE_BYTES", 3)
+    write_frozen(run, check_frozen(cfg, run, resumes=True), resumes=True)
+    check_frozen(cfg, run, resumes=True)
+    (tmp_path / "teacher.ckpt").write_text("trained anew")
+    with pytest.raises(UserError, match="teacher_weights"):
         check_frozen(cfg, run, resumes=True)

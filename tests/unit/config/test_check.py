@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from m2_encoder.config.problems import UNSET
-from m2_encoder.config.signatures import check_targets, describe
+from m2_encoder.bounds import Count, KeysOf, NotNegative, Positive
+from m2_encoder.config.check import check_settings, check_targets, make_settings
+from m2_encoder.config.problems import UNSET, format_problem
+from m2_encoder.errors import Problem, UserError
 
 
 class Target:
@@ -42,9 +45,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _problems(given: Sequence[str] = (), name: str = "Target", **arguments: Any) -> list[str]:
     cfg = {"node": {"_target_": f"signature_targets.{name}", **arguments}}
-    found = check_targets(cfg, given={"node": given}, skip=lambda _: False)
-    assert all(problem.text.startswith(problem.key) for problem in found)
-    return [problem.text for problem in found]
+    return [format_problem(problem) for problem in check_targets(cfg, given={"node": given})]
 
 
 def test_good_arguments_pass() -> None:
@@ -65,8 +66,8 @@ def test_good_arguments_pass() -> None:
         ("rate", float("nan"), "a number"),
         ("rate", None, "a number"),
         ("mode", "medium", "one of fast, slow"),
-        ("tags", "a", "a list of a text"),
-        ("tags", [1], "a list of a text"),
+        ("tags", "a", "a list of texts"),
+        ("tags", [1], "a list of texts"),
         ("shares", {"a": "b"}, "a mapping or null"),
         ("inner", 3, "a Target or null"),
         ("rate", {"_target_": "signature_targets.Target", "size": 1}, "a number"),
@@ -100,33 +101,66 @@ def test_keyword_arguments_are_followed_to_the_parent() -> None:
 
 def test_modules_without_a_constructor_take_nothing() -> None:
     node = {"_target_": "m2_encoder.objectives.patch_targets.NormalizedPixels", "tokenizer": "x"}
-    (problem,) = check_targets({"node": node}, given={}, skip=lambda _: False)
-    assert problem.text.startswith("node.tokenizer=x: unknown argument")
+    (problem,) = check_targets({"node": node}, given={})
+    assert format_problem(problem).startswith("node.tokenizer=x: unknown argument")
 
 
 @pytest.mark.parametrize(
     "target", ["signature_targets.Nothing", "no.such.module", "signature_targets.value", 3, "", "."]
 )
 def test_target_that_is_none(target: object) -> None:
-    (problem,) = check_targets({"node": {"_target_": target}}, given={}, skip=lambda _: False)
+    (problem,) = check_targets({"node": {"_target_": target}}, given={})
     assert problem.key == "node._target_"
 
 
 def test_nested_targets_are_found() -> None:
     inner = {"_target_": "signature_targets.Target", "sise": 1}
-    found = check_targets({"a": [{"b": inner}]}, given={}, skip=lambda _: False)
+    found = check_targets({"a": [{"b": inner}]}, given={})
     assert [problem.key for problem in found] == ["a[0].b.sise", "a[0].b.size"]
 
 
 def test_data_parallel_options_pass_through() -> None:
     node = {"_target_": "m2_encoder.strategies.grouped_ddp.GroupedDDPStrategy", "find_unused_parameters": True}
-    assert check_targets({"strategy": node}, given={}, skip=lambda _: False) == []
+    assert list(check_targets({"strategy": node}, given={})) == []
     node["find_unused_parameter"] = node.pop("find_unused_parameters")
-    (problem,) = check_targets({"strategy": node}, given={}, skip=lambda _: False)
-    assert "did you mean find_unused_parameters" in problem.text
+    (problem,) = check_targets({"strategy": node}, given={})
+    assert "did you mean find_unused_parameters" in format_problem(problem)
 
 
-def test_describe_names_every_part() -> None:
-    assert describe(int | None) == "a whole number or null"
-    assert describe(dict[str, int]) == "a mapping"
-    assert describe(Literal["a", 3]) == "one of a, 3"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: Count
+    share: NotNegative | None = None
+
+    def __post_init__(self) -> None:
+        if self.share is not None and self.share > self.size:
+            raise UserError(f"must not exceed size={self.size}", key="share", value=self.share)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    inner: Inner
+    names: tuple[str, ...] = ()
+    copies: Annotated[Mapping[str, Any] | None, KeysOf(Inner)] = None
+    timeout: Positive = 1.0
+
+
+def test_settings_are_checked_and_made() -> None:
+    cfg = {"inner": {"size": 3, "share": 1}, "names": ["a"], "timeout": 2}
+    assert check_settings(Settings, cfg) == []
+    assert make_settings(Settings, cfg) == Settings(inner=Inner(size=3, share=1), names=("a",), timeout=2)
+
+
+def test_every_mistake_in_settings_is_named_by_its_path() -> None:
+    cfg = {"inner": {"size": 0, "shar": 1}, "names": "a", "copies": {"share": -1}, "timeout": float("nan"), "x": 1}
+    assert {problem.key for problem in check_settings(Settings, cfg)} == {
+        "inner.size", "inner.shar", "names", "copies.share", "copies.size", "timeout", "x",
+    }  # fmt: skip
+
+
+def test_relations_of_settings_count_once_single_values_are_fine() -> None:
+    assert check_settings(Settings, {"inner": {"size": 3, "share": 5}}) == [
+        Problem("inner.share", 5, "must not exceed size=3")
+    ]
+    assert len(check_settings(Settings, {"inner": {"size": 3, "share": 5}, "timeout": 0})) == 1
+    assert check_settings(Settings, {"inner": {"size": UNSET}}) == []

@@ -1,0 +1,38 @@
+"""What saved configurations say in an older way: names of what has moved, and mappings for what are pairs today."""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeVar
+
+_MOVED: Final = {
+    "m2_encoder.cli.loggers.build_csv_logger": "m2_encoder.runs.loggers.build_csv_logger",
+    "m2_encoder.cli.loggers.build_wandb_logger": "m2_encoder.runs.loggers.build_wandb_logger",
+    "m2_encoder.data.captions.CaptionSampler": "m2_encoder.data.samples.captions.CaptionSampler",
+    "m2_encoder.data.datamodule.EmojiDataModule": "m2_encoder.data.emoji.emoji_module.EmojiDataModule",
+    "m2_encoder.data.decode.decode_image_uint8": "m2_encoder.data.images.decode.decode_image_uint8",
+    "m2_encoder.data.transforms.TrainTransform": "m2_encoder.data.images.transforms.TrainTransform",
+    "m2_encoder.data.tensor_transforms.TensorTrainTransform": (
+        "m2_encoder.data.images.tensor_transforms.TensorTrainTransform"
+    ),
+}
+"""Where what a `_target_` of an old configuration names is today."""
+
+_BY_STEP: Final = ("schedule", "softness")
+"""Arguments that were mappings, {0: 0, 1000: 1}, and are pairs today, [[0, 0], [1000, 1]]."""
+
+Node = TypeVar("Node")
+
+
+def update_names(node: Node) -> Node:
+    """A configuration, or a part of one, as it would be written today; plain containers."""
+    updated: Any = node
+    if isinstance(node, dict):
+        updated = {key: update_names(value) for key, value in node.items()}
+        if isinstance(target := updated.get("_target_"), str):
+            updated["_target_"] = _MOVED.get(target, target)
+        for key in _BY_STEP:
+            if isinstance(value := updated.get(key), dict) and all(str(step).isdecimal() for step in value):
+                updated[key] = [[int(step), number] for step, number in value.items()]
+    elif isinstance(node, list):
+        updated = [update_names(value) for value in node]
+    return updated
