@@ -10,6 +10,7 @@ import torch
 
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
+from m2_encoder.config.problems import format_problem
 
 Problems = Callable[..., list[str]]
 OWN = "tests.support.own_objectives"
@@ -24,7 +25,8 @@ def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Probl
             composition = composer.compose(
                 ["+experiment=smoke", f"run.folder={outputs}", *lines, "logger=csv", "trainer.accelerator=cpu"]
             )
-        return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
+        found = map(format_problem, validate.validate_train(composition.cfg))
+        return composition.without_echoes([*composition.problems, *found])
 
     return find
 
