@@ -99,7 +99,7 @@ def list_modules(root: Path) -> Iterator[tuple[Path, str]]:
 
 def layer_of(module: str) -> str:
     """The layer of a module's dotted name: `objectives` for `m2_encoder.objectives.base`."""
-    return (module.split(".") + [FACADE])[1]
+    return [*module.split("."), FACADE][1]
 
 
 def count_edges(root: Path) -> Counter[tuple[str, str]]:

@@ -207,7 +207,8 @@ class Composer:
             return f"--config-name {self._config_name}: no such file in {self.folder}; there is: {known}"
         if match := _NO_MAPPING.search(text):
             key = match[1].partition("=")[0].lstrip("+")
-            return f"{match[1]}: {key} holds keys; give single ones, as in {key}.KEY=VALUE, or a mapping {{KEY: VALUE}}"
+            fix = f"give single ones, {key}.KEY=VALUE, or a mapping {{KEY: VALUE}}, or {key}=null first"
+            return f"{match[1]}: {key} holds keys; {fix}"
         cause = f" ({flatten(error.__cause__)})" if error.__cause__ else ""
         return f"cannot compose {self._config_name}: {text}{cause}"
 
