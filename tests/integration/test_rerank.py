@@ -37,6 +37,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, emoji_folder: Path, repo_r
     folder = tmp_path_factory.mktemp("outputs")
     common = ("+experiment=smoke", f"run.folder={folder}", f"data.folder={emoji_folder}", "trainer.max_steps=6")
     common += ("trainer.val_check_interval=6", "run.checkpoint_every=6", "model.num_layers=1", "run.export=true")
+    common += ("model.embed_dim=32", "model.num_heads=2", "model.image_size=32")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(repo_root)
         assert call(train.main, *common, "run.name=with", "objective=[itc,itm]") == 0
