@@ -223,7 +223,7 @@ def _find_problems(command: Command, composition: Composition, *, own_files: boo
     problems = [*composition.problems, *(check(cfg, trusted=trusted) if trusted else check(cfg))]
     if trusted and not problems:
         problems = _resolve(command.check_late)(cfg, trusted)
-    return composition.without_echoes([each if isinstance(each, str) else format_problem(each) for each in problems])
+    return composition.without_echoes(problems)
 
 
 def _rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:

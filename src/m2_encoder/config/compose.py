@@ -26,8 +26,8 @@ from m2_encoder.config.groups import CHOSEN_AS_LISTS, drop_unchosen, find_confli
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.overrides import adds, key_problem, parse_overrides, refuse_repeated, refuse_sweeps
 from m2_encoder.config.paths import find_conf
-from m2_encoder.config.problems import UNSET, flatten, nearest
-from m2_encoder.errors import UserError
+from m2_encoder.config.problems import UNSET, flatten, format_problem, nearest
+from m2_encoder.errors import Problem, UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
 # Folders of conf/ that offer no choice: Hydra's settings, and configurations of commands without groups.
@@ -66,10 +66,11 @@ class Composition(NamedTuple):
     refused: list[str]
     changed: set[str]
 
-    def without_echoes(self, problems: Sequence[str]) -> list[str]:
-        """Leaves out problems of a key that only repeats the wrong value of another."""
-        wrong = {problem.partition("=")[0] for problem in problems}
-        return [text for text in problems if self.references.get(text.partition("=")[0]) not in wrong]
+    def without_echoes(self, problems: Sequence[str | Problem]) -> list[str]:
+        """Lines of problems, without those of a key that only repeats the wrong value of another."""
+        keys = [each.partition("=")[0] if isinstance(each, str) else each.key for each in problems]
+        lines = [each if isinstance(each, str) else format_problem(each) for each in problems]
+        return [line for key, line in zip(keys, lines, strict=True) if self.references.get(key) not in keys]
 
 
 class Composer:

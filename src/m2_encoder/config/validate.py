@@ -12,7 +12,6 @@ from typing import Any, Final
 from m2_encoder.config.check import check_targets
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.paths import find_conf
-from m2_encoder.config.problems import format_problem
 from m2_encoder.config.relations import check_relations
 from m2_encoder.config.schema import check_shape
 from m2_encoder.errors import Problem, UserError
@@ -71,7 +70,7 @@ def validate_experiments() -> dict[str, list[str]]:
             if any(problem.startswith("model.tokenizer=???") for problem in composition.problems):
                 composition = composer.compose([*lines, "model.tokenizer=emoji"])  # which file, the user alone can say
             problems = validate_train(composition.cfg, on_this_machine=False)
-            found[name] = composition.without_echoes([*composition.problems, *map(format_problem, problems)])
+            found[name] = composition.without_echoes([*composition.problems, *problems])
     return found
 
 
