@@ -14,6 +14,7 @@ from m2_encoder.cli import commands
 from m2_encoder.config import validate
 from m2_encoder.config.command import run_command
 from m2_encoder.config.compose import Composition, open_composer
+from m2_encoder.config.problems import format_problem
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
@@ -138,4 +139,6 @@ def test_an_entry_of_no_option_is_named(tmp_path: Path) -> None:
     found = compose(CONF, "+objective.cmml={weight: 0.5}", f"run.folder={tmp_path}")
     assert found.problems == []
     (problem,) = validate.validate_train(found.cfg)
-    assert problem.startswith("objective.cmml={weight: 0.5}: must have a _target_; choose cmml in objective=[...]")
+    assert format_problem(problem).startswith(
+        "objective.cmml={weight: 0.5}: must have a _target_; choose cmml in objective=[...]"
+    )
