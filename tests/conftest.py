@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from m2_encoder.data.emoji.dataset import write_emoji_shards
 from tests.support.once import build_once
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("tests", deadline=None)  # how long an example takes depends on what else the machine does
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

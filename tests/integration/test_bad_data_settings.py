@@ -87,9 +87,9 @@ ONE_FAULT = [
     ("data.sources.main.max_epochs=1.5", "whole number"),
     # copies of remote shards
     ("data.cache=yes", "must be a mapping or null"),
-    ("data.cache={folder: c}", "add +data.cache.max_bytes=2e11"),
+    ("data.cache={folder: c}", "add data.cache.max_bytes=2e11"),
     ("data.cache={folder: c, max_bytes: 0}", "above 0"),
-    ("data.cache={folder: c, max_bytes: 1e9, size: 3}", "it has folder, max_bytes"),
+    ("data.cache={folder: c, max_bytes: 1e9, size: 3}", "data.cache has folder, max_bytes"),
     ("data.cache={folder: c, max_bytes: 1e9, attempts: 0}", "1 or more"),
     ("data.cache={folder: '', max_bytes: 1e9}", "a text"),
     # the look before training, unusable samples, validation

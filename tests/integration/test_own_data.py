@@ -120,7 +120,7 @@ def start(repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
         path.write_text(dedent(content), encoding="utf-8")
     monkeypatch.chdir(repo_root)
     monkeypatch.syspath_prepend(tmp_path / "own")
-    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda **_: {})
+    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda *_, **__: {})
 
     def run(*lines: str) -> int:
         own = ("--config-dir", str(tmp_path / "own" / "conf"), f"run.folder={tmp_path / 'outputs'}")

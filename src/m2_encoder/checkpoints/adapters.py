@@ -1,8 +1,7 @@
 """Names of the official checkpoints and ours: one table, read in both directions.
 
-Official names put the expert's letter after a projection or norm (`q_proj.A.weight`) but before the parts of
-the feed-forward network (`ffn.A.fc1.weight`); ours group everything of one expert
-(`vision_expert.q_proj.weight`).
+Official names put the expert's letter after a projection or norm (`q_proj.A.weight`) but before the parts of the
+feed-forward network (`ffn.A.fc1.weight`); ours begin with the expert (`vision_expert.q_proj.weight`).
 """
 
 from __future__ import annotations
@@ -30,18 +29,9 @@ NAME_TABLE: tuple[tuple[str, str], ...] = (
     ("backbone.vision_embed.proj.{kind}", "image_embed.proj.{kind}"),
     ("backbone.encoder.embed_positions.A.weight", "image_embed.positions.weight"),
     ("backbone.encoder.embed_positions.B.weight", "text_embed.positions.weight"),
-    (
-        "{encoder}.layers.{layer}.self_attn.k_proj.{expert}.{kind}",
-        "{encoder}.layers.{layer}.{expert}.k_proj.{kind}",
-    ),
-    (
-        "{encoder}.layers.{layer}.self_attn.v_proj.{expert}.{kind}",
-        "{encoder}.layers.{layer}.{expert}.v_proj.{kind}",
-    ),
-    (
-        "{encoder}.layers.{layer}.self_attn.q_proj.{expert}.{kind}",
-        "{encoder}.layers.{layer}.{expert}.q_proj.{kind}",
-    ),
+    ("{encoder}.layers.{layer}.self_attn.k_proj.{expert}.{kind}", "{encoder}.layers.{layer}.{expert}.k_proj.{kind}"),
+    ("{encoder}.layers.{layer}.self_attn.v_proj.{expert}.{kind}", "{encoder}.layers.{layer}.{expert}.v_proj.{kind}"),
+    ("{encoder}.layers.{layer}.self_attn.q_proj.{expert}.{kind}", "{encoder}.layers.{layer}.{expert}.q_proj.{kind}"),
     (
         "{encoder}.layers.{layer}.self_attn.out_proj.{expert}.{kind}",
         "{encoder}.layers.{layer}.{expert}.out_proj.{kind}",
@@ -60,10 +50,7 @@ NAME_TABLE: tuple[tuple[str, str], ...] = (
         "{encoder}.layers.{layer}.ffn.{expert}.ffn_layernorm.{kind}",
         "{encoder}.layers.{layer}.{expert}.ffn_inner_norm.{kind}",
     ),
-    (
-        "{encoder}.layers.{layer}.final_layer_norm.{expert}.{kind}",
-        "{encoder}.layers.{layer}.{expert}.ffn_norm.{kind}",
-    ),
+    ("{encoder}.layers.{layer}.final_layer_norm.{expert}.{kind}", "{encoder}.layers.{layer}.{expert}.ffn_norm.{kind}"),
     ("{encoder}.layer_norm.{expert}.{kind}", "{encoder}.norm.{expert}.{kind}"),
     ("norm.{kind}", "norm.{kind}"),
     ("pooler.dense.{kind}", "pooler.{kind}"),
@@ -99,9 +86,8 @@ class _Renamer:
         return spelling
 
     def _pattern(self, template: str) -> str:
-        parts = re.split(r"\{(\w+)\}", template)
         pattern = ""
-        for i, part in enumerate(parts):
+        for i, part in enumerate(re.split(r"\{(\w+)\}", template)):
             if i % 2 == 0:
                 pattern += re.escape(part)
                 continue

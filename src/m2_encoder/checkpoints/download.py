@@ -58,8 +58,7 @@ def download(url: str, *, folder: str | os.PathLike[str] | None = None, timeout_
     except ValueError as error:
         raise CheckpointError(f"cannot download {url}: {error}") from error
     sha256 = _expected_sha256(fragment, url)
-    # The address (with the hash, which is part of what was asked for) is in the name: other files never
-    # collide.
+    # The hash of the whole url is in the name, so different files never collide.
     target = Path(folder or cache_folder()) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,9 +146,6 @@ def _total_bytes(response: Any, offset: int) -> int | None:
 
 
 def _verify(part: Path, sha256: str | None, address: str) -> None:
-    if sha256 is None:
-        return
-    found = file_sha256(part)
-    if found != sha256:
+    if sha256 is not None and (found := file_sha256(part)) != sha256:
         part.unlink()
         raise CheckpointError(f"cannot use {address}: its sha256 is {found}, expected {sha256}; the file was deleted")

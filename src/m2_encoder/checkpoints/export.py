@@ -1,14 +1,14 @@
-"""Write a trained model as a folder for `m2_encoder.load`: configuration, weights, tokenizer, model card."""
+"""Writes a trained model as a folder for `m2_encoder.load`: configuration, weights, tokenizer, model card."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m2_encoder.checkpoints.card import CardInfo, Metrics, model_card
 from m2_encoder.checkpoints.exported import (
     CARD_FILE,
     CONFIG_FILE,
@@ -26,50 +26,6 @@ from m2_encoder.files import atomic_folder, file_sha256
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-
-Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Split -> language -> metric -> percent, e.g. `{"heldout_style": {"zh": {"i2t_r@1": 41.2}}}`."""
-
-CHANCE = "chance"
-"""A "language" of `Metrics`: what guessing would reach."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSource:
-    """One part of the training data, for the model card.
-
-    Attributes:
-        name: what it is.
-        licence: under which terms it comes.
-        note: what it contributed; may be empty.
-        url: where it comes from; may be empty.
-    """
-
-    name: str
-    licence: str
-    note: str = ""
-    url: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CardInfo:
-    """What a model card says beyond the facts that the model itself knows.
-
-    Attributes:
-        title: heading; the name of the configuration if empty.
-        summary: a paragraph: what the model is and what for.
-        data: training data and their licences.
-        training: facts of the run, label to value, e.g. `{"steps": "3,000", "objective": "itc"}`.
-        limits: what the model cannot do, one sentence each.
-        licence: terms of the weights.
-    """
-
-    title: str = ""
-    summary: str = ""
-    data: Sequence[DataSource] = ()
-    training: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    limits: Sequence[str] = ()
-    licence: str = "Apache-2.0"
 
 
 def export_model(
@@ -159,96 +115,3 @@ def _config_content(
             "sha256": tokenizer_sha256,
         },
     }
-
-
-# ------------------------------------------------------------------------------------------------- model card
-
-
-def model_card(
-    model: M2Encoder, *, card: CardInfo, metrics: Metrics, provenance: Mapping[str, Any] | None = None
-) -> str:
-    """The model card, as Markdown.
-
-    Args:
-        model: read for its architecture and number of parameters.
-        card: texts.
-        metrics: results; a table per split.
-        provenance: origin, one line per entry.
-
-    Returns:
-        The text of the card.
-    """
-    config = model.config
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    sections = [
-        f"# {card.title or config.name}",
-        card.summary or "A bilingual (Chinese and English) image-text encoder.",
-        _USAGE,
-        "## Architecture\n\n"
-        + _bullets(
-            {
-                "family": "M2-Encoder (arXiv:2401.15896), one feature space for images and both languages",
-                "parameters": f"{num_parameters:,}",
-                "image": f"{config.image_size} px, patches of {config.patch_size} px",
-                "text": f"up to {config.context_length} tokens, vocabulary of {config.vocab_size:,}",
-                "layers": f"{config.num_layers} backbone + {config.num_vl_layers} vision-language, width "
-                f"{config.embed_dim}, {config.num_heads} heads",
-                "features": f"{config.feature_dim} numbers, L2-normalised",
-            }
-        ),
-        _data_section(card.data),
-        "## Training\n\n" + _bullets(card.training) if card.training else "",
-        _metrics_section(metrics),
-        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in card.limits) if card.limits else "",
-        "## Origin\n\n" + _bullets(provenance) if provenance else "",
-        f"## Licence\n\nThe weights: {card.licence}. Each training data source keeps its own licence.",
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-_USAGE = """## Use
-
-```python
-import torch
-from m2_encoder import load
-
-model, preprocess, tokenizer = load("path/to/this/folder")
-image_features = model.encode_image(torch.stack([preprocess("picture.png")]))  # (B, E), L2-normalised
-text_features = model.encode_text(tokenizer(["一只猫", "a cat"]))
-probabilities = model.similarity(image_features, text_features).softmax(dim=-1)
-```"""
-
-
-def _bullets(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {label}: {value}" for label, value in facts.items())
-
-
-def _data_section(sources: Sequence[DataSource]) -> str:
-    if not sources:
-        return ""
-    rows = [
-        (f"[{source.name}]({source.url})" if source.url else source.name, source.licence, source.note)
-        for source in sources
-    ]
-    return "## Data\n\n" + _table(("source", "licence", "contributes"), rows)
-
-
-def _metrics_section(metrics: Metrics) -> str:
-    """One table per split: a row per language, a column per metric; chance comes last."""
-    parts = []
-    for split, languages in metrics.items():
-        names = list(dict.fromkeys(name for values in languages.values() for name in values))
-        order = sorted(languages, key=lambda language: language == CHANCE)
-        rows = [(language, *(_percent(languages[language].get(name)) for name in names)) for language in order]
-        parts.append(f"### {split}\n\n" + _table(("", *names), rows))
-    return "\n\n".join(["## Results", "Percent.", *parts]) if parts else ""
-
-
-def _percent(value: float | None) -> str:
-    """One decimal; two below one percent, where chance lives."""
-    return "" if value is None else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -24,7 +24,7 @@ TOKENIZER_FILE = "tokenizer.model"
 CARD_FILE = "README.md"
 
 CONFIG_METADATA_KEY = "m2_encoder_config"
-"""The weights carry the architecture, too, or an edit of `config.json` that fits all shapes would pass."""
+"""The weights carry the architecture, too, so that an edit of `config.json` that fits all shapes is noticed."""
 
 
 class ExportedFolder(NamedTuple):
@@ -83,8 +83,9 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
         )
         tokenizer_sha256 = facts["sha256"]
     except (KeyError, TypeError, UserError) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: damaged or edited ({_reason(error)}); export the model again"
+            f"{folder / CONFIG_FILE}: damaged or edited ({reason}); export the model again"
         ) from error
     _check_consistent(exported, tokenizer_sha256)
     return exported
@@ -117,7 +118,3 @@ def read_object(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object; export it again")
     return content
-
-
-def _reason(error: Exception) -> str:
-    return f"no entry {error}" if isinstance(error, KeyError) else str(error)

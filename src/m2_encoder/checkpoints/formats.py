@@ -1,8 +1,7 @@
 """Files of tensors, told apart by their first bytes and read without ever executing what they hold.
 
-Two containers exist: what `torch.save` writes (a zip archive, or a bare pickle from old versions) and
-safetensors. Whatever is wrong with a file - foreign, truncated, unsafe - becomes one `CheckpointError` of one
-line with its name.
+Two containers exist: what `torch.save` writes (a zip archive, or a bare pickle from old versions) and safetensors.
+Whatever is wrong with a file becomes a `CheckpointError` of one line with its name.
 """
 
 from __future__ import annotations
@@ -79,8 +78,7 @@ def read_torch(path: str | os.PathLike[str], *, mapped: bool = False) -> object:
     """
     try:
         with warnings.catch_warnings(), Path(path).open("rb") as file:
-            # torch warns about old storage formats and archives of code; neither helps whoever loads the
-            # file.
+            # torch warns about old storage formats and archives of code.
             warnings.simplefilter("ignore")
             source: Any = os.fspath(path) if mapped else file
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -130,7 +128,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The free text that a safetensors file carries beside its tensors.
+    """The metadata of a safetensors file.
 
     Raises:
         CheckpointError: if the file is truncated or inconsistent.

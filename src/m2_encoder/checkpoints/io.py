@@ -6,6 +6,7 @@ A checkpoint becomes a flat state dict under our names (`read_state`), which mus
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,12 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m2_encoder.checkpoints.adapters import (
-    IGNORED_NAMES,
-    official_to_ours,
-    ours_to_official,
-    to_official_state,
-)
+from m2_encoder.checkpoints.adapters import IGNORED_NAMES, official_to_ours, ours_to_official, to_official_state
 from m2_encoder.checkpoints.formats import file_kind, read_safetensors, read_torch
 from m2_encoder.checkpoints.positions import resize_image_positions
 from m2_encoder.checkpoints.tensors import write_tensors
@@ -37,9 +33,6 @@ NAME_PREFIXES = ("_forward_module.", "model.")
 """What training frameworks put before a parameter's name: DeepSpeed, and our training module."""
 
 _MAX_LISTED = 4
-
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -100,7 +93,7 @@ def _to_our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     num_known = 0
     for name, tensor in state.items():
-        bare = _strip_prefixes(name)
+        bare = functools.reduce(str.removeprefix, NAME_PREFIXES, name)
         if any(extra in bare for extra in IGNORED_NAMES):
             continue
         ours = our_name(bare)
@@ -118,16 +111,7 @@ def _to_our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def our_name(name: str) -> str | None:
     """Our name of a parameter in the official spelling or in ours; None for anything else."""
-    official = official_to_ours(name)
-    if official is not None:
-        return official
-    return name if ours_to_official(name) is not None else None
-
-
-def _strip_prefixes(name: str) -> str:
-    for prefix in NAME_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+    return official_to_ours(name) or (name if ours_to_official(name) else None)
 
 
 def _storage_bytes(tensor: Tensor) -> int:
@@ -137,9 +121,6 @@ def _storage_bytes(tensor: Tensor) -> int:
 def _is_expanded(tensor: Tensor) -> bool:
     """True if a copy would be larger than what the file holds; it is only copied once its shape fits."""
     return tensor.layout != torch.strided or _storage_bytes(tensor) > tensor.untyped_storage().nbytes()
-
-
-# ---------------------------------------------------------------------------------------------------- loading
 
 
 def build_model(
@@ -176,10 +157,8 @@ def build_model(
     expected = model.state_dict()
     _fit_image_positions(state, expected[IMAGE_POSITIONS], source)
     _check_match(state, expected, source=source, model_name=config.name)
-    loaded: dict[str, Tensor] = {}
     taken: set[int] = set()
-    for name in expected:
-        loaded[name] = _owned(state.pop(name), taken, device=torch.device(device), dtype=dtype)
+    loaded = {name: _owned(state.pop(name), taken, device=torch.device(device), dtype=dtype) for name in expected}
     model.load_state_dict(loaded, strict=True, assign=True)
     return model.eval()
 
@@ -267,9 +246,6 @@ def _listed(names: Iterable[str], *, separator: str = ", ") -> str:
     return shown if len(names) <= _MAX_LISTED else f"{shown}{separator}and {len(names) - _MAX_LISTED} more"
 
 
-# ----------------------------------------------------------------------------------------------------- saving
-
-
 def save_official(model: M2Encoder, path: str | os.PathLike[str]) -> None:
     """Write the format of the official release: a torch file with the official names under `state_dict`.
 
@@ -299,10 +275,10 @@ def save_safetensors(
 def _portable_state(model: M2Encoder) -> dict[str, Tensor]:
     """The state dict on the CPU, every tensor with a storage of its own size."""
     state = model.state_dict()
-    empty = [name for name, tensor in state.items() if tensor.device.type == "meta"]
+    empty = sum(tensor.device.type == "meta" for tensor in state.values())
     if empty:
         raise CheckpointError(
-            f"cannot save a model without data: {len(empty)} parameters are on the meta device; call "
+            f"cannot save a model without data: {empty} parameters are on the meta device; call "
             "to_empty() and init_weights(), or load a checkpoint"
         )
     taken: set[int] = set()

@@ -20,9 +20,8 @@ NUM_PREFIX_ROWS = 3
 def resize_image_positions(table: Tensor, num_rows: int) -> Tensor:
     """Fit an image position table to another image size.
 
-    The grid is resized by area interpolation, larger or smaller, as the official loader does for one of its
-    two checkpoint wrappers. (For the other it cuts larger tables to their first rows, which scrambles the
-    grid.)
+    The grid is resized by area interpolation, as the official loader does for one of its two checkpoint wrappers. (For
+    the other it cuts larger tables to their first rows, which scrambles the grid.)
 
     Args:
         table: (G^2 + 3, D), floating point.

@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file that others may read, too."""
+"""Write safetensors files with ordinary permissions."""
 
 from __future__ import annotations
 

@@ -8,13 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2_encoder.checkpoints.exported import (
-    CONFIG_FILE,
-    FORMAT,
-    VISUAL_TOKENIZER_FORMAT,
-    WEIGHTS_FILE,
-    read_format,
-)
+from m2_encoder.checkpoints.exported import CONFIG_FILE, FORMAT, VISUAL_TOKENIZER_FORMAT, WEIGHTS_FILE, read_format
 from m2_encoder.checkpoints.formats import read_safetensors
 from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError, UserError

@@ -24,7 +24,6 @@ TRAIN: Final = Command(
         "m2-train --config-path outputs/emoji --config-name config  # repeats a run",
     ),
     check="m2_encoder.config.validate:validate_train",
-    late=("callbacks", "data", "evaluation", "strategy", "task", "trainer"),
     check_late="m2_encoder.config.validate:check_late",
     run="m2_encoder.cli.train:run_train",
     run_folder=default_run_folder,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from m2_encoder.cli import commands
-from m2_encoder.config.check import check_values, read_parameters
 from m2_encoder.config.command import EXIT_USER_ERROR, report_problems, run_command
 from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import anchor
@@ -16,6 +15,7 @@ from m2_encoder.errors import Problem, UserError
 
 def check_emoji(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of `m2-data emoji`."""
+    from m2_encoder.config.check import check_values, read_parameters
     from m2_encoder.data.emoji.dataset import write_emoji_shards
 
     parameters = {name: item for name, item in read_parameters(write_emoji_shards).items() if name != "styles"}

@@ -113,8 +113,9 @@ def check_values(
 
 def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> Iterator[Problem]:
     annotation = parameter.annotation
-    if isinstance(value, Mapping) and "_target_" in value and not _is_plain(annotation):
-        return  # an object of its own
+    objects = [value, *value.values()] if isinstance(value, Mapping) else []
+    if any(isinstance(node, Mapping) and "_target_" in node for node in objects) and not _is_plain(annotation):
+        return  # an object of its own, or several by name
     if _lacks(value):
         return
     settings = _settings_of(annotation)

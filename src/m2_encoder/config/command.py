@@ -76,9 +76,8 @@ class Command:
         complete: more overrides that follow from the configuration and the folder it was read from; only asked for when
             this process is the only rank so far.
         notes: more lines for `--help`, such as exit codes of its own.
-        late: nodes whose check takes long, because it imports Lightning. `check` gets `trusted=`, those of them that
-            are as shipped; they are checked by `check_late` if nothing else is wrong.
-        check_late: takes a configuration and such nodes.
+        check_late: what takes long to check, because it imports Lightning, is checked here if nothing else is wrong.
+            Both checks then get `changed=`: the keys that have other values than shipped files, or None if not known.
         config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it, `model=PATH` is a
             plain value, although `conf/` has a group of that name.
         groups: of `conf/` that such a command has all the same.
@@ -93,7 +92,6 @@ class Command:
     run_folder: Callable[[dict[str, Any]], Path] | None = None
     complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | str | None = None
     notes: tuple[str, ...] = ()
-    late: tuple[str, ...] = ()
     check_late: str = ""
     config_folder: str = ""
     groups: tuple[str, ...] = ()
@@ -193,7 +191,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
     if command.complete is not None and not composition.problems and is_only_rank():
         more = _resolve(command.complete)(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
-    _raise_if_any(_find_problems(command, composition, own_files=composer.has_own_files))
+    _raise_if_any(_find_problems(command, composition))
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
 
 
@@ -207,7 +205,7 @@ def _check_sweep(
     for job in jobs:
         composition = composer.compose(job)
         name = _rename(command, composition.cfg, job, constant)
-        problems += _find_problems(command, composition, own_files=composer.has_own_files)
+        problems += _find_problems(command, composition)
         if name is not None and name in names:
             problems.append(f"run.name={name}: two jobs of the sweep have this name; sweep distinct values")
         names.add(name or "")
@@ -217,12 +215,11 @@ def _check_sweep(
     _raise_if_any(problems or [f"{problem}; {fix}" for problem in first.refused])
 
 
-def _find_problems(command: Command, composition: Composition, *, own_files: bool) -> list[str]:
-    trusted = [] if own_files else [node for node in command.late if node not in composition.changed]
-    check, cfg = _resolve(command.check), composition.cfg
-    problems = [*composition.problems, *(check(cfg, trusted=trusted) if trusted else check(cfg))]
-    if trusted and not problems:
-        problems = _resolve(command.check_late)(cfg, trusted)
+def _find_problems(command: Command, composition: Composition) -> list[str]:
+    cfg, more = composition.cfg, {"changed": composition.changed} if command.check_late else {}
+    problems = [*composition.problems, *_resolve(command.check)(cfg, **more)]
+    if command.check_late and not problems:
+        problems = _resolve(command.check_late)(cfg, **more)
     return composition.without_echoes(problems)
 
 

@@ -55,7 +55,7 @@ class Composition(NamedTuple):
         hydra: Hydra's own settings for the run.
         unchosen: keys that were left out, because they say something of options that are not chosen.
         refused: the part of `problems` that lies in the overrides, whatever the values of other keys are.
-        changed: nodes at the top in which values are not those of the files.
+        changed: dotted keys to which single values were given; None where files that are not shipped take part.
     """
 
     cfg: dict[str, Any]
@@ -64,7 +64,7 @@ class Composition(NamedTuple):
     hydra: DictConfig
     unchosen: list[str]
     refused: list[str]
-    changed: set[str]
+    changed: set[str] | None
 
     def without_echoes(self, problems: Sequence[str | Problem]) -> list[str]:
         """Lines of problems, without those of a key that only repeats the wrong value of another."""
@@ -87,11 +87,6 @@ class Composer:
         self._fixed = list(fixed)
         self._default: DictConfig | None = None
         self._options: dict[str, list[str]] = {}  # Hydra reads all configurations again whenever it is asked
-
-    @property
-    def has_own_files(self) -> bool:
-        """Whether files other than the shipped ones can be part of a configuration."""
-        return bool(self._fixed) or self.folder != find_conf()
 
     def groups(self) -> dict[str, list[str]]:
         """Every group of the configuration folder with its options."""
@@ -146,7 +141,8 @@ class Composer:
             unchosen = self._drop_unchosen(cfg)
         problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
         plain, unresolved, references = to_plain(cfg)
-        changed = {override.key_or_group.partition(".")[0] for override in good}
+        is_shipped = not self._fixed and self.folder.is_relative_to(find_conf())
+        changed = {str(override.key_or_group) for override in good} if is_shipped else None
         return Composition(plain, problems + unresolved, references, cfg.hydra, unchosen, problems, changed)
 
     def _drop_unchosen(self, cfg: DictConfig) -> list[str]:
@@ -211,7 +207,8 @@ class Composer:
             return f"--config-name {self._config_name}: no such file in {self.folder}; there is: {known}"
         if match := _NO_MAPPING.search(text):
             key = match[1].partition("=")[0].lstrip("+")
-            return f"{match[1]}: {key} holds keys; give single ones, as in {key}.KEY=VALUE, or a mapping {{KEY: VALUE}}"
+            fix = f"give single ones, {key}.KEY=VALUE, or a mapping {{KEY: VALUE}}, or {key}=null first"
+            return f"{match[1]}: {key} holds keys; {fix}"
         cause = f" ({flatten(error.__cause__)})" if error.__cause__ else ""
         return f"cannot compose {self._config_name}: {text}{cause}"
 

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from m2_encoder.config.check import check_targets
+from m2_encoder.config.check import check_targets, read_parameters
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.relations import check_relations
-from m2_encoder.config.schema import check_shape
+from m2_encoder.config.schema import Trainer, check_shape
 from m2_encoder.errors import Problem, UserError
 
 GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
@@ -29,20 +29,24 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
 }
 """By node, what the command passes itself when it builds the object."""
 
+_NODES_OF_LIGHTNING: Final = ("callbacks", "data", "evaluation", "strategy", "task", "trainer")
+
 
 def validate_train(
-    cfg: dict[str, Any], *, trusted: Collection[str] = (), on_this_machine: bool = True
+    cfg: dict[str, Any], *, changed: Collection[str] | None = None, on_this_machine: bool = True
 ) -> list[Problem]:
     """Everything that is wrong with a composed configuration of `m2-train`.
 
     Args:
         cfg: plain containers, as `config.compose` makes them.
-        trusted: nodes at the top that are not compared with the signatures of their targets; see `check_late`.
+        changed: keys that have other values than shipped files; what that leaves to `check_late` is not looked at. None
+            to check everything.
         on_this_machine: also ask whether this machine has what the run needs.
 
     Returns:
         One per mistake; empty when training can start.
     """
+    trusted = _find_trusted(changed)
     compared = {key: node for key, node in cfg.items() if key not in trusted}
     found: dict[str, Problem] = {}
     for problem in (*check_shape(cfg), *check_targets(compared, given=GIVEN_ARGUMENTS)):
@@ -50,9 +54,18 @@ def validate_train(
     return [*found.values(), *check_relations(cfg, set(found), on_this_machine=on_this_machine)]
 
 
-def check_late(cfg: Mapping[str, Any], nodes: Collection[str]) -> list[Problem]:
-    """What is wrong with nodes that `validate_train` trusted, because a look at their targets imports Lightning."""
-    return list(check_targets({key: cfg[key] for key in nodes if key in cfg}, given=GIVEN_ARGUMENTS))
+def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> list[Problem]:
+    """What is wrong with nodes that `validate_train` trusted."""
+    trusted = _find_trusted(changed)
+    return list(check_targets({key: node for key, node in cfg.items() if key in trusted}, given=GIVEN_ARGUMENTS))
+
+
+def _find_trusted(changed: Collection[str] | None) -> set[str]:
+    """Nodes of which the targets need Lightning, and the values are as shipped or have bounds in `schema`."""
+    if changed is None:
+        return set()
+    bounded = {f"trainer.{name}" for name in read_parameters(Trainer)}
+    return set(_NODES_OF_LIGHTNING) - {key.partition(".")[0] for key in changed if key not in bounded}
 
 
 def validate_experiments() -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Stages that turn measured tables into decisions: the rules for single pairs, then what the global rules decided."""
+"""Stages that turn measured tables into decisions: rules for single pairs, verdicts of global rules, score bounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_LANGUAGE: Final = "unknown"
 """In counts, the language of rows without a caption."""
 
 COPIED: Final = "copied"
-"""Column of rows whose image others have, too; only there if settings ask for marks."""
+"""Column that marks rows whose image occurs more than once; only with `duplicate_images="mark"`."""
 
 _ADDED_BY_VERDICTS = ("first_shard", "first_row")
 
@@ -54,7 +54,7 @@ class FlagTask(NamedTuple):
 
 
 def apply_pair_rules(task: RulesTask) -> None:
-    """Add every value and decision that a pair has by itself."""
+    """Apply the rules that look at one pair at a time."""
     evaluation = None if task.evaluation is None else read_hash_list(Path(task.evaluation))
     rules = build_rules(task.settings, evaluation)
     source = Path(task.measured)
@@ -63,7 +63,7 @@ def apply_pair_rules(task: RulesTask) -> None:
 
 
 def merge_verdicts(task: MergeTask) -> None:
-    """Add what the global rules decided, with the place of the row that a rejected one repeats."""
+    """Add the verdicts of the global rules, with the place of the row that a rejected one repeats."""
     verdicts = [(RULES[found.rule], read_verdicts(found, task.chunk.number)) for found in task.verdicts]
     paths = zip(task.chunk.paths, task.tables, strict=True)
     for number, (source, target) in enumerate(paths, start=task.chunk.first):
@@ -92,20 +92,20 @@ def merge_verdicts(task: MergeTask) -> None:
 
 
 def flag_scores(task: FlagTask) -> None:
-    """Add the scores, reject what is below, flag what should be written anew."""
+    """Add the scores; reject and flag rows by the bounds of the settings."""
     merged = Path(task.merged)
     batch = to_batch(read_table(merged))
     scores = [read_table(Path(path)).column("score").combine_chunks() for path in task.scores]
     score = pa.concat_arrays(scores) if scores else pa.nulls(0, pa.float32())
     columns = dict(zip(batch.schema.names, batch.columns, strict=True)) | {"score": score}
-    wish = task.settings.score
-    assert wish is not None
-    flagged = check_score(pa.record_batch(columns), drop_below=wish.drop_below, rewrite_below=wish.rewrite_below)
+    bounds = task.settings.score
+    assert bounds is not None
+    flagged = check_score(pa.record_batch(columns), drop_below=bounds.drop_below, rewrite_below=bounds.rewrite_below)
     write_final(Path(task.output), flagged, notes=read_notes(merged))
 
 
 def write_final(path: Path, batch: pa.RecordBatch, *, notes: dict[str, str]) -> None:
-    """Write a decided table together with its counts, so that reports need not read it again."""
+    """Write a decided table with its counts as notes, which the report reads."""
     counted = {key: value for key, value in notes.items() if key != "counts"}
     counted |= {"counts": json.dumps(count_decisions(batch)), "kept_samples": str(len(kept_samples(batch)))}
     write_table(path, pa.Table.from_batches([batch]), notes=counted)
@@ -133,8 +133,5 @@ def kept_samples(batch: pa.RecordBatch | pa.Table) -> np.ndarray[Any, Any]:
 
 def to_batch(table: pa.Table) -> pa.RecordBatch:
     """A table as one batch; rules look at all rows of a shard at once."""
-    columns = {
-        name: column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-        for name, column in zip(table.schema.names, table.columns, strict=True)
-    }
-    return pa.record_batch(columns) if columns else pa.RecordBatch.from_pylist([])
+    columns = [column.combine_chunks() if column.num_chunks != 1 else column.chunk(0) for column in table.columns]
+    return pa.record_batch(columns, names=table.schema.names)

@@ -1,4 +1,4 @@
-"""Images that must not be trained on: those of evaluation sets, as hashes.
+"""Hashes of the images of evaluation sets, which must not be trained on.
 
 A hash list is a text file with a line per image: 64 hex digits of SHA-256 (as `sha256sum` prints; what follows is
 ignored), or three words, SHA-256, perceptual hash (16 hex digits or "-") and mean colour (6 hex digits), as

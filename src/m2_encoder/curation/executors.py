@@ -1,7 +1,7 @@
-"""How the tasks of a stage are run: in this process or on a pool of local ones. Ray's is in `ray_executor`.
+"""Run the tasks of a stage in this process or on a pool of local ones; `ray_executor` runs them on Ray.
 
-A task is a function of one tuple that writes one file; the file appears by a rename, whole or not at all. So it does
-not matter who runs a task, when, how often, or whether the one before died in the middle.
+A task is a function of one tuple that writes one file, which appears by a rename. So a task may run anywhere, at any
+time, and again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The rules that compare rows with each other, whichever shards they are in, with bounded memory.
 
-Each is two passes. *Spill*: every chunk of shards writes the keys of its surviving rows, split by key into partitions.
-*Judge*: every partition, which holds all rows of its keys, decides which of them fall, split by chunk again. The next
-rule sees only what survived this one. A verdict depends on keys and places alone, and of several equals the earliest
-place (shard, then row) stays: neither the order of tasks nor their number changes the result.
+Each rule is two passes. *Spill*: every chunk of shards writes the keys of its surviving rows, split by key into
+partitions. *Judge*: every partition, which holds all rows of its keys, decides which to reject, split by chunk again.
+The next rule sees only the rows that are left. Of several equal rows the earliest place (shard, then row) stays, so
+neither the order of tasks nor their number changes the result.
 
 Legend: n rows · P partitions · C chunks · a *place* is shard number * 2**32 + row in the shard's table.
 """
@@ -103,15 +103,14 @@ def spill(task: SpillTask) -> None:
         if rule.per_sample:
             rows = rows[np.unique(table.column("sample").to_numpy()[rows], return_index=True)[1]]
         columns = rule.keys(table.take(pa.array(rows)), task.settings, task.rows)
-        columns = _add_places(columns, (np.uint64(number) << _SHARD_BITS) + rows.astype(np.uint64))
-        parts.append(columns)
+        parts.append(_add_places(columns, (np.uint64(number) << _SHARD_BITS) + rows.astype(np.uint64)))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     partition = (whole["high"] % np.uint64(task.partitions)).astype(np.int64)
     write_buckets(Path(task.output), whole, partition, task.partitions)
 
 
 def judge(task: JudgeTask) -> None:
-    """Decide which rows of a partition fall."""
+    """Decide which rows of a partition are rejected."""
     columns = read_bucket([Path(path) for path in task.spills], task.partition)
     verdict = RULES[task.rule].judge(columns, task.settings)
     starts = np.array(task.chunk_starts, dtype=np.uint64)
@@ -149,9 +148,8 @@ def fallen(sample: npt.NDArray[Any], number: int, rule: GlobalRule, verdict: Nea
 def _survivors(table: pa.Table, number: int, verdicts: Sequence[tuple[GlobalRule, Nearest]]) -> Bools:
     keep = table.column("keep").to_numpy().copy()
     for rule, verdict in verdicts:
-        if not rule.rejects:
-            continue
-        keep &= ~fallen(table.column("sample").to_numpy(), number, rule, verdict)[0]
+        if rule.rejects:
+            keep &= ~fallen(table.column("sample").to_numpy(), number, rule, verdict)[0]
     return keep
 
 
@@ -162,14 +160,8 @@ def _add_places(columns: Columns, places: npt.NDArray[np.uint64]) -> Columns:
     return {**columns, "place": np.tile(places, len(columns["high"]) // max(len(places), 1))}
 
 
-def _image_keys(table: pa.Table, _settings: CurationSettings, _rows: int) -> Columns:
-    high, low = hash_words(table.column("image_hash"))
-    return {"high": high, "low": low}
-
-
-def _caption_keys(table: pa.Table, _settings: CurationSettings, _rows: int) -> Columns:
-    high, low = hash_words(table.column("caption_hash"))
-    return {"high": high, "low": low}
+def _hash_keys(column: str) -> Callable[[pa.Table, CurationSettings, int], Columns]:
+    return lambda table, _settings, _rows: dict(zip(("high", "low"), hash_words(table.column(column)), strict=True))
 
 
 def _pair_keys(table: pa.Table, _settings: CurationSettings, _rows: int) -> Columns:
@@ -255,12 +247,16 @@ RULES: Final[Mapping[str, GlobalRule]] = {
     for rule in (
         GlobalRule("duplicate_pair", False, _pair_keys, _judge_copies, lambda settings: settings.duplicate_pairs),
         GlobalRule(
-            "duplicate_image", True, _image_keys, _judge_copies, lambda settings: settings.duplicate_images == "drop"
+            "duplicate_image",
+            True,
+            _hash_keys("image_hash"),
+            _judge_copies,
+            lambda settings: settings.duplicate_images == "drop",
         ),
         GlobalRule(
             "copied_image",
             True,
-            _image_keys,
+            _hash_keys("image_hash"),
             _judge_shared,
             lambda settings: settings.duplicate_images == "mark",
             rejects=False,
@@ -274,7 +270,11 @@ RULES: Final[Mapping[str, GlobalRule]] = {
             lambda settings, rows: len(band_masks(settings.near_images or 0, rows)),
         ),
         GlobalRule(
-            "repeated_caption", False, _caption_keys, _judge_repeats, lambda settings: settings.max_repeats is not None
+            "repeated_caption",
+            False,
+            _hash_keys("caption_hash"),
+            _judge_repeats,
+            lambda settings: settings.max_repeats is not None,
         ),
     )
 }

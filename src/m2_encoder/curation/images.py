@@ -1,8 +1,9 @@
-"""What curation has to know about an image: its size, its bytes' hash, and what it looks like in 64 bits.
+"""Measurements of an image for curation: size, hash of its bytes, perceptual hash of 64 bits, mean colour.
 
 The perceptual hash is the sign of the lowest spatial frequencies (8 x 8 of a DCT of 32 x 32 grey pixels) against their
 median, as in pHash. It survives scaling, recompression and small changes of colour, so the mean colour is kept beside
-it: a red and a blue heart are no duplicates. As many bits are set in every hash, so distances are even, but for ties.
+it: a red and a blue heart are no duplicates. Every hash has the same number of bits set, so distances are even (but for
+ties).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The first stage: read a shard once and write down everything that the rules need to know."""
+"""The first stage: read a shard once and write a table of all that the rules need."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Near duplicates among many 64-bit hashes without comparing all pairs.
 
-Two hashes that differ in at most d bits agree entirely in some of b > d blocks of bits: at least b - d of them. So for
-each choice of b - d blocks there is a table, in which such a pair meets in the same bucket; only rows of a bucket are
-compared. More blocks mean more tables with fewer accidental meetings.
+Two hashes that differ in at most d bits agree in at least b - d of b > d blocks of bits. So each choice of b - d blocks
+makes a table of buckets, and a near pair shares a bucket of some table; only rows of a bucket are compared. More blocks
+mean more tables with smaller buckets.
 
 Reference: Manku, Jain, Das Sarma, Detecting Near-Duplicates for Web Crawling (WWW 2007), section 3.
 

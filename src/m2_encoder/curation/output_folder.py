@@ -1,4 +1,4 @@
-"""The folder of a curation: what in it is ours, whether it is finished, and that one process at a time works in it."""
+"""The output folder of a curation: its files, its lock, and whether it is finished."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ class OutputFolder:
                 raise UserError(
                     f"output {self.path}: another process curates into it; wait, or give another"
                 ) from error
-            self._remove_partial_files()
+            for path in self.path.rglob(".*.tmp"):  # of writers that were killed; `files.atomic_file` names them
+                path.unlink(missing_ok=True)
             yield
 
     def stage(self, name: str, key: str) -> Path:
@@ -88,7 +89,7 @@ class OutputFolder:
 
     def keep_only(self, tars: Sequence[str], markers: Sequence[Path]) -> None:
         """Remove the shards whose marker is missing, such as those of an interrupted run with other settings."""
-        # Markers of other settings vouch for shards that bear the same names: they go before any shard changes.
+        # Markers of other settings name the same shards: they go before any shard changes.
         for folder in (self.path / WORK).glob("write-*"):
             if folder not in {marker.parent for marker in markers}:
                 shutil.rmtree(folder)
@@ -106,7 +107,7 @@ class OutputFolder:
                 folder.rmdir()
 
     def publish(self, decided: Path) -> None:
-        """Give the table of a shard its place among the decisions."""
+        """Link or copy the decided table of a shard into `decisions/`."""
         (self.path / DECISIONS).mkdir(exist_ok=True)
         target = self.path / DECISIONS / decided.name
         target.unlink(missing_ok=True)
@@ -120,17 +121,12 @@ class OutputFolder:
         (self.path / WORK / _KEPT).touch()
 
     def is_untidy(self) -> bool:
-        """Whether intermediate files are left that nobody wanted to stay, such as by a run killed at its very end."""
+        """Whether intermediate files are left that were not to be kept, such as by a run killed at its very end."""
         return (self.path / WORK).is_dir() and not (self.path / WORK / _KEPT).exists()
 
     def remove_work(self) -> None:
         """Remove all intermediate files."""
         shutil.rmtree(self.path / WORK, ignore_errors=True)
-
-    def _remove_partial_files(self) -> None:
-        """Those of writers that were killed; `checkpoints.atomic` names them."""
-        for path in self.path.rglob(".*.tmp"):
-            path.unlink(missing_ok=True)
 
 
 def _read_report(path: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""A curation from end to end: stages of tasks whose outputs are files, so that it goes on wherever it was stopped.
+"""A curation from end to end: stages of tasks that write one file each, so that a stopped run can be continued.
 
     measure → rules → (spill → judge) per global rule → merge → score → flag → write → report
 
-Intermediate files of a stage lie in a folder named after a hash of everything that decides their content: the shards,
-the settings, the stages before. So a changed setting never meets files of another one, and what does not depend on it
-is used again. Everything lies in the output folder; the work folder in it is removed at the end.
+The intermediate files of a stage lie in a folder named after a hash of all that decides their content: shards,
+settings, earlier stages. So files of other settings are never used, and what does not depend on a changed setting is
+used again. All of it lies in the work folder inside the output folder, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StageStats(NamedTuple):
 class Curation:
     """What `curate` did."""
 
-    report: Report  # what was kept and what fell
+    report: Report
     stages: tuple[StageStats, ...]  # what each stage cost; empty if everything was there already
 
 
@@ -225,10 +225,10 @@ class _Run:
         # Here, because it loads torch's models, which no other stage needs.
         from m2_encoder.curation.scoring import Scorer, ScoreTask, image_size_of, prepare_window
 
-        wish = self._settings.score
-        assert wish is not None
-        size = image_size_of(wish)
-        model = dataclasses.replace(wish, rewrite_below=None, drop_below=None)  # other bounds need no new scores
+        settings = self._settings.score
+        assert settings is not None
+        size = image_size_of(settings)
+        model = dataclasses.replace(settings, rewrite_below=None, drop_below=None)  # other bounds need no new scores
         key = fingerprint([self._pairs_key, dataclasses.asdict(model), self._identity["model"]])
         folder = self._folder.stage("score", key)
         by_shard: list[list[ScoreTask]] = []
@@ -241,16 +241,16 @@ class _Run:
                         str(path),
                         shard,
                         start,
-                        min(start + wish.rows, rows),
+                        min(start + settings.rows, rows),
                         size,
                         self._settings.max_pixels,
                     )
-                    for start in range(0, rows, wish.rows)
+                    for start in range(0, rows, settings.rows)
                 ]
             )
         tasks = [task for own in by_shard for task in own]
-        self._run_stage("score", prepare_window, tasks, consumer=Scorer, consumer_settings=wish)
-        folder = self._folder.stage("flag", fingerprint([key, dataclasses.asdict(wish)]))
+        self._run_stage("score", prepare_window, tasks, consumer=Scorer, consumer_settings=settings)
+        folder = self._folder.stage("flag", fingerprint([key, dataclasses.asdict(settings)]))
         paths = [folder / path.name for path in merged]
         flags = [
             FlagTask(str(path), str(source), tuple(task.output for task in own), self._settings)

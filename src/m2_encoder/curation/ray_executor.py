@@ -75,10 +75,10 @@ class RayExecutor:
         if tasks:
             prepared = self._dataset(tasks).map(_Call(prepare, keep=True))
             # Without a processor of their own, as locally: on a small machine they would leave none to decode.
-            wish = {"num_cpus": 0, "num_gpus": self._gpus}
+            resources = {"num_cpus": 0, "num_gpus": self._gpus}
             actors = self._ray.data.ActorPoolStrategy(size=self._models)
             yield from self._peaks(
-                prepared.map(_Consumer, fn_constructor_args=(consumer, settings), compute=actors, **wish)
+                prepared.map(_Consumer, fn_constructor_args=(consumer, settings), compute=actors, **resources)
             )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a curation kept and what fell where: one JSON object, and the same as tables to read."""
+"""The report of a curation: kept and rejected pairs by source, language and reason, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def build_report(
     sources: dict[str, dict[str, Any]] = {}
     for shard, path in zip(shards, decided, strict=True):
         notes = read_notes(path)
-        source = sources.setdefault(shard.source, _empty())
+        empty = {"samples": 0, "kept_samples": 0, "pairs": 0, "languages": {}, "faults": [], "shards": {}}
+        source = sources.setdefault(shard.source, empty)
         source["samples"] += int(notes["samples"])
         source["kept_samples"] += int(notes["kept_samples"])
         source["pairs"] += int(notes["rows"])
@@ -64,14 +65,10 @@ def build_report(
     for source in sources.values():
         source["languages"] = {name: dict(sorted(words.items())) for name, words in sorted(source["languages"].items())}
     reasons = _sum(words for source in sources.values() for words in source["languages"].values())
-    total = {
-        "samples": sum(source["samples"] for source in sources.values()),
-        "kept_samples": sum(source["kept_samples"] for source in sources.values()),
-        "pairs": sum(source["pairs"] for source in sources.values()),
-        "kept_pairs": reasons.pop(KEPT, 0),
-        "rewrite": reasons.pop(REWRITE, 0),
-        "reasons": reasons,
+    total: dict[str, Any] = {
+        name: sum(source[name] for source in sources.values()) for name in ("samples", "kept_samples", "pairs")
     }
+    total |= {"kept_pairs": reasons.pop(KEPT, 0), "rewrite": reasons.pop(REWRITE, 0), "reasons": reasons}
     content = {
         "fingerprint": fingerprint,
         "written": is_written,
@@ -109,11 +106,11 @@ def _table(languages: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Reasons by language, the most frequent first; kept ones on top, the sum at the bottom."""
     sums = _sum(languages.values())
     flagged = sums.pop(REWRITE, 0)
-    fallen = sorted((word for word in sums if word != KEPT), key=lambda word: (-sums[word], word))
+    rejected = sorted((word for word in sums if word != KEPT), key=lambda word: (-sums[word], word))
     pairs = sum(sums.values())
     header = ["pairs", *languages, "all", "share"]
     rows = []
-    for word in [KEPT, *([REWRITE] if flagged else []), *fallen]:
+    for word in [KEPT, *([REWRITE] if flagged else []), *rejected]:
         count = flagged if word == REWRITE else sums[word]
         rows.append(
             [word, *(f"{own.get(word, 0):,}" for own in languages.values()), f"{count:,}", _share(count, pairs)]
@@ -127,17 +124,6 @@ def _table(languages: Mapping[str, Mapping[str, int]]) -> list[str]:
 
     rule = f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
     return [line(header), rule, *map(line, rows)]
-
-
-def _empty() -> dict[str, Any]:
-    return {
-        "samples": 0,
-        "kept_samples": 0,
-        "pairs": 0,
-        "languages": {},
-        "faults": [],
-        "shards": {},
-    }
 
 
 def _sum(counts: Any) -> Counter[str]:

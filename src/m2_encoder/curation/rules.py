@@ -1,7 +1,7 @@
 """The rules that look at one pair at a time: pure functions from an Arrow batch to the batch with decision columns.
 
-Each rule adds the values it looks at, and rejects rows: `keep` becomes false and `reason` the rule's word, unless an
-earlier rule rejected the row already. So the first reason stands, and all values are there for other thresholds.
+Each rule adds the values it looks at, and rejects rows: it sets `keep` to false and `reason` to its name, unless an
+earlier rule rejected the row already.
 Rules that compare rows with each other are in `m2_encoder.curation.global_rules`.
 """
 
@@ -139,7 +139,7 @@ def check_shape(batch: pa.RecordBatch, *, max_aspect_ratio: float | None, min_si
 
 
 def add_caption_hash(batch: pa.RecordBatch, *, form: str) -> pa.RecordBatch:
-    """Add `caption_hash`, under which equal captions meet; rejects nothing."""
+    """Add `caption_hash`, which equal captions share; rejects nothing."""
     return _add(batch, caption_hash=hash_captions(batch.column("text"), form=form))
 
 

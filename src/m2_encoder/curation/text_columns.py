@@ -1,4 +1,4 @@
-"""What captions are like, as Arrow columns: length, language, and a hash under which equal captions meet."""
+"""Properties of captions as Arrow columns: length, language, and a hash that equal captions share."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 from collections import Counter
@@ -107,10 +108,9 @@ def write_shard(task: WriteTask) -> None:
 
 def _table(part: Part) -> pa.Table:
     """Rows of the part that are kept."""
-    columns = list(_COLUMNS)
-    names = column_names(Path(part.decisions))
-    columns += [name for name in ("score", "rewrite", COPIED) if name in names]
-    table = read_table(Path(part.decisions), columns)
+    path = Path(part.decisions)
+    present = column_names(path)
+    table = read_table(path, [*_COLUMNS, *(name for name in ("score", "rewrite", COPIED) if name in present)])
     samples = kept_samples(table)[part.start : part.stop]
     keep = table.column("keep").to_numpy() & np.isin(table.column("sample").to_numpy(), samples)
     return table.filter(pa.array(keep))
@@ -134,15 +134,9 @@ def _read_part(part: Part) -> Iterator[tuple[str, list[dict[str, Any]], bytes, d
 
 
 def _by_sample(table: pa.Table) -> Iterator[list[dict[str, Any]]]:
-    rows: list[dict[str, Any]] = []
-    for batch in table.to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            if rows and rows[0]["sample"] != row["sample"]:
-                yield rows
-                rows = []
-            rows.append(row)
-    if rows:
-        yield rows
+    rows = (row for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
+    for _, group in itertools.groupby(rows, key=lambda row: row["sample"]):
+        yield list(group)
 
 
 def _read(file: BinaryIO, part: Part, row: dict[str, Any], what: str) -> bytes:

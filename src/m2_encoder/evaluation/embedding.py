@@ -28,47 +28,28 @@ _Result = TypeVar("_Result")
 
 
 class Item(NamedTuple):
-    """One input.
+    """One input."""
 
-    Attributes:
-        place: in the input, from 0.
-        name: what it is called in the output and in messages.
-        content: a file to decode, or a text.
-        problem: why it cannot be used, found while listing; empty if nothing is wrong so far.
-    """
-
-    place: int
-    name: str
-    content: Path | str
-    problem: str = ""
+    place: int  # in the input, from 0
+    name: str  # what it is called in the output and in messages
+    content: Path | str  # a file to decode, or a text
+    problem: str = ""  # why it cannot be used, found while listing; empty if nothing is wrong so far
 
 
 class Skipped(NamedTuple):
-    """An input that could not be used.
+    """An input that could not be used."""
 
-    Attributes:
-        name: of the item.
-        reason: in words.
-    """
-
-    name: str
-    reason: str
+    name: str  # of the item
+    reason: str  # in words
 
 
 class EmbeddedBatch(NamedTuple):
-    """Some inputs, done.
+    """Some inputs, done."""
 
-    Attributes:
-        places: of the items in the input, (B,) int64.
-        names: length B.
-        features: (B, E) fp32 on the CPU.
-        skipped: inputs met on the way that have no feature.
-    """
-
-    places: Tensor
-    names: tuple[str, ...]
-    features: Tensor
-    skipped: tuple[Skipped, ...]
+    places: Tensor  # of the items in the input, (B,) int64
+    names: tuple[str, ...]  # length B
+    features: Tensor  # (B, E) fp32 on the CPU
+    skipped: tuple[Skipped, ...]  # inputs met on the way that have no feature
 
 
 def embed_images(

@@ -41,19 +41,12 @@ _ROWS_PER_GROUP = 8192
 
 
 class FeatureFile(NamedTuple):
-    """What a file of features holds.
+    """What a file of features holds."""
 
-    Attributes:
-        features: (N, E) float32.
-        names: length N.
-        places: of the items in the input, (N,) int64.
-        provenance: where the features come from: model, weights, input.
-    """
-
-    features: Tensor
-    names: tuple[str, ...]
-    places: Tensor
-    provenance: dict[str, Any]
+    features: Tensor  # (N, E) float32
+    names: tuple[str, ...]  # length N
+    places: Tensor  # of the items in the input, (N,) int64
+    provenance: dict[str, Any]  # where the features come from: model, weights, input
 
 
 class FeatureWriter(Protocol):

@@ -26,17 +26,11 @@ _TIE_TOLERANCE = 1e-12
 
 
 class RecallResult(NamedTuple):
-    """What `recall_at_k` measures.
+    """What `recall_at_k` measures."""
 
-    Attributes:
-        recalls: percent of the queries with a right item among the first k, by k.
-        ranks: rank of the best right item, from 1, (Q,) int64 on the CPU; M + 1 where a score is not finite.
-        tie_share: percent of the queries whose best right item ties with a wrong one.
-    """
-
-    recalls: dict[int, float]
-    ranks: Tensor
-    tie_share: float
+    recalls: dict[int, float]  # percent of the queries with a right item among the first k, by k
+    ranks: Tensor  # rank of the best right item, from 1, (Q,) int64 on the CPU; M + 1 where a score is not finite
+    tie_share: float  # percent of the queries whose best right item ties with a wrong one
 
 
 def recall_at_k(

@@ -9,17 +9,11 @@ from torch import Tensor
 
 
 class Reconstruction(NamedTuple):
-    """How well images survive their codes.
+    """How well images survive their codes."""
 
-    Attributes:
-        psnr: mean over images of the peak signal-to-noise ratio, dB.
-        perplexity: exp of the entropy of the codes: as many equally frequent codes would be as varied.
-        codes_used: how many codes occur.
-    """
-
-    psnr: float
-    perplexity: float
-    codes_used: int
+    psnr: float  # mean over images of the peak signal-to-noise ratio, dB
+    perplexity: float  # exp of the entropy of the codes: as many equally frequent codes would be as varied
+    codes_used: int  # how many codes occur
 
 
 class ReconstructionMeter:

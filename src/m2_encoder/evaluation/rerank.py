@@ -40,15 +40,10 @@ class RerankingModel(PairEncoder, FeatureModel, Protocol):
 
 
 class Candidates(NamedTuple):
-    """The first K of each query.
+    """The first K of each query."""
 
-    Attributes:
-        rows: of the gallery, best first by features, (Q, K) int64.
-        scores: log-odds of the matching head, (Q, K) fp32 at least.
-    """
-
-    rows: Tensor
-    scores: Tensor
+    rows: Tensor  # of the gallery, best first by features, (Q, K) int64
+    scores: Tensor  # log-odds of the matching head, (Q, K) fp32 at least
 
     def places(self) -> Tensor:
         """Which candidate comes first by the head, second, and so on, (Q, K) int64; equal scores keep their order."""
@@ -60,15 +55,10 @@ class Candidates(NamedTuple):
 
 
 class Reranked(NamedTuple):
-    """Both directions.
+    """Both directions."""
 
-    Attributes:
-        texts: of each image, (n, K).
-        images: of each text, (m, K).
-    """
-
-    texts: Candidates
-    images: Candidates
+    texts: Candidates  # of each image, (n, K)
+    images: Candidates  # of each text, (m, K)
 
 
 def rerank(

@@ -23,31 +23,19 @@ from m2_encoder.evaluation.metrics import RECALL_KS, retrieval_metrics
 
 
 class TextFeatures(NamedTuple):
-    """Captions of one language, each (key, caption) once.
+    """Captions of one language, each (key, caption) once."""
 
-    Attributes:
-        texts: captions, length m.
-        ids: which key each describes, (m,) int64.
-        features: (m, E) fp32.
-    """
-
-    texts: tuple[str, ...]
-    ids: Tensor
-    features: Tensor
+    texts: tuple[str, ...]  # captions, length m
+    ids: Tensor  # which key each describes, (m,) int64
+    features: Tensor  # (m, E) fp32
 
 
 class SetFeatures(NamedTuple):
-    """A set, encoded.
+    """A set, encoded."""
 
-    Attributes:
-        image_features: (n, E) fp32.
-        image_ids: number of each image's key in the order of first appearance, (n,) int64.
-        texts: by language.
-    """
-
-    image_features: Tensor
-    image_ids: Tensor
-    texts: dict[str, TextFeatures]
+    image_features: Tensor  # (n, E) fp32
+    image_ids: Tensor  # number of each image's key in the order of first appearance, (n,) int64
+    texts: dict[str, TextFeatures]  # by language
 
 
 def encode_set(

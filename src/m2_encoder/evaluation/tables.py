@@ -33,35 +33,21 @@ _WIDTH_WITHOUT_TERMINAL = 110
 
 
 class ResultRow(NamedTuple):
-    """One line of a `ResultTable`.
+    """One line of a `ResultTable`."""
 
-    Attributes:
-        split: key of the set; rows of one set stand together.
-        cells: texts, one for each heading.
-        is_dim: for what is only there for comparison.
-    """
-
-    split: str
-    cells: Sequence[str]
-    is_dim: bool = False
+    split: str  # key of the set; rows of one set stand together
+    cells: Sequence[str]  # texts, one for each heading
+    is_dim: bool = False  # for what is only there for comparison
 
 
 class ResultTable(NamedTuple):
-    """A table for the terminal, its first column for the set.
+    """A table for the terminal, its first column for the set."""
 
-    Attributes:
-        title: line above it.
-        headings: of the other columns; may have two lines.
-        rows: sets one after the other.
-        num_labels: how many of the other columns hold words; numbers stand on the right.
-        caption: line below it.
-    """
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[ResultRow]
-    num_labels: int = 1
-    caption: str | None = None
+    title: str  # line above it
+    headings: Sequence[str]  # of the other columns; may have two lines
+    rows: Sequence[ResultRow]  # sets one after the other
+    num_labels: int = 1  # how many of the other columns hold words; numbers stand on the right
+    caption: str | None = None  # line below it
 
 
 def open_console() -> Console:

@@ -1,4 +1,4 @@
-"""What one pair of an image and a text costs an M2-Encoder: parameters, operations, bytes kept for backward.
+"""Costs of one image-text pair in an M2-Encoder: parameters, operations, bytes kept for backward.
 
 Parameters are counted on the real model, built without memory; operations and activations are formulas, which tests
 hold against the real model. A pass encodes images and texts to the feature of token 0, as training does.

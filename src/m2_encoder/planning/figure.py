@@ -1,4 +1,4 @@
-"""Step time and throughput over world sizes as a picture; needs the extra `plot`."""
+"""A figure of step time and throughput over world sizes; needs the extra `plot`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time of collectives and of waiting for slow ranks: an alpha-beta model of two levels, nodes and what joins them.
+"""Time of collectives and of waiting for slow ranks: an alpha-beta model with links inside and between nodes.
 
 A ring of n ranks passes n - 1 messages one after the other. Each costs a latency (alpha), and the bytes cost the
 bandwidth (beta) of the slowest link. A ring through several nodes enters and leaves every node once, and the traffic

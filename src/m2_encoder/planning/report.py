@@ -41,7 +41,7 @@ def print_plan(
     cluster: str,
     train: str,
 ) -> None:
-    """Prints what was found, the best first, and what `train_overrides` says of it."""
+    """Print the predictions, the best first, and the m2-train command for the best one."""
     chosen = best[0]
     pair = (cost.forward_flops + cost.backward_flops) / 1e12
     lines = [
@@ -66,7 +66,7 @@ def print_plan(
 
 
 def _choice(setting: Setting, wish: Wish) -> str:
-    """What the table shows: a search, or the group size that was given, however few rows it contrasts."""
+    """The heading of the table: a search over group sizes, or the group size that was given."""
     if wish.group_size is None:
         return f"the fastest setting of each group size that contrasts {wish.contrasted_rows:,} rows or more"
     rows = setting.group_size * setting.micro_batches * setting.rows
@@ -128,7 +128,7 @@ def _part_rows(predictions: Sequence[Prediction], part: str, scale: float) -> li
 
 
 def train_overrides(cfg: Mapping[str, Any], setting: Setting, hardware: Hardware) -> str:
-    """What makes m2-train do what was planned."""
+    """The overrides with which m2-train uses a setting."""
     devices = min(setting.world_size, hardware.devices_per_node)
     words = [
         f"model={cfg['model']}",
@@ -163,10 +163,7 @@ def to_report(
         "by_group_size": [to_plain(item) for item in best],
         "baselines": {item.setting.method: to_plain(item) for item in baselines},
         "scaling": [
-            {
-                name: to_plain(value) if isinstance(value, Prediction) else value
-                for name, value in point._asdict().items()
-            }
+            {key: to_plain(value) if isinstance(value, Prediction) else value for key, value in point._asdict().items()}
             for point in scaling
         ],
         "model": dataclasses.asdict(cost),

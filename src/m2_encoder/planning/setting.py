@@ -1,4 +1,4 @@
-"""How a step is divided: over ranks, groups and micro-batches.
+"""The setting of a training step: ranks, groups and micro-batches.
 
 Legend: W world size · g ranks in a contrastive group · B rows of a rank in one micro-batch · k micro-batches of an
 optimizer step · M rows that are contrasted with each other.
@@ -13,7 +13,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.planning.hardware import Hardware
 
 PLANNED_METHODS = ("local_form", "local_loss", "full_logits")
-"""Methods of `communication.METHODS` whose time and memory are predicted, too."""
+"""The methods of `communication.METHODS` whose time and memory are predicted."""
 STRATEGIES = ("grouped_ddp", "grouped_fsdp")
 
 

@@ -21,9 +21,7 @@ _STATISTICS_BYTES = 8  # two logsumexps of a row
 _TRAFFIC_PER_LOGIT = {"full_logits": 36, "local_loss": 36, "local_form": 24}
 """Bytes of device memory that a logit moves, per direction. A materialised head moves 72 for a logit that serves both;
 a tile is written and read once in forward, and written, weighted and read twice in backward."""
-_OPTIMIZER_TRAFFIC = (
-    40  # bytes a parameter: AdamW reads p, g, m, v and writes p, m, v; clipping reads g twice, writes it
-)
+_OPTIMIZER_TRAFFIC = 40  # bytes a parameter: AdamW reads p, g, m, v, writes p, m, v; clipping reads g twice, writes it
 _BUCKET_BYTES = 25 * 2**20  # DDP's default
 
 

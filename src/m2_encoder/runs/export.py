@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from m2_encoder.checkpoints.card import build_card
-from m2_encoder.checkpoints.export import CardInfo, export_model
+from m2_encoder.checkpoints.card import CardInfo, build_card
+from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import load_model
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer

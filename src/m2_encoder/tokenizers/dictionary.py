@@ -1,7 +1,7 @@
 """jieba's dictionary, and files of more words for it.
 
-A file of words is read here and not by jieba, which takes whatever a line holds for a word: `笑脸 -5 n` for the word
-`笑脸 -5`, and a file with an old Mac's ends of lines for one word. What jieba reads as intended, it reads the same.
+Such a file is read here and not by jieba, which accepts any line: it takes `笑脸 -5 n` for the word `笑脸 -5`, and a
+file with the line ends of an old Mac for one word. Valid files are read as jieba reads them.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def read_user_words(path: str | os.PathLike[str]) -> list[UserWord]:
 
 
 def load_jieba(words: Iterable[UserWord] = ()) -> Any:
-    """A jieba tokenizer of our own, in about a second; jieba's shared one keeps a file in a folder open to everybody.
+    """A jieba tokenizer without its cache file, which lies in a folder that everybody may write; takes a second.
 
-    What jieba's model joins is no part of it: that of `HanWords` is.
+    It holds the dictionary alone; `HanWords` applies jieba's model.
 
     Raises:
         UserError: if jieba is not installed.

@@ -1,9 +1,9 @@
 """Words of runs of Chinese characters, as jieba finds them, several times faster.
 
-jieba looks for the path of dictionary words with the highest product of their frequencies, then lets a hidden Markov
-model join what is left as single characters. The path is found here, on jieba's own dictionary, in one pass with the
-logarithms taken beforehand and without its generality; the model is jieba's, but not the words that it must not join:
-jieba keeps one set of them for the whole process. The tests hold both to the same words.
+jieba finds the path of dictionary words with the highest product of their frequencies, then joins the remaining single
+characters by a hidden Markov model. Here the path is found on jieba's own dictionary in one pass, with precomputed
+logarithms. The model is jieba's; the words that it must not join are kept here, because jieba keeps one set of them for
+the whole process. Tests compare the words with jieba's.
 
 Source: jieba 0.42, accurate mode.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Set
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, groupby, pairwise, takewhile
 from math import log
 from operator import itemgetter
@@ -87,22 +87,23 @@ class HanWords:
         spans = (match.span() for match in pattern.finditer(text)) if pattern else ()
         return [span for span in spans if _is_whole(text, *span)]
 
-    def __reduce__(self) -> tuple[Callable[..., HanWords], tuple[object, ...]]:
-        return _rebuild, (self.user_dictionary, self.use_model, self._write)
+    def __reduce__(self) -> tuple[Callable[..., HanWords], tuple[()]]:
+        user_dictionary, use_model, write = self.user_dictionary, self.use_model, self._write
+        return partial(HanWords, user_dictionary=user_dictionary, use_model=use_model, write=write), ()
 
     def _cut(self, run: str) -> tuple[int, ...]:
         lexicon = self._lexicon or self._load()
         ends = _best_ends(run, lexicon)
         starts: list[int] = []
-        single = 0  # where the pending run of single characters begins
-        for start in _walk(ends):
+        start = single = 0  # of the word, and of the pending run of single characters
+        while start < len(run):
             end = ends[start]
-            if end - start == 1:
-                continue
-            if single < start:
-                starts += self._split_singles(run, single, start, lexicon)
-            starts.append(start)
-            single = end
+            if end - start > 1:
+                if single < start:
+                    starts += self._split_singles(run, single, start, lexicon)
+                starts.append(start)
+                single = end
+            start = end
         if single < len(run):
             starts += self._split_singles(run, single, len(run), lexicon)
         return tuple(starts)
@@ -141,10 +142,6 @@ class HanWords:
             return words
         written = self._write([word.text for word in words])
         return [word._replace(text=text) for word, text in zip(words, written, strict=True) if text]
-
-
-def _rebuild(user_dictionary: str | None, use_model: bool, write: Callable[[list[str]], list[str]] | None) -> HanWords:
-    return HanWords(user_dictionary=user_dictionary, use_model=use_model, write=write)
 
 
 def _join(run: str, apart: Set[str]) -> Iterator[int]:
@@ -186,13 +183,6 @@ def _best_ends(run: str, lexicon: _Lexicon) -> list[int]:
             score = scores(run[start:end])
         best[start] = lexicon.floor + best[start + 1] if highest is None else highest
     return ends
-
-
-def _walk(ends: list[int]) -> Iterable[int]:
-    start = 0
-    while start < len(ends):
-        yield start
-        start = ends[start]
 
 
 def _compile_others(words: Iterable[str]) -> re.Pattern[str] | None:

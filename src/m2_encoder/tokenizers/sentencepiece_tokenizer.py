@@ -1,7 +1,6 @@
 """Text to token ids with one SentencePiece file, exactly as the official tokenizer does it.
 
-The official tokenizer is a Python class on an old tokenizer library. Its behaviour is a short recipe on
-SentencePiece alone, and that recipe is this module; the parity tests hold it to the official ids:
+The recipe (parity tests compare its ids with the official ones):
 
 1. literal special pieces (`[CLS]`, `<|endoftext|>`, `[MASK]`, `[UNK]`) are cut out of the text and become
    their ids; the white space next to them is dropped;
@@ -55,9 +54,8 @@ class SentencePieceTokenizer:
     work with the same class, if the latter has `[CLS]`, `<|endoftext|>` and `[MASK]` as user-defined symbols.
     `[UNK]` and `<|blank_2|>` … `<|blank_10|>` are used where the model has them.
 
-    Lone surrogates (half of an emoji, as careless truncation leaves them) are not text and have no UTF-8
-    form. They become U+FFFD, the replacement character, as Unicode prescribes; a pair of surrogates becomes
-    its character.
+    Lone surrogates (half of an emoji, as careless truncation leaves them) have no UTF-8 form and become U+FFFD, the
+    replacement character; a pair of surrogates becomes its character.
 
     Args:
         path_or_bytes: a SentencePiece `.model` file, or its content.
@@ -180,10 +178,7 @@ class SentencePieceTokenizer:
         return rows
 
     def split(self, text: str) -> list[str]:
-        """The normalised text, cut into what each id of `encode(text)` stands for.
-
-        It is the piece of the id, but for unknown ones: there it is the text, which the id does not tell.
-        """
+        """The piece of each id of `encode(text)`; for unknown ids the normalised text that they stand for."""
         plans, segments = self._plan([text])
         cut = iter([self._processor.encode(self._name_blanks(segment), out_type=str) for segment in segments])
         parts: list[str] = []
@@ -271,10 +266,8 @@ class SentencePieceTokenizer:
             if position % 2:
                 plan.append(self._literal_ids[part])
                 continue
-            if position > 0:
-                part = part.lstrip()
-            if position < last:
-                part = part.rstrip()
+            part = part.lstrip() if position > 0 else part
+            part = part.rstrip() if position < last else part
             if part:
                 segments.append(part)
                 plan.append(None)

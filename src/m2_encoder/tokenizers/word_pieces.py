@@ -1,15 +1,14 @@
 """Which word each piece of a text belongs to, for masking whole words.
 
-SentencePiece normalises a text and cuts it into pieces; joined again they *are* the normalised text, so words are
-looked for there, and no offsets into the original are needed: full-width letters, ligatures, combining marks,
-zero-width and control characters have already become what the model sees. Words are
+SentencePiece normalises a text and cuts it into pieces, which joined are the normalised text. Words are found there, so
+no offsets into the original are needed. Words are
 
 * of Chinese characters: as jieba cuts them (`HanWords`), and in such texts its entries with letters, as T恤;
 * letters and digits in a row, with their accents, an apostrophe inside (don't), a sign between digits (3.14, 10:30);
 * any other character: punctuation, an emoji with what modifies it, several of the same in a row (……).
 
-A word is a run of pieces. Where a piece reaches over the border of two words, both are one word here, because a word
-is masked whole or not at all; BPE does that with frequent neighbours, as 红色的 of the official vocabulary.
+A word is a run of pieces. Words that share a piece count as one, because a word is masked whole or not at all; BPE
+makes such pieces of frequent neighbours, as 红色的 of the official vocabulary.
 
 Legend: B texts · T tokens of the longest text, template included.
 """
@@ -20,7 +19,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -135,10 +134,10 @@ class WordSegmenter:
             mask[row, : len(pieces) + 2] = True
         return WordPieces(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(words))
 
-    def __reduce__(
-        self,
-    ) -> tuple[Callable[..., WordSegmenter], tuple[SentencePieceTokenizer, str | None, bool]]:
-        return _rebuild, (self.tokenizer, self._han.user_dictionary, self._han.use_model)
+    def __reduce__(self) -> tuple[Callable[..., WordSegmenter], tuple[SentencePieceTokenizer]]:
+        han = self._han
+        make = partial(WordSegmenter, user_dictionary=han.user_dictionary, use_model=han.use_model)
+        return make, (self.tokenizer,)
 
     def _words_of(self, text: str, ids: list[int]) -> list[int]:
         """Word number of each piece of a text, before truncation."""
@@ -222,10 +221,6 @@ def special_ids(tokenizer: SentencePieceTokenizer) -> frozenset[int]:
     named = (index for index, piece in enumerate(pieces) if _SPECIAL.fullmatch(piece) and not _BYTE.fullmatch(piece))
     own = (tokenizer.unknown_id, tokenizer.cls_id, tokenizer.end_id, tokenizer.mask_id)
     return frozenset((*named, *tokenizer.textless_ids, *own))
-
-
-def _rebuild(tokenizer: SentencePieceTokenizer, user_dictionary: str | None, use_model: bool) -> WordSegmenter:
-    return WordSegmenter(tokenizer, user_dictionary=user_dictionary, use_model=use_model)
 
 
 def _leading_spaces(text: str) -> int:

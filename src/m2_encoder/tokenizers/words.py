@@ -1,7 +1,4 @@
-"""Words of captions in both languages: Chinese has no spaces, so jieba finds them.
-
-jieba takes about a second to read its dictionary, at the first Chinese text.
-"""
+"""Words of captions in both languages; Chinese ones are cut by jieba, whose dictionary takes a second to load."""
 
 from __future__ import annotations
 

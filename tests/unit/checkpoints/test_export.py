@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from m2_encoder import CheckpointError, M2Encoder, UserError, load
-from m2_encoder.checkpoints.export import CardInfo, DataSource, export_model, model_card
+from m2_encoder.checkpoints.card import CardInfo, DataSource, model_card
+from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import save_safetensors
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.closeness import assert_close_in_ulps

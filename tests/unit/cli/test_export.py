@@ -115,7 +115,7 @@ def test_existing_export_needs_overwrite(start: Start, capsys: pytest.CaptureFix
 
 
 def test_damaged_summary_is_named(run_folder: Path) -> None:
-    (run_folder / "summary.json").write_text("{}", encoding="utf-8")
+    (run_folder / "summary.json").write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match=r"summary\.json"):
         read_metrics(run_folder / "summary.json")
 

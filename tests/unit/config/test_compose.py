@@ -14,7 +14,7 @@ from m2_encoder.cli import commands
 from m2_encoder.config import validate
 from m2_encoder.config.command import run_command
 from m2_encoder.config.compose import Composition, open_composer
-from m2_encoder.config.problems import format_problem
+from m2_encoder.errors import UserError
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
@@ -138,7 +138,26 @@ def test_an_option_without_its_name(own: Path, lines: list[str], capsys: pytest.
 def test_an_entry_of_no_option_is_named(tmp_path: Path) -> None:
     found = compose(CONF, "+objective.cmml={weight: 0.5}", f"run.folder={tmp_path}")
     assert found.problems == []
-    (problem,) = validate.validate_train(found.cfg)
-    assert format_problem(problem).startswith(
-        "objective.cmml={weight: 0.5}: must have a _target_; choose cmml in objective=[...]"
-    )
+    (problem,) = found.without_echoes(validate.validate_train(found.cfg))
+    assert problem.startswith("objective.cmml={weight: 0.5}: must have a _target_; choose cmml in objective=[...]")
+
+
+@pytest.mark.parametrize(
+    ("lines", "softness"),
+    [
+        ([], [[0, 0.0], [500, 0.2]]),
+        (["softness=0.3"], 0.3),
+        (["softness=null", "softness=[[0,0.1]]"], [[0, 0.1]]),
+    ],
+)
+def test_mappings_by_step_of_an_old_configuration(tmp_path: Path, lines: list[str], softness: object) -> None:
+    (tmp_path / "config.yaml").write_text("softness: {0: 0.0, 500: 0.2}\n", encoding="utf-8")
+    with open_composer(tmp_path, "config") as composer:
+        found = composer.compose(lines)
+    assert (found.problems, found.cfg) == ([], {"softness": softness})
+
+
+def test_a_list_in_place_of_a_mapping_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("softness: {0: 0.0, 500: 0.2}\n", encoding="utf-8")
+    with open_composer(tmp_path, "config") as composer, pytest.raises(UserError, match="or softness=null first"):
+        composer.compose(["softness=[[0,0.1]]"])

@@ -10,6 +10,7 @@ import torch
 
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
+from m2_encoder.config.problems import format_problem
 
 Problems = Callable[..., list[str]]
 OWN = "tests.support.own_objectives"
@@ -24,7 +25,8 @@ def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Probl
             composition = composer.compose(
                 ["+experiment=smoke", f"run.folder={outputs}", *lines, "logger=csv", "trainer.accelerator=cpu"]
             )
-        return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
+        found = map(format_problem, validate.validate_train(composition.cfg))
+        return composition.without_echoes([*composition.problems, *found])
 
     return find
 
@@ -55,7 +57,7 @@ def test_an_objective_of_ones_own_is_built_once_in_vain(problems: Problems) -> N
         return problems(f"+objective.mine={{_target_: {OWN}.{name}, weight: 1.0{more}}}")
 
     assert of("WideOnly") == ["objective.mine: embed_dim=64 is too narrow; use 1000 or more"]
-    assert of("Picky", ", margin: -1") == ["objective.mine: margin=-1 must be 0 or more"]
+    assert of("Picky", ", margin: -1") == ["objective.mine.margin=-1: must be 0 or more"]
     assert problems(f"+objective.mine={{_target_: {OWN}.make_nothing}}") == [
         f"objective.mine._target_={OWN}.make_nothing: makes no objective; "
         "name a subclass of m2_encoder.objectives.base.Objective"

@@ -11,6 +11,7 @@ from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config import validate
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.overrides import quote_unreadable
+from m2_encoder.config.problems import format_problem
 
 Problems = Callable[..., list[str]]
 
@@ -23,7 +24,8 @@ def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Probl
         given = [quote_unreadable(line) for line in (f"run.folder={outputs}", *lines)]
         with open_composer(repo_root / "conf", TRAIN.config_name) as composer:
             composition = composer.compose([*given, "logger=csv", "trainer.accelerator=cpu"])
-        return composition.without_echoes([*composition.problems, *validate.validate_train(composition.cfg)])
+        found = map(format_problem, validate.validate_train(composition.cfg))
+        return composition.without_echoes([*composition.problems, *found])
 
     return find
 

@@ -58,7 +58,15 @@ def test_help_needs_no_torch(entry: str, arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["optimizer.lr=-1", "optimzer.lr=1", "model=huge", "model.image_size=65", "+experiment=emoji seed=-1"]
+    "line",
+    [
+        "optimizer.lr=-1",
+        "optimzer.lr=1",
+        "model=huge",
+        "model.image_size=65",
+        "trainer.max_steps=0",
+        "+experiment=emoji trainer.accelerator=cpu seed=-1",
+    ],
 )
 def test_the_refusal_of_a_value_needs_no_lightning(line: str) -> None:
     code, found = load("commands:TRAIN", *line.split())

@@ -1,7 +1,7 @@
-"""False negatives: samples of one batch that a contrastive loss pushes apart although they say the same.
+"""False negatives: samples of one batch that a contrastive loss pushes apart although their content is the same.
 
 Two samples that share a caption or an image, and are not marked as the same content (`identity`), are false negatives
-of each other when a batch holds both. A sample with k captions speaks one of them, each with probability 1/k.
+of each other when a batch holds both. A batch samples one of a sample's k captions, each with probability 1/k.
 
 For samples i and j let p_ij be the probability that they are false negatives of each other:
 
@@ -60,18 +60,16 @@ def expect_false_negatives(
     if n < 2 or batch_size < 2:
         return FalseNegatives(batch_size, 0.0, 0.0, 0.0, 0.0)
     weights: Floats = 1.0 / np.bincount(row_of_caption, minlength=n)[row_of_caption]
-    ones = np.ones(n)
 
     def others(keys: Hashes, of: npt.NDArray[np.int64] | None = None) -> Floats:
-        """For each sample, how many others share a key with it, on average over what it may say."""
+        """For each sample, how many others share a key with it, on average over its captions."""
         if of is None:
-            return _sum_of_others(keys, ones)
+            return _sum_of_others(keys, np.ones(n))
         return np.asarray(np.bincount(of, _sum_of_others(keys, weights), minlength=n), np.float64)
 
     rows = row_of_caption
-    marked = mix_hashes(images, identities)
     by_caption = others(captions, rows) - others(mix_hashes(captions, identities[rows]), rows)
-    by_image = others(images) - others(marked)
+    by_image = others(images) - others(mix_hashes(images, identities))
     both = mix_hashes(captions, images[rows])
     by_both = others(both, rows) - others(mix_hashes(both, identities[rows]), rows)
     colliding = np.clip(by_caption + by_image - by_both, 0, n - 1)  # rounding leaves -1e-16

@@ -1,4 +1,4 @@
-"""A source as a picture; needs the extra `plot`."""
+"""A figure of a source's statistics; needs the extra `plot`."""
 
 from __future__ import annotations
 

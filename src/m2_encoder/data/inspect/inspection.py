@@ -1,7 +1,6 @@
-"""What the samples of a source look like, and what is wrong with them: the measurements behind `m2-data check`.
+"""Measurements and faults of the samples of a shard, for `m2-data check`.
 
-A shard is inspected by itself, in any process: all its headers, and some or all of its samples. Samples are read,
-their captions parsed and their images checked exactly as training does it.
+All headers of a shard are inspected, and some or all of its samples: read, parsed and checked exactly as in training.
 """
 
 from __future__ import annotations
@@ -110,7 +109,7 @@ class ShardInspection(NamedTuple):
 
 
 def inspect_shard(task: ShardTask) -> ShardInspection:
-    """Look at one shard; whatever is in it, or if it is not there, becomes a fault."""
+    """Inspect one shard; anything wrong with it, even that it is missing, becomes a fault."""
     faults = _Faults(task.path)
     seen = _Seen(task.path)
     shard = None
@@ -161,7 +160,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
 def find_captions(
     path: str, wanted: Sequence[int], options: InspectionOptions, *, remote: RemoteShards | None = None
 ) -> dict[int, str]:
-    """Texts of a shard by their hash, those that are wanted; what cannot be read is left out."""
+    """The wanted captions of a shard, by hash; samples that cannot be read are left out."""
     left, found = set(wanted), {}
     with closing(_open(path, remote)) as shard:
         for number in _choose(len(shard.index), options.samples_per_shard):
@@ -205,7 +204,7 @@ class _Faults:
 
 
 class _Seen:
-    """What the usable samples of a shard are like."""
+    """Collects properties of the usable samples of a shard."""
 
     def __init__(self, shard: str) -> None:
         self._shard = shard

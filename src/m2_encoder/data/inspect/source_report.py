@@ -1,4 +1,4 @@
-"""Whether a source can be trained on: the findings of `m2-data check`, and the same for the start of a training run."""
+"""Whether a source can be trained on: findings of `m2-data check` and of the check at the start of training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CaptionSummary(NamedTuple):
 
 
 class Repetition(NamedTuple):
-    """How often the same comes again."""
+    """How often the same caption or image occurs."""
 
     total: int  # things inspected
     distinct: int  # different ones
@@ -113,7 +113,7 @@ class SourceReport(NamedTuple):
 def check_source(
     survey: Survey, *, batch_size: int, num_frequent: int = 10, languages: Sequence[str] = LANGUAGES
 ) -> SourceReport:
-    """Sum up a survey and judge it.
+    """Sum up a survey, with problems and warnings.
 
     `batch_size` counts rows contrasted with each other, over all ranks; `languages` are those that captions should
     have.

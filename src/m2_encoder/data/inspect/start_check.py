@@ -1,6 +1,6 @@
-"""The checks at the start of training: `m2-data check` on a small part of each source, with the run's own settings.
+"""Checks of each source at the start of training: `m2-data check` on a small part of it, with the run's settings.
 
-A run that could learn nothing, or that would end for its unusable samples, is refused before it costs anything.
+A run that could learn nothing, or that would end for its unusable samples, is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
 from m2_encoder.types import LANGUAGES
 
-_DECODED_SHARE = 8  # of the samples that are read, every so many-th image is decoded, which takes most of the time
+_DECODED_SHARE = 8  # of 8 samples that are read, one image is decoded, which takes most of the time
 _SIGMAS = 3.0  # by which a share must exceed its limit: a part of a source tells it with an error
 _LEAST_READ = 50  # samples, below which a share says nothing about the source
 
@@ -45,7 +45,7 @@ class StartCheck:
 
 
 class TrainingNeeds(NamedTuple):
-    """What a run wants of its sources."""
+    """What a run requires of its sources."""
 
     global_batch_size: int  # rows of a step over all ranks
     languages: tuple[str, ...]  # those with a weight; a sample needs a caption in one of them
@@ -143,10 +143,7 @@ def _judge_languages(report: SourceReport, survey: Survey, languages: Sequence[s
     missing = 1 - _share_in(survey, languages)
     found = ", ".join(report.languages)
     if missing == 1:
-        return _with(
-            report,
-            problems=[f"no caption in {wanted}; its captions are in {found}: give {found} a weight"],
-        )
+        return _with(report, problems=[f"no caption in {wanted}; its captions are in {found}: give {found} a weight"])
     if missing:
         return _with(report, warnings=[f"{missing:.1%} of the samples have no caption in {wanted}, and are replaced"])
     return report

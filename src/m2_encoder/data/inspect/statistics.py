@@ -1,4 +1,4 @@
-"""Distributions of a source's captions, images and duplicates: the numbers behind `m2-data stats` and its picture."""
+"""Distributions of a source's captions, images and duplicates, for `m2-data stats` and its figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A look at some shards of a source: what `m2-data check`, `m2-data stats` and the start of training judge."""
+"""Inspect some shards of a source, for `m2-data check`, `m2-data stats` and the start of training."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def survey_source(
     remote: RemoteShards | None = None,
     report: Callable[[ShardInspection], None] = lambda _: None,
 ) -> Survey:
-    """Look at the shards of a source, or at some of them, evenly spread.
+    """Inspect the shards of a source, or some of them, evenly spread.
 
     `max_shards=None` takes all, `workers=0` works in this process, and `report` is called with each shard, in order.
 
     Raises:
-        UserError: if words shall be counted without jieba, the tokenizer is none, or there is no place for copies.
+        UserError: if jieba is missing for words, the tokenizer is invalid, or remote shards have no folder for copies.
     """
     count = len(shards) if max_shards is None else min(max_shards, len(shards))
     chosen = [shards[(2 * i + 1) * len(shards) // (2 * count)] for i in range(count)]

@@ -1,4 +1,4 @@
-"""What is in a source, on the terminal."""
+"""Tables of a source report, for the terminal."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Rows of CSV and TSV files as people write them: quoted by RFC 4180, or with quotation marks that mean nothing.
+"""Rows of CSV and TSV files, quoted by RFC 4180 or with stray quotation marks.
 
-`csv.reader` lets a quotation mark that is never closed swallow all lines up to the next one, without a word: one
-caption such as `"Big` in a TSV costs the rows behind it. Here a line whose quotation makes no sense is taken as it is.
+`csv.reader` reads a quotation mark that is never closed up to the next one: a caption such as `"Big` in a TSV silently
+costs the rows behind it. Here a line whose quotation is invalid is split at its delimiters alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _MAX_LINES = 100  # of one row
 
 
 def read_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, ...]]:
-    """Split lines into rows; the first one is the header, blank lines are left out.
+    """Split lines into rows, the header first; blank lines are left out.
 
-    The first row is the header. A row has as many fields as its line, whatever the header has.
+    A row has as many fields as its line, whatever the header has.
     """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     source = iter(lines)

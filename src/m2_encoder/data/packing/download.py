@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import time
 import urllib.error
@@ -50,21 +51,14 @@ def fetch(url: str, options: DownloadOptions) -> bytes:
         SampleProblem: remote_timeout (too slow, or nobody answers), remote_incomplete (broke off, or the server has
             a fault), missing_image (it is not there), wrong_type (no web address, or too large).
     """
-    result = _try(url, options)
     for attempt in range(options.retries):
-        if isinstance(result, _Retry):
-            time.sleep(min(options.wait_s * 2**attempt, _LONGEST_WAIT_S))
-            result = _try(url, options)
-    if isinstance(result, _Retry):
-        raise result.problem from result
-    return result
-
-
-def _try(url: str, options: DownloadOptions) -> bytes | _Retry:
+        with contextlib.suppress(_Retry):
+            return _fetch_once(url, options)
+        time.sleep(min(options.wait_s * 2**attempt, _LONGEST_WAIT_S))
     try:
         return _fetch_once(url, options)
     except _Retry as retry:
-        return retry
+        raise retry.problem from retry
 
 
 def _fetch_once(url: str, options: DownloadOptions) -> bytes:

@@ -1,4 +1,4 @@
-"""The bytes that go into a shard: those of the source, unless another size or kind is wanted."""
+"""Image files for shards: the source's bytes, or encoded again where size or format must change."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class PreparedImage(NamedTuple):
 def prepare_image(content: bytes, options: ImageOptions) -> PreparedImage:
     """Check an image and, where asked for, reduce or encode it again.
 
-    A kind that shards do not hold (GIF, BMP, TIFF, AVIF, …) becomes PNG without loss, its first frame. Grey levels of
-    16 bits become 8, because decoders clip them, and training would see a white area. Encoding again applies the EXIF
-    orientation, because the result has no EXIF. Images with alpha are encoded as PNG.
+    The first frame of other formats (GIF, BMP, TIFF, AVIF, …) becomes PNG without loss. Grey levels of 16 bits become
+    8, because decoders would clip them to white. Encoding again applies the EXIF orientation, because the result has no
+    EXIF. Images with alpha are encoded as PNG.
 
     Raises:
         SampleProblem: as `read_image_facts`.

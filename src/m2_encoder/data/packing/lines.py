@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from m2_encoder.data.packing.listed import batched, hash_json
-from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row, stamp_images
+from m2_encoder.data.packing.records import Columns, Failure, Record, read_row, stamp_images
 from m2_encoder.data.samples.language import detect_language
 from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, read_captions
 from m2_encoder.errors import UserError
@@ -48,20 +48,14 @@ class JsonLinesSlice:
 
     def read(self) -> Iterator[Record | Failure]:
         """Parse the lines."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            content = file.read(self.size)
-        for number, line in enumerate(_split_lines(content), start=self.first_line):
+        for number, line in enumerate(_read_lines(self.path, self.offset, self.size), start=self.first_line):
             if not line.strip():
                 continue
             name = f"{Path(self.path).name}: line {number}"
             try:
-                record = read_row(parse_json_object(line), self.columns, name)
+                yield read_row(parse_json_object(line), self.columns, name, self.root)
             except SampleProblem as problem:
-                record = Failure(name, problem.reason, problem.detail)
-            if isinstance(record, Record) and isinstance(record.image, str):
-                record = record._replace(image=image_path(record.image, self.root))
-            yield record
+                yield Failure(name, problem.reason, problem.detail)
 
 
 def slice_json_lines(
@@ -77,14 +71,10 @@ def slice_json_lines(
     for path in paths:
         with path.open("rb") as file:
             _check_start(path, file, columns)
-            offset, first_line = 0, 1
-            for lines in batched(file, size):
-                content = b"".join(lines)
-                digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+            for offset, length, digest, first_line, lines in _slices(file, size):
                 yield JsonLinesSlice(
-                    root or str(path.parent), str(path), offset, len(content), first_line, len(lines), digest, columns
+                    root or str(path.parent), str(path), offset, length, first_line, len(lines), digest, columns
                 )
-                offset, first_line = offset + len(content), first_line + len(lines)
 
 
 def _check_start(path: Path, file: BinaryIO, columns: Columns) -> None:
@@ -132,13 +122,9 @@ class ChineseClipSlice:
 
     def read(self) -> Iterator[Record | Failure]:
         """Decode the images."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            content = file.read(self.size)
         file_name = Path(self.path).name
-        for number, (line, texts) in enumerate(
-            zip(_split_lines(content), self.texts, strict=True), start=self.first_line
-        ):
+        lines = _read_lines(self.path, self.offset, self.size)
+        for number, (line, texts) in enumerate(zip(lines, self.texts, strict=True), start=self.first_line):
             yield self._read_line(line, texts, f"{file_name}: line {number}")
         for key in self.unseen:
             yield Failure(f"image {key}", "missing_image", f"texts name it, {file_name} does not have it")
@@ -182,17 +168,15 @@ def slice_chinese_clip(
     by_image = _read_texts(texts)
     taken: set[str] = set()
     with images.open("rb") as file:
-        offset, first_line = 0, 1
-        for lines in batched(file, size):
-            content = b"".join(lines)
-            digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        end = next_line = 0
+        for offset, length, digest, first_line, lines in _slices(file, size):
             captions = tuple(_take(line, by_image, taken) for line in lines)
-            yield ChineseClipSlice(str(images), offset, len(content), digest, first_line, captions, (), language)
-            offset, first_line = offset + len(content), first_line + len(lines)
-    if offset == 0:
+            yield ChineseClipSlice(str(images), offset, length, digest, first_line, captions, (), language)
+            end, next_line = offset + length, first_line + len(lines)
+    if not end:
         raise UserError(f"{images}: is empty; a line is id<TAB>base64")
     for group in batched(sorted(set(by_image) - taken), size):
-        yield ChineseClipSlice(str(images), offset, 0, "", first_line, (), group, language)
+        yield ChineseClipSlice(str(images), end, 0, "", next_line, (), group, language)
 
 
 def _take(line: bytes, by_image: Mapping[str, list[str]], taken: set[str]) -> tuple[str, ...] | None:
@@ -228,7 +212,19 @@ def _parse_text_line(line: bytes, where: str) -> tuple[str, list[Any]]:
     return text, keys
 
 
-def _split_lines(content: bytes) -> list[bytes]:
-    """Lines as iterating over a file gives them: they end with a line feed alone."""
+def _slices(file: BinaryIO, size: int) -> Iterator[tuple[int, int, str, int, tuple[bytes, ...]]]:
+    """Offset, length, hash, first line number and lines of each run of `size` lines of a file."""
+    offset, first_line = 0, 1
+    for lines in batched(file, size):
+        content = b"".join(lines)
+        yield offset, len(content), hashlib.blake2b(content, digest_size=16).hexdigest(), first_line, lines
+        offset, first_line = offset + len(content), first_line + len(lines)
+
+
+def _read_lines(path: str, offset: int, size: int) -> list[bytes]:
+    """Lines in a part of a file, as iterating over it gives them: they end with a line feed alone."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
     lines = content.split(b"\n")
     return lines[:-1] if content.endswith(b"\n") else lines if content else []

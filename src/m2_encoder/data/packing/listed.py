@@ -1,4 +1,4 @@
-"""Sources whose records are known by name alone: folders of images, and CSV tables."""
+"""Sources that list their records: folders of images, and CSV tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from m2_encoder.data.packing.csv_rows import read_rows
-from m2_encoder.data.packing.records import Columns, Failure, Record, image_path, read_row, stamp_files, stamp_images
+from m2_encoder.data.packing.records import Columns, Failure, Record, read_row, stamp_files, stamp_images
 from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text
 from m2_encoder.errors import UserError
 
@@ -158,10 +158,7 @@ class RowSlice:
             if len(row) != len(self.header):
                 yield Failure(name, "wrong_type", f"{len(row)} fields, the header has {len(self.header)}")
             else:
-                record = read_row(dict(zip(self.header, row, strict=True)), self.columns, name)
-                if isinstance(record, Record) and isinstance(record.image, str):
-                    record = record._replace(image=image_path(record.image, self.root))
-                yield record
+                yield read_row(dict(zip(self.header, row, strict=True)), self.columns, name, self.root)
 
 
 def slice_csv(paths: Sequence[Path], size: int, columns: Columns, *, root: str | None = None) -> Iterator[RowSlice]:

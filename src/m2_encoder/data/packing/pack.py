@@ -1,4 +1,4 @@
-"""Sources to WebDataset tars: in parallel, restartable at any point, the same bytes whatever the number of workers."""
+"""Pack a source into WebDataset tars: in parallel, restartable, with the same bytes for any number of workers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,14 @@ from typing import Any, NamedTuple
 from m2_encoder.data.packing.download import DownloadOptions
 from m2_encoder.data.packing.encoding import ImageOptions
 from m2_encoder.data.packing.listed import hash_json
-from m2_encoder.data.packing.shards import (
-    MARKER_FOLDER,
-    ShardResult,
-    ShardTask,
-    read_marker,
-    write_shard,
-)
+from m2_encoder.data.packing.shards import MARKER_FOLDER, ShardResult, ShardTask, read_marker, write_shard
 from m2_encoder.data.packing.sources import Source
 from m2_encoder.data.worker_pool import map_in_processes
 from m2_encoder.errors import UserError
 from m2_encoder.files import atomic_file, write_json
 
 SUMMARY_FILE = "pack.json"
-"""Names the shards of a finished output, and counts what is in them."""
+"""File with the shards of a finished output and their sample counts."""
 
 FAILURES_FILE = "failures.jsonl"
 """One line for each record that is missing from a finished output: name, reason, detail."""

@@ -1,7 +1,6 @@
-"""What is packed: records of any kind of source, cut into slices that become one shard each.
+"""Records of any kind of source, and the slices of records that become one shard each.
 
-The main process cuts a source into slices without looking into them more than it must; workers read, check and
-write. A slice is small to send: paths, offsets, or rows of a table of names.
+The main process cuts a source into slices of paths, offsets or names; workers read, check and write the records.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ KNOWN_COLUMNS = {
     "key": ("key", "id", "image_id", "sample_id"),
     "language": ("language", "lang"),
 }
-"""Names of columns that are found without being told, the first one that has a value."""
+"""Names under which columns are found by default; the first one that has a value counts."""
 
 URL_SCHEMES = ("http://", "https://")
 
@@ -112,15 +111,16 @@ class Columns(NamedTuple):
             raise UserError(f"{where}: no column {missing[0]!r} for columns.extra; it has {_show_names(present)}")
 
 
-def read_row(row: Mapping[str, Any], columns: Columns, name: str) -> Record | Failure:
-    """Turn a row of a table into a record; a wrong one into a failure."""
+def read_row(row: Mapping[str, Any], columns: Columns, name: str, root: str) -> Record | Failure:
+    """A row of a table as a record, or as a failure; relative paths of images count from `root`."""
     try:
         image = _image_of(columns.find(row, "image"))
         captions = _captions_of(row, columns)
         key = columns.find(row, "key")
         # The same file in two rows is the same picture, also where nobody gives it a key.
         identity = read_identity({"key": image if key is None and isinstance(image, str) else key})
-        return Record(name, image, captions, identity, {item: row[item] for item in columns.extra if item in row})
+        located = image_path(image, root) if isinstance(image, str) else image
+        return Record(name, located, captions, identity, {item: row[item] for item in columns.extra if item in row})
     except SampleProblem as problem:
         return Failure(name, problem.reason, problem.detail)
 
@@ -137,7 +137,7 @@ def stamp_images(records: Iterable[Record | Failure]) -> str:
 
 
 def stamp_files(paths: Iterable[str]) -> str:
-    """A word for the sizes and times of writing of files, those that are missing included; "" for no files."""
+    """Hash of the sizes and modification times of files, missing ones included; "" for no files."""
     digest = hashlib.blake2b(digest_size=16)
     is_empty = True
     for path in paths:

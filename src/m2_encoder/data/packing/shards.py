@@ -27,7 +27,7 @@ _KEY_DIGITS = 9
 
 
 class ShardTask(NamedTuple):
-    """What one worker does at a time."""
+    """One shard to pack."""
 
     records: Slice
     first: int  # number of the first record in the whole source
@@ -44,7 +44,7 @@ class ShardTask(NamedTuple):
 
 
 class ShardResult(NamedTuple):
-    """What became of a slice; this is what its marker holds."""
+    """The result of packing a slice, as its marker stores it."""
 
     name: str
     fingerprint: str

@@ -47,13 +47,8 @@ class ParquetSlice:
 
     def read(self) -> Iterator[Record | Failure]:
         """Read the rows, a few at a time."""
-        number = self.first_row
-        for row in self._rows(self.names):
-            record = read_row(row, self.columns, f"{Path(self.path).name}: row {number}")
-            if isinstance(record, Record) and isinstance(record.image, str):
-                record = record._replace(image=image_path(record.image, self.root))
-            yield record
-            number += 1
+        for number, row in enumerate(self._rows(self.names), start=self.first_row):
+            yield read_row(row, self.columns, f"{Path(self.path).name}: row {number}", self.root)
 
     def _rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         import pyarrow

@@ -46,49 +46,29 @@ _COLUMN_WIDTH = _QUERY_WIDTH + _HITS_WIDTH
 
 
 class Hit(NamedTuple):
-    """One image that was found.
+    """One image that was found."""
 
-    Attributes:
-        image: (3, S, S) uint8.
-        score: cosine of image and query.
-        is_right: whether it is what the query asks for.
-    """
-
-    image: Tensor
-    score: float
-    is_right: bool
+    image: Tensor  # (3, S, S) uint8
+    score: float  # cosine of image and query
+    is_right: bool  # whether it is what the query asks for
 
 
 class GalleryRow(NamedTuple):
-    """One query and what it finds.
+    """One query and what it finds."""
 
-    Attributes:
-        query: the text.
-        hits: the first images, best first.
-        rank: rank of the best right image, from 1; None for a free query, which has no right one.
-    """
-
-    query: str
-    hits: tuple[Hit, ...]
-    rank: int | None
+    query: str  # the text
+    hits: tuple[Hit, ...]  # the first images, best first
+    rank: int | None  # rank of the best right image, from 1; None for a free query, which has no right one
 
 
 class GallerySection(NamedTuple):
-    """Queries against one set of images.
+    """Queries against one set of images."""
 
-    Attributes:
-        title: what is asked of the model.
-        note: what the images are.
-        columns: by language, rows of the same number.
-        figures: by language, what stands over its column, such as its recalls.
-        num_images: images searched.
-    """
-
-    title: str
-    note: str
-    columns: dict[str, tuple[GalleryRow, ...]]
-    figures: dict[str, str]
-    num_images: int
+    title: str  # what is asked of the model
+    note: str  # what the images are
+    columns: dict[str, tuple[GalleryRow, ...]]  # by language, rows of the same number
+    figures: dict[str, str]  # by language, what stands over its column, such as its recalls
+    num_images: int  # images searched
 
 
 def find_concepts(

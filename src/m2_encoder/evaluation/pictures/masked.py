@@ -36,39 +36,25 @@ _BLANK = "(blank)"
 
 
 class Words(NamedTuple):
-    """A stretch of a caption.
+    """A stretch of a caption."""
 
-    Attributes:
-        text: visible, or what the model says in place of what is hidden.
-        is_right: whether it says the hidden words; None for visible ones.
-    """
-
-    text: str
-    is_right: bool | None = None
+    text: str  # visible, or what the model says in place of what is hidden
+    is_right: bool | None = None  # whether it says the hidden words; None for visible ones
 
 
 class PredictedCaption(NamedTuple):
-    """A caption and what a model reads in it.
+    """A caption and what a model reads in it."""
 
-    Attributes:
-        text: as it is.
-        words: with predictions in place of hidden words; empty if none were hidden.
-    """
-
-    text: str
-    words: tuple[Words, ...]
+    text: str  # as it is
+    words: tuple[Words, ...]  # with predictions in place of hidden words; empty if none were hidden
 
 
 class MaskedRow(NamedTuple):
-    """One image.
+    """One image."""
 
-    Attributes:
-        pictures: by the heading of their column, (3, S, S) uint8 each; the same columns in every row.
-        captions: by language.
-    """
-
+    # by the heading of their column, (3, S, S) uint8 each; the same columns in every row
     pictures: Mapping[str, Tensor]
-    captions: Mapping[str, PredictedCaption]
+    captions: Mapping[str, PredictedCaption]  # by language
 
 
 def draw_masked_page(path: Path, rows: Sequence[MaskedRow], *, title: str, subtitle: str, note: str) -> Path:

@@ -14,19 +14,12 @@ _MARGIN, _CARD, _GAP, _PADDING, _HEAD, _SECTION_HEAD, _LABEL = 40, 76, 10, 20, 9
 
 
 class ReconstructedImages(NamedTuple):
-    """Images of one set.
+    """Images of one set."""
 
-    Attributes:
-        title: what they are.
-        note: numbers of the whole set.
-        original: (n, 3, S, S) uint8.
-        drawn: as given back, (n, 3, S, S) uint8.
-    """
-
-    title: str
-    note: str
-    original: Tensor
-    drawn: Tensor
+    title: str  # what they are
+    note: str  # numbers of the whole set
+    original: Tensor  # (n, 3, S, S) uint8
+    drawn: Tensor  # as given back, (n, 3, S, S) uint8
 
 
 def draw_reconstructions(path: Path, sets: Sequence[ReconstructedImages], *, title: str, subtitle: str) -> Path:

@@ -25,46 +25,29 @@ _FIRST_LANGUAGE = "zh"  # on the left and above, where both are shown
 
 
 class RunFacts(NamedTuple):
-    """What pictures say of the run that trained a model.
+    """What pictures say of the run that trained a model."""
 
-    Attributes:
-        name: of the run.
-        model: name of the architecture.
-        steps: that it was trained for; None if nobody knows.
-        heldout_style: drawing style of the embedded set that training did not show.
-        folder: tars of the sets by split, for pictures larger than the model's; None without such a folder.
-    """
-
-    name: str = ""
-    model: str = "model"
-    steps: int | None = None
-    heldout_style: str = ""
+    name: str = ""  # of the run
+    model: str = "model"  # name of the architecture
+    steps: int | None = None  # that it was trained for; None if nobody knows
+    heldout_style: str = ""  # drawing style of the embedded set that training did not show
+    # tars of the sets by split, for pictures larger than the model's; None without such a folder
     folder: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationContext:
-    """What tasks are given.
+    """What tasks are given."""
 
-    Attributes:
-        model: on any device; a task leaves it in the mode in which it was.
-        tokenizer: the model's own.
-        sets: by split, images at the model's size; those for reporting come first.
-        objectives: that trained the model, with their heads; empty for a model that was loaded.
-        masking: what these hide; None if nothing.
-        matching: head of image-text matching; None without one.
-        batch_size: images or texts per forward pass.
-        run: what pictures say of the run.
-    """
-
-    model: M2Encoder | VisualTokenizer
-    tokenizer: SentencePieceTokenizer
-    sets: Mapping[str, RetrievalSet]
+    model: M2Encoder | VisualTokenizer  # on any device; a task leaves it in the mode in which it was
+    tokenizer: SentencePieceTokenizer  # the model's own
+    sets: Mapping[str, RetrievalSet]  # by split, images at the model's size; those for reporting come first
+    # that trained the model, with their heads; empty for a model that was loaded
     objectives: Mapping[str, Objective] = dataclasses.field(default_factory=dict)
-    masking: BatchMasking | None = None
-    matching: MatchingHead | None = None
-    batch_size: int = DEFAULT_BATCH_SIZE
-    run: RunFacts = dataclasses.field(default_factory=RunFacts)
+    masking: BatchMasking | None = None  # what these hide; None if nothing
+    matching: MatchingHead | None = None  # head of image-text matching; None without one
+    batch_size: int = DEFAULT_BATCH_SIZE  # images or texts per forward pass
+    run: RunFacts = dataclasses.field(default_factory=RunFacts)  # what pictures say of the run
 
     def __post_init__(self) -> None:
         ordered = sorted(self.sets, key=lambda split: split in _LAST_SPLITS)
@@ -93,20 +76,13 @@ class EvaluationContext:
 
 
 class TaskResult(NamedTuple):
-    """What a task found.
+    """What a task found."""
 
-    Attributes:
-        metrics: by the names of the loggers.
-        rows: tables and lines to print.
-        record: more entries of `summary.json`, by key.
-        markdown: its part of `results.md`.
-        pictures: by file name, what draws them; nothing is drawn where there is no folder for it.
-    """
-
-    metrics: Mapping[str, float]
-    rows: Sequence[ResultTable | str] = ()
-    record: Mapping[str, Any] = {}
-    markdown: str = ""
+    metrics: Mapping[str, float]  # by the names of the loggers
+    rows: Sequence[ResultTable | str] = ()  # tables and lines to print
+    record: Mapping[str, Any] = {}  # more entries of `summary.json`, by key
+    markdown: str = ""  # its part of `results.md`
+    # by file name, what draws them; nothing is drawn where there is no folder for it
     pictures: Mapping[str, Callable[[Path], object]] = {}
 
 

@@ -288,7 +288,7 @@ def test_an_interrupted_unpack_leaves_nothing_half_done(
 
 
 def test_processes_may_unpack_the_same_folder_at_once(unpacked: Path, tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("forkserver").Pool(2) as pool:
         pool.map(write_emoji_shards, [tmp_path / "shards"] * 4, chunksize=1)
     assert _digests(tmp_path / "shards") == _digests(unpacked)
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]

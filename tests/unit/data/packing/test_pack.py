@@ -136,7 +136,7 @@ def test_killed_runs_go_on(photos: Path, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
     output = tmp_path / "out"
-    for run in range(6):
+    for run in range(4):
         arguments = [sys.executable, str(program), str(photos), str(output), str(run % 3)]
         with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as process:
             shards = 0

@@ -11,7 +11,7 @@ from m2_encoder.errors import UserError
 
 
 def _read(row: dict[str, Any], columns: Columns | None = None) -> Record:
-    record = read_row(row, columns or Columns(), "row 1")
+    record = read_row(row, columns or Columns(), "row 1", "")
     assert isinstance(record, Record), record
     return record
 
@@ -63,7 +63,7 @@ def test_named_columns() -> None:
     ],
 )
 def test_wrong_rows(row: dict[str, Any], reason: str, detail: str) -> None:
-    failure = read_row(row, Columns(), "row 1")
+    failure = read_row(row, Columns(), "row 1", "")
     assert isinstance(failure, Failure)
     assert (failure.name, failure.reason) == ("row 1", reason)
     assert detail in failure.detail

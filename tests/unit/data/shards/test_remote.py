@@ -116,7 +116,8 @@ def _fetch(remote: RemoteShards, url: str) -> None:
 
 def test_processes_share_one_download(tmp_path: Path, server: ShardServer) -> None:
     remote = make_remote(tmp_path, timeout_s=60)  # starting a process takes a second on a busy machine
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["m2_encoder.data.shards.remote"])
     processes = [context.Process(target=_fetch, args=(remote, server.url("000000.tar"))) for _ in range(3)]
     for process in processes:
         process.start()
@@ -127,7 +128,7 @@ def test_processes_share_one_download(tmp_path: Path, server: ShardServer) -> No
 
 
 def test_a_stream_fetches_ahead_and_replaces_what_the_remote_withholds(tmp_path: Path, server: ShardServer) -> None:
-    reader = ShardReader(remote=make_remote(tmp_path, timeout_s=0.3, attempts=1))
+    reader = ShardReader(remote=make_remote(tmp_path, timeout_s=10, attempts=1))
     spec = SourceSpec("far", server.url("{000000..000002}.tar"))
     manifest = build_manifest([spec], measure=reader.measure)
     for path in (tmp_path / "cache").iterdir():
@@ -155,7 +156,8 @@ def test_a_url_needs_a_folder(tmp_path: Path) -> None:
 
 def test_an_attempt_that_was_given_up_does_not_write_into_the_next_one(tmp_path: Path, server: ShardServer) -> None:
     server.faults["000000.tar"] = ["wake", "half"]
-    remote = make_remote(tmp_path, timeout_s=0.3, attempts=3)
+    server.pause_s = 1.2
+    remote = make_remote(tmp_path, timeout_s=0.6, attempts=3)
     path = remote.fetch(server.url("000000.tar"))
     expected = (server.folder / "000000.tar").read_bytes()
     assert path.read_bytes() == expected
