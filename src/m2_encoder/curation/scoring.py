@@ -1,7 +1,7 @@
 """Image-text scores by a model: workers decode windows of pairs, one model per device encodes them.
 
-Only pairs that no rule has rejected are scored, which is why scores come last: they cost most. A window is always the
-same rows of the same shard, encoded together, so a score depends neither on the executor nor on where it was stopped.
+Only pairs that no rule has rejected are scored, because scores cost most. A window is always the same rows of the same
+shard, encoded together, so a score depends neither on the executor nor on where it was stopped.
 
 Legend: n rows of a window · k images of it · S image side in pixels.
 """
@@ -86,7 +86,7 @@ def prepare_window(task: ScoreTask) -> Window:
     with open(task.shard.path, "rb") as file:
         for place, row in enumerate(first):
             member = Member(kept["image_offset"][row], kept["image_size"][row])
-            # Damage that a decoding at a fraction of the size does not meet; the pair then has no score.
+            # Damage that decoding at a fraction of the size did not find; the pair then has no score.
             with contextlib.suppress(ImageError):
                 images[place] = transform.to_uint8(read_member(file, member)).numpy()
                 usable[place] = True
