@@ -90,10 +90,9 @@ class MaskedImage(LocalObjective):
         self._count = round(self._mask_ratio * patches)
         if not 0 < self._count < patches:
             nearest = min(max(self._count, 1), patches - 1) / patches
-            raise UserError(
-                f"mask_ratio={self._mask_ratio}: hides {self._count} of the {patches} patches, and must hide at least "
-                f"one and not all; {f'for example {nearest:g}' if nearest else 'give the model smaller patches'}"
-            )
+            fix = f"for example {nearest:g}" if nearest else "give the model smaller patches"
+            rule = f"hides {self._count} of the {patches} patches, and must hide at least one and not all"
+            raise UserError(f"{rule}; {fix}", key="mask_ratio", value=self._mask_ratio)
         self.targets.build(shape)
 
     def choose(self, passes: PiecePasses) -> Tensor:

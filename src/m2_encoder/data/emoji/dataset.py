@@ -65,17 +65,11 @@ _STALE_PARTIAL_S = 3600.0  # an unpack takes seconds; an older partial folder be
 
 
 class EmojiCaptions(NamedTuple):
-    """What one language says about a concept.
+    """What one language says about a concept."""
 
-    Attributes:
-        name: the CLDR short name.
-        aliases: other names, from the `emoji` package.
-        keywords: CLDR search keywords, without those that repeat a name.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    keywords: tuple[str, ...]
+    name: str  # the CLDR short name
+    aliases: tuple[str, ...]  # other names, from the `emoji` package
+    keywords: tuple[str, ...]  # CLDR search keywords, without those that repeat a name
 
     def texts(self) -> tuple[str, ...]:
         """All captions: the name, then the aliases, then the keywords."""
@@ -87,23 +81,14 @@ class EmojiCaptions(NamedTuple):
 
 
 class EmojiConcept(NamedTuple):
-    """One emoji without skin tone.
+    """One emoji without skin tone."""
 
-    Attributes:
-        key: its code points without U+FE0F in lower-case hex, joined by "-".
-        family: key of the part before the first joiner; a flag is its own family. Splits never cut families.
-        group: Unicode's chapter, such as "Food & Drink".
-        split: "train", "val" or "heldout".
-        styles: the styles that draw it, a subset of `EMOJI_STYLES` in that order.
-        captions: by language, with the keys of `LANGUAGES`.
-    """
-
-    key: str
-    family: str
-    group: str
-    split: str
-    styles: tuple[str, ...]
-    captions: Mapping[str, EmojiCaptions]
+    key: str  # its code points without U+FE0F in lower-case hex, joined by "-"
+    family: str  # key of the part before the first joiner; a flag is its own family. Splits never cut families.
+    group: str  # Unicode's chapter, such as "Food & Drink"
+    split: str  # "train", "val" or "heldout"
+    styles: tuple[str, ...]  # the styles that draw it, a subset of `EMOJI_STYLES` in that order
+    captions: Mapping[str, EmojiCaptions]  # by language, with the keys of `LANGUAGES`
 
     @property
     def character(self) -> str:

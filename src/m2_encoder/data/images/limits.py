@@ -13,31 +13,19 @@ from m2_encoder.data.samples.parse import SampleProblem
 
 
 class ImageLimits(NamedTuple):
-    """Images that a source may hold.
+    """Images that a source may hold."""
 
-    Attributes:
-        max_pixels: width x height at most; larger ones are not decoded.
-        min_side_px: the shorter side at least.
-        max_aspect: the longer side over the shorter one, at most.
-    """
-
-    max_pixels: int = MAX_PIXELS
-    min_side_px: int = 4
-    max_aspect: float = 20.0
+    max_pixels: int = MAX_PIXELS  # width x height at most; larger ones are not decoded
+    min_side_px: int = 4  # the shorter side at least
+    max_aspect: float = 20.0  # the longer side over the shorter one, at most
 
 
 class ImageFacts(NamedTuple):
-    """An image that can be used.
+    """An image that can be used."""
 
-    Attributes:
-        format: Pillow's name in lower case, such as "jpeg".
-        width: pixels, as stored.
-        height: pixels, as stored.
-    """
-
-    format: str
-    width: int
-    height: int
+    format: str  # Pillow's name in lower case, such as "jpeg"
+    width: int  # pixels, as stored
+    height: int  # pixels, as stored
 
 
 def read_image_facts(content: bytes, limits: ImageLimits, *, decode: bool) -> ImageFacts:

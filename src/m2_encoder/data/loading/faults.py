@@ -44,21 +44,13 @@ _SHOWN = 5
 
 
 class SampleFault(NamedTuple):
-    """One sample, or shard, that cannot be used.
+    """One sample, or shard, that cannot be used."""
 
-    Attributes:
-        source: name of the source.
-        shard: path or url.
-        key: of the sample; None if the shard as a whole is meant.
-        reason: one of `SKIP_REASONS`.
-        detail: what was found.
-    """
-
-    source: str
-    shard: str
-    key: str | None
-    reason: str
-    detail: str
+    source: str  # name of the source
+    shard: str  # path or url
+    key: str | None  # of the sample; None if the shard as a whole is meant
+    reason: str  # one of `SKIP_REASONS`
+    detail: str  # what was found
 
     def describe(self) -> str:
         """As one line: place, reason, what was found."""

@@ -53,17 +53,11 @@ class PositionDataset(Protocol):
 
 
 class Batch(NamedTuple):
-    """What a worker hands over.
+    """What a worker hands over."""
 
-    Attributes:
-        batch: to train on.
-        faults: what was unusable.
-        seconds: in each of `STAGES`.
-    """
-
-    batch: ImageTextBatch
-    faults: tuple[SampleFault, ...]
-    seconds: dict[str, float]
+    batch: ImageTextBatch  # to train on
+    faults: tuple[SampleFault, ...]  # what was unusable
+    seconds: dict[str, float]  # in each of `STAGES`
 
 
 class PositionLoader:

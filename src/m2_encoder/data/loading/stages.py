@@ -22,17 +22,11 @@ _HEAD = struct.Struct("<dH")
 
 
 class StageNow(NamedTuple):
-    """What a worker does.
+    """What a worker does."""
 
-    Attributes:
-        stage: one of the stages.
-        detail: of what, such as a shard.
-        seconds: since when, monotonic clock of the machine.
-    """
-
-    stage: str
-    detail: str
-    seconds: float
+    stage: str  # one of the stages
+    detail: str  # of what, such as a shard
+    seconds: float  # since when, monotonic clock of the machine
 
     def describe(self) -> str:
         """In words, such as "reading /data/000007.tar for 63 s"."""

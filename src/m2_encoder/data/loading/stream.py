@@ -41,15 +41,10 @@ class ImageTransform(Protocol):
 
 
 class Delivery(NamedTuple):
-    """What a position gives.
+    """What a position gives."""
 
-    Attributes:
-        sample: to train on.
-        faults: what was unusable before it, in order; usually nothing.
-    """
-
-    sample: Any
-    faults: tuple[SampleFault, ...] = ()
+    sample: Any  # to train on
+    faults: tuple[SampleFault, ...] = ()  # what was unusable before it, in order; usually nothing
 
 
 class SampleStream(Dataset[Delivery]):

@@ -34,17 +34,12 @@ _DRAWS = 4  # per piece: order of its word, whether the last word is taken, what
 
 
 class TextMasking(NamedTuple):
-    """How much is hidden, and by what; `checked` says whether it makes sense.
+    """How much is hidden, and by what; `checked` says whether it makes sense."""
 
-    Attributes:
-        ratio: share of the pieces of words to predict, in (0, 1]. Published: 0.15 for text alone, 0.50 beside an image.
-        mask_share: share of these that becomes `[MASK]`.
-        random_share: share that becomes a random piece; the rest stays as it is.
-    """
-
+    # share of the pieces of words to predict, in (0, 1]. Published: 0.15 for text alone, 0.50 beside an image.
     ratio: float
-    mask_share: float = 0.8
-    random_share: float = 0.1
+    mask_share: float = 0.8  # share of these that becomes `[MASK]`
+    random_share: float = 0.1  # share that becomes a random piece; the rest stays as it is
 
     def checked(self) -> TextMasking:
         """The same.
@@ -64,15 +59,10 @@ class TextMasking(NamedTuple):
 
 
 class MaskVocabulary(NamedTuple):
-    """What may stand in a word's place.
+    """What may stand in a word's place."""
 
-    Attributes:
-        mask_id: id of `[MASK]`.
-        replacements: ids of the pieces that are no special ones, (≤ V,) int64.
-    """
-
-    mask_id: int
-    replacements: npt.NDArray[np.int64]
+    mask_id: int  # id of `[MASK]`
+    replacements: npt.NDArray[np.int64]  # ids of the pieces that are no special ones, (≤ V,) int64
 
     @classmethod
     def of(cls, tokenizer: SentencePieceTokenizer) -> MaskVocabulary:

@@ -66,25 +66,15 @@ class SourceSpec:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A source whose shards are known.
+    """A source whose shards are known."""
 
-    Attributes:
-        spec: as configured.
-        shards: paths or urls, in the order of the configuration.
-        counts: samples to use of each shard, int64.
-        sizes: bytes of each tar, int64.
-        written: when each tar was last written, ns; 0 if nobody says, int64.
-        layouts: checksum of each tar's table of samples; 0 if nobody says, int64.
-        faulty: shards with something unusable in them, also those that have nothing else.
-    """
-
-    spec: SourceSpec
-    shards: tuple[str, ...]
-    counts: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    written: npt.NDArray[np.int64]
-    layouts: npt.NDArray[np.int64]
-    faulty: tuple[str, ...] = ()
+    spec: SourceSpec  # as configured
+    shards: tuple[str, ...]  # paths or urls, in the order of the configuration
+    counts: npt.NDArray[np.int64]  # samples to use of each shard, int64
+    sizes: npt.NDArray[np.int64]  # bytes of each tar, int64
+    written: npt.NDArray[np.int64]  # when each tar was last written, ns; 0 if nobody says, int64
+    layouts: npt.NDArray[np.int64]  # checksum of each tar's table of samples; 0 if nobody says, int64
+    faulty: tuple[str, ...] = ()  # shards with something unusable in them, also those that have nothing else
 
     @property
     def name(self) -> str:

@@ -16,20 +16,13 @@ _NAMED = 5  # shards that a message names
 
 
 class RecordedSource(NamedTuple):
-    """A source of a mixture.
+    """A source of a mixture."""
 
-    Attributes:
-        name: as configured.
-        weight: share in the mixture, not normalised.
-        digest: of content and order.
-        shards: paths or urls.
-        columns: samples, bytes and layout of each shard, int64.
-    """
-
-    name: str
-    weight: float
-    digest: str
-    shards: Sequence[str]
+    name: str  # as configured
+    weight: float  # share in the mixture, not normalised
+    digest: str  # of content and order
+    shards: Sequence[str]  # paths or urls
+    # samples, bytes and layout of each shard, int64
     columns: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 

@@ -35,61 +35,36 @@ _EPOCHS_KEPT = 2  # lanes go from one epoch to the next one after the other
 
 
 class SegmentSource(NamedTuple):
-    """A source as a segment of a run knows it.
+    """A source as a segment of a run knows it."""
 
-    Attributes:
-        name: of the source.
-        digest: of its content; equal ones go on where they were.
-        weight: share in the mixture.
-    """
-
-    name: str
-    digest: str
-    weight: float
+    name: str  # of the source
+    digest: str  # of its content; equal ones go on where they were
+    weight: float  # share in the mixture
 
 
 class Segment(NamedTuple):
-    """A stretch of a run with one mixture.
+    """A stretch of a run with one mixture."""
 
-    Attributes:
-        start: its first position.
-        sources: of its mixture.
-    """
-
-    start: int
-    sources: tuple[SegmentSource, ...]
+    start: int  # its first position
+    sources: tuple[SegmentSource, ...]  # of its mixture
 
 
 class Place(NamedTuple):
-    """Which sample stands at a position.
+    """Which sample stands at a position."""
 
-    Attributes:
-        source: number of the source in the manifest.
-        epoch: how often the lane went through its part of the source before.
-        shard: number of the shard in the source.
-        number: of the sample in the shard.
-    """
-
-    source: int
-    epoch: int
-    shard: int
-    number: int
+    source: int  # number of the source in the manifest
+    epoch: int  # how often the lane went through its part of the source before
+    shard: int  # number of the shard in the source
+    number: int  # of the sample in the shard
 
 
 class Stretch(NamedTuple):
-    """A window: what a lane reads of a source for a while.
+    """A window: what a lane reads of a source for a while."""
 
-    Attributes:
-        source: number of the source in the manifest.
-        lane: of the plan.
-        epoch: of the lane in the source.
-        window: number of the window in the lane's epoch.
-    """
-
-    source: int
-    lane: int
-    epoch: int
-    window: int
+    source: int  # number of the source in the manifest
+    lane: int  # of the plan
+    epoch: int  # of the lane in the source
+    window: int  # number of the window in the lane's epoch
 
 
 class PositionPlan:

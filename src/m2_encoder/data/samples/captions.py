@@ -52,15 +52,10 @@ RoleWeights: TypeAlias = Annotated[
 
 
 class Caption(NamedTuple):
-    """A drawn caption.
+    """A drawn caption."""
 
-    Attributes:
-        text: what the tokenizer gets.
-        language: one of `LANGUAGES`.
-    """
-
-    text: str
-    language: str
+    text: str  # what the tokenizer gets
+    language: str  # one of `LANGUAGES`
 
 
 class CaptionSampler:

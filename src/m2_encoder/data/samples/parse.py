@@ -42,33 +42,20 @@ class SampleProblem(UserError):
 
 
 class CaptionText(NamedTuple):
-    """One caption as it is stored.
+    """One caption as it is stored."""
 
-    Attributes:
-        text: without blanks around it, never empty.
-        language: one of `LANGUAGES`.
-        role: what kind of caption, such as "name" or "rewritten"; None if nobody says.
-    """
-
-    text: str
-    language: str
-    role: str | None
+    text: str  # without blanks around it, never empty
+    language: str  # one of `LANGUAGES`
+    role: str | None  # what kind of caption, such as "name" or "rewritten"; None if nobody says
 
 
 class SampleText(NamedTuple):
-    """All that is said about an image.
+    """All that is said about an image."""
 
-    Attributes:
-        captions: at least one, by language in the order of `LANGUAGES`.
-        identity: equal ones mark the same content; None if the sample says nothing.
-        is_marked: whether that is its `identity`, which somebody meant, and not only its `key`.
-        metadata: the JSON; empty without one.
-    """
-
-    captions: tuple[CaptionText, ...]
-    identity: str | None
-    is_marked: bool
-    metadata: Mapping[str, Any]
+    captions: tuple[CaptionText, ...]  # at least one, by language in the order of `LANGUAGES`
+    identity: str | None  # equal ones mark the same content; None if the sample says nothing
+    is_marked: bool  # whether that is its `identity`, which somebody meant, and not only its `key`
+    metadata: Mapping[str, Any]  # the JSON; empty without one
 
 
 def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, language: str | None = None) -> SampleText:

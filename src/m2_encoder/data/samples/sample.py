@@ -24,34 +24,20 @@ from m2_encoder.data.samples.parse import SampleText
 
 
 class Sample(NamedTuple):
-    """One sample; each stage of loading fills in more of it.
+    """One sample; each stage of loading fills in more of it."""
 
-    Attributes:
-        key: as in the tar.
-        source: name of the source.
-        place: where it lies.
-        text: all that is said about it, with the whole of its JSON.
-        identity: equal numbers mark the same content.
-        files: content of the further files that columns ask for, by extension.
-        image: content of the image file; then as decoded; at last (3, S, S) uint8.
-        is_decoded: whether the image is more than a file.
-        captions: drawn for this step, one, or one per language.
-        draw: which draw from the data it is: (seed, position, attempt). Whatever else is random about it is keyed by
-            that.
-        columns: what the user's columns read, by name.
-    """
-
-    key: str
-    source: str
-    place: Place
-    text: SampleText
-    identity: int
-    files: Mapping[str, bytes]
-    image: Any
-    is_decoded: bool = False
-    captions: tuple[Caption, ...] = ()
+    key: str  # as in the tar
+    source: str  # name of the source
+    place: Place  # where it lies
+    text: SampleText  # all that is said about it, with the whole of its JSON
+    identity: int  # equal numbers mark the same content
+    files: Mapping[str, bytes]  # content of the further files that columns ask for, by extension
+    image: Any  # content of the image file; then as decoded; at last (3, S, S) uint8
+    is_decoded: bool = False  # whether the image is more than a file
+    captions: tuple[Caption, ...] = ()  # drawn for this step, one, or one per language
+    # which draw from the data it is: (seed, position, attempt). Whatever else is random about it is keyed by that.
     draw: tuple[int, ...] = ()
-    columns: Mapping[str, Any] = {}
+    columns: Mapping[str, Any] = {}  # what the user's columns read, by name
 
 
 class Column(ABC):

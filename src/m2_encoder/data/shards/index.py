@@ -53,69 +53,40 @@ _MAX_MEMBER_BYTES = 2**32 - 1
 
 
 class Member(NamedTuple):
-    """One file inside a tar.
+    """One file inside a tar."""
 
-    Attributes:
-        offset: where its bytes start, from the beginning of the tar.
-        size: how many there are.
-    """
-
-    offset: int
-    size: int
+    offset: int  # where its bytes start, from the beginning of the tar
+    size: int  # how many there are
 
 
 class ShardFault(NamedTuple):
-    """Something unusable in a shard.
+    """Something unusable in a shard."""
 
-    Attributes:
-        key: of the sample; None if it concerns the shard.
-        reason: one word, as in the metrics.
-        detail: what was found.
-    """
-
-    key: str | None
-    reason: str
-    detail: str
+    key: str | None  # of the sample; None if it concerns the shard
+    reason: str  # one word, as in the metrics
+    detail: str  # what was found
 
 
 class IndexedSample(NamedTuple):
-    """Where one sample lies.
+    """Where one sample lies."""
 
-    Attributes:
-        key: name of its members up to the first dot of the file name, folders included.
-        extension: of the image, lower case.
-        image: the image file.
-        json: its `.json`; None without one.
-        text: its `.txt`; None without one.
-    """
-
-    key: str
-    extension: str
-    image: Member
-    json: Member | None
-    text: Member | None
+    key: str  # name of its members up to the first dot of the file name, folders included
+    extension: str  # of the image, lower case
+    image: Member  # the image file
+    json: Member | None  # its `.json`; None without one
+    text: Member | None  # its `.txt`; None without one
 
 
 class IndexHeader(NamedTuple):
-    """How much a shard holds: the head of its index file.
+    """How much a shard holds: the head of its index file."""
 
-    Attributes:
-        samples: usable samples, as far as headers of the tar tell.
-        size: of the tar, bytes.
-        written: when the tar was last written, ns; 0 if nobody says.
-        unusable: what headers tell to be unusable, entries.
-        layout: CRC-32 of the table and the keys: another order or size of samples is another shard.
-        keys: bytes of all keys.
-        faults: bytes of the list of what is unusable.
-    """
-
-    samples: int
-    size: int
-    written: int = 0
-    unusable: int = 0
-    layout: int = 0
-    keys: int = 0
-    faults: int = 0
+    samples: int  # usable samples, as far as headers of the tar tell
+    size: int  # of the tar, bytes
+    written: int = 0  # when the tar was last written, ns; 0 if nobody says
+    unusable: int = 0  # what headers tell to be unusable, entries
+    layout: int = 0  # CRC-32 of the table and the keys: another order or size of samples is another shard
+    keys: int = 0  # bytes of all keys
+    faults: int = 0  # bytes of the list of what is unusable
 
 
 class ShardIndex:

@@ -38,21 +38,13 @@ _RETRY_AFTER_S = 600.0  # a remote shard that failed is not asked for again befo
 
 
 class SampleBytes(NamedTuple):
-    """The files of one sample.
+    """The files of one sample."""
 
-    Attributes:
-        key: as in the tar.
-        image: the image file.
-        json: its `.json`; None without one.
-        text: its `.txt`; None without one.
-        files: its further files that were asked for, by extension.
-    """
-
-    key: str
-    image: bytes
-    json: bytes | None
-    text: bytes | None
-    files: Mapping[str, bytes] = {}
+    key: str  # as in the tar
+    image: bytes  # the image file
+    json: bytes | None  # its `.json`; None without one
+    text: bytes | None  # its `.txt`; None without one
+    files: Mapping[str, bytes] = {}  # its further files that were asked for, by extension
 
 
 class OpenShard:

@@ -24,31 +24,20 @@ _MAX_EXTENDED_BYTES = 1 << 20  # of one extended header: real ones hold a name, 
 
 
 class TarMember(NamedTuple):
-    """One ordinary file of a tar.
+    """One ordinary file of a tar."""
 
-    Attributes:
-        name: as stored; undecodable bytes become U+FFFD.
-        offset: where its bytes start, from the beginning of the tar.
-        size: how many there are.
-    """
-
-    name: str
-    offset: int
-    size: int
+    name: str  # as stored; undecodable bytes become U+FFFD
+    offset: int  # where its bytes start, from the beginning of the tar
+    size: int  # how many there are
 
 
 class TarScan(NamedTuple):
-    """What a tar holds.
+    """What a tar holds."""
 
-    Attributes:
-        members: ordinary files whose header is sound, in order; the last one's bytes may lie beyond the end.
-        end: first byte that is not part of a sound member.
-        problem: what stops the scan before the empty block that ends a tar; None for a whole one.
-    """
-
+    # ordinary files whose header is sound, in order; the last one's bytes may lie beyond the end
     members: list[TarMember]
-    end: int
-    problem: str | None
+    end: int  # first byte that is not part of a sound member
+    problem: str | None  # what stops the scan before the empty block that ends a tar; None for a whole one
 
 
 def scan_tar(descriptor: int, *, size: int, start: int = 0) -> TarScan:
