@@ -121,9 +121,9 @@ ONE_FAULT = [
     ("+data.transform.num_opps=1", "did you mean num_ops"),
     ("+data.seed=3", "set by the command itself"),
     # model
-    ("model.image_size=65", "model.image_size=64"),
+    ("model.image_size=65", "for example 64"),
     ("model.image_size=-8", "1 or more"),
-    ("model.embed_dim=130", "model.num_heads=4"),
+    ("model.embed_dim=130", "num_heads=4"),
     ("model.context_length=1000", "2..126"),
     ("model.vocab_size=100", "model.tokenizer=emoji"),
     ("model.drop_path_rate=1", "below 1"),

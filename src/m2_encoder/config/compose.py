@@ -66,11 +66,11 @@ class Composition(NamedTuple):
     refused: list[str]
     changed: set[str] | None
 
-    def without_echoes(self, problems: Sequence[Problem | str]) -> list[str]:
-        """A line for each problem, but for those of a key that only repeats the wrong value of another."""
-        lines = [problem if isinstance(problem, str) else format_problem(problem) for problem in problems]
-        wrong = {line.partition("=")[0] for line in lines}
-        return [line for line in lines if self.references.get(line.partition("=")[0]) not in wrong]
+    def without_echoes(self, problems: Sequence[str | Problem]) -> list[str]:
+        """Lines of problems, without those of a key that only repeats the wrong value of another."""
+        keys = [each.partition("=")[0] if isinstance(each, str) else each.key for each in problems]
+        lines = [each if isinstance(each, str) else format_problem(each) for each in problems]
+        return [line for key, line in zip(keys, lines, strict=True) if self.references.get(key) not in keys]
 
 
 class Composer:
