@@ -44,7 +44,7 @@ class Picky(WideOnly):
     def __init__(self, *, margin: float = 0.2, weight: float = 1.0) -> None:
         super().__init__(weight=weight)
         if margin < 0:
-            raise UserError(f"margin={margin} must be 0 or more")
+            raise UserError("must be 0 or more", key="margin", value=margin)
 
 
 class Prototypes(Objective):

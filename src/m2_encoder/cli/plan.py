@@ -22,7 +22,7 @@ from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.planning.cost import ModelCost, estimate_cost
 from m2_encoder.planning.hardware import Hardware
 from m2_encoder.planning.report import print_plan, to_report, train_overrides
-from m2_encoder.planning.search import ScalingPoint, Wish, find_baselines, find_best, scale_worlds
+from m2_encoder.planning.search import Request, ScalingPoint, find_baselines, find_best, scale_worlds
 from m2_encoder.planning.step import Prediction
 from m2_encoder.record import describe_run
 
@@ -63,23 +63,14 @@ class PlanSettings:
 
 
 class Plan(NamedTuple):
-    """Everything that a command line asks for.
+    """Everything that a command line asks for."""
 
-    Attributes:
-        cost: of the model.
-        hardware: constants, those of the command line included.
-        wish: what was given.
-        best: for every group size, the fastest setting that fits; the fastest first.
-        baselines: the same rows with a loss over all ranks, the good one first.
-        scaling: over world sizes, rows per rank as in the best setting.
-    """
-
-    cost: ModelCost
-    hardware: Hardware
-    wish: Wish
-    best: list[Prediction]
-    baselines: list[Prediction]
-    scaling: list[ScalingPoint]
+    cost: ModelCost  # of the model
+    hardware: Hardware  # constants, those of the command line included
+    request: Request  # what was given
+    best: list[Prediction]  # for every group size, the fastest setting that fits; the fastest first
+    baselines: list[Prediction]  # the same rows with a loss over all ranks, the good one first
+    scaling: list[ScalingPoint]  # over world sizes, rows per rank as in the best setting
 
 
 def check_plan(cfg: dict[str, Any]) -> list[Problem]:
@@ -118,24 +109,24 @@ def build_plan(cfg: Mapping[str, Any]) -> Plan:
         text_tokens=cfg["text_tokens"],
         heads=cfg["heads"],
     )
-    wish = Wish(
+    request = Request(
         world_size=cfg["ranks"],
         global_rows=cfg["global_batch_size"],
         contrasted_rows=cfg["group_batch_size"],
         memory_gb=hardware.device_memory_gb if cfg["memory_gb"] is None else cfg["memory_gb"],
         **{key: cfg[key] for key in _CHOICES},
     )
-    best = find_best(cost, hardware, wish)
+    best = find_best(cost, hardware, request)
     return Plan(
         cost=cost,
         hardware=hardware,
-        wish=wish,
+        request=request,
         best=best,
-        baselines=find_baselines(cost, hardware, wish),
+        baselines=find_baselines(cost, hardware, request),
         scaling=scale_worlds(
             cost,
             hardware,
-            wish,
+            request,
             best[0].setting,
             world_sizes=WORLD_SIZES,
             fixed_group_size=per_node if best[0].setting.group_size != per_node else 2 * per_node,
@@ -190,10 +181,10 @@ def run_plan(cfg: dict[str, Any]) -> None:
     """
     plan = build_plan(cfg)
     train = train_overrides(cfg, plan.best[0].setting, plan.hardware)
-    print_plan(open_console(), plan.cost, plan.wish, plan.best, plan.baselines, cluster=cfg["cluster"], train=train)
+    print_plan(open_console(), plan.cost, plan.request, plan.best, plan.baselines, cluster=cfg["cluster"], train=train)
     if cfg["output"] is not None:
         report = {
-            **to_report(plan.cost, plan.hardware, plan.wish, plan.best, plan.baselines, plan.scaling),
+            **to_report(plan.cost, plan.hardware, plan.request, plan.best, plan.baselines, plan.scaling),
             "train": train,
             "cluster": cfg["cluster"],
             "configuration": cfg,
@@ -206,5 +197,5 @@ def run_plan(cfg: dict[str, Any]) -> None:
         from m2_encoder.planning.figure import draw_scaling
 
         planned, place = plan.best[0].setting, Path(cfg["plot"]).expanduser()
-        draw_scaling(place, plan.scaling, plan.cost, plan.wish, cluster=cfg["cluster"], planned=planned)
+        draw_scaling(place, plan.scaling, plan.cost, plan.request, cluster=cfg["cluster"], planned=planned)
         print(f"plot: {cfg['plot']}")

@@ -16,7 +16,7 @@ from m2_encoder.data.samples.parse import SampleProblem, parse_sample_text
 from m2_encoder.data.shards.index import IndexedSample, Member, build_index
 from m2_encoder.errors import UserError
 
-_UNDECLARED: Final = "?"  # no language: who says none gets the one that is detected
+_UNDECLARED: Final = "?"  # language of captions that declare none; it is detected later
 
 
 class MeasureTask(NamedTuple):
@@ -54,7 +54,7 @@ def measure_shard(task: MeasureTask) -> None:
 
 
 def check_unchanged(shard: Shard) -> None:
-    """Refuse a shard that is not the one that was listed.
+    """Check that a shard is still the one that was listed.
 
     Raises:
         UserError: if its size or time of change differs, or it is gone.
@@ -104,5 +104,5 @@ def _measure(content: bytes, max_pixels: int) -> tuple[ImageMeasure | None, str 
 
 
 def _printable(key: str) -> str:
-    """Tars may hold names that are no text."""
+    """The key with bytes that are not UTF-8 escaped."""
     return key.encode("utf-8", "backslashreplace").decode()

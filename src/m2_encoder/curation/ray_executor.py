@@ -1,9 +1,7 @@
-"""The tasks of a stage on Ray Data, for more machines than one. Same functions, same files, same bytes.
+"""Run the tasks of a stage on Ray Data, on several machines that see the same folders under the same names.
 
-All machines see the same folders under the same names. Workers decode and the actors that hold a model consume: Ray
-Data streams between them, and slows the workers down when the model is the bottleneck.
-
-The only module that imports ray; it is loaded when `executor=ray` is asked for.
+Workers decode and actors with a model consume; Ray Data streams between them, and slows the workers down when the model
+is the bottleneck. This is the only module that imports ray, and it is loaded only for `executor=ray`.
 """
 
 from __future__ import annotations
@@ -87,7 +85,7 @@ class RayExecutor:
             self._ray.shutdown()
 
     def _check_gpus(self, address: str | None) -> None:
-        """Ray would wait for ever, in silence."""
+        """Refuse more GPUs than there are, for which Ray would wait for ever."""
         wanted, there = self._models * self._gpus, self._ray.cluster_resources().get("GPU", 0)
         if wanted <= there:
             return
@@ -115,7 +113,7 @@ class RayExecutor:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Ray itself tries for minutes and says little."""
+    """Refuse an address where nothing answers; Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
@@ -151,7 +149,7 @@ class _Call:
 
 
 class _Consumer:
-    """An actor that holds what consumes results."""
+    """An actor that holds a consumer of results."""
 
     def __init__(self, consumer: Callable[[Any], Callable[[Any], None]], settings: Any) -> None:
         self._mistake = ""

@@ -19,11 +19,10 @@ REWRITE = "rewrite"
 
 
 class Report(NamedTuple):
-    """The report as plain containers.
+    """The report as plain containers; it does not depend on the executor.
 
-    Attributes:
-        content: `fingerprint`, `written`, `settings`, `total`, `sources` {name: {samples, kept_samples, pairs, faults,
-            shards, languages {language: {reason: pairs}}}}. It is the same whoever ran the tasks.
+    `content` has `fingerprint`, `written`, `settings`, `total` and `sources` {name: {samples, kept_samples, pairs,
+    faults, shards, languages {language: {reason: pairs}}}}.
     """
 
     content: dict[str, Any]

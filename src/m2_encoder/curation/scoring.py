@@ -1,7 +1,7 @@
 """Image-text scores by a model: workers decode windows of pairs, one model per device encodes them.
 
-Only pairs that no rule has rejected are scored, which is why scores come last: they cost most. A window is always the
-same rows of the same shard, encoded together, so a score depends neither on the executor nor on where it was stopped.
+Only pairs that no rule has rejected are scored, because scores cost most. A window is always the same rows of the same
+shard, encoded together, so a score depends neither on the executor nor on where it was stopped.
 
 Legend: n rows of a window · k images of it · S image side in pixels.
 """
@@ -44,22 +44,15 @@ class ScoreTask(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A decoded window.
-
-    Attributes:
-        num_rows: n.
-        rows: which rows are scored; kept ones are missing if their image cannot be decoded after all.
-        image_of_row: place in `images` of each of them.
-        images: (k, 3, S, S) uint8.
-        texts: of the scored rows.
-    """
+    """A decoded window."""
 
     output: str
-    num_rows: int
+    num_rows: int  # n
+    # which rows are scored; kept ones are missing if their image cannot be decoded after all
     rows: npt.NDArray[np.int64]
-    image_of_row: npt.NDArray[np.int64]
-    images: npt.NDArray[np.uint8]
-    texts: list[str]
+    image_of_row: npt.NDArray[np.int64]  # place in `images` of each of them
+    images: npt.NDArray[np.uint8]  # (k, 3, S, S) uint8
+    texts: list[str]  # of the scored rows
 
 
 def image_size_of(settings: ScoreSettings) -> int:
@@ -86,7 +79,7 @@ def prepare_window(task: ScoreTask) -> Window:
     with open(task.shard.path, "rb") as file:
         for place, row in enumerate(first):
             member = Member(kept["image_offset"][row], kept["image_size"][row])
-            # Damage that a decoding at a fraction of the size does not meet; the pair then has no score.
+            # Damage that decoding at a fraction of the size did not find; the pair then has no score.
             with contextlib.suppress(ImageError):
                 images[place] = transform.to_uint8(read_member(file, member)).numpy()
                 usable[place] = True

@@ -1,4 +1,4 @@
-"""Which shards a curation reads: named sources, each a list of local tars in a fixed order."""
+"""The shards that a curation reads: named sources, each a list of local tars in a fixed order."""
 
 from __future__ import annotations
 

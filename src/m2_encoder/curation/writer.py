@@ -1,4 +1,4 @@
-"""The last stage: kept pairs to new shards, byte for byte the same for the same decisions."""
+"""The last stage: write kept pairs to new shards; the same decisions give the same bytes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WriteTask(NamedTuple):
 def plan_shards(
     decided: Sequence[tuple[Shard, str, int]], *, samples_per_shard: int
 ) -> list[tuple[str, tuple[Part, ...]]]:
-    """Which samples go into which new shard: those of a source in their old order, shards filled up.
+    """Assign the kept samples of each source to new shards, in their old order.
 
     `decided` holds old shards with the path of their decisions and the number of their kept samples.
 
@@ -98,7 +98,7 @@ def write_shard(task: WriteTask) -> None:
                     metadata = {**metadata, "key": name}  # still no more than the name of its files
                 _add(archive, f"{name}.json", _describe(rows, metadata))
                 samples, pairs = samples + 1, pairs + len(rows)
-    open_index(tar)  # now, by whoever wrote it, so that no training has to
+    open_index(tar)  # writes the index, so that training need not
     marker = Path(task.output)
     marker.parent.mkdir(parents=True, exist_ok=True)
     content = {"samples": samples, "pairs": pairs, "bytes": tar.stat().st_size}
@@ -162,7 +162,7 @@ def _describe(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> bytes:
     if "score" in rows[0]:
         described["caption_scores"] = column("score", lambda score: None if score is None else round(score, 4))
         described["caption_rewrite"] = column("rewrite")
-    # Over its `key`, which most tools make up for each sample; an `identity` that is there was meant.
+    # An `identity` in the metadata is kept; a `key` is not one, because most tools make it up for each sample.
     if rows[0].get(COPIED) and metadata.get("identity") is None:
         described["identity"] = rows[0]["image_hash"][:_IDENTITY_BYTES].hex()
     return json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from m2_encoder.files import atomic_file
 from m2_encoder.planning.cost import ModelCost
-from m2_encoder.planning.search import ScalingPoint, Wish
+from m2_encoder.planning.search import Request, ScalingPoint
 from m2_encoder.planning.setting import Setting
 from m2_encoder.planning.step import Prediction
 
@@ -37,7 +37,7 @@ class _Line(NamedTuple):
 
 
 def draw_scaling(
-    path: Path, scaling: Sequence[ScalingPoint], cost: ModelCost, wish: Wish, *, cluster: str, planned: Setting
+    path: Path, scaling: Sequence[ScalingPoint], cost: ModelCost, request: Request, *, cluster: str, planned: Setting
 ) -> None:
     """Draw step time, and pairs per second and device, over world sizes."""
     lines = _lines(scaling)
@@ -45,14 +45,16 @@ def draw_scaling(
         figure = Figure(figsize=(10, 4.2), dpi=160, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         time_axes, rate_axes = figure.subplots(1, 2)
-        ceiling = _HEADROOM * max(1e3 * item.time.total for item in _shown(scaling, lines[1:], wish))
-        _draw(time_axes, scaling, lines, wish, lambda item: 1e3 * item.time.total, top=ceiling)
+        ceiling = _HEADROOM * max(1e3 * item.time.total for item in _shown(scaling, lines[1:], request))
+        _draw(time_axes, scaling, lines, request, lambda item: 1e3 * item.time.total, top=ceiling)
         _title(time_axes, "Time of a step, ms")
-        ends = _draw(rate_axes, scaling, lines, wish, lambda item: item.pairs_per_s / item.setting.world_size, top=None)
+        ends = _draw(
+            rate_axes, scaling, lines, request, lambda item: item.pairs_per_s / item.setting.world_size, top=None
+        )
         _title(rate_axes, "Pairs per second and device")
         _label(rate_axes, ends)
-        figure.suptitle(_finding(scaling, wish), x=0.012, ha="left", fontsize=12, fontweight="bold", color=_INK)
-        figure.supxlabel(_caption(cost, wish, planned, cluster), x=0.012, ha="left", fontsize=7.5, color=_MUTED)
+        figure.suptitle(_finding(scaling, request), x=0.012, ha="left", fontsize=12, fontweight="bold", color=_INK)
+        figure.supxlabel(_caption(cost, request, planned, cluster), x=0.012, ha="left", fontsize=7.5, color=_MUTED)
         with atomic_file(path, key="plot") as temporary:
             figure.savefig(temporary, format=path.suffix[1:])
 
@@ -69,21 +71,21 @@ def _lines(scaling: Sequence[ScalingPoint]) -> list[_Line]:
     return lines if any(point.fixed != point.best for point in scaling if point.fixed is not None) else lines[:-1]
 
 
-def _fits(item: Prediction | None, wish: Wish) -> bool:
-    return item is not None and item.memory.total <= wish.memory_gb * 1e9
+def _fits(item: Prediction | None, request: Request) -> bool:
+    return item is not None and item.memory.total <= request.memory_gb * 1e9
 
 
-def _shown(scaling: Sequence[ScalingPoint], lines: Sequence[_Line], wish: Wish) -> list[Prediction]:
+def _shown(scaling: Sequence[ScalingPoint], lines: Sequence[_Line], request: Request) -> list[Prediction]:
     """Predictions of some lines that fit; all of them if none does, so that the axes have a range."""
     items = [item for point in scaling for line in lines if (item := line.of(point)) is not None]
-    return [item for item in items if _fits(item, wish)] or items
+    return [item for item in items if _fits(item, request)] or items
 
 
 def _draw(
     axes: Axes,
     scaling: Sequence[ScalingPoint],
     lines: Sequence[_Line],
-    wish: Wish,
+    request: Request,
     value: Callable[[Prediction], float],
     *,
     top: float | None,
@@ -93,11 +95,11 @@ def _draw(
     Returns:
         The height, in 0..1, at which each line reaches the right edge.
     """
-    highest = top or 1.12 * max(value(item) for item in _shown(scaling, lines, wish))
+    highest = top or 1.12 * max(value(item) for item in _shown(scaling, lines, request))
     ends = []
     for line in lines:
         items = [(point.world_size, line.of(point)) for point in scaling]
-        points = [(world, value(item)) for world, item in items if item is not None and _fits(item, wish)]
+        points = [(world, value(item)) for world, item in items if item is not None and _fits(item, request)]
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), color=line.color, linewidth=line.width, linestyle=line.dashes)
@@ -156,20 +158,20 @@ def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=9.5, color=_INK, pad=8)
 
 
-def _finding(scaling: Sequence[ScalingPoint], wish: Wish) -> str:
+def _finding(scaling: Sequence[ScalingPoint], request: Request) -> str:
     """What the picture says, in one sentence."""
     last = scaling[-1]
-    if not _fits(last.best, wish):
-        return f"Nothing fits into {wish.memory_gb:g} GB on {last.world_size:,} ranks"
+    if not _fits(last.best, request):
+        return f"Nothing fits into {request.memory_gb:g} GB on {last.world_size:,} ranks"
     groups = f"groups of {last.best.setting.group_size:,} take a step in {1e3 * last.best.time.total:,.0f} ms"
-    if not _fits(last.local_loss, wish):
+    if not _fits(last.local_loss, request):
         return f"{last.world_size:,} ranks: {groups}; a loss over all ranks does not fit"
     gain = 100 * (last.local_loss.time.total / last.best.time.total - 1)
     return f"{last.world_size:,} ranks: {groups}; a good loss over all ranks takes {gain:.1f} % longer"
 
 
-def _caption(cost: ModelCost, wish: Wish, planned: Setting, cluster: str) -> str:
+def _caption(cost: ModelCost, request: Request, planned: Setting, cluster: str) -> str:
     return (
-        f"{cost.name}, {planned.local_rows} rows a rank, {wish.memory_gb:g} GB, {cluster}. All lines contrast at least "
-        f"{wish.contrasted_rows:,} rows (or all there are), but for the fixed group. Predicted by m2-plan."
+        f"{cost.name}, {planned.local_rows} rows a rank, {request.memory_gb:g} GB, {cluster}. All lines contrast "
+        f"at least {request.contrasted_rows:,} rows (or all there are), but for the fixed group. Predicted by m2-plan."
     )

@@ -14,7 +14,7 @@ from m2_encoder.planning.communication import METHODS
 from m2_encoder.planning.cost import ModelCost
 from m2_encoder.planning.hardware import Hardware
 from m2_encoder.planning.memory import PEAK_BYTES_PER_LOGIT
-from m2_encoder.planning.search import ScalingPoint, Wish
+from m2_encoder.planning.search import Request, ScalingPoint
 from m2_encoder.planning.setting import Setting
 from m2_encoder.planning.step import Prediction
 
@@ -34,7 +34,7 @@ _TITLES: Final = {"local_loss": "local loss", "full_logits": "full logits", "loc
 def print_plan(
     console: Console,
     cost: ModelCost,
-    wish: Wish,
+    request: Request,
     best: Sequence[Prediction],
     baselines: Sequence[Prediction],
     *,
@@ -46,12 +46,12 @@ def print_plan(
     pair = (cost.forward_flops + cost.backward_flops) / 1e12
     lines = [
         f"{cost.name}: {cost.parameters / 1e6:,.0f} M parameters, {cost.trainable_parameters / 1e6:,.0f} M trained, "
-        f"{pair:.3g} TFLOP a pair; {cluster}: {wish.world_size:,} ranks, {wish.memory_gb:g} GB each",
-        f"{wish.global_rows:,} rows a step; {_choice(chosen.setting, wish)}:",
+        f"{pair:.3g} TFLOP a pair; {cluster}: {request.world_size:,} ranks, {request.memory_gb:g} GB each",
+        f"{request.global_rows:,} rows a step; {_choice(chosen.setting, request)}:",
     ]
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
-    console.print(settings_table([*best[:_MAX_ROWS], *baselines], wish, num_best=min(len(best), _MAX_ROWS)))
+    console.print(settings_table([*best[:_MAX_ROWS], *baselines], request, num_best=min(len(best), _MAX_ROWS)))
     shown = [chosen, *baselines]
     console.print(parts_table(shown, "time", title=f"{'a step, ms':<22}", scale=1e3))
     console.print(parts_table(shown, "memory", title=f"{'memory of a rank, GB':<22}", scale=1e-9))
@@ -65,16 +65,16 @@ def print_plan(
         console.print(f"  {line}", soft_wrap=True, highlight=False, style="dim")
 
 
-def _choice(setting: Setting, wish: Wish) -> str:
+def _choice(setting: Setting, request: Request) -> str:
     """The heading of the table: a search over group sizes, or the group size that was given."""
-    if wish.group_size is None:
-        return f"the fastest setting of each group size that contrasts {wish.contrasted_rows:,} rows or more"
+    if request.group_size is None:
+        return f"the fastest setting of each group size that contrasts {request.contrasted_rows:,} rows or more"
     rows = setting.group_size * setting.micro_batches * setting.rows
-    fewer = f", not the {wish.contrasted_rows:,} of group_batch_size" if rows < wish.contrasted_rows else ""
+    fewer = f", not the {request.contrasted_rows:,} of group_batch_size" if rows < request.contrasted_rows else ""
     return f"groups of {setting.group_size} as given, which contrast {rows:,} rows{fewer}"
 
 
-def settings_table(predictions: Sequence[Prediction], wish: Wish, *, num_best: int) -> Table:
+def settings_table(predictions: Sequence[Prediction], request: Request, *, num_best: int) -> Table:
     """One line a setting; a line separates the first `num_best` from the baselines."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
     headings = (
@@ -95,7 +95,7 @@ def settings_table(predictions: Sequence[Prediction], wish: Wish, *, num_best: i
             f"{setting.rows:,}",
             f"{setting.contrasted_rows:,}",
             _again(setting),
-            f"{memory:,.1f}" if memory <= wish.memory_gb else f"[red]{memory:,.1f}!",
+            f"{memory:,.1f}" if memory <= request.memory_gb else f"[red]{memory:,.1f}!",
             f"{1e3 * item.time.total:,.1f}",
             f"{item.pairs_per_s:,.0f}",
             f"{item.communication.bytes_sent / 1e6:,.1f}",
@@ -152,7 +152,7 @@ def train_overrides(cfg: Mapping[str, Any], setting: Setting, hardware: Hardware
 def to_report(
     cost: ModelCost,
     hardware: Hardware,
-    wish: Wish,
+    request: Request,
     best: Sequence[Prediction],
     baselines: Sequence[Prediction],
     scaling: Sequence[ScalingPoint],
@@ -168,7 +168,7 @@ def to_report(
         ],
         "model": dataclasses.asdict(cost),
         "hardware": dataclasses.asdict(hardware),
-        "wish": dataclasses.asdict(wish),
+        "wish": dataclasses.asdict(request),
         "methods": METHODS,
         "not_modelled": list(NOT_MODELLED),
         "units": {"time": "s", "memory": "bytes", "bytes": "sent by one rank in one optimizer step"},

@@ -1,6 +1,6 @@
 """Time of one optimizer step, part by part.
 
-What cannot be hidden is added up: encoding, contrast and its collectives, the rest of the gradients' reduction that no
+The sum of what cannot overlap: encoding, contrast and its collectives, the part of the gradients' reduction that no
 computation hides, the optimizer, and waiting for slow ranks.
 """
 
@@ -97,7 +97,7 @@ def predict(cost: ModelCost, hardware: Hardware, setting: Setting) -> Prediction
 
 
 def _contrast_seconds(cost: ModelCost, hardware: Hardware, setting: Setting) -> float:
-    """Three products a logit and direction: itself and two gradients. A head that uses it twice needs half of them.
+    """Three products per logit and direction: itself and two gradients; `full_logits` shares them between directions.
 
     Materialised heads multiply as autocast says, the local form in the precision of the features it is given.
     """

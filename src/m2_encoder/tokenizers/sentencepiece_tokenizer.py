@@ -311,7 +311,7 @@ def _checked_texts(texts: str | Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         return [texts]
     allowed = "give a string or an iterable of strings"
-    # A mapping gives its keys, a set no order: both are mistakes, however well they iterate. So are bytes.
+    # A mapping gives its keys, a set has no order, bytes give numbers: all are mistakes.
     if isinstance(texts, bytes | bytearray | Mapping | Set):
         raise UserError(f"texts must not be {type(texts).__name__}; {allowed}")
     try:

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused() -> None:
         MaskedImage(masking="random")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="codes have no tokenizer yet; load 'somewhere'"):
         VisualCodes(tokenizer="somewhere").build(CONFIG)
-    with pytest.raises(UserError, match="images of 16 pixels in patches of 4, the model images of 32 in patches of 4"):
+    with pytest.raises(UserError, match="has image_size=16, the model 32; train one with"):
         make_targets("codes").build(dataclasses.replace(CONFIG, image_size=32))
     with pytest.raises(UserError, match=r"mask_ratio=0\.01: hides 0 of the 16 patches"):
         MaskedImage(mask_ratio=0.01, masking="attentive").build(CONFIG)

@@ -11,7 +11,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG
 from m2_encoder.planning.cost import estimate_cost
 from m2_encoder.planning.hardware import Hardware
-from m2_encoder.planning.search import Wish, describe, enumerate_settings, find_baselines, find_best, scale_worlds
+from m2_encoder.planning.search import Request, describe, enumerate_settings, find_baselines, find_best, scale_worlds
 from m2_encoder.planning.step import predict
 
 CLUSTER = Hardware(
@@ -22,17 +22,17 @@ CLUSTER = Hardware(
 COST = estimate_cost(NAME_TO_CONFIG["m2-encoder-1b"])
 
 
-def _wish(**values: Any) -> Wish:
-    return Wish(**{"world_size": 64, "global_rows": 8192, "contrasted_rows": 2048, "memory_gb": 80.0, **values})
+def _request(**values: Any) -> Request:
+    return Request(**{"world_size": 64, "global_rows": 8192, "contrasted_rows": 2048, "memory_gb": 80.0, **values})
 
 
-def test_every_setting_keeps_to_the_wish() -> None:
-    wish = _wish()
-    found = list(enumerate_settings(wish, CLUSTER))
+def test_every_setting_keeps_to_the_request() -> None:
+    request = _request()
+    found = list(enumerate_settings(request, CLUSTER))
     assert len(found) == len(set(found)) > 100
     for setting in found:
-        assert setting.global_rows == wish.global_rows
-        assert setting.contrasted_rows >= wish.contrasted_rows
+        assert setting.global_rows == request.global_rows
+        assert setting.contrasted_rows >= request.contrasted_rows
     assert {setting.group_size for setting in found} == {16, 32, 64}
     assert {setting.micro_batches for setting in found} == {2**power for power in range(8)}
 
@@ -45,14 +45,14 @@ def test_every_setting_keeps_to_the_wish() -> None:
 def test_the_best_fits_and_nothing_that_fits_is_faster(
     memory_gb: float, less: float, power: int, strategy: str | None
 ) -> None:
-    wish = _wish(memory_gb=memory_gb, contrasted_rows=1024 * 2**power, strategy=strategy)
-    best = find_best(COST, CLUSTER, wish)
+    request = _request(memory_gb=memory_gb, contrasted_rows=1024 * 2**power, strategy=strategy)
+    best = find_best(COST, CLUSTER, request)
     assert len({item.setting.group_size for item in best}) == len(best)
-    everything = [predict(COST, CLUSTER, setting) for setting in enumerate_settings(wish, CLUSTER)]
+    everything = [predict(COST, CLUSTER, setting) for setting in enumerate_settings(request, CLUSTER)]
     fitting = [item.pairs_per_s for item in everything if item.memory.total <= memory_gb * 1e9]
     assert best[0].pairs_per_s == max(fitting)
     assert all(item.memory.total <= memory_gb * 1e9 for item in best)
-    tighter = dataclasses.replace(wish, memory_gb=less * memory_gb)
+    tighter = dataclasses.replace(request, memory_gb=less * memory_gb)
     if min(item.memory.total for item in everything) > tighter.memory_gb * 1e9:
         with pytest.raises(UserError, match="no setting fits"):
             find_best(COST, CLUSTER, tighter)
@@ -61,14 +61,14 @@ def test_the_best_fits_and_nothing_that_fits_is_faster(
 
 
 def test_small_micro_batches_can_be_left_out() -> None:
-    assert min(setting.rows for setting in enumerate_settings(_wish(min_rows=16), CLUSTER)) == 16
-    assert {setting.rows for setting in enumerate_settings(_wish(min_rows=500), CLUSTER)} == {128}
-    asked = enumerate_settings(_wish(min_rows=16, micro_batches=64), CLUSTER)
+    assert min(setting.rows for setting in enumerate_settings(_request(min_rows=16), CLUSTER)) == 16
+    assert {setting.rows for setting in enumerate_settings(_request(min_rows=500), CLUSTER)} == {128}
+    asked = enumerate_settings(_request(min_rows=16, micro_batches=64), CLUSTER)
     assert {setting.rows for setting in asked} == {2}, "a given k is taken at its word"
 
 
 def test_memory_decides_what_is_computed_again() -> None:
-    roomy, tight = (find_best(COST, CLUSTER, _wish(memory_gb=gb))[0].setting for gb in (80, 20))
+    roomy, tight = (find_best(COST, CLUSTER, _request(memory_gb=gb))[0].setting for gb in (80, 20))
     assert not roomy.activation_checkpointing
     assert not roomy.encodes_again
     assert tight.activation_checkpointing or tight.encodes_again
@@ -76,7 +76,7 @@ def test_memory_decides_what_is_computed_again() -> None:
 
 def test_given_values_are_kept() -> None:
     values = {"group_size": 8, "micro_batches": 4, "strategy": "grouped_ddp", "recompute": False}
-    (best,) = find_best(COST, CLUSTER, _wish(**values))
+    (best,) = find_best(COST, CLUSTER, _request(**values))
     assert {name: getattr(best.setting, name) for name in values} == values
 
 
@@ -91,13 +91,13 @@ def test_given_values_are_kept() -> None:
         ({"memory_gb": 2.0}, r"memory_gb=2: no setting fits; the smallest needs \d+\.\d GB \(grouped_fsdp, g 16"),
     ],
 )
-def test_impossible_wishes(values: dict[str, Any], message: str) -> None:
+def test_impossible_requests(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_best(COST, CLUSTER, _wish(**values))
+        find_best(COST, CLUSTER, _request(**values))
 
 
 def test_baselines_take_the_same_rows() -> None:
-    local_loss, full_logits = find_baselines(COST, CLUSTER, _wish())
+    local_loss, full_logits = find_baselines(COST, CLUSTER, _request())
     assert [item.setting.method for item in (local_loss, full_logits)] == ["local_loss", "full_logits"]
     assert {item.setting.global_rows for item in (local_loss, full_logits)} == {8192}
     assert min(item.setting.contrasted_rows for item in (local_loss, full_logits)) >= 2048
@@ -105,7 +105,7 @@ def test_baselines_take_the_same_rows() -> None:
 
 
 def test_baselines_may_accumulate_as_long_as_they_contrast_enough() -> None:
-    tight = _wish(memory_gb=42.0, strategy="grouped_ddp", activation_checkpointing=False)
+    tight = _request(memory_gb=42.0, strategy="grouped_ddp", activation_checkpointing=False)
     for item in find_baselines(COST, CLUSTER, tight):
         assert item.setting.micro_batches > 1
         assert item.setting.contrasted_rows >= 2048
@@ -114,15 +114,15 @@ def test_baselines_may_accumulate_as_long_as_they_contrast_enough() -> None:
 
 
 def test_a_baseline_that_does_not_fit_says_so_by_its_memory() -> None:
-    _, full_logits = find_baselines(COST, CLUSTER, _wish(memory_gb=4.0))
+    _, full_logits = find_baselines(COST, CLUSTER, _request(memory_gb=4.0))
     assert full_logits.memory.total > 4e9
     assert full_logits.setting.activation_checkpointing
 
 
 def test_scaling_keeps_the_rows_of_a_rank() -> None:
-    wish = _wish()
-    planned = find_best(COST, CLUSTER, wish)[0].setting
-    points = scale_worlds(COST, CLUSTER, wish, planned, world_sizes=(4, 64, 1024), fixed_group_size=8)
+    request = _request()
+    planned = find_best(COST, CLUSTER, request)[0].setting
+    points = scale_worlds(COST, CLUSTER, request, planned, world_sizes=(4, 64, 1024), fixed_group_size=8)
     assert [point.fixed is None for point in points] == [True, False, False]
     for point in points:
         for item in (point.best, point.full, point.local_loss, point.full_logits):
@@ -134,9 +134,9 @@ def test_scaling_keeps_the_rows_of_a_rank() -> None:
 
 
 def test_what_does_not_fit_on_few_ranks_is_computed_again_there() -> None:
-    wish = _wish(memory_gb=24.0)
-    planned = find_best(COST, CLUSTER, dataclasses.replace(wish, memory_gb=80.0))[0].setting
-    few, many = scale_worlds(COST, CLUSTER, wish, planned, world_sizes=(8, 1024), fixed_group_size=8)
+    request = _request(memory_gb=24.0)
+    planned = find_best(COST, CLUSTER, dataclasses.replace(request, memory_gb=80.0))[0].setting
+    few, many = scale_worlds(COST, CLUSTER, request, planned, world_sizes=(8, 1024), fixed_group_size=8)
     assert planned.micro_batches == 1
     for point in (few, many):
         assert point.best.memory.total <= 24e9
@@ -144,5 +144,7 @@ def test_what_does_not_fit_on_few_ranks_is_computed_again_there() -> None:
 
 
 def test_description() -> None:
-    setting = find_best(COST, CLUSTER, _wish(micro_batches=4, recompute=True, activation_checkpointing=True))[0].setting
+    setting = find_best(COST, CLUSTER, _request(micro_batches=4, recompute=True, activation_checkpointing=True))[
+        0
+    ].setting
     assert describe(setting) == f"{setting.strategy}, g 16, k 4, B 32, recompute, activation checkpointing"

@@ -267,7 +267,7 @@ def _add_header_faults(index: ShardIndex, faults: _Faults) -> Counter[str]:
 
 
 def _count_extensions(shard: OpenShard, options: InspectionOptions) -> Counter[str]:
-    """Members by extension, from as many headers as samples are read: all of a large tar take longer than the rest."""
+    """Members by extension, from as many headers as samples are read: reading all of a large tar would take longest."""
     limit, index = options.samples_per_shard, shard.index
     size = index.size if limit is None or len(index) <= limit else index[limit].image.offset
     names = (Path(member.name).name for member in scan_tar(shard.descriptor, size=size).members)

@@ -229,7 +229,9 @@ def _refuse_other(folder: Path, name: str, overwrite: bool) -> None:
 
 
 def _remove_shard(marker: Path) -> None:
-    marker.unlink(missing_ok=True)  # first: a marker without its tar counts for nothing, a tar without it neither
+    marker.unlink(
+        missing_ok=True
+    )  # first: neither a marker without its tar nor a tar without its marker counts as done
     tar = marker.parent.parent / marker.name.removesuffix(".json")
     for path in (tar, tar.with_name(f"{tar.name}.index")):
         path.unlink(missing_ok=True)

@@ -72,7 +72,7 @@ def write_shard(task: ShardTask) -> ShardResult:
             target.unlink(missing_ok=True)
         elif not (target.is_file() and filecmp.cmp(partial, target, shallow=False)):
             _sync(partial)
-            partial.replace(target)  # not where nothing changed: who reads the tar would take it for another
+            partial.replace(target)  # unless nothing changed: readers would take the tar for another one
         if result.samples:
             open_index(target)  # training need not scan the tar
         write_json(task.marker, result._replace(failures=())._asdict() | {"failures": list(map(list, result.failures))})

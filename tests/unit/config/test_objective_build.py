@@ -57,7 +57,7 @@ def test_an_objective_of_ones_own_is_built_once_in_vain(problems: Problems) -> N
         return problems(f"+objective.mine={{_target_: {OWN}.{name}, weight: 1.0{more}}}")
 
     assert of("WideOnly") == ["objective.mine: embed_dim=64 is too narrow; use 1000 or more"]
-    assert of("Picky", ", margin: -1") == ["objective.mine.margin=-1 must be 0 or more"]
+    assert of("Picky", ", margin: -1") == ["objective.mine.margin=-1: must be 0 or more"]
     assert problems(f"+objective.mine={{_target_: {OWN}.make_nothing}}") == [
         f"objective.mine._target_={OWN}.make_nothing: makes no objective; "
         "name a subclass of m2_encoder.objectives.base.Objective"
