@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from m2_encoder.data.masking.patch_masking import BlockMasking
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), grid=st.integers(2, 20), seed=st.integers(0, 2**32))
 def test_exactly_as_many_as_asked_for(data: st.DataObject, grid: int, seed: int) -> None:
     count = data.draw(st.integers(1, grid * grid - 1))
