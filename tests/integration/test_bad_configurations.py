@@ -121,9 +121,9 @@ ONE_FAULT = [
     ("+data.transform.num_opps=1", "did you mean num_ops"),
     ("+data.seed=3", "set by the command itself"),
     # model
-    ("model.image_size=65", "model.image_size=64"),
+    ("model.image_size=65", "for example 64"),
     ("model.image_size=-8", "1 or more"),
-    ("model.embed_dim=130", "model.num_heads=4"),
+    ("model.embed_dim=130", "num_heads=4"),
     ("model.context_length=1000", "2..126"),
     ("model.vocab_size=100", "model.tokenizer=emoji"),
     ("model.drop_path_rate=1", "below 1"),
@@ -364,17 +364,13 @@ def test_saved_configuration_without_a_group(m2_train: Command, tmp_path: Path) 
     assert any(problem.startswith("trainer: is missing") for problem in outcome.problems)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [(["optimizer.lr=-1", "foo=1"], "2 problems"), (["trainer.max_step=3"], "did you mean max_steps")],
-)
-def test_console_script(tmp_path: Path, repo_root: Path, arguments: list[str], named: str) -> None:
+def test_console_script(tmp_path: Path, repo_root: Path) -> None:
     script = Path(sys.executable).with_name("m2-train")
     if not script.is_file():
         pytest.skip(f"no {script}: the project is not installed in this environment")
     environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     done = subprocess.run(
-        [str(script), *arguments, f"run.folder={tmp_path / 'outputs'}"],
+        [str(script), "optimizer.lr=-1", "trainer.max_step=3", f"run.folder={tmp_path / 'outputs'}"],
         cwd=repo_root / "conf",
         env=environment,
         capture_output=True,
@@ -384,7 +380,8 @@ def test_console_script(tmp_path: Path, repo_root: Path, arguments: list[str], n
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    assert named in done.stderr
+    assert "2 problems" in done.stderr
+    assert "did you mean max_steps" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

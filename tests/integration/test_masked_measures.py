@@ -22,6 +22,10 @@ SHORT = (
     "trainer.limit_val_batches=0",
     "scheduler.warmup_steps=1",
     "run.export=false",
+    "model.num_layers=1",
+    "model.embed_dim=32",
+    "model.num_heads=2",
+    "model.image_size=32",
 )
 SPLITS = {"heldout_style": 1494, "heldout_families": 153, "val": 721}
 WORDS = {"accuracy", "other_accuracy", "commonest_accuracy", "loss", "other_loss"}

@@ -17,40 +17,25 @@ CHANCE = "chance"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """One part of the training data, for the model card.
+    """One part of the training data, for the model card."""
 
-    Attributes:
-        name: what it is.
-        licence: under which terms it comes.
-        note: what it contributed; may be empty.
-        url: where it comes from; may be empty.
-    """
-
-    name: str
-    licence: str
-    note: str = ""
-    url: str = ""
+    name: str  # what it is
+    licence: str  # under which terms it comes
+    note: str = ""  # what it contributed; may be empty
+    url: str = ""  # where it comes from; may be empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CardInfo:
-    """What a model card says beyond the facts that the model itself knows.
+    """What a model card says beyond the facts that the model itself knows."""
 
-    Attributes:
-        title: heading; the name of the configuration if empty.
-        summary: a paragraph: what the model is and what for.
-        data: training data and their licences.
-        training: facts of the run, label to value, e.g. `{"steps": "3,000", "objective": "itc"}`.
-        limits: what the model cannot do, one sentence each.
-        licence: terms of the weights.
-    """
-
-    title: str = ""
-    summary: str = ""
-    data: Sequence[DataSource] = ()
+    title: str = ""  # heading; the name of the configuration if empty
+    summary: str = ""  # a paragraph: what the model is and what for
+    data: Sequence[DataSource] = ()  # training data and their licences
+    # facts of the run, label to value, e.g. `{"steps": "3,000", "objective": "itc"}`.
     training: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    limits: Sequence[str] = ()
-    licence: str = "Apache-2.0"
+    limits: Sequence[str] = ()  # what the model cannot do, one sentence each
+    licence: str = "Apache-2.0"  # terms of the weights
 
 
 _DRAWINGS: Final[Mapping[str, DataSource]] = {

@@ -26,15 +26,10 @@ _NAMES: Final = {"weight", "bias"}
 
 
 class MatchingHead(NamedTuple):
-    """What turns the hidden states of a pair into a matching score.
+    """What turns the hidden states of a pair into a matching score."""
 
-    Attributes:
-        linear: D to 1, of the state of the text's first token.
-        text_expert: whether texts pass the text experts where image and text meet, as in training.
-    """
-
-    linear: nn.Linear
-    text_expert: bool = False
+    linear: nn.Linear  # D to 1, of the state of the text's first token
+    text_expert: bool = False  # whether texts pass the text experts where image and text meet, as in training
 
 
 def save_head(folder: Path, head: MatchingHead) -> dict[str, Any]:

@@ -16,25 +16,27 @@ import torch
 
 from m2_encoder.config.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
 from m2_encoder.config.known import Known, count_devices, count_ranks, run_check
-from m2_encoder.config.model_choice import build_tokenizer, takes_files
-from m2_encoder.config.objective_relations import OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS
-from m2_encoder.config.objective_trial import TRIAL_CHECKS
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
+from m2_encoder.config.objective_relations import BUILD_CHECKS, OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS
 from m2_encoder.config.paths import LAST_CHECKPOINT, anchor, default_run_folder
-from m2_encoder.config.problems import find_problems
-from m2_encoder.config.task_relations import TASK_CHECKS
+from m2_encoder.config.problems import UNSET, find_problems, show
+from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
 from m2_encoder.data.emoji.dataset import load_emoji_concepts
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import divisors, resolve_group_size
-from m2_encoder.errors import Problem, UserError
-from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
+from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 
 MAX_CPU_RANKS: Final = 8
 _EMOJI_TARGET: Final = "m2_encoder.data.emoji.emoji_module.EmojiDataModule"
+_FULL_TARGET: Final = "m2_encoder.training.adaptation.Full"
+_TOKENIZER_TARGET: Final = "m2_encoder.training.visual_tokenizer_module.VisualTokenizerModule"
 _SINGLE_TARGET: Final = "m2_encoder.strategies.single.LocalStrategy"
 _FSDP_TARGET: Final = "m2_encoder.strategies.grouped_fsdp.GroupedFSDPStrategy"
 _FSDP_PRECISIONS: Final = ("32-true", "bf16-mixed", "bf16-true", "16-true", "32", "bf16", 32)
 _MUON_TARGET: Final = "m2_encoder.training.optim.build_muon"
 _GPU_PRECISIONS: Final = ("16-mixed", "16-true", "16", 16)
+_SIZES: Final = tuple(field for field in MODEL_FIELDS if field not in REAL_MODEL_FIELDS)
 
 
 def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machine: bool = True) -> list[Problem]:
@@ -55,26 +57,16 @@ def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machi
     return problems
 
 
-def _check_heads(known: Known) -> Iterator[Problem]:
-    width, heads = _size(known, "embed_dim"), _size(known, "num_heads")
-    if width % heads:
-        fix = f"for example model.embed_dim={_multiple(width, heads)}"
-        yield Problem("model.embed_dim", width, f"must be a multiple of model.num_heads={heads}", fix)
-
-
-def _check_patches(known: Known) -> Iterator[Problem]:
-    image, patch = _size(known, "image_size"), _size(known, "patch_size")
-    if image % patch:
-        fix = f"for example model.image_size={_multiple(image, patch)}"
-        yield Problem("model.image_size", image, f"must be a multiple of model.patch_size={patch}", fix)
-
-
-def _check_context(known: Known) -> Iterator[Problem]:
-    context, longest = _size(known, "context_length"), _size(known, "num_text_positions") - NUM_RESERVED_POSITIONS
-    if not 2 <= context <= longest:
-        rule = f"must be in 2..{longest} (model.num_text_positions - {NUM_RESERVED_POSITIONS})"
-        fix = f"for example model.context_length={max(2, longest)}"
-        yield Problem("model.context_length", context, rule, fix)
+def _check_model(known: Known) -> Iterator[Problem]:
+    """What the model's own constructor refuses; a size that is reported already counts as its name's."""
+    wrong = [field for field in _SIZES if known(f"model.{field}", UNSET) is UNSET and known.has(f"model.{field}")]
+    sizes = {field: None if field in wrong else known(f"model.{field}", None) for field in _SIZES}
+    try:
+        build_model_config({"name": known("model.name"), **sizes})
+    except UserError as error:
+        for problem in find_problems(error.under("model")):
+            if not any(problem.key == f"model.{field}" or f"{field}=" in problem.rule for field in wrong):
+                yield problem
 
 
 def _check_weights(known: Known) -> Iterator[Problem]:
@@ -202,6 +194,42 @@ def _check_training_set(known: Known) -> Iterator[Problem]:
         yield Problem("data.global_batch_size", batch, f"must not exceed the {size} training samples", fix)
 
 
+def _check_task(known: Known) -> Iterator[Problem]:
+    if (target := known("task._target_")) != _TOKENIZER_TARGET:
+        fix = "use task=visual_tokenizer, or leave task out to train an encoder"
+        yield Problem("task._target_", target, f"must be {_TOKENIZER_TARGET}", fix)
+
+
+def _check_tokenizer_task(known: Known) -> Iterator[Problem]:
+    if known("task._target_") != _TOKENIZER_TARGET:
+        return
+    if known("objective", {}):
+        given = list(known("objective"))
+        yield Problem("objective", given, "must be empty: the task has a loss of its own", "use objective=[]")
+    if count_ranks(known) > 1 or known("strategy._target_", _SINGLE_TARGET) != _SINGLE_TARGET:
+        rule = "must be single, on one device: the codes follow the batch of one process"
+        yield Problem("strategy", NOTHING, rule, "use strategy=single trainer.devices=1")
+        return
+    for key, neutral in (("micro_batches", 1), ("activation_checkpointing", False)):
+        if (value := known(f"strategy.{key}", neutral)) != neutral:
+            rule = "has no meaning for a visual tokenizer, which is small"
+            yield Problem(f"strategy.{key}", value, rule, f"use strategy.{key}={show(neutral)}")
+    if (weights := known("model.weights", None)) is not None:
+        rule = "must be null: of the model only the sizes of images and patches count here"
+        yield Problem("model.weights", weights, rule, "use model.weights=null")
+    if (adaptation := known("adaptation._target_", _FULL_TARGET)) != _FULL_TARGET:
+        rule = "must be full: a visual tokenizer is trained as a whole"
+        yield Problem("adaptation._target_", adaptation, rule, "use adaptation=full")
+
+
+def _check_task_heads(known: Known) -> Iterator[Problem]:
+    width, heads = known("task.embed_dim"), known("task.num_heads")
+    if known("task._target_") == _TOKENIZER_TARGET and width % heads:
+        fits = min(divisors(width), key=lambda divisor: (abs(divisor - heads), -divisor))
+        rule = f"must divide task.embed_dim={width}"
+        yield Problem("task.num_heads", heads, rule, f"for example task.num_heads={fits}")
+
+
 def _check_folders(known: Known) -> Iterator[Problem]:
     for key in ("run.folder", "data.folder"):
         if (value := known(key, None)) is not None and (reason := _unusable(anchor(value))):
@@ -219,15 +247,13 @@ def _check_folders(known: Known) -> Iterator[Problem]:
 
 
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
-    _check_heads,
-    _check_patches,
-    _check_context,
+    _check_model,
     _check_weights,
     _check_tokenizer,
     _check_steps,
     *OBJECTIVE_CHECKS,
     *OBJECTIVE_PLACE_CHECKS,
-    *TRIAL_CHECKS,
+    *BUILD_CHECKS,
     _check_devices,
     _check_ranks,
     _check_groups,
@@ -237,7 +263,9 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_training_set,
     *DATA_CHECKS,
     *DATA_PLACE_CHECKS,
-    *TASK_CHECKS,
+    _check_task,
+    _check_tokenizer_task,
+    _check_task_heads,
     _check_folders,
 )
 

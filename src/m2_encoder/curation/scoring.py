@@ -44,22 +44,15 @@ class ScoreTask(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A decoded window.
-
-    Attributes:
-        num_rows: n.
-        rows: which rows are scored; kept ones are missing if their image cannot be decoded after all.
-        image_of_row: place in `images` of each of them.
-        images: (k, 3, S, S) uint8.
-        texts: of the scored rows.
-    """
+    """A decoded window."""
 
     output: str
-    num_rows: int
+    num_rows: int  # n
+    # which rows are scored; kept ones are missing if their image cannot be decoded after all
     rows: npt.NDArray[np.int64]
-    image_of_row: npt.NDArray[np.int64]
-    images: npt.NDArray[np.uint8]
-    texts: list[str]
+    image_of_row: npt.NDArray[np.int64]  # place in `images` of each of them
+    images: npt.NDArray[np.uint8]  # (k, 3, S, S) uint8
+    texts: list[str]  # of the scored rows
 
 
 def image_size_of(settings: ScoreSettings) -> int:

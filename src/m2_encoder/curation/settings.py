@@ -35,39 +35,25 @@ UNSEGMENTED: Final = ("zh", "ja")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LengthLimit:
-    """How long captions of a language may be.
+    """How long captions of a language may be."""
 
-    Attributes:
-        unit: what is counted.
-        least: shortest, inclusive; None for no limit.
-        most: longest, inclusive; None for no limit.
-    """
-
-    unit: Unit = "characters"
-    least: Index | None = None
-    most: Index | None = None
+    unit: Unit = "characters"  # what is counted
+    least: Index | None = None  # shortest, inclusive; None for no limit
+    most: Index | None = None  # longest, inclusive; None for no limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """Image-text similarity by a model.
+    """Image-text similarity by a model."""
 
-    Attributes:
-        model: a folder written by `m2-export`, or a name of `m2_encoder.list_models`.
-        weights: for a named model, its checkpoint.
-        tokenizer: for a named model, its SentencePiece file.
-        device: where the model runs.
-        rewrite_below: captions with a lower cosine are kept and flagged for rewriting; None flags nothing.
-        drop_below: captions with a lower cosine are dropped; None drops nothing.
-        rows: pairs that are decoded and encoded together; scores may depend on it in the last bits.
-    """
-
-    model: str
-    weights: str | None = None
-    tokenizer: str | None = None
-    device: str = "cpu"
+    model: str  # a folder written by `m2-export`, or a name of `m2_encoder.list_models`
+    weights: str | None = None  # for a named model, its checkpoint
+    tokenizer: str | None = None  # for a named model, its SentencePiece file
+    device: str = "cpu"  # where the model runs
+    # captions with a lower cosine are kept and flagged for rewriting; None flags nothing
     rewrite_below: Cosine | None = 0.25
-    drop_below: Cosine | None = None
+    drop_below: Cosine | None = None  # captions with a lower cosine are dropped; None drops nothing
+    # pairs that are decoded and encoded together; scores may depend on it in the last bits
     rows: Annotated[int, Ge(1), Le(2**16)] = 512
 
     def __post_init__(self) -> None:

@@ -12,15 +12,10 @@ from m2_encoder.errors import UserError
 
 
 class GroupTopology(NamedTuple):
-    """Ranks 0..W-1, cut into groups of g consecutive ones.
+    """Ranks 0..W-1, cut into groups of g consecutive ones."""
 
-    Attributes:
-        world_size: W.
-        group_size: g; divides W.
-    """
-
-    world_size: int
-    group_size: int
+    world_size: int  # W
+    group_size: int  # g; divides W
 
     @property
     def num_groups(self) -> int:

@@ -73,17 +73,17 @@ class M2EncoderConfig:
         check_fields(self)
         problems = []
         if self.embed_dim % self.num_heads:
-            fit = f"for example embed_dim={_multiple(self.embed_dim, self.num_heads)}"
+            fit = f"for example {_multiple(self.embed_dim, self.num_heads)}"
             rule = f"must be a multiple of num_heads={self.num_heads}"
             problems.append(Problem("embed_dim", self.embed_dim, rule, fit))
         if self.image_size % self.patch_size:
-            fit = f"for example image_size={_multiple(self.image_size, self.patch_size)}"
+            fit = f"for example {_multiple(self.image_size, self.patch_size)}"
             rule = f"must be a multiple of patch_size={self.patch_size}"
             problems.append(Problem("image_size", self.image_size, rule, fit))
         longest = self.num_text_positions - NUM_RESERVED_POSITIONS
         if not 2 <= self.context_length <= longest:
-            rule = f"must be in 2..{longest} (num_text_positions - {NUM_RESERVED_POSITIONS})"
-            fit = f"for example context_length={max(2, longest)}"
+            rule = f"must be in 2..{longest}, with num_text_positions={self.num_text_positions}"
+            fit = f"for example {max(2, longest)}"
             problems.append(Problem("context_length", self.context_length, rule, fit))
         refuse(problems)
 

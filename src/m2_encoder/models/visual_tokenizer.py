@@ -38,28 +38,18 @@ _ROWS_AT_ONCE = 8192  # vectors compared with all codes at a time: 256 MiB for 8
 class VisualTokenizerConfig:
     """Shape of a visual tokenizer.
 
-    Attributes:
-        image_size: side S of the square images, pixels.
-        patch_size: side P of a patch, pixels; S must be a multiple.
-        num_codes: K.
-        code_dim: d.
-        embed_dim: D; a multiple of `num_heads`.
-        num_heads: attention heads of every layer.
-        num_layers: of the encoder.
-        num_decoder_layers: of the decoder.
-
     Raises:
         UserError: if a number is impossible.
     """
 
-    image_size: Count
-    patch_size: Count
-    num_codes: Annotated[int, Ge(2)] = 8192
-    code_dim: Count = 32
-    embed_dim: Count = 128
-    num_heads: Count = 4
-    num_layers: Count = 2
-    num_decoder_layers: Count = 2
+    image_size: Count  # side S of the square images, pixels
+    patch_size: Count  # side P of a patch, pixels; S must be a multiple
+    num_codes: Annotated[int, Ge(2)] = 8192  # K
+    code_dim: Count = 32  # d
+    embed_dim: Count = 128  # D; a multiple of `num_heads`
+    num_heads: Count = 4  # attention heads of every layer
+    num_layers: Count = 2  # of the encoder
+    num_decoder_layers: Count = 2  # of the decoder
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -96,19 +86,12 @@ class VisualTokenizerConfig:
 
 
 class TokenizedImages(NamedTuple):
-    """What a training step needs.
+    """What a training step needs."""
 
-    Attributes:
-        images: as given back, (B, 3, S, S).
-        vectors: before the choice, of length 1, (B, N, d).
-        codes: chosen, (B, N) int64.
-        commitment: mean squared distance of the vectors to their codes, which moves the vectors alone, ().
-    """
-
-    images: Tensor
-    vectors: Tensor
-    codes: Tensor
-    commitment: Tensor
+    images: Tensor  # as given back, (B, 3, S, S)
+    vectors: Tensor  # before the choice, of length 1, (B, N, d)
+    codes: Tensor  # chosen, (B, N) int64
+    commitment: Tensor  # mean squared distance of the vectors to their codes, which moves the vectors alone, ()
 
 
 class Codebook(nn.Module):

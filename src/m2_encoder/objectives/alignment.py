@@ -34,15 +34,10 @@ Shares: TypeAlias = Callable[[slice], Tensor]
 
 
 class Alignment(NamedTuple):
-    """Of local queries.
+    """Of local queries."""
 
-    Attributes:
-        mean: value, (), differentiable by queries and keys.
-        mixed: sum_j D_ij k_j, (n, E), detached; its products with the queries are the rows' values.
-    """
-
-    mean: Tensor
-    mixed: Tensor
+    mean: Tensor  # value, (), differentiable by queries and keys
+    mixed: Tensor  # sum_j D_ij k_j, (n, E), detached; its products with the queries are the rows' values
 
 
 def mean_alignment(

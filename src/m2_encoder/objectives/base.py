@@ -31,35 +31,22 @@ token seeing the ones before it alone."""
 
 
 class FeaturePair(NamedTuple):
-    """Features of one head of the model, and their temperature.
+    """Features of one head of the model, and their temperature."""
 
-    Attributes:
-        image_features: (B, E), L2-normalised.
-        text_features: (k * B, E), L2-normalised; k captions per image, row j describes image j // k.
-        logit_scale: log of the inverse temperature, ().
-    """
-
-    image_features: Tensor
-    text_features: Tensor
-    logit_scale: Tensor
+    image_features: Tensor  # (B, E), L2-normalised
+    text_features: Tensor  # (k * B, E), L2-normalised; k captions per image, row j describes image j // k
+    logit_scale: Tensor  # log of the inverse temperature, ()
 
 
 class ObjectiveInputs(NamedTuple):
-    """What the training module hands to every objective.
+    """What the training module hands to every objective."""
 
-    Attributes:
-        heads: by name of `EncoderOutput`: "features", and "backbone_features" if an objective trains that part.
-        identity: equal numbers mark the same content, (B,) int64.
-        group: ranks whose rows serve as negatives; None for this rank alone.
-        batch: the rows themselves; None only where features come from elsewhere.
-        step: updates done so far.
-    """
-
+    # by name of `EncoderOutput`: "features", and "backbone_features" if an objective trains that part
     heads: Mapping[str, FeaturePair]
-    identity: Tensor
-    group: dist.ProcessGroup | None
-    batch: ImageTextBatch | None = None
-    step: int = 0
+    identity: Tensor  # equal numbers mark the same content, (B,) int64
+    group: dist.ProcessGroup | None  # ranks whose rows serve as negatives; None for this rank alone
+    batch: ImageTextBatch | None = None  # the rows themselves; None only where features come from elsewhere
+    step: int = 0  # updates done so far
 
     @property
     def image_features(self) -> Tensor:
@@ -78,18 +65,12 @@ class ObjectiveInputs(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """A loss and its parts.
+    """A loss and its parts."""
 
-    Attributes:
-        loss: of the local rows, (), fp32, unweighted; its mean over the ranks is the loss of the step.
-        per_sample: loss of each local caption, (k * B,) fp32, detached; logged per language.
-        counts: how many terms each of them is the mean of, (k * B,); None for one each.
-        scores: more means over the same terms, such as an accuracy, by name, (k * B,) each, detached.
-    """
-
-    loss: Tensor
-    per_sample: Tensor
-    counts: Tensor | None = None
+    loss: Tensor  # of the local rows, (), fp32, unweighted; its mean over the ranks is the loss of the step
+    per_sample: Tensor  # loss of each local caption, (k * B,) fp32, detached; logged per language
+    counts: Tensor | None = None  # how many terms each of them is the mean of, (k * B,); None for one each
+    # more means over the same terms, such as an accuracy, by name, (k * B,) each, detached
     scores: Mapping[str, Tensor] = {}
 
 
@@ -160,17 +141,11 @@ def _weight_of(objective: Any) -> float:
 
 
 class LocalTerms(NamedTuple):
-    """What a local objective says of a piece, caption by caption.
+    """What a local objective says of a piece, caption by caption."""
 
-    Attributes:
-        sums: of the losses of all terms (such as tokens) of a caption, (k * b,), fp32 at least.
-        counts: how many terms it has, (k * b,); 0 is allowed.
-        scores: more sums over the same terms, by name, (k * b,) each, detached.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    scores: Mapping[str, Tensor] = {}
+    sums: Tensor  # of the losses of all terms (such as tokens) of a caption, (k * b,), fp32 at least
+    counts: Tensor  # how many terms it has, (k * b,); 0 is allowed
+    scores: Mapping[str, Tensor] = {}  # more sums over the same terms, by name, (k * b,) each, detached
 
 
 class LocalObjective(Objective):

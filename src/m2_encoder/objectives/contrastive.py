@@ -93,15 +93,10 @@ def image_text_contrastive(
 
 
 class ContrastiveLosses(NamedTuple):
-    """Losses of several heads.
+    """Losses of several heads."""
 
-    Attributes:
-        loss: mean over the local rows, (H,), differentiable.
-        per_sample: loss of each local text, half its image's and half its own, (k * B, H), detached.
-    """
-
-    loss: Tensor
-    per_sample: Tensor
+    loss: Tensor  # mean over the local rows, (H,), differentiable
+    per_sample: Tensor  # loss of each local text, half its image's and half its own, (k * B, H), detached
 
 
 def contrastive_losses(

@@ -127,15 +127,10 @@ class Tiles:
 
 
 class Softmax(NamedTuple):
-    """The softmaxes of one side.
+    """The softmaxes of one side."""
 
-    Attributes:
-        lse: logsumexp of each row's logits, (N,).
-        weight: share of each row's loss, (N,).
-    """
-
-    lse: Tensor
-    weight: Tensor
+    lse: Tensor  # logsumexp of each row's logits, (N,)
+    weight: Tensor  # share of each row's loss, (N,)
 
     def factor(self, shift: Tensor) -> Tensor:
         """What turns exp(S - shift) into weighted probabilities, (N,)."""

@@ -10,12 +10,12 @@ attentive masks; MAE (arXiv:2111.06377) and BEiT v2 (arXiv:2208.06366) for the t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from annotated_types import Gt, Lt
 from torch import Tensor
 
-from m2_encoder.bounds import NotNegative, check_bounds
+from m2_encoder.bounds import NotNegative, Rule, check_bounds
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.attentive import attentive_mask
@@ -24,6 +24,12 @@ from m2_encoder.objectives.files import Resources
 from m2_encoder.objectives.passes import PiecePasses
 from m2_encoder.objectives.patch_targets import NormalizedPixels, PatchTargets
 from m2_encoder.objectives.schedule import Schedule
+
+_TARGETS: Final = Rule(
+    lambda targets: targets is not None,
+    "keys with a _target_ (pixels: objective=[cmim])",
+    "'{_target_: m2_encoder.objectives.patch_targets.NormalizedPixels}'",
+)
 
 
 class MaskedImage(LocalObjective):
@@ -63,7 +69,7 @@ class MaskedImage(LocalObjective):
         schedule: Schedule | None = None,
         mask_ratio: Annotated[float, Gt(0), Lt(1)] = 80 / 196,
         masking: Literal["block", "attentive"] = "block",
-        targets: PatchTargets | None = None,
+        targets: Annotated[PatchTargets | None, _TARGETS] = None,
         text_expert: bool = False,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, text_expert=text_expert)

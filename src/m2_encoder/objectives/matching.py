@@ -178,15 +178,10 @@ def score_hidden(
 
 
 class Content(NamedTuple):
-    """What rows are about: an image and a caption belong together if the identity or any of the words are the same.
+    """What rows are about: an image and a caption belong together if the identity or any of the words are the same."""
 
-    Attributes:
-        identity: (N,) int64.
-        words: numbers of the captions of an image, or that of a caption, (N, W) int64; equal words, equal numbers.
-    """
-
-    identity: Tensor
-    words: Tensor
+    identity: Tensor  # (N,) int64
+    words: Tensor  # numbers of the captions of an image, or that of a caption, (N, W) int64; equal words, equal numbers
 
 
 def sample_negatives(

@@ -21,37 +21,22 @@ if TYPE_CHECKING:  # objectives load no model
 
 
 class EncodedPair(NamedTuple):
-    """A piece's images and captions, each encoded alone.
+    """A piece's images and captions, each encoded alone."""
 
-    Attributes:
-        image_hidden: of the backbone, (b, N, D); token 0 is cls, then the patches row by row.
-        text_hidden: of the backbone, (k * b, T, D); meaningless on padding.
-        text: the captions, trimmed, (k * b, T).
-        image_features: (b, E), L2-normalised.
-        text_features: (k * b, E), L2-normalised.
-    """
-
-    image_hidden: Tensor
-    text_hidden: Tensor
-    text: TextTokens
-    image_features: Tensor
-    text_features: Tensor
+    image_hidden: Tensor  # of the backbone, (b, N, D); token 0 is cls, then the patches row by row
+    text_hidden: Tensor  # of the backbone, (k * b, T, D); meaningless on padding
+    text: TextTokens  # the captions, trimmed, (k * b, T)
+    image_features: Tensor  # (b, E), L2-normalised
+    text_features: Tensor  # (k * b, E), L2-normalised
 
 
 class HardPairs(NamedTuple):
-    """Hard negatives, one of each kind per caption of a rank.
+    """Hard negatives, one of each kind per caption of a rank."""
 
-    Attributes:
-        text: captions that do not describe the caption's image, (k * B, T).
-        has_text: False where the group had none, (k * B,) bool.
-        image_rows: images of this rank that the caption does not describe, (k * B,) int64 in 0..B-1.
-        has_image: False where the rank had none, (k * B,) bool.
-    """
-
-    text: TextTokens
-    has_text: Tensor
-    image_rows: Tensor
-    has_image: Tensor
+    text: TextTokens  # captions that do not describe the caption's image, (k * B, T)
+    has_text: Tensor  # False where the group had none, (k * B,) bool
+    image_rows: Tensor  # images of this rank that the caption does not describe, (k * B,) int64 in 0..B-1
+    has_image: Tensor  # False where the rank had none, (k * B,) bool
 
 
 class PiecePasses:

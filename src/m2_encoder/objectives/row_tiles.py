@@ -24,23 +24,14 @@ _TILE_BYTES: Final = 16 << 20
 
 
 class GroupRows(NamedTuple):
-    """Rows of the group, and which of them are this rank's.
+    """Rows of the group, and which of them are this rank's."""
 
-    Attributes:
-        images: (M, E), differentiable, fp32 at least.
-        texts: (k * M, E), likewise.
-        identity: equal numbers mark the same content, (M,) int64.
-        first: number of the first local image.
-        local: n, how many are local.
-        captions: k; text j describes image j // k.
-    """
-
-    images: Tensor
-    texts: Tensor
-    identity: Tensor
-    first: int
-    local: int
-    captions: int
+    images: Tensor  # (M, E), differentiable, fp32 at least
+    texts: Tensor  # (k * M, E), likewise
+    identity: Tensor  # equal numbers mark the same content, (M,) int64
+    first: int  # number of the first local image
+    local: int  # n, how many are local
+    captions: int  # k; text j describes image j // k
 
     @property
     def own_images(self) -> slice:

@@ -79,15 +79,10 @@ class SigmoidContrastive(Objective):
 
 
 class SigmoidLosses(NamedTuple):
-    """Losses of the local rows.
+    """Losses of the local rows."""
 
-    Attributes:
-        loss: mean over the local texts, (), differentiable.
-        per_sample: of each local text, (k * n,), detached.
-    """
-
-    loss: Tensor
-    per_sample: Tensor
+    loss: Tensor  # mean over the local texts, (), differentiable
+    per_sample: Tensor  # of each local text, (k * n,), detached
 
 
 def sigmoid_losses(

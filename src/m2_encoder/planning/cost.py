@@ -27,43 +27,24 @@ _LOGIT_HEADS = {1: (), 2: ("backbone_features",)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCost:
-    """Costs of a model; operations and bytes are of one pair, that is one image and one text.
+    """Costs of a model; operations and bytes are of one pair, that is one image and one text."""
 
-    Attributes:
-        name: of the model.
-        parameters: all of them, also those that training freezes.
-        trainable_parameters: those with a gradient.
-        layer_parameters: of the largest layer, both experts.
-        root_parameters: outside of the layers: embeddings, heads, norms.
-        num_layers: multiway layers, backbone and vision-language encoder.
-        feature_dim: E.
-        heads: contrastive heads h.
-        forward_flops: multiplications and additions of a forward pass.
-        backward_flops: of the backward pass: twice that, without the gradient of the pixels.
-        activation_bytes: kept for backward.
-        layer_activation_bytes: kept by one full layer, of the larger modality.
-        layer_input_bytes: inputs of all layers, which activation checkpointing keeps instead.
-        work_bytes: the two widest gradients of a backward pass, alive beside the activations.
-        batch_bytes: pixels, in 8 bits, and token ids.
-        autocast_bytes_per_parameter: copies of the weights that mixed precision keeps during a pass.
-    """
-
-    name: str
-    parameters: int
-    trainable_parameters: int
-    layer_parameters: int
-    root_parameters: int
-    num_layers: int
-    feature_dim: int
-    heads: int
-    forward_flops: int
-    backward_flops: int
-    activation_bytes: int
-    layer_activation_bytes: int
-    layer_input_bytes: int
-    work_bytes: int
-    batch_bytes: int
-    autocast_bytes_per_parameter: int
+    name: str  # of the model
+    parameters: int  # all of them, also those that training freezes
+    trainable_parameters: int  # those with a gradient
+    layer_parameters: int  # of the largest layer, both experts
+    root_parameters: int  # outside of the layers: embeddings, heads, norms
+    num_layers: int  # multiway layers, backbone and vision-language encoder
+    feature_dim: int  # E
+    heads: int  # contrastive heads h
+    forward_flops: int  # multiplications and additions of a forward pass
+    backward_flops: int  # of the backward pass: twice that, without the gradient of the pixels
+    activation_bytes: int  # kept for backward
+    layer_activation_bytes: int  # kept by one full layer, of the larger modality
+    layer_input_bytes: int  # inputs of all layers, which activation checkpointing keeps instead
+    work_bytes: int  # the two widest gradients of a backward pass, alive beside the activations
+    batch_bytes: int  # pixels, in 8 bits, and token ids
+    autocast_bytes_per_parameter: int  # copies of the weights that mixed precision keeps during a pass
 
 
 def estimate_cost(

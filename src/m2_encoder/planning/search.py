@@ -16,33 +16,19 @@ from m2_encoder.planning.step import Prediction, predict
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """The planning problem: given values, and None for what the search may choose.
+    """The planning problem: given values, and None for what the search may choose."""
 
-    Attributes:
-        world_size: W.
-        global_rows: rows of an optimizer step, W · k · B.
-        contrasted_rows: rows M that a row is contrasted with, at least.
-        memory_gb: what a rank may use, 10^9 bytes.
-        group_size: g.
-        micro_batches: k.
-        strategy: one of `STRATEGIES`.
-        recompute: encode micro-batches again instead of keeping their activations.
-        activation_checkpointing: compute layers again.
-        feature_bytes: of a feature element on the wire.
-        min_rows: smallest B to consider while k is free, as far as a rank has so many rows.
-    """
-
-    world_size: int
-    global_rows: int
-    contrasted_rows: int
-    memory_gb: float
-    group_size: int | None = None
-    micro_batches: int | None = None
-    strategy: str | None = None
-    recompute: bool | None = None
-    activation_checkpointing: bool | None = None
-    feature_bytes: int = 4
-    min_rows: int = 1
+    world_size: int  # W
+    global_rows: int  # rows of an optimizer step, W · k · B
+    contrasted_rows: int  # rows M that a row is contrasted with, at least
+    memory_gb: float  # what a rank may use, 10^9 bytes
+    group_size: int | None = None  # g
+    micro_batches: int | None = None  # k
+    strategy: str | None = None  # one of `STRATEGIES`
+    recompute: bool | None = None  # encode micro-batches again instead of keeping their activations
+    activation_checkpointing: bool | None = None  # compute layers again
+    feature_bytes: int = 4  # of a feature element on the wire
+    min_rows: int = 1  # smallest B to consider while k is free, as far as a rank has so many rows
 
 
 def enumerate_settings(request: Request, hardware: Hardware) -> Iterator[Setting]:
@@ -147,23 +133,14 @@ def find_baselines(cost: ModelCost, hardware: Hardware, request: Request) -> lis
 
 
 class ScalingPoint(NamedTuple):
-    """Predictions of one world size; those that do not fit have a memory above the limit.
+    """Predictions of one world size; those that do not fit have a memory above the limit."""
 
-    Attributes:
-        world_size: W.
-        best: grouped, with the fastest group that contrasts enough rows.
-        fixed: grouped, with one group size for all worlds; None where it does not divide the world.
-        full: the local form over all ranks.
-        local_loss: the good baseline.
-        full_logits: the naive baseline.
-    """
-
-    world_size: int
-    best: Prediction
-    fixed: Prediction | None
-    full: Prediction
-    local_loss: Prediction
-    full_logits: Prediction
+    world_size: int  # W
+    best: Prediction  # grouped, with the fastest group that contrasts enough rows
+    fixed: Prediction | None  # grouped, with one group size for all worlds; None where it does not divide the world
+    full: Prediction  # the local form over all ranks
+    local_loss: Prediction  # the good baseline
+    full_logits: Prediction  # the naive baseline
 
 
 def scale_worlds(

@@ -47,19 +47,12 @@ Module = PretrainModule | VisualTokenizerModule
 
 
 class Run(NamedTuple):
-    """The objects of one run.
+    """The objects of one run."""
 
-    Attributes:
-        module: model, objectives, optimizer.
-        datamodule: training and evaluation data.
-        trainer: Lightning's.
-        metrics: the logger behind `metrics.jsonl`.
-    """
-
-    module: Module
-    datamodule: WebDatasetModule
-    trainer: lightning.Trainer
-    metrics: JsonlLogger
+    module: Module  # model, objectives, optimizer
+    datamodule: WebDatasetModule  # training and evaluation data
+    trainer: lightning.Trainer  # Lightning's
+    metrics: JsonlLogger  # the logger behind `metrics.jsonl`
 
 
 def build_run(cfg: dict[str, Any], folder: Path) -> Run:

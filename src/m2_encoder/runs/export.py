@@ -29,15 +29,10 @@ _MATCHING: Final = f"{Matching.__module__}.{Matching.__qualname__}"
 
 
 class HeadOfRun(NamedTuple):
-    """Which objective of a run has the matching head.
+    """Which objective of a run has the matching head."""
 
-    Attributes:
-        name: of the objective.
-        text_expert: its value.
-    """
-
-    name: str
-    text_expert: bool
+    name: str  # of the objective
+    text_expert: bool  # its value
 
 
 def find_head(cfg: Mapping[str, Any]) -> HeadOfRun | None:

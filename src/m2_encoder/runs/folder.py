@@ -93,17 +93,11 @@ def read_step(checkpoint: Path) -> int:
 
 
 class Frozen(NamedTuple):
-    """A file that a run reads and never changes.
+    """A file that a run reads and never changes."""
 
-    Attributes:
-        key: of the setting that names it.
-        value: of that setting.
-        path: the file.
-    """
-
-    key: str
-    value: str
-    path: Path
+    key: str  # of the setting that names it
+    value: str  # of that setting
+    path: Path  # the file
 
 
 def find_frozen(cfg: Mapping[str, Any]) -> dict[str, Frozen]:

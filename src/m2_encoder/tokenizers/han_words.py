@@ -29,19 +29,13 @@ _NO_WORD = 1.0  # of what only begins a word; logarithms of probabilities are be
 
 
 class _Lexicon(NamedTuple):
-    """A dictionary in memory.
+    """A dictionary in memory."""
 
-    Attributes:
-        scores: logarithm of a word's probability, `_NO_WORD` for what only begins a word.
-        floor: score of a character that the dictionary lacks.
-        join: where the words of a run of single characters begin, by the hidden Markov model.
-        others: finds the words that are not of Chinese characters alone.
-    """
-
-    scores: dict[str, float]
-    floor: float
+    scores: dict[str, float]  # logarithm of a word's probability, `_NO_WORD` for what only begins a word
+    floor: float  # score of a character that the dictionary lacks
+    # where the words of a run of single characters begin, by the hidden Markov model
     join: Callable[[str], tuple[int, ...]]
-    others: re.Pattern[str] | None
+    others: re.Pattern[str] | None  # finds the words that are not of Chinese characters alone
 
 
 class HanWords:

@@ -83,16 +83,11 @@ def encode_pieces(
 
 
 class EncodedStep(NamedTuple):
-    """What the objectives of a step are computed from.
+    """What the objectives of a step are computed from."""
 
-    Attributes:
-        heads: features of all rows of this rank by head; empty if no objective needs features.
-        terms: of the local objectives by name, for all captions of this rank.
-        passes: those of every piece, for the second round; empty if it was not asked for, or pieces are recomputed.
-    """
-
-    heads: dict[str, FeaturePair]
-    terms: dict[str, LocalTerms]
+    heads: dict[str, FeaturePair]  # features of all rows of this rank by head; empty if no objective needs features
+    terms: dict[str, LocalTerms]  # of the local objectives by name, for all captions of this rank
+    # those of every piece, for the second round; empty if it was not asked for, or pieces are recomputed
     passes: tuple[PiecePasses, ...] = ()
 
 
@@ -180,19 +175,12 @@ class StepEncoder:
 
 
 class _PairPiece(NamedTuple):
-    """One piece of the second round.
+    """One piece of the second round."""
 
-    Attributes:
-        batch: its rows.
-        wrong: hard negatives of its captions.
-        wrong_images: a wrong image for each caption: its hidden states where there are `passes`, else its pixels.
-        passes: of the first round; None if they are run again.
-    """
-
-    batch: ImageTextBatch
-    wrong: HardPairs
-    wrong_images: Tensor
-    passes: PiecePasses | None
+    batch: ImageTextBatch  # its rows
+    wrong: HardPairs  # hard negatives of its captions
+    wrong_images: Tensor  # a wrong image for each caption: its hidden states where there are `passes`, else its pixels
+    passes: PiecePasses | None  # of the first round; None if they are run again
 
 
 def evaluate_pairs(

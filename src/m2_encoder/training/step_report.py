@@ -14,17 +14,11 @@ from m2_encoder.types import LANGUAGES
 
 
 class StepReport(NamedTuple):
-    """Means over all ranks; detached fp32 scalars.
+    """Means over all ranks; detached fp32 scalars."""
 
-    Attributes:
-        losses: by objective, and by `<objective>_<language>`; NaN for a language without terms.
-        scores: by `<score>/<objective>` and `<score>/<objective>_<language>`.
-        shares: of the captions that are in each language, by language.
-    """
-
-    losses: dict[str, Tensor]
-    scores: dict[str, Tensor]
-    shares: dict[str, Tensor]
+    losses: dict[str, Tensor]  # by objective, and by `<objective>_<language>`; NaN for a language without terms
+    scores: dict[str, Tensor]  # by `<score>/<objective>` and `<score>/<objective>_<language>`
+    shares: dict[str, Tensor]  # of the captions that are in each language, by language
 
 
 def report_step(outputs: Mapping[str, ObjectiveOutput], language: Tensor) -> StepReport:

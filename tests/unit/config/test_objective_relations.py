@@ -120,7 +120,7 @@ def test_a_missing_visual_tokenizer_is_no_sentencepiece_model(problems: Problems
 
 def test_what_is_predicted_of_patches_must_be_said(problems: Problems) -> None:
     (problem,) = problems("objective=[itc,cmim_codes]", "objective.cmim.targets=null")
-    assert problem.startswith("objective.cmim.targets=null: must be keys with a _target_ (pixels: objective=[cmim]); ")
+    assert problem.startswith("objective.cmim.targets=null: must be keys with a _target_ (pixels: objective=[cmim])")
 
 
 @pytest.mark.parametrize("name", ["forward", "training", "keys", "total"])

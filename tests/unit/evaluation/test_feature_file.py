@@ -18,7 +18,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batches=st.lists(st.lists(NAMES, min_size=1, max_size=5), max_size=5), width=st.integers(1, 5))
 def test_round_trip(tmp_path: Path, suffix: str, batches: list[list[str]], width: int) -> None:
     path = tmp_path / f"f{suffix}"

@@ -42,7 +42,7 @@ OFFICIAL: dict[str, Any] = {
         ("vocab_size", "many", "vocab_size=many: must be"),
         ("patch_size", True, "patch_size=True: must be"),
         ("num_heads", 3, "embed_dim=16: must be a multiple of num_heads=3"),
-        ("image_size", 18, "image_size=18: must be a multiple of patch_size=4; for example image_size=16"),
+        ("image_size", 18, "image_size=18: must be a multiple of patch_size=4; for example 16"),
         ("context_length", 19, r"context_length=19: must be in 2\.\.18"),
         ("context_length", 1, r"context_length=1: must be in 2\.\.18"),
         ("drop_path_rate", 1.0, r"drop_path_rate=1\.0: must be a number, 0 or more and below 1"),

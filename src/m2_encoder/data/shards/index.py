@@ -237,10 +237,10 @@ def count_samples(tar: str | os.PathLike[str]) -> IndexHeader:
     return open_index(tar).header()
 
 
-def open_index(tar: str | os.PathLike[str]) -> ShardIndex:
-    """The index of a tar: the one beside it if that is still true, or a new one, which is put there.
+def open_index(tar: str | os.PathLike[str], *, write: bool = True) -> ShardIndex:
+    """The index of a tar: the file beside it if that is up to date, or a new one, written there.
 
-    Where the folder cannot be written, the index is made for this process alone, with a warning.
+    Where the folder cannot be written, the new index stays in memory, with a warning; without `write`, always.
 
     Raises:
         OSError: if the tar cannot be read.
@@ -251,11 +251,12 @@ def open_index(tar: str | os.PathLike[str]) -> ShardIndex:
     if index is not None and (index.size, index.written) == (status.st_size, status.st_mtime_ns):
         return index
     index = build_index(tar)
-    try:
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(index.dump())
-    except UserError as error:
-        logger.warning("%s: every process will scan the tar again", error)
+    if write:
+        try:
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(index.dump())
+        except UserError as error:
+            logger.warning("%s: every process will scan the tar again", error)
     return index
 
 

@@ -48,23 +48,20 @@ class SampleBytes(NamedTuple):
 
 
 class OpenShard:
-    """One tar of this machine, opened, with its index.
+    """A local tar, opened, with its index.
 
     Args:
         path: of the tar.
-        size: bytes it must have; None takes what is there.
-        written: when it was last written, ns; 0 if nobody knows.
-
-    Attributes:
-        index: where its samples lie.
-        descriptor: of the opened tar.
+        size: bytes it must have; None accepts any.
+        written: time of last writing that it must have, ns; 0 accepts any.
+        write_index: write a new index beside the tar.
 
     Raises:
-        SampleProblem: shard_changed, if it is another one; shard_missing, if it is no file.
+        SampleProblem: shard_changed for another tar than expected; shard_missing if it is no file.
         OSError: if it cannot be read.
     """
 
-    def __init__(self, path: str, *, size: int | None = None, written: int = 0) -> None:
+    def __init__(self, path: str, *, size: int | None = None, written: int = 0, write_index: bool = True) -> None:
         if not stat.S_ISREG(os.stat(path).st_mode):
             reason = "shard_missing" if size is None else "shard_changed"
             raise SampleProblem(reason, "is no ordinary file")  # opening a pipe would wait
@@ -75,7 +72,7 @@ class OpenShard:
                 raise SampleProblem("shard_changed", f"has {status.st_size} bytes, {size} when the run started")
             if written and status.st_mtime_ns != written:
                 raise SampleProblem("shard_changed", "was written anew since the run started")
-            self.index = open_index(path)
+            self.index = open_index(path, write=write_index)
             if (status.st_size, status.st_mtime_ns) != (self.index.size, self.index.written):
                 raise SampleProblem("shard_changed", "was written anew while it was opened")
         except BaseException:

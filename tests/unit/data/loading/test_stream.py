@@ -99,7 +99,7 @@ def same(mine: Sample, theirs: Sample) -> bool:
     return torch.equal(mine.image, theirs.image) and mine._replace(image=None) == theirs._replace(image=None)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=12)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
 @given(
     seed=st.integers(0, 2**40),
     lanes=st.sampled_from([1, 2, 4]),

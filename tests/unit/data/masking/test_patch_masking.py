@@ -24,7 +24,7 @@ def test_other_grids_have_the_same_shares(grid: int, count: int, min_block: int)
     assert (masking.count, masking.min_block) == (count, min_block)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), grid=st.integers(2, 20), seed=st.integers(0, 2**32))
 def test_exactly_as_many_as_asked_for(data: st.DataObject, grid: int, seed: int) -> None:
     count = data.draw(st.integers(1, grid * grid - 1))
