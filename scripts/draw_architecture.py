@@ -21,7 +21,9 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
     {
         "types": "batches, features, languages",
         "errors": "what a user can mend",
-        "files": "files that appear whole or not at all, digests",
+        "bounds": "annotations that say what an argument may be",
+        "files": "files that appear whole or not at all",
+        "record": "what ran: revision, versions, machine",
         "assets": "drawings, captions, font",
     },
     {
@@ -50,12 +52,12 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
 )
 """From below: by layer, what is in it. A layer imports itself and layers of earlier lines, and what `BESIDE` adds."""
 
-BESIDE: Final = frozenset({("types", "errors"), ("files", "errors"), ("evaluation", "hub")})
+BESIDE: Final = frozenset({("types", "errors"), ("files", "errors"), ("bounds", "errors"), ("__init__", "hub")})
 """Imports within a line: (who, whom)."""
 
 LEVEL_OF: Final = {layer: level for level, layers in enumerate(LEVELS) for layer in layers}
 FACADE: Final = "__init__"
-"""`m2_encoder/__init__.py`, which exports names of other layers lazily and belongs to none."""
+"""`m2_encoder/__init__.py`, which exports names of other layers when they are asked for."""
 
 _INK, _PALE, _LINE = "#1f2933", "#eef3f8", "#9fb3c8"
 _ACCENT = "#0b4f9c"
@@ -161,7 +163,10 @@ def draw(path: Path, root: Path) -> None:
         0, (len(LEVELS) - 1) * 1.3 + 0.92, "Who imports whom: from above to below, never back",
         fontsize=13, weight="bold", color=_INK, va="top",
     )  # fmt: skip
-    note = "Arrows that follow from others are left out, and those to the lowest line, which every layer uses."
+    note = (
+        "Left out: arrows that follow from others, and those to the lowest line, which every layer uses. "
+        "Strategies are named by configurations alone."
+    )
     axes.text(0, -0.72, note, fontsize=8.5, color="#52606d")
     figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
@@ -207,7 +212,7 @@ def _draw_box(axes: Any, layer: str, x: float, y: float, half: float, files: int
     axes.add_patch(box)
     axes.text(x, y + 0.22, layer, ha="center", va="center", fontsize=11, weight="bold", color=_ACCENT, zorder=4)
     size = f"{files} files, {lines:,} lines" if files > 1 else f"{lines:,} lines" if lines else ""
-    what = "\n".join(textwrap.wrap(LEVELS[LEVEL_OF[layer]][layer], 34))
+    what = "\n".join(textwrap.wrap(LEVELS[LEVEL_OF[layer]][layer], int(24 * half)))
     axes.text(x, y - 0.03, what, ha="center", va="center", fontsize=7.6, color=_INK, zorder=4, linespacing=1.1)
     axes.text(x, y - 0.29, size, ha="center", va="center", fontsize=7, color="#52606d", zorder=4)
 

@@ -26,7 +26,6 @@ import torch
 import yaml
 from PIL import Image
 
-import m2_encoder.objectives
 from m2_encoder import M2Encoder, M2EncoderConfig, hub
 from m2_encoder.checkpoints.io import save_official
 from m2_encoder.cli.commands import TRAIN
@@ -101,10 +100,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same folder as the working directory, with the README's objective in the package."""
+    """The same folder as the working directory, with the README's own parts where Python finds them."""
     monkeypatch.chdir(trained)
-    package = trained / "src" / "m2_encoder" / "objectives"
-    monkeypatch.setattr(m2_encoder.objectives, "__path__", [*m2_encoder.objectives.__path__, str(package)])
+    monkeypatch.syspath_prepend(trained / "my")
     return trained
 
 
@@ -112,7 +110,7 @@ def _record_training(words: list[str], conf: Path) -> list[dict[str, Any]]:
     """Goes through all of m2-train but the training; the configurations of its jobs."""
     started: list[dict[str, Any]] = []
     command = dataclasses.replace(TRAIN, run=started.append)
-    more = [] if "--config-path" in words else ["--config-dir", str(conf)]
+    more = [] if {"--config-path", "--config-dir"} & {*words} else ["--config-dir", str(conf)]
     before = set(Path("outputs").iterdir())
     assert run_command(command, [*words[1:], *more]) == 0
     for folder in set(Path("outputs").iterdir()) - before:  # Hydra's records of a run that did not take place
@@ -128,7 +126,7 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
 
 
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
-    assert {words[0] for words in COMMANDS} <= {"make", "pip", "source", "m2-train", *QUICK}
+    assert {words[0] for words in COMMANDS} <= {"export", "make", "pip", "source", "m2-train", *QUICK}
 
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "make"], ids=" ".join)
@@ -184,6 +182,7 @@ def finished(trained: Path) -> dict[str, int]:
     codes = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained)
+        patch.syspath_prepend(trained / "my")
         for words in COMMANDS:
             if words[0] in QUICK:
                 patch.setattr(sys, "argv", words)
@@ -222,7 +221,7 @@ def _import_file(path: Path) -> ModuleType:
 
 def test_shown_files_are_new_and_used(workspace: Path) -> None:
     assert {Path(name).parent.as_posix() for name in FILES} == {
-        "src/m2_encoder/objectives", "conf/objective", "conf/experiment",
+        "my", "my/objective", "my/evaluation", "conf/experiment",
     }  # fmt: skip
     for name in FILES:
         assert not (ROOT / name).exists(), f"{name} exists: show the file itself"

@@ -99,7 +99,7 @@ def signature(delivery: Delivery) -> tuple[bytes, object, tuple[SampleFault, ...
     return sample.image.contiguous().numpy().tobytes(), sample[1:], delivery.faults
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     mixture=mixtures(),
     seed=st.integers(0, 2**40),

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from scripts.draw_architecture import (
+    BESIDE,
+    FACADE,
+    LEVELS,
+    PACKAGE,
+    make_table,
+    read_imports,
+    replace_table,
+)
+from scripts.draw_architecture import LEVEL_OF as LEVEL_OF_LAYER
 
-PACKAGE = "m2_encoder"
-
-# From below; a layer may import itself and what stands on earlier lines. Nothing imports the last one.
-LEVELS: list[set[str]] = [
-    {"types", "errors", "bounds", "files", "record", "assets"},
-    {"distributed", "models", "tokenizers"},
-    {"objectives", "strategies", "planning", "checkpoints"},
-    {"data"},
-    {"hub", "evaluation", "__init__"},
-    {"training", "curation", "config"},
-    {"runs"},
-    {"cli"},
-]
-LEVEL_OF = {layer: level for level, layers in enumerate(LEVELS) for layer in layers}
-# Within a level: hub is what the package exports.
-BESIDE = {("types", "errors"), ("files", "errors"), ("bounds", "errors"), ("__init__", "hub")}
+LEVEL_OF = {**LEVEL_OF_LAYER, FACADE: LEVEL_OF_LAYER["hub"]}
 
 # third party -> where it may be imported; what is not listed may be imported nowhere.
 EVERYWHERE = {"torch", "numpy", "PIL", "safetensors", "annotated_types"}
@@ -51,29 +43,6 @@ THIRD_PARTY: dict[str, set[str]] = {
 }
 
 
-class Import(NamedTuple):
-    """One import statement: where it stands and the dotted name it asks for."""
-
-    line: int
-    target: str
-
-
-def _imports(path: Path, module: str, root: Path) -> Iterator[Import]:
-    """Every import at any depth, as absolute names; `from a import b` is a.b if that is a module."""
-    is_package = path.name == "__init__.py"
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
-        if isinstance(node, ast.Import):
-            yield from (Import(node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = module.split(".") if is_package else module.split(".")[:-1]
-            base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
-            source = base if node.level else node.module or ""
-            for alias in node.names:
-                inner = root.parent.joinpath(*source.split("."), alias.name)
-                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
-                yield Import(node.lineno, f"{source}.{alias.name}" if is_module else source)
-
-
 def _within(name: str, allowed: set[str]) -> bool:
     return any(name == entry or name.startswith(f"{entry}.") for entry in allowed)
 
@@ -82,7 +51,7 @@ def _reason_against(own: str, target: str) -> str | None:
     """Why the module `own` (without the package's name) may not import `target`, or None."""
     layer, (top, _, inner) = own.split(".")[0], target.partition(".")
     if top == PACKAGE:
-        other = inner.split(".")[0] or "__init__"
+        other = inner.split(".")[0] or FACADE
         if other == layer or (layer, other) in BESIDE or LEVEL_OF[other] < LEVEL_OF[layer]:
             return None
         below = sorted(name for level in LEVELS[: LEVEL_OF[layer]] for name in level)
@@ -104,7 +73,7 @@ def find_violations(root: Path) -> list[str]:
             found.append(f"{path.relative_to(root.parent)}:1: layer {relative.parts[0]!r}: add it to LEVELS")
             continue
         module = ".".join([PACKAGE, *relative.parts]).removesuffix(".__init__")
-        for line, target in _imports(path, module, root):
+        for line, target in read_imports(path, module, root):
             if reason := _reason_against(own, target):
                 found.append(f"{path.relative_to(root.parent)}:{line}: imports {target}: {reason}")
     return found
@@ -168,3 +137,9 @@ def test_allowed_import_passes(tmp_path: Path, file: str, source: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(source, encoding="utf-8")
     assert find_violations(tmp_path / PACKAGE) == []
+
+
+def test_table_of_the_documentation_is_that_of_the_code(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = make_table(repo_root / "src" / PACKAGE)
+    assert page == replace_table(page, table), "run scripts/draw_architecture.py"

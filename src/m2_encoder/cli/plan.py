@@ -63,23 +63,14 @@ class PlanSettings:
 
 
 class Plan(NamedTuple):
-    """Everything that a command line asks for.
+    """Everything that a command line asks for."""
 
-    Attributes:
-        cost: of the model.
-        hardware: constants, those of the command line included.
-        request: what was given.
-        best: for every group size, the fastest setting that fits; the fastest first.
-        baselines: the same rows with a loss over all ranks, the good one first.
-        scaling: over world sizes, rows per rank as in the best setting.
-    """
-
-    cost: ModelCost
-    hardware: Hardware
-    request: Request
-    best: list[Prediction]
-    baselines: list[Prediction]
-    scaling: list[ScalingPoint]
+    cost: ModelCost  # of the model
+    hardware: Hardware  # constants, those of the command line included
+    request: Request  # what was given
+    best: list[Prediction]  # for every group size, the fastest setting that fits; the fastest first
+    baselines: list[Prediction]  # the same rows with a loss over all ranks, the good one first
+    scaling: list[ScalingPoint]  # over world sizes, rows per rank as in the best setting
 
 
 def check_plan(cfg: dict[str, Any]) -> list[Problem]:

@@ -11,27 +11,16 @@ from m2_encoder.errors import UserError
 
 
 class Arguments(NamedTuple):
-    """A command line, taken apart.
+    """A command line, taken apart."""
 
-    Attributes:
-        help: the user wants the help text.
-        multirun: the user wants every combination of the swept values.
-        shows_only: the configuration is printed and nothing runs.
-        config_path: absolute folder of another primary configuration, or None.
-        config_name: name of another primary configuration, or None.
-        config_dir: absolute folder with more groups and experiments, or None.
-        flags: the flags that Hydra itself gets.
-        overrides: the `key=value` part.
-    """
-
-    help: bool
-    multirun: bool
-    shows_only: bool
-    config_path: Path | None
-    config_name: str | None
-    config_dir: Path | None
-    flags: list[str]
-    overrides: list[str]
+    help: bool  # the user wants the help text
+    multirun: bool  # the user wants every combination of the swept values
+    shows_only: bool  # the configuration is printed and nothing runs
+    config_path: Path | None  # absolute folder of another primary configuration, or None
+    config_name: str | None  # name of another primary configuration, or None
+    config_dir: Path | None  # absolute folder with more groups and experiments, or None
+    flags: list[str]  # the flags that Hydra itself gets
+    overrides: list[str]  # the `key=value` part
 
 
 def parse_arguments(command_name: str, argv: Sequence[str]) -> Arguments:

@@ -46,24 +46,15 @@ _REFERENCE: Final = re.compile(r"\$\{([\w.]+)\}")
 
 
 class Composition(NamedTuple):
-    """What a command line composes to.
+    """What a command line composes to."""
 
-    Attributes:
-        cfg: the configuration as plain containers; values that are missing or unresolvable are `UNSET`.
-        problems: everything that is wrong so far, one line each.
-        references: keys that take their value from another key, with that key.
-        hydra: Hydra's own settings for the run.
-        unchosen: keys that were left out, because they say something of options that are not chosen.
-        refused: the part of `problems` that lies in the overrides, whatever the values of other keys are.
-        changed: dotted keys to which single values were given; None where files that are not shipped take part.
-    """
-
-    cfg: dict[str, Any]
-    problems: list[str]
-    references: dict[str, str]
-    hydra: DictConfig
-    unchosen: list[str]
-    refused: list[str]
+    cfg: dict[str, Any]  # the configuration as plain containers; values that are missing or unresolvable are `UNSET`
+    problems: list[str]  # everything that is wrong so far, one line each
+    references: dict[str, str]  # keys that take their value from another key, with that key
+    hydra: DictConfig  # Hydra's own settings for the run
+    unchosen: list[str]  # keys that were left out, because they say something of options that are not chosen
+    refused: list[str]  # the part of `problems` that lies in the overrides, whatever the values of other keys are
+    # dotted keys to which single values were given; None where files that are not shipped take part
     changed: set[str] | None
 
     def without_echoes(self, problems: Sequence[str | Problem]) -> list[str]:

@@ -16,19 +16,12 @@ from m2_encoder.objectives.files import FileKind
 
 
 class NamedFile(NamedTuple):
-    """A file or folder that an objective owns.
+    """A file or folder that an objective owns."""
 
-    Attributes:
-        key: of the setting that names it.
-        value: of that setting.
-        kind: as the objective's class says.
-        weights: value of `<key>_weights`; None where there is none.
-    """
-
-    key: str
-    value: str
-    kind: FileKind
-    weights: str | None
+    key: str  # of the setting that names it
+    value: str  # of that setting
+    kind: FileKind  # as the objective's class says
+    weights: str | None  # value of `<key>_weights`; None where there is none
 
     def locate(self) -> tuple[str, str, Path]:
         """The file itself, after the key and the value that say where it lies."""

@@ -40,47 +40,29 @@ _MODEL_RULE: Final = Rule(NAME_TO_CONFIG.__contains__, f"one of {', '.join(NAME_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The keys of `run`.
+    """The keys of `run`."""
 
-    Attributes:
-        name: of the run's folder.
-        folder: where runs lie.
-        resume: whether a run that exists goes on.
-        checkpoint_every: steps.
-        export: write the trained model at the end.
-    """
-
-    name: Annotated[str, _NAME_RULE]
-    folder: Annotated[Text, Example("outputs")]
-    resume: Literal["never", "auto", "must"]
-    checkpoint_every: Annotated[Count, Example("500")]
-    export: bool
+    name: Annotated[str, _NAME_RULE]  # of the run's folder
+    folder: Annotated[Text, Example("outputs")]  # where runs lie
+    resume: Literal["never", "auto", "must"]  # whether a run that exists goes on
+    checkpoint_every: Annotated[Count, Example("500")]  # steps
+    export: bool  # write the trained model at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """The keys of `model` beside the fields of `M2EncoderConfig`, all of which may be null.
+    """The keys of `model` beside the fields of `M2EncoderConfig`, all of which may be null."""
 
-    Attributes:
-        name: a row of `NAME_TO_CONFIG`.
-        tokenizer: `emoji`, or the path of a SentencePiece model.
-        weights: a checkpoint to start from.
-    """
-
-    name: Annotated[str, _MODEL_RULE]
-    tokenizer: Annotated[Text, Example("emoji")]
-    weights: Text | None = None
+    name: Annotated[str, _MODEL_RULE]  # a row of `NAME_TO_CONFIG`
+    tokenizer: Annotated[Text, Example("emoji")]  # `emoji`, or the path of a SentencePiece model
+    weights: Text | None = None  # a checkpoint to start from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The key of `cluster` where ranks are started here or by torchrun.
+    """The key of `cluster` where ranks are started here or by torchrun."""
 
-    Attributes:
-        name: who starts them.
-    """
-
-    name: Literal["local", "torchrun", "slurm"]
+    name: Literal["local", "torchrun", "slurm"]  # who starts them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,6 @@
-"""Sets of images and captions for retrieval, read whole from WebDataset tars.
+"""Image-caption sets for retrieval, read whole into memory from WebDataset tars, in order.
 
-An evaluation needs every item once, in a fixed order and in any number of processes the same; so it reads
-the tars one after the other and keeps the decoded images as bytes: 1,494 emoji at 64 px take 18 MB. It never skips: a
-set that lacks items is another set, so whatever training would replace is refused.
+What training would skip is an error here: a set that lacks items is another set.
 """
 
 from __future__ import annotations
@@ -18,42 +16,28 @@ from torch import Tensor
 
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.samples.parse import SampleProblem, SampleText, parse_sample_text
-from m2_encoder.data.shards.index import IndexHeader
-from m2_encoder.data.shards.reader import SampleBytes, ShardReader
+from m2_encoder.data.shards.reader import OpenShard, SampleBytes
 from m2_encoder.errors import ImageError, UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES, RetrievalBatch
 
 
 class RetrievalSet(NamedTuple):
-    """Images and what is said about them.
+    """n images with a caption of each language."""
 
-    Attributes:
-        name: name in metric names, such as "emoji_heldout_style".
-        keys: what each image shows; images with the same key are equally right for a caption, length n.
-        images: (n, 3, S, S) uint8.
-        captions: by language; row i describes image i, length n.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    images: Tensor
-    captions: dict[str, tuple[str, ...]]
+    name: str  # in metric names, such as "emoji_heldout_style"
+    keys: tuple[str, ...]  # what each image shows; a caption matches all images of its key
+    images: Tensor  # (n, 3, S, S) uint8
+    captions: dict[str, tuple[str, ...]]  # by language; row i describes image i
 
 
 def read_retrieval_set(folder: str | os.PathLike[str], *, name: str, transform: EvalTransform) -> RetrievalSet:
-    """Read all tars of a folder, in the order of their names.
+    """Read `*.tar` of a folder, sorted by name.
 
-    A sample needs a caption in each language; the first one, its name, is used. Its key is the `key` of its JSON, or
-    its name in the tar.
-
-    Args:
-        folder: holds `*.tar`.
-        name: name in metric names.
-        transform: decodes each image once.
+    Of each language the first caption of a sample is used. Its key is the `key` of its JSON, or its name in the tar.
 
     Raises:
-        UserError: for a folder without samples, and anything that cannot be used in a tar, which is named.
+        UserError: for a folder without samples, and for anything unusable, by name.
     """
     keys: list[str] = []
     images: list[Tensor] = []
@@ -70,14 +54,10 @@ def read_retrieval_set(folder: str | os.PathLike[str], *, name: str, transform: 
 
 
 def check_retrieval_set(folder: str | os.PathLike[str], *, name: str) -> None:
-    """Look at the texts of a set, as `read_retrieval_set` will.
-
-    Args:
-        folder: holds `*.tar`.
-        name: of the set, for messages.
+    """Check everything but the images of the validation set `name`, which are not decoded.
 
     Raises:
-        UserError: as `read_retrieval_set`, but for images that cannot be decoded.
+        UserError: as `read_retrieval_set`.
     """
     try:
         for origin, _, text in _read_samples(folder):
@@ -90,20 +70,10 @@ def check_retrieval_set(folder: str | os.PathLike[str], *, name: str) -> None:
 
 
 class ValidationChunks:
-    """One rank's share of a retrieval set, in chunks that are encoded together: items rank, rank + world size, ...
+    """Batches of one rank's items of a retrieval set: rank, rank + world size, ...
 
     All ranks have the same number of chunks (unless a chunk is one item), because ranks that share split weights must
-    encode together.
-
-    No DataLoader: all of it is in memory, and a DataLoader would draw from torch's global generator, which a resumed
-    run must find as an uninterrupted one does.
-
-    Args:
-        retrieval_set: what is split.
-        tokenizer: makes ids of captions.
-        chunk_size: images per chunk.
-        rank: of this process.
-        world_size: number of processes.
+    encode together. A DataLoader would draw from torch's global generator, and a resumed run would differ.
     """
 
     def __init__(
@@ -143,18 +113,17 @@ class ValidationChunks:
 
 
 def _read_samples(folder: str | os.PathLike[str]) -> Iterator[tuple[str, SampleBytes, SampleText]]:
-    """Every sample with what it says, and where it lies, "shard:key"."""
+    """Every sample: its place as "shard:key", its files, its parsed text."""
     shards = sorted(map(str, Path(folder).glob("*.tar")))
     if not shards:
         raise UserError(f"{folder}: no *.tar shards there")
     is_empty = True
-    with closing(ShardReader(max_open=1)) as reader:
-        for shard in shards:
-            size = _measure(reader, shard)
-            for number in range(size.samples):
+    for shard in shards:
+        with closing(_open(shard)) as tar:
+            for number in range(len(tar.index)):
                 origin = shard
                 try:
-                    raw = reader.read(shard, number, size=size.size, written=size.written)
+                    raw = tar.read(number)
                     origin = f"{shard}:{raw.key}"
                     text = parse_sample_text(raw.json, raw.text)
                 except SampleProblem as problem:
@@ -165,21 +134,22 @@ def _read_samples(folder: str | os.PathLike[str]) -> Iterator[tuple[str, SampleB
         raise UserError(f"{folder}: no samples in its {len(shards)} tar(s)")
 
 
-def _measure(reader: ShardReader, shard: str) -> IndexHeader:
-    """What a shard holds, if all of it can be used as far as headers tell."""
+def _open(shard: str) -> OpenShard:
+    """A tar in which everything is usable, as far as its headers tell; its folder is left as it is."""
     try:
-        size, faults = reader.measure(shard), reader.faults(shard)
-    except OSError as error:
+        tar = OpenShard(shard, write_index=False)
+    except (OSError, SampleProblem) as error:
         raise UserError(f"{shard}: not a readable tar ({error}); write the shard again") from error
-    if faults:
-        key, reason, detail = faults[0]
+    if tar.index.faults:
+        tar.close()
+        key, reason, detail = tar.index.faults[0]
         place = shard if key is None else f"{shard}:{key}"
         raise UserError(f"{place}: {reason} ({detail}); an evaluation skips nothing: write the shard again")
-    return size
+    return tar
 
 
 def _first_caption(text: SampleText, language: str, origin: str) -> str:
-    """As it is written: a tokenizer tells apart what has blanks around it and what has not."""
+    """The caption as written, with the blanks around it, which a tokenizer sees."""
     texts = (text.metadata.get("captions") or {}).get(language)
     if not texts or not isinstance(texts[0], str) or not texts[0].strip():
         raise UserError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import os
 import tarfile
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pytest
 from PIL import Image
 
 from m2_encoder.data.images.transforms import EvalTransform
-from m2_encoder.data.retrieval_set import read_retrieval_set
+from m2_encoder.data.retrieval_set import check_retrieval_set, read_retrieval_set
+from m2_encoder.data.shards import index as shard_index
+from m2_encoder.data.shards.index import INDEX_SUFFIX, build_index, open_index
 from m2_encoder.errors import UserError
 
 CAPTIONS = {"en": ["a cat", "cat"], "zh": ["猫"]}
@@ -62,6 +66,35 @@ def test_equals_the_transform(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(stream, "PNG")
     write_tar(tmp_path / "a.tar", {**sample("a", 0), "a.png": stream.getvalue()})
     assert read(tmp_path).images[0].equal(EvalTransform(4).to_uint8(pixels))
+
+
+def test_reading_leaves_the_folder_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def snapshot() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    write_tar(tmp_path / "a.tar", sample("a", 1))
+    write_tar(tmp_path / "b.tar", sample("b", 2))
+    open_index(tmp_path / "b.tar")
+    write_tar(tmp_path / "c.tar", sample("c", 3))
+    open_index(tmp_path / "c.tar")
+    os.utime(tmp_path / "c.tar", ns=(1, 1))  # its index is old
+    before = snapshot()
+    built: list[str] = []
+
+    def build(tar: str) -> shard_index.ShardIndex:
+        built.append(Path(tar).name)
+        return build_index(tar)
+
+    monkeypatch.setattr(shard_index, "build_index", build)
+    with caplog.at_level(logging.WARNING):
+        check_retrieval_set(tmp_path, name="toy")
+        assert read(tmp_path).keys == ("a", "b", "c")
+    assert snapshot() == before
+    assert f"a.tar{INDEX_SUFFIX}" not in before
+    assert built == ["a.tar", "c.tar"] * 2  # once each for checking and reading
+    assert caplog.text == ""
 
 
 BAD = {

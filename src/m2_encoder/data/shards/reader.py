@@ -1,6 +1,6 @@
-"""Samples by shard and number: one read each, from tars that stay open.
+"""Reads samples by shard and number, from tars that stay open.
 
-A shard that is gone, or not the one the run started with, makes its samples unusable, never wrong.
+Samples of a shard that is gone or has changed since the start of the run are unusable, never wrong.
 """
 
 from __future__ import annotations
@@ -48,23 +48,20 @@ class SampleBytes(NamedTuple):
 
 
 class OpenShard:
-    """One tar of this machine, opened, with its index.
+    """A local tar, opened, with its index.
 
     Args:
         path: of the tar.
-        size: bytes it must have; None takes what is there.
-        written: when it was last written, ns; 0 if nobody knows.
-
-    Attributes:
-        index: where its samples lie.
-        descriptor: of the opened tar.
+        size: bytes it must have; None accepts any.
+        written: time of last writing that it must have, ns; 0 accepts any.
+        write_index: write a new index beside the tar.
 
     Raises:
-        SampleProblem: shard_changed, if it is another one; shard_missing, if it is no file.
+        SampleProblem: shard_changed for another tar than expected; shard_missing if it is no file.
         OSError: if it cannot be read.
     """
 
-    def __init__(self, path: str, *, size: int | None = None, written: int = 0) -> None:
+    def __init__(self, path: str, *, size: int | None = None, written: int = 0, write_index: bool = True) -> None:
         if not stat.S_ISREG(os.stat(path).st_mode):
             reason = "shard_missing" if size is None else "shard_changed"
             raise SampleProblem(reason, "is no ordinary file")  # opening a pipe would wait
@@ -75,7 +72,7 @@ class OpenShard:
                 raise SampleProblem("shard_changed", f"has {status.st_size} bytes, {size} when the run started")
             if written and status.st_mtime_ns != written:
                 raise SampleProblem("shard_changed", "was written anew since the run started")
-            self.index = open_index(path)
+            self.index = open_index(path, write=write_index)
             if (status.st_size, status.st_mtime_ns) != (self.index.size, self.index.written):
                 raise SampleProblem("shard_changed", "was written anew while it was opened")
         except BaseException:
@@ -87,11 +84,7 @@ class OpenShard:
         os.close(self.descriptor)
 
     def read(self, number: int, *, files: Sequence[str] = ()) -> SampleBytes:
-        """The files of a sample.
-
-        Args:
-            number: of the sample in the index.
-            files: extensions of further files to read, in lower case.
+        """The files of a sample, with those of further extensions (lower case).
 
         Raises:
             SampleProblem: shard_changed or shard_missing.
@@ -117,10 +110,10 @@ class OpenShard:
 
 
 class ShardReader:
-    """Reads samples of any shards; one per process.
+    """Reads samples of local and remote shards; one reader per process.
 
     Args:
-        remote: local copies of remote shards; None refuses urls.
+        remote: None refuses urls.
         max_open: tars to keep open.
         files: extensions of further files of each sample to read, in lower case.
     """
@@ -139,9 +132,7 @@ class ShardReader:
         return {**self.__dict__, "_open": OrderedDict(), "_failed": {}}
 
     def measure(self, shard: str) -> IndexHeader:
-        """How much a shard holds, from its index; for `build_manifest`.
-
-        A remote shard is measured by the `.index` beside it; without one it has to be downloaded.
+        """Header of a shard's index. A remote shard without an `.index` beside it is downloaded.
 
         Raises:
             OSError: if the shard cannot be read.
@@ -161,7 +152,7 @@ class ShardReader:
         return counted._replace(written=0)  # of the copy
 
     def faults(self, shard: str) -> tuple[ShardFault, ...]:
-        """What headers tell to be unusable in a shard; of a remote one by the index beside it, or by its copy.
+        """What is unusable in a shard, by its headers. A remote shard without an `.index` beside it is downloaded.
 
         Raises:
             OSError: if the shard cannot be read.
@@ -178,13 +169,7 @@ class ShardReader:
         return index.faults
 
     def read(self, shard: str, number: int, *, size: int, written: int = 0) -> SampleBytes:
-        """The files of a sample.
-
-        Args:
-            shard: path or url.
-            number: of the sample in the shard's index.
-            size: bytes of the tar when the run started.
-            written: when it was last written then, ns; 0 if nobody knows.
+        """The files of a sample of a tar that had this size and time of writing (0: unknown) at the start of the run.
 
         Raises:
             SampleProblem: shard_missing, shard_changed, remote_timeout or remote_incomplete.
