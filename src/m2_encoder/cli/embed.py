@@ -10,23 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from m2_encoder.bounds import Count, Index
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import (
-    find_path,
-    load_from,
-    model_problems,
-)
+from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.problems import Unset
 from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.evaluation.embedding import EmbeddedBatch, Item, Skipped, embed_images, embed_texts
@@ -96,12 +85,12 @@ def run_embed(cfg: dict[str, Any]) -> int:
             feature_dim=loaded.model.config.feature_dim,
             provenance=_provenance(cfg, loaded),
             overwrite=cfg["overwrite"],
-        ) as writer,
+        ) as add,
     ):
         task = progress.add_task("images" if cfg["images"] else "texts", total=total, skipped="")
         for batch in _embed(cfg, loaded, items):
             if batch.names:
-                writer.add(batch.places, batch.names, batch.features)
+                add(batch.places, batch.names, batch.features)
             done += len(batch.names)
             skipped += batch.skipped
             note = f"[yellow]{len(skipped):,} skipped" if skipped else ""
@@ -118,11 +107,7 @@ def _embed(cfg: dict[str, Any], loaded: LoadedModel, items: Iterator[Item]) -> I
     if cfg["texts"] is not None:
         return embed_texts(loaded.model, items, loaded.tokenizer, batch_size=cfg["batch_size"])
     return embed_images(
-        loaded.model,
-        items,
-        loaded.preprocess.to_uint8,
-        batch_size=cfg["batch_size"],
-        num_workers=cfg["num_workers"],
+        loaded.model, items, loaded.preprocess.to_uint8, batch_size=cfg["batch_size"], num_workers=cfg["num_workers"]
     )
 
 

@@ -15,13 +15,7 @@ from m2_encoder.bounds import Count, Rule, Text
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.matching_head import MatchingHead, has_head, read_head
 from m2_encoder.config.check import check_settings, check_targets
-from m2_encoder.config.model_choice import (
-    find_path,
-    is_model_name,
-    load_from,
-    model_problems,
-    output_problems,
-)
+from m2_encoder.config.model_choice import find_path, is_model_name, load_from, model_problems, output_problems
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, find_problems
 from m2_encoder.config.schema import check_tasks
