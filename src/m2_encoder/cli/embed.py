@@ -44,19 +44,19 @@ class EmbedSettings:
 
 
 def check_embed(cfg: dict[str, Any]) -> list[Problem]:
-    """What is wrong with a configuration of m2-embed, before the model is loaded."""
+    """Problems of a configuration of m2-embed, before the model is loaded."""
     problems = [*model_problems(cfg), *check_settings(EmbedSettings, cfg)]
     images, texts, output = cfg["images"], cfg["texts"], cfg["output"]
     if (images is None) == (texts is None):
         given = "neither" if images is None else "both"
         problems.append(Problem("images, texts", NOTHING, f"{given} given", "give images=FOLDER or texts=FILE"))
-    if images is not None and not Path(str(images)).expanduser().is_dir():
-        is_file = Path(str(images)).expanduser().is_file()
-        rule = "is a file; give the folder it is in" if is_file else "no such folder"
+    if images is not None and not (path := Path(str(images)).expanduser()).is_dir():
+        rule = "is a file; give the folder it is in" if path.is_file() else "no such folder"
         problems.append(Problem("images", images, rule))
     if texts is not None and not Path(str(texts)).expanduser().is_file():
         problems.append(Problem("texts", texts, "no such file", "give a UTF-8 file with one text per line"))
-    if texts is not None and _needs_tokenizer(cfg):
+    has_own_tokenizer = not isinstance(cfg["model"], str) or find_path(cfg["model"]).is_dir()
+    if texts is not None and cfg["tokenizer"] is None and not has_own_tokenizer:
         rule = "texts need the SentencePiece file of a named model"
         problems.append(Problem("tokenizer", None, rule, "add tokenizer=FILE"))
     if not isinstance(output, Unset):
@@ -68,10 +68,10 @@ def check_embed(cfg: dict[str, Any]) -> list[Problem]:
 
 
 def run_embed(cfg: dict[str, Any]) -> int:
-    """Writes the features; returns 1 if something had to be skipped.
+    """Writes the features; returns 1 if inputs were skipped.
 
     Raises:
-        UserError: if nothing can be used at all.
+        UserError: if no input can be used.
     """
     items, total = _list_items(cfg)
     loaded = load_from(cfg)
@@ -98,9 +98,12 @@ def run_embed(cfg: dict[str, Any]) -> int:
         if not done:
             raise UserError(_nothing_usable(cfg, skipped))
     print(f"{done:,} features of {loaded.model.config.feature_dim} numbers: {output}")
-    if skipped:
-        _report_skipped(skipped)
-    return EXIT_SKIPPED if skipped else 0
+    if not skipped:
+        return 0
+    print(f"m2-embed: {len(skipped):,} skipped:", file=sys.stderr)
+    for item in skipped:
+        print(f"  {item.name}: {item.reason}", file=sys.stderr)
+    return EXIT_SKIPPED
 
 
 def _embed(cfg: dict[str, Any], loaded: LoadedModel, items: Iterator[Item]) -> Iterator[EmbeddedBatch]:
@@ -115,7 +118,7 @@ def _list_items(cfg: dict[str, Any]) -> tuple[Iterator[Item], int]:
     """The inputs and their number.
 
     Raises:
-        UserError: if there are none, or too many names for the kind of output.
+        UserError: if there are none, or their names do not fit the output.
     """
     if cfg["images"] is not None:
         folder = Path(cfg["images"]).expanduser()
@@ -147,15 +150,8 @@ def _nothing_usable(cfg: dict[str, Any], skipped: list[Skipped]) -> str:
     return f"{key}={cfg[key]}: nothing could be used: {first}{more}"
 
 
-def _needs_tokenizer(cfg: dict[str, Any]) -> bool:
-    model = cfg["model"]
-    if cfg["tokenizer"] is not None or not isinstance(model, str):
-        return False
-    return not find_path(model).is_dir()
-
-
 def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
-    """Where the features come from; no times or machines, so the same input gives the same bytes."""
+    """Where the features come from, without times or machines: the same input gives the same bytes."""
     weights = cfg["weights"] or find_path(cfg["model"]) / WEIGHTS_FILE
     path = find_path(str(weights))
     return {
@@ -167,12 +163,6 @@ def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
         "texts": cfg["texts"],
         "m2_encoder": importlib.metadata.version("m2-encoder"),
     }
-
-
-def _report_skipped(skipped: list[Skipped]) -> None:
-    print(f"m2-embed: {len(skipped):,} skipped:", file=sys.stderr)
-    for item in skipped:
-        print(f"  {item.name}: {item.reason}", file=sys.stderr)
 
 
 def _progress() -> Progress:

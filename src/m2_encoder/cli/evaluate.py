@@ -1,4 +1,4 @@
-"""`m2-evaluate`: the table of a finished model."""
+"""`m2-evaluate`: tables of a finished model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from m2_encoder.runs.build import build_tasks
 
 EMBEDDED = "emoji"
 PROTOCOL = "standard"
-"""Every distinct caption is a query, positives are by key; see `evaluation.retrieval.encode_set`."""
+"""Every distinct caption is a query, positives share its key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class EvaluateSettings:
 
 
 def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
-    """What is wrong with a configuration of m2-evaluate, before the model is loaded."""
+    """Problems of a configuration of m2-evaluate, before the model is loaded."""
     problems = [
         *model_problems(cfg),
         *check_settings(EvaluateSettings, cfg),
@@ -75,7 +75,7 @@ def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
 
 
 def rerank_problems(cfg: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with `rerank`, without loading anything."""
+    """Problems of `rerank`, before the model is loaded."""
     candidates, model, weights = cfg["rerank"], cfg["model"], cfg["weights"]
     fix = (
         "train with the objective itm (m2-train +experiment=r2d2 does), export that run again with "
@@ -86,20 +86,20 @@ def rerank_problems(cfg: Mapping[str, Any]) -> list[Problem]:
         rule = f"{given} brings no matching head, only a folder of m2-export does"
         return [Problem("rerank", candidates, rule, fix)]
     if isinstance(model, Unset) or not isinstance(model, str) or not (find_path(model) / CONFIG_FILE).is_file():
-        return []  # which is reported for the model
+        return []  # reported for the model
     try:
-        return (
-            [] if has_head(find_path(model)) else [Problem("rerank", candidates, f"{model} has no matching head", fix)]
-        )
+        if has_head(find_path(model)):
+            return []
     except UserError as error:
         return find_problems(error)
+    return [Problem("rerank", candidates, f"{model} has no matching head", fix)]
 
 
 def run_evaluate(cfg: dict[str, Any]) -> None:
     """Prints the tables and writes the numbers.
 
     Raises:
-        UserError: for a model or a set that cannot be used, or a place that takes no numbers.
+        UserError: for a model or a set that cannot be used, or an output that cannot be written.
     """
     started = time.time()
     console = open_console()
@@ -136,14 +136,14 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     try:
         write_json(path, report, key="output")
     except UserError as error:
-        print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # what took long to compute is not lost
+        print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # so that long work is not lost
         error.text += "; its content is printed above"
         raise
     console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
 
 
 def _read_head(cfg: Mapping[str, Any]) -> MatchingHead | None:
-    """Of an exported folder that has one."""
+    """The head of an exported folder that has one."""
     if cfg["weights"] is not None or is_model_name(cfg["model"]) or not has_head(find_path(cfg["model"])):
         return None
     return read_head(find_path(cfg["model"]))
