@@ -180,9 +180,7 @@ def _build_tokenizer(
     else:
         assert exported is not None
         built = SentencePieceTokenizer(
-            exported.tokenizer,
-            context_length=exported.context_length,
-            truncation_side=exported.truncation_side,
+            exported.tokenizer, context_length=exported.context_length, truncation_side=exported.truncation_side
         )
     if built.vocab_size > config.vocab_size:
         _LOGGER.warning(

@@ -97,12 +97,12 @@ def run_embed(cfg: dict[str, Any]) -> int:
             feature_dim=model.config.feature_dim,
             provenance=_provenance(cfg, loaded),
             overwrite=cfg["overwrite"],
-        ) as writer,
+        ) as add,
     ):
         task = progress.add_task("images" if cfg["images"] else "texts", total=total, skipped="")
         for batch in batches:
             if batch.names:
-                writer.add(batch.places, batch.names, batch.features)
+                add(batch.places, batch.names, batch.features)
             done += len(batch.names)
             skipped += batch.skipped
             note = f"[yellow]{len(skipped):,} skipped" if skipped else ""
