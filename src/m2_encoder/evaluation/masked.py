@@ -5,13 +5,14 @@ are the same both times, so both means are over the same hidden tokens or patche
 
     count                hidden tokens or patches
     loss                 mean of the objective's loss
-    accuracy             share of them for which the truth scored highest
+    accuracy             share of hidden tokens or patches for which the truth scored highest
     other_loss, other_accuracy    the same with other captions, from half the set away; absent if all images show
                          the same
-    commonest_accuracy   of tokens and codes: of always answering the commonest hidden one of this language in this set
+    commonest_accuracy   of tokens and codes: accuracy of always answering the commonest hidden one of this language in
+                         this set
 
-`accuracy` less `other_accuracy` is what the partner contributes; `other_accuracy` less `commonest_accuracy` is what the
-rest of the caption or image contributes.
+`accuracy - other_accuracy` is what the own caption or image contributes; `other_accuracy - commonest_accuracy` is what
+the visible words or patches contribute.
 
 Letters: n images · b of them in a batch · k captions of each · T tokens.
 """
@@ -88,10 +89,9 @@ def measure_masked(batch: ImageTextBatch, evaluate: Evaluate, *, batch_size: int
 
 
 def choose_shift(identity: Tensor) -> int | None:
-    """By how many places to move captions: half the set, or the nearest number that leaves none with its own content.
+    """By how many images to move captions: half the set, or the nearest number that leaves none with its own content.
 
-    Returns 1..n - 1, the one that leaves the fewest captions with their own content; None if all of `identity`, (n,)
-    int64, are equal.
+    If there is no such number, the one that leaves the fewest; None if all of `identity`, (n,) int64, are equal.
     """
     number = len(identity)
     best, fewest = None, number
@@ -105,10 +105,7 @@ def choose_shift(identity: Tensor) -> int | None:
 
 
 def move_captions(batch: ImageTextBatch, shift: int) -> ImageTextBatch:
-    """Images and hidden patches of a batch with captions and hidden words of the images `shift` places on.
-
-    After the last image comes the first.
-    """
+    """Images and hidden patches, with captions and hidden words of the images `shift` rows later, cyclically."""
 
     def moved(part: Tensor) -> Tensor:
         return part.roll(-shift * batch.captions_per_image, dims=0)

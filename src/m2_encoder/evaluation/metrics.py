@@ -47,7 +47,7 @@ def recall_at_k(
         gallery_features: (M, E), same device.
         positives: pairs of (query, right gallery item), (P, 2) int64; every query needs at least one. Of several,
             the best ranked counts, and the others do not push it back.
-        ks: cut-offs, at least 1; at most M counts.
+        ks: cut-offs, at least 1; capped at M.
         chunk_size: rows of either side that are compared at once.
 
     Raises:

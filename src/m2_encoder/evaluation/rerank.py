@@ -75,7 +75,7 @@ def rerank(
         text: (m, T), as the tokenizer returns it.
         image_features: of the images, (n, E).
         text_features: of the texts, (m, E).
-        k: K, at least 1; at most the whole gallery counts.
+        k: K, at least 1; capped at the size of the gallery.
         text_expert: as the head was trained.
         chunk_size: images, texts or pairs per forward pass.
 
@@ -145,7 +145,7 @@ def first_candidates(queries: Tensor, gallery: Tensor, *, k: int, right: Tensor 
     Args:
         queries: (Q, E), any floating dtype.
         gallery: (M, E).
-        k: at most M counts.
+        k: K, at least 1; capped at M.
         right: pairs of (query, gallery item) that rank behind all others of equal score, (P, 2) int64.
 
     Returns:

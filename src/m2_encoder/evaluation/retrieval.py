@@ -39,7 +39,7 @@ def encode_set(
 ) -> SetFeatures:
     """Encodes every image once and every distinct caption of every language once.
 
-    Images that share a key and a caption share one query, and each of them is right for it. Equal captions of two
+    Images that share a key and a caption share one query; each of them is right for it. Equal captions of two
     keys stay two queries, each right for its own key alone. Chinese comes first, as tables show it.
 
     Raises:

@@ -42,7 +42,7 @@ class MaskedPicture(EvaluationTask):
         return super().applies(context) and bool(choose_objectives(context, *_KINDS)) and bool(context.sets)
 
     def measure(self, context: EvaluationContext) -> TaskResult:
-        """Measures nothing."""
+        """No metrics, only the picture."""
         return TaskResult({}, pictures={PICTURE_FILE: lambda path: draw_masked(path, context)})
 
 
@@ -74,7 +74,7 @@ def draw_masked(path: Path, context: EvaluationContext) -> None:
 
 
 def _caveat(objectives: Mapping[str, Objective]) -> str:
-    """What the reconstructions take from the true image."""
+    """What the predicted patches take from the true image."""
     targets = [objective.targets for objective in objectives.values() if isinstance(objective, MaskedImage)]
     shows_pixels = any(isinstance(target, NormalizedPixels) for target in targets)
     return "; mean and contrast of each hidden patch are the true ones" if shows_pixels else ""
@@ -83,7 +83,7 @@ def _caveat(objectives: Mapping[str, Objective]) -> str:
 def choose_rows(dataset: RetrievalSet, number: int = _ROWS) -> list[int]:
     """At most `number` images at even distances.
 
-    They are of those with several words in English and several characters in Chinese, if there are enough.
+    If there are enough, only images with several words in English and several characters in Chinese.
     """
     wordy = [
         row
