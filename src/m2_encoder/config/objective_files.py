@@ -59,7 +59,7 @@ def _walk(key: str, node: Mapping[str, Any]) -> Iterator[NamedFile]:
 
 def check_files(known: Known) -> Iterator[Problem]:
     """Whether every file that an objective names is there, and of the right kind; none is loaded."""
-    nodes = known("objective")
+    nodes = {name: node for name, node in known("objective").items() if isinstance(node, Mapping)}
     checks = {"file": _check_file, "encoder": _check_encoder, "visual tokenizer": _check_visual_tokenizer}
     weights = {name: {**node, "weight": known(f"objective.{name}.weight", 1.0)} for name, node in nodes.items()}
     for file in find_files(weights):

@@ -16,12 +16,13 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from m2_encoder.bounds import refuse
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, find_path, is_model_name
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.evaluation.tasks.masked import Masked
 from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture
@@ -202,12 +203,13 @@ def build_trainer(
         folder: the run's.
         callbacks: more than the configuration's; they come first.
     """
+    own = _build_callbacks(cfg, folder)  # which may be refused, before a logger starts
     metrics = JsonlLogger(folder / METRICS_FILE)
     trainer = instantiate(
         cfg["trainer"],
         strategy=instantiate(cfg["strategy"]),
         logger=[metrics, *_build_logger(cfg, folder)],
-        callbacks=[*callbacks, *_build_callbacks(cfg, folder)],
+        callbacks=[*callbacks, *own],
         plugins=_build_plugins(cfg["cluster"]["name"]),
         default_root_dir=str(folder),
     )
@@ -224,7 +226,9 @@ def _build_logger(cfg: Mapping[str, Any], folder: Path) -> list[Logger]:
 
 def _build_callbacks(cfg: Mapping[str, Any], folder: Path) -> list[lightning.Callback]:
     given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
-    return [instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()]
+    made = {name: instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()}
+    _check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
+    return list(made.values())
 
 
 def _build_plugins(cluster: str) -> list[ClusterEnvironment]:
@@ -241,8 +245,25 @@ def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
 
     Args:
         nodes: that `evaluation` names; None for a run's configuration that is older than this group.
+
+    Raises:
+        UserError: for something else.
     """
     if nodes is None:
         tasks = {"retrieval": Retrieval(), "masked": Masked(), "masked_picture": MaskedPicture()}
         return {**tasks, "reconstruction": Reconstruction()}
-    return {name: instantiate(node) for name, node in nodes.items()}
+    made = {name: instantiate(node) for name, node in nodes.items()}
+    _check_kind("evaluation", nodes, made, EvaluationTask)
+    return made
+
+
+def _check_kind(group: str, nodes: Mapping[str, Any], made: Mapping[str, Any], kind: type) -> None:
+    """Refuses objects of another kind than a group holds."""
+    rule = f"must be a subclass of {kind.__module__}.{kind.__name__}"
+    refuse(
+        [
+            Problem(f"{group}.{name}._target_", nodes[name]["_target_"], rule, "derive it from that")
+            for name, each in made.items()
+            if not isinstance(each, kind)
+        ]
+    )

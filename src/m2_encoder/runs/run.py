@@ -14,6 +14,7 @@ import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from m2_encoder.config.paths import default_run_folder
+from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
@@ -54,7 +55,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
 
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     frozen = check_frozen(cfg, folder, resumes=resumes)
-    objectives = build_objectives(cfg)
+    objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
     if resumes:
@@ -73,16 +74,18 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         _announce(cfg, folder, checkpoint, run)
     _fit(run, checkpoint, name=cfg["run"]["name"])
     first_step.pass_by(trainer)  # a run whose steps were all done already has had none
-    return _finish(run, cfg, folder, started=started)
+    return _finish(run, tasks, cfg, folder, started=started)
 
 
-def _finish(run: Run, cfg: dict[str, Any], folder: Path, *, started: float) -> dict[str, float]:
+def _finish(
+    run: Run, tasks: Mapping[str, EvaluationTask], cfg: dict[str, Any], folder: Path, *, started: float
+) -> dict[str, float]:
     """Evaluates and exports what was trained; gives the metrics, on the first rank alone."""
     model, objectives = _take_model(run.module)
     if model is None or not run.trainer.is_global_zero:
         return {}
     metrics = report_run(
-        build_tasks(cfg.get("evaluation")),
+        tasks,
         model=model,
         objectives=objectives,
         datamodule=run.datamodule,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import m2_encoder
 from tests.integration.doors.conftest import Own, Train
 
@@ -49,3 +51,22 @@ def test_all_three_in_one_run(own: Own, m2_train: Train) -> None:
     assert values["train/loss/total"] > values["train/loss/itc"] > 0 < values["train/loss/pull"]
     model = m2_encoder.load(run / "export").model
     assert (model.config.ffn_ratio, model.config.num_vl_layers) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("+evaluation.mine={_target_: my_parts.Nothing}", "m2_encoder.evaluation.tasks.base.EvaluationTask"),
+        ("+callbacks.mine={_target_: my_parts.Nothing}", "lightning.pytorch.callbacks.callback.Callback"),
+        ("+data.columns={mine: {_target_: my_parts.Nothing}}", "m2_encoder.data.samples.sample.Column"),
+    ],
+)
+def test_objects_of_another_kind_are_refused_before_anything_is_trained(
+    own: Own, m2_train: Train, capsys: pytest.CaptureFixture[str], line: str, kind: str
+) -> None:
+    own.write("my_parts.py", "class Nothing: pass\n")
+    run = m2_train(line, code=2)
+    said = capsys.readouterr()
+    assert f"must be a subclass of {kind}; derive it from that" in said.err
+    assert said.out == ""
+    assert not (run / "metrics.jsonl").exists()

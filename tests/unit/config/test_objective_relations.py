@@ -113,6 +113,13 @@ def test_classes_that_are_no_objectives(problems: Problems, target: str, rule: s
     assert rule in problem
 
 
+@pytest.mark.parametrize("value", ["null", "[1]", "3"])
+def test_what_is_no_mapping_is_one_mistake_among_others(problems: Problems, value: str) -> None:
+    problem, other = sorted(problems(f"+objective.mine={value}", "seed=-1"))
+    assert problem.startswith(f"objective.mine={value}: ")
+    assert other.startswith("seed=-1: ")
+
+
 def test_a_missing_visual_tokenizer_is_no_sentencepiece_model(problems: Problems) -> None:
     (problem,) = problems("objective=[itc,cmim_codes]")
     assert "outputs/visual_tokenizer/export" in problem
