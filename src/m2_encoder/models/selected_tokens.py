@@ -3,7 +3,7 @@
 A masked objective uses the states of hidden tokens only. The last layer before it then computes queries, the output
 projection and the feed-forward network, five sixths of its cost, for those tokens alone.
 
-Legend: R rows (captions) · T tokens of a row · M selected tokens in all · C the most of one row.
+Letters: R rows (captions) · T tokens of a row · M selected tokens in all · C the most of one row.
 """
 
 from __future__ import annotations

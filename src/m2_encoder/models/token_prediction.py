@@ -4,7 +4,7 @@ A vocabulary of 115,244 makes 1.5 GB of fp32 logits for 64 captions of 52 tokens
 Only the states of predicted tokens come here, and their logits are made, used and forgotten a few rows at a time;
 backward makes them again. Where one such tile is all, as with a small vocabulary, it is kept for backward.
 
-Legend: M predicted tokens · V vocabulary · D width.
+Letters: M predicted tokens · V vocabulary · D width.
 """
 
 from __future__ import annotations

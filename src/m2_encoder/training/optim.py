@@ -70,7 +70,7 @@ def build_optimizer(
     weight_decay: NotNegative = 0.2,
     logit_scale_lr_ratio: Ratio = 1.0,
 ) -> AdamW:
-    """AdamW with the field's parameter groups.
+    """AdamW with the groups of `parameter_groups`.
 
     Args:
         module: its parameters with `requires_grad` are trained.
@@ -94,7 +94,7 @@ def build_optimizer(
 
 
 def key_by_name(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with parameters by name, as those of split weights are.
+    """An optimizer's state with parameters by name instead of by number, as split weights have it.
 
     Numbers count in the order of the optimizer's groups; whoever continues with split weights would take them for the
     order of the module's parameters, frozen ones included.

@@ -37,7 +37,7 @@ class SkippedSamples(Callback):
 
     Attributes:
         totals: drawn in the whole run, by reason, as of the last exchange.
-        at_start: found in the shards when this process's run started, by reason.
+        at_start: found in the shards when this process started training, by reason.
     """
 
     @check_bounds

@@ -46,7 +46,7 @@ class Throughput(Callback):
             warning the time to the next one doubles, up to an hour.
 
     Attributes:
-        samples: samples trained on by this process's run so far, over all ranks.
+        samples: samples trained on since this process started, over all ranks.
         seconds: time spent on them.
     """
 
