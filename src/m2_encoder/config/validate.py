@@ -40,12 +40,8 @@ def validate_train(
 
     Args:
         cfg: plain containers, as `config.compose` makes them.
-        changed: keys that have other values than shipped files; what that leaves to `check_late` is not looked at. None
-            to check everything.
+        changed: keys with other values than shipped files; the rest is left to `check_late`. None to check everything.
         on_this_machine: also ask whether this machine has what the run needs.
-
-    Returns:
-        One per mistake; empty when training can start.
     """
     trusted = _find_trusted(changed)
     compared = {key: node for key, node in cfg.items() if key not in trusted}
