@@ -44,7 +44,7 @@ class EmbedSettings:
 
 
 def check_embed(cfg: dict[str, Any]) -> list[Problem]:
-    """What is wrong with a configuration of m2-embed, before the model is loaded."""
+    """Problems of a configuration of m2-embed, before the model is loaded."""
     problems = [*model_problems(cfg), *check_settings(EmbedSettings, cfg)]
     images, texts, output = cfg["images"], cfg["texts"], cfg["output"]
     if (images is None) == (texts is None):
@@ -67,10 +67,10 @@ def check_embed(cfg: dict[str, Any]) -> list[Problem]:
 
 
 def run_embed(cfg: dict[str, Any]) -> int:
-    """Writes the features; returns 1 if something had to be skipped.
+    """Writes the features; returns 1 if inputs were skipped.
 
     Raises:
-        UserError: if nothing can be used at all.
+        UserError: if no input can be used.
     """
     items, total = _list_items(cfg)
     loaded = load_from(cfg)
@@ -97,12 +97,12 @@ def run_embed(cfg: dict[str, Any]) -> int:
             feature_dim=model.config.feature_dim,
             provenance=_provenance(cfg, loaded),
             overwrite=cfg["overwrite"],
-        ) as writer,
+        ) as add,
     ):
         task = progress.add_task("images" if cfg["images"] else "texts", total=total, skipped="")
         for batch in batches:
             if batch.names:
-                writer.add(batch.places, batch.names, batch.features)
+                add(batch.places, batch.names, batch.features)
             done += len(batch.names)
             skipped += batch.skipped
             note = f"[yellow]{len(skipped):,} skipped" if skipped else ""
@@ -125,7 +125,7 @@ def _list_items(cfg: dict[str, Any]) -> tuple[Iterator[Item], int]:
     """The inputs and their number.
 
     Raises:
-        UserError: if there are none, or too many names for the kind of output.
+        UserError: if there are none, or their names do not fit the output.
     """
     if cfg["images"] is not None:
         folder = Path(cfg["images"]).expanduser()

@@ -1,4 +1,4 @@
-"""`m2-evaluate`: the table of a finished model."""
+"""`m2-evaluate`: tables of a finished model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from m2_encoder.runs.build import build_tasks
 
 EMBEDDED = "emoji"
 PROTOCOL = "standard"
-"""Every distinct caption is a query, positives are by key; see `evaluation.retrieval.encode_set`."""
+"""Every distinct caption is a query, positives share its key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class EvaluateSettings:
 
 
 def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
-    """What is wrong with a configuration of m2-evaluate, before the model is loaded."""
+    """Problems of a configuration of m2-evaluate, before the model is loaded."""
     problems = [
         *model_problems(cfg),
         *check_settings(EvaluateSettings, cfg),
@@ -74,7 +74,7 @@ def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
 
 
 def rerank_problems(cfg: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with `rerank`, without loading anything."""
+    """Problems of `rerank`, before the model is loaded."""
     candidates, model, weights = cfg["rerank"], cfg["model"], cfg["weights"]
     fix = (
         "train with the objective itm (m2-train +experiment=r2d2 does), export that run again with "
@@ -99,7 +99,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     """Prints the tables and writes the numbers.
 
     Raises:
-        UserError: for a model or a set that cannot be used, or a place that takes no numbers.
+        UserError: for a model or a set that cannot be used, or an output that cannot be written.
     """
     started = time.time()
     console = open_console()
@@ -140,7 +140,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     try:
         write_json(path, report, key="output")
     except UserError as error:
-        print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # what took long to compute is not lost
+        print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # so that long work is not lost
         error.text += "; its content is printed above"
         raise
     console.print(f"numbers: {path}", soft_wrap=True, highlight=False)

@@ -36,11 +36,7 @@ _ROWS_AT_ONCE = 8192  # vectors compared with all codes at a time: 256 MiB for 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisualTokenizerConfig:
-    """Shape of a visual tokenizer.
-
-    Raises:
-        UserError: if a number is impossible.
-    """
+    """Shape of a visual tokenizer."""
 
     image_size: Count  # side S of the square images, pixels
     patch_size: Count  # side P of a patch, pixels; S must be a multiple

@@ -34,9 +34,6 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
         process_group_backend: as in Lightning's `ModelParallelStrategy`.
         timeout: of a collective.
 
-    Raises:
-        UserError: for both ways of naming a group's size, or an impossible k.
-
     Reference: FSDP (arXiv:2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
     """
 

@@ -101,9 +101,6 @@ class GroupedStrategy(ParallelStrategy):
         recompute: encode a micro-batch again in backward instead of keeping its activations.
         activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
         **kwargs: what Lightning's strategy takes.
-
-    Raises:
-        UserError: for both ways of naming a group's size, or an impossible k.
     """
 
     _timeout: timedelta | None  # of Lightning's strategies

@@ -19,9 +19,6 @@ class LocalStrategy(SingleDeviceStrategy):
         micro_batches: k: a step's rows are encoded in so many pieces, with one loss over all of them.
         recompute: encode a micro-batch again in backward instead of keeping its activations.
         activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
-
-    Raises:
-        UserError: for an impossible k.
     """
 
     @check_bounds

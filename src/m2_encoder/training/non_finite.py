@@ -32,9 +32,6 @@ class NonFiniteGuard:
     Attributes:
         total: skipped steps of the run, resumed parts included.
         in_a_row: skipped steps since the last good one.
-
-    Raises:
-        UserError: if `max_in_a_row` is below 1.
     """
 
     def __init__(self, *, max_in_a_row: int) -> None:

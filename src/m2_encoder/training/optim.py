@@ -82,9 +82,6 @@ def build_optimizer(
             beside them: where a scale grows, the bias has to follow by several units. Short runs want more than 1: at
             the peak rate of the others a scale moves by less than a tenth in a hundred steps.
 
-    Raises:
-        UserError: if nothing is trainable, or a number is impossible.
-
     Reference: AdamW (arXiv:1711.05101); values of CLIP (arXiv:2103.00020), Table 19-20.
     """
     groups = parameter_groups(
@@ -171,9 +168,6 @@ def build_muon(
         eps: AdamW's.
         weight_decay: decoupled decay, on Muon's matrices and on AdamW's (`is_decayed`).
         logit_scale_lr_ratio: as in `build_optimizer`.
-
-    Raises:
-        UserError: if there is nothing for one of the two, or a number is impossible.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     hidden = [(name, parameter) for name, parameter in named if is_hidden_matrix(name, parameter)]
@@ -203,9 +197,6 @@ def warmup_cosine(
         max_steps: step at which the cosine ends.
         min_lr_ratio: learning rate at the end over the peak, 0..1.
 
-    Raises:
-        UserError: if the warm-up does not fit into the steps, or the ratio is no share.
-
     Reference: SGDR (arXiv:1608.03983), one cycle.
     """
     if warmup_steps > max_steps:
@@ -222,9 +213,5 @@ def warmup_cosine(
 
 @check_bounds
 def warmup_constant(optimizer: Optimizer, *, warmup_steps: Index) -> LambdaLR:
-    """Linear warm-up to the peak, which then stays.
-
-    Raises:
-        UserError: if `warmup_steps` is negative.
-    """
+    """Linear warm-up to the peak, which then stays."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))

@@ -36,9 +36,6 @@ class VisualTokenizerModule(lightning.LightningModule):
         decay: share of the past in the moving means of the codes.
         restart_below: codes chosen less often than this share of the mean start again.
         validation_name: name of the validation set in metric names.
-
-    Raises:
-        UserError: for a number that makes no sense.
     """
 
     @check_bounds

@@ -35,7 +35,7 @@ _EPOCHS_KEPT = 2  # lanes go from one epoch to the next one after the other
 
 
 class SegmentSource(NamedTuple):
-    """A source as a segment of a run knows it."""
+    """A source in a segment."""
 
     name: str  # of the source
     digest: str  # of its content; equal ones go on where they were
@@ -68,21 +68,21 @@ class Stretch(NamedTuple):
 
 
 class PositionPlan:
-    """Where the sample of every position lies.
+    """Place of the sample at every position.
 
     Args:
-        manifest: sources with their shards, of the last segment.
-        seed: chooses all shuffles; 0 or more.
+        manifest: of the last segment.
+        seed: of all shuffles; 0 or more.
         lanes: L; a power of two keeps the lanes of ranks apart.
         window: samples that are shuffled together; at least those of a few shards.
-        history: earlier segments, oldest first; empty in a new run.
+        history: earlier segments, oldest first.
         start: first position of the last segment.
 
     Attributes:
-        segments: all of them, the last one being the manifest's.
+        segments: all, the manifest's last.
 
     Raises:
-        UserError: for numbers that make no sense, or a source with fewer samples than lanes.
+        UserError: for values out of range, or a source with fewer samples than lanes.
     """
 
     def __init__(
@@ -119,10 +119,8 @@ class PositionPlan:
     def locate(self, position: int, *, attempt: int = 0) -> Place:
         """Which sample stands at a position of the last segment.
 
-        Args:
-            position: over all ranks, from 0.
-            attempt: 0 for the sample itself; 1, 2, ... for those that replace it if it is unusable: of the same
-                source, first from the same window, then the same lane, at last from anywhere.
+        Attempts 1, 2, ... give the replacements of an unusable sample: of the same source, first from the same window,
+        then the same lane, at last from anywhere.
         """
         lane, source, ordinal = self._draw(position)
         return self._layouts[source].locate(lane, ordinal, spare=(position, attempt))
@@ -148,10 +146,10 @@ class PositionPlan:
         return np.stack(rows)
 
     def check_repeats(self, stop: int) -> None:
-        """Make sure that no source is repeated more often than it may be.
+        """Check `max_epochs` of all sources.
 
         Raises:
-            UserError: with the numbers, if the run to `stop` needs more.
+            UserError: if the run to position `stop` needs more.
         """
         counts = self.counts(stop)
         last = (counts - 1) * self.lanes + np.arange(self.lanes)[:, None]  # that a lane draws, as its source counts

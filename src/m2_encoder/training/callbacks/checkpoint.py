@@ -67,9 +67,6 @@ class RunCheckpoint(Checkpoint):
     Args:
         folder: where; usually `outputs/<run.name>/checkpoints`.
         every_n_steps: optimizer steps between two checkpoints; the last step is always saved.
-
-    Raises:
-        UserError: if `every_n_steps` is below 1.
     """
 
     @check_bounds

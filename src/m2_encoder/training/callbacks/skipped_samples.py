@@ -38,9 +38,6 @@ class SkippedSamples(Callback):
     Attributes:
         totals: drawn in the whole run, by reason, as of the last exchange.
         at_start: found in the shards when this process's run started, by reason.
-
-    Raises:
-        UserError: if `every_n_steps` is below 1.
     """
 
     @check_bounds

@@ -48,9 +48,6 @@ class Throughput(Callback):
     Attributes:
         samples: samples trained on by this process's run so far, over all ranks.
         seconds: time spent on them.
-
-    Raises:
-        UserError: if `warn_share` is outside of 0..1 or `warn_after_s` not positive.
     """
 
     @check_bounds
