@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from m2_encoder.config.command import ProblemsError
+from m2_encoder.config.problems import refuse_all
 from m2_encoder.data.inspect.source_report import SourceReport
 from m2_encoder.data.inspect.start_check import describe_problems, to_plain
 from m2_encoder.data.inspect.tables import make_table
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
+from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
 from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
@@ -57,8 +58,7 @@ def check_data(datamodule: lightning.LightningDataModule, folder: Path, *, resum
     console = open_console()
     console.print(_table(reports))
     _print_warnings(console, reports)
-    if problems := describe_problems(reports):
-        raise ProblemsError(problems)
+    refuse_all([Problem("", NOTHING, problem) for problem in describe_problems(reports)])
     datamodule.check_order(resumes=resumes)
     return {"manifest": datamodule.manifest.fingerprint(), "sources": to_plain(reports)}
 
