@@ -114,7 +114,7 @@ PLAN: Final = _command(
 
 DATA_EMOJI: Final = _command(
     "m2-data emoji",
-    summary="Unpack the embedded bilingual emoji set to WebDataset tars, one folder per split.",
+    summary="Unpack the built-in bilingual emoji set to WebDataset tars, one folder per split.",
     examples=("m2-data emoji", "m2-data emoji folder=emoji-tars heldout_style=noto"),
     module="data",
 )

@@ -1,9 +1,9 @@
 """What every console command does: it composes a configuration with Hydra, checks it, and runs.
 
 A `Command` describes one; all are in `cli/commands.py`. Its functions get plain, resolved containers (`dict`, `list`,
-scalars). `check` returns a `Problem` for each mistake; a value that is missing or cannot be resolved
-is `UNSET` there and has been reported. `run` is called only when nothing is wrong; it may raise `UserError`, of which
-the message is printed without a traceback.
+scalars). `check` returns a `Problem` for each mistake; a value that is missing or cannot be resolved is `UNSET` there
+and has been reported. `run` is called only when nothing is wrong; it may raise a `UserError`, whose message is printed
+without a traceback.
 
 Exit codes: 0 done, 2 the user can mend it (all problems on stderr), 130 interrupted, 1 anything else; a command may
 return its own. `HYDRA_FULL_ERROR=1` shows the traceback of a user error, too.

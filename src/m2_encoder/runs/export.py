@@ -32,7 +32,7 @@ class HeadOfRun(NamedTuple):
     """Which objective of a run has the matching head."""
 
     name: str  # of the objective
-    text_expert: bool  # its value
+    text_expert: bool  # as it was trained
 
 
 def find_head(cfg: Mapping[str, Any]) -> HeadOfRun | None:

@@ -1,4 +1,4 @@
-"""When one rank ends a run with an error, the others wait for it in a collective call, some of them for ever."""
+"""Ends a run on all ranks when one of them fails: the others would wait in a collective call, some of them for ever."""
 
 from __future__ import annotations
 

@@ -151,9 +151,9 @@ def _explain(name: str, said: str, before: Mapping[str, Any], cfg: Mapping[str, 
 
 
 def _find_misfit(module: PretrainModule | VisualTokenizerModule, content: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first parameter that a checkpoint lacks, has beyond, or has of another shape or not trained; what is wrong.
+    """The first parameter in which checkpoint and run differ, and how; None if there is none.
 
-    Other shapes come first, as they say most.
+    Other shapes come first, as they say most; then missing, then needless ones, then what only one of both trains.
     """
     wanted, trained, unknown = _shapes(module)
     saved = {name: tuple(value.shape) for name, value in content["state_dict"].items() if not name.startswith(unknown)}
@@ -179,7 +179,7 @@ def _trained_names(state: Mapping[str, Any]) -> list[str]:
 
 
 def _shapes(module: PretrainModule | VisualTokenizerModule) -> tuple[Shapes, set[str], tuple[str, ...]]:
-    """Shapes by name, the names of what is trained, and the beginnings of names that cannot be told."""
+    """Shapes by name, the names of what is trained, and the prefixes of what is not known before it is built."""
     if isinstance(module, VisualTokenizerModule):
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         return {name: tuple(value.shape) for name, value in module.state_dict().items()}, trained, ()
