@@ -49,10 +49,10 @@ EMOJI_STYLES = get_args(EmojiStyle)
 
 Split: TypeAlias = Literal["train", "val", "val_style", "heldout_style", "heldout_families"]
 EMOJI_SPLITS = get_args(Split)
-"""Folders that `write_emoji_shards` writes; the module's head says what each holds."""
+"""Folders that `write_emoji_shards` writes; see the table above."""
 
 EMOJI_MARKER = "emoji.json"
-"""File whose presence says that a folder was unpacked completely, and from what."""
+"""File that marks a completely unpacked folder, and has its fingerprint."""
 
 IMAGE_SIZE_PX = 64
 """Side of every shipped drawing."""

@@ -39,7 +39,7 @@ SKIP_REASONS = (
 SHARD_REASONS = frozenset({"shard_changed", "shard_missing", "remote_timeout", "remote_incomplete", "not_a_tar"})
 """Reasons that concern a whole shard; it is listed once, not every sample of it."""
 
-_LEAST_SEEN = 1000  # a share of fewer samples says nothing yet
+_LEAST_SEEN = 1000  # a share of fewer samples is not judged
 _SHOWN = 5
 
 

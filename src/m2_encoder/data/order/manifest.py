@@ -68,8 +68,8 @@ class Source:
     shards: tuple[str, ...]  # paths or urls, in the order of the configuration
     counts: npt.NDArray[np.int64]  # samples to use of each shard, int64
     sizes: npt.NDArray[np.int64]  # bytes of each tar, int64
-    written: npt.NDArray[np.int64]  # when each tar was last written, ns; 0 if nobody says, int64
-    layouts: npt.NDArray[np.int64]  # checksum of each tar's table of samples; 0 if nobody says, int64
+    written: npt.NDArray[np.int64]  # when each tar was last written, ns; 0 if unknown, int64
+    layouts: npt.NDArray[np.int64]  # checksum of each tar's table of samples; 0 if unknown, int64
     faulty: tuple[str, ...] = ()  # shards with something unusable in them, also those that have nothing else
 
     @property

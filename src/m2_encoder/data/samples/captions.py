@@ -28,7 +28,7 @@ CAPTION_ROLES = typing.get_args(Role)
 STORED_ROLES = CAPTION_ROLES[:-1]
 """What a stored caption can be: what something is called, or a sentence about an image and where that comes from."""
 
-_PLAIN_ROLE = "original"  # of a caption that says nothing about itself
+_PLAIN_ROLE = "original"  # of a caption without a role
 _SEPARATOR = {"en": ", ", "zh": "，"}
 
 

@@ -41,14 +41,14 @@ class CaptionText(NamedTuple):
 
     text: str  # without blanks around it, never empty
     language: str  # one of `LANGUAGES`
-    role: str | None  # what kind of caption, such as "name" or "rewritten"; None if nobody says
+    role: str | None  # what kind of caption, such as "name" or "rewritten"; None if unknown
 
 
 class SampleText(NamedTuple):
     """Captions and metadata of a sample."""
 
     captions: tuple[CaptionText, ...]  # at least one, by language in the order of `LANGUAGES`
-    identity: str | None  # equal ones mark the same content; None if the sample says nothing
+    identity: str | None  # equal ones mark the same content; None if it has none
     is_marked: bool  # whether that is its `identity`, which somebody meant, and not only its `key`
     metadata: Mapping[str, Any]  # the JSON; empty without one
 

@@ -82,7 +82,7 @@ class IndexHeader(NamedTuple):
 
     samples: int  # usable samples, as far as headers of the tar tell
     size: int  # of the tar, bytes
-    written: int = 0  # when the tar was last written, ns; 0 if nobody says
+    written: int = 0  # when the tar was last written, ns; 0 if unknown
     unusable: int = 0  # what headers tell to be unusable, entries
     layout: int = 0  # CRC-32 of the table and the keys: another order or size of samples is another shard
     keys: int = 0  # bytes of all keys
