@@ -40,6 +40,7 @@ TRAIN: Final = Command(
     ),
     check="m2_encoder.config.validate:validate_train",
     check_late="m2_encoder.config.validate:check_late",
+    check_job="m2_encoder.cli.train:check_job",
     run="m2_encoder.cli.train:run_train",
     run_folder=default_run_folder,
     complete="m2_encoder.cli.train:name_repetition",

@@ -66,6 +66,7 @@ class Command:
         notes: more lines for `--help`, such as exit codes of its own.
         check_late: what takes long to check, because it imports Lightning, is checked here if nothing else is wrong.
             Both checks then get `changed=`: the keys that have other values than shipped files, or None if not known.
+        check_job: what else each job of a sweep is checked for, before the first one starts.
         config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it, `model=PATH` is a
             plain value, although `conf/` has a group of that name.
         groups: of `conf/` that such a command has all the same.
@@ -81,6 +82,7 @@ class Command:
     complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | str | None = None
     notes: tuple[str, ...] = ()
     check_late: str = ""
+    check_job: str = ""
     config_folder: str = ""
     groups: tuple[str, ...] = ()
 
@@ -97,12 +99,7 @@ class _Plan(NamedTuple):
 
 
 def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code.
-
-    Args:
-        command: what to run.
-        argv: its arguments; those of `sys.argv` by default.
-    """
+    """Runs a command with arguments, those of `sys.argv` by default, and returns its exit code."""
     started_argv = sys.argv
     try:
         with lend_groups(command.groups):
@@ -192,7 +189,8 @@ def _check_sweep(
     for job in jobs:
         composition = composer.compose(job)
         name = _rename(command, composition.cfg, job, constant)
-        problems += _find_problems(command, composition)
+        found = _find_problems(command, composition)
+        problems += found or (_resolve(command.check_job)(composition.cfg) if command.check_job else [])
         if name is not None and name in names:
             rule = "two jobs of the sweep have this name"
             problems.append(Problem("run.name", name, rule, "sweep distinct values"))

@@ -71,11 +71,7 @@ class Composition(NamedTuple):
 
 
 class Composer:
-    """Composes one primary configuration; use `open_composer`.
-
-    Attributes:
-        folder: where the configurations are.
-    """
+    """Composes one primary configuration; use `open_composer`."""
 
     def __init__(self, loader: ConfigLoader, folder: Path, config_name: str, fixed: Sequence[str]) -> None:
         self._loader = loader
@@ -249,12 +245,7 @@ class Composer:
 
 @contextlib.contextmanager
 def open_composer(folder: Path, config_name: str, fixed: Sequence[str] = ()) -> Iterator[Composer]:
-    """A composer for `folder/config_name.yaml`, closed when the block ends.
-
-    Args:
-        folder: where the configurations are.
-        config_name: the primary one, without suffix.
-        fixed: overrides of Hydra's own settings that hold for every composition.
+    """A composer for `folder/config_name.yaml`; `fixed` are overrides of Hydra's settings for every composition.
 
     Raises:
         UserError: if the folder does not exist.
@@ -267,11 +258,9 @@ def open_composer(folder: Path, config_name: str, fixed: Sequence[str] = ()) -> 
 
 
 def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[Problem], dict[str, str]]:
-    """Resolves a configuration leaf by leaf, Hydra's own part left out.
+    """Plain containers, `UNSET` where there is no value, a problem for each of those; which keys refer to which.
 
-    Returns:
-        Plain containers with `UNSET` where there is no value; a problem for each of those; and which keys refer to
-        which others.
+    Hydra's own part is left out.
     """
     problems: list[Problem] = []
     missing: list[str] = []

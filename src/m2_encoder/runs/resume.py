@@ -57,9 +57,7 @@ def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     The order of samples is refused if it changes, and the model's shape; all other changes are the user's right, but
     not to be made unseen: after one of captions or augmentation a resumed run is no longer the uninterrupted one.
 
-    Args:
-        path: `config.yaml` of the run; where there is none, nothing is known to have changed.
-        cfg: the configuration of now, resolved.
+    `path` is `config.yaml` of the run; where there is none, nothing is known to have changed.
 
     Raises:
         UserError: if the file is damaged.
@@ -83,10 +81,7 @@ def _compare(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
 def check_resume(module: PretrainModule | VisualTokenizerModule, cfg: Mapping[str, Any], folder: Path) -> None:
     """Refuse a checkpoint that does not fit what is to be trained, before anything is written or started.
 
-    Args:
-        module: of the run; not built yet, and left so.
-        cfg: the resolved configuration.
-        folder: the run's, with its last checkpoint; its `config.yaml` says how the run began.
+    The module is not built yet, and left so. `config.yaml` in the run's folder says how the run began.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
