@@ -12,7 +12,7 @@ from m2_encoder.config.paths import default_run_folder
 
 
 def _command(name: str, *, module: str = "", **texts: Any) -> Command:
-    """`m2-data pack` reads `commands/data_pack.yaml`; `cli/data_pack.py` has its `check_pack` and `run_pack`."""
+    """`m2-data pack` reads `conf/commands/data_pack.yaml`; `cli/data_pack.py` has its `check_pack` and `run_pack`."""
     words = name.removeprefix("m2-").split()
     place = f"m2_encoder.cli.{module or '_'.join(words)}"
     return Command(
