@@ -14,7 +14,7 @@ from m2_encoder.errors import Problem, UserError
 
 
 def check_job(cfg: dict[str, Any]) -> list[Problem]:
-    """Why the checkpoint that a job of a sweep goes on with does not fit; a run alone finds out when it starts."""
+    """Why the checkpoint that a sweep's job continues does not fit it; a single run finds out when it starts."""
     folder = default_run_folder(cfg)
     if cfg["run"]["resume"] == "never" or not (folder / LAST_CHECKPOINT).is_file():
         return []

@@ -29,7 +29,7 @@ def _active(known: Known) -> list[str]:
 
 
 def check_kinds(known: Known) -> Iterator[Problem]:
-    """Targets are complete objectives."""
+    """Targets that are classes are subclasses of `Objective` without abstract methods."""
     for name in known("objective"):
         target = known(key := f"objective.{name}._target_", None)
         found = None if target is None else pkgutil.resolve_name(target)  # signatures have been checked

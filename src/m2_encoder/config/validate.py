@@ -58,7 +58,7 @@ def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> li
 
 
 def _find_trusted(changed: Collection[str] | None) -> set[str]:
-    """Nodes of which the targets need Lightning, and the values are as shipped or have bounds in `schema`."""
+    """Nodes whose targets need Lightning, and whose values are as shipped or bounded by `schema.Trainer`."""
     if changed is None:
         return set()
     bounded = {f"trainer.{name}" for name in read_parameters(Trainer)}

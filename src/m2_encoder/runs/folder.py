@@ -152,7 +152,7 @@ def write_frozen(folder: Path, frozen: Mapping[str, Frozen], *, resumes: bool) -
 def _digest(path: Path, *, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What tells a file from another one: of small ones all bytes, of large ones the size and samples.
 
-    `like` is an earlier record, to be compared with: large files, too, were digested whole once.
+    `like` is an earlier record to compare with; earlier versions digested large files whole.
     """
     size = path.stat().st_size
     if size <= WHOLE_BYTES or (like is not None and "sha256" in like):

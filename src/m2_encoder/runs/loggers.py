@@ -52,7 +52,7 @@ def build_wandb_logger(
         run_name: id and name.
         folder: the run's; W&B's own files go to its sub-folder `wandb`.
         cfg: logged with the git revision and the command.
-        project: as the others, an argument of `wandb.init`.
+        project: like `entity`, `group` and `tags`, an argument of `wandb.init`.
         entity: a user or team; None is the account's default.
         group: of runs.
         tags: of the run.

@@ -19,7 +19,7 @@ _LAST_WORDS_S: Final = 5.0  # for a rank to say why it ends
 def end_together(trainer: lightning.Trainer, error: Exception) -> UserError | None:
     """Ends the processes that this one has started, and makes sure that the rank with the cause says it.
 
-    Returns what to raise instead, that another rank has ended, where that is the error; None to raise the error itself.
+    Returns what to raise instead of an error that only shows that another rank has ended; None for other errors.
     """
     is_elsewhere = any(words in str(error) for words in _GONE) and not isinstance(error, UserError)
     launcher = trainer.strategy.launcher
