@@ -1,10 +1,7 @@
-"""Errors that a user can cause and mend.
+"""Errors that users can cause and fix: by a configuration value, a file or an argument.
 
-Everything that a user controls (a configuration value, a file, an argument) fails with one of these: one message that
-names what was given, what is allowed and how to mend it. Commands print the message without a traceback and exit 2.
-
-An error is data until it is printed: `key` names the argument that is wrong, as the function that raises it calls it.
-Whoever knows where the argument came from puts that in front with `under`; only the command line makes a line of it.
+The message names what was given, what is allowed and how to fix it. Commands print it without a traceback and exit 2.
+`key` names the wrong argument as in the signature of the function that raises; callers prefix it by `under`.
 """
 
 from __future__ import annotations
@@ -18,19 +15,12 @@ if TYPE_CHECKING:
 
 
 class Problem(NamedTuple):
-    """One thing to mend.
+    """One mistake of the user."""
 
-    Attributes:
-        key: dotted name of what is wrong; "" if no single value is.
-        value: what was given; `NOTHING` where a value says nothing, such as for a key that is missing.
-        rule: what it must be.
-        fix: the way out; "" where the rule says it.
-    """
-
-    key: str
-    value: Any
-    rule: str
-    fix: str = ""
+    key: str  # dotted name of the wrong value; "" if no single value is wrong
+    value: Any  # what was given; `NOTHING` to leave it out, such as for a missing key
+    rule: str  # what it must be
+    fix: str = ""  # "" if the rule says it
 
 
 class _Nothing:
@@ -44,17 +34,17 @@ class _Nothing:
 
 
 NOTHING = _Nothing()
-"""In place of a value that there is not, or that nobody needs to see."""
+"""In place of a value that is missing or not shown."""
 
 
 class UserError(ValueError):
     """Input that cannot be used.
 
     Args:
-        text: the rule and the fix; it does not repeat `key` and `value`.
-        key: the argument that is wrong, as the function that raises calls it; None if no single argument is.
-        value: what it is; left out of the message if not given.
-        problems: several things that are wrong at once; `text` is then a summary of them.
+        text: the rule and the fix, without `key` and `value`.
+        key: the wrong argument; None if no single argument is wrong.
+        value: the wrong value; left out of the message if not given.
+        problems: several mistakes, of which `text` is then a summary.
     """
 
     def __init__(
@@ -82,11 +72,7 @@ class UserError(ValueError):
         return error
 
     def under(self, prefix: str) -> Self:
-        """The same error where the argument is a part of something larger: `lr` under `optimizer` is `optimizer.lr`.
-
-        Args:
-            prefix: dotted; an error without a key gets it as its key.
-        """
+        """The same error with a prefixed key: `lr` under `optimizer` is `optimizer.lr`; the prefix if there is none."""
         error = copy.copy(self)
         error.key = prefix if self.key is None else f"{prefix}.{self.key}"
         error.problems = tuple(each._replace(key=f"{prefix}.{each.key}".rstrip(".")) for each in self.problems)
@@ -94,11 +80,11 @@ class UserError(ValueError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is foreign, truncated, unsafe, or does not match the model."""
+    """A checkpoint of another format, truncated, unsafe, or of another model."""
 
 
 class NotGivenError(UserError):
-    """Something that code hands over, such as a teacher, was not handed over yet."""
+    """An object that code must pass, such as a teacher, is missing."""
 
 
 class ImageError(UserError):

@@ -13,25 +13,20 @@ from pathlib import Path
 
 from m2_encoder.errors import UserError
 
-_CHUNK_BYTES = 1 << 20
-
 
 @contextmanager
 def atomic_file(
     path: str | os.PathLike[str], *, key: str | None = None, error: type[UserError] = UserError
 ) -> Iterator[Path]:
-    """Write a file under a temporary name and rename it into place on success.
+    """Writes a file under a temporary name, which it yields, and renames it on success; an existing file is replaced.
 
     Args:
-        path: the final file; an existing one is replaced. Its folder must exist.
-        key: argument of a command that names the file: messages name it, too, and missing folders are made.
-        error: class of what is raised.
-
-    Yields:
-        The temporary path to write to; `.tmp`, so that no pattern takes it for the file.
+        path: its folder must exist.
+        key: argument of a command that gave the path; messages name it, and missing folders are made.
+        error: class of errors.
 
     Raises:
-        UserError: if the disk refuses (no folder, no space, no permission).
+        UserError: if the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -52,10 +47,8 @@ def atomic_file(
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as problem:
-        raise refusal(problem if key is None else problem.strerror or problem) from problem
-    except RuntimeError as problem:  # torch.save reports a full disk so
-        raise refusal(problem) from problem
+    except (OSError, RuntimeError) as problem:  # of torch.save, if the disk is full
+        raise refusal(problem if key is None else getattr(problem, "strerror", None) or problem) from problem
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -65,18 +58,10 @@ def atomic_file(
 def atomic_folder(
     path: str | os.PathLike[str], *, overwrite: bool = False, error: type[UserError] = UserError
 ) -> Iterator[Path]:
-    """Fill a folder under a temporary name and rename it into place on success.
-
-    Args:
-        path: the final folder; missing parents are created.
-        overwrite: replace an existing folder; otherwise it is an error.
-        error: class of what is raised.
-
-    Yields:
-        The temporary folder to fill, beside the final one.
+    """Fills a folder under a temporary name, which it yields, and renames it on success; missing parents are made.
 
     Raises:
-        UserError: if the folder exists and `overwrite` is False, or the disk refuses.
+        UserError: if the folder exists and `overwrite` is False, or it cannot be written.
     """
     path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -104,20 +89,20 @@ def atomic_folder(
 
 
 def write_text(path: str | os.PathLike[str], content: str, *, key: str | None = None) -> None:
-    """Write a UTF-8 file, whole or not at all; arguments and errors are those of `atomic_file`."""
+    """Writes a UTF-8 file, whole or not at all; arguments and errors are those of `atomic_file`."""
     with atomic_file(path, key=key) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: object, *, key: str | None = None) -> None:
-    """Write a JSON file, whole or not at all; arguments and errors are those of `atomic_file`."""
+    """Writes a JSON file, whole or not at all; arguments and errors are those of `atomic_file`."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n", key=key)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hash of a file of any size, as 64 hex digits."""
+    """SHA-256 of a file, as 64 hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

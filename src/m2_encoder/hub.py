@@ -1,4 +1,4 @@
-"""One call from a name, a configuration or an exported folder to a model that is ready to use."""
+"""`load`: from a name, a configuration or an exported folder to a model that is ready to use."""
 
 from __future__ import annotations
 
@@ -32,14 +32,10 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class MissingTokenizer:
-    """Stands where `load` was given no tokenizer: images work, texts say what to do."""
+    """What `load` returns without a tokenizer: raises an error that says what to give."""
 
     def __call__(self, *_args: object, **_kwargs: object) -> NoReturn:
-        """Refuse.
-
-        Raises:
-            UserError: always.
-        """
+        """Raises the error."""
         raise UserError(
             "no tokenizer was given; pass the SentencePiece file that belongs to the weights: "
             'load(..., tokenizer="sp.model")'
@@ -50,17 +46,11 @@ class MissingTokenizer:
 
 
 class LoadedModel(NamedTuple):
-    """What `load` returns; unpacks as `model, preprocess, tokenizer`.
+    """What `load` returns; unpacks as `model, preprocess, tokenizer`."""
 
-    Attributes:
-        model: in eval mode, on the device that was asked for.
-        preprocess: a PIL image, array or path to (3, S, S) float32 in 0..1.
-        tokenizer: texts to token ids and mask.
-    """
-
-    model: M2Encoder
-    preprocess: EvalTransform
-    tokenizer: SentencePieceTokenizer | MissingTokenizer
+    model: M2Encoder  # in evaluation mode
+    preprocess: EvalTransform  # a PIL image, array or path to (3, S, S) float32 in 0..1
+    tokenizer: SentencePieceTokenizer | MissingTokenizer  # texts to token ids and mask
 
 
 def list_models() -> list[str]:
@@ -82,40 +72,36 @@ def load(
 
     Args:
         model: a name of `list_models()` (underscores work, too), a configuration, or a folder written by
-            `m2-export`, which brings its own weights and tokenizer. A name wins over a folder of that name;
+            `m2-export`, which has its own weights and tokenizer. A name wins over a folder of that name;
             write `./name` then.
         weights: a checkpoint: any wrapper of the official format, safetensors, or one of our training
             checkpoints; a path or an http(s) URL. A URL is downloaded once to `~/.cache/m2_encoder` (or
             `M2_ENCODER_CACHE`) and may end in `#sha256=...`. The network is never used otherwise.
-        tokenizer: a SentencePiece file, its bytes, or a tokenizer. None is allowed when only images are
-            encoded.
-        image_size: pixels; another one than the model's resizes its position table, and `preprocess` follows.
-        device: where the model shall live.
-        dtype: of all parameters; weights in half precision become fp32 by default.
-        trainable: let parameters require gradients. By default they do not, so features carry no autograd
-            graph.
-
-    Returns:
-        Model (eval mode), preprocess function and tokenizer.
+        tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed to encode images.
+        image_size: pixels; if it differs from the model's, the position table is resized and `preprocess` follows.
+        device: of the model.
+        dtype: of all parameters.
+        trainable: whether parameters require gradients.
 
     Raises:
-        UserError: for an unknown name, a missing or unusable file, or an impossible option. Random weights
-            are never returned silently: `M2Encoder(config)` builds those.
+        UserError: for an unknown name, a missing or unusable file, or an impossible option. Weights are never
+            random: `M2Encoder(config)` has random ones.
     """
     config, exported = _resolve(model)
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
-    # Everything that can be refused at once comes before what takes time: weights may be a download.
-    device, dtype = _checked_device(device), _checked_dtype(dtype)
+    # Checks come first, because weights may be a long download.
+    device = _checked_device(device)
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(map(str, _DTYPES))}")
     text = _build_tokenizer(config, tokenizer, exported)
-    weights_path = _weights_path(config, weights, exported)
-    encoder = load_model(config, weights_path, device=device, dtype=dtype)
+    encoder = load_model(config, _weights_path(config, weights, exported), device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
     return LoadedModel(encoder, EvalTransform(config.image_size), text)
 
 
 def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
-    """The architecture, and the export it came from if there is one."""
+    """The architecture, and the export it came from, if any."""
     if isinstance(model, M2EncoderConfig):
         return model, None
     if not isinstance(model, str | os.PathLike):
@@ -143,7 +129,7 @@ def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
 
 
 def _canonical(name: str) -> str:
-    """Spelling-free form: configuration files cannot write `m2-encoder-0.4b` and say `m2_encoder_0_4b`."""
+    """Spelling-free form: `m2_encoder_0_4b`, as configuration files write it, is `m2-encoder-0.4b`."""
     return re.sub(r"[-_.]+", "_", name.lower())
 
 
@@ -170,20 +156,16 @@ def _weights_path(
 def _build_tokenizer(
     config: M2EncoderConfig, tokenizer: Any, exported: ExportedFolder | None
 ) -> SentencePieceTokenizer | MissingTokenizer:
-    if tokenizer is None and exported is None:
-        return MissingTokenizer()
-    built: SentencePieceTokenizer
     if isinstance(tokenizer, SentencePieceTokenizer):
         built = tokenizer
     elif tokenizer is not None:
         built = SentencePieceTokenizer(tokenizer, context_length=config.context_length)
-    else:
-        assert exported is not None
+    elif exported is not None:
         built = SentencePieceTokenizer(
-            exported.tokenizer,
-            context_length=exported.context_length,
-            truncation_side=exported.truncation_side,
+            exported.tokenizer, context_length=exported.context_length, truncation_side=exported.truncation_side
         )
+    else:
+        return MissingTokenizer()
     if built.vocab_size > config.vocab_size:
         _LOGGER.warning(
             "the tokenizer has %d pieces, the token table of %r has %d rows; texts that need the others will "
@@ -198,18 +180,10 @@ def _build_tokenizer(
 def _checked_device(device: str | torch.device) -> torch.device:
     try:
         checked = torch.device(device)
-        if checked.type == "meta":
-            raise UserError("device='meta' holds no weights; build M2Encoder(config) under torch.device('meta')")
         torch.empty(0, device=checked)
-    except UserError:
-        raise
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n", 1)[0]
         raise UserError(f"device={device!r} cannot be used: {reason}; try 'cpu'") from error
+    if checked.type == "meta":
+        raise UserError("device='meta' holds no weights; build M2Encoder(config) under torch.device('meta')")
     return checked
-
-
-def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(map(str, _DTYPES))}")
-    return dtype

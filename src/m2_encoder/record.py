@@ -1,4 +1,4 @@
-"""The record of a run: facts that somebody will ask for later, the same in every file that a command writes."""
+"""Facts about a run that are recorded in every file that a command writes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _PACKAGES = (
 def describe_run() -> dict[str, Any]:
     """Peak memory, revision of the code, versions, machine and command, as JSON takes them.
 
-    `peak_memory_bytes` is the most that was in use at once: of this process, of its largest child, of each GPU.
-    `git_revision` ends in "-dirty" if files differ from the commit, and is None outside of a checkout. `command` is
-    ready for a shell, without the settings that commands add for Hydra.
+    `peak_memory_bytes` is of this process, of its largest child, and of each GPU. `git_revision` ends in "-dirty" if
+    files differ from the commit, and is None outside of a checkout. `command` is ready for a shell, without Hydra's
+    settings.
     """
     typed = [argument for argument in sys.argv[1:] if not argument.startswith(("hydra.", "hydra/"))]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -40,7 +40,7 @@ def describe_run() -> dict[str, Any]:
 def _git_revision() -> str | None:
     try:
         if Path(_git("rev-parse", "--show-toplevel")) != _CHECKOUT:
-            return None  # installed into an environment that lies inside somebody else's repository
+            return None  # installed inside another repository
         revision = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
@@ -54,10 +54,8 @@ def _peak_memory_bytes() -> dict[str, int]:
         "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "largest_child": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit,
     }
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
-    return peaks
+    gpus = {f"cuda:{i}": torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())}
+    return peaks | gpus
 
 
 def _version(package: str) -> str:

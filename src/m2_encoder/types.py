@@ -1,11 +1,11 @@
-"""Containers that travel between data, models and objectives.
+"""Containers passed between data, models and objectives.
 
 Letters in shapes, everywhere in this package::
 
     B local batch · G ranks in a contrastive group · W world size · N image tokens · T text tokens
     D width · H heads · E feature dim · V vocabulary · S image side in pixels · P patch side in pixels
 
-They are NamedTuples because Lightning moves those between devices leaf by leaf; a frozen dataclass it cannot.
+They are NamedTuples because Lightning moves those to a device; it cannot do so with frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -21,27 +21,17 @@ LANGUAGES = ("en", "zh")
 
 
 class TextTokens(NamedTuple):
-    """A batch of tokenized texts, padded on the right.
+    """A batch of tokenized texts, padded on the right."""
 
-    Attributes:
-        ids: token ids, (B, T) int64.
-        mask: True where there is a token, False on padding, (B, T) bool.
-    """
-
-    ids: Tensor
-    mask: Tensor
+    ids: Tensor  # (B, T) int64
+    mask: Tensor  # True on tokens, False on padding, (B, T) bool
 
 
 class MaskedText(NamedTuple):
-    """Captions with hidden words.
+    """Captions with hidden words."""
 
-    Attributes:
-        ids: what the model reads: some ids of the text are replaced, (B, T) int64.
-        predicted: where the ids of the text are to be predicted, (B, T) bool; never on special tokens or padding. An
-            id there may be the true one, which the model cannot know.
-    """
-
-    ids: Tensor
+    ids: Tensor  # of the text, some replaced, (B, T) int64
+    # where ids are to be predicted, (B, T) bool; never on special tokens or padding. Some of these keep their true id.
     predicted: Tensor
 
 
@@ -96,66 +86,41 @@ class ImageTextBatch(NamedTuple):
 
 
 class RetrievalBatch(NamedTuple):
-    """Images and their captions in every language, for validation.
+    """Images and their captions in every language, for validation."""
 
-    Attributes:
-        images: (B, 3, S, S), uint8 or floating.
-        identity: equal numbers mark the same content, (B,) int64.
-        texts: by language; row i describes image i.
-    """
-
-    images: Tensor
-    identity: Tensor
-    texts: dict[str, TextTokens]
+    images: Tensor  # (B, 3, S, S), uint8 or floating
+    identity: Tensor  # equal numbers mark the same content, (B,) int64
+    texts: dict[str, TextTokens]  # by language; row i describes image i
 
 
 class HeadFeatures(NamedTuple):
-    """One modality's features, L2-normalised.
+    """One modality's features, L2-normalised."""
 
-    Attributes:
-        features: of the vision-language head, (B, E): the embedding of M2-Encoder.
-        backbone_features: of the head on the backbone, (B, E); None if they were not asked for.
-    """
-
-    features: Tensor
-    backbone_features: Tensor | None
+    features: Tensor  # of the vision-language head, (B, E): the embedding of M2-Encoder
+    backbone_features: Tensor | None  # of the head on the backbone, (B, E); None if not requested
 
 
 class EncoderOutput(NamedTuple):
-    """Everything one modality's pass through both encoders yields.
+    """Outputs of both encoders for one modality."""
 
-    Attributes:
-        features: normalised output of the vision-language head, (B, E): the embedding of M2-Encoder.
-        backbone_features: normalised output of the head on the backbone, (B, E).
-        hidden: last hidden states after the vision-language layers, (B, N or T, D).
-        backbone_hidden: last hidden states of the backbone, (B, N or T, D).
-    """
-
-    features: Tensor
-    backbone_features: Tensor
-    hidden: Tensor
-    backbone_hidden: Tensor
+    features: Tensor  # of the vision-language head, L2-normalised, (B, E): the embedding of M2-Encoder
+    backbone_features: Tensor  # of the head on the backbone, L2-normalised, (B, E)
+    hidden: Tensor  # after the vision-language layers, (B, N or T, D)
+    backbone_hidden: Tensor  # after the backbone, (B, N or T, D)
 
 
 class FusionOutput(NamedTuple):
-    """Image and text encoded as one sequence, image tokens first.
+    """Image and text encoded as one sequence, image tokens first."""
 
-    Attributes:
-        hidden: after the vision-language layers, (B, N + T, D).
-        backbone_hidden: after the backbone, (B, N + T, D).
-        mask: True where there is an image or text token, (B, N + T) bool.
-        num_image_tokens: N; text starts there.
-    """
-
-    hidden: Tensor
-    backbone_hidden: Tensor
-    mask: Tensor
-    num_image_tokens: int
+    hidden: Tensor  # after the vision-language layers, (B, N + T, D)
+    backbone_hidden: Tensor  # after the backbone, (B, N + T, D)
+    mask: Tensor  # True on image and text tokens, (B, N + T) bool
+    num_image_tokens: int  # N; text starts there
 
 
 @runtime_checkable
 class ContrastiveTopology(Protocol):
-    """What training needs of a strategy: whose rows serve as negatives, and in how many pieces a rank's are encoded."""
+    """A strategy with contrastive groups and batch accumulation."""
 
     @property
     def contrastive_group(self) -> dist.ProcessGroup | None:
@@ -164,10 +129,10 @@ class ContrastiveTopology(Protocol):
 
     @property
     def micro_batches(self) -> int:
-        """k: how many pieces of a rank's rows are encoded one after the other, with one loss over all of them."""
+        """Number of pieces in which a rank's rows are encoded, with one loss over all of them."""
         ...
 
     @property
     def recompute(self) -> bool:
-        """Whether a micro-batch is encoded again in backward, so that one alone keeps its activations."""
+        """Whether a micro-batch is encoded again in backward instead of keeping its activations."""
         ...

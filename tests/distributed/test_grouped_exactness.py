@@ -90,14 +90,14 @@ def check_any(pool: RankPool, case: Case) -> None:
     assert worst <= FP64, worst
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_any_step_equals_one_process(pool: RankPool, case: Case) -> None:
     check_any(pool, case)
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_very_many_steps_equal_one_process(pool: RankPool, case: Case) -> None:
     check_any(pool, case)

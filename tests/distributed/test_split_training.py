@@ -48,7 +48,7 @@ def fit(
         strategy=strategy,
         devices=devices,
         plugins=[LightningEnvironment()],
-        **{"gradient_clip_val": 0.05, "val_check_interval": STEPS, **overrides},
+        **{"gradient_clip_val": 0.01, "val_check_interval": STEPS, **overrides},
     )
     datamodule = make_datamodule(Path(emoji_folder), max_steps=STEPS, eval_batch_size=EVAL_BATCH_SIZE)
     trainer.fit(module, datamodule=datamodule, ckpt_path=keeper.last if resume else None, weights_only=True)
@@ -124,7 +124,7 @@ def test_split_weights_train_as_one_process_does(
             assert value == pytest.approx(expected["metrics"][name], rel=1e-3), name
         else:  # one of 721 items more or less
             assert value == pytest.approx(expected["metrics"][name], abs=0.6), name
-    assert expected["metrics"]["train/grad_norm"] > 0.05, "nothing was clipped"
+    assert expected["metrics"]["train/grad_norm"] > 0.012, "nothing was clipped"
     assert any(name.startswith("val/") for name in ours["metrics"])
 
 

@@ -143,9 +143,9 @@ def test_nothing_usable_writes_nothing(run: Run, tmp_path: Path) -> None:
         (["images=.", "texts=t.txt", "output=f.safetensors"], ["both given"]),
         (["images=nowhere", "output=f.safetensors"], ["images=nowhere: no such folder"]),
         (["texts=t.txt"], ["output=???: must be given"]),
-        (["texts=t.txt", "output=f.csv"], ["output=f.csv must end in .safetensors or .parquet"]),
+        (["texts=t.txt", "output=f.csv"], ["output=f.csv: must end in .safetensors or .parquet"]),
         (["texts=t.txt", "output=t.txt/f.parquet"], ["no folder that you may write to"]),
-        (["texts=t.txt", "output=old.parquet"], ["old.parquet exists", "overwrite=true"]),
+        (["texts=t.txt", "output=old.parquet"], ["old.parquet: exists", "overwrite=true"]),
         (["texts=t.txt", "output=f.parquet", "batchsize=3"], ["batchsize=3", "did you mean batch_size?"]),
         (["texts=t.txt", "output=f.parquet", "model=nowhere/export"], ["model=nowhere/export: no such folder"]),
         (

@@ -131,7 +131,7 @@ def read(
     return [[row for group in zip(*parts_, strict=True) for row in group] for parts_ in zip(*parts, strict=True)], last
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(sources=sources_of(), order=ORDERS, layouts=st.lists(LAYOUTS, min_size=2, max_size=3), data=st.data())
 def test_states_hold_what_was_handed_over_on_any_layout(
     sources: dict[str, Source], order: Order, layouts: list[tuple[int, int]], data: st.DataObject
@@ -152,7 +152,7 @@ def test_states_hold_what_was_handed_over_on_any_layout(
     assert found == whole
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     mixtures=mixtures_of(),
     order=ORDERS,
@@ -218,7 +218,7 @@ CHANGES: dict[str, Callable[[Source, int], tuple[Source | None, str]]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(order=ORDERS, data=st.data(), steps=st.integers(0, 2))
 def test_every_change_of_the_mixture_is_refused_and_named(
     what: str, order: Order, data: st.DataObject, steps: int
@@ -238,7 +238,7 @@ def test_every_change_of_the_mixture_is_refused_and_named(
     open_loader(now, order, new_segment=True).load_state_dict(state)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 2**31),
     damaged=st.sets(st.integers(0, 59), max_size=40),

@@ -96,10 +96,10 @@ def signature(delivery: Delivery) -> tuple[bytes, object, tuple[SampleFault, ...
     sample = delivery.sample
     assert sample.image.shape == (3, SIDE, SIDE)
     assert sample.image.dtype == torch.uint8
-    return sample.image.contiguous().numpy().tobytes(), sample[1:], delivery.faults
+    return sample.image.contiguous().numpy().tobytes(), sample._replace(image=None), delivery.faults
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     mixture=mixtures(),
     seed=st.integers(0, 2**40),

@@ -125,7 +125,7 @@ def test_image_size(model: M2Encoder, weights: Path) -> None:
     image = loaded.preprocess(np.zeros((9, 9, 3), dtype=np.uint8))
     assert image.shape == (3, 24, 24)
     assert loaded.model.encode_image(image[None]).shape == (1, 12)
-    with pytest.raises(UserError, match="image_size=25 must be a multiple of patch_size=4"):
+    with pytest.raises(UserError, match="image_size=25: must be a multiple of patch_size=4"):
         load(model.config, weights=weights, image_size=25)
 
 
@@ -215,7 +215,7 @@ def test_checkpoint_given_as_model(weights: Path) -> None:
         ({"device": None}, "device=None cannot be used"),
         ({"dtype": torch.int8}, "dtype=torch.int8 is not one of torch.float32"),
         ({"dtype": "float32"}, "dtype='float32' is not one of"),
-        ({"image_size": 0}, "image_size=0 must be a positive whole number"),
+        ({"image_size": 0}, "image_size=0: must be a whole number"),
     ],
 )
 def test_wrong_option(model: M2Encoder, weights: Path, options: dict[str, object], message: str) -> None:

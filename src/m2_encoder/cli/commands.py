@@ -5,10 +5,25 @@ Those functions are named as `module:function` and imported when they are needed
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from m2_encoder.config.command import Command
 from m2_encoder.config.paths import default_run_folder
+
+
+def _command(name: str, *, module: str = "", **texts: Any) -> Command:
+    """`m2-data pack` reads `commands/data_pack.yaml`; `cli/data_pack.py` has its `check_pack` and `run_pack`."""
+    words = name.removeprefix("m2-").split()
+    place = f"m2_encoder.cli.{module or '_'.join(words)}"
+    return Command(
+        name=name,
+        config_name="_".join(words),
+        config_folder="commands",
+        check=f"{place}:check_{words[-1]}",
+        run=f"{place}:run_{words[-1]}",
+        **texts,
+    )
+
 
 TRAIN: Final = Command(
     name="m2-train",
@@ -25,6 +40,7 @@ TRAIN: Final = Command(
     ),
     check="m2_encoder.config.validate:validate_train",
     check_late="m2_encoder.config.validate:check_late",
+    check_job="m2_encoder.cli.train:check_job",
     run="m2_encoder.cli.train:run_train",
     run_folder=default_run_folder,
     complete="m2_encoder.cli.train:name_repetition",
@@ -35,10 +51,8 @@ TRAIN: Final = Command(
     ),
 )
 
-EVALUATE: Final = Command(
-    name="m2-evaluate",
-    config_name="evaluate",
-    config_folder="commands",
+EVALUATE: Final = _command(
+    "m2-evaluate",
     groups=("evaluation",),
     summary="Measure how well a model retrieves images and texts in both languages.",
     examples=(
@@ -47,8 +61,6 @@ EVALUATE: Final = Command(
         "m2-evaluate model=outputs/r2d2/export rerank=16   # order the best 16 anew by the matching head",
         "m2-evaluate model=outputs/emoji/export --config-dir my_conf 'evaluation=[retrieval,mine]'  # your own task",
     ),
-    check="m2_encoder.cli.evaluate:check_evaluate",
-    run="m2_encoder.cli.evaluate:run_evaluate",
     notes=(
         "Recall at k in percent, ranks as pessimistic as can be: equal scores count against the right item. The chance",
         "row is what a random order would reach. Each caption is a query once; images with its key are all right.",
@@ -57,24 +69,18 @@ EVALUATE: Final = Command(
     ),
 )
 
-EXPORT: Final = Command(
-    name="m2-export",
-    config_name="export",
-    config_folder="commands",
+EXPORT: Final = _command(
+    "m2-export",
     summary="Write a run's checkpoint as a folder for m2_encoder.load: configuration, weights, tokenizer, model card.",
     examples=(
         "m2-export run.name=emoji",
         "m2-export run.name=emoji checkpoint=step=500.ckpt output=outputs/emoji/export-500",
     ),
-    check="m2_encoder.cli.export:check_export",
-    run="m2_encoder.cli.export:run_export",
     notes=("checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",),
 )
 
-EMBED: Final = Command(
-    name="m2-embed",
-    config_name="embed",
-    config_folder="commands",
+EMBED: Final = _command(
+    "m2-embed",
     summary="Write features of a folder of images, or of a text file.",
     examples=(
         "m2-embed model=outputs/emoji/export images=photos output=photos.safetensors",
@@ -82,8 +88,6 @@ EMBED: Final = Command(
         "m2-embed model=m2-encoder-0.4b weights=m2_encoder_0.4B.ckpt tokenizer=sp.model images=photos "
         "output=photos.parquet",
     ),
-    check="m2_encoder.cli.embed:check_embed",
-    run="m2_encoder.cli.embed:run_embed",
     notes=(
         "Images are found in all sub-folders, by suffix, in sorted order; a text file is UTF-8, one text per line.",
         "What cannot be used (a damaged image, a blank line) is listed on stderr and skipped; the column `index` says",
@@ -93,18 +97,14 @@ EMBED: Final = Command(
     ),
 )
 
-PLAN: Final = Command(
-    name="m2-plan",
-    config_name="plan",
-    config_folder="commands",
+PLAN: Final = _command(
+    "m2-plan",
     summary="Predict memory, traffic and time of a training step, and find the best contrastive groups.",
     examples=(
         "m2-plan model=m2_encoder_1b cluster=a100_80g ranks=256",
         "m2-plan ranks=64 global_batch_size=65536 group_batch_size=32768 output=plan.json plot=plan.png",
         "m2-plan group_size=32 micro_batches=4 cluster=h100_80g hardware.inter_node_gb_per_s=50",
     ),
-    check="m2_encoder.cli.plan:check_plan",
-    run="m2_encoder.cli.plan:run_plan",
     notes=(
         "Nothing is trained and no device is needed. A rank contrasts its k micro-batches of B rows with those of the",
         "g ranks of its group; the baselines contrast the rows of all ranks, and may accumulate micro-batches with a",
@@ -113,28 +113,21 @@ PLAN: Final = Command(
     ),
 )
 
-DATA_EMOJI: Final = Command(
-    name="m2-data emoji",
-    config_name="data_emoji",
-    config_folder="commands",
-    summary="Unpack the embedded bilingual emoji set to WebDataset tars, one folder per split.",
+DATA_EMOJI: Final = _command(
+    "m2-data emoji",
+    summary="Unpack the built-in bilingual emoji set to WebDataset tars, one folder per split.",
     examples=("m2-data emoji", "m2-data emoji folder=emoji-tars heldout_style=noto"),
-    check="m2_encoder.cli.data:check_emoji",
-    run="m2_encoder.cli.data:run_emoji",
+    module="data",
 )
 
-DATA_PACK: Final = Command(
-    name="m2-data pack",
-    config_name="data_pack",
-    config_folder="commands",
+DATA_PACK: Final = _command(
+    "m2-data pack",
     summary="Pack images with captions, from a folder or tables, into WebDataset tars.",
     examples=(
         "m2-data pack source=photos output=tars",
         "m2-data pack source=MUGE/train_imgs.tsv output=tars/muge language=zh",
         "m2-data pack source='laion/*.parquet' output=tars/laion columns.image=URL columns.caption=TEXT max_side=512",
     ),
-    check="m2_encoder.cli.data_pack:check_pack",
-    run="m2_encoder.cli.data_pack:run_pack",
     notes=(
         "A run that was stopped, however it ended, goes on when it is started again; the tars are the same, byte for",
         "byte, whatever the number of workers. Started again after images or captions were written again, it packs",
@@ -144,18 +137,14 @@ DATA_PACK: Final = Command(
     ),
 )
 
-DATA_CHECK: Final = Command(
-    name="m2-data check",
-    config_name="data_check",
-    config_folder="commands",
+DATA_CHECK: Final = _command(
+    "m2-data check",
     summary="Look into shards before training: usable samples, captions, images, duplicates, false negatives.",
     examples=(
         "m2-data check source=outputs/data/emoji/train",
         "m2-data check source='tars/{000..099}.tar' batch_size=32768 full=true json=true",
         "m2-data check source='s3://bucket/{000..099}.tar' cache=outputs/cache max_shards=2",
     ),
-    check="m2_encoder.cli.data_check:check_check",
-    run="m2_encoder.cli.data_check:run_check",
     notes=(
         "A few samples of a few shards are read, unless full=true; counts of the whole source are then estimates, and",
         "rare faults may be missed. Duplicates are exact: the same bytes of an image, the same text of a caption.",
@@ -164,27 +153,21 @@ DATA_CHECK: Final = Command(
     ),
 )
 
-DATA_STATS: Final = Command(
-    name="m2-data stats",
-    config_name="data_stats",
-    config_folder="commands",
+DATA_STATS: Final = _command(
+    "m2-data stats",
     summary="Tables and a picture of shards: languages, lengths in words and tokens, sizes, duplicates.",
     examples=(
         "m2-data stats source=outputs/data/emoji/train plot=emoji.png",
         "m2-data stats source='tars/*.tar' tokenizer=sp.model full=true output=stats.json plot=stats.pdf",
     ),
-    check="m2_encoder.cli.data_stats:check_stats",
-    run="m2_encoder.cli.data_stats:run_stats",
     notes=(
         "Words of Chinese captions are those of jieba; pictures need the extra plot.",
         "A part of the source is read, unless full=true.",
     ),
 )
 
-DATA_CURATE: Final = Command(
-    name="m2-data curate",
-    config_name="data_curate",
-    config_folder="commands",
+DATA_CURATE: Final = _command(
+    "m2-data curate",
     summary="Drop what is not worth training on from WebDataset tars, and say what fell where and why.",
     examples=(
         "m2-data curate shards=tars output=curated",
@@ -192,8 +175,6 @@ DATA_CURATE: Final = Command(
         "m2-data curate shards=tars output=curated score.model=outputs/emoji/export evaluation.images=[flickr30k_test]",
         "m2-data curate shards=outputs/data/emoji/train output=outputs/data/emoji-curated images.min_side=32",
     ),
-    check="m2_encoder.cli.data_curate:check_curate",
-    run="m2_encoder.cli.data_curate:run_curate",
     notes=(
         "decisions/ keeps every pair with all values, keep and reason, as Arrow files; report.json and report.md count",
         "them by source, language and reason. A run that was stopped, however it ended, goes on when it is started",

@@ -36,16 +36,10 @@ def run_emoji(cfg: dict[str, Any]) -> int:
     return 0
 
 
-SUB_COMMANDS: Final = {
-    "emoji": commands.DATA_EMOJI,
-    "pack": commands.DATA_PACK,
-    "check": commands.DATA_CHECK,
-    "stats": commands.DATA_STATS,
-    "curate": commands.DATA_CURATE,
-}
-
-_SOURCE_KEYS: Final[dict[str, str]] = {"pack": "source", "check": "source", "stats": "source", "curate": "shards"}
-"""What an argument without a key is the value of: `m2-data check tars`."""
+_COMMANDS: Final = (
+    commands.DATA_EMOJI, commands.DATA_PACK, commands.DATA_CHECK, commands.DATA_STATS, commands.DATA_CURATE,
+)  # fmt: skip
+SUB_COMMANDS: Final = {command.name.removeprefix("m2-data "): command for command in _COMMANDS}
 
 
 def name_sources(argv: Sequence[str], key: str) -> list[str]:
@@ -89,9 +83,9 @@ def main() -> int:
         print(f"m2-data: {arguments[0]}: no such sub-command; choose from {known}", file=sys.stderr)
         return EXIT_USER_ERROR
     argv = arguments[1:]
-    if arguments[0] in _SOURCE_KEYS:
+    if arguments[0] != "emoji":  # the others read something: `m2-data check tars`
         try:
-            argv = name_sources(argv, _SOURCE_KEYS[arguments[0]])
+            argv = name_sources(argv, "shards" if arguments[0] == "curate" else "source")
         except UserError as error:
             report_problems(command.name, error)
             return EXIT_USER_ERROR

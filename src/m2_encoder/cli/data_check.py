@@ -64,7 +64,7 @@ class CheckSettings(SurveySettings):
 def check_check(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-data check."""
     problems = check_settings(CheckSettings, cfg)
-    return [*problems, *output_problems(cfg["output"], overwrite=cfg["overwrite"]), *source_problems(cfg, problems)]
+    return [*problems, *output_problems(cfg), *source_problems(cfg, problems)]
 
 
 def source_problems(cfg: Mapping[str, Any], problems: Sequence[Problem]) -> list[Problem]:
@@ -90,9 +90,10 @@ def run_check(cfg: dict[str, Any]) -> int:
         UserError: if the source is not there.
     """
     found = survey(cfg, InspectionOptions())
-    report = check_source(found, batch_size=cfg["batch_size"])
-    report = judge_for_training(report, found, max_bad_share=cfg["max_bad_share"])
-    write_output(cfg["output"], report.to_dict())
+    counted = check_source(found, batch_size=cfg["batch_size"])
+    report = judge_for_training(counted, found, max_bad_share=cfg["max_bad_share"])
+    if cfg["output"] is not None:
+        write_json(Path(cfg["output"]).expanduser(), report.to_dict(), key="output")
     if cfg["json"]:
         print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
     else:
@@ -109,6 +110,10 @@ def survey(cfg: Mapping[str, Any], options: InspectionOptions) -> Survey:
         limits=ImageLimits(cfg["max_pixels"], cfg["min_side"], float(cfg["max_aspect"])),
         language=cfg["language"],
     )
+    remote = None
+    if cfg["cache"] is not None:
+        folder = str(Path(cfg["cache"]).expanduser())
+        remote = RemoteShards(folder, max_bytes=_CACHE_BYTES, timeout_s=cfg["timeout_s"], attempts=2)
     count = len(shards) if cfg["full"] else min(len(shards), cfg["max_shards"])
     # Starting processes takes longer than a shard: one shard is read by this one.
     workers = cfg["workers"] if cfg["workers"] is not None else min(default_workers(), count) if count > 1 else 0
@@ -120,26 +125,9 @@ def survey(cfg: Mapping[str, Any], options: InspectionOptions) -> Survey:
             options,
             max_shards=count,
             workers=workers,
-            remote=_open_cache(cfg),
+            remote=remote,
             report=lambda _: progress.advance(task),
         )
-
-
-def _open_cache(cfg: Mapping[str, Any]) -> RemoteShards | None:
-    if cfg["cache"] is None:
-        return None
-    folder = str(Path(cfg["cache"]).expanduser())
-    return RemoteShards(folder, max_bytes=_CACHE_BYTES, timeout_s=cfg["timeout_s"], attempts=2)
-
-
-def write_output(name: str | None, value: Mapping[str, Any]) -> None:
-    """Write numbers where the user wants them.
-
-    Raises:
-        UserError: if the place cannot be written.
-    """
-    if name is not None:
-        write_json(Path(name).expanduser(), value, key="output")
 
 
 def title_of(source: str | Sequence[str]) -> str:

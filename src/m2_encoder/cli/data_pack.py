@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -84,20 +86,33 @@ def check_pack(cfg: dict[str, Any]) -> list[Problem]:
 
 
 def run_pack(cfg: dict[str, Any]) -> int:
-    """Packs, shows progress, and says what became of the records.
-
-    Raises:
-        UserError: as `m2_encoder.data.packing.pack.pack`.
-    """
+    """Packs, shows progress, and says what became of the records; raises `UserError` as `pack`."""
     output = anchor(cfg["output"])
     workers = default_workers() if cfg["workers"] is None else cfg["workers"]
+    options = PackOptions(
+        samples_per_shard=cfg["samples_per_shard"],
+        pattern=cfg["pattern"],
+        images=ImageOptions(
+            limits=ImageLimits(cfg["max_pixels"], cfg["min_side"], float(cfg["max_aspect"])),
+            verify=cfg["verify"],
+            max_side_px=cfg["max_side"],
+            quality=cfg["quality"],
+        ),
+        downloads=DownloadOptions(threads=cfg["threads"], timeout_s=cfg["timeout_s"], retries=cfg["retries"]),
+        retry_remote=cfg["retry_remote"],
+    )
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        meter = _Meter(progress)
+        task = progress.add_task("packing", total=None)
+        done = collections.Counter[str]()
+
+        def report(result: ShardResult) -> None:
+            done.update(shards=1, samples=result.samples, failed=len(result.failures))
+            counts = f"{done['shards']:,} shards, {done['samples']:,} samples, {done['failed']:,} failed"
+            progress.update(task, description=counts)
+
         try:
-            summary = pack(
-                _find(cfg), output, _options(cfg), workers=workers, overwrite=cfg["overwrite"], report=meter.add
-            )
+            summary = pack(_find(cfg), output, options, workers=workers, overwrite=cfg["overwrite"], report=report)
         except UserError as error:
             raise _with_key(cfg, error) from error
     _print_summary(summary, output)
@@ -110,47 +125,11 @@ def _with_key(cfg: dict[str, Any], error: UserError) -> UserError:
     return error if error.key is not None else UserError(str(error), key="source", value=show(cfg["source"]))
 
 
-class _Meter:
-    """Counts what is done on one line."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("packing", total=None)
-        self._shards = self._samples = self._failed = 0
-
-    def add(self, result: ShardResult) -> None:
-        self._shards += 1
-        self._samples += result.samples
-        self._failed += len(result.failures)
-        counts = f"{self._shards:,} shards, {self._samples:,} samples, {self._failed:,} failed"
-        self._progress.update(self._task, description=counts)
-
-
 def _find(cfg: dict[str, Any]) -> Source:
-    columns = cfg["columns"] | {"extra": tuple(cfg["columns"]["extra"])}
-    root = cfg["image_root"]
-    return find_source(
-        cfg["source"],
-        columns=Columns(**columns, default_language=cfg["language"]),
-        format=cfg["format"],
-        texts=cfg["texts"],
-        image_root=None if root is None else str(Path(root).expanduser()),
-    )
-
-
-def _options(cfg: dict[str, Any]) -> PackOptions:
-    return PackOptions(
-        samples_per_shard=cfg["samples_per_shard"],
-        pattern=cfg["pattern"],
-        images=ImageOptions(
-            limits=ImageLimits(cfg["max_pixels"], cfg["min_side"], float(cfg["max_aspect"])),
-            verify=cfg["verify"],
-            max_side_px=cfg["max_side"],
-            quality=cfg["quality"],
-        ),
-        downloads=DownloadOptions(threads=cfg["threads"], timeout_s=cfg["timeout_s"], retries=cfg["retries"]),
-        retry_remote=cfg["retry_remote"],
-    )
+    columns = Columns(**cfg["columns"], default_language=cfg["language"])
+    columns = columns._replace(extra=tuple(columns.extra))
+    root = cfg["image_root"] and os.path.expanduser(cfg["image_root"])
+    return find_source(cfg["source"], columns=columns, format=cfg["format"], texts=cfg["texts"], image_root=root)
 
 
 def _print_summary(summary: PackSummary, output: Path) -> None:

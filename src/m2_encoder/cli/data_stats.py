@@ -10,10 +10,10 @@ from annotated_types import Ge
 from rich.table import Table
 
 from m2_encoder.bounds import Text
-from m2_encoder.cli.data_check import SurveySettings, source_problems, survey, title_of, write_output
+from m2_encoder.cli.data_check import SurveySettings, source_problems, survey, title_of
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.command import EXIT_USER_ERROR
-from m2_encoder.config.model_choice import find_path, output_problems, plot_problems
+from m2_encoder.config.model_choice import find_path, output_problems
 from m2_encoder.config.problems import find_problems
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.inspect.inspection import InspectionOptions
@@ -22,6 +22,7 @@ from m2_encoder.data.inspect.statistics import REPETITION_CLASSES, Statistics, m
 from m2_encoder.data.inspect.tables import make_table, print_report, print_titled
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.tables import open_console
+from m2_encoder.files import write_json
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 
@@ -42,8 +43,7 @@ def check_stats(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-data stats."""
     problems = check_settings(StatsSettings, cfg)
     problems += source_problems(cfg, problems)
-    problems += output_problems(cfg["output"], overwrite=cfg["overwrite"])
-    problems += plot_problems(cfg["plot"], overwrite=cfg["overwrite"])
+    problems += output_problems(cfg)
     for key in ("tokenizer", "font"):
         if isinstance(cfg[key], str) and not find_path(cfg[key]).is_file():
             problems.append(Problem(key, cfg[key], "no such file"))
@@ -60,8 +60,7 @@ def run_stats(cfg: dict[str, Any]) -> int:
     Raises:
         UserError: if the source, the tokenizer or the font cannot be used, or a place cannot be written.
     """
-    options = InspectionOptions(words=True, tokenizer=_read_tokenizer(cfg["tokenizer"]))
-    found = survey(cfg, options)
+    found = survey(cfg, InspectionOptions(words=True, tokenizer=_read_tokenizer(cfg["tokenizer"])))
     report = check_source(found, batch_size=cfg["batch_size"])
     statistics = measure_statistics(found)
     console = open_console()
@@ -70,7 +69,9 @@ def run_stats(cfg: dict[str, Any]) -> int:
         return EXIT_USER_ERROR
     limit = cfg["context_length"] - _TEMPLATE_TOKENS
     print_titled(console, "\nDistributions in what was read", _distribution_table(statistics, limit))
-    write_output(cfg["output"], {"report": report.to_dict(), "statistics": statistics.to_dict()})
+    if cfg["output"] is not None:
+        numbers = {"report": report.to_dict(), "statistics": statistics.to_dict()}
+        write_json(Path(cfg["output"]).expanduser(), numbers, key="output")
     if cfg["plot"] is not None:
         # Here, because it loads matplotlib, which no other part of the command needs.
         from m2_encoder.data.inspect.figure import draw_statistics
@@ -89,7 +90,7 @@ def _read_tokenizer(name: str | None) -> bytes:
         content = find_path(name).read_bytes()
         SentencePieceTokenizer(content)  # says what is wrong with the file before any shard is read
     except (UserError, OSError) as error:
-        raise UserError(f"tokenizer={name}: {str(error).removeprefix('tokenizer bytes: ')}") from error
+        raise UserError(str(error).removeprefix("tokenizer bytes: "), key="tokenizer", value=name) from error
     return content
 
 
@@ -100,9 +101,8 @@ def _distribution_table(statistics: Statistics, max_tokens: int) -> Table:
         table.add_row(f"samples in {name}", f"{count / total:.2%}", "samples")
     for language, histogram in statistics.lengths.get("tokens", {}).items():
         share = histogram.share_above(max_tokens)
-        table.add_row(
-            f"{language} captions of more than {max_tokens} tokens, which are cut", f"{share:.2%}", "captions"
-        )
+        what = f"{language} captions of more than {max_tokens} tokens, which are cut"
+        table.add_row(what, f"{share:.2%}", "captions")
     for what, shares in statistics.repeated.items():
         for name, share in zip(REPETITION_CLASSES[1:], shares[1:], strict=True):
             if share:

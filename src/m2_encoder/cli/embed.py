@@ -10,26 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from m2_encoder.bounds import Count, Index
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import (
-    find_path,
-    load_from,
-    model_problems,
-)
+from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.problems import Unset
 from m2_encoder.errors import NOTHING, Problem, UserError
-from m2_encoder.evaluation.embedding import EmbeddedBatch, Item, Skipped, embed_images, embed_texts
+from m2_encoder.evaluation.embedding import Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
 from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
 from m2_encoder.files import file_sha256
@@ -55,148 +44,121 @@ class EmbedSettings:
 
 
 def check_embed(cfg: dict[str, Any]) -> list[Problem]:
-    """What is wrong with a configuration of m2-embed, before the model is loaded."""
+    """Problems of a configuration of m2-embed, before the model is loaded."""
     problems = [*model_problems(cfg), *check_settings(EmbedSettings, cfg)]
     images, texts, output = cfg["images"], cfg["texts"], cfg["output"]
     if (images is None) == (texts is None):
         given = "neither" if images is None else "both"
         problems.append(Problem("images, texts", NOTHING, f"{given} given", "give images=FOLDER or texts=FILE"))
-    if images is not None and not Path(str(images)).expanduser().is_dir():
-        is_file = Path(str(images)).expanduser().is_file()
-        rule = "is a file; give the folder it is in" if is_file else "no such folder"
+    if images is not None and not (folder := Path(str(images)).expanduser()).is_dir():
+        rule = "is a file; give the folder it is in" if folder.is_file() else "no such folder"
         problems.append(Problem("images", images, rule))
     if texts is not None and not Path(str(texts)).expanduser().is_file():
         problems.append(Problem("texts", texts, "no such file", "give a UTF-8 file with one text per line"))
-    if texts is not None and _needs_tokenizer(cfg):
+    is_named = isinstance(cfg["model"], str) and not find_path(cfg["model"]).is_dir()
+    if texts is not None and cfg["tokenizer"] is None and is_named:
         rule = "texts need the SentencePiece file of a named model"
         problems.append(Problem("tokenizer", None, rule, "add tokenizer=FILE"))
     if not isinstance(output, Unset):
         path = Path(str(output)).expanduser()
-        problems += [
-            Problem("output", str(path), why) for why in check_feature_path(path, overwrite=cfg["overwrite"] is True)
-        ]
+        refused = check_feature_path(path, overwrite=cfg["overwrite"] is True)
+        problems += [Problem("output", str(path), why) for why in refused]
     return problems
 
 
 def run_embed(cfg: dict[str, Any]) -> int:
-    """Writes the features; returns 1 if something had to be skipped.
+    """Writes the features; returns 1 if inputs were skipped.
 
     Raises:
-        UserError: if nothing can be used at all.
+        UserError: if no input can be used.
     """
     items, total = _list_items(cfg)
     loaded = load_from(cfg)
-    output = Path(cfg["output"]).expanduser()
+    model, size, output = loaded.model, cfg["batch_size"], Path(cfg["output"]).expanduser()
+    if cfg["texts"] is not None:
+        batches = embed_texts(model, items, loaded.tokenizer, batch_size=size)
+    else:
+        to_uint8, workers = loaded.preprocess.to_uint8, cfg["num_workers"]
+        batches = embed_images(model, items, to_uint8, batch_size=size, num_workers=workers)
     skipped: list[Skipped] = []
     done = 0
-    with (
-        _progress() as progress,
-        open_feature_file(
-            output,
-            feature_dim=loaded.model.config.feature_dim,
-            provenance=_provenance(cfg, loaded),
-            overwrite=cfg["overwrite"],
-        ) as writer,
-    ):
-        task = progress.add_task("images" if cfg["images"] else "texts", total=total, skipped="")
-        for batch in _embed(cfg, loaded, items):
-            if batch.names:
-                writer.add(batch.places, batch.names, batch.features)
-            done += len(batch.names)
-            skipped += batch.skipped
-            note = f"[yellow]{len(skipped):,} skipped" if skipped else ""
-            progress.update(task, advance=len(batch.names) + len(batch.skipped), skipped=note)
-        if not done:
-            raise UserError(_nothing_usable(cfg, skipped))
-    print(f"{done:,} features of {loaded.model.config.feature_dim} numbers: {output}")
-    if skipped:
-        _report_skipped(skipped)
-    return EXIT_SKIPPED if skipped else 0
-
-
-def _embed(cfg: dict[str, Any], loaded: LoadedModel, items: Iterator[Item]) -> Iterator[EmbeddedBatch]:
-    if cfg["texts"] is not None:
-        return embed_texts(loaded.model, items, loaded.tokenizer, batch_size=cfg["batch_size"])
-    return embed_images(
-        loaded.model,
-        items,
-        loaded.preprocess.to_uint8,
-        batch_size=cfg["batch_size"],
-        num_workers=cfg["num_workers"],
-    )
-
-
-def _list_items(cfg: dict[str, Any]) -> tuple[Iterator[Item], int]:
-    """The inputs and their number.
-
-    Raises:
-        UserError: if there are none, or too many names for the kind of output.
-    """
-    if cfg["images"] is not None:
-        folder = Path(cfg["images"]).expanduser()
-        images = list_images(folder)
-        if not images:
-            raise UserError(f"images={cfg['images']}: no image in it; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
-        _check_names_fit(cfg["output"], sum(len(item.name.encode()) for item in images))
-        return iter(images), len(images)
-    path = Path(cfg["texts"]).expanduser()
-    _check_names_fit(cfg["output"], path.stat().st_size)
-    total = sum(1 for _ in read_lines(path))
-    if not total:
-        raise UserError(f"texts={cfg['texts']}: the file is empty; write one text per line")
-    return read_lines(path), total
-
-
-def _check_names_fit(output: str, num_bytes: int) -> None:
-    if output.endswith(".safetensors") and num_bytes > MAX_NAMES_BYTES:
-        raise UserError(
-            f"output={output}: {num_bytes / 2**20:,.0f} MiB of names do not fit the header of safetensors; "
-            "write .parquet instead"
-        )
-
-
-def _nothing_usable(cfg: dict[str, Any], skipped: list[Skipped]) -> str:
-    key = "images" if cfg["images"] is not None else "texts"
-    first = "; ".join(f"{item.name}: {item.reason}" for item in skipped[:3])
-    more = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
-    return f"{key}={cfg[key]}: nothing could be used: {first}{more}"
-
-
-def _needs_tokenizer(cfg: dict[str, Any]) -> bool:
-    model = cfg["model"]
-    if cfg["tokenizer"] is not None or not isinstance(model, str):
-        return False
-    return not find_path(model).is_dir()
-
-
-def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
-    """Where the features come from; no times or machines, so the same input gives the same bytes."""
-    weights = cfg["weights"] or find_path(cfg["model"]) / WEIGHTS_FILE
-    path = find_path(str(weights))
-    return {
-        "model": cfg["model"],
-        "weights": str(weights),
-        "weights_sha256": file_sha256(path) if path.is_file() else None,
-        "config": loaded.model.config.to_dict(),
-        "images": cfg["images"],
-        "texts": cfg["texts"],
-        "m2_encoder": importlib.metadata.version("m2-encoder"),
-    }
-
-
-def _report_skipped(skipped: list[Skipped]) -> None:
-    print(f"m2-embed: {len(skipped):,} skipped:", file=sys.stderr)
-    for item in skipped:
-        print(f"  {item.name}: {item.reason}", file=sys.stderr)
-
-
-def _progress() -> Progress:
-    return Progress(
+    columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=None),
         TaskProgressColumn(show_speed=True),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[skipped]}"),
-        console=Console(stderr=True),
     )
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        open_feature_file(
+            output,
+            feature_dim=model.config.feature_dim,
+            provenance=_provenance(cfg, loaded),
+            overwrite=cfg["overwrite"],
+        ) as add,
+    ):
+        task = progress.add_task("images" if cfg["images"] else "texts", total=total, skipped="")
+        for batch in batches:
+            if batch.names:
+                add(batch.places, batch.names, batch.features)
+            done += len(batch.names)
+            skipped += batch.skipped
+            note = f"[yellow]{len(skipped):,} skipped" if skipped else ""
+            progress.update(task, advance=len(batch.names) + len(batch.skipped), skipped=note)
+        if not done:
+            first = "; ".join(f"{item.name}: {item.reason}" for item in skipped[:3])
+            more = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
+            key = "images" if cfg["images"] is not None else "texts"
+            raise UserError(f"nothing could be used: {first}{more}", key=key, value=cfg[key])
+    print(f"{done:,} features of {model.config.feature_dim} numbers: {output}")
+    if not skipped:
+        return 0
+    print(f"m2-embed: {len(skipped):,} skipped:", file=sys.stderr)
+    for item in skipped:
+        print(f"  {item.name}: {item.reason}", file=sys.stderr)
+    return EXIT_SKIPPED
+
+
+def _list_items(cfg: dict[str, Any]) -> tuple[Iterator[Item], int]:
+    """The inputs and their number.
+
+    Raises:
+        UserError: if there are none, or their names do not fit the output.
+    """
+    if cfg["images"] is not None:
+        folder = Path(cfg["images"]).expanduser()
+        images = list_images(folder)
+        if not images:
+            rule = f"no image in it; known suffixes: {', '.join(IMAGE_SUFFIXES)}"
+            raise UserError(rule, key="images", value=cfg["images"])
+        _check_names_fit(cfg["output"], sum(len(item.name.encode()) for item in images))
+        return iter(images), len(images)
+    path = Path(cfg["texts"]).expanduser()
+    _check_names_fit(cfg["output"], path.stat().st_size)
+    total = sum(1 for _ in read_lines(path))
+    if not total:
+        raise UserError("the file is empty; write one text per line", key="texts", value=cfg["texts"])
+    return read_lines(path), total
+
+
+def _check_names_fit(output: str, num_bytes: int) -> None:
+    if output.endswith(".safetensors") and num_bytes > MAX_NAMES_BYTES:
+        rule = f"{num_bytes / 2**20:,.0f} MiB of names do not fit the header of safetensors; write .parquet instead"
+        raise UserError(rule, key="output", value=output)
+
+
+def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
+    """Where the features come from; no times or machines, so the same input gives the same bytes."""
+    weights = str(cfg["weights"] or find_path(cfg["model"]) / WEIGHTS_FILE)
+    path = find_path(weights)
+    return {
+        "model": cfg["model"],
+        "weights": weights,
+        "weights_sha256": file_sha256(path) if path.is_file() else None,
+        "config": loaded.model.config.to_dict(),
+        "images": cfg["images"],
+        "texts": cfg["texts"],
+        "m2_encoder": importlib.metadata.version("m2-encoder"),
+    }

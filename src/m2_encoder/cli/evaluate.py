@@ -1,4 +1,4 @@
-"""`m2-evaluate`: the table of a finished model."""
+"""`m2-evaluate`: tables of a finished model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,11 @@ from annotated_types import Ge
 
 from m2_encoder.bounds import Count, Rule, Text
 from m2_encoder.checkpoints.exported import CONFIG_FILE
-from m2_encoder.checkpoints.matching_head import MatchingHead, has_head, read_head
+from m2_encoder.checkpoints.matching_head import has_head, read_head
 from m2_encoder.config.check import check_settings, check_targets
-from m2_encoder.config.model_choice import (
-    find_path,
-    is_model_name,
-    load_from,
-    model_problems,
-    output_problems,
-)
+from m2_encoder.config.model_choice import find_path, is_model_name, load_from, model_problems, output_problems
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.problems import Unset, find_problems
+from m2_encoder.config.problems import find_problems
 from m2_encoder.config.schema import check_tasks
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EmojiStyle, Split, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
@@ -40,7 +34,7 @@ from m2_encoder.runs.build import build_tasks
 
 EMBEDDED = "emoji"
 PROTOCOL = "standard"
-"""Every distinct caption is a query, positives are by key; see `evaluation.retrieval.encode_set`."""
+"""Every distinct caption is a query, positives share its key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,16 +57,15 @@ class EvaluateSettings:
 
 
 def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
-    """What is wrong with a configuration of m2-evaluate, before the model is loaded."""
+    """Problems of a configuration of m2-evaluate, before the model is loaded."""
     problems = [
         *model_problems(cfg),
         *check_settings(EvaluateSettings, cfg),
-        *output_problems(cfg["output"], overwrite=cfg["overwrite"]),
+        *output_problems(cfg),
         *check_tasks(cfg["evaluation"]),
         *check_targets(cfg, given={}),
     ]
-    reported = {problem.key for problem in problems}
-    if isinstance(cfg["rerank"], int) and "rerank" not in reported:
+    if isinstance(cfg["rerank"], int) and all(problem.key != "rerank" for problem in problems):
         problems += rerank_problems(cfg)
     data = cfg["data"]
     if isinstance(data, str) and data != EMBEDDED and not find_path(data).is_dir():
@@ -81,7 +74,7 @@ def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
 
 
 def rerank_problems(cfg: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with `rerank`, without loading anything."""
+    """Problems of `rerank`, before the model is loaded."""
     candidates, model, weights = cfg["rerank"], cfg["model"], cfg["weights"]
     fix = (
         "train with the objective itm (m2-train +experiment=r2d2 does), export that run again with "
@@ -90,22 +83,23 @@ def rerank_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     if weights is not None or is_model_name(model):
         given = f"weights={weights}" if weights is not None else f"model={model}"
         rule = f"{given} brings no matching head, only a folder of m2-export does"
-        return [Problem("rerank", candidates, rule, fix)]
-    if isinstance(model, Unset) or not isinstance(model, str) or not (find_path(model) / CONFIG_FILE).is_file():
+    elif not isinstance(model, str) or not (find_path(model) / CONFIG_FILE).is_file():
         return []  # which is reported for the model
-    try:
-        return (
-            [] if has_head(find_path(model)) else [Problem("rerank", candidates, f"{model} has no matching head", fix)]
-        )
-    except UserError as error:
-        return find_problems(error)
+    else:
+        rule = f"{model} has no matching head"
+        try:
+            if has_head(find_path(model)):
+                return []
+        except UserError as error:
+            return find_problems(error)
+    return [Problem("rerank", candidates, rule, fix)]
 
 
 def run_evaluate(cfg: dict[str, Any]) -> None:
     """Prints the tables and writes the numbers.
 
     Raises:
-        UserError: for a model or a set that cannot be used, or a place that takes no numbers.
+        UserError: for a model or a set that cannot be used, or an output that cannot be written.
     """
     started = time.time()
     console = open_console()
@@ -115,12 +109,16 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     tasks = build_tasks(cfg["evaluation"])
     if cfg["rerank"] is not None:
         tasks["retrieval"] = Rerank(candidates=cfg["rerank"])
+    # A named model, or one with weights of its own, brings no head.
+    folder = None if cfg["weights"] is not None or is_model_name(cfg["model"]) else find_path(cfg["model"])
+    wants_head = any(isinstance(task, Rerank) for task in tasks.values())
     with console.status("evaluating"):
+        matching = read_head(folder) if wants_head and folder is not None and has_head(folder) else None
         context = EvaluationContext(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
             sets=_read_sets(cfg, EvalTransform(loaded.model.config.image_size)),
-            matching=_read_head(cfg) if any(isinstance(task, Rerank) for task in tasks.values()) else None,
+            matching=matching,
             batch_size=cfg["batch_size"],
         )
         results = run_tasks(tasks, context)
@@ -142,17 +140,10 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     try:
         write_json(path, report, key="output")
     except UserError as error:
-        print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # what took long to compute is not lost
+        print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # so that long work is not lost
         error.text += "; its content is printed above"
         raise
     console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
-
-
-def _read_head(cfg: Mapping[str, Any]) -> MatchingHead | None:
-    """Of an exported folder that has one."""
-    if cfg["weights"] is not None or is_model_name(cfg["model"]) or not has_head(find_path(cfg["model"])):
-        return None
-    return read_head(find_path(cfg["model"]))
 
 
 def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, RetrievalSet]:

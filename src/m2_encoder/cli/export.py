@@ -40,7 +40,7 @@ def check_export(cfg: dict[str, Any]) -> list[Problem]:
     problems = check_settings(ExportSettings, cfg)
     if problems or UNSET in (cfg["run"]["name"], cfg["run"]["folder"]):
         return problems  # what is missing has been reported
-    folder, name = default_run_folder(cfg), cfg["run"]["name"]
+    folder, name, checkpoint, output = default_run_folder(cfg), cfg["run"]["name"], _checkpoint(cfg), _output(cfg)
     if not (folder / CONFIG_FILE).is_file():
         names = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
         known = f"; there is: {', '.join(names)}" if names else ""
@@ -49,17 +49,17 @@ def check_export(cfg: dict[str, Any]) -> list[Problem]:
         rule = "trained no encoder but what task= names"
         fix = f"m2-train exports that itself, to {folder / EXPORT_FOLDER}, unless run.export=false"
         return [Problem("run.name", name, rule, fix)]
-    elif not _checkpoint(cfg).is_file():
+    elif not checkpoint.is_file():
         fix = "give `last` or the path of a checkpoint"
-        problems.append(Problem("checkpoint", cfg["checkpoint"], f"no file {_checkpoint(cfg)}", fix))
-    elif (owner := _find_owner(_checkpoint(cfg))) is not None and owner != folder.resolve():
+        problems.append(Problem("checkpoint", cfg["checkpoint"], f"no file {checkpoint}", fix))
+    elif (owner := checkpoint.resolve().parent.parent) != folder.resolve() and (owner / CONFIG_FILE).is_file():
+        # A copy of a checkpoint may lie where no run is.
         elsewhere = "" if owner.parent == folder.resolve().parent else f" run.folder={owner.parent}"
         fix = f"use run.name={owner.name}{elsewhere}"
         problems.append(Problem("checkpoint", cfg["checkpoint"], f"is of the run in {owner}", fix))
-    if _output(cfg).exists() and not cfg["overwrite"]:
-        problems.append(
-            Problem("output", str(_output(cfg)), "exists already", "add overwrite=true, or give another output")
-        )
+    if output.exists() and not cfg["overwrite"]:
+        fix = "add overwrite=true, or give another output"
+        problems.append(Problem("output", str(output), "exists already", fix))
     return problems
 
 
@@ -73,12 +73,6 @@ def _checkpoint(cfg: Mapping[str, Any]) -> Path:
     return inside if inside.is_file() else anchor(named)
 
 
-def _find_owner(checkpoint: Path) -> Path | None:
-    """The run in whose folder a checkpoint lies; None for one that was copied to where no run is."""
-    folder = checkpoint.resolve().parent.parent
-    return folder if (folder / CONFIG_FILE).is_file() else None
-
-
 def _output(cfg: Mapping[str, Any]) -> Path:
     return anchor(cfg["output"]) if cfg["output"] else default_run_folder(dict(cfg)) / EXPORT_FOLDER
 
@@ -90,8 +84,7 @@ def run_export(cfg: dict[str, Any]) -> int:
     model = read_trained(trained, _checkpoint(cfg))
     found = find_head(trained)
     head = found and read_head(_checkpoint(cfg), name=found.name, text_expert=found.text_expert)
-    output = export_run(
-        folder, model=model, cfg=trained, matching=head, output=_output(cfg), overwrite=cfg["overwrite"]
-    )
+    places = {"output": _output(cfg), "overwrite": cfg["overwrite"]}
+    output = export_run(folder, model=model, cfg=trained, matching=head, **places)
     print(f"exported to {output}; use it with m2_encoder.load({str(output)!r})")
     return 0

@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 
 from m2_encoder.bounds import Count, Positive, Rule, Text
 from m2_encoder.config.check import check_settings, check_values, make_optional, read_parameters
-from m2_encoder.config.model_choice import find_path, output_problems, plot_problems
+from m2_encoder.config.model_choice import find_path, output_problems
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import find_problems
 from m2_encoder.errors import Problem, UserError
@@ -78,8 +78,7 @@ def check_plan(cfg: dict[str, Any]) -> list[Problem]:
     problems = check_settings(PlanSettings, cfg)
     if isinstance(cfg["hardware"], Mapping):
         problems += check_values("hardware", cfg["hardware"], make_optional(read_parameters(Hardware)))
-    problems += output_problems(cfg["output"], overwrite=cfg["overwrite"])
-    problems += plot_problems(cfg["plot"], overwrite=cfg["overwrite"])
+    problems += output_problems(cfg)
     if not problems:
         try:
             build_plan(cfg)
@@ -117,29 +116,14 @@ def build_plan(cfg: Mapping[str, Any]) -> Plan:
         **{key: cfg[key] for key in _CHOICES},
     )
     best = find_best(cost, hardware, request)
-    return Plan(
-        cost=cost,
-        hardware=hardware,
-        request=request,
-        best=best,
-        baselines=find_baselines(cost, hardware, request),
-        scaling=scale_worlds(
-            cost,
-            hardware,
-            request,
-            best[0].setting,
-            world_sizes=WORLD_SIZES,
-            fixed_group_size=per_node if best[0].setting.group_size != per_node else 2 * per_node,
-        ),
-    )
+    planned = best[0].setting
+    fixed = per_node if planned.group_size != per_node else 2 * per_node
+    scaling = scale_worlds(cost, hardware, request, planned, world_sizes=WORLD_SIZES, fixed_group_size=fixed)
+    return Plan(cost, hardware, request, best, find_baselines(cost, hardware, request), scaling)
 
 
 def read_hardware(cluster: str, overrides: Mapping[str, Any]) -> Hardware:
-    """Constants of a cluster, with those of the command line.
-
-    Args:
-        cluster: an option of `conf/cluster/hardware`, or a YAML file like those.
-        overrides: by name; None leaves what the file says.
+    """Constants of a cluster (option of `conf/cluster/hardware`, or a YAML file) with given ones on top.
 
     Raises:
         UserError: for an unknown cluster, a damaged file, or an impossible constant.
@@ -154,13 +138,10 @@ def read_hardware(cluster: str, overrides: Mapping[str, Any]) -> Hardware:
 def _read_constants(cluster: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     folder = find_conf() / "cluster" / "hardware"
     path = folder / f"{cluster}.yaml"
-    if not path.is_file():
-        path = find_path(str(cluster))
-    if not path.is_file():
+    if not path.is_file() and not (path := find_path(str(cluster))).is_file():
         known = ", ".join(sorted(option.stem for option in folder.glob("*.yaml")))
-        raise UserError(
-            f"no such cluster; choose from {known}, or give a YAML file like theirs", key="cluster", value=cluster
-        )
+        fix = f"choose from {known}, or give a YAML file like theirs"
+        raise UserError(f"no such cluster; {fix}", key="cluster", value=cluster)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -174,22 +155,12 @@ def _read_constants(cluster: str, above: tuple[str, ...] = ()) -> dict[str, Any]
 
 
 def run_plan(cfg: dict[str, Any]) -> None:
-    """Prints the plan; writes it as JSON and draws it where asked to.
-
-    Raises:
-        UserError: as `build_plan`, or if a place cannot be written.
-    """
+    """Prints the plan; writes it as JSON and draws it where asked to. Raises `UserError` as `build_plan`."""
     plan = build_plan(cfg)
     train = train_overrides(cfg, plan.best[0].setting, plan.hardware)
     print_plan(open_console(), plan.cost, plan.request, plan.best, plan.baselines, cluster=cfg["cluster"], train=train)
     if cfg["output"] is not None:
-        report = {
-            **to_report(plan.cost, plan.hardware, plan.request, plan.best, plan.baselines, plan.scaling),
-            "train": train,
-            "cluster": cfg["cluster"],
-            "configuration": cfg,
-            **describe_run(),
-        }
+        report = {**to_report(*plan), "train": train, "cluster": cfg["cluster"], "configuration": cfg, **describe_run()}
         write_json(Path(cfg["output"]).expanduser(), report, key="output")
         print(f"numbers: {cfg['output']}")
     if cfg["plot"] is not None:

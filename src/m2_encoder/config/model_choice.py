@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -132,33 +132,26 @@ def _device_problems(value: object) -> list[Problem]:
     return []
 
 
-def output_problems(value: object, *, overwrite: object, key: str = "output") -> list[Problem]:
-    """Whether a plain file may be written; features have rules of their own."""
+def output_problems(cfg: Mapping[str, Any]) -> list[Problem]:
+    """Whether the files `output` and `plot`, as far as a command has them, may be written."""
+    return [problem for key in ("output", "plot") for problem in _check_output(key, cfg.get(key), cfg["overwrite"])]
+
+
+def _check_output(key: str, value: object, overwrite: object) -> Iterator[Problem]:
     if value is None or isinstance(value, Unset):
-        return []
+        return
     path = Path(str(value)).expanduser()
-    if path.is_dir():
-        return [Problem(key, value, "is a folder", "give the name of a file")]
-    if path.exists() and overwrite is not True:
-        return [Problem(key, value, "exists", "choose another name, or replace it with overwrite=true")]
     folder = next((parent for parent in path.absolute().parents if parent.exists()), Path(os.sep))
-    if not takes_files(folder):
-        return [Problem(key, value, f"cannot be written, because {folder} is no folder that you may write to")]
-    return []
-
-
-def plot_problems(value: object, *, overwrite: object) -> list[Problem]:
-    """Whether a figure may be drawn there."""
-    if value is None or isinstance(value, Unset):
-        return []
-    problems = output_problems(value, overwrite=overwrite, key="plot")
-    if Path(str(value)).suffix not in _FIGURE_SUFFIXES:
-        problems.append(
-            Problem("plot", value, f"must end in {', '.join(_FIGURE_SUFFIXES)}", "for example plot=plot.png")
-        )
-    elif importlib.util.find_spec("matplotlib") is None:
-        problems.append(Problem("plot", value, "needs an extra", "install it with pip install 'm2-encoder[plot]'"))
-    return problems
+    if path.is_dir():
+        yield Problem(key, value, "is a folder", "give the name of a file")
+    elif path.exists() and overwrite is not True:
+        yield Problem(key, value, "exists", "choose another name, or replace it with overwrite=true")
+    elif not takes_files(folder):
+        yield Problem(key, value, f"cannot be written, because {folder} is no folder that you may write to")
+    if key == "plot" and path.suffix not in _FIGURE_SUFFIXES:
+        yield Problem(key, value, f"must end in {', '.join(_FIGURE_SUFFIXES)}", "for example plot=plot.png")
+    elif key == "plot" and importlib.util.find_spec("matplotlib") is None:
+        yield Problem(key, value, "needs an extra", "install it with pip install 'm2-encoder[plot]'")
 
 
 def takes_files(folder: Path) -> bool:

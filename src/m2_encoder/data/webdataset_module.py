@@ -39,7 +39,7 @@ from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 logger = logging.getLogger(__name__)
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
-"""In the run's folder: what could not be used."""
+"""List of unusable samples in the run's folder."""
 
 
 BatchSize = Annotated[int, Ge(2), Example("256")]
@@ -52,39 +52,33 @@ _FOLDERS = Rule(lambda folders: True, "folders of tars by name", "{my: tars/val}
 
 
 class WebDatasetModule(lightning.LightningDataModule):
-    """Training batches from sources of shards, and sets for validation.
+    """Training batches from sources of shards, and validation sets.
 
     Args:
-        tokenizer: makes ids of captions.
-        image_size: side of the images the model takes, pixels.
-        seed: chooses order, captions and augmentation.
+        tokenizer: of the captions.
+        image_size: side of the model's images, pixels.
+        seed: of order, captions and augmentation.
         max_steps: optimizer steps of the whole run.
-        masking: hides words and patches for masked objectives; None hides nothing.
-        sources: by name, the values of `SourceSpec`; None leaves one out.
+        masking: hides words and patches for masked objectives.
+        sources: values of `SourceSpec` by name; None leaves one out.
         global_batch_size: samples per step over all ranks.
         num_workers: loader processes per rank.
-        captions: draws the captions of a sample.
+        captions: samples the captions of an image.
         decode: makes of an image file what the transform takes.
         transform: builds the augmentation for an image size.
-        lanes: L, see `m2_encoder.data.order.plan`; a power of two, not below the number of ranks if ranks are to read
+        lanes: L of `m2_encoder.data.order.plan`; a power of two, at least the number of ranks if they are to read
             different shards.
         window: samples of a lane that are shuffled together; its shards are open at the same time.
         keep_decoded: decode each image once and keep it.
-        check: values of `StartCheck`: how much of each source is looked at before training; None looks at nothing.
+        check: values of `StartCheck`: how much of each source is checked before training; None checks nothing.
         validation: folders of tars by the name of the set; the first one is watched during training.
         eval_batch_size: images or texts per forward in validation.
-        cache: arguments of `RemoteShards`, for urls: folder, max_bytes, timeout_s, attempts.
-        max_bad_share: of unusable samples, above which the run ends.
-        max_bad_samples: entries on the list of unusable samples above which the run ends; None sets no limit.
-        new_segment: let a checkpoint of another mixture go on with this one; None never offers it.
-        stall_timeout_s: without progress after which loading is an error.
-        columns: more tensors of a batch by name, read from the samples; None leaves one out.
-
-    Attributes:
-        validation_name: name of the watched set in metrics.
-
-    Raises:
-        UserError: for numbers that are too small, or sources that make no sense.
+        cache: arguments of `RemoteShards`, for urls.
+        max_bad_share: the run ends if more of the samples are unusable.
+        max_bad_samples: the run ends if more unusable samples are listed; None sets no limit.
+        new_segment: continue a checkpoint of another mixture with this one; None never offers it.
+        stall_timeout_s: time without progress after which loading is an error.
+        columns: more tensors of a batch by name; None leaves one out.
     """
 
     @check_bounds
@@ -143,10 +137,10 @@ class WebDatasetModule(lightning.LightningDataModule):
         return next(iter(self._validation), "val")
 
     def prepare_data(self) -> None:
-        """Index the shards (one process per machine; does nothing where the indices are true) and look into some.
+        """Index the shards and check some of their samples; runs in one process per machine.
 
         Raises:
-            UserError: if the shards cannot be read, or training on them would be pointless.
+            UserError: if the shards cannot be read, or cannot be trained on.
         """
         if self._check is not None and self._place()[0] == 0 and (problems := describe_problems(self.check_sources())):
             raise UserError("; ".join(problems))
@@ -156,10 +150,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         logger.info("%d sources", len(self.manifest.sources))
 
     def check_sources(self) -> dict[str, SourceReport]:
-        """Look at a small part of each source, and at the texts of the validation sets, once.
-
-        Returns:
-            By name of the source; nothing if `check` is None. Those with `problems` make the run pointless.
+        """Check a small part of each source and the texts of the validation sets, once; reports by source.
 
         Raises:
             UserError: if the shards or a validation set cannot be read.
@@ -177,10 +168,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         return reports
 
     def check_order(self, *, resumes: bool) -> None:
-        """Make sure that the sources can be mixed as configured, before a run leaves a trace.
-
-        Args:
-            resumes: the run goes on; how often its sources are repeated is then known only with its checkpoint.
+        """Check that the sources can be mixed; a resumed run's `max_epochs` are checked later, with its checkpoint.
 
         Raises:
             UserError: with the numbers, if they cannot.
@@ -190,13 +178,13 @@ class WebDatasetModule(lightning.LightningDataModule):
             plan.check_repeats(self._max_steps * self.global_batch_size)
 
     def skip_check(self) -> None:
-        """Look at nothing: the same sources were looked at before, or another process does."""
+        """Skip the check of the sources: they were checked before, or by another process."""
         self._check = None
         self._is_fresh = True
 
     @property
     def is_checked_at_start(self) -> bool:
-        """Whether a look at the sources is wanted and still to come."""
+        """Whether the sources are still to be checked."""
         return self._check is not None
 
     @cached_property
@@ -208,8 +196,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         """Batches of this rank; see `PositionLoader`.
 
         Raises:
-            UserError: if batches cannot be divided among the ranks, or the trainer will want more batches than there
-                are. Sources that cannot give the run what it wants are found with the first batch.
+            UserError: if batches cannot be divided among the ranks, or the trainer needs more batches than there are.
         """
         rank, world_size = self._place()
         folder = None
@@ -296,7 +283,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         return FaultLog(path, max_share=self._max_bad_share, max_samples=self._max_bad_samples)
 
     def _report_faults(self, plan: PositionPlan, *, is_first: bool) -> None:
-        """Say at the start what the headers of shards tell; a run that starts on rubbish ends here, on all ranks."""
+        """Count the faults in the shards' headers; too many end the run at its start, on all ranks."""
         try:
             faults = list(list_index_faults(plan, self._reader()))
         except OSError as error:
@@ -341,7 +328,7 @@ class WebDatasetModule(lightning.LightningDataModule):
 
 
 def _check_ranks(own: dict[str, str]) -> None:
-    """Make sure that all ranks found the same shards: each reads its share of one order.
+    """Check that all ranks found the same shards.
 
     Raises:
         UserError: on all ranks, with the first difference.
@@ -361,6 +348,6 @@ def _check_ranks(own: dict[str, str]) -> None:
 
 
 def _limits_of(decode: Callable[[bytes], Any]) -> ImageLimits:
-    """What `decode` refuses by the size alone, where it is `decode_image_uint8` with some of its arguments."""
+    """Limits among the arguments of `decode`, a partial of `decode_image_uint8`."""
     given = getattr(decode, "keywords", {})
     return ImageLimits(**{name: given[name] for name in ImageLimits._fields if name in given})

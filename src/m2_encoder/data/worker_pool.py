@@ -1,4 +1,4 @@
-"""Work on many shards: in several processes, with a bounded number of them in memory, or in threads that may hang."""
+"""Parallel maps: over processes with bounded memory, and over threads that may hang."""
 
 from __future__ import annotations
 
@@ -28,23 +28,19 @@ _AHEAD = 2  # tasks per worker that wait or are done, so that no worker waits fo
 
 
 def default_workers() -> int:
-    """As many as there are processors that this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_processes(
     function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, preload: str
 ) -> Iterator[Result]:
-    """Apply a function to tasks, in the order of the tasks; tasks are taken as workers become free.
+    """Results in the order of the tasks, which may be endless: they are taken as workers become free.
 
-    Args:
-        function: of a module; it and tasks are sent to other processes.
-        tasks: what to work on; may be endless or larger than the memory.
-        workers: processes; 0 works in this one.
-        preload: module that workers import once, before they are forked.
+    0 workers work in this process. `preload` names a module that is imported once, before workers are forked.
 
     Raises:
-        UserError: if a worker dies; whatever `function` raises.
+        UserError: if a worker dies.
     """
     if workers == 0:
         yield from map(function, tasks)
@@ -69,11 +65,7 @@ def map_in_processes(
 def open_pool(workers: int, *, preload: str) -> ProcessPoolExecutor:
     """Processes that are forked from a clean one, never from this one and its threads.
 
-    They end with this one however it ends, `kill -9` included.
-
-    Args:
-        workers: how many, 1 or more.
-        preload: module that is imported once, before they are forked.
+    They import `preload` once, before the fork, and end with this one however it ends, `kill -9` included.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
@@ -90,15 +82,8 @@ def map_watched(
 ) -> list[Result]:
     """Results of all items in their order, from threads that are left behind when one of them hangs.
 
-    Args:
-        work: done with every item.
-        items: to be done.
-        threads: so many at a time.
-        timeout_s: after which an item counts as stuck.
-        describe: names an item; None for one that cannot hang.
-
     Raises:
-        UserError: if an item is stuck, with its name; whatever `work` raises.
+        UserError: if an item takes longer than `timeout_s`, with its name by `describe`, unless that gives None.
     """
     waiting = deque(range(len(items)))
     done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()

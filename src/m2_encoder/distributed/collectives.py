@@ -1,7 +1,7 @@
-"""Collectives that this package needs and torch does not have.
+"""Collectives of rows.
 
-`torch.distributed.nn.all_gather` fails in backward on gloo sub-groups that do not start at rank 0, and a CPU test of
-this project needs such groups; so the differentiable gather is our own, on the two tensor collectives.
+The differentiable gather replaces `torch.distributed.nn.all_gather`, whose backward fails on gloo sub-groups that do
+not start at rank 0.
 """
 
 from __future__ import annotations
@@ -34,26 +34,21 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of every rank of the group, in group-rank order, with gradients.
+    """Rows of every rank, in group-rank order, with gradients: (B, ...), the same shape on every rank, to (G * B, ...).
 
-    Args:
-        rows: (B, ...), the same shape on every rank.
-        group: process group that holds this rank.
-
-    Returns:
-        (G * B, ...). In backward each rank receives the *sum* over the group of the gradients of its rows.
+    In backward each rank receives the *sum* over the group of the gradients of its rows.
     """
     gathered: Tensor = _GatherRows.apply(rows, group)
     return gathered
 
 
 def gather_rows_without_grad(rows: Tensor, group: dist.ProcessGroup, *, counts: Sequence[int]) -> tuple[Tensor, ...]:
-    """Rows of every rank of the group as constants, by one collective.
+    """Rows of every rank of the group, without gradients, by one collective.
 
     Args:
         rows: (B, ...).
         group: process group that holds this rank.
-        counts: rows of each rank of the group; where they differ, ranks send as many as the one with the most.
+        counts: rows of each rank of the group; all ranks send as many as the one with the most.
 
     Returns:
         One (count, ...) per rank, in group-rank order.
@@ -67,18 +62,25 @@ def gather_rows_without_grad(rows: Tensor, group: dist.ProcessGroup, *, counts: 
     return tuple(block[:count] for block, count in zip(gathered.split(most), counts, strict=True))
 
 
+def gather_constant(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Rows of all ranks of the group, without gradients; each rank holds equally many."""
+    if group is None:
+        return rows.detach()
+    return torch.cat(gather_rows_without_grad(rows, group, counts=[len(rows)] * dist.get_world_size(group)))
+
+
 def exchange_counts(count: int, group: dist.ProcessGroup) -> list[int]:
     """A number of every rank of the group, in group-rank order.
 
-    Through the key-value store in which the ranks met: no collective, nothing on the device, and no wait for it. Three
-    round trips to the store, about 0.5 ms on one machine.
+    Goes through the key-value store of the process group: no collective and no synchronisation with the device, but
+    three round trips to the store, about 0.5 ms on one machine.
     """
     store = distributed_c10d._get_process_group_store(group)  # type: ignore[attr-defined,unused-ignore]
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     call = store.add(f"m2_encoder/calls/{rank}", 1)
     store.set(f"m2_encoder/counts/{call}/{rank}", str(count))
     counts = store.multi_get([f"m2_encoder/counts/{call}/{other}" for other in range(ranks)])
-    if call > 2:  # all ranks have left the call before the last: they took part in the last
+    if call > 2:  # a rank that took part in the last call has left the one before
         store.delete_key(f"m2_encoder/counts/{call - 2}/{rank}")
     return [int(number) for number in counts]
 

@@ -1,7 +1,4 @@
-"""Gradients when some parameters are split over ranks and others are whole on each of them.
-
-Split parameters are DTensors on a mesh with one axis, in rows (FSDP2); everything here also takes plain tensors alone.
-"""
+"""Gradients of parameters of which some are sharded over ranks: DTensors on a mesh with one axis, as of FSDP2."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ _EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 def average_over_ranks(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None) -> list[RemovableHandle]:
-    """Average the gradients of whole parameters over ranks, each as soon as backward has it: what DDP does.
+    """Average the gradients of whole parameters over ranks, each as soon as backward has it, as DDP does.
 
     Args:
         parameters: whole on every rank, trainable, in the same order on all ranks.
-        group: ranks to average over; None is all of them.
+        group: ranks to average over; None for all.
 
     Returns:
-        Handles that undo it. A gradient that was averaged before and is added to stays right.
+        Handles that undo it. Gradients may accumulate over several backward passes.
     """
 
     def average(parameter: Tensor) -> None:
@@ -38,15 +35,11 @@ def average_over_ranks(parameters: Iterable[nn.Parameter], group: dist.ProcessGr
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float = math.inf) -> Tensor:
-    """Scale gradients down to a global norm, wherever their parts are.
-
-    Args:
-        parameters: split and whole ones; at least one has a gradient, those without are left out.
-        max_norm: the largest norm that stays as it is.
+    """Clip gradients of sharded and whole parameters by their global norm; at least one has a gradient.
 
     Returns:
-        The norm before, over all ranks, (), the same on each. If it is not finite, the gradients stay as they are, so
-        that one can see which of them it was.
+        The norm before, over all ranks, (), the same on each. If it is not finite, gradients stay as they are, so that
+        the cause can be found.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     split = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
@@ -64,7 +57,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float = math.in
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with all its rows; for a split one a collective."""
+    """The whole tensor; a collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""Which rank this process is, judged by the variables that launchers set: known before any process group exists."""
+"""The rank of this process by environment variables of launchers, before any process group exists."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which ranks share a contrastive group, in integers alone: no process group and no device is touched here.
+"""Division of ranks into contrastive groups, as plain integers.
 
-Groups are contiguous, and aligned to nodes: a group lies inside one node, or is made of whole nodes, so that ranks
-which wait for each other are as near as they can be. Letters: W world size, g ranks per group, m ranks per node.
+Groups are contiguous and aligned to nodes: a group lies inside one node or consists of whole nodes, so that its ranks
+are near each other. Letters: W world size, g ranks per group, m ranks per node.
 """
 
 from __future__ import annotations
@@ -53,19 +53,16 @@ def group_sizes(*, world_size: int, ranks_per_node: int) -> list[int]:
 def resolve_group_size(
     *, world_size: int, ranks_per_node: int, group_size: int | None = None, group_nodes: int | None = None
 ) -> int:
-    """Ranks per contrastive group.
+    """Ranks per contrastive group, g.
 
     Args:
         world_size: W.
         ranks_per_node: m; divides W.
-        group_size: wanted ranks per group; None leaves it to `group_nodes`.
-        group_nodes: wanted whole nodes per group. With both None the world is one group.
-
-    Returns:
-        g.
+        group_size: requested ranks per group; None leaves it to `group_nodes`.
+        group_nodes: requested whole nodes per group. With both None the world is one group.
 
     Raises:
-        UserError: if both are given, or the groups would not be equal or would cut a node in an uneven way.
+        UserError: if both are given, the groups would not be equal, or one would hold a part of a node and more.
     """
     if group_size is not None and group_nodes is not None:
         rule = f"must be null when strategy.group_size={group_size} is given; keep one of the two"
@@ -87,13 +84,7 @@ def resolve_group_size(
 
 
 def describe_contrastive_batch(topology: GroupTopology, *, micro_batches: int, rows_per_rank: int) -> str:
-    """The contrastive batch in words, for a log.
-
-    Args:
-        topology: W and g.
-        micro_batches: k.
-        rows_per_rank: k * B.
-    """
+    """The size of the contrastive batch in words; `rows_per_rank` are those of all micro-batches."""
     rows = rows_per_rank // micro_batches
     groups = f"each of {topology.num_groups} groups" if topology.num_groups > 1 else "one group"
     pieces = [

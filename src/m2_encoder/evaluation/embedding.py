@@ -1,8 +1,8 @@
-"""Features of streams of image files or lines of text, with what could not be used and why.
+"""Features of streams of image files or texts, and what was skipped and why.
 
-Nothing is kept but one batch and the images being decoded for the next, so that a folder of any size fits.
+One batch is in memory, and the images decoded for the next one, so that a folder of any size fits.
 
-Legend: B batch · E feature dim · S image side in pixels.
+Letters: B batch · E feature dim · S image side in pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from m2_encoder.evaluation.encode import FeatureModel, Tokenize, encode_texts, e
 
 _TEXT_WINDOW = 16  # batches of texts that are sorted by length together
 
-_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -31,52 +30,42 @@ class Item(NamedTuple):
     """One input."""
 
     place: int  # in the input, from 0
-    name: str  # what it is called in the output and in messages
+    name: str  # in the output and in messages
     content: Path | str  # a file to decode, or a text
-    problem: str = ""  # why it cannot be used, found while listing; empty if nothing is wrong so far
+    problem: str = ""  # why it cannot be used, found while listing; empty if it may be usable
 
 
 class Skipped(NamedTuple):
-    """An input that could not be used."""
+    """An input without a feature."""
 
-    name: str  # of the item
-    reason: str  # in words
+    name: str
+    reason: str
 
 
 class EmbeddedBatch(NamedTuple):
-    """Some inputs, done."""
+    """Features of some inputs."""
 
     places: Tensor  # of the items in the input, (B,) int64
     names: tuple[str, ...]  # length B
     features: Tensor  # (B, E) fp32 on the CPU
-    skipped: tuple[Skipped, ...]  # inputs met on the way that have no feature
+    skipped: tuple[Skipped, ...]  # inputs between these that have no feature
 
 
 def embed_images(
-    model: FeatureModel,
-    items: Iterable[Item],
-    decode: Callable[[Path], Tensor],
-    *,
-    batch_size: int,
-    num_workers: int,
+    model: FeatureModel, items: Iterable[Item], decode: Callable[[Path], Tensor], *, batch_size: int, num_workers: int
 ) -> Iterator[EmbeddedBatch]:
-    """Encode image files in the order given.
+    """Encodes image files, in the order given.
 
     Args:
         model: on any device.
-        items: whose contents are files.
+        items: files.
         decode: a file to (3, S, S); raises `UserError` for one that is no image.
         batch_size: images per forward pass.
-        num_workers: threads that decode ahead; 0 decodes in this one.
-
-    Yields:
-        Batches; the last one may be smaller.
+        num_workers: threads that decode ahead; 0 decodes in the calling thread.
     """
-    if batch_size < 1 or num_workers < 0:
-        raise ValueError(f"batch_size={batch_size} must be at least 1, num_workers={num_workers} at least 0")
     decoded = _map_ahead(partial(_decode_item, decode), items, num_workers=num_workers, ahead=batch_size)
     with evaluation_mode(model) as device:
-        while batch := list(itertools.islice(decoded, batch_size)):  # failures count: many in a row are no halt
+        while batch := list(itertools.islice(decoded, batch_size)):
             good = [(item, result) for item, result in batch if isinstance(result, Tensor)]
             skipped = [Skipped(item.name, reason) for item, reason in batch if isinstance(reason, str)]
             features = torch.empty((0, 0))
@@ -89,19 +78,7 @@ def embed_images(
 def embed_texts(
     model: FeatureModel, items: Iterable[Item], tokenizer: Tokenize, *, batch_size: int
 ) -> Iterator[EmbeddedBatch]:
-    """Encode texts in the order given; texts of similar length share a forward pass.
-
-    Args:
-        model: on any device.
-        items: whose contents are texts.
-        tokenizer: the model's own.
-        batch_size: texts per forward pass.
-
-    Yields:
-        Batches of several forward passes.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    """Encodes texts, in the order given; texts of similar length share a forward pass."""
     stream = iter(items)
     while window := list(itertools.islice(stream, batch_size * _TEXT_WINDOW)):
         good = [item for item in window if not item.problem]
@@ -119,8 +96,7 @@ def _decode_item(decode: Callable[[Path], Tensor], item: Item) -> tuple[Item, Te
     try:
         return item, decode(Path(item.content))
     except (UserError, OSError) as error:
-        reason = " ".join(str(error).split())
-        return item, reason.removeprefix(f"{item.content}: ")  # the name is said anyway
+        return item, " ".join(str(error).split()).removeprefix(f"{item.content}: ")  # messages name the item
 
 
 def _finish(items: list[Item], features: Tensor, skipped: list[Skipped]) -> EmbeddedBatch:
@@ -140,7 +116,7 @@ def _finish(items: list[Item], features: Tensor, skipped: list[Skipped]) -> Embe
 
 
 def _map_ahead(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], *, num_workers: int, ahead: int
+    function: Callable[[Item], _Result], items: Iterable[Item], *, num_workers: int, ahead: int
 ) -> Iterator[_Result]:
     """`map` on threads, in order, with at most `ahead` results waiting."""
     if num_workers == 0:
@@ -155,5 +131,5 @@ def _map_ahead(
                 waiting.extend(pool.submit(function, item) for item in itertools.islice(stream, 1))
                 yield result
         finally:
-            for future in waiting:  # nobody will read them: the reader stopped
+            for future in waiting:  # the caller stopped reading
                 future.cancel()

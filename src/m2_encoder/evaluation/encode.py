@@ -1,11 +1,11 @@
-"""Features of many images or texts, in batches, on whatever device the model is.
+"""Features of many images or texts, in batches, on the model's device.
 
-Legend: n items · B batch · E feature dim · S image side in pixels.
+Letters: n items · B batch · E feature dim · S image side in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeAlias
 
@@ -18,76 +18,42 @@ DEFAULT_BATCH_SIZE = 256
 
 
 class FeatureModel(Protocol):
-    """What evaluation needs of a model; `M2Encoder` is one."""
+    """A model that encodes images and texts, such as `M2Encoder`."""
 
     def encode_image(self, images: Tensor, /) -> Tensor:
         """(B, 3, S, S) to (B, E)."""
         ...
 
     def encode_text(self, text: TextTokens, /) -> Tensor:
-        """B texts to (B, E)."""
+        """(B, T) to (B, E)."""
         ...
 
 
 Tokenize: TypeAlias = Callable[[Sequence[str]], TextTokens]
-"""Texts to ids and mask, padded on the right, as the model's own tokenizer does it."""
+"""Texts to ids and mask, padded on the right."""
 
 
-def encode_images(
-    model: FeatureModel,
-    images: Tensor | Iterable[Tensor],
-    *,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    advance: Callable[[int], object] | None = None,
-) -> Tensor:
-    """Features of images, in evaluation mode and without autograd; the model's mode is restored.
+def encode_images(model: FeatureModel, images: Tensor, *, batch_size: int = DEFAULT_BATCH_SIZE) -> Tensor:
+    """Features of images, (n, E) fp32 on the CPU, without autograd; the model's training mode is restored.
 
-    Args:
-        model: on any device.
-        images: (n, 3, S, S), uint8 or floating in 0..1; or batches of them, of any length, as a loader
-            yields.
-        batch_size: images per forward pass, where `images` is one tensor.
-        advance: called with the size of each batch done, for a progress bar.
-
-    Returns:
-        (n, E) fp32 on the CPU, in the order given.
+    `images` are (n, 3, S, S), uint8 or floating in 0..1.
 
     Raises:
         ValueError: if there are no images.
     """
-    batches = images.split(batch_size) if isinstance(images, Tensor) else images
-    features = []
-    with evaluation_mode(model) as device:
-        for batch in batches:
-            features.append(model.encode_image(batch.to(device, non_blocking=True)).float().cpu())
-            if advance is not None:
-                advance(len(batch))
-    if not sum(map(len, features)):
+    if not len(images):
         raise ValueError("there are no images to encode")
-    return torch.cat(features)
+    with evaluation_mode(model) as device:
+        batches = (batch.to(device, non_blocking=True) for batch in images.split(batch_size))
+        return torch.cat([model.encode_image(batch).float().cpu() for batch in batches])
 
 
 def encode_texts(
-    model: FeatureModel,
-    texts: Sequence[str],
-    tokenizer: Tokenize,
-    *,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    advance: Callable[[int], object] | None = None,
+    model: FeatureModel, texts: Sequence[str], tokenizer: Tokenize, *, batch_size: int = DEFAULT_BATCH_SIZE
 ) -> Tensor:
-    """Features of texts, in evaluation mode and without autograd; the model's mode is restored.
+    """Features of texts, (n, E) fp32 on the CPU, without autograd; the model's training mode is restored.
 
     Texts of similar length share a batch, because a batch costs as much as its longest text.
-
-    Args:
-        model: on any device.
-        texts: n strings.
-        tokenizer: the model's own.
-        batch_size: texts per forward pass.
-        advance: called with the size of each batch done, for a progress bar.
-
-    Returns:
-        (n, E) fp32 on the CPU, in the order given.
 
     Raises:
         ValueError: if there are no texts.
@@ -103,17 +69,14 @@ def encode_texts(
             longest = int(lengths[rows].max())
             batch = TextTokens(tokens.ids[rows, :longest].to(device), tokens.mask[rows, :longest].to(device))
             features.append(model.encode_text(batch).float().cpu())
-            if advance is not None:
-                advance(len(rows))
     return torch.cat(features)[order.argsort()]
 
 
 @contextmanager
 def evaluation_mode(model: object) -> Iterator[torch.device]:
-    """No dropping of paths and no autograd inside; afterwards every module is in the mode it was in.
+    """Evaluation mode without autograd; yields the device of the model, the CPU if it has no parameters.
 
-    Yields:
-        The device of the model's parameters; the CPU where it has none.
+    Every module is in its former mode afterwards.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     were_training = [module.training for module in modules]
@@ -121,7 +84,7 @@ def evaluation_mode(model: object) -> Iterator[torch.device]:
     try:
         for module in modules:
             module.training = False
-        # no_grad, not inference_mode: the features go into metrics that may keep or change them in place.
+        # Not inference_mode: metrics may change features in place.
         with torch.no_grad():
             yield torch.device("cpu") if parameter is None else parameter.device
     finally:

@@ -1,4 +1,4 @@
-"""Files of features: safetensors or parquet, written batch by batch, read back with one call.
+"""Files of features, written batch by batch: safetensors or parquet, by suffix.
 
 safetensors
     tensors `features` (N, E) float32 and `index` (N,) int64; metadata `names` (JSON list) and `provenance`
@@ -7,9 +7,9 @@ parquet
     columns `index` int64, `name` string, `feature` fixed-size list of float32; file metadata `provenance`
     (JSON).
 
-`index` is an item's place in the input from 0: what was skipped leaves a gap there, not in the rows.
+`index` is an item's place in the input, from 0; it has gaps where items were skipped.
 
-Legend: N features · B batch · E feature dim.
+Letters: N features · B batch · E feature dim.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,16 +33,15 @@ from torch import Tensor
 from m2_encoder.errors import UserError
 
 SUFFIXES = (".safetensors", ".parquet")
-"""Kinds of files, told apart by their suffix."""
 
 MAX_NAMES_BYTES = 64 * 2**20
-"""Names beyond this do not fit a safetensors header, whose limit is 100 MB; parquet has none."""
+"""Longest names that fit a safetensors header, which is limited to 100 MB; parquet has no limit."""
 
 _ROWS_PER_GROUP = 8192
 
 
 class FeatureFile(NamedTuple):
-    """What a file of features holds."""
+    """Content of a file of features."""
 
     features: Tensor  # (N, E) float32
     names: tuple[str, ...]  # length N
@@ -49,16 +49,12 @@ class FeatureFile(NamedTuple):
     provenance: dict[str, Any]  # where the features come from: model, weights, input
 
 
-class FeatureWriter(Protocol):
-    """Takes features batch by batch."""
-
-    def add(self, places: Tensor, names: Sequence[str], features: Tensor) -> None:
-        """Append rows: places (B,) int64, B names, features (B, E)."""
-        ...
+AddFeatures: TypeAlias = Callable[[Tensor, Sequence[str], Tensor], None]
+"""Appends rows: places (B,) int64, B names, features (B, E)."""
 
 
 def check_feature_path(path: Path, *, overwrite: bool) -> list[str]:
-    """What speaks against writing a file of features, one reason each; empty if nothing does."""
+    """Reasons why a file of features cannot be written to a path."""
     problems = []
     if path.suffix not in SUFFIXES:
         problems.append(f"must end in {' or '.join(SUFFIXES)}")
@@ -77,17 +73,13 @@ def check_feature_path(path: Path, *, overwrite: bool) -> list[str]:
 @contextmanager
 def open_feature_file(
     path: Path, *, feature_dim: int, provenance: Mapping[str, Any], overwrite: bool = False
-) -> Iterator[FeatureWriter]:
-    """A writer whose file appears under its name when the block ends without an exception, or not at all.
+) -> Iterator[AddFeatures]:
+    """A function that appends rows to a file, which appears only if the block ends without an exception.
 
-    Args:
-        path: ends in one of `SUFFIXES`; missing folders are made.
-        feature_dim: E.
-        provenance: plain JSON values.
-        overwrite: replace an existing file.
+    Missing folders are made; `provenance` holds plain JSON values.
 
     Raises:
-        UserError: for what `check_feature_path` finds, or a disk that refuses.
+        UserError: for what `check_feature_path` finds, or if writing fails.
     """
     problems = check_feature_path(path, overwrite=overwrite)
     if problems:
@@ -96,8 +88,8 @@ def open_feature_file(
     write = _write_parquet if path.suffix == ".parquet" else _write_safetensors
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with write(unfinished, feature_dim, json.dumps(provenance, ensure_ascii=False)) as writer:
-            yield writer
+        with write(unfinished, feature_dim, json.dumps(provenance, ensure_ascii=False)) as add:
+            yield add
         os.replace(unfinished, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
@@ -119,50 +111,35 @@ def read_features(path: str | os.PathLike[str]) -> FeatureFile:
     return _read_parquet(path) if path.suffix == ".parquet" else _read_safetensors(path)
 
 
-class _SafetensorsWriter:
-    """Features go to the disk at once; names and places wait for the header, which is written last."""
-
-    def __init__(self, file: IO[bytes], feature_dim: int) -> None:
-        self._file = file
-        self._feature_dim = feature_dim
-        self.names: list[str] = []
-        self.places: list[int] = []
-
-    def add(self, places: Tensor, names: Sequence[str], features: Tensor) -> None:
-        self._file.write(_float_bytes(features, self._feature_dim))
-        self.names += names
-        self.places += places.tolist()
-
-
 @contextmanager
-def _write_safetensors(path: Path, feature_dim: int, provenance: str) -> Iterator[_SafetensorsWriter]:
-    body = path.with_name(f"{path.name}.body")
-    try:
-        with body.open("wb") as file:
-            writer = _SafetensorsWriter(file, feature_dim)
-            yield writer
-            size = file.tell()
-        index = struct.pack(f"<{len(writer.places)}q", *writer.places)
-        names = json.dumps(writer.names, ensure_ascii=False)
+def _write_safetensors(path: Path, feature_dim: int, provenance: str) -> Iterator[AddFeatures]:
+    all_names: list[str] = []
+    all_places: list[int] = []
+
+    def add(places: Tensor, names: Sequence[str], features: Tensor) -> None:
+        body.write(_float_bytes(features, feature_dim))
+        all_names.extend(names)
+        all_places.extend(places.tolist())
+
+    with tempfile.TemporaryFile(dir=path.parent) as body:  # the header comes first, but holds all names
+        yield add
+        size, number = body.tell(), len(all_names)
+        index = struct.pack(f"<{number}q", *all_places)
+        names = json.dumps(all_names, ensure_ascii=False)
         header = {
             "__metadata__": {"format": "pt", "names": names, "provenance": provenance},
-            "features": _entry("F32", [len(writer.names), feature_dim], 0, size),
-            "index": _entry("I64", [len(writer.places)], size, size + len(index)),
+            "features": {"dtype": "F32", "shape": [number, feature_dim], "data_offsets": [0, size]},
+            "index": {"dtype": "I64", "shape": [number], "data_offsets": [size, size + len(index)]},
         }
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        with path.open("wb") as whole, body.open("rb") as part:
+        body.seek(0)
+        with path.open("wb") as whole:
             whole.write(struct.pack("<Q", len(text)) + text)
-            shutil.copyfileobj(part, whole, 2**22)
+            shutil.copyfileobj(body, whole, 2**22)
             whole.write(index)
             whole.flush()
             os.fsync(whole.fileno())
-    finally:
-        body.unlink(missing_ok=True)
-
-
-def _entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
 def _read_safetensors(path: Path) -> FeatureFile:
@@ -179,54 +156,37 @@ def _read_safetensors(path: Path) -> FeatureFile:
         raise UserError(f"{path} is no file of features that m2-embed wrote: {error}") from error
 
 
-class _ParquetWriter:
-    """Collects batches to row groups of a size that parquet likes."""
-
-    def __init__(self, writer: Any, schema: Any, feature_dim: int) -> None:
-        self._writer = writer
-        self._schema = schema
-        self._feature_dim = feature_dim
-        self._waiting: list[tuple[list[int], list[str], bytes]] = []
-        self._num_waiting = 0
-
-    def add(self, places: Tensor, names: Sequence[str], features: Tensor) -> None:
-        self._waiting.append((places.tolist(), list(names), _float_bytes(features, self._feature_dim)))
-        self._num_waiting += len(names)
-        if self._num_waiting >= _ROWS_PER_GROUP:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._waiting:
-            return
-        import pyarrow
-
-        numbers = [number for part, _, _ in self._waiting for number in part]
-        names = [name for _, part, _ in self._waiting for name in part]
-        content = pyarrow.py_buffer(b"".join(part for _, _, part in self._waiting))
-        flat = pyarrow.Array.from_buffers(pyarrow.float32(), len(names) * self._feature_dim, [None, content])
-        features = pyarrow.FixedSizeListArray.from_arrays(flat, self._feature_dim)
-        columns = [pyarrow.array(numbers, pyarrow.int64()), pyarrow.array(names, pyarrow.string()), features]
-        self._writer.write_table(pyarrow.Table.from_arrays(columns, schema=self._schema))
-        self._waiting, self._num_waiting = [], 0
-
-
 @contextmanager
-def _write_parquet(path: Path, feature_dim: int, provenance: str) -> Iterator[_ParquetWriter]:
+def _write_parquet(path: Path, feature_dim: int, provenance: str) -> Iterator[AddFeatures]:
     import pyarrow
     from pyarrow import parquet
 
     schema = pyarrow.schema(
-        [
-            ("index", pyarrow.int64()),
-            ("name", pyarrow.string()),
-            ("feature", pyarrow.list_(pyarrow.float32(), feature_dim)),
-        ],
+        {"index": pyarrow.int64(), "name": pyarrow.string(), "feature": pyarrow.list_(pyarrow.float32(), feature_dim)},
         metadata={"provenance": provenance},
     )
+    waiting: list[Any] = []  # tables, until they make a row group
+
+    def add(places: Tensor, names: Sequence[str], features: Tensor) -> None:
+        content = pyarrow.py_buffer(_float_bytes(features, feature_dim))
+        flat = pyarrow.Array.from_buffers(pyarrow.float32(), features.numel(), [None, content])
+        columns = [
+            pyarrow.array(places.tolist(), pyarrow.int64()),
+            pyarrow.array(names, pyarrow.string()),
+            pyarrow.FixedSizeListArray.from_arrays(flat, feature_dim),
+        ]
+        waiting.append(pyarrow.Table.from_arrays(columns, schema=schema))
+        if sum(map(len, waiting)) >= _ROWS_PER_GROUP:
+            flush()
+
+    def flush() -> None:
+        file.write_table(pyarrow.concat_tables(waiting).combine_chunks())
+        waiting.clear()
+
     with parquet.ParquetWriter(path, schema, compression="zstd") as file:
-        writer = _ParquetWriter(file, schema, feature_dim)
-        yield writer
-        writer.flush()
+        yield add
+        if waiting:
+            flush()
 
 
 def _read_parquet(path: Path) -> FeatureFile:

@@ -1,4 +1,4 @@
-"""What m2-embed reads: image files of a folder, lines of a text file. Nothing is decoded here."""
+"""Inputs of m2-embed: image files of a folder, lines of a text file. Nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.embedding import Item
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Files that count as images, in lower or upper case."""
+"""Suffixes of images, in lower or upper case."""
 
 MAX_LINE_BYTES = 2**20
-"""A longer line is no text that an encoder could use; it is skipped."""
+"""Longer lines are skipped."""
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
 def list_images(folder: Path) -> list[Item]:
-    """All image files below a folder, sorted by their path in it; hidden files and folders are left out.
+    """All image files below a folder, sorted by relative path, without hidden files and folders.
 
-    Links to files are followed, links to folders are not. What cannot be opened at all carries its problem.
-
-    Args:
-        folder: exists.
+    Links to files are followed, links to folders are not. Files and folders that cannot be opened carry the reason.
     """
     found: list[tuple[str, str]] = []
 
@@ -37,17 +34,22 @@ def list_images(folder: Path) -> list[Item]:
         for name in files:
             if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
                 continue
-            path = os.path.join(parent, name)
-            found.append((path, _problem_of(path)))
+            path, why = os.path.join(parent, name), ""
+            if not os.path.isfile(path):
+                why = "a link to nothing" if os.path.islink(path) else "not a regular file"
+            found.append((path, why))
     relative = sorted((os.path.relpath(path, folder).replace(os.sep, "/"), path, why) for path, why in found)
-    return [Item(place, _printable(name), Path(path), why) for place, (name, path, why) in enumerate(relative)]
+    return [
+        # File names may hold bytes that are no text; these are escaped.
+        Item(place, name.encode("utf-8", "backslashreplace").decode("utf-8"), Path(path), why)
+        for place, (name, path, why) in enumerate(relative)
+    ]
 
 
 def read_lines(path: Path) -> Iterator[Item]:
-    """Lines of a text file; a text is its own name, a line without a usable text has its number as name.
+    """Lines of a text file. A usable text is its own name; other lines are named by number and carry the reason.
 
-    Lines end with a line feed, a carriage return before it is dropped, and a byte order mark is no text.
-    Blank lines keep their place and are skipped: no text is meant by them.
+    Lines end with LF or CRLF; a byte order mark is dropped. Blank lines keep their place and are skipped.
 
     Raises:
         UserError: if the file cannot be read, or is UTF-16.
@@ -80,14 +82,3 @@ def _line_item(place: int, line: bytes) -> Item:
     if not text.strip():
         return Item(place, name, "", "blank")
     return Item(place, text, text)
-
-
-def _problem_of(path: str) -> str:
-    if os.path.isfile(path):
-        return ""
-    return "a link to nothing" if os.path.islink(path) else "not a regular file"
-
-
-def _printable(name: str) -> str:
-    """File names need not be text; what is not becomes an escape."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")

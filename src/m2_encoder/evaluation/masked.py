@@ -1,21 +1,20 @@
-"""What masked objectives predict on a whole set, with the right partner and with a wrong one.
+"""What masked objectives predict on a whole set, with the own captions of images and with those of other images.
 
-Every image of a set is measured once with each of its captions, and once with the captions of another image; so every
-caption is, too. What is hidden of an image or of a caption is the same both times, and both means are over the same
-terms: hidden tokens, or hidden patches. By objective and language of the caption:
+Every image is measured once with each of its captions, and once with those of another image. Hidden words and patches
+are the same both times, so both means are over the same hidden tokens or patches. By objective and language:
 
-    count                terms
-    loss                 mean of the objective's own loss
-    accuracy             mean of its score of this name: the share of terms for which the truth scored highest
-    other_loss, other_accuracy    the same beside the wrong partner, half the set away; absent where all images show
+    count                hidden tokens or patches
+    loss                 mean of the objective's loss
+    accuracy             share of hidden tokens or patches for which the truth scored highest
+    other_loss, other_accuracy    the same with other captions, from half the set away; absent if all images show
                          the same
-    commonest_accuracy   of tokens and codes: what always answering the commonest hidden one of this language in this
-                         set gets
+    commonest_accuracy   of tokens and codes: accuracy of always answering the commonest hidden one of this language in
+                         this set
 
-A difference between `accuracy` and `other_accuracy` is what the partner is good for; one between `other_accuracy` and
-`commonest_accuracy` is what the rest of the caption or image tells.
+`accuracy - other_accuracy` is what the own caption or image contributes; `other_accuracy - commonest_accuracy` is what
+the visible words or patches contribute.
 
-Letters: n images · k captions of each · T tokens.
+Letters: n images · b of them in a batch · k captions of each · T tokens.
 """
 
 from __future__ import annotations
@@ -30,51 +29,38 @@ from m2_encoder.objectives.base import LocalTerms
 from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 
 NOTHING = -1
-"""In targets: nothing is predicted here."""
+"""Target where nothing is predicted."""
 
 MaskedResults: TypeAlias = dict[str, dict[str, dict[str, float | int | None]]]
-"""Objective -> language -> the numbers above; None where there are no terms to take the mean of."""
-
+"""Objective -> language -> the numbers above; None for means of nothing."""
 
 TermsByName: TypeAlias = Mapping[str, LocalTerms]
 
 
 class Evaluated(NamedTuple):
-    """What objectives say of some images with their own captions and with other ones.
-
-    Attributes:
-        own: terms by objective.
-        other: of the same images and hidden patches with other captions; None without such captions.
-        targets: for objectives that predict tokens or codes, the true ones of own captions, (k * b, T) int64, `NOTHING`
-            elsewhere; as wide in every call.
-    """
+    """Terms of a batch with its own captions and with other ones, by objective."""
 
     own: TermsByName
-    other: TermsByName | None
+    other: TermsByName | None  # of the same images and hidden patches; None without other captions
+    # true tokens or codes of own captions, (k * b, T) int64, `NOTHING` elsewhere; as wide in every call
     targets: Mapping[str, Tensor]
 
 
 Evaluate: TypeAlias = Callable[[ImageTextBatch, ImageTextBatch | None], Evaluated]
-"""What objectives say of a batch, and of the same images and hidden patches with other captions."""
+"""Evaluates a batch, and the same images and hidden patches with other captions."""
 
 
 class _Sums(NamedTuple):
-    """By language, (languages,) fp64: number of terms, and sums by name."""
+    """Sums by language, (languages,) fp64."""
 
     terms: Tensor
     sums: dict[str, Tensor]
 
 
 def measure_masked(batch: ImageTextBatch, evaluate: Evaluate, *, batch_size: int = 64) -> MaskedResults:
-    """Measures a whole set.
+    """Measures a whole set, by objective and language.
 
-    Args:
-        batch: all of it, on the CPU, masks drawn; `identity` says which images show the same.
-        evaluate: what the objectives say of some of its rows.
-        batch_size: images per call.
-
-    Returns:
-        By objective and language, in the order in which the languages come.
+    `batch` is the set, on the CPU, with hidden words and patches; `identity` says which images show the same.
     """
     shift = choose_shift(batch.identity)
     right: dict[str, _Sums] = {}
@@ -103,13 +89,9 @@ def measure_masked(batch: ImageTextBatch, evaluate: Evaluate, *, batch_size: int
 
 
 def choose_shift(identity: Tensor) -> int | None:
-    """By how many places captions are moved: half the set, or the nearest number that leaves none with its own content.
+    """By how many images to move captions: half the set, or the nearest number that leaves none with its own content.
 
-    Args:
-        identity: equal numbers mark the same content, (n,) int64.
-
-    Returns:
-        1..n - 1, the one that leaves the fewest captions with their own content; None if all show the same.
+    If there is no such number, the one that leaves the fewest; None if all of `identity`, (n,) int64, are equal.
     """
     number = len(identity)
     best, fewest = None, number
@@ -123,12 +105,7 @@ def choose_shift(identity: Tensor) -> int | None:
 
 
 def move_captions(batch: ImageTextBatch, shift: int) -> ImageTextBatch:
-    """The images of a batch, with their hidden patches, beside the captions of others, with their hidden words.
-
-    Args:
-        batch: k captions per image.
-        shift: whose captions, so many images on; after the last one comes the first.
-    """
+    """Images and hidden patches, with captions and hidden words of the images `shift` rows later, cyclically."""
 
     def moved(part: Tensor) -> Tensor:
         return part.roll(-shift * batch.captions_per_image, dims=0)
@@ -141,11 +118,7 @@ def move_captions(batch: ImageTextBatch, shift: int) -> ImageTextBatch:
 
 
 def hidden_tokens(batch: ImageTextBatch) -> Tensor:
-    """True ids of hidden tokens, (n * k, T) int64, `NOTHING` elsewhere.
-
-    Args:
-        batch: with hidden words.
-    """
+    """True ids of hidden tokens, (n * k, T) int64, `NOTHING` elsewhere."""
     assert batch.masked_text is not None, "words are hidden where an objective predicts them"
     return batch.text.ids.masked_fill(~batch.masked_text.predicted, NOTHING)
 
@@ -156,7 +129,7 @@ def next_tokens(batch: ImageTextBatch) -> Tensor:
 
 
 def _add(found: dict[str, _Sums], terms: TermsByName, language: Tensor) -> None:
-    """Adds up by language."""
+    """Adds terms by language."""
     for name, own in terms.items():
         values = {"count": own.counts, "loss": own.sums, **own.scores}
         empty = {key: torch.zeros(len(LANGUAGES), dtype=torch.float64) for key in values}
@@ -167,7 +140,7 @@ def _add(found: dict[str, _Sums], terms: TermsByName, language: Tensor) -> None:
 
 
 def _describe(right: _Sums, other: _Sums | None, code: int) -> dict[str, float | int | None]:
-    """Numbers of a language."""
+    """Results of one language."""
     count = int(right.terms[code])
     assert other is None or int(other.terms[code]) == count, "every caption is measured once beside either image"
     found: dict[str, float | int | None] = {"count": count}

@@ -1,10 +1,9 @@
-"""Recall at k between two sides, exact, and so that a collapsed model cannot score.
+"""Exact recall at k between two sides.
 
-R@k is the field's hit rate: the share of queries, in percent, that find at least one right item among their
-first k. Ranks are pessimistic: a wrong item with the same score as the right one stands before it, so a
-model that gives the same feature to everything scores 0, not 100.
+R@k is the percentage of queries with at least one right item among their first k. Ranks are pessimistic: a wrong item
+with the same score as the right one ranks before it, so a model that gives all items the same feature scores 0.
 
-Legend: Q queries · M gallery items · P pairs of a query and a right item · E feature dim.
+Letters: Q queries · M gallery items · P pairs of a query and a right item · E feature dim.
 """
 
 from __future__ import annotations
@@ -17,16 +16,14 @@ import torch
 from torch import Tensor
 
 RECALL_KS = (1, 5, 10)
-"""The k that the field reports."""
 
-# Scores closer than this (times the norms of both sides) are a tie. Matrix products round differently from
-# one column to the next, so equal features do not give exactly equal scores; in fp64 that noise stays below
-# 1e-14.
+# Scores closer than this (times both norms) tie: matrix products round differently from column to column, in fp64 by
+# less than 1e-14.
 _TIE_TOLERANCE = 1e-12
 
 
 class RecallResult(NamedTuple):
-    """What `recall_at_k` measures."""
+    """Recalls, ranks and ties."""
 
     recalls: dict[int, float]  # percent of the queries with a right item among the first k, by k
     ranks: Tensor  # rank of the best right item, from 1, (Q,) int64 on the CPU; M + 1 where a score is not finite
@@ -41,21 +38,17 @@ def recall_at_k(
     *,
     chunk_size: int = 2048,
 ) -> RecallResult:
-    """Exact recall at k, in memory that does not grow with the product of both sides.
+    """Exact recall at k by inner products in fp64, in chunks, so that memory does not grow with Q * M.
 
-    Scores are inner products in fp64. Where a feature is not finite, its query never hits, and a gallery
-    item ranks last; nothing is hidden, because the item's own queries miss.
+    A query whose own score is not finite never hits. A gallery item whose feature is not finite ranks last.
 
     Args:
         query_features: (Q, E), any floating dtype.
         gallery_features: (M, E), same device.
-        positives: rows of (query, right gallery item), (P, 2) int64; every query needs at least one. With
-            several, the best ranked counts and the others are never in its way.
-        ks: cut-offs, at least 1; one beyond M counts like M.
+        positives: pairs of (query, right gallery item), (P, 2) int64; every query needs at least one. Of several,
+            the best ranked counts, and the others do not push it back.
+        ks: cut-offs, at least 1; capped at M.
         chunk_size: rows of either side that are compared at once.
-
-    Returns:
-        Recalls in percent, ranks and ties; see `RecallResult`.
 
     Raises:
         ValueError: for shapes that do not fit, a pair outside both sides, a query without a right item, a k
@@ -75,22 +68,12 @@ def recall_at_k(
     never = gallery_features.shape[0] + 1
     ranks = torch.where(best.isfinite(), ahead + 1, never).cpu()
     return RecallResult(
-        recalls={k: _percent(ranks <= min(k, never - 1)) for k in ks},
-        ranks=ranks,
-        tie_share=_percent(tied.cpu()),
+        recalls={k: _percent(ranks <= min(k, never - 1)) for k in ks}, ranks=ranks, tie_share=_percent(tied.cpu())
     )
 
 
 def pairs_of_equal_ids(query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
-    """All pairs of rows that carry the same id.
-
-    Args:
-        query_ids: (Q,) int64.
-        gallery_ids: (M,) int64.
-
-    Returns:
-        (P, 2) int64, ordered by query.
-    """
+    """All pairs of rows with the same id, ordered by query: (Q,) and (M,) int64 to (P, 2) int64."""
     ordered, order = gallery_ids.sort(stable=True)
     first = torch.searchsorted(ordered, query_ids, side="left")
     counts = torch.searchsorted(ordered, query_ids, side="right") - first
@@ -100,15 +83,10 @@ def pairs_of_equal_ids(query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
 
 
 def chance_recall(num_gallery: int, k: int, *, num_positives: int = 1) -> float:
-    """Recall at k of a random order, in percent, exactly (hypergeometric).
-
-    Args:
-        num_gallery: items in the gallery.
-        k: cut-off; beyond the gallery it counts like the gallery.
-        num_positives: right items of the query.
+    """Exact recall at k of a random order (hypergeometric), in percent.
 
     Raises:
-        ValueError: if there are no positives, or more than items.
+        ValueError: if there are no positives, or more than gallery items, or for a k below 1.
     """
     if not 1 <= num_positives <= num_gallery:
         raise ValueError(f"num_positives={num_positives} must be in 1..{num_gallery}, the gallery's size")
@@ -127,7 +105,7 @@ def retrieval_metrics(
     ks: Sequence[int] = RECALL_KS,
     chunk_size: int = 2048,
 ) -> dict[str, float]:
-    """Recalls in both directions, and what they have to be compared with.
+    """Recalls in both directions, and those of a random order.
 
     Items whose id the other side lacks are distractors: they stay in the gallery and are no queries.
 
@@ -140,9 +118,8 @@ def retrieval_metrics(
         chunk_size: as in `recall_at_k`.
 
     Returns:
-        `i2t_r@k` and `t2i_r@k` in percent; `mean_recall` over all of them; `i2t_chance@k` and
-        `t2i_chance@k`, the same for a random order; `i2t_ties` and `t2i_ties`, percent of the queries;
-        `num_images` and `num_texts`.
+        `i2t_r@k` and `t2i_r@k` in percent; `mean_recall`, their mean; `i2t_chance@k` and `t2i_chance@k` of a random
+        order; `i2t_ties` and `t2i_ties`, percent of the queries; `num_images` and `num_texts`.
 
     Raises:
         ValueError: if no image and text belong together, or shapes do not fit.

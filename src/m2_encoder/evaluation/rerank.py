@@ -1,18 +1,15 @@
-"""Retrieval in two stages: the K best by features, ordered anew by a head that sees image and text together.
+"""Retrieval in two stages: the K best by features, reordered by a matching head that sees image and text together.
 
-Stage one ranks everything by the similarity of features. Stage two asks the matching head about the first K of each
-query alone; those are ordered by its score, ties stay in the order of stage one, and so does everything behind them.
+Ties and everything behind the first K keep the order of stage one.
 
-Cost: every image and every distinct text passes the backbone once, and each pair of an image and a text the
-vision-language layers once, though both may have chosen each other: at most K passes per query. Memory: the states of
-the texts' tokens (padding left out) wait on the CPU; those of images, which are many more, exist for `chunk_size`
-images at a time, because pairs are walked through image by image.
+Cost: the backbone encodes every image and every distinct text once; the vision-language layers see each distinct pair
+once, at most K per query. Memory: hidden states of texts stay on the CPU, those of `chunk_size` images on the device.
 
-Legend: n images · m texts · Q queries · M gallery items · K candidates · P pairs · N image tokens · T text tokens ·
-D width · E feature dim · S image side in pixels.
+Letters: n images · m texts · Q queries · M gallery items · K candidates · P pairs · T text tokens · D width ·
+E feature dim · S image side in pixels.
 
-Reference: ALBEF (arXiv:2107.07651), section 4, and R2D2 (arXiv:2205.03860) rank the first K again in this way; both add
-the similarity of features to the score, which is not done here.
+Reference: ALBEF (arXiv:2107.07651), section 4, and R2D2 (arXiv:2205.03860) rerank in this way; both add the similarity
+of features to the score, which is not done here.
 """
 
 from __future__ import annotations
@@ -31,12 +28,12 @@ from m2_encoder.evaluation.retrieval import SetFeatures
 from m2_encoder.objectives.matching import PairEncoder, score_hidden
 from m2_encoder.types import TextTokens
 
-_TIE_TOLERANCE: Final = 1e-12  # as in `metrics`: what rounding makes of equal features, times both norms
+_TIE_TOLERANCE: Final = 1e-12  # times both norms, as in `metrics`
 _CHUNK_ROWS: Final = 1024
 
 
 class RerankingModel(PairEncoder, FeatureModel, Protocol):
-    """Features and fused pairs; `M2Encoder` has both."""
+    """Encodes features and fuses pairs, as `M2Encoder` does."""
 
 
 class Candidates(NamedTuple):
@@ -45,17 +42,13 @@ class Candidates(NamedTuple):
     rows: Tensor  # of the gallery, best first by features, (Q, K) int64
     scores: Tensor  # log-odds of the matching head, (Q, K) fp32 at least
 
-    def places(self) -> Tensor:
-        """Which candidate comes first by the head, second, and so on, (Q, K) int64; equal scores keep their order."""
-        return self.scores.argsort(dim=1, descending=True, stable=True)
-
     def reordered(self) -> Tensor:
-        """Rows of the gallery, best first by the head, (Q, K) int64."""
-        return self.rows.gather(1, self.places())
+        """Rows of the gallery, best first by the head, (Q, K) int64; equal scores keep their order."""
+        return self.rows.gather(1, self.scores.argsort(dim=1, descending=True, stable=True))
 
 
 class Reranked(NamedTuple):
-    """Both directions."""
+    """Candidates of both directions."""
 
     texts: Candidates  # of each image, (n, K)
     images: Candidates  # of each text, (m, K)
@@ -73,21 +66,21 @@ def rerank(
     text_expert: bool = False,
     chunk_size: int = 64,
 ) -> Reranked:
-    """Rank the first K texts of each image, and the first K images of each text, again.
+    """Rerank the first K texts of each image, and the first K images of each text.
 
     Args:
-        model: a trained encoder, on any device; its mode is restored.
+        model: its training mode is restored.
         head: of `Matching`, on the same device and of the same dtype.
         images: (n, 3, S, S), as in `M2Encoder.encode_image`.
-        text: (m, T), as the tokenizer gives them.
-        image_features: (n, E), what `model.encode_image` makes of the images.
-        text_features: (m, E), what `model.encode_text` makes of the texts.
-        k: K, at least 1; beyond the gallery it counts like the gallery.
+        text: (m, T), as the tokenizer returns it.
+        image_features: of the images, (n, E).
+        text_features: of the texts, (m, E).
+        k: K, at least 1; capped at the size of the gallery.
         text_expert: as the head was trained.
-        chunk_size: images, texts or pairs per forward.
+        chunk_size: images, texts or pairs per forward pass.
 
     Raises:
-        UserError: for a K below 1, or sides that differ in length.
+        UserError: for a K below 1, or if items and features differ in number.
         ValueError: if a score is not finite.
     """
     if (len(images), len(text.ids)) != (len(image_features), len(text_features)):
@@ -114,21 +107,12 @@ def rerank_set(
     chunk_size: int = 64,
     ks: Sequence[int] = RECALL_KS,
 ) -> dict[str, dict[str, float]]:
-    """Recalls of a set after its first K candidates were ranked again, all languages in one walk over the images.
+    """Recalls of a set after reranking, for all languages in one pass over the images.
 
     Among candidates of equal similarity wrong ones come first, and equal matching scores keep that order: a head that
-    says the same of all pairs changes no number, and one whose scores collapse gains none.
+    scores all pairs equally changes nothing.
 
-    Args:
-        model: as in `rerank`.
-        head: as in `rerank`.
-        dataset: what `features` were made of.
-        features: of `evaluation.retrieval.encode_set`.
-        tokenizer: the model's own.
-        k: K, at least 1.
-        text_expert: as the head was trained.
-        chunk_size: images, texts or pairs per forward.
-        ks: cut-offs.
+    `features` are those of `dataset`; other arguments are as in `rerank`.
 
     Returns:
         By language: `i2t_r@k`, `t2i_r@k`, `mean_recall` in percent, `num_images` and `num_texts`.
@@ -147,13 +131,11 @@ def rerank_set(
         found[language] = candidates, pictures
         pairs.append(_pairs_of(candidates, pictures) + torch.tensor([0, len(words)]))
         words += texts.texts
-    every = torch.cat(pairs)
-    scores = score_pairs(
-        model, head, dataset.images, tokenizer(words), every, text_expert=text_expert, chunk_size=chunk_size
-    ).split([len(part) for part in pairs])
+    text, every = tokenizer(words), torch.cat(pairs)
+    scores = score_pairs(model, head, dataset.images, text, every, text_expert=text_expert, chunk_size=chunk_size)
     return {
         language: _recalls(_join(*found[language], part), features, language, ks)
-        for language, part in zip(found, scores, strict=True)
+        for language, part in zip(found, scores.split([len(part) for part in pairs]), strict=True)
     }
 
 
@@ -163,8 +145,8 @@ def first_candidates(queries: Tensor, gallery: Tensor, *, k: int, right: Tensor 
     Args:
         queries: (Q, E), any floating dtype.
         gallery: (M, E).
-        k: beyond M it counts like M.
-        right: pairs of (query, gallery item) that stand behind all others of equal score, (P, 2) int64.
+        k: K, at least 1; capped at M.
+        right: pairs of (query, gallery item) that rank behind all others of equal score, (P, 2) int64.
 
     Returns:
         Rows of the gallery, best first, (Q, K) int64 on the CPU; ties in the order of the rows.
@@ -200,18 +182,16 @@ def score_pairs(
     text_expert: bool = False,
     chunk_size: int = 64,
 ) -> Tensor:
-    """Matching scores of many pairs, with the states of few images at a time.
-
-    Equal pairs, also those of texts with equal words, are scored once and so get exactly equal scores.
+    """Matching scores of pairs; equal pairs, and texts of equal words, are scored once and get exactly equal scores.
 
     Args:
         model: as in `rerank`.
         head: as in `rerank`.
         images: (n, 3, S, S).
         text: (m, T).
-        pairs: rows of an image and of a text, (P, 2) int64 on the CPU; any order, repeated ones too.
+        pairs: rows of an image and of a text, (P, 2) int64 on the CPU; in any order, repeated ones too.
         text_expert: as the head was trained.
-        chunk_size: images, texts or pairs per forward.
+        chunk_size: images, texts or pairs per forward pass.
 
     Returns:
         Log-odds that the text describes the image, on the CPU, (P,), fp32 at least.
@@ -220,15 +200,18 @@ def score_pairs(
         UserError: for pairs that are not (P, 2), or rows that do not exist.
         ValueError: if a score is not finite.
     """
-    _check_pairs(pairs, len(images), len(text.ids))
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise UserError(f"pairs are {tuple(pairs.shape)}; they must be (P, 2): the row of an image and of a text")
+    if bool(((pairs < 0) | (pairs >= torch.tensor([len(images), len(text.ids)]))).any()):
+        raise UserError(f"pairs name rows outside of {len(images)} images and {len(text.ids)} texts")
     if not len(pairs):
         return torch.empty(0, dtype=torch.promote_types(head.weight.dtype, torch.float32))
     ids, mask = text.ids.cpu(), text.mask.cpu().bool()
-    # Padding may hold anything, so the mask takes part in what makes two texts equal.
+    # Texts are equal if ids and masks are; padding may hold any ids.
     marked = torch.cat([ids.masked_fill(~mask, 0), mask.long()], dim=1)
     known, numbers = torch.unique(marked, dim=0, return_inverse=True)
-    places = pairs[:, 0] * len(known) + numbers[pairs[:, 1]]
-    places, inverse = places.unique(return_inverse=True)  # sorted: image by image
+    # Sorted by image.
+    places, inverse = (pairs[:, 0] * len(known) + numbers[pairs[:, 1]]).unique(return_inverse=True)
     rows = torch.stack([places // len(known), places % len(known)], dim=1)
     scores = []
     with evaluation_mode(model) as device:
@@ -240,23 +223,14 @@ def score_pairs(
             if first == last:
                 continue
             hidden = model.encode_image_backbone(images[start : start + chunk_size].to(device))
+            own = rows[first:last] - torch.tensor([start, 0])
             scores.append(
-                _score_chunk(
-                    model, head, hidden, states, rows[first:last] - torch.tensor([start, 0]),
-                    text_expert=text_expert, chunk_size=chunk_size,
-                )
-            )  # fmt: skip
+                _score_chunk(model, head, hidden, states, own, text_expert=text_expert, chunk_size=chunk_size)
+            )
     together = torch.cat(scores)
     if broken := int((~together.isfinite()).sum()):
         raise ValueError(f"{broken} of {len(rows)} matching scores are not finite: the model or its head is broken")
     return together[inverse]
-
-
-def _check_pairs(pairs: Tensor, num_images: int, num_texts: int) -> None:
-    if pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise UserError(f"pairs are {tuple(pairs.shape)}; they must be (P, 2): the row of an image and of a text")
-    if bool(((pairs < 0) | (pairs >= torch.tensor([num_images, num_texts]))).any()):
-        raise UserError(f"pairs name rows outside of {num_images} images and {num_texts} texts")
 
 
 def _score_chunk(
@@ -269,7 +243,7 @@ def _score_chunk(
     text_expert: bool,
     chunk_size: int,
 ) -> Tensor:
-    """Scores of pairs of the images at hand, texts of similar length together, (p,) on the CPU."""
+    """Scores of pairs of some images, texts of similar length together, (p,) on the CPU."""
     order = states.lengths[rows[:, 1]].argsort(stable=True)
     scores = []
     for part in rows[order].split(chunk_size):
@@ -280,7 +254,7 @@ def _score_chunk(
 
 
 class _TextStates(NamedTuple):
-    """Backbone states of texts, one behind the other without padding, on the CPU: (sum of lengths, D)."""
+    """Backbone states of texts without padding, concatenated, on the CPU: (sum of lengths, D)."""
 
     states: Tensor
     starts: Tensor
@@ -288,7 +262,7 @@ class _TextStates(NamedTuple):
 
     @classmethod
     def encode(cls, model: PairEncoder, text: TextTokens, *, device: torch.device, chunk_size: int) -> _TextStates:
-        """Each text once; those of similar length share a forward."""
+        """Encodes each text once; texts of similar length share a forward pass."""
         lengths = text.mask.sum(dim=1)
         order = lengths.argsort(stable=True)
         parts = []
@@ -333,7 +307,7 @@ def _recalls(reranked: Reranked, features: SetFeatures, language: str, ks: Seque
     ):
         ranks = recall_at_k(queries, gallery, pairs_of_equal_ids(own, theirs), ks).ranks
         is_right = theirs[candidates.reordered()] == own[:, None]
-        # Everything before the first right candidate is wrong. Where none is right, nothing of interest moved.
+        # All before the first right candidate are wrong. If none is right, the rank of stage one stays.
         ranks = torch.where(is_right.any(dim=1), is_right.long().argmax(dim=1) + 1, ranks)
         for k in ks:
             metrics[f"{direction}_r@{k}"] = 100.0 * float((ranks <= min(k, len(gallery))).double().mean())

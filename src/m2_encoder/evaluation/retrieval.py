@@ -1,6 +1,6 @@
 """Image-text retrieval of a model on a set, one language at a time.
 
-Legend: n images · m distinct captions · E feature dim · S image side in pixels.
+Letters: n images · m distinct captions · E feature dim.
 """
 
 from __future__ import annotations
@@ -12,18 +12,14 @@ import torch
 from torch import Tensor
 
 from m2_encoder.data.retrieval_set import RetrievalSet
-from m2_encoder.evaluation.encode import (
-    DEFAULT_BATCH_SIZE,
-    FeatureModel,
-    Tokenize,
-    encode_images,
-    encode_texts,
-)
+from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE, FeatureModel, Tokenize, encode_images, encode_texts
 from m2_encoder.evaluation.metrics import RECALL_KS, retrieval_metrics
+
+_FIRST_LANGUAGE = "zh"
 
 
 class TextFeatures(NamedTuple):
-    """Captions of one language, each (key, caption) once."""
+    """Distinct captions of one language, each (key, caption) once."""
 
     texts: tuple[str, ...]  # captions, length m
     ids: Tensor  # which key each describes, (m,) int64
@@ -31,7 +27,7 @@ class TextFeatures(NamedTuple):
 
 
 class SetFeatures(NamedTuple):
-    """A set, encoded."""
+    """Features of a retrieval set."""
 
     image_features: Tensor  # (n, E) fp32
     image_ids: Tensor  # number of each image's key in the order of first appearance, (n,) int64
@@ -39,35 +35,21 @@ class SetFeatures(NamedTuple):
 
 
 def encode_set(
-    model: FeatureModel,
-    dataset: RetrievalSet,
-    tokenizer: Tokenize,
-    *,
-    languages: Sequence[str] | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    model: FeatureModel, dataset: RetrievalSet, tokenizer: Tokenize, *, batch_size: int = DEFAULT_BATCH_SIZE
 ) -> SetFeatures:
     """Encodes every image once and every distinct caption of every language once.
 
-    Several drawings of one concept carry the same key and caption: that caption is one query, and each of
-    the drawings is right for it. The same words for two keys stay two queries, each right for its own key
-    alone.
-
-    Args:
-        model: on any device; its mode is restored.
-        dataset: images and captions.
-        tokenizer: the model's own.
-        languages: which of the set's languages; None for all.
-        batch_size: items per forward pass.
+    Images that share a key and a caption share one query; each of them is right for it. Equal captions of two
+    keys stay two queries, each right for its own key alone. Chinese comes first, as tables show it.
 
     Raises:
-        ValueError: for an empty set, one whose parts differ in length, or a language that it lacks.
+        ValueError: for an empty set, or one whose parts differ in length.
     """
-    chosen = tuple(dataset.captions) if languages is None else tuple(languages)
-    _check_set(dataset, chosen)
+    _check_set(dataset)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(dataset.keys))}
     ids = [numbers[key] for key in dataset.keys]
     encoded = {}
-    for language in chosen:
+    for language in sorted(dataset.captions, key=lambda language: language != _FIRST_LANGUAGE):
         distinct = tuple(dict.fromkeys(zip(ids, dataset.captions[language], strict=True)))
         texts = tuple(text for _, text in distinct)
         features = encode_texts(model, texts, tokenizer, batch_size=batch_size)
@@ -80,7 +62,7 @@ def evaluate_features(features: SetFeatures, *, ks: Sequence[int] = RECALL_KS) -
     """`retrieval_metrics` of an encoded set, by language.
 
     Raises:
-        ValueError: if a feature is not finite; a model that makes such is broken, and a table would hide it.
+        ValueError: if a feature is not finite; recalls would hide that the model is broken.
     """
     results = {}
     for language, texts in features.texts.items():
@@ -94,16 +76,10 @@ def evaluate_features(features: SetFeatures, *, ks: Sequence[int] = RECALL_KS) -
     return results
 
 
-def _check_set(dataset: RetrievalSet, languages: Sequence[str]) -> None:
-    if not dataset.keys or not languages:
+def _check_set(dataset: RetrievalSet) -> None:
+    if not dataset.keys or not dataset.captions:
         raise ValueError(f"retrieval set {dataset.name!r} is empty")
-    missing = [language for language in languages if language not in dataset.captions]
-    if missing:
-        raise ValueError(
-            f"retrieval set {dataset.name!r} has no captions in {', '.join(missing)}, "
-            f"only in {', '.join(dataset.captions)}"
-        )
-    lengths = {"images": len(dataset.images), **{name: len(dataset.captions[name]) for name in languages}}
+    lengths = {"images": len(dataset.images), **{name: len(texts) for name, texts in dataset.captions.items()}}
     wrong = {name: length for name, length in lengths.items() if length != len(dataset.keys)}
     if wrong:
         raise ValueError(f"retrieval set {dataset.name!r} has {len(dataset.keys)} keys but {wrong}")

@@ -1,4 +1,4 @@
-"""Runs evaluation tasks and writes what they found."""
+"""Runs evaluation tasks, and prints and writes their results."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TABLE_FILE = "results.md"
 
 
 def run_tasks(tasks: Mapping[str, EvaluationTask], context: EvaluationContext) -> dict[str, TaskResult]:
-    """What the tasks that apply to a model find, in the order given; call it on one rank.
+    """Results of the tasks that apply to a model, in the order given; call it on one rank.
 
     Raises:
-        UserError: if two tasks give metrics or entries of `summary.json` the same name.
+        UserError: if two tasks give metrics, pictures or entries of `summary.json` the same name.
     """
     results: dict[str, TaskResult] = {}
     owners: dict[str, str] = {}
@@ -37,7 +37,7 @@ def run_tasks(tasks: Mapping[str, EvaluationTask], context: EvaluationContext) -
 
 
 def summarize(results: Mapping[str, TaskResult]) -> dict[str, Any]:
-    """The entries of `summary.json` that tasks make: `metrics` of all of them, and their own."""
+    """The entries of `summary.json`: `metrics` of all tasks, and their own."""
     summary: dict[str, Any] = {"metrics": {}}
     for result in results.values():
         summary["metrics"].update(result.metrics)
@@ -46,16 +46,7 @@ def summarize(results: Mapping[str, TaskResult]) -> dict[str, Any]:
 
 
 def write_results(folder: Path, results: Mapping[str, TaskResult], summary: Mapping[str, Any]) -> list[Path]:
-    """Writes pictures, `results.md` and `summary.json`.
-
-    Args:
-        folder: exists; files in it are replaced.
-        results: by task.
-        summary: of `summarize`, with what else is known.
-
-    Returns:
-        The pictures.
-    """
+    """Writes pictures, `results.md` and `summary.json` to an existing folder; returns the pictures."""
     pictures = []
     for result in results.values():
         for name, draw in result.pictures.items():

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 CHANCE = "chance"
-"""The "language" of the row that says what a random order would reach."""
+"""The "language" of the row of a random order."""
 
 DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
-"""Directions of retrieval and what tables call them."""
+"""Titles of the directions of retrieval."""
 
 SPLIT_TITLES: Mapping[str, str] = {
     "heldout_style": "unseen style",
@@ -23,21 +23,21 @@ SPLIT_TITLES: Mapping[str, str] = {
     "val_style": "validation: unseen concepts and style",
     "train": "training set",
 }
-"""What tables call the splits of the embedded set."""
+"""Titles of the splits of the built-in set."""
 
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Split -> language -> what `retrieval_metrics` returns."""
 
-_TITLE_WIDTH = 18  # of a line of a split's title: the table must fit a terminal of 80 columns
+_TITLE_WIDTH = 18  # of a split's title, so that the table fits 80 columns
 _WIDTH_WITHOUT_TERMINAL = 110
 
 
 class ResultRow(NamedTuple):
     """One line of a `ResultTable`."""
 
-    split: str  # key of the set; rows of one set stand together
-    cells: Sequence[str]  # texts, one for each heading
-    is_dim: bool = False  # for what is only there for comparison
+    split: str  # key of the set
+    cells: Sequence[str]  # one for each heading
+    is_dim: bool = False  # for rows that only compare
 
 
 class ResultTable(NamedTuple):
@@ -45,13 +45,13 @@ class ResultTable(NamedTuple):
 
     title: str  # line above it
     headings: Sequence[str]  # of the other columns; may have two lines
-    rows: Sequence[ResultRow]  # sets one after the other
-    num_labels: int = 1  # how many of the other columns hold words; numbers stand on the right
+    rows: Sequence[ResultRow]  # those of one set are neighbours
+    num_labels: int = 1  # leading ones that hold words, on the left; numbers are on the right
     caption: str | None = None  # line below it
 
 
 def open_console() -> Console:
-    """A console on standard output that does not fold tables when it writes to a file."""
+    """A console on standard output, wide enough for tables if that is no terminal."""
     from rich.console import Console
 
     console = Console()
@@ -59,13 +59,7 @@ def open_console() -> Console:
 
 
 def print_table(console: Console, table: ResultTable, *, num_images: Mapping[str, int]) -> None:
-    """Prints a table; the title of a set is folded beside its rows.
-
-    Args:
-        console: where to.
-        table: what.
-        num_images: by split.
-    """
+    """Prints a table; the title of a set is wrapped beside its rows. `num_images` is by split."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -98,11 +92,7 @@ def print_table(console: Console, table: ResultTable, *, num_images: Mapping[str
 
 
 def tabulate(results: Results) -> dict[str, dict[str, dict[str, float]]]:
-    """What tables of retrieval show, percent: by split, then language with chance last, `t2i_r@1` and so on.
-
-    Args:
-        results: by split and language.
-    """
+    """Recalls in percent: by split, then language with chance last, then `t2i_r@1` and so on."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for split, languages in results.items():
         first = next(iter(languages.values()))
@@ -117,11 +107,7 @@ def tabulate(results: Results) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def results_table(results: Results) -> ResultTable:
-    """Retrieval on the terminal: per split a row for each language and one for chance, in percent.
-
-    Args:
-        results: by split and language.
-    """
+    """Retrieval for the terminal: per split a row for each language and one for chance, in percent."""
     rows = [
         ResultRow(split, (language, *map(format_percent, values.values())), is_dim=language == CHANCE)
         for split, languages in tabulate(results).items()
@@ -138,11 +124,7 @@ def results_table(results: Results) -> ResultTable:
 
 
 def markdown_table(results: Results) -> str:
-    """Retrieval for a README or a model card, in percent.
-
-    Args:
-        results: by split and language.
-    """
+    """Retrieval for a README or a model card, in percent."""
     columns = [f"{DIRECTIONS[direction]} R@{k}" for direction, k in _columns(results)]
     header = ["split", "images", "language", *columns, "mean"]
     lines = [header, ["---", "--:", "---"] + ["--:"] * (len(header) - 3)]
@@ -170,31 +152,22 @@ def _columns(results: Results) -> list[tuple[str, str]]:
 
 
 def split_title(split: str) -> str:
-    """What tables and pictures call a split: its title, or its name where there is none."""
+    """Title of a split in tables and pictures; its name if it has none."""
     return SPLIT_TITLES.get(split, split)
 
 
 def format_percent(value: float) -> str:
-    """One decimal; two below one percent, where chance lives."""
+    """One decimal, two below one percent, where chance is."""
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def to_markdown(lines: Iterable[Sequence[str]]) -> str:
-    """A table.
-
-    Args:
-        lines: cells of the header, of the rule below it (`---`, `--:`), and of every row.
-    """
+    """A table of cells: header, rule (`---`, `--:`), and rows."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def replace_section(text: str, name: str, content: str) -> str:
-    """Put `content` between the two markers of a section.
-
-    Args:
-        text: of the document, with `<!-- name:begin -->` and `<!-- name:end -->`.
-        name: of the section.
-        content: what takes the place of everything between them.
+    """Replaces what is between `<!-- name:begin -->` and `<!-- name:end -->`.
 
     Raises:
         ValueError: unless each marker is there exactly once, in order.

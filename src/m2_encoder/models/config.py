@@ -1,7 +1,4 @@
-"""Architecture of the M2-Encoder family: one frozen dataclass, one table of names.
-
-The numbers live here and nowhere else: a configuration file or a command line names a row of `NAME_TO_CONFIG` and may
-override single fields; an exported model stores the dataclass as JSON.
+"""Architecture of the M2-Encoder family: one frozen dataclass, and the table of published sizes.
 
 Reference: M2-Encoder (arXiv:2401.15896) and its released inference configurations.
 """
@@ -29,7 +26,7 @@ class M2EncoderConfig:
     """Shape of one M2-Encoder.
 
     Attributes:
-        name: what the model is called in exports and logs.
+        name: in exports and logs.
         embed_dim: width D of both encoders.
         num_heads: attention heads H; D must be a multiple of it.
         num_layers: layers of the multiway backbone.
@@ -43,10 +40,10 @@ class M2EncoderConfig:
         ffn_ratio: hidden width of the feed-forward network over D.
         drop_path_rate: stochastic depth of the last layer of each encoder (linear from 0); training only.
         layer_norm_eps: epsilon of every LayerNorm in the encoders.
-        position_init_std: standard deviation that both position tables are drawn with. The released constructor takes
-            1; from scratch on little data such positions drown the content, and the loss stays at chance.
-        initial_temperature: 1 / exp(logit_scale) at the start. CLIP and the released constructor take 0.07; a short run
-            from scratch starts better warmer: while features are random, a sharp softmax only makes them all alike.
+        position_init_std: standard deviation of both position tables at the start. The released constructor has 1; with
+            little data from scratch, such positions drown the content, and the loss stays at chance.
+        initial_temperature: 1 / exp(logit_scale) at the start. CLIP and the released constructor have 0.07. Short runs
+            from scratch do better with more: a sharp softmax over random features makes them all alike.
 
     Raises:
         UserError: if a value is impossible; all of them are listed at once.
@@ -102,11 +99,6 @@ class M2EncoderConfig:
         """Rows of the image position table: two reserved ones, cls and the patches."""
         return self.num_image_tokens + NUM_RESERVED_POSITIONS
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.embed_dim // self.num_heads
-
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, ready for JSON."""
         return dataclasses.asdict(self)
@@ -122,7 +114,7 @@ class M2EncoderConfig:
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> M2EncoderConfig:
-        """Look a published (or our tiny) size up by name and override single fields.
+        """A row of `NAME_TO_CONFIG`, with single fields overridden.
 
         Raises:
             UserError: for an unknown name or field; the message lists the known ones.
@@ -133,16 +125,12 @@ class M2EncoderConfig:
 
     @classmethod
     def from_official(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> M2EncoderConfig:
-        """Read a configuration of the official release.
+        """Read a configuration of the official release: its JSON as a mapping, a path, or the text itself.
 
-        Args:
-            source: its JSON as a mapping, a path, or the text itself.
-
-        Returns:
-            The same architecture. `drop_path_rate` is 0, as in the released code, which never hands its value over.
+        `drop_path_rate` is 0, as in the released code, which never passes its value on.
 
         Raises:
-            UserError: for a file that is no such JSON, or a switch that no published model uses.
+            UserError: for another JSON, or a switch that no published model uses.
         """
         official = _read_official(source)
         _refuse_unsupported(official)

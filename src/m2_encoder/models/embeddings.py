@@ -1,4 +1,4 @@
-"""From pixels and token ids to the first hidden states. Letters are explained in `m2_encoder.types`."""
+"""Embeddings of images and texts. Letters are explained in `m2_encoder.types`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ class ImageEmbedding(nn.Module):
         self.positions = nn.Embedding(config.num_image_positions, config.embed_dim)
 
     def forward(self, images: Tensor, *, patch_mask: Tensor | None = None) -> Tensor:
-        """Embed images.
+        """Embed images: cls, then the patches row by row, positions added, (B, N, D).
 
         Args:
             images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1. Normalised here: (x - 0.5) / 0.5.
             patch_mask: True where a patch is replaced by the mask token, (B, patches) bool, row by row.
-
-        Returns:
-            (B, N, D): cls, then the patches row by row, positions added.
 
         Raises:
             UserError: for another shape or dtype.

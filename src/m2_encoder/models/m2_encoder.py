@@ -79,11 +79,7 @@ class M2Encoder(nn.Module):
         init_heads(self.pooler, self.text_proj, self.image_proj, self.vl_text_proj, self.vl_image_proj)
 
     def freeze_parts(self, names: Iterable[str]) -> int:
-        """Stop training some of `trainable_parts.PARTS`.
-
-        Returns:
-            How many parameters (scalars) were frozen.
-        """
+        """Stop training some of `trainable_parts.PARTS`; returns how many scalars were frozen."""
         frozen = 0
         for parameter in self.part_parameters(names):
             parameter.requires_grad_(False)
@@ -98,13 +94,10 @@ class M2Encoder(nn.Module):
     # ------------------------------------------------------------------------------------------------- features
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Features of images.
+        """L2-normalised features of images, (B, E).
 
         Args:
             images: (B, 3, S, S), floating in 0..1 or uint8 in 0..255; normalisation happens here.
-
-        Returns:
-            L2-normalised features, (B, E).
 
         Raises:
             UserError: for another shape or dtype.
@@ -112,14 +105,11 @@ class M2Encoder(nn.Module):
         return self._image_heads(images, backbone=False).features
 
     def encode_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> Tensor:
-        """Features of texts; padding costs nothing.
+        """L2-normalised features of texts, (B, E); padding costs nothing.
 
         Args:
             text: what the tokenizer returns, or the ids alone, (B, T) int64.
             mask: with ids alone: non-zero on tokens, zero on padding, (B, T); None means no padding.
-
-        Returns:
-            L2-normalised features, (B, E).
 
         Raises:
             UserError: for ids outside the token table, a text without tokens, or a text beyond the position table.
@@ -176,9 +166,9 @@ class M2Encoder(nn.Module):
         length = tokens.ids.shape[1]
         if attention_mask is not None:
             attention_mask = attention_mask.bool()[..., :length, :length]
-        backbone_hidden, token_mask = self._text_backbone(tokens, attention_mask=attention_mask)
+        backbone_hidden = self._text_backbone(tokens, attention_mask=attention_mask)
         hidden = self.vl_encoder(
-            backbone_hidden, num_image_tokens=length, token_mask=token_mask, attention_mask=attention_mask
+            backbone_hidden, num_image_tokens=length, token_mask=tokens.mask, attention_mask=attention_mask
         )
         return EncoderOutput(
             features=_normalize(self.vl_text_proj(hidden[:, 0])),
@@ -226,13 +216,8 @@ class M2Encoder(nn.Module):
         length = num_image_tokens + embedded.shape[1]
         if attention_mask is not None:
             attention_mask = attention_mask.bool()[..., :length, :length]
-        token_mask = torch.cat(
-            [
-                tokens.mask.new_ones((image.shape[0], num_image_tokens)),
-                tokens.mask.repeat_interleave(repeats, dim=0),
-            ],
-            dim=1,
-        )
+        image_mask = tokens.mask.new_ones((image.shape[0], num_image_tokens))
+        token_mask = torch.cat([image_mask, tokens.mask.repeat_interleave(repeats, dim=0)], dim=1)
         backbone_hidden = self.backbone(
             torch.cat([image, embedded], dim=1),
             num_image_tokens=num_image_tokens,
@@ -266,7 +251,7 @@ class M2Encoder(nn.Module):
             attention_mask: as in `forward_text`.
         """
         if attention_mask is not None or not has_padding(tokens.mask):
-            return self._text_backbone(tokens, attention_mask=attention_mask)[0]
+            return self._text_backbone(tokens, attention_mask=attention_mask)
         unpadded = UnpaddedText(tokens.mask)
         return unpadded.pad(
             self.backbone(unpadded.strip(self.text_embed(tokens.ids)), num_image_tokens=0, unpadded=unpadded)
@@ -307,9 +292,9 @@ class M2Encoder(nn.Module):
         attention_mask: Tensor | None = None,
         text_expert: bool = False,
     ) -> Tensor:
-        """Let images and texts that the backbone encoded alone see each other in the vision-language encoder.
+        """Vision-language encoder over backbone states of images and texts, so that each attends to the other.
 
-        Only the states of selected tokens are computed to the end, of images or of texts.
+        The last layer computes the states of selected tokens only, of images or of texts.
 
         Args:
             image_hidden: (B, N, D).
@@ -322,7 +307,7 @@ class M2Encoder(nn.Module):
             text_expert: send text tokens through the text experts; otherwise through the vision experts, too.
 
         Returns:
-            Of the selected tokens, row by row, (M, D).
+            States of the selected tokens, row by row, (M, D).
         """
         if selected is None:
             length = (text_hidden if select_from == "text" else image_hidden).shape[1]
@@ -357,10 +342,10 @@ class M2Encoder(nn.Module):
             empty = self.vl_text_proj.weight.new_zeros((0, self.config.feature_dim))
             return HeadFeatures(empty, empty if backbone else None)
         if not has_padding(tokens.mask):
-            lower, token_mask = self._text_backbone(tokens)
+            lower = self._text_backbone(tokens)
             # The released model sends texts, too, through the *vision* experts of the vision-language encoder.
             hidden = self.vl_encoder(
-                lower, num_image_tokens=lower.shape[1], token_mask=token_mask, first_token_only=True
+                lower, num_image_tokens=lower.shape[1], token_mask=tokens.mask, first_token_only=True
             )[:, 0]
             first = lower[:, 0]
         else:
@@ -375,14 +360,10 @@ class M2Encoder(nn.Module):
             backbone_features=_normalize(self.text_proj(first)) if backbone else None,
         )
 
-    def _text_backbone(self, tokens: TextTokens, *, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        hidden = self.backbone(
-            self.text_embed(tokens.ids),
-            num_image_tokens=0,
-            token_mask=tokens.mask,
-            attention_mask=attention_mask,
+    def _text_backbone(self, tokens: TextTokens, *, attention_mask: Tensor | None = None) -> Tensor:
+        return self.backbone(
+            self.text_embed(tokens.ids), num_image_tokens=0, token_mask=tokens.mask, attention_mask=attention_mask
         )
-        return hidden, tokens.mask
 
 
 def _normalize(features: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Multiway transformer: two experts per layer that meet in one attention.
+"""Multiway transformer: two experts per layer with a common attention.
 
-A layer holds a *vision expert* and a *text expert*. An expert is everything of a transformer layer but the attention
-itself, which has no parameters: norms, q/k/v/output projections and the feed-forward network. Which expert sees a token
-is decided by its place in the sequence: the first `num_image_tokens` go to the vision expert, the others to the text
-expert. The number is an argument of every call, never state of a module, so one model may serve several threads.
+An expert holds all parameters of a transformer layer: norms, q/k/v/output projections and the feed-forward network. The
+first `num_image_tokens` of a sequence go to the *vision expert*, the others to the *text expert*. The number is an
+argument of every call, not state of a module, so that several threads can use one model.
 
 Reference: BEiT-3 (arXiv:2208.10442), multiway transformers; sub-LayerNorm: Magneto (arXiv:2210.06423);
 stochastic depth: arXiv:1603.09382.
@@ -49,15 +48,7 @@ class TransformerExpert(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def project(self, x: Tensor, *, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the first `num_queries` tokens, keys and values of all.
-
-        Args:
-            x: (B, N, D).
-            num_queries: how many leading tokens attend.
-
-        Returns:
-            q (B, H, num_queries, D/H), k and v (B, H, N, D/H).
-        """
+        """(B, N, D) to q of the first `num_queries` tokens, (B, H, num_queries, D/H), and k and v, (B, H, N, D/H)."""
         x = self.attention_norm(x)
         return (
             self._heads(self.q_proj(x[:, :num_queries])),
@@ -66,14 +57,11 @@ class TransformerExpert(nn.Module):
         )
 
     def project_keys(self, x: Tensor, unpadded: UnpaddedText | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values alone.
+        """(B, N, D) to k and v, (B, H, N, D/H) each; on padding, those of some token.
 
         Args:
             x: (B, N, D).
-            unpadded: of x, if it has padding, for which nothing is then projected.
-
-        Returns:
-            k and v, (B, H, N, D/H) each; on padding, those of some token.
+            unpadded: of x, to project no padding.
         """
         if unpadded is None:
             x = self.attention_norm(x)
@@ -120,8 +108,8 @@ class MultiwayLayer(nn.Module):
             num_image_tokens: how many leading tokens the vision expert sees; the text expert sees the others.
             mask: True where a query may look at a key, broadcastable to (B, H, N, N) bool.
             unpadded: given if x holds texts without their padding, (1, M, D); then there is no mask.
-            first_token_only: compute the output of token 0 alone (all tokens still serve as keys). The last layer
-                before a head that reads token 0 needs no more, and most of its cost is saved.
+            first_token_only: compute the output of token 0 alone, with all tokens as keys: much cheaper for the last
+                layer before a head that reads only token 0.
 
         Returns:
             (B, N, D), or (B, 1, D) with `first_token_only`.
@@ -157,7 +145,7 @@ class MultiwayLayer(nn.Module):
         unpadded: UnpaddedText | None = None,
         text_expert: bool = False,
     ) -> Tensor:
-        """What `forward` computes of the sequence image + text, for selected tokens of one of the two.
+        """`forward` on the sequence image + text, with the output of selected tokens only, (M, D).
 
         Keys and values of an image are computed once for all of its texts.
 
@@ -170,9 +158,6 @@ class MultiwayLayer(nn.Module):
                 `SelectedTokens`.
             unpadded: of the texts, to project no padding.
             text_expert: send texts through the text expert.
-
-        Returns:
-            (M, D).
         """
         of_text = self.text_expert if text_expert else self.vision_expert
         expert = of_text if selects_text else self.vision_expert
@@ -207,7 +192,7 @@ class MultiwayLayer(nn.Module):
         return branch * kept
 
     def _drop_selected(self, branch: Tensor, selected: SelectedTokens) -> Tensor:
-        """As `_drop`, for selected tokens, (M, D): those of a row share its fate."""
+        """As `_drop`, for selected tokens, (M, D); those of a row are dropped together."""
         if not self.training or self.drop_path == 0:
             return branch
         return branch * self._draw_kept(selected.num_rows, branch)[selected.rows, 0]
@@ -239,7 +224,7 @@ class MultiwayEncoder(nn.Module):
     """A stack of multiway layers and a final norm.
 
     Attributes:
-        recompute_layers: in training keep the input of a layer alone, and run the layer again in backward.
+        recompute_layers: in training, keep only the input of every layer, and run the layer again in backward.
     """
 
     def __init__(self, config: M2EncoderConfig, *, num_layers: int) -> None:
@@ -307,12 +292,9 @@ class MultiwayEncoder(nn.Module):
         attention_mask: Tensor | None = None,
         text_expert: bool = False,
     ) -> Tensor:
-        """Encode images with their texts as one sequence each, for selected tokens alone; see `MultiwayLayer.read`.
+        """Normalised hidden states of selected tokens, (M, D), of images and their texts as one sequence each.
 
-        All layers but the last compute every token, since any of them may be a key of the last.
-
-        Returns:
-            Normalised hidden states of the selected tokens, (M, D).
+        All layers but the last compute every token, since the last needs all keys; it runs `MultiwayLayer.read`.
         """
         text = text * text_mask.unsqueeze(-1).to(text.dtype)
         num_image_tokens = image.shape[1]

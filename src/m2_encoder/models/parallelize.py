@@ -1,7 +1,4 @@
-"""How a model is prepared for training on one or many devices, in one place: checkpointing, then sharding.
-
-The order matters: what a layer does in backward (run again) is decided before its weights are taken apart.
-"""
+"""Preparation of a model for training on one or many devices: activation checkpointing, then sharding."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ _ENTRY_POINTS: Final = (
     "fuse",
     "token_losses",
 )
-"""Methods that outsiders call; FSDP2 watches `forward` alone unless it is told of them."""
+"""Methods called from outside; FSDP2 gathers weights for `forward` only, unless others are registered."""
 
 
 def checkpoint_layers(model: M2Encoder) -> None:
@@ -54,16 +51,16 @@ def shard_model(
 ) -> None:
     """Split the weights over the ranks of a mesh with FSDP2: every layer alone, the rest with the model itself.
 
-    All ranks start from the weights of the first. Parameters without dimensions (the two logit scales) cannot be
-    split: they stay whole, and whoever trains averages their gradient (`distributed.gradients.average_over_ranks`).
+    All ranks start from the weights of the first. Parameters without dimensions (the two logit scales) cannot be split:
+    they stay whole, and the strategy averages their gradients (`distributed.gradients.average_over_ranks`).
 
     Args:
         model: whole, on any device; its parts move to the mesh's. Frozen parameters must be frozen already.
         mesh: one axis, all ranks that share the weights.
         reshard_after_forward: free a layer's gathered weights between forward and backward; False keeps them, which
             saves a gather per layer.
-        layer_dtype: layers are gathered and multiplied in it, gradients are still summed in fp32; None keeps the
-            parameters' own. Embeddings and heads, a few per cent of a large model, are gathered as they are.
+        layer_dtype: dtype in which layers are gathered and multiplied, with gradients still summed in fp32; None for
+            that of the parameters. Embeddings and heads, a few per cent of a large model, keep theirs.
     """
     policy = MixedPrecisionPolicy()
     if layer_dtype is not None:
@@ -82,14 +79,14 @@ def shard_model(
 
 
 def gather_model(model: M2Encoder, prepare: Callable[[M2Encoder], None] | None = None) -> M2Encoder | None:
-    """The whole model on the first rank; a collective, so all ranks that share the weights must call it.
+    """The whole model on the first rank; collective over the ranks that share the weights.
 
     Args:
         model: sharded or not.
-        prepare: gives a plain model the parameters of this one, where it has others.
+        prepare: changes a plain model so that it has the parameters of this one (`Adaptation.apply`).
 
     Returns:
-        The model itself if it is whole. Else, on the first rank a whole copy on the CPU, on the others None.
+        The model itself if it is whole. Otherwise a whole copy on the CPU on the first rank, None on the others.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model
@@ -106,7 +103,7 @@ def gather_model(model: M2Encoder, prepare: Callable[[M2Encoder], None] | None =
 
 @torch.no_grad()
 def _equalize(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Give all ranks the first one's weights of a module, as far as they are not split yet, on the mesh's device."""
+    """Move the parameters of a module that are not sharded yet to the mesh's device, and broadcast the first rank's."""
     device = torch.device(mesh.device_type)
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor):

@@ -1,9 +1,9 @@
-"""Tokens of a batch whose states are used; the others serve as keys and values alone.
+"""Tokens of a batch whose states are read; the others serve only as keys and values.
 
-A masked objective uses the states of hidden tokens only. The last layer before it then computes queries, the output
-projection and the feed-forward network, five sixths of its cost, for those tokens alone.
+For them alone the last layer computes queries, the output projection and the feed-forward network, five sixths of its
+cost. Masked objectives, for example, read only the states of hidden tokens.
 
-Legend: R rows (captions) · T tokens of a row · M selected tokens in all · C the most of one row.
+Letters: R rows (captions) · T tokens of a row · M selected tokens in all · C the most of one row.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class SelectedTokens:
-    """Where each selected token belongs. They stand row by row, in the order of their places.
+    """Places of the selected tokens, which are ordered row by row.
 
     Args:
-        selected: True where a state is used, (R, T) bool. On an accelerator it costs two synchronisations.
+        selected: True where a state is read, (R, T) bool. On an accelerator this costs two synchronisations.
 
     Attributes:
         num_rows: R.
@@ -39,14 +39,7 @@ class SelectedTokens:
         return len(self.rows)
 
     def take(self, x: Tensor) -> Tensor:
-        """States of the selected tokens.
-
-        Args:
-            x: (R / k, T, D); row i serves as rows k * i … k * i + k - 1.
-
-        Returns:
-            (M, D).
-        """
+        """States of the selected tokens, (R / k, T, D) to (M, D); row i of x serves as rows k * i … k * i + k - 1."""
         repeats = self.num_rows // max(1, x.shape[0])
         rows = self.rows if repeats == 1 else self.rows // repeats
         return x.flatten(0, 1).index_select(0, rows * x.shape[1] + self.places)

@@ -1,10 +1,9 @@
-"""Cross-entropy against a large token table without its logits.
+"""Cross-entropy against a large token table, one tile of logits at a time.
 
-A vocabulary of 115,244 makes 1.5 GB of fp32 logits for 64 captions of 52 tokens, and as much again for their gradient.
-Only the states of predicted tokens come here, and their logits are made, used and forgotten a few rows at a time;
-backward makes them again. Where one such tile is all, as with a small vocabulary, it is kept for backward.
+With a vocabulary of 115,244, the fp32 logits of 64 captions of 52 tokens take 1.5 GB, and their gradient as much again.
+So logits exist for a few rows at a time, and backward computes them again; a single tile is kept for backward.
 
-Legend: M predicted tokens · V vocabulary · D width.
+Letters: M predicted tokens · V vocabulary · D width.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from m2_encoder.errors import UserError
 
 _TILE_BYTES = 64 << 20
-"""Of the logits that exist at a time."""
+"""Size of the logits that exist at a time."""
 
 
 def token_cross_entropy(states: Tensor, table: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,10 +29,9 @@ def token_cross_entropy(states: Tensor, table: Tensor, bias: Tensor, targets: Te
         targets: t, (M,) int64.
 
     Returns:
-        Losses, (M,), fp32 (fp64 for fp64), differentiable by states, table and bias; and whether the target scored
-        highest, of equal scores the first, as argmax has it, (M,) bool. Products are in the dtype that autocast asks
-        for, all sums in fp32 at least. Gradients cannot be differentiated in turn: `create_graph=True` is refused with
-        a `UserError`.
+        Losses, (M,), fp32 (fp64 for fp64), differentiable by states, table and bias; and whether the target is the
+        argmax of the scores, (M,) bool. Products are in the dtype of autocast, sums in fp32 at least. There is no
+        second derivative: `create_graph=True` is refused with a `UserError`.
     """
     dtype = states.dtype
     device = states.device.type
@@ -60,11 +58,11 @@ class _TokenCrossEntropy(torch.autograd.Function):
             # In place: the tile becomes exp(logits - highest), which backward can use again.
             logsumexp[start:stop] = logits.sub_(highest[:, None]).exp_().sum(dim=1).log_().add_(highest)
             losses[start:stop] = logsumexp[start:stop] - own
-            # Not for a NaN, which max takes for the highest.
+            # `own >= highest` is False for NaN, which max returns as the highest.
             hits[start:stop] = (first == targets[start:stop]) & (own >= highest)
             if len(tiles) == 1:
                 kept = logits, highest
-        # Saved as any activation is: checkpointing forgets it and makes it again.
+        # Saved as an activation, so that checkpointing drops and recomputes it.
         ctx.save_for_backward(states, table, bias, targets, logsumexp, *kept)
         ctx.is_spent = not kept
         ctx.mark_non_differentiable(hits)
@@ -73,7 +71,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # torch would take what is computed here for constant, and leave terms out
+        if torch.is_grad_enabled():  # create_graph: torch would take this gradient for a constant
             raise UserError("the loss of tokens has no second derivative; call backward with create_graph=False")
         states, table, bias, targets, logsumexp, *kept = ctx.saved_tensors
         upstream = gradients[0]

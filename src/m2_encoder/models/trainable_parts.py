@@ -1,6 +1,6 @@
 """Parts of the model that not every objective trains, by parameter names.
 
-Training freezes the parts that no objective of a run names: DDP would wait for their gradients, and weight decay would
+Training freezes parts that no objective of a run names: DDP would hang without their gradients, and weight decay would
 shrink them.
 """
 
@@ -38,12 +38,6 @@ trained."""
 
 
 def is_part(name: str, parts: frozenset[str], *, num_vl_layers: int) -> bool:
-    """Whether a parameter belongs to one of some parts.
-
-    Args:
-        name: of the parameter.
-        parts: names of `PARTS`.
-        num_vl_layers: of the model.
-    """
+    """Whether the parameter of this name belongs to one of the parts, named as in `PARTS`."""
     patterns = [pattern.replace("{last}", str(num_vl_layers - 1)) for part in parts for pattern in PARTS[part]]
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Checks of token ids, and the removal of padding that no text of a batch needs."""
+"""Checks of token ids, and removal of padding beyond the longest text of a batch."""
 
 from __future__ import annotations
 
@@ -49,10 +49,11 @@ def trim_text(text: TextTokens | Tensor, mask: Tensor | None, *, vocab_size: int
 
 
 def _check_text(ids: Tensor, mask: Tensor, *, vocab_size: int, max_tokens: int) -> int:
-    """Length of the longest text; refuses what the tables cannot represent."""
+    """Length of the longest text; refuses ids and lengths beyond the tables."""
     if ids.shape[1] == 0:
         raise UserError("texts have no tokens at all; the tokenizer always adds two special ones")
-    lengths = _last_token(mask)
+    # The place of the last token, counted from 1; 0 without any.
+    lengths = (torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).amax(dim=1)
     longest, shortest, highest, lowest = torch.stack([lengths.amax(), lengths.amin(), ids.amax(), ids.amin()]).tolist()
     if shortest == 0:
         raise UserError("a text of the batch is all padding; every text needs at least one token in its mask")
@@ -65,8 +66,3 @@ def _check_text(ids: Tensor, mask: Tensor, *, vocab_size: int, max_tokens: int) 
     if longest > max_tokens:
         raise UserError(f"a text has {longest} tokens, the position table holds {max_tokens}; truncate it")
     return int(longest)
-
-
-def _last_token(mask: Tensor) -> Tensor:
-    """Place of the last token of each text, counted from 1; 0 without any. (B, T) bool -> (B,) int64."""
-    return (torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask).amax(dim=1)

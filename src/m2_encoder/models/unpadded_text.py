@@ -1,9 +1,9 @@
-"""Texts of a batch as one row of tokens, so that nothing is computed for padding.
+"""Texts of a batch as one row of tokens without padding.
 
-Only attention needs a rectangle; norms, projections and feed-forward networks, which cost nearly everything, see each
-token on its own. A batch of captions of 6 to 24 tokens then costs its 15 tokens on average, not the 24 of the longest.
+Only attention needs a rectangle; norms, projections and feed-forward networks, which cost nearly everything, treat each
+token alone. A batch of captions of 6 to 24 tokens then costs its mean of 15 tokens, not the 24 of the longest.
 
-Legend: B texts · T tokens of the longest · M tokens in all · H heads.
+Letters: B texts · T tokens of the longest · M tokens in all · H heads.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from torch.nn import functional
 
 
 class UnpaddedText:
-    """Where each token of the row belongs. The first tokens of all texts come first, then the second ones, and so on.
+    """Places of the row's tokens. The first tokens of all texts come first, then the second ones, and so on.
 
     Args:
         token_mask: True on tokens, (B, T) bool.
 
     Attributes:
-        batch_size: B.
-        token_mask: the mask in the row's order, (1, M). First tokens are kept even where they are masked, because
-            the heads use them.
+        token_mask: the mask in the row's order, (1, M). First tokens are kept even if masked, because the heads read
+            them.
         texts: which text each token belongs to, (M,) int64; the first B of them are 0, 1, ..., B - 1.
     """
 
     def __init__(self, token_mask: Tensor) -> None:
         self.batch_size, self.length = token_mask.shape
         self.key_mask = token_mask[:, None, None, :]
-        # (T, B) order: the first B tokens are the ones that the heads use
+        # (T, B) order: the heads read the first B tokens.
         kept = token_mask.t().clone()
         kept[0] = True
         position, self.texts = kept.nonzero(as_tuple=True)
@@ -74,5 +73,5 @@ class UnpaddedText:
 
 
 def has_padding(mask: Tensor) -> bool:
-    """Whether there is padding to leave out; never in compiled graphs, whose shapes depend on no data."""
+    """Whether there is padding to leave out; always False in compiled graphs, whose shapes must not depend on data."""
     return not (torch.compiler.is_compiling() or mask.is_meta or bool(mask.all()))

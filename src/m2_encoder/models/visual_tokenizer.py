@@ -3,11 +3,11 @@
     z_p = normalize(A encoder(patches)_p)        c_p = argmax_c z_p . e_c        image' = decoder(B e_{c_p})
 
 The rows e_c of the codebook have length 1, so the nearest row is the one with the highest cosine. Gradients pass the
-choice as if it were not there. Rows follow the mean of what chose them; rows that nobody chooses start again from
+argmax straight through. Rows are moving means of the vectors that chose them; rows that no vector chooses restart from
 vectors of a batch.
 
-BEiT v2 trains its tokenizer to give back the features of a large teacher; this one gives back pixels and needs nobody.
-Its codes therefore say more of colours and edges, and less of meaning.
+BEiT v2 trains its tokenizer to reconstruct the features of a large teacher; this one reconstructs pixels. Its codes
+therefore hold more of colours and edges, and less of meaning.
 
 Letters: B images · N patches · K codes · d width of a code · D width of the layers · S image side · P patch side.
 
@@ -36,11 +36,7 @@ _ROWS_AT_ONCE = 8192  # vectors compared with all codes at a time: 256 MiB for 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisualTokenizerConfig:
-    """Shape of a visual tokenizer.
-
-    Raises:
-        UserError: if a number is impossible.
-    """
+    """Shape of a visual tokenizer."""
 
     image_size: Count  # side S of the square images, pixels
     patch_size: Count  # side P of a patch, pixels; S must be a multiple
@@ -86,21 +82,16 @@ class VisualTokenizerConfig:
 
 
 class TokenizedImages(NamedTuple):
-    """What a training step needs."""
+    """Output of `VisualTokenizer.forward`."""
 
-    images: Tensor  # as given back, (B, 3, S, S)
-    vectors: Tensor  # before the choice, of length 1, (B, N, d)
+    images: Tensor  # reconstructed, (B, 3, S, S)
+    vectors: Tensor  # z, of length 1, (B, N, d)
     codes: Tensor  # chosen, (B, N) int64
-    commitment: Tensor  # mean squared distance of the vectors to their codes, which moves the vectors alone, ()
+    commitment: Tensor  # mean squared distance of the vectors to their codes, (); its gradient moves only the vectors
 
 
 class Codebook(nn.Module):
-    """K vectors of length 1 that follow what chooses them.
-
-    Args:
-        num_codes: K.
-        code_dim: d.
-    """
+    """K vectors of length 1, (K, d): moving means of the vectors that choose them."""
 
     vectors: Tensor
     usage: Tensor
@@ -112,24 +103,21 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def choose(self, vectors: Tensor) -> Tensor:
-        """Number of the nearest code of each vector, (..., d) to (...) int64."""
+        """Index of the nearest code of each vector, (..., d) to (...) int64."""
         flat = vectors.flatten(0, -2).to(self.vectors.dtype)
         nearest = [(part @ self.vectors.t()).argmax(dim=1) for part in flat.split(_ROWS_AT_ONCE)]
         return torch.cat(nearest).view(vectors.shape[:-1])
 
     @torch.no_grad()
     def follow(self, vectors: Tensor, codes: Tensor, *, decay: float, restart_below: float) -> int:
-        """Move codes to the vectors that chose them, and give those that nobody chooses another start.
+        """Move codes towards the vectors that chose them, and restart unused ones; returns how many restarted.
 
         Args:
             vectors: of length 1, (..., d).
             codes: chosen by each, (...).
             decay: share of the past in the moving means.
-            restart_below: codes chosen less often than this share of the mean start again from vectors of this batch,
-                drawn without repetition.
-
-        Returns:
-            How many started again.
+            restart_below: codes chosen less often than this share of the mean restart from vectors of this batch,
+                sampled without replacement.
         """
         flat, chosen = vectors.detach().flatten(0, -2).to(self.vectors.dtype), codes.flatten()
         counts = torch.bincount(chosen, minlength=len(self.vectors)).to(self.usage.dtype)
@@ -148,11 +136,7 @@ class Codebook(nn.Module):
 
 
 class VisualTokenizer(nn.Module):
-    """Images to codes and back.
-
-    Args:
-        config: its shape.
-    """
+    """Images to codes and back."""
 
     def __init__(self, config: VisualTokenizerConfig) -> None:
         super().__init__()
@@ -186,11 +170,7 @@ class VisualTokenizer(nn.Module):
         return self.config.patch_size
 
     def forward(self, images: Tensor) -> TokenizedImages:
-        """Images through their codes, with gradients straight through the choice.
-
-        Args:
-            images: as in `encode`.
-        """
+        """Reconstruct images, with gradients straight through the argmax."""
         vectors = self._encode(images)
         codes = self.codebook.choose(vectors)
         chosen = self.codebook.vectors[codes].to(vectors.dtype)
@@ -198,13 +178,7 @@ class VisualTokenizer(nn.Module):
         return TokenizedImages(self._decode(vectors + (chosen - vectors).detach()), vectors, codes, commitment)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Codes of the patches.
-
-        Args:
-            images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1.
-
-        Returns:
-            (B, N) int64, row by row.
+        """Codes of the patches, (B, N) int64, of images (B, 3, S, S), uint8 in 0..255 or floating in 0..1.
 
         Raises:
             UserError: for another size.
@@ -237,12 +211,7 @@ class VisualTokenizer(nn.Module):
 
 
 class _Layers(nn.Module):
-    """Transformer layers with a norm before each part and one behind all.
-
-    Args:
-        config: gives the width.
-        number: of layers.
-    """
+    """Pre-norm transformer layers and a final norm."""
 
     def __init__(self, config: VisualTokenizerConfig, number: int) -> None:
         super().__init__()

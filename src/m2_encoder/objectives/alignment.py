@@ -1,13 +1,13 @@
-"""How well local rows agree with a constant mixture of the group's rows: what soft targets add to a cross-entropy.
+"""Mean product of local rows with constant mixtures of the group's rows: what soft targets add to a cross-entropy.
 
     value = mean_i q_i . (sum_j D_ij k_j)        D: constant shares, such as hard targets less soft ones
 
-The cross-entropy of targets T with the softmax of S is the one of hard targets P plus sum_j (P_ij - T_ij) S_ij, and S
-is linear in either side. So soft targets cost the exact tiled operator of ITC, and this.
+The cross-entropy of targets T with the softmax of S is that of hard targets P plus sum_j (P_ij - T_ij) S_ij, and S is
+linear in either side. So soft targets cost the exact tiled operator of ITC, and this.
 
-The value is linear in q and in k, and every row weighs the same, so gradients are final as soon as a tile of D exists:
-one walk gives value and gradients, D is made once and never whole, and those of other ranks' rows are summed back to
-them before backward, which only multiplies by what comes from above.
+The value is linear in q and in k, and every row weighs the same, so gradients are final as soon as a tile of D exists.
+Forward computes value and gradients in one pass over the tiles, each made once, and sums the gradients of other ranks'
+rows back to them. Backward only multiplies by the upstream gradient.
 
 Letters: n local queries · m local keys · K keys of the group · g ranks of the group · E feature dim.
 
@@ -27,14 +27,14 @@ from torch import Tensor
 from m2_encoder.distributed.collectives import scatter_sums
 
 _TILE_BYTES = 16 << 20
-"""Of one matrix of a tile; making D takes a few."""
+"""Size of one matrix of a tile; D needs a few."""
 
 Shares: TypeAlias = Callable[[slice], Tensor]
-"""Of all keys for some local queries, (t, K); constant."""
+"""Rows of D for some local queries, (t, K); constant."""
 
 
 class Alignment(NamedTuple):
-    """Of local queries."""
+    """Value of `mean_alignment`."""
 
     mean: Tensor  # value, (), differentiable by queries and keys
     mixed: Tensor  # sum_j D_ij k_j, (n, E), detached; its products with the queries are the rows' values
@@ -43,17 +43,14 @@ class Alignment(NamedTuple):
 def mean_alignment(
     queries: Tensor, keys: Tensor, all_keys: Tensor, shares: Shares, *, group: dist.ProcessGroup | None
 ) -> Alignment:
-    """Mean over the local queries.
+    """Mean over the local queries. Its gradient, averaged over all ranks, is that of the mean of all ranks' values.
 
     Args:
         queries: (n, E), fp32 or fp64.
-        keys: local ones, (m, E), whose gradient is wanted.
+        keys: local ones, (m, E), which get the gradient.
         all_keys: of the group in the order of its ranks, (K, E), constant; m on each rank.
         shares: D; called once for each tile, in order.
         group: ranks that call this together, and weigh its value equally; None for this rank alone.
-
-    Returns:
-        The gradient of `mean`, averaged over all ranks, is that of the mean of all ranks' values.
     """
     mean, mixed = _MeanAlignment.apply(queries, keys, all_keys, shares, group)
     return Alignment(mean, mixed)

@@ -1,7 +1,4 @@
-"""Attentive masking: which patches of an image are hidden, by what its caption speaks of.
-
-Legend: B images · N patches · D width
-"""
+"""Attentive masking: hide patches of an image by their similarity to its caption."""
 
 from __future__ import annotations
 
@@ -25,21 +22,16 @@ def attentive_mask(
     noise: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Hides the patches of each image that are most, or least, similar to its caption.
+    """Hide the patches of each image that are most, or least, similar to its caption; without a gradient.
 
-    SyCoCa argues that much of an image is clutter or has nothing to do with its caption, and therefore lets captions
-    and images meet on patches selected by attentive masking: by their similarity to the text. That is followed here.
-    Which end it hides for which of its tasks, which share, and after which layer the similarity is taken, are
-    arguments or the caller's, and the defaults are ours: to reconstruct from the caption, "high" asks for what it
-    speaks of; "low" keeps that in sight.
-
-    The choice has no gradient.
+    SyCoCa selects patches by their similarity to the text, too. Which end is hidden, which share, and after which layer
+    the similarity is taken, are our choice.
 
     Args:
-        patch_features: (B, N, D), in the space of `text_feature`; any length of the vectors.
+        patch_features: (B, N, D), in the space of `text_feature`; need not be normalised.
         text_feature: of each image's caption, (B, D).
         count: patches to hide, 1 … N - 1.
-        mode: "high" hides the most similar, "low" the least similar.
+        mode: "high" hides the most similar, which the caption describes; "low" the least similar.
         noise: standard deviation of a normal random number added to each cosine; 0 for always the same mask.
         generator: of the noise, on the features' device; None for torch's own.
 

@@ -6,10 +6,9 @@
 Token 0 is the template's `[CLS]`, from which the first word is predicted; the last prediction is the end token.
 
 The mask is the prefix-causal one of BEiT-3 and the released code (image sees image; text sees image and earlier text).
-The released code, however, puts image and text into one sequence from the first layer on; here they meet in the
-vision-language layers. The backbone encodes the image alone, and the caption alone under a causal mask, so that the
-image's hidden states are those of the contrastive pass and cost nothing more. The decoder thus has as many layers as
-the vision-language encoder, above a causal text backbone, as in CoCa.
+The released code puts image and text into one sequence from the first layer on. Here the backbone encodes the caption
+alone under a causal mask, as in CoCa, and both meet in the vision-language layers: the image's backbone states are
+those of the contrastive pass.
 
 Reference: CoCa (arXiv:2205.01917), Eq. 2-3; SyCoCa (arXiv:2401.02137) for its place beside contrastive learning.
 """
@@ -30,13 +29,7 @@ class Captioning(LocalObjective):
     """Cross-entropy of every token of a caption but the first, the end token included; padding does not count.
 
     Args:
-        weight: factor in the sum of objectives.
-        schedule: see `Objective`.
         decoder: "tied" compares with the model's token table, "own" with a table of this objective.
-        text_expert: see `LocalObjective`.
-
-    Raises:
-        UserError: for an unknown decoder.
     """
 
     passes = frozenset({"caption"})

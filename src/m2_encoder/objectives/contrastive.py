@@ -19,7 +19,7 @@ from m2_encoder.objectives.contrastive_op import NO_GROUP, contrastive_forward
 from m2_encoder.objectives.schedule import Schedule
 
 HEADS: Final = ("features", "backbone_features")
-"""Feature pairs of the model: after the vision-language encoder, and after the backbone."""
+"""Heads of the model: on the vision-language encoder, and on the backbone."""
 
 _HEADS_RULE: Final = Rule(
     lambda heads: "features" in heads and len(set(heads)) == len(heads) and set(heads) <= set(HEADS),
@@ -45,8 +45,8 @@ def image_text_contrastive(
 ) -> Tensor:
     """Symmetric InfoNCE over the contrastive group: GBA-ITC of M2-Encoder.
 
-    Features are gathered once and logsumexps once, backward sends nothing, and no (B, G * B) matrix exists: logits are
-    made, used and forgotten tile by tile. Features of any floating dtype; all sums are in fp32 (fp64 for fp64).
+    Features and logsumexps are gathered once, and backward sends nothing. Logits exist one tile at a time, never as a
+    (B, G * B) matrix. Features may have any floating dtype; all sums are in fp32 (fp64 for fp64).
 
     Args:
         image_features: L2-normalised, (B, E); or one such tensor per head.
@@ -57,18 +57,17 @@ def image_text_contrastive(
             of each other, with equal shares. None: only an image and its own captions match. On all ranks or none.
         captions_per_image: k, the same on all ranks.
         label_smoothing: share of the target spread evenly over all rows of the group, in [0, 1).
-        equal_rows: promise that all ranks of the group have the same B. Otherwise the ranks tell each other
-            first, through the store they met in: no collective, but half a millisecond.
-        one_sided: gather the texts alone and let backward send: four matrix products instead of six, which wins where
+        equal_rows: promise that all ranks of the group have the same B. Otherwise they exchange it first, through the
+            key-value store: no collective, but half a millisecond.
+        one_sided: gather the texts alone and let backward send: four matrix products instead of six, faster where
             arithmetic is slower than the network (`contrastive_one_sided`). Needs `equal_rows`.
-        debug: refuse features that are not normalised (a synchronisation), and a broken promise of `equal_rows`, which
-            otherwise ends in whatever the backend does; always on while torch's anomaly detection is
-            (`trainer.detect_anomaly=true`).
+        debug: refuse features that are not normalised (costs a synchronisation), and ranks that break `equal_rows`
+            (undefined behaviour otherwise). Always on with torch's anomaly detection (`trainer.detect_anomaly=true`).
 
     Returns:
-        Mean loss over the local rows (the mean over images of image-to-text and the mean over texts of text-to-image,
-        halved), and over the heads if there are several, (), fp32 (fp64 for fp64 features). Its gradient, averaged over
-        all ranks as DDP and FSDP do, is that of the mean of all ranks' losses; `logit_scale` counts once.
+        Mean of the image-to-text loss of local images and the text-to-image loss of local texts, and over the heads,
+        (), fp32 (fp64 for fp64 features). Its gradient, averaged over all ranks as DDP and FSDP do, is that of the mean
+        of all ranks' losses, `logit_scale` included.
 
     Raises:
         UserError: for shapes, dtypes or devices that do not fit, no rows, a smoothing outside [0, 1), a group that does
@@ -93,7 +92,7 @@ def image_text_contrastive(
 
 
 class ContrastiveLosses(NamedTuple):
-    """Losses of several heads."""
+    """Losses of H heads."""
 
     loss: Tensor  # mean over the local rows, (H,), differentiable
     per_sample: Tensor  # loss of each local text, half its image's and half its own, (k * B, H), detached
@@ -129,7 +128,7 @@ def contrastive_losses(
     if debug or (not torch.compiler.is_compiling() and torch.is_anomaly_enabled()):
         for name, features in (("image_features", images), ("text_features", texts)):
             _check_norms(name, features)
-        if equal_rows:
+        if equal_rows and group is not None:
             _check_equal_rows(images[0].shape[0], group)
     if one_sided and not equal_rows:
         raise UserError("one_sided=True needs equal_rows=True: its reduce-scatter takes as many rows from every rank")
@@ -150,20 +149,15 @@ class ImageTextContrastive(Objective):
     """ITC over the ranks of the strategy's contrastive group.
 
     Args:
-        weight: factor in the sum of objectives.
-        schedule: see `Objective`.
         label_smoothing: share of the target spread evenly over all rows, in [0, 1).
         multi_positive: treat rows with the same identity (the same picture or concept drawn twice) as positives of
             each other instead of as false negatives.
-        heads: feature pairs that are trained, of `HEADS`, "features" always: without them the vision-language encoder
-            would get no gradient. The loss is the mean over them.
-        equal_rows: all ranks have the same number of rows in every step, which the data modules here guarantee.
+        heads: which of `HEADS` are trained; the loss is their mean. "features" is required, since without it the
+            vision-language encoder would get no gradient.
+        equal_rows: all ranks have the same number of rows in every step; the data modules of this project see to it.
         one_sided: see `image_text_contrastive`.
-        feature_dtype: "bfloat16" or "float16" rounds the features before they are gathered and multiplied: half the
-            traffic, and bf16 products on GPUs. Mixed precision leaves normalised features in fp32, and so does null.
-
-    Raises:
-        UserError: for other heads, a smoothing outside [0, 1), or uneven rows and one side.
+        feature_dtype: "bfloat16" or "float16" rounds features before they are gathered and multiplied: half the
+            traffic, and bf16 products on GPUs. null leaves them as they are: fp32 even in mixed precision.
     """
 
     @check_bounds
@@ -284,16 +278,12 @@ def _check_options(images: Tensor, identity: Tensor | None, smoothing: float) ->
         )
     if identity is not None and identity.device != images.device:
         raise UserError(f"identity is on {identity.device}, the features on {images.device}; move one of them")
-    _check_smoothing(smoothing)
+    if not 0 <= smoothing < 1:
+        raise UserError(f"label_smoothing={smoothing!r} must be in [0, 1)")
 
 
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing < 1:
-        raise UserError(f"label_smoothing={label_smoothing!r} must be in [0, 1)")
-
-
-def _check_equal_rows(rows: int, group: dist.ProcessGroup | None) -> None:
-    counts = [rows] if group is None else exchange_counts(rows, group)
+def _check_equal_rows(rows: int, group: dist.ProcessGroup) -> None:
+    counts = exchange_counts(rows, group)
     if len(set(counts)) > 1:
         raise UserError(f"equal_rows=True, but the ranks of the group have {counts} rows; use equal_rows=False")
 

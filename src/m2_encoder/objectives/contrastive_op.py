@@ -1,7 +1,7 @@
-"""The symmetric contrastive loss in local form, as a torch operator: exact, tiled, and silent in backward.
+"""The symmetric contrastive loss in local form, as a torch operator: exact and tiled, with nothing sent in backward.
 
-A rank gathers features once and logsumexps once; after that the gradient of *all* losses of its group with respect to
-its own rows is local arithmetic, so that backward sends nothing and no (local x group) matrix exists anywhere.
+A rank gathers features once and logsumexps once. From these it computes the gradient of *all* losses of its group with
+respect to its own rows, without a (local x group) matrix.
 
 Letters: n local images · c captions per image · m images of the group, M · H heads · E feature dim.
 
@@ -73,10 +73,9 @@ def contrastive_forward(
 
     Returns:
         Mean loss of each head, (H,), the one differentiable output; losses of the local texts, each half its image's
-        and half its own, (c * n, H); images and texts of the group,
-        (M, H, E) and (c * M, H, E), without rows if there is no group; logsumexps of all images and texts, (M, H) and
-        (c * M, H); all identities, (M,), without rows if there are none; and on the CPU, int64: rank in the group,
-        whether tiles are in range for each head, images of each rank.
+        and half its own, (c * n, H); images and texts of the group, (M, H, E) and (c * M, H, E), empty without a group;
+        logsumexps of all images and texts, (M, H) and (c * M, H); all identities, (M,), or empty; and on the CPU,
+        int64: rank in the group, whether tiles are in range for each head, images of each rank.
     """
     process_group = None if group == NO_GROUP else resolve_group(group)
     with torch.autocast(images.device.type, enabled=False):

@@ -1,30 +1,29 @@
-"""Distillation: learn from a frozen teacher, row by row and by how it compares the rows of the group.
+"""Distillation from a frozen teacher: of its features, and of its similarities between the rows of the group.
 
     features    1/2 [mean_i (1 - cos(W x_i, u_i)) + mean_j (1 - cos(W y_j, v_j))]
     similarity  1/2 [mean_i KL(softmax_j s' u_i . v_j || softmax_j s x_i . y_j) + the same from texts to images]
     loss        feature_weight * features + similarity_weight * similarity
 
-x, y: the student's features and s = exp(logit_scale); u, v: the teacher's and s' (or 1 / temperature). W: one
-projection for both modalities, so that the student keeps one space, where the widths differ; otherwise it is left out.
-On unit vectors the squared distance is twice 1 - cos.
+x, y: the student's features and s = exp(logit_scale); u, v: the teacher's and s' (or 1 / temperature). W: a projection
+of the student's features to the teacher's width, one for both modalities; left out if the widths are equal.
 
-The teacher reads the same batch: ids of the same tokenizer, images resized to its size where that differs. It is no
-sub-module: not in checkpoints, not in the optimizer, not DDP's or FSDP's, whole on every rank. It runs once per step,
-without a graph, on `chunk_size` rows at a time.
+The teacher reads the same batch: ids of the same tokenizer, images resized to its size if that differs. It is no
+sub-module: not in checkpoints, not in the optimizer, not replicated or sharded, but whole on every rank. It runs once
+per step, without a graph, on `chunk_size` rows at a time.
 
 Letters: n local images · k captions per image · g ranks of the group · E, E' feature dims of student and teacher.
 
-Cost per rank and step: the teacher's forward; for similarities ITC's, and sent (g - 1)(k + 1) n (2 E + E') elements
-more and 6 matrix products of n x k M x (E or E'); no (n x k M) matrix exists. Backward sends nothing.
+Cost per rank and step: the teacher's forward; for similarities that of ITC, and beyond it (g - 1)(k + 1) n (2 E + E')
+elements sent and 6 matrix products of n x k M x (E or E'); no (n x k M) matrix exists. Backward sends nothing.
 
 Reference: DC-CLIP (arXiv:2404.11249), DCLIP (arXiv:2505.21549) and AltCLIP (arXiv:2211.06679) for features of a frozen
-teacher, AltCLIP also for reading one language (`teacher_language`) and teaching all; CLIP-KD (arXiv:2307.12732) for
-similarities over a batch. R2D2's and ALBEF's momentum teacher, a running mean of the student, is not this.
+teacher, AltCLIP also for a teacher of one language (`teacher_language`); CLIP-KD (arXiv:2307.12732) for similarities
+over a batch. The momentum teacher of R2D2 and ALBEF, a running mean of the student, is another method.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,97 +31,49 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.bounds import Count, NotNegative, Positive, Text, check_bounds
+from m2_encoder.distributed.collectives import gather_constant
 from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.alignment import mean_alignment
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import contrastive_losses
 from m2_encoder.objectives.files import ENCODER, Resources
-from m2_encoder.objectives.row_tiles import gather_constant
 from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import LANGUAGES, ImageTextBatch, TextTokens
+
+if TYPE_CHECKING:  # objectives load no model
+    from m2_encoder.models.m2_encoder import M2Encoder
 
 _INIT_STD = 0.02
 
 
-class TeacherShape(Protocol):
-    """What is asked of a teacher's configuration; `M2EncoderConfig` has it."""
-
-    @property
-    def feature_dim(self) -> int:
-        """Width E' of the features."""
-        ...
-
-    @property
-    def image_size(self) -> int:
-        """Side S, pixels."""
-        ...
-
-
-class Teacher(Protocol):
-    """What is asked of a teacher; `M2Encoder` has it."""
-
-    logit_scale: nn.Parameter
-
-    @property
-    def config(self) -> TeacherShape:
-        """Its shape."""
-        ...
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """L2-normalised features, (B, E')."""
-        ...
-
-    def encode_text(self, text: TextTokens) -> Tensor:
-        """L2-normalised features, (B, E')."""
-        ...
-
-    def to(self, device: Any) -> Any:
-        """Move it."""
-        ...
-
-    def eval(self) -> Any:
-        """Switch dropout off."""
-        ...
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze it."""
-        ...
-
-
 class _Taught(NamedTuple):
-    """The teacher's features of this rank's rows, (n, E') and (k * n, E'), and its scale, ()."""
+    """The teacher's features of this rank's rows."""
 
-    images: Tensor
-    texts: Tensor
-    scale: Tensor
+    images: Tensor  # (n, E')
+    texts: Tensor  # (k * n, E')
+    scale: Tensor  # s', ()
 
 
 class _Term(NamedTuple):
-    """One of the two: mean of the local rows, (), and of each local text with its image, (k * n,), detached."""
+    """One of the two terms of the loss."""
 
-    loss: Tensor
-    per_sample: Tensor
+    loss: Tensor  # mean of the local rows, ()
+    per_sample: Tensor  # of each local text with its image, (k * n,), detached
 
 
 class Distillation(Objective):
-    """Terms of a frozen teacher over the ranks of the contrastive group, which must hold equally many rows.
+    """Distillation over the ranks of the contrastive group, which must hold equally many rows.
 
     Args:
-        teacher: whom to load: a folder written by `m2-export`, or a name of `list_models` with `teacher_weights`.
-            `prepare` loads it.
-        weight: factor in the sum of objectives.
-        schedule: see `Objective`.
+        teacher: a folder written by `m2-export`, or a name of `list_models` with `teacher_weights`; `prepare` loads it.
         teacher_weights: a checkpoint for a teacher that is named.
         feature_weight: of the feature term; 0 leaves it out.
         similarity_weight: of the similarity term; 0 leaves it out.
         temperature: of the teacher's similarities; None for its own scale.
-        teacher_language: the teacher reads the image's caption in this language in place of every caption of it, so
-            that the others learn to say the same; None: it reads each caption.
+        teacher_language: for every caption of an image the teacher reads the caption in this language, so that the
+            others learn to say the same; None: it reads each caption.
         chunk_size: rows that the teacher encodes at a time.
-
-    Raises:
-        UserError: for weights that are negative or both 0, or other numbers that make no sense.
     """
 
     files = {"teacher": ENCODER}  # noqa: RUF012 - a ClassVar of Objective
@@ -149,26 +100,21 @@ class Distillation(Objective):
         self._temperature = temperature
         self._language = None if teacher_language is None else LANGUAGES.index(teacher_language)
         self._chunk_size = chunk_size
-        # In a tuple, where torch looks for no sub-module.
-        self._teacher: tuple[Teacher, ...] = ()
+        self._teacher: tuple[M2Encoder, ...] = ()  # a tuple hides it from nn.Module
         self.projection: nn.Linear | None = None
 
     def prepare(self, resources: Resources) -> None:
         """Load the teacher, onto the CPU until the first step."""
         self.teach_with(resources.load_encoder("teacher", self.teacher_name, self.teacher_weights))
 
-    def teach_with(self, teacher: Teacher) -> None:
+    def teach_with(self, teacher: M2Encoder) -> None:
         """Take a teacher and freeze it; before `build`."""
         teacher.eval()
         teacher.requires_grad_(False)
         self._teacher = (teacher,)
 
     def build(self, shape: M2EncoderConfig) -> None:
-        """Make the projection, if one is needed.
-
-        Raises:
-            UserError: without a teacher.
-        """
+        """Make the projection, if one is needed."""
         width = self._get_teacher().config.feature_dim
         if self._weights[0] and width != shape.feature_dim:
             self.projection = nn.Linear(shape.feature_dim, width, bias=False)
@@ -178,17 +124,17 @@ class Distillation(Objective):
         """Loss of the local rows; similarities are those with all rows of the group.
 
         Raises:
-            UserError: without a teacher or a batch, or where an image has no caption that the teacher shall read.
+            UserError: without a teacher or a batch, or if an image has no caption in the teacher's language.
         """
         if inputs.batch is None:
-            raise UserError("a teacher looks at images and captions themselves; ObjectiveInputs needs the batch")
+            raise UserError("a teacher reads images and captions; ObjectiveInputs needs the batch")
         taught = self._teach(inputs.batch)
         terms = (self._compare_features, self._compare_similarities)
         with torch.autocast(inputs.image_features.device.type, enabled=False):
             parts = [
                 (weight, term(inputs, taught)) for weight, term in zip(self._weights, terms, strict=True) if weight
             ]
-            nothing = inputs.logit_scale * 0  # features alone have no scale, but DDP waits for its gradient
+            nothing = inputs.logit_scale * 0  # the feature term has no scale, and DDP hangs without its gradient
         loss = torch.stack([weight * part.loss for weight, part in parts]).sum() + nothing
         per_sample = torch.stack([weight * part.per_sample for weight, part in parts]).sum(dim=0)
         return ObjectiveOutput(loss=loss, per_sample=per_sample)
@@ -258,7 +204,7 @@ class Distillation(Objective):
             scale = torch.full_like(scale, 1 / self._temperature)
         return _Taught(torch.cat(images).to(dtype), torch.cat(texts).to(dtype), scale)
 
-    def _get_teacher(self) -> Teacher:
+    def _get_teacher(self) -> M2Encoder:
         if not self._teacher:
             raise NotGivenError(
                 f"distillation has no teacher yet; load {self.teacher_name!r} and call teach_with(model)"
@@ -267,7 +213,7 @@ class Distillation(Objective):
 
 
 class _Shares:
-    """P - T of some local rows: own partners, in equal shares, less the softmax of the teacher's similarities.
+    """P - T of some local rows: equal shares on the row's partners, less the softmax of the teacher's similarities.
 
     Args:
         queries: the teacher's features of the local rows, (n, E').
@@ -278,7 +224,7 @@ class _Shares:
         queries_per_key: how many queries each key is the partner of.
 
     Attributes:
-        information: sum_j T_ij log T_ij of each local row, (n,), once all of them were made.
+        information: sum_j T_ij log T_ij of each local row, (n,); filled by the calls.
     """
 
     def __init__(
@@ -309,7 +255,7 @@ class _Shares:
 
 
 def _captions_in(language: int, batch: ImageTextBatch) -> Tensor:
-    """For every caption the row of its image's first caption in a language, (k * B,) int64."""
+    """For every caption, the row of its image's first caption in a language, (k * B,) int64."""
     matches = (batch.language == language).unflatten(0, (-1, batch.captions_per_image))
     if not bool(matches.any(dim=1).all()):
         missing = int((~matches.any(dim=1)).sum())

@@ -1,7 +1,6 @@
-"""Files that objectives own: what an argument names, and who loads it.
+"""Files that objectives read: declared in `Objective.files`, loaded in `Objective.prepare`.
 
-An objective says in `files` which of its arguments name a file, and takes their content in `prepare`. Commands check
-that the files exist before anything starts, and a run records them, so that it does not go on with others.
+Commands check that the files exist before anything starts. A run records them, and does not resume with others.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class FileKind:
-    """What an argument of an objective names; null is always allowed where the constructor takes None.
+    """What kind of file an argument of an objective names.
 
     Attributes:
-        content: a plain file; a folder that `m2-export` wrote, or a name of `list_models` whose checkpoint the argument
-            `<argument>_weights` names; or a folder that a run of a visual tokenizer exported.
-        fix: for a plain file that is missing, what to give.
-        check: for a plain file, raises ValueError if it holds something else; called before anything starts.
+        content: "file"; "encoder" for a folder that `m2-export` wrote, or a name of `list_models` with its checkpoint
+            in the argument `<argument>_weights`; "visual tokenizer" for a folder that a run exported.
+        fix: of the error for a missing plain file.
+        check: raises ValueError if a plain file holds something else; called before anything starts.
     """
 
     content: Literal["file", "encoder", "visual tokenizer"]
@@ -40,19 +39,10 @@ VISUAL_TOKENIZER: Final = FileKind("visual tokenizer")
 
 
 class Resources(NamedTuple):
-    """What `prepare` may ask for; all functions raise UserError for what cannot be used.
-
-    Attributes:
-        tokenizer: of the run.
-        config: the model's.
-        find_path: path of a value: from the working directory or, if nothing is there, from the checkout's root.
-        load_encoder: (argument, value, weights) to a model that reads the ids of the run's tokenizer; weights are the
-            checkpoint of one that is named, or None.
-        load_visual_tokenizer: (argument, value) to a visual tokenizer.
-    """
+    """Input of `Objective.prepare`; its functions raise UserError for a file that cannot be used."""
 
     tokenizer: SentencePieceTokenizer
     config: M2EncoderConfig
-    find_path: Callable[[str], Path]
-    load_encoder: Callable[[str, str, str | None], M2Encoder]
-    load_visual_tokenizer: Callable[[str, str], VisualTokenizer]
+    find_path: Callable[[str], Path]  # relative to the working directory or, if nothing is there, the checkout's root
+    load_encoder: Callable[[str, str, str | None], M2Encoder]  # of (argument, value, checkpoint if the value is a name)
+    load_visual_tokenizer: Callable[[str, str], VisualTokenizer]  # of (argument, value)

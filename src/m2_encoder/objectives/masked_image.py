@@ -4,7 +4,7 @@
 
 with l of `patch_targets`: squared distance to normalised pixels, or cross-entropy of a visual tokenizer's codes.
 
-Reference: BEiT (arXiv:2106.08254) for blocks of patches; SyCoCa (arXiv:2401.02137) for the caption's part in it and for
+Reference: BEiT (arXiv:2106.08254) for blocks of patches; SyCoCa (arXiv:2401.02137) for the use of captions and for
 attentive masks; MAE (arXiv:2111.06377) and BEiT v2 (arXiv:2208.06366) for the targets.
 """
 
@@ -35,27 +35,16 @@ _TARGETS: Final = Rule(
 class MaskedImage(LocalObjective):
     """CMIM over the hidden patches of every image, once for each of its captions.
 
-    Attentive masks hide the patches whose features are most similar to the feature of the image's caption, with
-    several captions to the sum of theirs, so that one pass of the image serves all. A patch's feature is its state
-    after the vision-language layers, projected as the image's is. They follow the model as it learns, without a
-    gradient and without a random number: a piece that is computed again hides the same patches. They cost one more run
-    of the vision-language layers over the image, forward only, and mean something only where image and text share a
-    space: beside a contrastive objective, or from trained weights.
-
-    SyCoCa selects patches by their similarity to the text, too; that is followed. To hide the most similar ones, where
-    the features are taken, and the share are our choice.
+    Attentive masks (see `attentive_mask`) hide the patches whose features are most similar to the mean feature of the
+    image's captions. A patch's feature is its state after the vision-language layers, projected as the image's is. The
+    choice is deterministic: a recomputed piece hides the same patches. It costs one more forward of the vision-language
+    layers over the image, and is useful only if image and text share a space: beside a contrastive objective, or from
+    trained weights.
 
     Args:
-        weight: factor in the sum of objectives.
-        schedule: see `Objective`.
         mask_ratio: share of the patches that are hidden; the released configuration names 80 of 196.
-        masking: how patches are chosen: "block", BEiT's, drawn by the data module, or "attentive", those most like the
-            caption.
+        masking: "block" for blocks as in BEiT, sampled by the data module, or "attentive".
         targets: what is predicted; None for normalised pixels.
-        text_expert: see `LocalObjective`.
-
-    Raises:
-        UserError: for a ratio outside (0, 1), or an unknown masking.
     """
 
     passes = frozenset({"masked_image"})
@@ -80,7 +69,7 @@ class MaskedImage(LocalObjective):
         self._count = 0
 
     def prepare(self, resources: Resources) -> None:
-        """Load what the targets need."""
+        """Load files of the targets."""
         try:
             self.targets.prepare(resources)
         except UserError as error:

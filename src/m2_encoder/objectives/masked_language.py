@@ -25,19 +25,13 @@ from m2_encoder.tokenizers.dictionary import DICTIONARY_FIX, read_user_words
 
 
 class MaskedLanguage(LocalObjective):
-    """CMLM over the hidden words that the data module chose.
+    """CMLM over the words that the data module hides.
 
     Args:
-        weight: factor in the sum of objectives.
-        schedule: see `Objective`.
         mask_ratio: share of a caption's tokens that are hidden, in whole words. The released configuration names 0.5
             with an image; without one, 0.15.
         decoder: "tied" compares with the model's token table, "own" with a table of this objective.
-        text_expert: see `LocalObjective`.
-        user_dictionary: file of words beyond jieba's own, in its format: `word [frequency] [tag]` a line.
-
-    Raises:
-        UserError: for a ratio outside (0, 1), or an unknown decoder.
+        user_dictionary: file of more words for jieba, in its format: `word [frequency] [tag]` a line.
     """
 
     passes = frozenset({"masked_text"})
@@ -74,15 +68,7 @@ class MaskedLanguage(LocalObjective):
         return self.head.terms(passes.masked_text, passes.text.ids, passes.hidden_tokens, passes)
 
     def predict(self, passes: PiecePasses, table: Tensor) -> Tensor:
-        """Captions with the likeliest tokens in place of hidden ones; for a few captions.
-
-        Args:
-            passes: of a piece with hidden words.
-            table: the model's token table, (V, D).
-
-        Returns:
-            (k * b, T) int64.
-        """
+        """Captions with the likeliest tokens in place of hidden ones, (k * b, T) int64; see `TokenHead.predict`."""
         ids = passes.text.ids.clone()
         ids[passes.hidden_tokens] = self.head.predict(passes.masked_text, table)
         return ids

@@ -1,4 +1,4 @@
-"""Image-text matching (ITM): does this caption describe this image, seen together? Beside hard negatives.
+"""Image-text matching (ITM): classifies pairs of image and caption, seen together, as right or wrong.
 
     z(i, j) = w . h_ij + c          h_ij: state of the caption's first token after the vision-language layers
     loss = mean over captions j of image i of  softplus(-z(i, j)), softplus(z(i, j')) and softplus(z(i', j))
@@ -6,24 +6,22 @@
 Letters: n local images · k captions per image · M images of the group · g ranks of the group · s = exp(logit_scale)
 · h hardness.
 
-Hard negatives are sampled by the contrastive scores of the step, so that no round of mining is needed:
+Hard negatives are sampled by the contrastive scores of the step:
 
     j' ~ softmax_t(h s x_i . y_t)  over the captions t of the whole group that do not describe image i
     i' ~ softmax_r(h s x_r . y_j)  over the images r of this rank that caption j does not describe
 
-With the hardness h = 1 (ALBEF's) they are as hard as the contrast finds them. A model that starts from nothing learns
-nothing from those: its loss stays that of guessing. Smaller values sample more evenly; 0 takes every one alike.
+ALBEF has the hardness h = 1. From random weights that is too hard: the loss stays that of guessing. Smaller values
+sample more evenly; 0 samples uniformly.
 
-A caption describes the images of its identity, and those that come with the very same words: there it would score as
-high as the right caption, be sampled for that, and train one pair as right and wrong in one step. Words are compared
-token by token, without padding, so nothing else is taken for the same.
+A caption describes the images of its identity, and those that have a caption with the same tokens. The latter would
+score as high as the right caption and be sampled as negatives, which trains one pair as right and wrong in one step.
 
 Captions come from all ranks because their ids are cheap to send; an image of another rank would cost its pixels or
-hidden states. A sample is the inverse of the cumulative probabilities at a number that belongs to the seed, the step
-and the caption's place in the group: for j' it is the same (up to rounding) however the rows of the group are divided,
-for i' only the choice of images changes. It happens once per step, outside of what is recomputed.
+hidden states. Samples invert the cumulative probabilities at a uniform number that depends on the seed, the step and
+the caption's place in the group: j' is the same (up to rounding) for every division of the group's rows over ranks.
 
-Cost per rank and step: sent k (g - 1) n (E elements and T + 2 whole numbers); three fusions of N + T tokens for each
+Cost per rank and step: sent k (g - 1) n (E elements and T + 2 integers); three fusions of N + T tokens for each
 caption; the backbone for one more caption each and, where micro-batches are recomputed, for the pairs a second time and
 one more image for each caption. Scores exist for a tile of rows at a time.
 
@@ -41,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.bounds import NotNegative, Seed, check_bounds
-from m2_encoder.distributed.collectives import exchange_counts, gather_rows_without_grad
+from m2_encoder.distributed.collectives import exchange_counts, gather_constant
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalTerms, ObjectiveInputs, PairObjective
@@ -51,21 +49,16 @@ from m2_encoder.types import TextTokens
 
 _INIT_STD: Final = 0.02
 _TILE_ELEMENTS: Final = 1 << 22
-_STEP_FACTOR: Final = 1_000_003  # a prime beyond any sensible number of seeds
+_STEP_FACTOR: Final = 1_000_003  # a prime; random numbers of different seeds do not meet
 
 
 class Matching(PairObjective):
     """ITM with two hard negatives per caption.
 
     Args:
-        weight: factor in the sum of objectives.
-        schedule: see `Objective`. Scores of the first steps are noise: a later start loses little.
-        hardness: h, factor of the scores by which hard negatives are sampled; ours, ALBEF has 1.
+        schedule: a late start loses little, since scores of the first steps are noise.
+        hardness: h.
         seed: of the samples.
-        text_expert: see `LocalObjective`.
-
-    Raises:
-        UserError: for a negative seed or hardness, or one that is not finite.
     """
 
     score_names = ("accuracy",)
@@ -91,13 +84,9 @@ class Matching(PairObjective):
 
     @torch.no_grad()
     def select(self, inputs: ObjectiveInputs) -> HardPairs:
-        """Sample a wrong caption and a wrong image for every local caption.
-
-        Raises:
-            UserError: if there is no batch.
-        """
+        """Sample a wrong caption and a wrong image for every local caption."""
         if inputs.batch is None:
-            raise UserError("matching looks at images and captions themselves; ObjectiveInputs needs the batch")
+            raise UserError("matching reads images and captions; ObjectiveInputs needs the batch")
         batch, captions = inputs.batch, inputs.batch.captions_per_image
         scale = self._hardness * inputs.logit_scale.exp()
         others = _gather(inputs, batch.text)
@@ -124,7 +113,7 @@ class Matching(PairObjective):
         )
         has_text, has_image = passes.has_text, passes.has_image
         sums = functional.softplus(-right)
-        # Not a product: what stands where there was no negative may be anything.
+        # Not a product: values without a negative may be NaN.
         sums = sums + torch.where(has_text, functional.softplus(wrong_text), 0.0)
         sums = sums + torch.where(has_image, functional.softplus(wrong_image), 0.0)
         hits = (right > 0).to(sums.dtype) + (has_text & (wrong_text <= 0)) + (has_image & (wrong_image <= 0))
@@ -132,7 +121,7 @@ class Matching(PairObjective):
 
 
 class PairEncoder(Protocol):
-    """What re-ranking needs of a model; `M2Encoder` has it."""
+    """What reranking needs of a model; `M2Encoder` has it."""
 
     def trim_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> TextTokens:
         """Cut padding beyond the longest text."""
@@ -160,28 +149,25 @@ def score_hidden(
     *,
     text_expert: bool = False,
 ) -> Tensor:
-    """Matching scores of images and texts that the backbone has encoded, row by row.
+    """Log-odds that text i describes image i, (P,), fp32 at least.
 
     Args:
         model: a trained encoder.
         head: of `Matching`.
-        image_hidden: (P, N, D).
-        text_hidden: (P, T, D), one text per image.
+        image_hidden: backbone states, (P, N, D).
+        text_hidden: backbone states, (P, T, D).
         mask: True on tokens of the texts, (P, T) bool.
         text_expert: as it was trained.
-
-    Returns:
-        Log-odds that the text describes the image, (P,), fp32 at least.
     """
     scores: Tensor = head(model.fuse(image_hidden, text_hidden, mask, text_expert=text_expert)).squeeze(1)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 class Content(NamedTuple):
-    """What rows are about: an image and a caption belong together if the identity or any of the words are the same."""
+    """Content of rows: an image and a caption belong together if they share the identity or a caption's tokens."""
 
     identity: Tensor  # (N,) int64
-    words: Tensor  # numbers of the captions of an image, or that of a caption, (N, W) int64; equal words, equal numbers
+    words: Tensor  # numbers of a row's captions (of one if it is a caption), (N, W) int64; equal for equal tokens
 
 
 def sample_negatives(
@@ -195,10 +181,10 @@ def sample_negatives(
         scale: s, ().
         query_content: of N rows.
         key_content: of K rows.
-        uniform: where in the cumulative probabilities, (N,) in [0, 1).
+        uniform: place in the cumulative probabilities, (N,) in [0, 1).
 
     Returns:
-        Rows of keys, (N,) int64, and whether there was one to choose from, (N,) bool; otherwise the row is 0.
+        Rows of keys, (N,) int64, and whether there was one to sample, (N,) bool; otherwise the row is 0.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
     keys, scale = keys.to(dtype).t(), scale.to(dtype)
@@ -211,7 +197,7 @@ def sample_negatives(
         with torch.autocast(queries.device.type, enabled=False):
             logits = (scale * (queries[part].to(dtype) @ keys)).masked_fill_(own, -torch.inf)
         found[part] = ~own.all(dim=1)
-        # fp32 would lose what is less than 1e-7 of all.
+        # fp32 would lose probabilities below 1e-7.
         sums = logits.softmax(dim=1, dtype=torch.float64).nan_to_num_(0.0).cumsum(dim=1)
         total = sums[:, -1:]
         # Strictly below the total, so that the first sum beyond it exists and belongs to an allowed key.
@@ -230,13 +216,13 @@ def _belongs(queries: Content, keys: Content) -> Tensor:
 
 
 def _number_texts(text: TextTokens) -> Tensor:
-    """A number for each text, (K,) int64: equal ones for equal tokens, whatever stands on padding and however wide."""
+    """A number for each text, (K,) int64, equal for equal tokens; padding does not count."""
     _, numbers = torch.unique(text.ids.where(text.mask, -1), dim=0, return_inverse=True)
     return numbers
 
 
 class _GroupTexts(NamedTuple):
-    """Captions of the group, k * M of them, and which are this rank's."""
+    """The k * M captions of the group, and the rows of this rank's."""
 
     features: Tensor
     text: TextTokens
@@ -249,13 +235,11 @@ def _gather(inputs: ObjectiveInputs, text: TextTokens) -> _GroupTexts:
     identity = inputs.identity.repeat_interleave(count // len(inputs.identity))
     if group is None:
         return _GroupTexts(inputs.text_features, text, identity, slice(0, count))
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    rank = dist.get_rank(group)
     width = max(exchange_counts(text.ids.shape[1], group))  # each rank pads to its own longest caption
     ids = functional.pad(text.ids, (0, width - text.ids.shape[1]))
     packed = torch.cat([ids, text.mask.sum(dim=1, keepdim=True), identity[:, None]], dim=1)
-    counts = [count] * ranks
-    features = torch.cat(gather_rows_without_grad(inputs.text_features, group, counts=counts))
-    packed = torch.cat(gather_rows_without_grad(packed, group, counts=counts))
+    features, packed = gather_constant(inputs.text_features, group), gather_constant(packed, group)
     mask = torch.arange(width, device=packed.device) < packed[:, width, None]
     return _GroupTexts(
         features, TextTokens(packed[:, :width], mask), packed[:, width + 1], slice(rank * count, (rank + 1) * count)

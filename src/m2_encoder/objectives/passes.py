@@ -1,7 +1,9 @@
-"""The model's passes over one piece of a batch, as objectives ask for them; each is run at most once.
+"""Passes of the model over one piece (micro-batch) of a batch, run when an objective first reads them.
 
-The backbone encodes image and text alone; the vision-language layers then see both. So captions with hidden words cost
-one more pass of the text backbone, and meet hidden states of the image that the contrastive loss has computed anyway.
+The backbone encodes image and text apart; the vision-language layers then see both. Passes share backbone states:
+captions with hidden words cost one more pass of the text backbone, none of the image backbone.
+
+*Hidden* words and patches are those that the model may not see; names in `_hidden` are of hidden states.
 """
 
 from __future__ import annotations
@@ -40,18 +42,16 @@ class HardPairs(NamedTuple):
 
 
 class PiecePasses:
-    """The passes of the model over one piece of a batch; each is run when it is first asked for, and once.
+    """The passes of the model over one piece of a batch; each runs once, when it is first read.
 
-    `masked_text`, `masked_image` and `caption` give hidden states after the vision-language layers, which see image and
-    text together: those of the tokens to be predicted, row by row. No others are computed to the end. Captions of one
-    image share its backbone pass.
+    `masked_text`, `masked_image` and `caption` return states after the vision-language layers, where image and text see
+    each other: those of the tokens to be predicted, row by row. The last layer computes no others.
 
     Args:
         model: whole or sharded.
         batch: the rows of the piece.
-        allowed: names of `base.PASSES` that the objectives of the run declare.
-        text_expert: send texts through the text experts of the vision-language layers where image and text meet;
-            otherwise through the vision experts, which serve both modalities in the released features.
+        allowed: which of these three passes the objectives of the run declare in `LocalObjective.passes`.
+        text_expert: see `TermObjective`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PiecePasses:
         self._model = model
         self._allowed = allowed
         self._text_expert = text_expert
-        self._masked_images: list[tuple[Tensor, Tensor]] = []  # masks and what came of them
+        self._masked_images: list[tuple[Tensor, Tensor]] = []  # masks, and states for them
         self.batch = batch
 
     @cached_property
@@ -90,7 +90,7 @@ class PiecePasses:
 
     @cached_property
     def pair(self) -> EncodedPair:
-        """The clean passes with their features; only for objectives that need features."""
+        """The passes of clean images and captions, with their features."""
         return EncodedPair(
             self.image_hidden, self.text_hidden, self.text, self.image_heads.features, self.text_heads.features
         )
@@ -98,7 +98,7 @@ class PiecePasses:
     @cached_property
     def patch_features(self) -> Tensor:
         """Clean patches in the space of the features, not normalised, (b, patches, E), without a gradient."""
-        hidden = self.image_hidden  # with its graph, which others will use
+        hidden = self.image_hidden  # outside of no_grad: other passes need its graph
         with torch.no_grad():
             return self._model.finish_patches(hidden)
 
@@ -111,7 +111,7 @@ class PiecePasses:
 
     @cached_property
     def masked_text(self) -> Tensor:
-        """Captions with hidden words beside their clean image: states of the M hidden tokens, (M, D)."""
+        """States of the M hidden tokens, (M, D), of captions with hidden words beside their clean image."""
         self._check("masked_text")
         hidden = self.hidden_tokens
         assert self.batch.masked_text is not None
@@ -120,7 +120,7 @@ class PiecePasses:
 
     @cached_property
     def caption(self) -> Tensor:
-        """Captions beside their image, read from left to right: states of the M tokens with a next one, (M, D)."""
+        """States of the M tokens that have a next one, (M, D), of causally masked captions beside their image."""
         self._check("caption")
         length = self.text.ids.shape[1]
         causal = torch.ones((length, length), dtype=torch.bool, device=self.text.ids.device).tril()
@@ -134,13 +134,10 @@ class PiecePasses:
         return self._fuse_text(hidden, followed, attention_mask=allowed)
 
     def masked_image(self, patch_mask: Tensor) -> Tensor:
-        """Images with hidden patches beside their clean captions.
+        """States of the M hidden patches, (M, D), of images with hidden patches beside each of their clean captions.
 
         Args:
             patch_mask: True where a patch is hidden, (b, patches) bool.
-
-        Returns:
-            States of the M hidden patches, once for each caption, (M, D).
         """
         self._check("masked_image")
         for known, states in self._masked_images:
@@ -162,17 +159,7 @@ class PiecePasses:
     def token_losses(
         self, states: Tensor, bias: Tensor, targets: Tensor, table: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of tokens, never holding the logits of all of them.
-
-        Args:
-            states: what is compared with the rows of the table, (M, D).
-            bias: of each token, (V,).
-            targets: true ids, (M,) int64.
-            table: (V, D); None for the model's token table.
-
-        Returns:
-            Losses, (M,) fp32 or wider, and whether the target scored highest, (M,) bool.
-        """
+        """Cross-entropy against a table, (V, D), or the model's token table; see `M2Encoder.token_losses`."""
         return self._model.token_losses(states, bias, targets, table)
 
     def _fuse_text(self, text_hidden: Tensor, selected: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
@@ -191,20 +178,17 @@ class PiecePasses:
 
 
 class PiecePairs:
-    """Images and captions of one piece in the vision-language layers, rightly and wrongly paired.
+    """Right and wrong pairs of one piece, after the vision-language layers.
 
-    Each gives the state of the caption's first token, which sees the whole image and the whole caption, (k * b, D).
+    `matched`, `wrong_text` and `wrong_image` are states of the captions' first tokens, (k * b, D): one token that sees
+    the whole image and the whole caption.
 
     Args:
         model: whole or sharded.
-        passes: the clean passes of the piece.
-        wrong: hard negatives of the piece's captions; `image_rows` is not looked at.
-        wrong_image_hidden: of the backbone, one image per caption, (k * b, N, D).
-        text_expert: as in `PiecePasses`.
-
-    Attributes:
-        has_text: see `HardPairs`, (k * b,) bool.
-        has_image: see `HardPairs`, (k * b,) bool.
+        passes: the passes of clean images and captions of the piece.
+        wrong: hard negatives of the piece's captions; `image_rows` is not used.
+        wrong_image_hidden: backbone states of one wrong image per caption, (k * b, N, D).
+        text_expert: see `TermObjective`.
     """
 
     def __init__(
@@ -224,13 +208,13 @@ class PiecePairs:
 
     @cached_property
     def wrong_text(self) -> Tensor:
-        """Every caption's image beside a wrong caption; meaningless where there is none."""
+        """Every caption's image beside a wrong caption; meaningless where `has_text` is False."""
         text = self._model.trim_text(self._wrong_text)
         return self._fuse(self._passes.image_hidden, self._model.encode_text_backbone(text), text)
 
     @cached_property
     def wrong_image(self) -> Tensor:
-        """Every caption beside a wrong image; meaningless where there is none."""
+        """Every caption beside a wrong image; meaningless where `has_image` is False."""
         return self._fuse(self._wrong_image_hidden, self._passes.text_hidden, self._passes.text)
 
     def _fuse(self, image_hidden: Tensor, text_hidden: Tensor, text: TextTokens) -> Tensor:

@@ -1,9 +1,9 @@
-"""What is predicted of a hidden patch: its pixels, or the code that a frozen visual tokenizer gives it.
+"""Targets of masked image modelling: pixels of hidden patches, or their codes by a frozen visual tokenizer.
 
     NormalizedPixels   y = W h + b,   loss = mean over pixels of (y - t)^2,   t: pixels less their mean, over their std
     VisualCodes        y = W h + b,   loss = -log softmax_c(y)[code of the patch]
 
-h: state of the patch after the vision-language layers, (D,). Targets are made of the clean image, without a gradient.
+h: state of the patch after the vision-language layers, (D,). Targets come from the clean image, without a gradient.
 
 Letters: M hidden patches · K codes · N patches · D width.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +27,26 @@ from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.files import VISUAL_TOKENIZER, FileKind, Resources
 
-_EPS = 1e-6  # of the variance of a patch, in units of 255 levels squared; MAE's
+if TYPE_CHECKING:  # objectives load no model
+    from m2_encoder.models.visual_tokenizer import VisualTokenizer
+
+_EPS = 1e-6  # added to the variance of a patch, as in MAE
 _INIT_STD = 0.02
 
 
 class PatchTargets(nn.Module, ABC):
-    """A head on the states of hidden patches, and what it is to say.
+    """A head on the states of hidden patches, and its targets.
 
     Attributes:
-        score_names: names of the scores that `compare` gives, always all of them.
-        files: as those of an `Objective`.
+        score_names: names of the scores that `compare` returns, in every call.
+        files: as in `Objective`.
     """
 
     score_names: tuple[str, ...] = ()
     files: ClassVar[Mapping[str, FileKind]] = {}
 
     def prepare(self, resources: Resources) -> None:
-        """Load what `files` names; called once, before `build`."""
+        """Load the files that `files` declares; called once, before `build`."""
 
     @abstractmethod
     def build(self, shape: M2EncoderConfig) -> None:
@@ -57,29 +60,23 @@ class PatchTargets(nn.Module, ABC):
     def compare(
         self, states: Tensor, images: Tensor, rows: Tensor, places: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """How well states tell their patches.
+        """Losses of hidden patches, (M,) fp32 or wider, and scores by name, (M,) each, detached.
 
         Args:
             states: of hidden patches, (M, D).
-            images: as they are, (B, 3, S, S).
+            images: clean, (B, 3, S, S).
             rows: image of each, (M,) int64.
             places: its place in the image, row by row, (M,) int64.
-
-        Returns:
-            Losses, (M,) fp32 or wider, and scores by name, (M,) each, detached.
         """
 
     @abstractmethod
     def draw(self, states: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
-        """Images in which hidden patches look as predicted.
+        """Images with predicted pixels in place of hidden patches, (B, 3, S, S) fp32 in 0..1.
 
         Args:
             states: of the hidden patches, row by row, (M, D).
-            images: as they are, (B, 3, S, S).
+            images: clean, (B, 3, S, S).
             patch_mask: True where a patch is hidden, (B, N) bool.
-
-        Returns:
-            (B, 3, S, S) fp32 in 0..1.
         """
 
 
@@ -101,7 +98,7 @@ class NormalizedPixels(PatchTargets):
 
     @torch.no_grad()
     def draw(self, states: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
-        """As MAE draws: predictions get the mean and the deviation of the true patch, which nobody predicts."""
+        """As MAE: predictions take the mean and the deviation of the true patch, which are not predicted."""
         true = split_patches(images, self._patch_size).float()
         mean, scale = true.mean(dim=-1, keepdim=True), (true.var(dim=-1, keepdim=True) + _EPS).sqrt()
         drawn = true.clone()
@@ -109,50 +106,11 @@ class NormalizedPixels(PatchTargets):
         return join_patches(drawn, self._patch_size).clamp(0, 1)
 
 
-class VisualTokenizer(Protocol):
-    """What is asked of a visual tokenizer; `m2_encoder.models.visual_tokenizer.VisualTokenizer` has it."""
-
-    @property
-    def num_codes(self) -> int:
-        """K."""
-        ...
-
-    @property
-    def image_size(self) -> int:
-        """Side S, pixels."""
-        ...
-
-    @property
-    def patch_size(self) -> int:
-        """Side P of a patch, pixels."""
-        ...
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes of the patches, (B, N) int64 in 0..K - 1."""
-        ...
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images of codes, (B, 3, S, S) in 0..1."""
-        ...
-
-    def to(self, device: Any) -> Any:
-        """Move it."""
-        ...
-
-    def eval(self) -> Any:
-        """Switch what is random off."""
-        ...
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze it."""
-        ...
-
-
 class VisualCodes(PatchTargets):
     """The code of a patch by a frozen visual tokenizer.
 
-    The tokenizer is no sub-module: not in checkpoints, not in the optimizer, not DDP's or FSDP's, whole on every rank.
-    It reads whole images once per piece, in fp32, so that a piece that is computed again gets the same codes.
+    The tokenizer is no sub-module: not in checkpoints, not in the optimizer, not replicated or sharded, but whole on
+    every rank. It runs in fp32, so that a recomputed piece gets the same codes.
 
     Args:
         tokenizer: folder written by `m2-train +experiment=visual_tokenizer`; `prepare` loads it.
@@ -165,14 +123,13 @@ class VisualCodes(PatchTargets):
     def __init__(self, *, tokenizer: Text) -> None:
         super().__init__()
         self.tokenizer_name = tokenizer
-        # In a tuple, where torch looks for no sub-module.
-        self._tokenizer: tuple[VisualTokenizer, ...] = ()
+        self._tokenizer: tuple[VisualTokenizer, ...] = ()  # a tuple hides it from nn.Module
 
     def prepare(self, resources: Resources) -> None:
         """Load the tokenizer, onto the CPU until the first step.
 
         Raises:
-            UserError: for one that cannot be loaded, or that sees other patches than the model.
+            UserError: for one that cannot be loaded, or whose image or patch size is not the model's.
         """
         self.read_with(resources.load_visual_tokenizer("tokenizer", self.tokenizer_name))
         self._check_patches(resources.config)
@@ -184,11 +141,7 @@ class VisualCodes(PatchTargets):
         self._tokenizer = (tokenizer,)
 
     def build(self, shape: M2EncoderConfig) -> None:
-        """Make the head.
-
-        Raises:
-            UserError: without a tokenizer, or if it sees other patches than the model.
-        """
+        """Make the head."""
         self._check_patches(shape)
         self.head = _make_head(shape, self._get_tokenizer().num_codes)
 
@@ -212,12 +165,13 @@ class VisualCodes(PatchTargets):
 
     @torch.no_grad()
     def draw(self, states: Tensor, images: Tensor, patch_mask: Tensor) -> Tensor:
-        """What the tokenizer makes of the true codes of visible patches and the likeliest codes of hidden ones."""
+        """Decode the true codes of visible patches together with the likeliest codes of hidden ones."""
         codes = self.encode(images).clone()
         codes[patch_mask] = self.head(states).argmax(dim=-1)
-        drawn = split_patches(self._get_tokenizer().decode(codes).float(), self._patch_size())
-        true = split_patches(images, self._patch_size()).float()
-        return join_patches(torch.where(patch_mask[..., None], drawn, true), self._patch_size()).clamp(0, 1)
+        tokenizer = self._get_tokenizer()
+        drawn = split_patches(tokenizer.decode(codes).float(), tokenizer.patch_size)
+        true = split_patches(images, tokenizer.patch_size).float()
+        return join_patches(torch.where(patch_mask[..., None], drawn, true), tokenizer.patch_size).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -226,9 +180,6 @@ class VisualCodes(PatchTargets):
         tokenizer.to(images.device)
         with torch.autocast(images.device.type, enabled=False):
             return tokenizer.encode(images)
-
-    def _patch_size(self) -> int:
-        return self._get_tokenizer().patch_size
 
     def _get_tokenizer(self) -> VisualTokenizer:
         if not self._tokenizer:
@@ -239,14 +190,11 @@ class VisualCodes(PatchTargets):
 
 
 def split_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Pixels by patch.
+    """Pixels by patch, (B, N, 3 * P * P) in 0..1, fp32 (fp64 for fp64); within a patch by row, column, channel.
 
     Args:
         images: (B, 3, S, S), uint8 in 0..255 or floating in 0..1.
         patch_size: P.
-
-    Returns:
-        (B, N, 3 * P * P) in 0..1, fp32 (fp64 for fp64), row by row; within a patch row, column, channel.
     """
     pixels = (
         images.float() / 255

@@ -1,4 +1,4 @@
-"""Who belongs to whom: the positives of each local row among all rows of a contrastive group."""
+"""The positives of each local row among all rows of a contrastive group."""
 
 from __future__ import annotations
 

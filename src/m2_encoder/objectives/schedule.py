@@ -1,4 +1,4 @@
-"""Numbers by step, such as factors of an objective's weight: linear between the given steps, constant beyond them."""
+"""Schedules: numbers by step, linear between the given steps and constant beyond them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ Schedule: TypeAlias = Sequence[Sequence[float]] | Mapping[Any, float]
 
 
 def check_schedule(schedule: Any) -> dict[int, float]:
-    """The factors of a weight, steps in order.
-
-    Raises:
-        UserError: as `check_points`, and if every factor is 0.
-    """
+    """As `check_points`, for factors of a weight; also refuses a schedule that is 0 at every step."""
     points = check_points(schedule, key="schedule")
     if not any(points.values()):
         raise UserError(
@@ -29,10 +25,6 @@ def check_schedule(schedule: Any) -> dict[int, float]:
 
 def check_points(schedule: Any, *, key: str) -> dict[int, float]:
     """A schedule with its steps in order.
-
-    Args:
-        schedule: see `Schedule`.
-        key: name of the argument, for the message.
 
     Raises:
         UserError: if it has no pairs, a step twice, or a step or number that is negative or not finite.
@@ -59,17 +51,18 @@ def _is_point(pair: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def find_pause(schedules: Iterable[Mapping[int, float] | None]) -> int | None:
-    """The first step at which all of these schedules are 0; None if there is none.
+    """The first step at which all of these checked schedules are 0; None if there is none.
 
     Numbers are not negative and linear in between: if all are 0 anywhere, they are at a given step of some schedule.
 
     Args:
-        schedules: checked; None for one that is never 0.
+        schedules: None for one that is never 0.
     """
-    known = list(schedules)
-    if any(schedule is None for schedule in known):
-        return None
-    found = [schedule for schedule in known if schedule is not None]
+    found = []
+    for schedule in schedules:
+        if schedule is None:
+            return None
+        found.append(schedule)
     steps = sorted({0}.union(*found))
     return next((step for step in steps if not any(interpolate_schedule(each, step) for each in found)), None)
 

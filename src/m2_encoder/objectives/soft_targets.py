@@ -1,16 +1,16 @@
-"""Image-text contrastive learning with softened targets: rows that resemble each other are not wholly wrong.
+"""Image-text contrastive learning with soft targets: similar rows count as partly right.
 
     loss = 1/2 [mean_i H(T_i, softmax_j S_ij) + mean_j H(U_j, softmax_i S_ij)],    S_ij = s x_i . y_j,  H: cross-entropy
     T_i = (1 - a) P_i + a Q_i,    P_i: equal shares on the positives of image i
 
-What Q_i, which is held constant, says of row i:
+Q_i, by `source`, without a gradient:
 
     "image"    softmax over images m of x_i . x_m / t, each image's share spread evenly over its captions
     "text"     the same with the similarities of captions, averaged over the captions of both images
     "both"     the mean of the two
     "uniform"  the same share for every row
 
-U mirrors T. a may grow with the steps ("progressively"). With a = 0 this is ITC with several positives.
+U mirrors T. a may grow with the steps. With a = 0 this is ITC with several positives.
 
 Letters: n local images · k captions per image · M images of the group · g ranks of the group · E feature dim.
 
@@ -19,7 +19,7 @@ n x M x E, and memory 4 M E with a few tiles: no (n x M) matrix exists. Backward
 
 Reference: SoftCLIP (arXiv:2303.17561) for targets from similarities within a modality; LightCLIP (arXiv:2312.00674) for
 softening the labels of negatives progressively, of which "uniform" with growing a is our reading; UniCL
-(arXiv:2204.03610) for several positives. Targets of a teacher stand in `distillation`.
+(arXiv:2204.03610) for several positives. `distillation` has targets of a teacher.
 """
 
 from __future__ import annotations
@@ -31,15 +31,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m2_encoder.bounds import NotNegative, Positive, check_bounds
+from m2_encoder.distributed.collectives import gather_constant
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.alignment import mean_alignment
-from m2_encoder.objectives.base import (
-    Objective,
-    ObjectiveInputs,
-    ObjectiveOutput,
-)
+from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive import contrastive_losses
-from m2_encoder.objectives.row_tiles import gather_constant
 from m2_encoder.objectives.schedule import Schedule, check_points, interpolate_schedule
 
 
@@ -47,15 +43,10 @@ class SoftTargetContrastive(Objective):
     """ITC over the ranks of the contrastive group, which must hold equally many rows, against softened targets.
 
     Args:
-        weight: factor in the sum of objectives.
-        schedule: see `Objective`.
         softness: a, in [0, 1); or by step, [[step, a], ...], linear in between.
         source: of Q: "image", "text", "both" or "uniform".
         temperature: t, of the similarities within a modality.
         multi_positive: rows with the same identity are positives of each other; otherwise only own captions.
-
-    Raises:
-        UserError: for a softness outside [0, 1), an unknown source, or a temperature that is not above 0.
     """
 
     @check_bounds
@@ -70,7 +61,7 @@ class SoftTargetContrastive(Objective):
         multi_positive: bool = True,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
-        self._softness = check_softness(softness)
+        self._softness = _check_softness(softness)
         self._source = source
         self._temperature = temperature
         self._multi_positive = multi_positive
@@ -108,12 +99,7 @@ class SoftTargetContrastive(Objective):
         return ObjectiveOutput(loss=loss, per_sample=per_sample + (factor * own).detach())
 
 
-def check_softness(softness: Any) -> dict[int, float]:
-    """Softness by step.
-
-    Raises:
-        UserError: for a value outside [0, 1), or a schedule that makes no sense.
-    """
+def _check_softness(softness: Any) -> dict[int, float]:
     points = {0: float(softness)} if _is_share(softness) else check_points(softness, key="softness")
     if not all(_is_share(a) for a in points.values()):
         raise UserError(
@@ -132,7 +118,7 @@ class _Shares:
     Args:
         images: local, (n, E).
         texts: means of their captions, (n, E); the similarity of two means is the mean over all pairs of captions.
-        inputs: tell identities and the group.
+        inputs: for identities and the group.
         source: of Q.
         temperature: t.
     """
@@ -144,9 +130,8 @@ class _Shares:
         self.identity = gather_constant(inputs.identity, inputs.group)
         self._first = 0 if inputs.group is None else dist.get_rank(inputs.group) * len(images)
         self._temperature = temperature
-        self._sides = {"image": [self.images], "text": [self.texts], "both": [self.images, self.texts], "uniform": []}[
-            source
-        ]
+        sides = {"image": [self.images], "text": [self.texts], "both": [self.images, self.texts], "uniform": []}
+        self._sides = sides[source]
 
     def __call__(self, some: slice) -> Tensor:
         rows = slice(self._first + some.start, self._first + some.stop)

@@ -1,4 +1,4 @@
-"""From hidden states to losses of tokens: what masked language modelling and captioning share."""
+"""The head of masked language modelling and captioning: from hidden states to losses of tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TokenHead(nn.Module):
 
     Args:
         shape: of the model.
-        decoder: whose rows the states are compared with: "tied", those of the model's token table, or "own".
+        decoder: "tied" compares with the model's token table, "own" with a table of this head.
 
     Reference: BERT (arXiv:1810.04805), section 3.1; tied tables: arXiv:1608.05859.
     """
@@ -43,10 +43,10 @@ class TokenHead(nn.Module):
             hidden: of the predicted tokens, row by row, (M, D).
             targets: true ids, (k * b, T) int64.
             predicted: which tokens of the captions these are, (k * b, T) bool.
-            passes: gives the model's token table.
+            passes: for the model's token table.
 
         Returns:
-            Sums, counts, and under "accuracy" how many targets scored highest.
+            Terms with the score "accuracy": how many targets scored highest.
         """
         rows, places = predicted.nonzero(as_tuple=True)
         losses, hits = passes.token_losses(self._states(hidden), self.bias, targets[rows, places], self.table)
@@ -55,15 +55,14 @@ class TokenHead(nn.Module):
         return LocalTerms(sums, predicted.sum(dim=1), {"accuracy": correct.detach()})
 
     def predict(self, hidden: Tensor, table: Tensor) -> Tensor:
-        """The token that scores highest for each state, (M, D) to (M,) int64; for a few, as it holds all logits.
+        """The token of the highest score for each state, (M, D) to (M,) int64; holds the logits of all.
 
         Args:
             hidden: (M, D).
-            table: the model's token table, (V, D), which a table of the objective's own replaces.
+            table: the model's token table, (V, D); not used if this head has its own.
         """
-        return (
-            functional.linear(self._states(hidden), table if self.table is None else self.table) + self.bias
-        ).argmax(1)
+        table = table if self.table is None else self.table
+        return (functional.linear(self._states(hidden), table) + self.bias).argmax(1)
 
     def _states(self, hidden: Tensor) -> Tensor:
         return self.norm(functional.gelu(self.transform(hidden)))

@@ -1,4 +1,4 @@
-"""DistributedDataParallel whose contrastive loss looks at a group of the ranks: GBA-ITC with replicated weights."""
+"""DistributedDataParallel with contrastive groups: GBA-ITC with replicated weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from m2_encoder.strategies.groups import GroupedStrategy
 
 
 class GroupedDDPStrategy(GroupedStrategy, DDPStrategy):
-    """Lightning's DDP, with groups; gradients are averaged over all ranks. Arguments are those of both.
+    """DDP; gradients are averaged over all ranks. Takes the arguments of both bases.
 
     Reference: M2-Encoder (arXiv:2401.15896), grouped aggregation with batch accumulation.
     """

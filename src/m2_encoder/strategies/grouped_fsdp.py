@@ -1,4 +1,4 @@
-"""FSDP2 whose contrastive loss looks at a group of the ranks: GBA-ITC with weights that are split over all ranks."""
+"""FSDP2 with contrastive groups: GBA-ITC with weights sharded over all ranks."""
 
 from __future__ import annotations
 
@@ -20,22 +20,14 @@ from m2_encoder.strategies.groups import GroupedStrategy
 
 
 class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
-    """Weights, gradients and optimizer state split over all ranks; rows of a group's ranks are negatives of each other.
+    """FSDP2: weights, gradients and optimizer state are sharded over all ranks; more arguments as in `GroupedStrategy`.
 
-    A checkpoint is one file with whole tensors, as of every other strategy, so a run may go on under another one.
+    A checkpoint is one file with whole tensors, as of every other strategy, so that a run can resume under another one.
 
     Args:
-        group_size: as in `GroupedStrategy`.
-        group_nodes: as in `GroupedStrategy`.
-        micro_batches: as in `GroupedStrategy`.
-        recompute: as in `GroupedStrategy`.
-        activation_checkpointing: as in `GroupedStrategy`.
         reshard_after_forward: free a layer's gathered weights between forward and backward.
         process_group_backend: as in Lightning's `ModelParallelStrategy`.
         timeout: of a collective.
-
-    Raises:
-        UserError: for both ways of naming a group's size, or an impossible k.
 
     Reference: FSDP (arXiv:2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
     """
@@ -67,18 +59,14 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
         self._averaging: list[RemovableHandle] = []
 
     def setup_environment(self) -> None:
-        """Start the processes, then group them.
-
-        Raises:
-            UserError: if the ranks cannot be grouped as wanted.
-        """
+        """Start the processes, then group them."""
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the number of nodes
         super().setup_environment()
 
     def parallelize(self, model: M2Encoder) -> None:
         """Checkpoint and shard a freshly built model; the training module calls this in `configure_model`."""
         super().parallelize(model)
-        # On the CPU autocast leaves layer norms alone, which then take weights of their input's dtype only.
+        # On the CPU, autocast does not apply to layer norms, which need weights of their input's dtype.
         mixed = self.precision_plugin.precision == "bf16-mixed" and self.root_device.type != "cpu"
         shard_model(
             model,
@@ -88,7 +76,7 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
         )
 
     def setup(self, trainer: lightning.Trainer) -> None:
-        """Set up as Lightning does, and treat what is not split as DDP does: equal at the start, averaged gradients."""
+        """Set up; parameters that are not sharded are broadcast, and their gradients averaged, as DDP does."""
         super().setup(trainer)
         assert self.lightning_module is not None
         whole = [p for p in self.lightning_module.parameters() if not isinstance(p, DTensor)]
@@ -97,7 +85,7 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
         self._averaging = average_over_ranks([p for p in whole if p.requires_grad], None)
 
     def teardown(self) -> None:
-        """Undo the averaging, free the groups, then what Lightning made. The weights stay split."""
+        """Undo the averaging and free the groups. The weights stay sharded."""
         while self._averaging:
             self._averaging.pop().remove()
         super().teardown()

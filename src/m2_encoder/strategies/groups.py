@@ -1,4 +1,4 @@
-"""What every strategy of this project shares: contrastive process groups, and batch accumulation."""
+"""Base of strategies for many ranks: contrastive process groups, and batch accumulation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from m2_encoder.models.parallelize import checkpoint_layers
 
 
 class ContrastiveGroups:
-    """The process groups of one run, from the moment the processes know each other until the run ends.
-
-    Args:
-        group_size: ranks per group; None leaves it to `group_nodes`.
-        group_nodes: whole nodes per group. With both None the world is one group.
+    """The contrastive process groups of one run; arguments as in `GroupedStrategy`.
 
     Raises:
         UserError: if both are given.
@@ -36,10 +32,10 @@ class ContrastiveGroups:
 
     @property
     def topology(self) -> GroupTopology:
-        """How the ranks are grouped.
+        """The division of ranks into groups.
 
         Raises:
-            RuntimeError: if read before the processes know each other.
+            RuntimeError: before `create`.
         """
         if self._topology is None:
             raise RuntimeError("contrastive groups exist only after the strategy has set up the processes")
@@ -47,24 +43,14 @@ class ContrastiveGroups:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The group that holds this rank; None for a group of one.
-
-        Raises:
-            RuntimeError: if read before the processes know each other.
-        """
+        """The group that holds this rank; None for a group of one."""
         return self._group if self.topology.group_size > 1 else None
 
     def create(self, *, ranks_per_node: int, timeout: timedelta | None) -> None:
-        """Make the groups; every rank of the world must call this at the same point.
-
-        All ranks ask for all groups, in one order: NCCL splits its communicator for that, which takes everybody.
-
-        Args:
-            ranks_per_node: m.
-            timeout: of a collective in a group; None is torch's own.
+        """Make the groups; collective over all ranks, which make all groups in the same order (NCCL needs that).
 
         Raises:
-            UserError: if the ranks cannot be grouped as wanted.
+            UserError: if the ranks cannot be grouped as requested.
         """
         world_size, rank = dist.get_world_size(), dist.get_rank()
         group_size = resolve_group_size(
@@ -85,7 +71,7 @@ class ContrastiveGroups:
         self._topology = topology
 
     def destroy(self) -> None:
-        """Forget the groups, and free the one that was made here."""
+        """Free the group of this rank."""
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._topology, self._group, self._owns_group = None, None, False
@@ -97,13 +83,10 @@ class GroupedStrategy(ParallelStrategy):
     Args:
         group_size: consecutive ranks per group; it divides the world and respects nodes. None: see `group_nodes`.
         group_nodes: whole nodes per group. With both None the world is one group: ordinary ITC.
-        micro_batches: k: a rank's rows are encoded in so many pieces, with one loss over all of them.
+        micro_batches: number of pieces in which a rank's rows are encoded, with one loss over all of them.
         recompute: encode a micro-batch again in backward instead of keeping its activations.
         activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
         **kwargs: what Lightning's strategy takes.
-
-    Raises:
-        UserError: for both ways of naming a group's size, or an impossible k.
     """
 
     _timeout: timedelta | None  # of Lightning's strategies
@@ -126,27 +109,19 @@ class GroupedStrategy(ParallelStrategy):
 
     @property
     def contrastive_group(self) -> dist.ProcessGroup | None:
-        """Ranks whose rows are negatives of this rank's; None for a group of one.
-
-        Raises:
-            RuntimeError: if read before the processes know each other.
-        """
+        """Ranks whose rows are negatives of this rank's; None for a group of one."""
         return self._groups.group
 
     @property
     def topology(self) -> GroupTopology:
-        """How the ranks are grouped.
-
-        Raises:
-            RuntimeError: if read before the processes know each other.
-        """
+        """The division of ranks into groups."""
         return self._groups.topology
 
     def setup_environment(self) -> None:
         """Start the processes, then group them.
 
         Raises:
-            UserError: if the ranks cannot be grouped as wanted.
+            UserError: if the ranks cannot be grouped as requested.
         """
         super().setup_environment()
         assert self.parallel_devices is not None, "Lightning sets them"

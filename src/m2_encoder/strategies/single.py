@@ -12,16 +12,10 @@ from m2_encoder.models.parallelize import checkpoint_layers
 
 
 class LocalStrategy(SingleDeviceStrategy):
-    """The first accelerator if there is one and it is wanted, else the CPU; no process groups.
+    """The first CUDA device or the CPU, without process groups; other arguments as in `GroupedStrategy`.
 
     Args:
         accelerator: "auto", "cpu" or "cuda"/"gpu".
-        micro_batches: k: a step's rows are encoded in so many pieces, with one loss over all of them.
-        recompute: encode a micro-batch again in backward instead of keeping its activations.
-        activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
-
-    Raises:
-        UserError: for an impossible k.
     """
 
     @check_bounds
@@ -40,7 +34,7 @@ class LocalStrategy(SingleDeviceStrategy):
 
     @property
     def contrastive_group(self) -> dist.ProcessGroup | None:
-        """None: this rank's rows are all there are."""
+        """None: there are no other ranks."""
         return None
 
     def parallelize(self, model: M2Encoder) -> None:

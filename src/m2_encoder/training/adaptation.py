@@ -1,7 +1,7 @@
-"""What a run changes about the model before it trains it, and how a plain model comes out again.
+"""Adaptations, such as LoRA or a locked tower: they change a model before training, and merge the change afterwards.
 
-To add one, such as LoRA or a locked tower: write a subclass of `Adaptation`, in any module that Python can import, and
-a YAML file in `conf/adaptation/` (or a folder given with `--config-dir`) that names it.
+To add one, subclass `Adaptation` in any module that Python can import, and name the class in a YAML file in
+`conf/adaptation/` (or in a folder given with `--config-dir`).
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ if TYPE_CHECKING:  # checking a configuration loads no model
 
 
 class Adaptation(ABC):
-    """Changes a model before its training, and takes the change back for evaluation and export.
+    """Changes a model before training, and merges the change for evaluation and export.
 
-    Both methods also run on a model on `meta`, whose tensors have no values: before a start, to see that they fit, and
-    to find the names and shapes of a checkpoint's parameters.
+    Both methods also run on a model on `meta`, whose tensors have no values: to check them before a start, and to find
+    the names and shapes of a checkpoint's parameters.
     """
 
     @abstractmethod
     def apply(self, model: M2Encoder) -> None:
         """Freeze, replace or add parameters, in place.
 
-        Called once per process, with the initial weights, before weights are split or replicated and before the
-        optimizer is made. Parameters without `requires_grad` are neither trained nor decayed. Each trainable one needs
-        a gradient in every step; new ones have to be equal on all ranks, as the seed makes them.
+        Called once per process, on the initial weights, before they are sharded or replicated and before the optimizer
+        is made. Parameters without `requires_grad` are neither trained nor decayed; every other one must get a gradient
+        in every step. New parameters must be equal on all ranks; torch's seeded generator makes them so.
         """
 
     @abstractmethod
     def merge(self, model: M2Encoder) -> M2Encoder:
-        """A plain model that computes what this one computes; may be the same object, changed in place.
+        """Return a plain `M2Encoder` with the same outputs; may be the same object, changed in place.
 
-        Called without gradients, on a whole model, before the final evaluation and the export.
+        Called without gradients, on a whole (not sharded) model, before the final evaluation and the export.
         """
 
 
 class Full(Adaptation):
-    """Trains every parameter that an objective reaches, and changes nothing."""
+    """Changes nothing: every parameter that an objective reaches is trained."""
 
     def apply(self, model: M2Encoder) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def merge(self, model: M2Encoder) -> M2Encoder:
-        """The model itself."""
+        """Return the model itself."""
         return model
 
 
 @torch.no_grad()
 def merge_adaptation(adaptation: Adaptation, model: M2Encoder) -> M2Encoder:
-    """The plain model behind an adapted one.
+    """`Adaptation.merge`, checked.
 
     Raises:
-        UserError: if `merge` gives a model with other parameters than a plain one has.
+        UserError: if the merged model has other parameters than a plain one.
     """
     from m2_encoder.models.m2_encoder import M2Encoder
 
@@ -74,10 +74,10 @@ def merge_adaptation(adaptation: Adaptation, model: M2Encoder) -> M2Encoder:
 
 
 def check_adaptation(adaptation: Adaptation, config: M2EncoderConfig) -> None:
-    """Try both methods on `meta`, before anything is trained.
+    """Run both methods on a model on `meta`, to find their errors before a start.
 
     Raises:
-        UserError: if it does not fit the model, or `merge` gives no plain model.
+        UserError: if the adaptation does not fit the model, or `merge` returns no plain model.
     """
     from m2_encoder.models.m2_encoder import M2Encoder
 

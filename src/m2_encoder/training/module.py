@@ -1,4 +1,4 @@
-"""The LightningModule of a run: evaluates the objectives on a batch, sums their losses, and logs them."""
+"""The LightningModule that trains an encoder: runs the objectives on a batch, sums their losses, and logs them."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class PretrainModule(lightning.LightningModule):
     """Trains an M2-Encoder on a weighted sum of objectives.
 
     Args:
-        model: architecture; built in `configure_model`, so that a large one can start sharded.
+        model: built in `configure_model`, so that a large one can start sharded.
         objectives: by name, in the order of their logs.
-        optimizer: builds the optimizer from a module.
-        scheduler: builds the per-step schedule from the optimizer.
-        adaptation: what is changed about the model before it is trained; None trains everything.
-        initial_state: parameters to start from (fine-tuning), by our names; None starts from `init_weights`.
+        optimizer: makes the optimizer of this module.
+        scheduler: makes the schedule of learning rates by step.
+        adaptation: changes the model before training; None trains everything.
+        initial_state: parameters to start from (fine-tuning), by our names; None for random ones.
         max_logit_scale: upper bound of exp(logit_scale), applied after every step (CLIP, arXiv:2103.00020, uses 100).
         max_skipped_in_a_row: steps with a non-finite gradient in a row after which training aborts.
         validation_name: name of the validation set in metric names.
 
     Raises:
-        UserError: if no objective has a weight, local ones want different experts, or `max_logit_scale` is below 1.
+        UserError: if no objective has a weight, local ones differ in `text_expert`, or `max_logit_scale` is below 1.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PretrainModule(lightning.LightningModule):
         self._paused: list[nn.Parameter] = []  # trained only by objectives that are paused in this step
 
     def configure_model(self) -> None:
-        """Build the encoder on the device and in the precision Lightning wants, once."""
+        """Build, adapt, freeze and shard the encoder, once. Lightning calls this with its device and precision set."""
         if hasattr(self, "model"):
             return
         self.model = M2Encoder(self.config)
@@ -101,12 +101,12 @@ class PretrainModule(lightning.LightningModule):
         frozen = self.model.freeze_parts(PARTS.keys() - self._trained_parts())
         logger.info("%s parameters that no objective trains are frozen", f"{frozen:,}")
         strategy = None if self._trainer is None else self._trainer.strategy
-        prepare = getattr(strategy, "parallelize", None)  # a strategy from elsewhere takes the model as it is
+        prepare = getattr(strategy, "parallelize", None)  # strategies of this project have it
         if prepare is not None:
             prepare(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Optimizer over what is trainable, and its schedule per step."""
+        """Make the optimizer, and its schedule by step."""
         optimizer = self._build_optimizer(self)  # objectives may have parameters of their own
         schedule = LRSchedulerConfigType(scheduler=self._build_scheduler(optimizer), interval="step")
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=schedule)
@@ -130,7 +130,7 @@ class PretrainModule(lightning.LightningModule):
         return torch.stack(terms).sum() + self._zero_of_paused(outputs.keys())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the temperature in its bounds, before anything (such as a checkpoint) sees the new parameters."""
+        """Clamp the logit scales right after the update, before a checkpoint or anything else reads them."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             for scale in (self.model.logit_scale, self.model.logit_vl_scale):
@@ -138,7 +138,7 @@ class PretrainModule(lightning.LightningModule):
                     scale.clamp_(0, self._max_log_scale)
 
     def on_train_batch_end(self, outputs: Any, batch: ImageTextBatch, batch_idx: int) -> None:
-        """Publish the counter of skipped steps."""
+        """Log how many steps were skipped so far."""
         self.log("train/skipped_steps", float(self.non_finite.total))
 
     def configure_gradient_clipping(
@@ -151,12 +151,12 @@ class PretrainModule(lightning.LightningModule):
 
         Raises:
             NonFiniteError: after too many such steps in a row.
-            UserError: for another way of clipping.
+            UserError: for another `gradient_clip_algorithm`.
         """
         if gradient_clip_algorithm not in (None, "norm"):
             given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)  # Lightning makes it an enum
             raise UserError(f"trainer.gradient_clip_algorithm={given} must be norm")
-        for parameter in self._paused:  # an optimizer would take their zero for a gradient, and decay them
+        for parameter in self._paused:  # with a gradient of 0 the optimizer would still decay them
             parameter.grad = None
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = clip_gradients(parameters, gradient_clip_val or math.inf)
@@ -164,10 +164,10 @@ class PretrainModule(lightning.LightningModule):
         losses = {name: self._last_losses[name] for name in self.objectives if name in self._last_losses}
         step = self.global_step + 1
         if self.non_finite.observe(norm, step=step, losses=losses, parameters=self.named_parameters()):
-            optimizer.zero_grad(set_to_none=True)  # an optimizer leaves parameters without a gradient alone
+            optimizer.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters of skipped steps, and make the optimizer's state one with which every strategy can go on."""
+        """Save the counters of skipped steps, and the optimizer's state so that every strategy can load it."""
         if "optimizer_states" in checkpoint:
             weights = checkpoint["state_dict"]
             checkpoint["optimizer_states"] = [
@@ -180,7 +180,7 @@ class PretrainModule(lightning.LightningModule):
         self.non_finite.load_state_dict(checkpoint["non_finite"])
 
     def validation_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
-        """Encode a chunk of the validation set in every language."""
+        """Encode one batch of the validation set, its texts in every language."""
         image_features = self.model.encode_image(batch.images)
         for language, text in batch.texts.items():
             recall = self._recall(language)
@@ -197,7 +197,7 @@ class PretrainModule(lightning.LightningModule):
             recall.reset()
 
     def trained_objectives(self) -> dict[str, Objective]:
-        """Objectives with a weight, by name."""
+        """The objectives of this run (those of weight above 0), by name."""
         return {name: o for name, o in self.objectives.items() if isinstance(o, Objective)}
 
     def _recall(self, language: str) -> RetrievalRecall:
@@ -206,7 +206,7 @@ class PretrainModule(lightning.LightningModule):
         return recall
 
     def _evaluate(self, batch: ImageTextBatch, objectives: Mapping[str, Objective]) -> dict[str, ObjectiveOutput]:
-        """Run the passes that the objectives need, each once, and the objectives on them."""
+        """Encode the batch once for all objectives, and compute their losses."""
         local = {name: objective for name, objective in objectives.items() if isinstance(objective, LocalObjective)}
         pairs = {name: objective for name, objective in objectives.items() if isinstance(objective, PairObjective)}
         encoder = StepEncoder(
@@ -242,7 +242,7 @@ class PretrainModule(lightning.LightningModule):
         return sum(p.flatten()[0] * 0 for p in self._paused if not isinstance(p, DTensor))  # FSDP2 does not wait
 
     def _trained_parts(self) -> frozenset[str]:
-        """Names of `PARTS` that objectives train."""
+        """Names of `PARTS` that the run trains."""
         return _parts(self.trained_objectives().values())
 
     def _topology(self) -> ContrastiveTopology:
@@ -251,21 +251,19 @@ class PretrainModule(lightning.LightningModule):
         return strategy
 
     def _log_step(self, step: int) -> None:
-        """The step that loggers write: updates done. Lightning's own is one less.
-
-        fp64, because fp32 counts no further than 16.7 million.
-        """
+        """Log the number of updates done; Lightning's own "step" is one less."""
+        # fp32 counts no further than 16.7 million.
         self.log("step", torch.tensor(float(step), dtype=torch.float64))
 
 
 def _reach_all(output: ObjectiveOutput, inputs: ObjectiveInputs) -> ObjectiveOutput:
-    """The same loss, with a gradient of 0 for features and scales that no objective uses: DDP hangs without one."""
+    """Add zero times all features and scales to a loss: DDP hangs if a parameter gets no gradient."""
     nothing = [(images.sum() + texts.sum() + scale) * 0 for images, texts, scale in inputs.heads.values()]
     return output._replace(loss=output.loss + sum(nothing))
 
 
 def _check_shared_pass(objectives: Mapping[str, Objective]) -> None:
-    """Refuse local objectives with different experts: they share the passes of image and text."""
+    """Refuse local objectives that differ in `text_expert`: they share the passes of image and text."""
     wanted = {name: each.text_expert for name, each in objectives.items() if isinstance(each, LocalObjective)}
     first = next(iter(wanted), "")
     for name, value in wanted.items():

@@ -1,4 +1,4 @@
-"""What happens when a gradient is not finite: the step is skipped and counted; a run of them ends training."""
+"""Steps whose gradient is not finite are skipped and counted; too many in a row end training."""
 
 from __future__ import annotations
 
@@ -23,18 +23,12 @@ class NonFiniteError(UserError):
 class NonFiniteGuard:
     """Counts steps whose gradient norm is not finite.
 
-    A non-finite loss has a non-finite gradient, and gradients are averaged over ranks before they are looked at, so the
-    norm alone decides, and every rank decides the same.
-
-    Args:
-        max_in_a_row: after this many such steps in a row training aborts.
+    A non-finite loss has a non-finite gradient, and gradients are averaged over ranks before, so that every rank sees
+    the same norm.
 
     Attributes:
         total: skipped steps of the run, resumed parts included.
         in_a_row: skipped steps since the last good one.
-
-    Raises:
-        UserError: if `max_in_a_row` is below 1.
     """
 
     def __init__(self, *, max_in_a_row: int) -> None:
@@ -52,16 +46,7 @@ class NonFiniteGuard:
         losses: Mapping[str, Tensor],
         parameters: Iterable[tuple[str, nn.Parameter]],
     ) -> bool:
-        """Look at a step's gradient norm.
-
-        Args:
-            norm: total gradient norm, ().
-            step: optimizer step, for the diagnosis.
-            losses: last losses by objective, for the diagnosis.
-            parameters: by name, with their gradients, for the diagnosis.
-
-        Returns:
-            True if the step must be skipped.
+        """Whether the step must be skipped, by its gradient norm, (); the other arguments are for the diagnosis.
 
         Raises:
             NonFiniteError: after `max_in_a_row` such steps in a row.
@@ -81,11 +66,11 @@ class NonFiniteGuard:
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """Both counters."""
+        """The counters."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting."""
+        """Restore the counters."""
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 

@@ -42,10 +42,9 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, logit_scale_lr_ratio: float = 1.0
 ) -> list[dict[str, Any]]:
-    """AdamW's groups of the parameters that want a gradient: with decay, without, and the scales and bias of logits.
+    """Groups of the trainable parameters: with decay, without, and the scales and bias of logits.
 
-    Returns:
-        Groups with `params`, `lr`, `weight_decay` and the parameters' `names` (for `key_by_name`).
+    A group has `params`, `lr`, `weight_decay` and the parameters' `names` (for `key_by_name`).
     """
     groups: dict[str, dict[str, Any]] = {
         "decayed": {"params": [], "names": [], "lr": lr, "weight_decay": weight_decay},
@@ -70,7 +69,7 @@ def build_optimizer(
     weight_decay: NotNegative = 0.2,
     logit_scale_lr_ratio: Ratio = 1.0,
 ) -> AdamW:
-    """AdamW with the field's parameter groups.
+    """AdamW with the groups of `parameter_groups`.
 
     Args:
         module: its parameters with `requires_grad` are trained.
@@ -78,12 +77,8 @@ def build_optimizer(
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, on matrices and convolutions only (`is_decayed`).
-        logit_scale_lr_ratio: learning rate of the logit scales over `lr`, and of the bias that `SigmoidContrastive` has
-            beside them: where a scale grows, the bias has to follow by several units. Short runs want more than 1: at
-            the peak rate of the others a scale moves by less than a tenth in a hundred steps.
-
-    Raises:
-        UserError: if nothing is trainable, or a number is impossible.
+        logit_scale_lr_ratio: learning rate of the logit scales, and of the bias of `SigmoidContrastive`, over `lr`.
+            Short runs need more than 1: at usual rates a scale moves by less than 0.1 in a hundred steps.
 
     Reference: AdamW (arXiv:1711.05101); values of CLIP (arXiv:2103.00020), Table 19-20.
     """
@@ -97,17 +92,11 @@ def build_optimizer(
 
 
 def key_by_name(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with parameters by name, as those of split weights are.
+    """An optimizer's `state_dict` with parameters by name instead of by number, as FSDP saves it.
 
-    Numbers count in the order of the optimizer's groups; whoever continues with split weights would take them for the
-    order of the module's parameters, frozen ones included.
-
-    Args:
-        state: of `torch.optim.Optimizer.state_dict`, with groups of `parameter_groups`. Empty ones, those by name
-            already, and those whose groups have no names, stay as they are.
-
-    Returns:
-        The same tensors; any optimizer with the same groups loads them.
+    Numbers follow the optimizer's groups, while FSDP would read them as places among the module's parameters. Any
+    optimizer with the groups of `parameter_groups` loads the result. A state that is empty, by name already, or without
+    names in its groups is returned as it is.
     """
     groups = state.get("param_groups", [])
     if not groups or any(group["params"] == group.get("names", group["params"]) for group in groups):
@@ -121,17 +110,14 @@ def key_by_name(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill_state(state: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """An optimizer's state by name, with the beginning of a state for parameters that never had a gradient.
+    """An optimizer's state by name, with an initial state for parameters that never had a gradient.
 
-    Those of an objective that has paused since the start have none, which split weights refuse to load. Moments and
-    counts of AdamW, and of all of torch's optimizers with such a state but Adagrad, Rprop and ASGD, begin at 0.
+    Parameters of an objective that has paused since the start have no state, which FSDP refuses to load. The state of
+    AdamW, and of torch's other optimizers but Adagrad, Rprop and ASGD, starts from zeros.
 
     Args:
-        state: as `key_by_name` gives it. Without any parameter's state, or not by name, it stays as it is.
-        weights: the parameters by name, shaped (and split) as the state is.
-
-    Returns:
-        The same tensors, and zeros like those of another parameter, of a matrix or vector if there is one.
+        state: of `key_by_name`. Without any parameter's state, or not by name, it stays as it is.
+        weights: the parameters by name, shaped (and sharded) as the state is.
     """
     own: dict[str, dict[str, Any]] = state.get("state", {})
     missing = [name for group in state.get("param_groups", []) for name in group["params"] if name not in own]
@@ -171,9 +157,6 @@ def build_muon(
         eps: AdamW's.
         weight_decay: decoupled decay, on Muon's matrices and on AdamW's (`is_decayed`).
         logit_scale_lr_ratio: as in `build_optimizer`.
-
-    Raises:
-        UserError: if there is nothing for one of the two, or a number is impossible.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     hidden = [(name, parameter) for name, parameter in named if is_hidden_matrix(name, parameter)]
@@ -203,9 +186,6 @@ def warmup_cosine(
         max_steps: step at which the cosine ends.
         min_lr_ratio: learning rate at the end over the peak, 0..1.
 
-    Raises:
-        UserError: if the warm-up does not fit into the steps, or the ratio is no share.
-
     Reference: SGDR (arXiv:1608.03983), one cycle.
     """
     if warmup_steps > max_steps:
@@ -222,9 +202,5 @@ def warmup_cosine(
 
 @check_bounds
 def warmup_constant(optimizer: Optimizer, *, warmup_steps: Index) -> LambdaLR:
-    """Linear warm-up to the peak, which then stays.
-
-    Raises:
-        UserError: if `warmup_steps` is negative.
-    """
+    """Linear warm-up to the peak, which then stays."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))

@@ -1,15 +1,14 @@
-"""One training step's passes through the model: features of all rows of a rank, and the terms of local objectives.
+"""The passes of one training step: features of all rows of a rank, and the terms of local and pair objectives.
 
-*Batch accumulation*: a rank's rows are encoded in pieces (micro-batches), with one loss over all of them. The gradient
-is that of the whole batch, because the features of all pieces meet in one loss and one backward pass follows. With
-recomputation only one piece keeps its activations: each piece is a segment of torch's non-reentrant checkpointing,
-which encodes it again when backward needs it, with the random state of the first time, so that dropout and stochastic
-depth repeat (GradCache, arXiv:2101.06983, in autograd's own terms).
+*Batch accumulation*: a rank's rows are encoded in pieces (micro-batches). The features of all pieces enter one loss and
+one backward, so the gradient is that of the whole batch. With recomputation, each piece is a segment of torch's
+non-reentrant checkpointing: backward encodes it again with the same random state, and only one piece at a time holds
+activations (as GradCache does, arXiv:2101.06983).
 
-*Second round*: hard negatives, selected by the features of all rows, pass the vision-language layers beside the right
-pairs. Where the first round's hidden states are still there (one piece, or no recomputation), they serve again: only
-the wrong captions, which come from all ranks of the group, are encoded anew. Where they are not, each piece is encoded
-again with its wrong images and captions, as one more segment of checkpointing.
+*Second round*: the features of all rows select hard negatives, which then pass the vision-language layers. If the
+states of the first round are kept (one piece, or no recomputation), only the wrong captions, which come from all ranks
+of the group, are encoded anew. Otherwise each piece is encoded again with its wrong images and captions, as one more
+checkpointed segment.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from m2_encoder.objectives.base import (
     ObjectiveInputs,
     ObjectiveOutput,
     PairObjective,
+    TermObjective,
 )
 from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
 from m2_encoder.types import HeadFeatures, ImageTextBatch, TextTokens
@@ -40,14 +40,7 @@ Piece = TypeVar("Piece")
 
 
 def split_rows(batch: ImageTextBatch, micro_batches: int) -> list[ImageTextBatch]:
-    """Split a rank's rows into equal pieces, in order.
-
-    Args:
-        batch: B images with k captions each.
-        micro_batches: number of pieces.
-
-    Returns:
-        Pieces of B / pieces images with their captions.
+    """Split a batch into equal pieces, in order.
 
     Raises:
         UserError: if the rows cannot be divided.
@@ -67,15 +60,12 @@ def split_rows(batch: ImageTextBatch, micro_batches: int) -> list[ImageTextBatch
 def encode_pieces(
     encode: Callable[[Piece], tuple[Tensor, ...]], pieces: Sequence[Piece], *, recompute: bool
 ) -> tuple[Tensor, ...]:
-    """Encode pieces one after the other.
+    """Encode pieces one after the other, and concatenate their tensors.
 
     Args:
-        encode: gives tensors with one row per row of the piece. With FSDP2 it must be a registered forward method.
+        encode: returns tensors with one row per row of the piece. With FSDP2 it must be a registered forward method.
         pieces: at least one; the same number on every rank.
-        recompute: keep no activations; encode again in backward. One piece alone would gain nothing and is kept.
-
-    Returns:
-        What `encode` gives, concatenated over the pieces.
+        recompute: keep no activations; encode again in backward. A single piece would gain nothing: it keeps them.
     """
     replays = recompute and len(pieces) > 1 and torch.is_grad_enabled()
     encoded = [checkpoint(encode, piece, use_reentrant=False) if replays else encode(piece) for piece in pieces]
@@ -83,23 +73,22 @@ def encode_pieces(
 
 
 class EncodedStep(NamedTuple):
-    """What the objectives of a step are computed from."""
+    """Result of the first round, for all rows of this rank."""
 
-    heads: dict[str, FeaturePair]  # features of all rows of this rank by head; empty if no objective needs features
-    terms: dict[str, LocalTerms]  # of the local objectives by name, for all captions of this rank
-    # those of every piece, for the second round; empty if it was not asked for, or pieces are recomputed
-    passes: tuple[PiecePasses, ...] = ()
+    heads: dict[str, FeaturePair]  # by head; empty if no objective needs features
+    terms: dict[str, LocalTerms]  # of the local objectives, by name
+    passes: tuple[PiecePasses, ...] = ()  # of every piece, if they are kept for the second round
 
 
 class StepEncoder:
-    """Runs the passes that a step needs.
+    """Runs the first round: the passes for features and local objectives.
 
     Args:
         model: whole or sharded.
-        local: local objectives that are active in this step, by name.
+        local: local objectives of this step, by name.
         trains_features: whether any objective compares features.
-        trains_backbone_features: whether any trains the head on the backbone, too.
-        keeps_passes: give the passes, too, where they are not recomputed.
+        trains_backbone_features: whether any trains the backbone's head, too.
+        keeps_passes: return the passes for a second round, unless they are recomputed.
     """
 
     def __init__(
@@ -119,13 +108,7 @@ class StepEncoder:
         self._text_expert = any(objective.text_expert for objective in local.values())
 
     def encode(self, batch: ImageTextBatch, *, micro_batches: int, recompute: bool) -> EncodedStep:
-        """Encode a batch.
-
-        Args:
-            batch: this rank's rows.
-            micro_batches: number of pieces.
-            recompute: keep no activations of a piece; encode it again in backward.
-        """
+        """Encode this rank's rows in pieces; `recompute` as in `encode_pieces`."""
         pieces = split_rows(batch, micro_batches)
         keeps = self._keeps_passes and not (recompute and len(pieces) > 1)
         if self._local or keeps:
@@ -134,7 +117,7 @@ class StepEncoder:
             flat = encode_pieces(encode, pieces, recompute=recompute)
             image, text = flat[: self._num_heads], flat[self._num_heads : 2 * self._num_heads]
             return EncodedStep(self._pair(image, text), self._take_terms(flat[2 * self._num_heads :]), tuple(kept))
-        # Without local objectives the modalities do not meet: encoded apart, only one of them is recomputed at a time.
+        # Without local objectives, images and texts are encoded apart: then only one of them is recomputed at a time.
         image = encode_pieces(self._encode_images, pieces, recompute=recompute)
         text = encode_pieces(self._encode_texts, pieces, recompute=recompute)
         return EncodedStep(self._pair(image, text), {})
@@ -150,7 +133,7 @@ class StepEncoder:
         return (self._model.encode_text(piece.text),)
 
     def _encode_piece(self, piece: ImageTextBatch, *, kept: list[PiecePasses] | None) -> tuple[Tensor, ...]:
-        """Features of images, of captions, then the terms of each local objective, flat."""
+        """Features of images, of captions, then the terms of each local objective, as one flat tuple."""
         passes = PiecePasses(self._model, piece, allowed=self._allowed, text_expert=self._text_expert)
         if kept is not None:
             kept.append(passes)
@@ -177,9 +160,9 @@ class StepEncoder:
 class _PairPiece(NamedTuple):
     """One piece of the second round."""
 
-    batch: ImageTextBatch  # its rows
+    batch: ImageTextBatch
     wrong: HardPairs  # hard negatives of its captions
-    wrong_images: Tensor  # a wrong image for each caption: its hidden states where there are `passes`, else its pixels
+    wrong_images: Tensor  # a wrong image for each caption: its backbone states if there are `passes`, else its pixels
     passes: PiecePasses | None  # of the first round; None if they are run again
 
 
@@ -192,18 +175,15 @@ def evaluate_pairs(
     micro_batches: int,
     recompute: bool,
 ) -> dict[str, LocalTerms]:
-    """Select hard negatives and evaluate the pairs; collective in the contrastive group.
+    """The second round: terms of all captions of this rank, by objective; collective in the contrastive group.
 
     Args:
         model: whole or sharded.
         objectives: by name.
         inputs: features of all rows, and the batch.
-        first_round: the passes of every piece, if they are kept; otherwise empty.
+        first_round: `EncodedStep.passes`.
         micro_batches: number of pieces.
-        recompute: keep no activations of a piece; encode it again in backward.
-
-    Returns:
-        Terms of all captions of this rank, by objective.
+        recompute: as in `encode_pieces`.
     """
     found = {}
     for name, objective in objectives.items():
@@ -214,10 +194,10 @@ def evaluate_pairs(
 
 
 def mean_terms(terms: Mapping[str, LocalTerms]) -> dict[str, ObjectiveOutput]:
-    """Means over the terms of all ranks; collective if there are terms, so every rank calls it with the same names.
+    """Means over the terms of all ranks; collective if there are terms, with the same names on every rank.
 
-    The loss of a rank is its sum over the mean count of the ranks: averaged over ranks, as gradients are, it is the
-    mean over all terms, however many each rank has.
+    The loss of a rank is its sum, divided by the ranks' mean count. Gradients are averaged over ranks; so averaged, it
+    is the mean over all terms.
     """
     if not terms:
         return {}
@@ -263,11 +243,11 @@ def _encode_pairs(model: M2Encoder, objective: PairObjective, piece: _PairPiece)
     return _flatten(objective, objective(pairs))
 
 
-def _flatten(objective: LocalObjective | PairObjective, terms: LocalTerms) -> tuple[Tensor, ...]:
+def _flatten(objective: TermObjective, terms: LocalTerms) -> tuple[Tensor, ...]:
     return (terms.sums, terms.counts, *(terms.scores[name] for name in objective.score_names))
 
 
-def _unflatten(objective: LocalObjective | PairObjective, flat: tuple[Tensor, ...]) -> LocalTerms:
+def _unflatten(objective: TermObjective, flat: tuple[Tensor, ...]) -> LocalTerms:
     sums, counts, *scores = flat
     return LocalTerms(sums, counts, dict(zip(objective.score_names, scores, strict=True)))
 

@@ -1,4 +1,4 @@
-"""What is logged of a step: mean losses over all ranks, per objective and language, and the shares of languages."""
+"""Values logged of a step: mean losses over all ranks by objective and language, and shares of languages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StepReport(NamedTuple):
 def report_step(outputs: Mapping[str, ObjectiveOutput], language: Tensor) -> StepReport:
     """Means over the terms of all ranks; collective, so every rank calls it with the same objectives.
 
-    One small reduction for all of them, and no synchronisation with the device.
+    Takes one small all-reduce, and no synchronisation with the device.
 
     Args:
         outputs: by objective.

@@ -1,4 +1,4 @@
-"""The LightningModule that trains a visual tokenizer on the images of a data module; captions are left aside."""
+"""The LightningModule that trains a visual tokenizer on the images of a data module."""
 
 from __future__ import annotations
 
@@ -21,24 +21,13 @@ from m2_encoder.types import ImageTextBatch, RetrievalBatch
 class VisualTokenizerModule(lightning.LightningModule):
     """Trains a `VisualTokenizer`: squared distance of pixels, and of vectors to their codes.
 
-    Args:
-        image_size: side of the images, pixels.
-        patch_size: side of a patch, pixels.
-        optimizer: builds the optimizer from a module.
-        scheduler: builds the per-step schedule from the optimizer.
-        num_codes: rows of the codebook.
-        code_dim: width of a code.
-        embed_dim: width of the layers.
-        num_heads: attention heads of a layer.
-        num_layers: of the encoder.
-        num_decoder_layers: of the decoder.
-        commitment_weight: of the distance of vectors to their codes.
-        decay: share of the past in the moving means of the codes.
-        restart_below: codes chosen less often than this share of the mean start again.
-        validation_name: name of the validation set in metric names.
+    The shape is that of `VisualTokenizerConfig`.
 
-    Raises:
-        UserError: for a number that makes no sense.
+    Args:
+        commitment_weight: of the distance of vectors to their codes.
+        decay: see `Codebook.follow`.
+        restart_below: see `Codebook.follow`.
+        validation_name: name of the validation set in metric names.
     """
 
     @check_bounds
@@ -78,13 +67,13 @@ class VisualTokenizerModule(lightning.LightningModule):
         self._meter = ReconstructionMeter(num_codes)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Optimizer over what is trainable, which the codes are not, and its schedule per step."""
+        """Make the optimizer, and its schedule by step; codes are no parameters."""
         optimizer = self._build_optimizer(self)
         schedule = LRSchedulerConfigType(scheduler=self._build_scheduler(optimizer), interval="step")
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=schedule)
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
-        """Loss of one batch; its codes follow."""
+        """Loss of one batch; also moves the codes."""
         found = self.tokenizer(batch.images)
         true = self.tokenizer.to_unit(batch.images)
         reconstruction = functional.mse_loss(found.images, true)
@@ -103,17 +92,17 @@ class VisualTokenizerModule(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
-        """Measure a chunk of the validation set."""
+        """Measure the reconstruction of one batch of the validation set."""
         codes = self.tokenizer.encode(batch.images)
         self._meter.add(self.tokenizer.to_unit(batch.images), self.tokenizer.decode(codes), codes)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what was measured."""
+        """Log the measures of the reconstruction."""
         self.log("step", torch.tensor(float(self.global_step), dtype=torch.float64))
         for name, value in self._meter.compute()._asdict().items():
             self.log(f"val/{self._validation_name}/{name}", float(value))
         self._meter = ReconstructionMeter(self.tokenizer.num_codes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the shape, without which nobody could open the weights."""
+        """Save the shape, which loading the weights needs."""
         checkpoint["visual_tokenizer"] = self.tokenizer.config.to_dict()

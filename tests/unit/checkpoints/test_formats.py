@@ -167,7 +167,7 @@ def test_safetensors_of_every_dtype(tmp_path: Path) -> None:
         assert torch.equal(read[name].double(), value.double())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(["zip", "pickle", "safetensors"]),
     place=st.floats(0, 1, exclude_max=True),

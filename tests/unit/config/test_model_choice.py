@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.config.model_choice import (
-    find_path,
-    model_problems,
-    output_problems,
-)
+from m2_encoder.config.model_choice import find_path, model_problems, output_problems
 from m2_encoder.config.problems import format_problem
 
 
@@ -51,12 +47,15 @@ def test_a_url_is_not_looked_for() -> None:
 def test_output_problems(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.touch()
-    assert output_problems(None, overwrite=False) == []
-    assert output_problems(str(tmp_path / "new" / "b.json"), overwrite=False) == []
-    assert "overwrite=true" in output_problems(str(file), overwrite=False)[0].fix
-    assert output_problems(str(file), overwrite=True) == []
-    assert "is a folder" in output_problems(str(tmp_path), overwrite=True)[0].rule
-    assert "no folder that you may write to" in output_problems(str(file / "b.json"), overwrite=False)[0].rule
+    assert output_problems({"output": None, "overwrite": False}) == []
+    assert output_problems({"output": str(tmp_path / "new" / "b.json"), "overwrite": False}) == []
+    assert "overwrite=true" in output_problems({"output": str(file), "overwrite": False})[0].fix
+    assert output_problems({"output": str(file), "overwrite": True}) == []
+    assert "is a folder" in output_problems({"output": str(tmp_path), "overwrite": True})[0].rule
+    assert (
+        "no folder that you may write to"
+        in output_problems({"output": str(file / "b.json"), "overwrite": False})[0].rule
+    )
 
 
 def test_a_folder_that_takes_no_file_is_found_by_trying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +65,7 @@ def test_a_folder_that_takes_no_file_is_found_by_trying(tmp_path: Path, monkeypa
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    (problem,) = output_problems(str(tmp_path / "b.json"), overwrite=False)
+    (problem,) = output_problems({"output": str(tmp_path / "b.json"), "overwrite": False})
     assert format_problem(problem) == (
         f"output={tmp_path}/b.json: cannot be written, because {tmp_path} is no folder that you may write to"
     )

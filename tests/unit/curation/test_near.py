@@ -19,7 +19,7 @@ def flip(value: int, bits: list[int]) -> int:
     return value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     distance=st.integers(0, 10),
     rows=st.sampled_from([1, 1_000, 10**6, 10**9]),
@@ -58,7 +58,7 @@ def plain_earlier(
     return found
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data(), distance=st.integers(0, 6), tolerance=st.sampled_from([0, 8, 255]))
 def test_earlier_ones_are_those_of_all_pairs(data: st.DataObject, distance: int, tolerance: int) -> None:
     centres = data.draw(st.lists(st.integers(0, BITS), min_size=1, max_size=3))
@@ -82,7 +82,7 @@ def test_earlier_ones_are_those_of_all_pairs(data: st.DataObject, distance: int,
     assert found.place.tolist() == sorted(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), distance=st.integers(0, 6), tolerance=st.sampled_from([0, 255]))
 def test_near_any_is_near_one(data: st.DataObject, distance: int, tolerance: int) -> None:
     known = data.draw(st.lists(st.integers(0, BITS), max_size=6))

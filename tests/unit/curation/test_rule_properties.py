@@ -73,7 +73,7 @@ def decide(rows: list[dict[str, Any]], wanted: CurationSettings) -> list[dict[st
     return decided
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=ROWS, wanted=any_settings(), data=st.data())
 def test_neither_batches_nor_order_matter(rows: list[dict[str, Any]], wanted: CurationSettings, data: Any) -> None:
     whole = decide(rows, wanted)
@@ -84,7 +84,7 @@ def test_neither_batches_nor_order_matter(rows: list[dict[str, Any]], wanted: Cu
     assert decide([rows[place] for place in order], wanted) == [whole[place] for place in order]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=ROWS, wanted=any_settings())
 def test_rules_are_pure(rows: list[dict[str, Any]], wanted: CurationSettings) -> None:
     batch = table_of(rows)
@@ -96,7 +96,7 @@ def test_rules_are_pure(rows: list[dict[str, Any]], wanted: CurationSettings) ->
         assert first.column(column).equals(batch.column(column)), f"{column}: was measured, not decided"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=ROWS, wanted=any_settings())
 def test_every_row_is_decided(rows: list[dict[str, Any]], wanted: CurationSettings) -> None:
     for row in decide(rows, wanted):
@@ -127,7 +127,7 @@ def stricter(wanted: CurationSettings, draw: Any) -> CurationSettings:
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=ROWS, wanted=any_settings(), data=st.data())
 def test_stricter_settings_keep_a_subset(rows: list[dict[str, Any]], wanted: CurationSettings, data: Any) -> None:
     loose, strict = decide(rows, wanted), decide(rows, stricter(wanted, data.draw))
@@ -135,7 +135,7 @@ def test_stricter_settings_keep_a_subset(rows: list[dict[str, Any]], wanted: Cur
         assert before["keep"] or not after["keep"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scores=st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=10),
     low=st.floats(-1, 1),

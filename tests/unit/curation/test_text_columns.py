@@ -61,7 +61,7 @@ def test_scripts(text: str | None, language: str) -> None:
     assert detect_script(column(text)).to_pylist() == [language]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.text(max_size=30), max_size=8))
 def test_any_text_is_counted_and_hashed(texts: list[str]) -> None:
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]

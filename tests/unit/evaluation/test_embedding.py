@@ -103,10 +103,3 @@ def test_texts_are_sorted_inside_a_window_only() -> None:
     assert torch.cat([batch.features for batch in batches])[:, 0].tolist() == [1 + n % 9 for n in kept]
     assert sum(len(batch.skipped) for batch in batches) == 10
     assert max(model.sizes) == 3
-
-
-def test_impossible_sizes_are_named() -> None:
-    with pytest.raises(ValueError, match="batch_size=0"):
-        next(embed_images(Model(), items(1), decode, batch_size=0, num_workers=0))
-    with pytest.raises(ValueError, match="num_workers=-1"):
-        next(embed_images(Model(), items(1), decode, batch_size=1, num_workers=-1))

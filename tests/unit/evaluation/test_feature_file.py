@@ -18,17 +18,17 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batches=st.lists(st.lists(NAMES, min_size=1, max_size=5), max_size=5), width=st.integers(1, 5))
 def test_round_trip(tmp_path: Path, suffix: str, batches: list[list[str]], width: int) -> None:
     path = tmp_path / f"f{suffix}"
     names = [name for batch in batches for name in batch]
     features, places = torch.randn(len(names), width), torch.arange(len(names)) * 3
-    with open_feature_file(path, feature_dim=width, provenance={"模型": "m"}, overwrite=True) as writer:
+    with open_feature_file(path, feature_dim=width, provenance={"模型": "m"}, overwrite=True) as add:
         start = 0
         for batch in batches:
             rows = slice(start, start + len(batch))
-            writer.add(places[rows], batch, features[rows])
+            add(places[rows], batch, features[rows])
             start += len(batch)
     found = read_features(path)
     assert torch.equal(found.features, features)
@@ -41,8 +41,8 @@ def test_round_trip(tmp_path: Path, suffix: str, batches: list[list[str]], width
 
 def test_safetensors_is_readable_by_its_own_library(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
-    with open_feature_file(path, feature_dim=3, provenance={}) as writer:
-        writer.add(torch.tensor([4]), ["a"], torch.tensor([[1.0, 2.0, 3.0]]))
+    with open_feature_file(path, feature_dim=3, provenance={}) as add:
+        add(torch.tensor([4]), ["a"], torch.tensor([[1.0, 2.0, 3.0]]))
     tensors = load_file(path)
     assert tensors["features"].tolist() == [[1, 2, 3]]
     assert tensors["index"].tolist() == [4]
@@ -51,10 +51,10 @@ def test_safetensors_is_readable_by_its_own_library(tmp_path: Path) -> None:
 def test_parquet_columns(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "f.parquet"
-    with open_feature_file(path, feature_dim=2, provenance={}) as writer:
+    with open_feature_file(path, feature_dim=2, provenance={}) as add:
         for start in range(0, 20_000, 5_000):  # more than one row group
             rows = torch.arange(start, start + 5_000)
-            writer.add(rows, [str(n) for n in rows.tolist()], rows[:, None].expand(-1, 2).float())
+            add(rows, [str(n) for n in rows.tolist()], rows[:, None].expand(-1, 2).float())
     table = parquet.read_table(path)
     assert {field.name: str(field.type) for field in table.schema}["feature"].startswith("fixed_size_list<")
     assert table.column("name")[19_999].as_py() == "19999"
@@ -67,8 +67,8 @@ def test_interrupted_file_does_not_appear(tmp_path: Path, suffix: str) -> None:
     path.write_text("before")
 
     def interrupted() -> None:
-        with open_feature_file(path, feature_dim=1, provenance={}, overwrite=True) as writer:
-            writer.add(torch.tensor([0]), ["a"], torch.ones(1, 1))
+        with open_feature_file(path, feature_dim=1, provenance={}, overwrite=True) as add:
+            add(torch.tensor([0]), ["a"], torch.ones(1, 1))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -110,14 +110,14 @@ def test_missing_files_and_kinds_are_refused(tmp_path: Path) -> None:
 def test_wrong_width_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match=r"\(1, 2\), expected \(B, 3\)"),
-        open_feature_file(tmp_path / "f.safetensors", feature_dim=3, provenance={}) as writer,
+        open_feature_file(tmp_path / "f.safetensors", feature_dim=3, provenance={}) as add,
     ):
-        writer.add(torch.tensor([0]), ["a"], torch.ones(1, 2))
+        add(torch.tensor([0]), ["a"], torch.ones(1, 2))
 
 
 def test_reading_safetensors_needs_no_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "f.safetensors"
-    with open_feature_file(path, feature_dim=1, provenance={}) as writer:
-        writer.add(torch.tensor([0]), ["a"], torch.ones(1, 1))
+    with open_feature_file(path, feature_dim=1, provenance={}) as add:
+        add(torch.tensor([0]), ["a"], torch.ones(1, 1))
     assert read_features(path).names == ("a",)

@@ -84,7 +84,7 @@ def test_a_huge_line_is_one_problem(tmp_path: Path) -> None:
     assert [bool(item.problem) for item in read_lines(path)] == [False, False]
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"])), max_size=6))
 def test_any_text_is_read_back(tmp_path: Path, texts: list[str]) -> None:
     path = tmp_path / "t.txt"

@@ -44,7 +44,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, set[tuple[int, int]]]:
     return torch.tensor(features[0]).float(), torch.tensor(features[1]).float(), pairs
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(problems(), st.integers(1, 12), st.integers(1, 10))
 def test_equals_brute_force(problem: tuple[Tensor, Tensor, set[tuple[int, int]]], k: int, chunk: int) -> None:
     queries, gallery, pairs = problem
@@ -129,7 +129,7 @@ def test_broken_model_scores_nothing() -> None:
     assert metrics["mean_recall"] == 0.0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 8), st.integers(1, 10), st.data())
 def test_chance_is_the_share_of_all_orders(num_gallery: int, k: int, data: st.DataObject) -> None:
     positives = data.draw(st.integers(1, num_gallery))
@@ -156,7 +156,6 @@ def test_distractors_stay_in_the_gallery_and_are_no_queries() -> None:
     assert metrics["i2t_r@1"] == 100.0
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), max_size=9), st.lists(st.integers(0, 4), max_size=9))
 def test_pairs_are_all_equal_ids(queries: list[int], gallery: list[int]) -> None:
     pairs = pairs_of_equal_ids(torch.tensor(queries, dtype=torch.long), torch.tensor(gallery, dtype=torch.long))

@@ -55,7 +55,7 @@ def close(ours: Any, plain: Any) -> None:
     torch.testing.assert_close(ours, plain, **TOLERANCE)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cases())
 @torch.no_grad()
 def test_image(case: Case) -> None:
@@ -68,7 +68,7 @@ def test_image(case: Case) -> None:
     close(case.model.encode_image(case.images), expected.cls_vlffn_feats)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cases())
 @torch.no_grad()
 def test_text(case: Case) -> None:
@@ -82,7 +82,7 @@ def test_text(case: Case) -> None:
     close(case.model.encode_text(case.text), expected.cls_vlffn_feats)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cases(), st.booleans())
 @torch.no_grad()
 def test_fusion(case: Case, text_expert: bool) -> None:
@@ -96,7 +96,7 @@ def test_fusion(case: Case, text_expert: bool) -> None:
     close(out.hidden[out.mask], joint[:, :length][out.mask])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(cases(), st.booleans())
 @torch.no_grad()
 def test_attention_masks(case: Case, per_sample: bool) -> None:
@@ -110,7 +110,7 @@ def test_attention_masks(case: Case, per_sample: bool) -> None:
     close(out.hidden[case.valid], expected.vl[:, : case.longest][case.valid])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(cases())
 @torch.no_grad()
 def test_fusion_with_a_caption_mask_and_masked_patches(case: Case) -> None:

@@ -133,7 +133,7 @@ def test_a_dropped_branch_is_dropped_for_a_whole_row() -> None:
     assert len(set.union(*by_row)) == 2, "no row was dropped, or all were"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=6))
 def test_tokens_come_back_from_their_rectangle(flags: list[list[bool]]) -> None:
     selected = torch.tensor(flags)

@@ -22,7 +22,6 @@ def masks(draw: st.DrawFn) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-@settings(deadline=None)
 @given(masks())
 def test_first_tokens_come_first_and_every_token_once(mask: torch.Tensor) -> None:
     unpadded = UnpaddedText(mask)
@@ -34,7 +33,6 @@ def test_first_tokens_come_first_and_every_token_once(mask: torch.Tensor) -> Non
     assert unpadded.token_mask.sum() == mask.sum()
 
 
-@settings(deadline=None)
 @given(masks())
 def test_attention_within_each_text(mask: torch.Tensor) -> None:
     batch, length = mask.shape
@@ -48,7 +46,7 @@ def test_attention_within_each_text(mask: torch.Tensor) -> None:
     torch.testing.assert_close(first.transpose(1, 2).flatten(2)[0], expected[:, :, 0].flatten(1))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(masks(), st.integers(0, 1000))
 @torch.no_grad()
 def test_features_equal_the_padded_pass(mask: torch.Tensor, seed: int) -> None:

@@ -103,7 +103,7 @@ def test_known_values() -> None:
     assert image_text_contrastive(single, -single, torch.tensor(1.0)).item() == pytest.approx(0, abs=1e-5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     identity=st.lists(st.integers(0, 3), min_size=2, max_size=8),
     scale=st.floats(-1, 4.6),
@@ -126,7 +126,7 @@ def test_order_of_rows_and_exchange_of_sides_change_nothing(
     assert (rows >= -1e-12).all()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(number=st.integers(1, 6), seed=st.integers(0, 2**16))
 def test_distinct_identities_are_no_identities(number: int, seed: int) -> None:
     images, texts = features(number, 4, seed=seed), features(number, 4, seed=seed + 1)
@@ -246,7 +246,7 @@ class TestObjective:
     @pytest.mark.parametrize("heads", [(), ("features", "features"), ("backbone_features",), ("features", "pooler")])
     def test_heads_that_would_leave_parts_untrained_are_named(self, heads: tuple[Any, ...]) -> None:
         """Without `features` all that follows the backbone, and the model that is exported, would get no gradient."""
-        with pytest.raises(UserError, match=r"heads=\[.*\]: must be \[features\] or \[features, backbone_features\]"):
+        with pytest.raises(UserError, match=r"heads=.*: must be \[features\] or \[features, backbone_features\]"):
             ImageTextContrastive(heads=heads)
 
     def test_itc_trains_no_optional_part(self) -> None:

@@ -35,7 +35,7 @@ SIZES = {
 }
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(**SIZES)
 def test_sums_of_exponentials_and_logsumexps(
     queries: int, keys: int, sides: tuple[int, int], scale: float, seed: int
@@ -57,7 +57,7 @@ def test_sums_of_exponentials_and_logsumexps(
     torch.testing.assert_close(column_lse, with_more, rtol=1e-12, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(**SIZES, in_range=st.booleans(), with_keys=st.booleans())
 def test_products_of_weighted_probabilities(
     queries: int,

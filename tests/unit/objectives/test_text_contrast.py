@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m2_encoder.errors import UserError
-from m2_encoder.objectives import row_tiles
+from m2_encoder.objectives import text_contrast
 from m2_encoder.objectives.base import ObjectiveInputs
 from m2_encoder.objectives.text_contrast import TextContrast
 from tests.support.objectives import draw_inputs, leaves
@@ -41,7 +41,7 @@ def plain_rows(inputs: ObjectiveInputs, *, hard: int | None, most: float) -> Ten
 @pytest.mark.parametrize("captions", [2, 3])
 @pytest.mark.parametrize(("hard", "most"), [(None, 1.0), (None, 0.5), (2, 0.8), (100, 1.0)])
 def test_losses_and_gradients(captions: int, hard: int | None, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_tiles, "_TILE_BYTES", 5 * 8 * 6 * captions)  # five captions a tile
+    monkeypatch.setattr(text_contrast, "_TILE_BYTES", 5 * 8 * 6 * captions)  # five captions a tile
     inputs = draw_inputs(6, captions)
     output = TextContrast(temperature=TEMPERATURE, hard_negatives=hard, max_similarity=most)(inputs)
     expected = plain_rows(inputs, hard=hard, most=most)
@@ -70,7 +70,7 @@ def test_captions_without_negatives_lose_nothing() -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"hard_negatives": 0}, "hard_negatives=0 must be 1 or more, or null"),
+        ({"hard_negatives": 0}, "hard_negatives=0: must be a whole number, 1 or more, or null"),
         ({"max_similarity": -1.0}, "max_similarity=-1.0"),
         ({"max_similarity": math.nan}, "max_similarity=nan"),
     ],

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from m2_encoder.errors import UserError
@@ -52,7 +52,6 @@ def test_measured_elsewhere() -> None:
     assert sent == pytest.approx([18.87, 9.45, 3.15], abs=0.005)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_group_of_all_ranks_is_the_full_method(data: st.DataObject) -> None:
     shape = {**_drawn(data)}
@@ -60,7 +59,6 @@ def test_a_group_of_all_ranks_is_the_full_method(data: st.DataObject) -> None:
     assert contrastive_bytes("grouped_local_loss", **shape) == contrastive_bytes("local_loss", **shape)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_larger_groups_never_send_less(data: st.DataObject) -> None:
     shape = _drawn(data)
@@ -69,7 +67,6 @@ def test_larger_groups_never_send_less(data: st.DataObject) -> None:
         assert contrastive_bytes(method, **larger) >= contrastive_bytes(method, **shape)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_accumulation_only_regroups_the_bytes_of_the_same_rows(data: st.DataObject) -> None:
     shape = _drawn(data)
@@ -81,7 +78,6 @@ def test_accumulation_only_regroups_the_bytes_of_the_same_rows(data: st.DataObje
     assert repeated == k * contrastive_bytes("repetition", **at_once).bytes_sent
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_the_local_form_has_at_most_two_collectives(data: st.DataObject) -> None:
     shape = _drawn(data)

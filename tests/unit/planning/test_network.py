@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from m2_encoder.planning.hardware import Hardware
@@ -50,7 +50,6 @@ def test_a_device_per_node_has_only_the_slow_link() -> None:
     assert gather_seconds(alone, ranks=4, bytes_per_rank=1e6) == pytest.approx(5e-6 + 3 * 20e-6 + 3 * 1e6 / 10e9)
 
 
-@settings(deadline=None)
 @given(ranks=st.integers(2, 64), more=st.integers(1, 64), size=st.floats(0, 1e9))
 def test_more_ranks_never_gather_faster(ranks: int, more: int, size: float) -> None:
     fewer = gather_seconds(CLUSTER, ranks=ranks, bytes_per_rank=size)
@@ -68,7 +67,6 @@ def test_waiting_is_what_a_simulation_gives(group_size: int, world_size: int, fo
     assert expected == pytest.approx(simulated.mean(), abs=5 * simulated.std() / len(simulated) ** 0.5 + 0.005)
 
 
-@settings(deadline=None)
 @given(
     forward=st.floats(0.01, 10), backward=st.floats(0.01, 10), small=st.integers(0, 5), larger=st.integers(0, 5),
     groups=st.integers(0, 3),

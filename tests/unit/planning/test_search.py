@@ -37,7 +37,7 @@ def test_every_setting_keeps_to_the_request() -> None:
     assert {setting.micro_batches for setting in found} == {2**power for power in range(8)}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     memory_gb=st.floats(20, 200), less=st.floats(0.3, 1), power=st.integers(0, 3),
     strategy=st.sampled_from([None, "grouped_ddp", "grouped_fsdp"]),

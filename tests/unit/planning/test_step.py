@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from m2_encoder.models.config import NAME_TO_CONFIG
@@ -117,7 +117,6 @@ def test_meeting_for_every_micro_batch_costs_more() -> None:
     assert max(grouped) < once
 
 
-@settings(deadline=None)
 @given(
     group=st.integers(0, 5), more=st.integers(0, 3), k=st.integers(1, 8), rows=st.integers(1, 256),
     strategy=st.sampled_from(["grouped_ddp", "grouped_fsdp"]),
@@ -136,7 +135,6 @@ def test_larger_groups_never_cost_less(group: int, more: int, k: int, rows: int,
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-@settings(deadline=None)
 @given(power=st.integers(0, 7), more=st.integers(1, 3), checkpointing=st.booleans())
 def test_more_recomputed_micro_batches_never_need_more_memory(power: int, more: int, checkpointing: bool) -> None:
     few, many = (

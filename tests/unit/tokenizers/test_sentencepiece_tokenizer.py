@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -112,13 +112,11 @@ def test_special_ids_come_from_the_model() -> None:
     assert tokenizer.encode("a  cat") == processor.encode("a  cat")
 
 
-@settings(deadline=None)
 @given(text=TEXTS)
 def test_pieces_follow_the_recipe(text: str) -> None:
     assert TOKENIZER.encode(text) == reference_ids(text)
 
 
-@settings(deadline=None)
 @given(
     texts=st.lists(TEXTS, max_size=5),
     context_length=st.integers(2, 60),
@@ -146,7 +144,6 @@ def test_invariants_of_a_call(texts: list[str], context_length: int, side: Any) 
         assert alone.mask.all()
 
 
-@settings(deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3))
 def test_large_calls_equal_small_ones(texts: list[str]) -> None:
     # More than a hundred texts take SentencePiece's list interface.
@@ -257,7 +254,6 @@ def test_surrogates_become_text() -> None:
     assert ids.shape[0] == mask.shape[0] == 2
 
 
-@settings(deadline=None)
 @given(text=st.text(st.characters(), max_size=20))
 def test_any_code_points_tokenise(text: str) -> None:
     # Surrogates included, which st.text() leaves out by itself.

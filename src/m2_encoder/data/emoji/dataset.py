@@ -1,13 +1,10 @@
-"""The embedded bilingual set: emoji drawn in four styles, with human Chinese and English captions.
+"""The built-in bilingual set: emoji drawn in four styles, with human Chinese and English captions.
 
-The package carries the drawings as one blob per style and the captions as one JSON line per concept (see
-`assets/emoji/ATTRIBUTION.md`; `scripts/build_emoji_data.py` made them). `write_emoji_shards` unpacks ordinary
-WebDataset tars from them, so that training reads the embedded set exactly as it reads any other.
+The package holds one file of drawings per style and one JSON line per concept (see `assets/emoji/ATTRIBUTION.md`).
+`write_emoji_shards` unpacks them to ordinary WebDataset tars.
 
-Words used here: a *concept* is one emoji without skin tone; its *family* are the concepts that share the part
-before the first joiner; a *style* is the artist's set a drawing comes from.
-
-One folder per split, each with `000000.tar`, … and an `index.json`:
+A *concept* is one emoji without skin tone; its *family* are the concepts that share the part before the first joiner; a
+*style* is the artist's set that a drawing comes from. Each split has a folder with `000000.tar`, … and `index.json`:
 
 ==================  ==========  ==============  ================================================
 split               concepts    styles          what for
@@ -52,10 +49,10 @@ EMOJI_STYLES = get_args(EmojiStyle)
 
 Split: TypeAlias = Literal["train", "val", "val_style", "heldout_style", "heldout_families"]
 EMOJI_SPLITS = get_args(Split)
-"""Folders that `write_emoji_shards` writes; the module's head says what each holds."""
+"""Folders that `write_emoji_shards` writes; see the table above."""
 
 EMOJI_MARKER = "emoji.json"
-"""File whose presence says that a folder was unpacked completely, and from what."""
+"""File that marks a completely unpacked folder, and has its fingerprint."""
 
 IMAGE_SIZE_PX = 64
 """Side of every shipped drawing."""
@@ -65,7 +62,7 @@ _STALE_PARTIAL_S = 3600.0  # an unpack takes seconds; an older partial folder be
 
 
 class EmojiCaptions(NamedTuple):
-    """What one language says about a concept."""
+    """Captions of a concept in one language."""
 
     name: str  # the CLDR short name
     aliases: tuple[str, ...]  # other names, from the `emoji` package
@@ -106,21 +103,12 @@ class _Sample(NamedTuple):
 
 
 def load_emoji_concepts() -> list[EmojiConcept]:
-    """Reads every concept of the package, ordered by code points.
-
-    Source: CLDR annotations and the `emoji` package, joined by `scripts/build_emoji_data.py`.
-    """
+    """All concepts, ordered by code points, as `scripts/build_emoji_data.py` made them of CLDR and `emoji`."""
     return [_parse_concept(json.loads(line)) for line in _read_asset("concepts.jsonl").splitlines()]
 
 
 def load_emoji_images(style: str) -> dict[str, bytes]:
-    """Reads the drawings of one style.
-
-    Args:
-        style: one of `EMOJI_STYLES`.
-
-    Returns:
-        WebP files by concept key; each decodes to `IMAGE_SIZE_PX` squared, RGB on white.
+    """WebP files of one style by concept key: `IMAGE_SIZE_PX` squared, RGB on white.
 
     Raises:
         UserError: if the style is unknown.
@@ -133,7 +121,7 @@ def load_emoji_images(style: str) -> dict[str, bytes]:
 
 
 def load_emoji_tokenizer_model() -> bytes:
-    """Reads the SentencePiece model that `scripts/train_tokenizer.py` trained on the training captions."""
+    """The SentencePiece model that `scripts/train_tokenizer.py` trained on the training captions."""
     return _read_asset("tokenizer.model")
 
 
@@ -145,23 +133,13 @@ def write_emoji_shards(
     styles: Sequence[str] = EMOJI_STYLES,
     samples_per_shard: Count = 500,
 ) -> Path:
-    """Unpacks the embedded set to WebDataset tars, unless the folder already holds exactly that.
+    """Unpack the built-in set to `folder`, unless it is there, and return `folder`.
 
-    The module's head describes splits and samples. The bytes depend on the package and the arguments alone.
-    The folder appears by one rename; one from another version or arguments, or a damaged one, is replaced.
-
-    Args:
-        folder: where to unpack; its parents are made.
-        heldout_style: the style that is kept from `train` and `val`.
-        styles: the styles to use at all, the held-out one included.
-        samples_per_shard: samples per tar; the last one holds the rest.
-
-    Returns:
-        `folder`.
+    The bytes depend on the package and the arguments alone. The folder appears by one rename; one of another version or
+    other arguments, or a damaged one, is replaced. `heldout_style`, one of `styles`, is kept from `train` and `val`.
 
     Raises:
-        UserError: for an unknown style, too few styles, a shard size below 1, or a folder that holds other
-            files or cannot be written.
+        UserError: for an unknown style, too few styles, or a folder that holds other files or cannot be written.
     """
     styles = tuple(style for style in EMOJI_STYLES if style in _check_styles(styles))
     if heldout_style not in styles or len(styles) < 2:
@@ -282,7 +260,7 @@ def _is_complete(folder: Path, fingerprint: str) -> bool:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuses to replace what this module did not write."""
+    """Refuse a folder with files that this module does not write."""
     if folder.is_dir():
         foreign = sorted({entry.name for entry in folder.iterdir()} - {EMOJI_MARKER, *EMOJI_SPLITS})
         if not foreign:
@@ -293,7 +271,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _publish(partial: Path, folder: Path, fingerprint: str) -> None:
-    """Puts `partial` in the place of `folder`, unless another process, such as a rank, was faster."""
+    """Replace `folder` by `partial`, unless another process, such as a rank, was faster."""
     if _is_complete(folder, fingerprint):
         return
     with contextlib.suppress(FileNotFoundError), _partial_folder(folder) as aside:
@@ -354,7 +332,7 @@ def _parse_concept(record: Mapping[str, Any]) -> EmojiConcept:
 
 
 def _split_riff(blob: bytes) -> Iterator[bytes]:
-    """Cuts a concatenation of RIFF files (WebP is one): each says its own length in its second word."""
+    """Split concatenated RIFF files, such as WebP; each has its length in its second word."""
     start = 0
     while start < len(blob):
         tag, length = struct.unpack_from("<4sI", blob, start)

@@ -1,4 +1,4 @@
-"""The embedded emoji set as one source of shards, with its own splits for validation and reporting."""
+"""The built-in emoji set as one source of shards, with its own splits for validation and reporting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 REPORTED_SPLITS = ("heldout_style", "heldout_families")
-"""Splits of the embedded set that are for reporting; nothing is chosen by them."""
+"""Splits for reporting only."""
 
 VALIDATION_SPLIT = "val"
 
@@ -27,28 +27,11 @@ _WHOLE_EPOCH = 1 << 40  # a window that no source fills: every epoch is one shuf
 
 
 class EmojiDataModule(WebDatasetModule):
-    """The embedded bilingual set: training batches, a validation split, two splits for reporting.
+    """The built-in bilingual set: training batches, a validation split, two splits for reporting.
 
-    It is small, so one lane and one window shuffle all of it, images are decoded once, and a sample that cannot be used
-    ends the run: the set is ours, so something is wrong with the folder.
-
-    Args:
-        tokenizer: makes ids of captions.
-        image_size: side of the images the model takes, pixels.
-        seed: chooses order, captions and augmentation.
-        max_steps: optimizer steps of the whole run.
-        folder: where the tars are unpacked, once.
-        global_batch_size: samples per step over all ranks.
-        num_workers: loader processes per rank.
-        heldout_style: drawing style that is never trained on.
-        captions: draws the captions of a sample.
-        transform: builds the augmentation for an image size.
-        eval_batch_size: images or texts per forward in validation.
-        masking: hides words and patches for masked objectives; None hides nothing.
-        columns: more tensors of a batch by name, read from the samples; None leaves one out.
-
-    Raises:
-        UserError: for numbers that are too small.
+    It is small: one lane and one window shuffle all of it, and images are decoded once. An unusable sample ends the
+    run. The tars are unpacked to `folder`; `heldout_style` is never trained on. The other arguments are the base
+    class's.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
-"""Image operations for training: one table of named ops, and the random crop.
+"""Random image operations for training, and the random crop.
 
-An op takes an RGB image, a strength in 0..1, a random generator and the grey level of uncovered pixels, and
-returns an RGB image of the same size; it never changes its input. The ranges are those of the augmentation
-that the official configuration names (strength 0.7 there): shear ±0.3·strength, translation ±10·strength
-pixels, rotation ±30·strength degrees, enhancement factor 0.1 + 1.8·strength.
+An operation maps (RGB image, strength in 0..1, generator, grey level of uncovered pixels) to an RGB image of the same
+size. The ranges are those of the official augmentation (strength 0.7 there): shear ±0.3·strength, translation
+±10·strength pixels, rotation ±30·strength degrees, enhancement factor 0.1 + 1.8·strength.
 
 Reference: RandAugment (arXiv:1909.13719).
 """
@@ -56,19 +55,10 @@ def random_affine(
     fill: int,
     rng: np.random.Generator,
 ) -> Image.Image:
-    """Turn, zoom, shift and shear at random about the centre, in one bilinear resampling.
+    """Rotate, zoom, shift and shear about the centre, in one bilinear resampling.
 
-    Args:
-        image: RGB.
-        degrees: the angle is uniform in -degrees..degrees.
-        zoom: least and most size of the content over its old size, log-uniform.
-        translate: the shift in x and in y is uniform in -translate..translate of the side.
-        shear: the shear in x is uniform in -shear..shear.
-        fill: grey level of pixels that the image no longer covers, 0..255.
-        rng: the only source of randomness.
-
-    Returns:
-        A new RGB image of the same size.
+    Uniform: the angle in ±degrees, the shifts in ±translate of each side, the shear of x in ±shear. Log-uniform: the
+    zoom, (least, most). `fill` is the grey level of uncovered pixels, 0..255.
     """
     angle = math.radians(rng.uniform(-degrees, degrees))
     inverse_zoom = math.exp(-rng.uniform(math.log(zoom[0]), math.log(zoom[1])))
@@ -83,28 +73,21 @@ def random_affine(
 
 
 def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    """Op from one of Pillow's enhancers."""
-
     def enhance(image: Image.Image, strength: float, _rng: np.random.Generator, _fill: int) -> Image.Image:
         return enhancer(image).enhance(0.1 + 1.8 * strength)
 
     return enhance
 
 
-def _shear_x(image: Image.Image, strength: float, rng: np.random.Generator, fill: int) -> Image.Image:
-    return _affine(image, (1, _signed(_MAX_SHEAR * strength, rng), 0, 0, 1, 0), fill)
+def _move(place: int, most: float) -> Operation:
+    """Affine op: one coefficient of the identity becomes ±`most`·strength."""
 
+    def move(image: Image.Image, strength: float, rng: np.random.Generator, fill: int) -> Image.Image:
+        matrix = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+        matrix[place] = _signed(most * strength, rng)
+        return _affine(image, tuple(matrix), fill)
 
-def _shear_y(image: Image.Image, strength: float, rng: np.random.Generator, fill: int) -> Image.Image:
-    return _affine(image, (1, 0, 0, _signed(_MAX_SHEAR * strength, rng), 1, 0), fill)
-
-
-def _translate_x(image: Image.Image, strength: float, rng: np.random.Generator, fill: int) -> Image.Image:
-    return _affine(image, (1, 0, _signed(_MAX_TRANSLATION_PX * strength, rng), 0, 1, 0), fill)
-
-
-def _translate_y(image: Image.Image, strength: float, rng: np.random.Generator, fill: int) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, _signed(_MAX_TRANSLATION_PX * strength, rng)), fill)
+    return move
 
 
 def _rotate(image: Image.Image, strength: float, rng: np.random.Generator, fill: int) -> Image.Image:
@@ -132,7 +115,7 @@ OFFICIAL_OPERATIONS: tuple[str, ...] = (
     "translate_y",
     "rotate",
 )
-"""What the training variant of the official transform samples from."""
+"""Operations of the official training transform."""
 
 OPERATIONS: Mapping[str, Operation] = MappingProxyType(
     {
@@ -141,12 +124,12 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
         "equalize": lambda image, _strength, _rng, _fill: ImageOps.equalize(image),
         "brightness": _enhance(ImageEnhance.Brightness),
         "sharpness": _enhance(ImageEnhance.Sharpness),
-        "shear_x": _shear_x,
-        "shear_y": _shear_y,
-        "translate_x": _translate_x,
-        "translate_y": _translate_y,
+        "shear_x": _move(1, _MAX_SHEAR),
+        "shear_y": _move(3, _MAX_SHEAR),
+        "translate_x": _move(2, _MAX_TRANSLATION_PX),
+        "translate_y": _move(5, _MAX_TRANSLATION_PX),
         "rotate": _rotate,
-        # Beyond the official ten, for those who name them.
+        # not in the official transform
         "contrast": _enhance(ImageEnhance.Contrast),
         "saturation": _enhance(ImageEnhance.Color),
         "hue": lambda image, strength, rng, _fill: color_jitter(image, (0.0, 0.0, 0.0, 0.5 * strength), rng),
@@ -169,20 +152,7 @@ def random_operations(
     fill: int,
     rng: np.random.Generator,
 ) -> Image.Image:
-    """Draw ops with replacement and apply each with a probability.
-
-    Args:
-        image: RGB.
-        names: keys of `OPERATIONS` to draw from.
-        num_ops: how many are drawn.
-        probability: of applying a drawn op, 0..1.
-        strength: of every op, 0..1.
-        fill: grey level of uncovered pixels, 0..255.
-        rng: the only source of randomness.
-
-    Returns:
-        An RGB image of the same size; the input itself if nothing was applied.
-    """
+    """Draw `num_ops` of `OPERATIONS` with replacement and apply each with a probability."""
     for _ in range(num_ops):
         name = names[int(rng.random() * len(names))]
         if rng.random() < probability:
@@ -198,14 +168,8 @@ def color_jitter(
     Contrast scales the distance from middle grey. Hue turns and saturation scales the chroma plane of YIQ, which keeps
     the luma of every pixel.
 
-    Args:
-        image: RGB.
-        ranges: (brightness, contrast, saturation, hue). The first three scale by a factor from 1 - range..1 + range
-            (never below 0), hue turns by -range..range of the colour circle.
-        rng: the only source of randomness.
-
-    Returns:
-        A new RGB image of the same size.
+    `ranges` are (brightness, contrast, saturation, hue): the first three scale by a factor from 1 - range..1 + range
+    (never below 0), hue turns by -range..range of the colour circle.
     """
     brightness, contrast, saturation = (rng.uniform(max(0.0, 1 - extent), 1 + extent) for extent in ranges[:3])
     angle = 2 * math.pi * rng.uniform(-ranges[3], ranges[3])
@@ -223,17 +187,15 @@ def random_crop_box(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """A random part of an image: area uniform, aspect ratio log-uniform, position uniform.
+    """(left, top, right, bottom) of a crop: area uniform, aspect ratio log-uniform, position uniform.
+
+    If ten draws do not fit, the largest centred part with an allowed ratio.
 
     Args:
-        size: (width, height) of the image in pixels.
-        scale: least and most of the image's area, 0..1.
+        size: (width, height) in pixels.
+        scale: least and most share of the area, 0..1.
         ratio: least and most width / height.
-        rng: the only source of randomness.
-
-    Returns:
-        (left, top, right, bottom) inside the image. Where ten draws do not fit, the largest centred part with
-        an allowed ratio.
+        rng: generator.
 
     Reference: Inception crops (arXiv:1409.4842), as torchvision's RandomResizedCrop draws them.
     """

@@ -1,17 +1,14 @@
-"""Image files to uint8 tensors, for training.
+"""Decodes image files to uint8 tensors, for training.
 
-JPEGs, nearly all images of the web, are decoded by libjpeg-turbo straight into the array that is used, in less than
-two thirds of Pillow's time; everything else (PNG, WebP, CMYK, what libjpeg-turbo warns of) by Pillow, and counted.
-Either way the pixels are those of `transforms.open_image`, and the files that can be used are the same: alpha is
-dropped, grey is copied to three channels, CMYK is converted.
+libjpeg-turbo decodes JPEGs in less than two thirds of Pillow's time; Pillow decodes everything else, and what
+libjpeg-turbo warns of. Pixels and usable files are those of `transforms.open_image`. Sizes are checked from the header,
+before anything is decoded.
 
-torchvision's decoders are as fast, but its PNG decoder takes the process down on some damaged files (version 0.29), and
+torchvision's decoders are as fast, but its PNG decoder crashes the process on some damaged files (version 0.29), and
 its JPEG decoder writes every defect to the terminal. Decoding large JPEGs at half their size (a DCT of fewer terms)
-moves the resized pixels by up to 5 of 255 levels, 0.6 on average: not exact enough to do it behind the user's back.
+moves the resized pixels by up to 5 of 255 levels, 0.6 on average.
 
-Sizes are checked by the header, before anything is decoded, so that a small file cannot claim gigabytes.
-
-Legend: H, W height and width in pixels.
+Letters: H, W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -65,20 +62,15 @@ def decode_image_uint8(
     honor_exif: bool = True,
     on_fallback: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Decode an image file to RGB.
+    """(3, H, W) uint8, with the channels last in memory, of an image file; of an animation, the first frame.
 
     Args:
         data: content of the file.
         max_pixels: width x height at most.
         min_side_px: the shorter side at least.
         max_aspect: the longer side over the shorter one, at most.
-        honor_exif: turn the image upright as its EXIF orientation says, as a browser shows it to whoever wrote its
-            caption. Evaluation ignores it by default, as the official code does.
-        on_fallback: called for every image that had to be decoded by Pillow; give what counts them.
-
-    Returns:
-        (3, H, W) uint8; in memory the channels come last, as decoders write them and resizing reads them fastest.
-        Of an animation, the first frame.
+        honor_exif: apply the EXIF orientation, as browsers do. Evaluation ignores it by default, as the official code.
+        on_fallback: called for every image that Pillow decodes.
 
     Raises:
         UnusableImageError: with the reason empty_member, undecodable_image, too_many_pixels, too_small or absurd_shape.
@@ -104,7 +96,7 @@ def decode_image_uint8(
 
 
 def _orientation(header: Image.Image) -> int:
-    """Orientation by EXIF or XMP, 1..8; 1 where there is none, or none that can be read."""
+    """Orientation by EXIF or XMP, 1..8; 1 without a readable one."""
     if _TURNED_BY.isdisjoint(header.info):
         return 1
     try:
@@ -117,7 +109,7 @@ def _orientation(header: Image.Image) -> int:
 
 
 def _decode_fast(data: bytes) -> npt.NDArray[np.uint8] | None:
-    """(H, W, 3) by libjpeg-turbo; None where it warns or cannot: whether the file can be used is for Pillow to say."""
+    """(H, W, 3) by libjpeg-turbo; None where it warns or fails: Pillow decides whether the file is usable."""
     try:
         return decode_jpeg(data)
     except ValueError:

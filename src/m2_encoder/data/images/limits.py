@@ -1,4 +1,4 @@
-"""What an encoded image is, and whether it can be used, with as little decoding as asked for."""
+"""Checks of image files: format, size, and on request that all pixels can be decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m2_encoder.data.samples.parse import SampleProblem
 
 
 class ImageLimits(NamedTuple):
-    """Images that a source may hold."""
+    """Sizes of usable images."""
 
     max_pixels: int = MAX_PIXELS  # width x height at most; larger ones are not decoded
     min_side_px: int = 4  # the shorter side at least
@@ -21,7 +21,7 @@ class ImageLimits(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """An image that can be used."""
+    """Format and size of a usable image."""
 
     format: str  # Pillow's name in lower case, such as "jpeg"
     width: int  # pixels, as stored
@@ -29,12 +29,7 @@ class ImageFacts(NamedTuple):
 
 
 def read_image_facts(content: bytes, limits: ImageLimits, *, decode: bool) -> ImageFacts:
-    """Check an image file.
-
-    Args:
-        content: the file.
-        limits: what is allowed; checked from the header, before anything is decoded.
-        decode: decode all pixels, too: only that finds files that were cut or damaged.
+    """Check an image file by its header; `decode` decodes all pixels, too, which finds cut and damaged files.
 
     Raises:
         SampleProblem: empty_member, undecodable_image, too_many_pixels, too_small or absurd_shape.
@@ -85,7 +80,7 @@ def load_pixels(image: Image.Image) -> None:
 
 
 def check_size(width: int, height: int, limits: ImageLimits) -> None:
-    """Make sure that an image of this size, in pixels, may be decoded.
+    """Check a size in pixels.
 
     Raises:
         SampleProblem: too_many_pixels, too_small or absurd_shape.

@@ -1,13 +1,8 @@
-"""The training transform on uint8 tensors: the same crops and augmentations, at a third of the time.
+"""The training transform on uint8 tensors: the same crops and augmentations, in a third of the time.
 
-Cropping, resizing and mirroring work on the bytes that a decoder wrote. Whatever else is switched on (operations,
-affine map, colours) works on the resized image by the functions of `augmentation`, so that it is the same by
-construction. Normalising is the model's, on its device.
+NumPy copies memory, not torch: torch would wake its thread pool for half a megabyte, which costs ten times the copy.
 
-Memory is moved by NumPy and not by torch: in a process with several threads torch would wake its pool for a copy of
-half a megabyte, whose spinning threads cost ten times the copy.
-
-Legend: S image side in pixels · H, W height and width of a source.
+Letters: S image side in pixels · H, W height and width of a source.
 """
 
 from __future__ import annotations
@@ -21,30 +16,19 @@ from torch.nn.functional import interpolate
 
 from m2_encoder.data.images.augmentation import random_crop_box
 from m2_encoder.data.images.decode import decode_image_uint8
-from m2_encoder.data.images.transforms import ImageSource, TrainTransform
-from m2_encoder.errors import ImageError, UserError
+from m2_encoder.data.images.transforms import ImageSource, TrainTransform, check_generator
+from m2_encoder.errors import ImageError
 
 
 class TensorTrainTransform(TrainTransform):
     """`TrainTransform` for decoded tensors, with the same arguments, draws and ranges.
 
-    From the same generator it draws the same crop, mirroring and augmentation, so its pixels are those of
-    `TrainTransform`, but for rounding in the resize: on photographs within 2 of 255 levels, 0.02 on average.
-
-    It takes the bytes of an image file, too, and decodes them by `decode_image_uint8`; any other source goes the way
-    of `TrainTransform`.
+    Its pixels are those of `TrainTransform`, but for rounding in the resize: on photographs within 2 of 255 levels,
+    0.02 on average. Bytes are decoded by `decode_image_uint8`; other sources are left to `TrainTransform`.
     """
 
     def __call__(self, source: ImageSource | Tensor, *, rng: np.random.Generator) -> Tensor:
-        """Transform one image at random.
-
-        Args:
-            source: (3, H, W) uint8 as `decode_image_uint8` returns it, or anything that `TrainTransform` takes.
-            rng: the only source of randomness; the same state gives the same pixels.
-
-        Returns:
-            (3, S, S) uint8, in memory of its own; of tensors and bytes the channels come last in memory, as resizing
-            writes them.
+        """(3, S, S) uint8 of a (3, H, W) uint8 tensor or another source; of tensors and bytes with the channels last.
 
         Raises:
             ImageError: if the source is a tensor of another kind, or cannot be opened.
@@ -55,10 +39,7 @@ class TensorTrainTransform(TrainTransform):
         if not isinstance(source, Tensor):
             return super().__call__(source, rng=rng)
         _check(source)
-        if not isinstance(rng, np.random.Generator):
-            raise UserError(
-                f"rng must be a numpy.random.Generator, as default_rng(seed) makes, got {type(rng).__name__}"
-            )
+        check_generator(rng)
         height, width = source.shape[1:]
         box = random_crop_box((width, height), scale=self.scale, ratio=self.ratio, rng=rng)
         levels = crop_and_resize(source, box, self.image_size)
@@ -70,23 +51,14 @@ class TensorTrainTransform(TrainTransform):
 
     @property
     def _augments(self) -> bool:
-        """Whether anything may happen after the resize; if not, nothing more is drawn either."""
+        """Whether `_augment` does or draws anything."""
         moves = self.rotate_degrees or self.translate or self.shear or self.zoom != (1.0, 1.0)
         recolours = any(self.color_jitter) or self.grayscale or self.invert
         return bool(self.num_ops or moves or recolours)
 
 
 def crop_and_resize(image: Tensor, box: tuple[int, int, int, int], image_size: int) -> npt.NDArray[np.uint8]:
-    """Bicubic with antialias from a part of an image to a square.
-
-    Args:
-        image: (3, H, W) uint8.
-        box: (left, top, right, bottom) inside the image.
-        image_size: S.
-
-    Returns:
-        (S, S, 3), contiguous, in memory of its own.
-    """
+    """(S, S, 3) of the part (left, top, right, bottom) of a (3, H, W) uint8 image, bicubic with antialias."""
     left, top, right, bottom = box
     part = image.numpy().transpose(1, 2, 0)[top:bottom, left:right]
     height, width = bottom - top, right - left
@@ -103,7 +75,7 @@ def crop_and_resize(image: Tensor, box: tuple[int, int, int, int], image_size: i
 
 
 def _mirror(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Left and right exchanged, (S, S, 3); moves whole pixels, which is twice as fast as moving their bytes."""
+    """Left and right exchanged, (S, S, 3); moving whole pixels is twice as fast as moving bytes."""
     pixels = levels.view("V3")
     return pixels[:, ::-1].copy().view(np.uint8).reshape(levels.shape)
 

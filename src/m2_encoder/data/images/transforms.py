@@ -1,10 +1,6 @@
-"""Image files, arrays and PIL images to tensors: for evaluation as the official code does, and for training.
+"""Transforms of image files, arrays and PIL images to tensors, for evaluation and training; the model normalises.
 
-Normalisation is not here: the model does it, for both dtypes. The transforms are plain objects of a few
-numbers, so they pickle into data loading workers, and the training transform has no randomness but that of
-the generator it is given.
-
-Legend: S image side in pixels · H, W height and width of a source.
+Letters: S image side in pixels · H, W height and width of a source.
 """
 
 from __future__ import annotations
@@ -44,24 +40,18 @@ _SOURCES = "give a file name, the bytes of an image file, a PIL image, or a uint
 
 
 def open_image(source: ImageSource, *, honor_exif: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open anything that holds an image, as RGB, the way the official code does.
+    """Open an image as RGB, as the official code does; an RGB image is returned itself.
 
     Alpha is dropped, not blended; grey is copied to three channels; palettes are expanded; CMYK is converted;
     16-bit grey is clipped at 255. Of an animation, the first frame is taken.
 
     Args:
-        source: file name, content of an image file, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3),
-            (H, W, 4).
-        honor_exif: whether to apply the EXIF orientation; the official code ignores it.
-        max_pixels: larger images are refused before they are decoded. Pillow's own guard stays in force:
-            whatever is given here, it refuses files of more than twice its limit.
-
-    Returns:
-        The decoded RGB image; `source` itself if it is one already. The source is never changed.
+        source: of any kind.
+        honor_exif: apply the EXIF orientation; the official code ignores it.
+        max_pixels: larger images are refused before they are decoded; Pillow refuses files above twice its own limit.
 
     Raises:
-        ImageError: if the source is missing, empty, no image, damaged, too large, or an array of another
-            kind. The message names the file and the reason.
+        ImageError: for what is missing, empty, no image, damaged, too large, or an array of another kind.
     """
     name = _name_of(source)
     if isinstance(source, np.ndarray):
@@ -85,18 +75,7 @@ def open_image(source: ImageSource, *, honor_exif: bool = False, max_pixels: int
 class EvalTransform:
     """The official transform of evaluation: RGB, then bicubic resize with antialias to exactly S x S.
 
-    The aspect ratio is not kept and nothing is cropped.
-
-    Args:
-        image_size: S.
-        honor_exif: whether to apply the EXIF orientation; the official code ignores it.
-        max_pixels: larger images are refused before they are decoded.
-
-    Attributes:
-        image_size: S.
-
-    Raises:
-        UserError: if `image_size` or `max_pixels` is no positive integer.
+    The aspect ratio is not kept and nothing is cropped. The arguments are those of `open_image`.
     """
 
     @check_bounds
@@ -106,13 +85,7 @@ class EvalTransform:
         self.max_pixels = int(max_pixels)
 
     def __call__(self, source: ImageSource) -> Tensor:
-        """Transform one image.
-
-        Args:
-            source: anything that `open_image` takes.
-
-        Returns:
-            (3, S, S) float32, values 0..1, not normalised.
+        """(3, S, S) float32 in 0..1 of one image, not normalised.
 
         Raises:
             ImageError: if the source cannot be opened.
@@ -122,13 +95,7 @@ class EvalTransform:
         return torch.from_numpy(np.divide(levels, np.float32(255), dtype=np.float32))
 
     def to_uint8(self, source: ImageSource) -> Tensor:
-        """Transform one image to bytes, a quarter of the memory; `__call__` is this divided by 255.
-
-        Args:
-            source: anything that `open_image` takes.
-
-        Returns:
-            (3, S, S) uint8.
+        """(3, S, S) uint8 of one image; `__call__` is this divided by 255.
 
         Raises:
             ImageError: if the source cannot be opened.
@@ -154,7 +121,7 @@ _OPERATIONS = Rule(
 
 
 class TrainTransform:
-    """The training variant that the official configuration names, with more for small data, off by default.
+    """The official training transform, with more augmentation for small data, off by default.
 
     Random resized crop (bicubic) → horizontal flip → `num_ops` random operations, each applied with
     `op_probability`. Then, where switched on: an affine map (rotation, zoom, shift, shear), colour jitter, greyscale,
@@ -177,14 +144,8 @@ class TrainTransform:
         color_jitter: ranges of (brightness, contrast, saturation, hue); see `augmentation.color_jitter`.
         grayscale: probability of losing all colour.
         invert: probability of becoming a negative.
-        honor_exif: whether to apply the EXIF orientation.
+        honor_exif: apply the EXIF orientation.
         max_pixels: larger images are refused before they are decoded.
-
-    Attributes:
-        image_size: S.
-
-    Raises:
-        UserError: if an argument is out of its range or an operation unknown.
     """
 
     @check_bounds
@@ -231,23 +192,13 @@ class TrainTransform:
         self.max_pixels = int(max_pixels)
 
     def __call__(self, source: ImageSource, *, rng: np.random.Generator) -> Tensor:
-        """Transform one image at random.
-
-        Args:
-            source: anything that `open_image` takes.
-            rng: the only source of randomness; the same state gives the same pixels.
-
-        Returns:
-            (3, S, S) uint8.
+        """(3, S, S) uint8 of one image; all randomness comes from `rng`.
 
         Raises:
             ImageError: if the source cannot be opened.
             UserError: if `rng` is no NumPy generator.
         """
-        if not isinstance(rng, np.random.Generator):
-            raise UserError(
-                f"rng must be a numpy.random.Generator, as default_rng(seed) makes, got {type(rng).__name__}"
-            )
+        check_generator(rng)
         image = open_image(source, honor_exif=self.honor_exif, max_pixels=self.max_pixels)
         image = image.crop(random_crop_box(image.size, scale=self.scale, ratio=self.ratio, rng=rng))
         image = _resize(image, self.image_size)
@@ -256,7 +207,7 @@ class TrainTransform:
         return _to_tensor(self._augment(image, rng))
 
     def _augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """What follows the flip: random operations, then the options beyond the official variant."""
+        """Augmentation after the flip."""
         image = random_operations(
             image,
             names=self.operations,
@@ -288,6 +239,12 @@ class TrainTransform:
         return _describe(self)
 
 
+def check_generator(rng: object) -> None:
+    """Refuse anything but a NumPy generator."""
+    if not isinstance(rng, np.random.Generator):
+        raise UserError(f"rng must be a numpy.random.Generator, as default_rng(seed) makes, got {type(rng).__name__}")
+
+
 def _name_of(source: ImageSource) -> str:
     """How messages call a source."""
     if isinstance(source, str | os.PathLike):
@@ -302,7 +259,7 @@ def _name_of(source: ImageSource) -> str:
 
 
 def _readable(source: str | os.PathLike[str] | bytes, name: str) -> Path | io.BytesIO:
-    """What Pillow opens, after the checks whose reasons Pillow does not give."""
+    """A source for `Image.open`, after checks whose reasons Pillow does not give."""
     if isinstance(source, bytes):
         if not source:
             raise ImageError(f"{name}: empty")
@@ -318,7 +275,7 @@ def _readable(source: str | os.PathLike[str] | bytes, name: str) -> Path | io.By
 
 
 def _to_rgb(image: Image.Image, name: str, *, honor_exif: bool, max_pixels: int) -> Image.Image:
-    """Decode an image and convert it, after a look at the size in its header."""
+    """Check the size in the header, decode, convert."""
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"{name}: too large: {width} x {height} pixels, at most {max_pixels:,} are allowed")
@@ -337,7 +294,6 @@ def _to_rgb(image: Image.Image, name: str, *, honor_exif: bool, max_pixels: int)
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
-    """PIL image of a uint8 array."""
     if array.dtype != np.uint8:
         scaling = "multiply values of 0..1 by 255" if array.dtype.kind == "f" else "bring values to 0..255"
         raise ImageError(f"array: dtype must be uint8, got {array.dtype}; {scaling}, then .astype(numpy.uint8)")
@@ -351,7 +307,7 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
 
 
 def _resize(image: Image.Image, image_size: int) -> Image.Image:
-    """Bicubic with antialias to a square."""
+    """To a square, bicubic with antialias."""
     return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 

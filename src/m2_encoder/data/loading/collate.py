@@ -24,12 +24,6 @@ def collate_samples(
 ) -> ImageTextBatch:
     """Stack samples to a batch; texts are padded to the longest.
 
-    Args:
-        samples: of the batch.
-        tokenizer: makes ids of captions.
-        masking: hides words and patches; None where no objective asks for it.
-        columns: the user's own, by name.
-
     Raises:
         UserError: if the values of a column make no tensor with a row for each.
     """
@@ -69,10 +63,9 @@ def _collate_column(name: str, column: Column, samples: Sequence[Sample]) -> Ten
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:
-    """(B, 3, S, S) of B images; where the channels come last in their memory, they do in the batch's.
+    """(B, 3, S, S) of B images, in their memory layout: reordering channels would take seven times as long.
 
-    Images that lie one behind the other already stay where they are. Others with their channels last are copied whole:
-    sorting the channels would take seven times as long; what computes with them does it better, on its device.
+    Images that lie one behind the other are not copied.
     """
     joined = join_rows(images)
     if joined is not None:

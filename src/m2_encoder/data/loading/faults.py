@@ -1,4 +1,4 @@
-"""Samples that cannot be used: counted by reason, listed once in a file; too many of them end the run."""
+"""Unusable samples: counted by reason, listed once in a file; too many end the run."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ SKIP_REASONS = (
 SHARD_REASONS = frozenset({"shard_changed", "shard_missing", "remote_timeout", "remote_incomplete", "not_a_tar"})
 """Reasons that concern a whole shard; it is listed once, not every sample of it."""
 
-_LEAST_SEEN = 1000  # a share of fewer samples says nothing yet
+_LEAST_SEEN = 1000  # a share of fewer samples is not judged
 _SHOWN = 5
 
 
 class SampleFault(NamedTuple):
-    """One sample, or shard, that cannot be used."""
+    """An unusable sample or shard."""
 
     source: str  # name of the source
     shard: str  # path or url
@@ -53,35 +53,25 @@ class SampleFault(NamedTuple):
     detail: str  # what was found
 
     def describe(self) -> str:
-        """As one line: place, reason, what was found."""
+        """Place, reason and detail in one line."""
         place = self.shard if self.key is None else f"{self.shard}:{self.key}"
         return f"{place}: {self.reason} ({self.detail})"
 
 
 class FaultLog:
-    """Counts and lists what cannot be used.
-
-    All processes of a run may write the same file: each looks what the others have listed before it adds a line.
+    """Counts and lists unusable samples; all processes of a run may share one list.
 
     Args:
         path: the list, one JSON object per line; None keeps none.
-        max_share: of unusable samples among those drawn, 0..1, above which the run ends.
-        max_samples: entries on the list, of all processes and earlier parts of the run, above which the run ends; None
-            sets no limit.
+        max_share: the run ends if more of the samples drawn are unusable, 0..1.
+        max_samples: the run ends if more are listed, by all processes and earlier parts of the run; None sets no limit.
 
     Attributes:
         counts: unusable samples drawn so far by this process, by reason; a sample drawn twice counts twice.
-        at_start: unusable samples that the headers of shards told before anything was drawn, by reason.
-
-    Raises:
-        UserError: for limits that make no sense.
+        at_start: unusable samples known from the headers of shards, by reason.
     """
 
     def __init__(self, path: Path | None, *, max_share: float = 0.05, max_samples: int | None = None) -> None:
-        if not 0 <= max_share <= 1:
-            raise UserError(f"data.max_bad_share={max_share!r} must be in 0..1")
-        if max_samples is not None and max_samples < 0:
-            raise UserError(f"data.max_bad_samples={max_samples!r} must be 0 or more, or null")
         self._path = path
         self._max_share, self._max_samples = max_share, max_samples
         self._listed: set[tuple[str, str | None]] = set()
@@ -92,7 +82,7 @@ class FaultLog:
         self.at_start: Counter[str] = Counter()
 
     def list(self, faults: Iterable[SampleFault]) -> None:
-        """Put faults on the list that are not there yet, without counting them."""
+        """List the faults that are not listed yet, without counting them."""
         new = {(f.shard, f.key): f for f in faults if (f.shard, f.key) not in self._listed}
         if not new:
             return
@@ -104,7 +94,7 @@ class FaultLog:
             with _locked_file(self._path) as file:
                 self._read_others(file)
                 lines = [json.dumps(f._asdict(), ensure_ascii=False) for k, f in new.items() if k not in self._listed]
-                half = file.tell() > 0 and not self._ends_line(file)  # of a process that was killed
+                half = file.tell() > 0 and not _ends_line(file)  # of a process that was killed
                 file.write(("\n" * half + "".join(f"{line}\n" for line in lines)).encode("utf-8", "replace"))
                 file.flush()
                 self._read_to = file.tell()
@@ -113,15 +103,12 @@ class FaultLog:
         self._listed |= set(new)
 
     def start(self, faults: Iterable[SampleFault], *, usable: int, is_counted: bool = True) -> None:
-        """Count and list what is known before anything is drawn.
+        """Count and list the faults that are known before training, in shards with so many usable samples.
 
-        Args:
-            faults: in the shards.
-            usable: samples in them.
-            is_counted: in `at_start`; for one of the ranks, which all find the same.
+        All ranks find the same: one of them counts them in `at_start`.
 
         Raises:
-            UserError: if the budget is spent already.
+            UserError: if there are too many.
         """
         faults = tuple(faults)
         self.list(faults)
@@ -131,14 +118,10 @@ class FaultLog:
         self._check_budget(counts, usable)
 
     def add(self, faults: Iterable[SampleFault], *, drawn: int) -> None:
-        """Count and list faults.
-
-        Args:
-            faults: met while so many samples were drawn.
-            drawn: usable samples since the last call.
+        """Count and list the faults that were met while `drawn` usable samples were drawn.
 
         Raises:
-            UserError: if the budget is spent, with the counts, the first places and the list.
+            UserError: if there are too many, with the counts and the first places.
         """
         faults = tuple(faults)
         self._seen += drawn
@@ -163,18 +146,18 @@ class FaultLog:
         listed = "" if self._path is None else f"; all of them: {self._path}"
         raise UserError(f"{places}: {what}: {by_reason}{listed}; mend the shards, or allow more")
 
-    @staticmethod
-    def _ends_line(file: IO[bytes]) -> bool:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"
-
     def _read_others(self, file: IO[bytes]) -> None:
-        """Learn what other processes, or this run before it was interrupted, have listed since the last look."""
+        """Read entries that other processes, or this run before it was interrupted, have added since the last call."""
         file.seek(self._read_to)
         for line in file:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # the half line of a process that was killed
                 entry = json.loads(line)
                 self._listed.add((entry["shard"], entry["key"]))
+
+
+def _ends_line(file: IO[bytes]) -> bool:
+    file.seek(-1, 2)
+    return file.read(1) == b"\n"
 
 
 @contextlib.contextmanager

@@ -1,11 +1,8 @@
-"""A DataLoader that knows its place.
+"""A DataLoader that resumes at a position.
 
-Every sample that a run ever sees has a position, counted over all ranks from 0. Batch t of rank r of R holds the
-positions t*B + r, t*B + r + R, ... (B: global batch size). What stands at a position is said by
-`m2_encoder.data.order.plan`; it depends on neither ranks nor workers, so one integer resumes a run.
-
-Lightning saves and restores the state of a loader that has `state_dict`. Under several ranks it keeps rank 0's state
-only, so the state must not depend on the rank; the global position does not.
+Samples have positions, counted over all ranks from 0. Batch t of rank r of R holds the positions t*B + r,
+t*B + r + R, ... (B: global batch size). The sample at a position depends on neither ranks nor workers
+(`m2_encoder.data.order.plan`), so one integer resumes a run. Lightning keeps rank 0's `state_dict` only.
 """
 
 from __future__ import annotations
@@ -43,7 +40,7 @@ _LAST_STEP_S = 600  # that workers live on after SIGTERM, for the trainer to end
 
 
 class PositionDataset(Protocol):
-    """Gives the samples that stand at some positions."""
+    """Samples by position."""
 
     clock: StageClock
 
@@ -53,7 +50,7 @@ class PositionDataset(Protocol):
 
 
 class Batch(NamedTuple):
-    """What a worker hands over."""
+    """A batch from a worker."""
 
     batch: ImageTextBatch  # to train on
     faults: tuple[SampleFault, ...]  # what was unusable
@@ -77,10 +74,10 @@ class PositionLoader:
         pin_memory: copy batches to page-locked memory, for transfers to an accelerator.
         fingerprint: what the order depends on; a saved state of another order is refused.
         segment: sources of this run's mixture; empty if it never changes.
-        record: all shards of the mixture, packed by `Manifest.record`, to say later what changed.
-        new_segment: let a saved state of another mixture go on with this one; None if the user cannot say so.
-        on_faults: called with the unusable samples of every batch that is handed over, and the number of usable ones.
-        stall_timeout_s: without any progress after which waiting for a batch is an error that says for what.
+        record: of `Manifest.record`, to describe later what changed.
+        new_segment: continue a saved state of another mixture with this one; None if the user has no such choice.
+        on_faults: called for every batch with its unusable samples and the number of usable ones.
+        stall_timeout_s: time without progress after which waiting for a batch is an error.
     """
 
     def __init__(
@@ -126,9 +123,8 @@ class PositionLoader:
         """Batches from the current place on.
 
         Raises:
-            UserError: for too many samples that cannot be used, also where a worker found them; if loading stands
-                still; or if all steps were given already: a trainer that asks for more would otherwise turn over empty
-                epochs for ever.
+            UserError: for too many unusable samples; if loading stalls; or if all steps were given already: a trainer
+                that needs more would otherwise run empty epochs for ever.
         """
         if self._position >= self._stop:
             raise UserError(
@@ -260,27 +256,13 @@ class PositionLoader:
 
 
 def rank_positions(*, start: int, stop: int, global_batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
-    """Positions of one rank's batches.
-
-    Args:
-        start: first position; a multiple of `global_batch_size`.
-        stop: position at which the last batch ends.
-        global_batch_size: B, a multiple of `world_size`.
-        rank: of this process.
-        world_size: number of processes.
-    """
+    """Positions of one rank's batches between two positions."""
     for first in range(start, stop, global_batch_size):
         yield list(range(first + rank, first + global_batch_size, world_size))
 
 
 class _Batches(Dataset[Any]):
-    """Whole batches by their positions. A user error is returned, because workers wrap what they raise in a traceback.
-
-    Args:
-        dataset: gives the sample that stands at a position.
-        collate: makes a batch of samples.
-        board: where workers say what they do.
-    """
+    """Whole batches by their positions. A user error is returned: workers wrap what they raise in a traceback."""
 
     def __init__(
         self, dataset: PositionDataset, collate: Callable[[list[Any]], ImageTextBatch], board: StageBoard
@@ -302,7 +284,7 @@ class _Batches(Dataset[Any]):
 
     @contextmanager
     def needed(self) -> Iterator[None]:
-        """While inside, workers survive SIGTERM: sent to all processes of a run, it wants the trainer to save first."""
+        """While inside, workers survive SIGTERM, which all processes of a run get, so that the trainer can save."""
         atexit.register(self._end)  # before multiprocessing ends the workers and waits for that
         try:
             yield
@@ -311,7 +293,7 @@ class _Batches(Dataset[Any]):
             atexit.unregister(self._end)
 
     def heed_signals(self) -> None:
-        """In a worker: let SIGTERM end it when it is needed no more, or a while later."""
+        """In a worker: handle SIGTERM when it is needed no more, or a while later."""
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _end(self) -> None:

@@ -1,9 +1,8 @@
-"""The memory of a batch's images, filled one by one while they are still in the processor's cache.
+"""Memory for a batch's images, filled one by one while they are in the processor's cache.
 
-Stacking them at the end would read and write all of them once more, from main memory; and a worker would copy the batch
-again, to memory that it shares with the training process.
+Stacking them at the end would copy all of them from main memory, and once more to memory shared with the trainer.
 
-Legend: B images of a batch · S image side in pixels
+Letters: B images of a batch · S image side in pixels
 """
 
 from __future__ import annotations
@@ -18,11 +17,7 @@ from torch.utils.data import get_worker_info
 
 
 class PixelRows:
-    """Memory for the images of one batch; the first image decides about its shape and layout.
-
-    Args:
-        count: B.
-    """
+    """Memory for B images of the shape and layout of the first one."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -31,14 +26,7 @@ class PixelRows:
         self._shape = torch.Size()
 
     def keep(self, image: Tensor) -> Tensor:
-        """Copy an image behind the last one.
-
-        Args:
-            image: uint8, on the CPU.
-
-        Returns:
-            The copy, laid out as the image was; the image itself where it has another shape than the first one.
-        """
+        """Copy a uint8 image behind the last one; an image of another shape than the first is returned as it is."""
         turned = image.permute(1, 2, 0) if image.ndim == 3 else image
         is_last = turned.is_contiguous()  # channels
         source = turned if is_last else image
@@ -54,7 +42,7 @@ class PixelRows:
 
 
 def join_rows(images: Sequence[Tensor]) -> Tensor | None:
-    """(B, ...) of images that lie one behind the other, as `PixelRows` leaves them, without a copy; None for others."""
+    """(B, ...) view of images that lie one behind the other in memory, as `PixelRows` puts them; None for others."""
     first = images[0]
     step, begin = first.numel(), first.storage_offset()
     memory = first.untyped_storage().data_ptr()
@@ -71,7 +59,7 @@ def join_rows(images: Sequence[Tensor]) -> Tensor | None:
 
 
 def _allocate(count: int, shape: torch.Size) -> Tensor:
-    """Bytes; in a worker process in memory that others can map, as torch's own collating takes it."""
+    """Uninitialised bytes; in a worker process in shared memory, as torch's own collate function uses it."""
     if get_worker_info() is None:
         return torch.from_numpy(np.empty((count, *shape), np.uint8))
     size = count * math.prod(shape)

@@ -1,7 +1,6 @@
-"""What the loading of data does at the moment, visible from other processes, and how long each stage took so far.
+"""The stage of each loader worker, such as ("reading", "/data/000007.tar"), in shared memory, and the time per stage.
 
-Every worker writes its stage ("reading", "/data/000007.tar") into a slot of shared memory, so that whoever waits for it
-can say what it waits for. The same calls measure the stages, at about a microsecond each.
+Entering a stage takes about a microsecond.
 """
 
 from __future__ import annotations
@@ -22,35 +21,31 @@ _HEAD = struct.Struct("<dH")
 
 
 class StageNow(NamedTuple):
-    """What a worker does."""
+    """Current stage of a worker."""
 
     stage: str  # one of the stages
     detail: str  # of what, such as a shard
     seconds: float  # since when, monotonic clock of the machine
 
     def describe(self) -> str:
-        """In words, such as "reading /data/000007.tar for 63 s"."""
+        """Such as "reading /data/000007.tar for 63 s"."""
         return f"{self.stage} {self.detail} for {self.seconds:.0f} s".replace("  ", " ")
 
 
 class StageBoard:
-    """One slot per worker, in memory that worker processes share.
-
-    Args:
-        workers: number of slots.
-    """
+    """One slot per worker, in shared memory."""
 
     def __init__(self, workers: int) -> None:
         self._memory = RawArray("c", max(1, workers) * _SLOT_BYTES)
 
     def write(self, worker: int, stage: str, detail: str) -> None:
-        """Say what a worker does now; what does not fit its slot is cut."""
+        """Write a worker's stage, cut to fit its slot."""
         text = f"{stage} {detail}".encode("utf-8", "replace")[: _SLOT_BYTES - _HEAD.size]
         start = worker * _SLOT_BYTES
         self._memory[start : start + _HEAD.size + len(text)] = _HEAD.pack(time.monotonic(), len(text)) + text
 
     def read(self, worker: int) -> StageNow:
-        """What a worker does now."""
+        """Current stage of a worker."""
         slot = bytes(self._memory[worker * _SLOT_BYTES : (worker + 1) * _SLOT_BYTES])
         since, length = _HEAD.unpack_from(slot)
         stage, _, detail = slot[_HEAD.size : _HEAD.size + length].decode(errors="replace").partition(" ")
@@ -58,12 +53,7 @@ class StageBoard:
 
 
 class StageClock:
-    """Tells a board which stage a worker enters, and adds up the time between.
-
-    Args:
-        board: where to tell; None only measures.
-        worker: slot on the board.
-    """
+    """Writes the stages of one worker to a board, if there is one, and adds up their times."""
 
     def __init__(self, board: StageBoard | None = None, worker: int = 0) -> None:
         self._board = board

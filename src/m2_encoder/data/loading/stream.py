@@ -1,7 +1,7 @@
-"""From positions to training samples: read, decode, augment, and replace what cannot be used.
+"""Training samples by position: reads, decodes and augments them, and replaces unusable ones.
 
-Everything about a sample is a pure function of (seed, position): which one it is, its caption, its augmentation, and,
-if it is unusable, which one stands in for it. So batches are full, and the same for any number of ranks and workers.
+Everything about a sample is a function of (seed, position): which one it is, its caption, its augmentation, its
+replacement. So batches are full, and the same for any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SAMPLE_STREAM = 1
 
 
 class ImageTransform(Protocol):
-    """Makes the pixels of a step."""
+    """Augments the images of a step."""
 
     def __call__(self, source: Any, *, rng: np.random.Generator) -> Tensor:
         """Augment a decoded image to (3, S, S) uint8, drawing from `rng` alone."""
@@ -41,7 +41,7 @@ class ImageTransform(Protocol):
 
 
 class Delivery(NamedTuple):
-    """What a position gives."""
+    """The sample of a position."""
 
     sample: Any  # to train on
     faults: tuple[SampleFault, ...] = ()  # what was unusable before it, in order; usually nothing
@@ -50,18 +50,8 @@ class Delivery(NamedTuple):
 class SampleStream(Dataset[Delivery]):
     """Training samples by position.
 
-    Args:
-        plan: which sample stands at a position.
-        reader: reads their files.
-        captions: draws the captions of a step.
-        decode: makes of an image file what `transform` takes; raises `ImageError` or `SampleProblem` for one that
-            cannot be used.
-        transform: augments an image.
-        keep_decoded: decode each image once and keep it; for small sources (emoji: 50 MB per process).
-        columns: the user's own, by name.
-
-    Attributes:
-        clock: says what is done, and measures it; a worker sets its own.
+    `decode` raises `ImageError` or `SampleProblem` for unusable images. `keep_decoded` decodes each image once and
+    keeps it, for small sources (emoji: 50 MB per process).
     """
 
     def __init__(
@@ -91,16 +81,13 @@ class SampleStream(Dataset[Delivery]):
         return next(self.deliver([position]))
 
     def deliver(self, positions: Sequence[int]) -> Iterator[Delivery]:
-        """The samples that stand at some positions, or their first usable replacements.
+        """The samples at the positions of one batch, or their first usable replacements.
 
-        Reading and drawing are done for several samples in a row before any of them is decoded: decoding drives all
-        that out of the processor's caches, which makes it several times as slow when the two take turns.
-
-        Args:
-            positions: of one batch; the images lie one behind the other in memory.
+        Several samples are read before the first one is decoded: reading is several times as slow right after decoding
+        has emptied the processor's caches. The images lie one behind the other in memory.
 
         Raises:
-            UserError: if `MAX_IN_A_ROW` replacements of one are unusable, too; with what is wrong with them.
+            UserError: if `MAX_IN_A_ROW` samples in a row are unusable.
         """
         rows = PixelRows(len(positions))
         for first in range(0, len(positions), _READ_AHEAD):
@@ -110,14 +97,14 @@ class SampleStream(Dataset[Delivery]):
                 yield self._finish(*drawn.pop(), rows)  # lets its image file go
 
     def _begin(self, position: int) -> tuple[Sample, np.random.Generator, list[SampleFault]]:
-        """Everything about a sample but its pixels, with what was unusable before it."""
+        """A sample before decoding, its generator, and what was unusable before it."""
         if self._is_remote:
             self._announce(position)
         faults: list[SampleFault] = []
         return *self._draw(position, 0, faults), faults
 
     def _draw(self, position: int, attempt: int, faults: list[SampleFault]) -> tuple[Sample, np.random.Generator]:
-        """The first sample from an attempt on that can be read and says something."""
+        """The first readable sample with captions, from an attempt on."""
         for number in range(attempt, MAX_IN_A_ROW):
             place = self._plan.locate(position, attempt=number)
             try:
@@ -144,7 +131,7 @@ class SampleStream(Dataset[Delivery]):
         return sample._replace(columns=values)
 
     def _finish(self, sample: Sample, rng: np.random.Generator, faults: list[SampleFault], rows: PixelRows) -> Delivery:
-        """Decoded and augmented; where that fails, the sample becomes that of the next attempt."""
+        """Decode and augment; where that fails, continue with the next attempt."""
         while True:
             try:
                 image = self._decoded(sample)
@@ -189,7 +176,7 @@ class SampleStream(Dataset[Delivery]):
         return SampleFault(source.name, shard, key, reason, detail)
 
     def _announce(self, position: int) -> None:
-        """When a lane opens a window, have the shards of the next one fetched."""
+        """When a lane opens a window, start downloading the shards of the next one."""
         stretch = self._plan.stretch(position)
         if self._announced.get((stretch.source, stretch.lane)) == stretch:
             return
@@ -201,15 +188,12 @@ class SampleStream(Dataset[Delivery]):
 
 
 def content_identity(content: str) -> int:
-    """A number for what a sample shows, 0..2^63 - 1: equal for equal names, and practically never otherwise.
-
-    32 bits would make strangers positives of each other in every eighth batch of 32,768.
-    """
+    """Hash of a sample's content name, 0..2^63 - 1; 32 bits would collide in every eighth batch of 32,768."""
     return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 1
 
 
 def list_index_faults(plan: PositionPlan, reader: ShardReader) -> Iterator[SampleFault]:
-    """What headers tell to be unusable; such samples are no part of the plan. Sound shards are not opened.
+    """Faults that the headers of shards show; the plan leaves such samples out. Sound shards are not opened.
 
     Raises:
         OSError: if a shard cannot be read.

@@ -1,4 +1,4 @@
-"""Waiting for batches, but not for ever: what stands still is named and raised, never waited for in silence."""
+"""Waits for batches with a time-out, and reports what the workers were doing."""
 
 from __future__ import annotations
 
@@ -19,26 +19,19 @@ logger = logging.getLogger(__name__)
 
 _TIMED_OUT = "DataLoader timed out"  # how torch's message begins
 POLL_S = 5.0
-"""Give a loader with workers this time-out: so often it looks whether they live, and so soon a dead one is noticed."""
+"""Time-out for a loader with workers: the interval at which it checks that they live."""
 
 _RAISED = "Caught "  # how torch's message begins for what a worker raised
 _DIED = ("exited unexpectedly", "is killed by signal")
 
 
 def watch(loader: DataLoader[Any], board: StageBoard, *, workers: int, timeout_s: float) -> Iterator[Any]:
-    """Give what a loader gives.
+    """Iterate over a loader, which needs `timeout=POLL_S` if it has workers.
 
-    Without workers it is iterated in a thread of its own: a read from a disk that hangs cannot be interrupted, only
-    left behind.
-
-    Args:
-        loader: with `timeout=POLL_S` if it has workers.
-        board: where its workers, or the thread, say what they do.
-        workers: number of worker processes.
-        timeout_s: without any stage changing.
+    Without workers a thread iterates: a read from a disk that hangs cannot be interrupted, only abandoned.
 
     Raises:
-        UserError: if nothing moves for that long, or a worker died; with what the workers are at.
+        UserError: if no stage changes for `timeout_s`, or a worker died; with the workers' stages.
     """
     if workers:
         yield from _watch_workers(loader, board, workers, timeout_s)
@@ -83,11 +76,7 @@ def _death(board: StageBoard, workers: int, error: Exception) -> UserError:
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start the workers, without the signal handler that torch installs with the first ones.
-
-    It raises wherever the main thread is, in the middle of a step too, when a worker dies; here that is noticed while
-    waiting for a batch, and told in words.
-    """
+    """Start the workers without torch's SIGCHLD handler, which raises in the middle of a step when a worker dies."""
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
@@ -136,7 +125,7 @@ def _wait(given: queue.SimpleQueue[tuple[str, Any]], board: StageBoard, timeout_
 
 
 def _moves(board: StageBoard, workers: int, timeout_s: float) -> bool:
-    """Whether any worker entered a stage in time; one that has nothing to do does not count."""
+    """Whether any worker entered a stage within `timeout_s`; idle ones do not count."""
     now = [board.read(worker) for worker in range(workers)]
     moves = any(each.stage != IDLE and each.seconds < timeout_s for each in now)
     if moves:

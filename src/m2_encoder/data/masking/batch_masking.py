@@ -1,4 +1,4 @@
-"""What masked objectives want hidden of a batch: a function of the seed and each sample's position alone."""
+"""Masks of a batch for masked objectives: a function of the seed and each sample's position alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from m2_encoder.data.masking.patch_masking import BlockMasking
-from m2_encoder.data.masking.text_masking import MaskVocabulary, TextMasking, mask_words_of_batch
+from m2_encoder.data.masking.text_masking import MaskVocabulary, mask_words
 from m2_encoder.data.order.keyed_random import mix
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
@@ -27,14 +27,13 @@ class BatchMasking:
     """Hides words of captions, patches of images, or both.
 
     Args:
-        tokenizer: of the captions.
         grid: patches per side of an image.
         word_ratio: share of the tokens of words to predict; None hides no words.
         patch_ratio: share of the patches to hide; None hides none.
         user_dictionary: more words for jieba, a file in its format.
 
     Raises:
-        UserError: for a ratio that makes no sense.
+        UserError: if `patch_ratio` hides no patch, or all.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class BatchMasking:
         patch_ratio: float | None = None,
         user_dictionary: str | None = None,
     ) -> None:
-        self._words = None if word_ratio is None else TextMasking(word_ratio).checked()
+        self._word_ratio = word_ratio
         self._segmenter = WordSegmenter(tokenizer, user_dictionary=user_dictionary)
         self._vocabulary = MaskVocabulary.of(tokenizer)
         self._patches = None
@@ -62,38 +61,34 @@ class BatchMasking:
     @property
     def hides_words(self) -> bool:
         """Whether captions are masked."""
-        return self._words is not None
+        return self._word_ratio is not None
 
     def mask_texts(self, texts: Sequence[str], draws: Sequence[tuple[int, ...]]) -> tuple[TextTokens, MaskedText]:
         """Tokens of captions, exactly the tokenizer's, and the same with hidden words.
 
-        Args:
-            texts: captions, B of them.
-            draws: a key for each; equal keys and texts give equal masks.
+        Equal keys in `draws` and equal texts give equal masks.
         """
-        assert self._words is not None, "hides no words"
+        assert self._word_ratio is not None, "hides no words"
         pieces = self._segmenter.segment_batch(texts)
         keys = [mix(_WORDS, *draw) for draw in draws]
-        return pieces.text, mask_words_of_batch(pieces, masking=self._words, vocabulary=self._vocabulary, keys=keys)
+        return pieces.text, mask_words(pieces, ratio=self._word_ratio, vocabulary=self._vocabulary, keys=keys)
 
     def mask_images(self, draws: Sequence[tuple[int, ...]]) -> Tensor | None:
-        """Which patches are hidden, (B, patches) bool; None if none are.
-
-        Args:
-            draws: a key for each image.
-        """
+        """Which patches are hidden, (B, patches) bool, by a key for each image; None if none are."""
         if self._patches is None:
             return None
-        return torch.from_numpy(np.stack([self._patches.mask_patches(_generator(_PATCHES, draw)) for draw in draws]))
+        # From a key a generator is made five times as fast as from a seed.
+        generators = (np.random.Generator(np.random.Philox(key=mix(_PATCHES, *draw))) for draw in draws)
+        return torch.from_numpy(np.stack([self._patches.mask_patches(generator) for generator in generators]))
 
 
 def build_masking(
     objectives: Mapping[str, Objective], tokenizer: SentencePieceTokenizer, shape: M2EncoderConfig
 ) -> BatchMasking | None:
-    """What the objectives want hidden of a batch; None if they want nothing.
+    """The masking that the active objectives request; None if none does.
 
     Raises:
-        UserError: if they want different things.
+        UserError: if their requests differ.
     """
     wanted: dict[str, Any] = {}
     for key in ("word_ratio", "patch_ratio", "user_dictionary"):
@@ -109,8 +104,3 @@ def build_masking(
     if wanted["word_ratio"] is None and wanted["patch_ratio"] is None:
         return None
     return BatchMasking(tokenizer, grid=shape.image_size // shape.patch_size, **wanted)
-
-
-def _generator(stream: int, draw: tuple[int, ...]) -> np.random.Generator:
-    """A generator of its own; from a key it is made five times as fast as from a seed."""
-    return np.random.Generator(np.random.Philox(key=mix(stream, *draw)))

@@ -1,17 +1,12 @@
-"""Hiding whole words of captions, for predicting them from the image and the rest of the text.
+"""Whole-word masking of captions.
 
-Which words: they are put in random order and taken until the wanted number of pieces, `ratio` times those that belong
-to words, is reached. The word that would overshoot is taken with the probability that makes the expected number of
-pieces exactly the wanted one, so the number is within a word of it and right on average. The first word is always
-taken, so that a text with words never stays whole; with it, the mean over the words of max(wanted, pieces of the word)
-is expected: more than wanted in short texts, 1 piece of 1 instead of 0.5.
-
-What stands in their place is drawn for each piece by itself: `[MASK]`, a random piece, or the piece as it was, of which
-the model cannot know that it is right.
+Words are taken in random order until `ratio` of all pieces of words are hidden. The word that would overshoot is taken
+with the probability that makes the expected number of hidden pieces exact. The first word is always taken, so short
+texts hide more: 1 piece of 1 instead of 0.5. Each hidden piece becomes `[MASK]`, a random piece, or stays.
 
 Reference: BERT (arXiv:1810.04805) for the replacement, and its release of May 2019 for whole words.
 
-Legend: B texts · T tokens of the longest text, template included · V vocabulary.
+Letters: B texts · T tokens of the longest text, template included · V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +20,6 @@ import numpy.typing as npt
 import torch
 
 from m2_encoder.data.order.keyed_random import uniforms
-from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.word_pieces import NO_WORD, WordPieces, special_ids
 from m2_encoder.types import MaskedText
@@ -33,92 +27,50 @@ from m2_encoder.types import MaskedText
 _DRAWS = 4  # per piece: order of its word, whether the last word is taken, what replaces it, which random piece
 
 
-class TextMasking(NamedTuple):
-    """How much is hidden, and by what; `checked` says whether it makes sense."""
-
-    # share of the pieces of words to predict, in (0, 1]. Published: 0.15 for text alone, 0.50 beside an image.
-    ratio: float
-    mask_share: float = 0.8  # share of these that becomes `[MASK]`
-    random_share: float = 0.1  # share that becomes a random piece; the rest stays as it is
-
-    def checked(self) -> TextMasking:
-        """The same.
-
-        Raises:
-            UserError: if a share is not within 0 and 1, or both together are above 1, or nothing would be predicted.
-        """
-        if not 0 < self.ratio <= 1:
-            raise UserError(f"ratio={self.ratio} must be above 0 and at most 1: the share of a text to predict")
-        shares = (self.mask_share, self.random_share)
-        if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
-            raise UserError(
-                f"mask_share={self.mask_share} and random_share={self.random_share} must be at least 0 and at most 1 "
-                "together; what is left of 1 stays as it is"
-            )
-        return self
-
-
 class MaskVocabulary(NamedTuple):
-    """What may stand in a word's place."""
+    """Ids that replace hidden pieces."""
 
-    mask_id: int  # id of `[MASK]`
-    replacements: npt.NDArray[np.int64]  # ids of the pieces that are no special ones, (≤ V,) int64
+    mask_id: int  # of `[MASK]`
+    replacements: npt.NDArray[np.int64]  # all but special pieces, (≤ V,) int64
 
     @classmethod
     def of(cls, tokenizer: SentencePieceTokenizer) -> MaskVocabulary:
-        """Those of a tokenizer."""
+        """The ids of a tokenizer."""
         return cls(
             mask_id=tokenizer.mask_id,
             replacements=np.setdiff1d(np.arange(tokenizer.vocab_size), [*special_ids(tokenizer)]),
         )
 
 
-def mask_words(pieces: WordPieces, *, masking: TextMasking, vocabulary: MaskVocabulary, key: int) -> MaskedText:
-    """Hides words of one text.
-
-    Args:
-        pieces: of a text, (T,).
-        masking: how much, and by what.
-        vocabulary: what may stand in a word's place.
-        key: decides everything else, 64 bits, as of `keyed.mix`.
-
-    Returns:
-        Ids and what is to be predicted, (T,) each. A text without words, such as an empty one, stays as it is, and
-        nothing is predicted.
-
-    Raises:
-        UserError: if `masking` makes no sense.
-    """
-    batch = WordPieces(*(part[None] for part in pieces))
-    masked = mask_words_of_batch(batch, masking=masking, vocabulary=vocabulary, keys=[key])
-    return MaskedText(*(part[0] for part in masked))
-
-
-def mask_words_of_batch(
-    pieces: WordPieces, *, masking: TextMasking, vocabulary: MaskVocabulary, keys: Sequence[int]
+def mask_words(
+    pieces: WordPieces,
+    *,
+    ratio: float,
+    vocabulary: MaskVocabulary,
+    keys: Sequence[int],
+    mask_share: float = 0.8,
+    random_share: float = 0.1,
 ) -> MaskedText:
-    """Hides words of texts: of each exactly what `mask_words` hides with its key, whatever it is padded to.
+    """Hide words of texts, each by its own key, whatever it is padded to.
 
     Args:
         pieces: of the texts, (B, T).
-        masking: how much, and by what.
-        vocabulary: what may stand in a word's place.
-        keys: one per text.
+        ratio: share of the pieces of words to predict, in (0, 1]. Published: 0.15 for text alone, 0.50 beside an image.
+        vocabulary: replaces hidden pieces.
+        keys: random 64 bits per text, as `keyed_random.mix` makes them.
+        mask_share: share of hidden pieces that become `[MASK]`.
+        random_share: share that become a random piece; the rest stays.
 
     Returns:
-        Ids and what is to be predicted, (B, T) each.
-
-    Raises:
-        UserError: if `masking` makes no sense.
+        Ids and what to predict, (B, T) each. In a text without words nothing is predicted.
     """
-    masking.checked()
     ids, words = pieces.ids.numpy(), pieces.words.numpy()
     assert len(keys) == len(ids), f"{len(keys)} keys for {len(ids)} texts"
     # The same numbers for a piece, however many follow it.
     order, chance, kind, which = np.moveaxis(uniforms(keys, ids.shape[1] * _DRAWS).reshape(*ids.shape, _DRAWS), -1, 0)
-    predicted = choose_words(words, masking.ratio, order=order, chance=chance)
-    is_mask = kind < masking.mask_share
-    is_random = ~is_mask & (kind < masking.mask_share + masking.random_share)
+    predicted = choose_words(words, ratio, order=order, chance=chance)
+    is_mask = kind < mask_share
+    is_random = ~is_mask & (kind < mask_share + random_share)
     # A number of 53 bits below 1 times a count stays below the count.
     others = vocabulary.replacements[(which * len(vocabulary.replacements)).astype(np.int64)]
     masked = np.where(predicted & is_mask, vocabulary.mask_id, np.where(predicted & is_random, others, ids))
@@ -132,13 +84,13 @@ def choose_words(
     order: npt.NDArray[np.float64],
     chance: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.bool_]:
-    """Which pieces belong to chosen words; the module's head says how they are chosen.
+    """Which pieces belong to hidden words.
 
     Args:
-        words: word number of each piece, equal ones neighbours, `NO_WORD` for none; (B, T).
-        ratio: wanted share of the pieces of words.
-        order: random numbers in [0, 1); a word's place in the random order is the one of its first piece. (B, T)
-        chance: further ones; that of a word's first piece decides whether it is taken if it overshoots. (B, T)
+        words: word number of each piece, `NO_WORD` for none; pieces of a word are neighbours. (B, T)
+        ratio: share of the pieces of words to hide.
+        order: in [0, 1); that of its first piece is a word's place in the random order. (B, T)
+        chance: in [0, 1); that of its first piece decides whether a word that overshoots is taken. (B, T)
 
     Returns:
         (B, T) bool; all or none of a word's pieces.

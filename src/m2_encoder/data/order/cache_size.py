@@ -1,4 +1,4 @@
-"""Whether the folder of copies can hold the remote shards that are read at the same time."""
+"""Checks that `data.cache.max_bytes` suffices for the remote shards that are open at the same time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_cache(plan: PositionPlan, *, max_bytes: float, ranks: Sequence[int], world_size: int) -> None:
-    """Compare the limit of copies with what the lanes of a machine read at the beginning.
+    """Compare `max_bytes` with the shards that the `ranks` of this machine read first.
 
-    A warning is due where the shards of the open windows fit, but not those that are fetched ahead beside them.
-
-    Args:
-        plan: of the run.
-        max_bytes: of all copies together.
-        ranks: of this machine; they share the folder.
-        world_size: number of ranks.
+    Warns if the shards of the open windows fit, but not those that are fetched ahead.
 
     Raises:
-        UserError: with the numbers, if the shards of all open windows do not fit: every few samples one of them would
-            be removed, and downloaded again.
+        UserError: if the shards of the open windows do not fit: some would be downloaded every few samples.
     """
     common = math.gcd(plan.lanes, world_size)  # a rank meets the lanes that leave its own remainder
     lanes = [lane for lane in range(plan.lanes) if lane % common in {rank % common for rank in ranks}]

@@ -33,27 +33,14 @@ def mix(*values: int) -> int:
 
 
 def uniforms(keys: Sequence[int], count: int) -> npt.NDArray[np.float64]:
-    """Numbers in [0, 1) for each key: SplitMix64 started there; a hundred times as fast as a generator for each.
-
-    Args:
-        keys: 64 bits each, as of `mix`.
-        count: numbers for each key; more of them begin with the same ones.
-
-    Returns:
-        (len(keys), count).
-    """
+    """`count` numbers in [0, 1) for each key of 64 bits, by SplitMix64, (len(keys), count)."""
     starts = np.array(keys, dtype=np.uint64)[:, None]
     steps = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)
     return (scramble(starts + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class KeyedPermutation:
-    """A permutation of 0..size - 1 in constant memory.
-
-    Args:
-        size: of the domain, 1 or more.
-        key: which permutation, 64 bits.
-    """
+    """The permutation of 0..size - 1 that a key of 64 bits chooses, in constant memory."""
 
     __slots__ = ("_height", "_key", "_size", "_width")
 

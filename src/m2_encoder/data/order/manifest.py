@@ -1,4 +1,4 @@
-"""What a run trains on: named sources of shards with their sizes and shares, and how two such lists differ."""
+"""Sources of a run's mixture: their shards, sizes and weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
-_SOURCE_KEYS = ("shards", "languages", "weight", "max_samples", "max_epochs")
 _COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
 
 
@@ -31,19 +30,16 @@ def _are_languages(languages: str | Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """A source as it is configured.
+    """Configuration of a source.
 
     Attributes:
         name: in batches and metrics.
         shards: a path or url, or several; with braces, `*` and `?`, or a folder of `*.tar`.
-        languages: what its captions may be in. A caption that is not filed under a language gets the only one, or
-            is told apart by its script.
-        weight: relative share in the mixture; None in all sources takes them by their number of samples.
-        max_samples: use no more than the first so many samples; None uses all.
-        max_epochs: how often a sample may be repeated at most; None sets no limit.
-
-    Raises:
-        UserError: for values that make no sense.
+        languages: of its captions. A caption that is not filed under a language gets the only one, or is told apart by
+            its script.
+        weight: relative share in the mixture; None in all sources weights them by their number of samples.
+        max_samples: use only the first samples; None uses all.
+        max_epochs: how often a sample may be used; None sets no limit.
     """
 
     name: str
@@ -72,8 +68,8 @@ class Source:
     shards: tuple[str, ...]  # paths or urls, in the order of the configuration
     counts: npt.NDArray[np.int64]  # samples to use of each shard, int64
     sizes: npt.NDArray[np.int64]  # bytes of each tar, int64
-    written: npt.NDArray[np.int64]  # when each tar was last written, ns; 0 if nobody says, int64
-    layouts: npt.NDArray[np.int64]  # checksum of each tar's table of samples; 0 if nobody says, int64
+    written: npt.NDArray[np.int64]  # when each tar was last written, ns; 0 if unknown, int64
+    layouts: npt.NDArray[np.int64]  # checksum of each tar's table of samples; 0 if unknown, int64
     faulty: tuple[str, ...] = ()  # shards with something unusable in them, also those that have nothing else
 
     @property
@@ -87,7 +83,7 @@ class Source:
         return int(self.counts.sum())
 
     def digest(self) -> str:
-        """A word for content and order: file names, samples, sizes and layouts; folders may move."""
+        """Hash of shard names without folders, sample counts, sizes and layouts, in order."""
         return self._digest
 
     @cached_property
@@ -102,14 +98,7 @@ class Source:
 
 
 class Manifest:
-    """All sources of a run.
-
-    Args:
-        sources: in any order.
-
-    Attributes:
-        sources: sorted by name, so that the order of samples does not depend on that of the configuration.
-        weights: share of each source in the mixture, not normalised.
+    """All sources of a run, sorted by name, with their weights in the mixture, not normalised.
 
     Raises:
         UserError: for no sources, names that come twice, an empty source, weights for some only, or none above 0.
@@ -136,7 +125,7 @@ class Manifest:
             raise UserError("data.sources: all weights are 0; give one above 0")
 
     def fingerprint(self) -> dict[str, str]:
-        """One line for each source that changes whenever the order of samples would; plain and short."""
+        """A line per source that changes whenever the order of samples would."""
         return {
             f"source {source.name}": (
                 f"{source.samples} samples in {len(source.shards)} shards, weight {write_weight(weight)}, "
@@ -146,7 +135,7 @@ class Manifest:
         }
 
     def record(self) -> Tensor:
-        """All shards and shares, packed: what a later run needs to say how it differs, (bytes,) uint8."""
+        """All shards and weights, packed for `describe_difference` in a later run, (bytes,) uint8."""
         return pack_record(
             RecordedSource(s.name, weight, s.digest(), s.shards, (s.counts, s.sizes, s.layouts))
             for s, weight in zip(self.sources, self.weights, strict=True)
@@ -156,12 +145,7 @@ class Manifest:
 def build_manifest(
     specs: Sequence[SourceSpec], *, measure: Callable[[str], IndexHeader], stall_timeout_s: float = STALL_TIMEOUT_S
 ) -> Manifest:
-    """Find the shards of every source and count their samples.
-
-    Args:
-        specs: as configured.
-        measure: tells how much a shard holds; called from several threads. It raises OSError for what is not there.
-        stall_timeout_s: after which a local shard that does not answer is an error.
+    """Find the shards of every source and count their samples by `measure`, in several threads.
 
     Raises:
         UserError: for shards that are not there, do not answer or come twice, and as `Manifest`.
@@ -217,17 +201,7 @@ def make_source(
     unusable: Sequence[int] | None = None,
     layouts: Sequence[int] | None = None,
 ) -> Source:
-    """Apply `max_samples`, and leave out shards without samples.
-
-    Args:
-        spec: as configured.
-        shards: paths or urls.
-        counts: of each, as `IndexHeader.samples`.
-        sizes: of each, as `IndexHeader.size`.
-        written: of each, as `IndexHeader.written`; None for none.
-        unusable: of each, as `IndexHeader.unusable`; None for none.
-        layouts: of each, as `IndexHeader.layout`; None for none.
-    """
+    """Apply `max_samples`, and leave out shards without samples; the numbers are the fields of `IndexHeader`."""
     samples = np.asarray(counts, np.int64)
     before = np.cumsum(samples) - samples
     is_read = np.ones(len(samples), bool)

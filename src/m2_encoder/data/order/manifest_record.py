@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the shards a run trains on, so that a later run can say what changed."""
+"""Record of a run's shards in its checkpoint, to describe later what changed."""
 
 from __future__ import annotations
 
@@ -54,17 +54,12 @@ def read_record(record: Tensor) -> dict[str, Any]:
 
 
 def _by_weight(column: npt.NDArray[np.int64]) -> bytes:
-    """Bytes of the same weight side by side, (8, shards): most of the heavy ones are 0, so they pack best."""
+    """Bytes of the same significance side by side, (8, shards): most of the high ones are 0, which compresses best."""
     return np.ascontiguousarray(column, "<i8").view(np.uint8).reshape(-1, 8).T.tobytes()
 
 
 def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How two records differ, a line for each thing; empty if they describe the same order of samples.
-
-    Args:
-        before: of `read_record`.
-        now: of `read_record`.
-    """
+    """Differences of two results of `read_record`; empty if both give the same order of samples."""
     lines = [f"source {name} removed" for name in before if name not in now]
     lines += [f"source {name} added ({len(now[name]['shards'])} shards)" for name in now if name not in before]
     for name in (name for name in now if name in before):
@@ -101,6 +96,6 @@ def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[
 
 
 def name_some(shards: Sequence[str]) -> str:
-    """The first few of some shards, and how many there are besides."""
+    """The first few names, and the number of the others."""
     rest = len(shards) - _NAMED
     return ", ".join(shards[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

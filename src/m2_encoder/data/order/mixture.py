@@ -1,4 +1,4 @@
-"""How many samples of each source a block of positions holds: whole numbers that keep exact shares in the long run.
+"""Samples of each source in a block of positions: whole numbers with exact shares in the long run.
 
 A block of 1,000 positions holds floor(1000 share) or ceil(1000 share) samples of a source, and the blocks before any
 place less than one sample more or fewer than its share. Which blocks round up is a schedule that repeats, so the counts

@@ -11,7 +11,7 @@ Neighbours of a lane come from the few shards of a window, and a rank whose numb
 lanes; so few files are open, and a machine fetches few remote shards. Nothing of it depends on ranks or workers. Memory
 grows with the number of shards, not of samples.
 
-Legend: L lanes · B global batch size · R ranks
+Letters: L lanes · B global batch size · R ranks
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _EPOCHS_KEPT = 2  # lanes go from one epoch to the next one after the other
 
 
 class SegmentSource(NamedTuple):
-    """A source as a segment of a run knows it."""
+    """A source in a segment."""
 
     name: str  # of the source
     digest: str  # of its content; equal ones go on where they were
@@ -43,7 +43,7 @@ class SegmentSource(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of a run with one mixture."""
+    """A part of a run with one mixture."""
 
     start: int  # its first position
     sources: tuple[SegmentSource, ...]  # of its mixture
@@ -52,37 +52,37 @@ class Segment(NamedTuple):
 class Place(NamedTuple):
     """Which sample stands at a position."""
 
-    source: int  # number of the source in the manifest
+    source: int  # index of the source in the manifest
     epoch: int  # how often the lane went through its part of the source before
-    shard: int  # number of the shard in the source
-    number: int  # of the sample in the shard
+    shard: int  # index of the shard in the source
+    number: int  # index of the sample in the shard
 
 
 class Stretch(NamedTuple):
     """A window: what a lane reads of a source for a while."""
 
-    source: int  # number of the source in the manifest
+    source: int  # index of the source in the manifest
     lane: int  # of the plan
     epoch: int  # of the lane in the source
-    window: int  # number of the window in the lane's epoch
+    window: int  # index of the window in the lane's epoch
 
 
 class PositionPlan:
-    """Where the sample of every position lies.
+    """Place of the sample at every position.
 
     Args:
-        manifest: sources with their shards, of the last segment.
-        seed: chooses all shuffles; 0 or more.
+        manifest: of the last segment.
+        seed: of all shuffles; 0 or more.
         lanes: L; a power of two keeps the lanes of ranks apart.
         window: samples that are shuffled together; at least those of a few shards.
-        history: earlier segments, oldest first; empty in a new run.
+        history: earlier segments, oldest first.
         start: first position of the last segment.
 
     Attributes:
-        segments: all of them, the last one being the manifest's.
+        segments: all, the manifest's last.
 
     Raises:
-        UserError: for numbers that make no sense, or a source with fewer samples than lanes.
+        UserError: for values out of range, or a source with fewer samples than lanes.
     """
 
     def __init__(
@@ -119,10 +119,8 @@ class PositionPlan:
     def locate(self, position: int, *, attempt: int = 0) -> Place:
         """Which sample stands at a position of the last segment.
 
-        Args:
-            position: over all ranks, from 0.
-            attempt: 0 for the sample itself; 1, 2, ... for those that replace it if it is unusable: of the same
-                source, first from the same window, then the same lane, at last from anywhere.
+        Attempts 1, 2, ... give the replacements of an unusable sample: of the same source, first from the same window,
+        then the same lane, at last from anywhere.
         """
         lane, source, ordinal = self._draw(position)
         return self._layouts[source].locate(lane, ordinal, spare=(position, attempt))
@@ -137,7 +135,7 @@ class PositionPlan:
         return self._layouts[stretch.source].following(stretch)
 
     def shards(self, stretch: Stretch) -> list[int]:
-        """Numbers of the shards that a window reads, in the order of the epoch."""
+        """Indices of the shards that a window reads, in the order of the epoch."""
         return self._layouts[stretch.source].shards(stretch)
 
     def counts(self, stop: int) -> npt.NDArray[np.int64]:
@@ -148,10 +146,10 @@ class PositionPlan:
         return np.stack(rows)
 
     def check_repeats(self, stop: int) -> None:
-        """Make sure that no source is repeated more often than it may be.
+        """Check `max_epochs` of all sources.
 
         Raises:
-            UserError: with the numbers, if the run to `stop` needs more.
+            UserError: if the run to position `stop` needs more.
         """
         counts = self.counts(stop)
         last = (counts - 1) * self.lanes + np.arange(self.lanes)[:, None]  # that a lane draws, as its source counts
@@ -279,7 +277,7 @@ class _Layout:
         return max(1, (length + self._window // 2) // self._window)
 
     def _window_of(self, offset: int, length: int) -> tuple[int, int, int]:
-        """Number of the window that holds an offset of a lane, its first offset, and the one after its last."""
+        """Index of the window that holds an offset of a lane, its first offset, and the one after its last."""
         windows = self._num_windows(length)
         number = ((offset + 1) * windows - 1) // length
         return number, number * length // windows, (number + 1) * length // windows

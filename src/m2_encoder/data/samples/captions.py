@@ -1,8 +1,7 @@
-"""Which of a sample's captions a step trains on.
+"""Samples the captions that a step trains on: first a language, then a role.
 
-A sample carries several captions in several languages, each with a role: its name, an alias, a keyword; or the
-original caption of a web page, one that a model has rewritten, a translation. Training draws a language, then a way to
-speak: one caption of a role, or a list of keywords such as people type into a search box.
+Captions are of several languages and roles: a name, an alias, a keyword; or the original caption of a web page, one
+that a model has rewritten, a translation. The role "mixed" is a list of keywords, as people type into a search box.
 
 Reference: sampling among several captions per image, LaCLIP (arXiv:2305.20088); original and rewritten ones in turn,
 VeCLIP (arXiv:2310.07699); sentences and keywords, HQ-CLIP (arXiv:2507.22431).
@@ -29,7 +28,7 @@ CAPTION_ROLES = typing.get_args(Role)
 STORED_ROLES = CAPTION_ROLES[:-1]
 """What a stored caption can be: what something is called, or a sentence about an image and where that comes from."""
 
-_PLAIN_ROLE = "original"  # of a caption that says nothing about itself
+_PLAIN_ROLE = "original"  # of a caption without a role
 _SEPARATOR = {"en": ", ", "zh": "，"}
 
 
@@ -52,30 +51,25 @@ RoleWeights: TypeAlias = Annotated[
 
 
 class Caption(NamedTuple):
-    """A drawn caption."""
+    """A sampled caption."""
 
     text: str  # what the tokenizer gets
     language: str  # one of `LANGUAGES`
 
 
 class CaptionSampler:
-    """Draws the captions of a sample for one step.
+    """Samples captions of an image for one step.
 
     Args:
         language_weights: relative frequency of each language, e.g. {"zh": 0.5, "en": 0.5}.
-        role_weights: relative frequency of each of `CAPTION_ROLES`; a role that a sample lacks passes its share to the
-            others.
+        role_weights: relative frequency of each of `CAPTION_ROLES`, among those that the image has.
         max_keywords: longest list of keywords.
-        every_language: draw one caption in each language with a weight, in the order of `LANGUAGES`, instead of one in
-            all. A step then learns from several captions of an image at the cost of encoding the image once. A language
-            that a sample lacks is replaced by a draw from the others.
+        every_language: one caption in each language, in the order of `LANGUAGES`, instead of one in all; a language
+            that the image lacks is replaced by another. The image is encoded once for all its captions.
 
     Attributes:
-        captions_per_image: how many are drawn.
+        captions_per_image: number of sampled captions.
         languages: those with a weight, in the order of `LANGUAGES`.
-
-    Raises:
-        UserError: for unknown languages or roles, negative weights or weights that are all zero.
     """
 
     @check_bounds
@@ -95,11 +89,7 @@ class CaptionSampler:
         self.captions_per_image = len(self.languages) if every_language else 1
 
     def __call__(self, text: SampleText, *, rng: np.random.Generator) -> tuple[Caption, ...]:
-        """Draw `captions_per_image` captions.
-
-        Args:
-            text: what is said about an image.
-            rng: the only source of randomness.
+        """Sample `captions_per_image` captions.
 
         Raises:
             SampleProblem: missing_caption, if there is none in a language with a weight; wrong_type for unknown roles.
@@ -137,7 +127,7 @@ class CaptionSampler:
 
 
 def check_roles(captions: Iterable[CaptionText]) -> None:
-    """Refuse what `CaptionSampler` does not know how to draw.
+    """Refuse roles that `CaptionSampler` does not know.
 
     Raises:
         SampleProblem: wrong_type.

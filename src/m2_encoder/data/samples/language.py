@@ -1,4 +1,4 @@
-"""Which language a caption is in, where nobody says so."""
+"""Language detection for captions without one."""
 
 from __future__ import annotations
 

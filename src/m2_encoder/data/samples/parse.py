@@ -1,13 +1,13 @@
-"""What the members of one sample say, and in one word what is wrong with them.
+"""Parses the text files of a sample.
 
-The words are those of the metrics `data/skipped/<reason>`. A sample may carry its captions as
+Its captions are the first of these that is there:
 
 - `.json` with `captions`: {language: [text or {"text": …, "role": …}, …]}; the roles may also be in
   `caption_roles`: {language: [role, …]},
 - `.json` with `caption` or `text`: one string,
 - `.txt`: one caption.
 
-The first of these that is there counts. Where no language is given, it is the source's or by the script.
+Without a language there, it is the source's, or detected by the script.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ PLAIN_CAPTION_KEYS = ("caption", "text")
 
 
 class SampleProblem(UserError):
-    """One sample cannot be used; others can.
-
-    Attributes:
-        reason: one word, as in the metrics.
-        detail: what was found.
-    """
+    """An unusable sample: the reason in one word, as in the metrics `data/skipped/<reason>`, and the detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
@@ -42,29 +37,24 @@ class SampleProblem(UserError):
 
 
 class CaptionText(NamedTuple):
-    """One caption as it is stored."""
+    """A stored caption."""
 
     text: str  # without blanks around it, never empty
     language: str  # one of `LANGUAGES`
-    role: str | None  # what kind of caption, such as "name" or "rewritten"; None if nobody says
+    role: str | None  # what kind of caption, such as "name" or "rewritten"; None if unknown
 
 
 class SampleText(NamedTuple):
-    """All that is said about an image."""
+    """Captions and metadata of a sample."""
 
     captions: tuple[CaptionText, ...]  # at least one, by language in the order of `LANGUAGES`
-    identity: str | None  # equal ones mark the same content; None if the sample says nothing
+    identity: str | None  # equal ones mark the same content; None if it has none
     is_marked: bool  # whether that is its `identity`, which somebody meant, and not only its `key`
     metadata: Mapping[str, Any]  # the JSON; empty without one
 
 
 def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, language: str | None = None) -> SampleText:
-    """Read the captions of a sample.
-
-    Args:
-        json_file: content of its `.json`, if it has one.
-        text_file: content of its `.txt`, if it has one.
-        language: of captions that are not filed under one; None detects it by the script.
+    """Parse the `.json` and `.txt` of a sample; `language` is that of captions that do not name one.
 
     Raises:
         SampleProblem: missing_caption, bad_json, not_utf8, wrong_type or empty_member.
@@ -82,16 +72,10 @@ def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, langu
 
 
 def name_content(text: SampleText, *, key: str, shard: str, source: str) -> str:
-    """A name for what a sample shows: equal names mark the same content.
+    """Name of what a sample shows: equal names mark the same content.
 
-    An `identity` counts in all sources, a `key` in its own one. A `key` that is the name of the sample's files says no
-    more than that name, which most tools count up from 0, in every shard or in every source: its sample is alone.
-
-    Args:
-        text: what the sample says.
-        key: its name in the tar.
-        shard: where it lies; differs between the shards of a source.
-        source: differs between sources.
+    An `identity` is valid in all sources, a `key` in its own one. A `key` that equals the name of the sample's files is
+    no more than that name, which most tools count up from 0 in every shard: such a sample is unique.
     """
     if text.identity is not None and text.is_marked:
         return text.identity
@@ -145,11 +129,7 @@ def decode_text(content: bytes, what: str) -> str:
 
 
 def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -> tuple[CaptionText, ...]:
-    """Captions of a sample's JSON, blank ones left out; empty if it has none.
-
-    Args:
-        metadata: the JSON.
-        language: of a caption that is not filed under one; None detects it.
+    """Captions in a sample's JSON without blank ones; `language` is that of captions that do not name one.
 
     Raises:
         SampleProblem: wrong_type for captions of another form, not_utf8 for characters that UTF-8 cannot hold.
@@ -171,7 +151,7 @@ def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -
 
 
 def read_identity(metadata: Mapping[str, Any]) -> str | None:
-    """What marks equal content: `identity`, or else `key`, as text.
+    """`identity`, or else `key`, as text: equal ones mark equal content.
 
     Raises:
         SampleProblem: not_utf8 or wrong_type.
@@ -206,7 +186,7 @@ def _tag(texts: list[str], language: str | None) -> tuple[CaptionText, ...]:
 
 
 def _encodable(text: str) -> str:
-    """The text, if UTF-8 can hold it: half a surrogate pair, which JSON can spell, stops every tokenizer."""
+    """The text itself; refuses half a surrogate pair, which JSON can contain and no tokenizer reads."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

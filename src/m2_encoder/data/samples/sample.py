@@ -1,4 +1,4 @@
-"""A sample on its way from a shard to a batch, and how a user adds a column of their own to batches.
+"""Samples of a batch, and columns that users add.
 
 A column is a class outside this package that a YAML file names, under `data.columns`::
 
@@ -24,7 +24,7 @@ from m2_encoder.data.samples.parse import SampleText
 
 
 class Sample(NamedTuple):
-    """One sample; each stage of loading fills in more of it."""
+    """One sample; each stage of loading adds fields."""
 
     key: str  # as in the tar
     source: str  # name of the source
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     image: Any  # content of the image file; then as decoded; at last (3, S, S) uint8
     is_decoded: bool = False  # whether the image is more than a file
     captions: tuple[Caption, ...] = ()  # drawn for this step, one, or one per language
-    # which draw from the data it is: (seed, position, attempt). Whatever else is random about it is keyed by that.
+    # (seed, position, attempt): key of all its randomness
     draw: tuple[int, ...] = ()
     columns: Mapping[str, Any] = {}  # what the user's columns read, by name
 
@@ -55,11 +55,9 @@ class Column(ABC):
     def read(self, sample: Sample) -> Any:
         """The value of a sample, or a list with one per drawn caption.
 
-        It must depend on the sample alone, so that a resumed run reads the same. What raises LookupError, TypeError or
-        ValueError makes the sample unusable: it is counted, listed and replaced.
-
-        Args:
-            sample: with its captions and JSON (`sample.text.metadata`), before its image is decoded.
+        The sample has its captions and JSON (`sample.text.metadata`); its image is not decoded yet. The value must
+        depend on the sample alone, so that a resumed run reads the same. LookupError, TypeError and ValueError make the
+        sample unusable: it is counted, listed and replaced.
         """
 
     def collate(self, values: Sequence[Any]) -> Tensor:

@@ -1,14 +1,14 @@
-"""The index of a shard: where each usable sample lies, and what is unusable and why; kept beside the tar.
+"""Index of a tar, `<tar>.index`: where each usable sample lies, and what is unusable.
 
-The index is built from the headers of the tar on first touch, written as `<tar>.index` by one rename, and built anew
-when the tar's size or time of writing changes. A damaged tar has an index, too: of what is usable in it.
+It is built from the tar's headers on first use, and again when the tar's size or time of writing changes.
 
 File: magic, length of the header, header (JSON), table of samples, keys (UTF-8), faults (JSON), CRC-32 of all before.
-The header alone says how many samples there are: a mixture of many shards is planned without reading the tables.
+The header alone has the number of samples, which is all that planning a mixture reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -78,11 +78,11 @@ class IndexedSample(NamedTuple):
 
 
 class IndexHeader(NamedTuple):
-    """How much a shard holds: the head of its index file."""
+    """Header of an index file."""
 
     samples: int  # usable samples, as far as headers of the tar tell
     size: int  # of the tar, bytes
-    written: int = 0  # when the tar was last written, ns; 0 if nobody says
+    written: int = 0  # when the tar was last written, ns; 0 if unknown
     unusable: int = 0  # what headers tell to be unusable, entries
     layout: int = 0  # CRC-32 of the table and the keys: another order or size of samples is another shard
     keys: int = 0  # bytes of all keys
@@ -90,13 +90,7 @@ class IndexHeader(NamedTuple):
 
 
 class ShardIndex:
-    """Samples of one shard by number.
-
-    Attributes:
-        size: of the tar the index was made from, bytes.
-        written: when that was last written, ns.
-        faults: what is not usable.
-    """
+    """Samples of one shard by number, with the tar's size in bytes and time of last writing in ns."""
 
     def __init__(
         self, *, size: int, written: int, faults: Sequence[ShardFault], table: npt.NDArray[np.void], keys: bytes
@@ -108,14 +102,14 @@ class ShardIndex:
         self._keys = keys
 
     def __len__(self) -> int:
-        """How many samples are usable, as far as headers tell."""
+        """Number of usable samples, by the tar's headers."""
         return len(self._table)
 
     def __getitem__(self, number: int) -> IndexedSample:
-        """One sample.
+        """One sample, by a number 0 or more.
 
         Raises:
-            IndexError: beyond the last one, or for a negative number.
+            IndexError: beyond the last one.
         """
         if not 0 <= number < len(self._table):
             raise IndexError(f"sample {number} of a shard with {len(self._table)}")
@@ -130,13 +124,13 @@ class ShardIndex:
         )
 
     def header(self) -> IndexHeader:
-        """The head of the file beside the tar."""
+        """Header of the index file."""
         layout = zlib.crc32(self._keys, zlib.crc32(self._table.tobytes()))
         keys, faults = len(self._keys), len(self._dump_faults())
         return IndexHeader(len(self), self.size, self.written, len(self.faults), layout, keys, faults)
 
     def dump(self) -> bytes:
-        """The content of the file beside the tar."""
+        """Content of the index file."""
         encoded = json.dumps(self.header()._asdict()).encode()
         parts = [struct.pack("<I", len(encoded)), encoded, self._table.tobytes(), self._keys, self._dump_faults()]
         body = b"".join([_MAGIC, *parts])
@@ -144,15 +138,6 @@ class ShardIndex:
 
     def _dump_faults(self) -> bytes:
         return json.dumps(self.faults, ensure_ascii=False).encode("utf-8", "replace")
-
-
-def read_header(path: str | os.PathLike[str]) -> IndexHeader | None:
-    """The head of an index file; None if there is none, or a foreign one."""
-    try:
-        with open(path, "rb") as file:
-            return parse_header(file.read(_HEADER_BYTES))
-    except FileNotFoundError:
-        return None
 
 
 def load_index(path: str | os.PathLike[str]) -> ShardIndex | None:
@@ -164,7 +149,7 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex | None:
 
 
 def parse_index(content: bytes) -> ShardIndex | None:
-    """The content of an index file; None if it is a damaged or foreign one."""
+    """Parse an index file; None for a damaged or foreign one."""
     header = parse_header(content)
     if header is None or struct.unpack("<I", content[-4:])[0] != zlib.crc32(memoryview(content)[:-4]):
         return None
@@ -182,7 +167,7 @@ def parse_index(content: bytes) -> ShardIndex | None:
 
 
 def parse_header(content: bytes) -> IndexHeader | None:
-    """The head of an index file's content; None if that is no index."""
+    """Parse the header of an index file, from its first bytes; None for a foreign one."""
     start = len(_MAGIC) + 4
     if len(content) < start + 4 or content[: len(_MAGIC)] != _MAGIC:
         return None
@@ -225,12 +210,14 @@ def build_index(tar: str | os.PathLike[str]) -> ShardIndex:
 
 
 def count_samples(tar: str | os.PathLike[str]) -> IndexHeader:
-    """How many samples a tar holds, from the head of its index; the index is made if it is missing or old.
+    """The header of a tar's index, which is made if it is missing or old.
 
     Raises:
         OSError: if the tar cannot be read.
     """
-    header = read_header(f"{os.fspath(tar)}{INDEX_SUFFIX}")
+    header = None
+    with contextlib.suppress(FileNotFoundError), open(f"{os.fspath(tar)}{INDEX_SUFFIX}", "rb") as file:
+        header = parse_header(file.read(_HEADER_BYTES))
     status = os.stat(tar)
     if header is not None and (header.size, header.written) == (status.st_size, status.st_mtime_ns):
         return header
@@ -261,13 +248,13 @@ def open_index(tar: str | os.PathLike[str], *, write: bool = True) -> ShardIndex
 
 
 def find_files(descriptor: int, index: ShardIndex, number: int, extensions: Sequence[str]) -> dict[str, Member]:
-    """Further files of a sample, which the index does not hold; they stand beside its image, as in any WebDataset tar.
+    """Further files of a sample by extension; they stand beside its image, as in any WebDataset tar.
 
     Args:
         descriptor: the opened tar.
         index: of that tar.
         number: of the sample.
-        extensions: of the files, in lower case; those that are not there are left out.
+        extensions: in lower case; those that are not there are left out.
 
     Raises:
         OSError: if the tar cannot be read.
@@ -284,7 +271,7 @@ def _files(sample: IndexedSample) -> list[Member]:
 
 
 def _group(members: list[TarMember]) -> tuple[dict[str, dict[str, Member]], list[ShardFault]]:
-    """Members by key and extension; of several with the same name the first one counts."""
+    """Members by key and extension; of several with one name, the first."""
     found: dict[str, dict[str, Member]] = {}
     again: dict[str, dict[str, int]] = {}
     for name, offset, size in members:
@@ -308,7 +295,7 @@ def _group(members: list[TarMember]) -> tuple[dict[str, dict[str, Member]], list
 def _check_sample(
     key: str, members: Mapping[str, Member], faults: list[ShardFault], *, tar_size: int, is_cut: bool
 ) -> tuple[int, ...] | None:
-    """Row of the table without the end of its key; None for an unusable sample, whose fault is added."""
+    """Row of the table without its key's end; for an unusable sample None, and its fault is added to `faults`."""
     extension = next((name for name in IMAGE_EXTENSIONS if name in members), "")
     used = [members[name] for name in (extension, "json", "txt") if name in members]
     fault: tuple[str, str] | None = None

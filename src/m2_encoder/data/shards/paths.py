@@ -1,4 +1,4 @@
-"""Which files a source names: a file, a folder, a pattern, a brace expression, a url, or a list of them."""
+"""Files that a source names: by paths, folders, patterns, brace expressions or urls."""
 
 from __future__ import annotations
 
@@ -53,17 +53,13 @@ def list_shards(patterns: str | Sequence[str], *, refuse_urls: str | None = None
 
 
 def find_files(source: str | Sequence[str], *, suffixes: Sequence[str], what: str) -> list[Path]:
-    """Resolve a source of local files.
+    """Local files of a source, in its order, those of a folder or pattern sorted.
 
     Args:
         source: a file, a folder (its files with one of the suffixes, not those in sub-folders), a pattern such as
-            "data/*.tar", a brace expression such as "data/{000..099}.tar", or a list of these.
-        suffixes: of the files in a folder, in lower case.
+            "data/*.tar", a brace expression such as "data/{000..099}.tar" (its files need not exist), or a list.
+        suffixes: in lower case.
         what: the kind of file, for messages.
-
-    Returns:
-        The files in the order of the source, those of a folder or pattern sorted; a file that is named by braces need
-        not exist.
 
     Raises:
         UserError: if a part names no file.
@@ -125,7 +121,7 @@ def _expand_url(pattern: str) -> list[str]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """The names that a brace expression such as "data/{000..099}.tar" stands for; a name without braces is itself."""
+    """Names of a brace expression such as "data/{000..099}.tar"."""
     from webdataset.shardlists import expand_urls
 
     try:

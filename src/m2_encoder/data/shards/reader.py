@@ -1,6 +1,6 @@
-"""Samples by shard and number: one read each, from tars that stay open.
+"""Reads samples by shard and number, from tars that stay open.
 
-A shard that is gone, or not the one the run started with, makes its samples unusable, never wrong.
+Samples of a shard that is gone or has changed since the start of the run are unusable, never wrong.
 """
 
 from __future__ import annotations
@@ -84,11 +84,7 @@ class OpenShard:
         os.close(self.descriptor)
 
     def read(self, number: int, *, files: Sequence[str] = ()) -> SampleBytes:
-        """The files of a sample.
-
-        Args:
-            number: of the sample in the index.
-            files: extensions of further files to read, in lower case.
+        """The files of a sample, with those of further extensions (lower case).
 
         Raises:
             SampleProblem: shard_changed or shard_missing.
@@ -114,10 +110,10 @@ class OpenShard:
 
 
 class ShardReader:
-    """Reads samples of any shards; one per process.
+    """Reads samples of local and remote shards; one reader per process.
 
     Args:
-        remote: local copies of remote shards; None refuses urls.
+        remote: None refuses urls.
         max_open: tars to keep open.
         files: extensions of further files of each sample to read, in lower case.
     """
@@ -136,9 +132,7 @@ class ShardReader:
         return {**self.__dict__, "_open": OrderedDict(), "_failed": {}}
 
     def measure(self, shard: str) -> IndexHeader:
-        """How much a shard holds, from its index; for `build_manifest`.
-
-        A remote shard is measured by the `.index` beside it; without one it has to be downloaded.
+        """Header of a shard's index. A remote shard without an `.index` beside it is downloaded.
 
         Raises:
             OSError: if the shard cannot be read.
@@ -158,7 +152,7 @@ class ShardReader:
         return counted._replace(written=0)  # of the copy
 
     def faults(self, shard: str) -> tuple[ShardFault, ...]:
-        """What headers tell to be unusable in a shard; of a remote one by the index beside it, or by its copy.
+        """What is unusable in a shard, by its headers. A remote shard without an `.index` beside it is downloaded.
 
         Raises:
             OSError: if the shard cannot be read.
@@ -175,13 +169,7 @@ class ShardReader:
         return index.faults
 
     def read(self, shard: str, number: int, *, size: int, written: int = 0) -> SampleBytes:
-        """The files of a sample.
-
-        Args:
-            shard: path or url.
-            number: of the sample in the shard's index.
-            size: bytes of the tar when the run started.
-            written: when it was last written then, ns; 0 if nobody knows.
+        """The files of a sample of a tar that had this size and time of writing (0: unknown) at the start of the run.
 
         Raises:
             SampleProblem: shard_missing, shard_changed, remote_timeout or remote_incomplete.

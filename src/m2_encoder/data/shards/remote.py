@@ -1,7 +1,7 @@
-"""Remote shards, downloaded whole into a folder of bounded size, by whatever transport fsspec knows.
+"""Downloads remote shards, by any transport of fsspec, into a folder of bounded size.
 
-Processes of a machine share the folder: one downloads, the others wait. A download that stops moving is given up after
-a time-out and tried again; one whose size is not what the remote said never becomes a shard.
+Processes of a machine share the folder: one downloads, the others wait. A download that stalls or has the wrong size is
+tried again.
 """
 
 from __future__ import annotations
@@ -39,14 +39,11 @@ class RemoteShards:
     """Local copies of remote shards.
 
     Args:
-        folder: where copies are kept; made if missing. Several runs may share it.
+        folder: several runs may share it.
         max_bytes: of all copies together; the longest unused ones are removed. At least the shards of all open
             windows must fit, or they are downloaded again and again.
-        timeout_s: without a single byte after which an attempt is given up.
-        attempts: how often a download is tried.
-
-    Raises:
-        UserError: for numbers that are too small.
+        timeout_s: longest time without a byte before an attempt ends.
+        attempts: downloads of a shard before it counts as unusable.
     """
 
     @check_bounds
@@ -59,16 +56,11 @@ class RemoteShards:
         attempts: Count = 4,
     ) -> None:
         self._folder = Path(folder)
-        self._max_bytes = int(max_bytes)
+        self.max_bytes = int(max_bytes)
         self._timeout_s = timeout_s
         self._attempts = attempts
         self._wanted: queue.SimpleQueue[tuple[str, int | None]] = queue.SimpleQueue()
         self._fetcher: threading.Thread | None = None
-
-    @property
-    def max_bytes(self) -> int:
-        """Of all copies together."""
-        return self._max_bytes
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the thread: a worker process starts its own."""
@@ -79,11 +71,7 @@ class RemoteShards:
         self._wanted = queue.SimpleQueue()
 
     def fetch(self, url: str, *, size: int | None = None) -> Path:
-        """The local copy of a shard; downloads it unless it is there.
-
-        Args:
-            url: anything fsspec opens.
-            size: bytes it must have; a copy of another size is downloaded anew. None takes what the remote says.
+        """The local copy of a shard, downloaded unless one of `size` bytes (None: any) is there.
 
         Raises:
             SampleProblem: shard_missing, shard_changed, remote_timeout or remote_incomplete.
@@ -101,7 +89,7 @@ class RemoteShards:
         return path
 
     def prefetch(self, shards: Sequence[tuple[str, int | None]]) -> None:
-        """Download shards (url, size) in the background, one after the other; what fails is left to `fetch`."""
+        """Download shards (url, size) in the background, one by one; errors are left to `fetch`."""
         missing = [(url, size) for url, size in shards if not self._is_there(self._path(url), size, touch=False)]
         if not missing:
             return
@@ -141,13 +129,13 @@ class RemoteShards:
 
     @contextlib.contextmanager
     def _own_errors(self) -> Iterator[None]:
-        """What the folder of copies refuses concerns all samples: no reason to skip some of them."""
+        """Errors of the local folder end the run: they concern all samples."""
         try:
             yield
         except OSError as error:
             raise UserError(
                 f"data.cache.folder={self._folder} takes no copy ({error.strerror or error}); make room there, choose "
-                f"another folder, or a smaller data.cache.max_bytes (now {self._max_bytes:,.0f})"
+                f"another folder, or a smaller data.cache.max_bytes (now {self.max_bytes:,.0f})"
             ) from error
 
     def _is_there(self, path: Path, size: int | None, *, touch: bool = True) -> bool:
@@ -180,10 +168,7 @@ class RemoteShards:
             partial.unlink(missing_ok=True)
 
     def _copy(self, url: str, path: Path) -> Path:
-        """One attempt: all bytes, as many as the remote says there are, in a file of its own.
-
-        An attempt that was given up may wake up later; it must not write into the next one's file.
-        """
+        """One attempt, in a file of its own: an attempt that timed out may still be writing."""
         import fsspec
 
         partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
@@ -212,7 +197,7 @@ class RemoteShards:
             return function(*arguments)
 
     def _try(self, attempt: Any, url: str) -> Any:
-        """Repeat what the network may have spoilt."""
+        """Repeat an attempt that failed, unless the shard is missing."""
         for number in range(self._attempts):
             try:
                 return attempt()
@@ -224,11 +209,10 @@ class RemoteShards:
         raise AssertionError("unreachable: the last attempt raises or returns")
 
     def _watch(self, work: Any, url: str, progress: Any) -> Any:
-        """Run transport code that may never return in a thread of its own, as long as it moves.
+        """Run transport code, which may never return, in a thread until `progress()` stands still.
 
         Raises:
-            SampleProblem: remote_timeout if it stops moving, or what its errors mean.
-            UserError: as the work raises it.
+            SampleProblem: remote_timeout, or as `_translate` says.
         """
         result: list[Any] = []
         errors: list[BaseException] = []
@@ -252,7 +236,7 @@ class RemoteShards:
         return result[0]
 
     def _evict(self, newest: Path) -> None:
-        """Remove the longest unused copies until the rest fits; open ones stay readable to who has them."""
+        """Remove the longest unused copies until the rest fits; processes that have one open can still read it."""
         found = []
         for path in self._folder.iterdir():
             with contextlib.suppress(OSError):
@@ -263,7 +247,7 @@ class RemoteShards:
                     path.unlink()
         total = newest.stat().st_size + sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
-            if total <= self._max_bytes:
+            if total <= self.max_bytes:
                 return
             path.unlink(missing_ok=True)
             path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
@@ -279,7 +263,7 @@ def _remote_size(url: str) -> int | None:
 
 
 def _translate(error: BaseException) -> UserError:
-    """What an error of some transport means to a reader."""
+    """A transport's error as one of ours."""
     if isinstance(error, UserError):
         return error
     text = f"{type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
-"""Where the files inside a tar lie, found from its headers alone, also in a tar that is cut or damaged.
+"""Offsets of the files in a tar, read from its headers, also if it is cut or damaged.
 
 `tarfile` reads 16,000 samples per second and core and takes a damaged header for the end. Here one `pread` per header
-follows the chain of sizes, and whole tables of headers are checked at once.
+follows the chain of sizes, and checksums of many headers are computed at once.
 """
 
 from __future__ import annotations
@@ -41,12 +41,7 @@ class TarScan(NamedTuple):
 
 
 def scan_tar(descriptor: int, *, size: int, start: int = 0) -> TarScan:
-    """Read all headers.
-
-    Args:
-        descriptor: the opened tar.
-        size: of the file, bytes.
-        start: where the first header lies.
+    """Read all headers of an opened tar of `size` bytes, from the offset `start` on.
 
     Raises:
         OSError: if the disk does not give the bytes; damaged content never raises.
@@ -80,7 +75,7 @@ def scan_tar(descriptor: int, *, size: int, start: int = 0) -> TarScan:
 
 
 def _headers(descriptor: int, size: int, offset: int) -> Iterator[tuple[int, bytes, bool]]:
-    """Headers with their place and whether their checksum holds, along the chain of sizes."""
+    """Offset, header, and whether its checksum is right, along the chain of sizes."""
     while offset < size:
         offsets: list[int] = []
         headers: list[bytes] = []
@@ -89,7 +84,7 @@ def _headers(descriptor: int, size: int, offset: int) -> Iterator[tuple[int, byt
 
 
 def _follow(descriptor: int, offset: int, size: int, offsets: list[int], headers: list[bytes]) -> int:
-    """Collect headers from a place on; gives the place of the next one, or `size` where the chain ends."""
+    """Append headers from an offset on; returns the offset of the next one, or `size` where the chain ends."""
     pread = os.pread
     pax_size: int | None = None
     while len(headers) < _CHUNK or pax_size is not None:
@@ -121,7 +116,7 @@ def _follow(descriptor: int, offset: int, size: int, offsets: list[int], headers
 
 
 def _check(headers: list[bytes]) -> list[bool]:
-    """Whether the checksum of each header holds, for all of them at once."""
+    """Whether the checksum of each header is right."""
     if not headers:
         return []
     table: npt.NDArray[np.uint8] = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
@@ -178,7 +173,7 @@ def _decode(field: bytes) -> str:
 
 
 def padded(length: int) -> int:
-    """Bytes that a file of so many takes in a tar: whole blocks."""
+    """Length rounded up to whole blocks."""
     return (length + BLOCK - 1) // BLOCK * BLOCK
 
 

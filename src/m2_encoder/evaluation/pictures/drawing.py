@@ -1,7 +1,7 @@
-"""A small canvas on Pillow: smooth boxes, ticks, pictures and bilingual text, measured in points.
+"""A canvas on Pillow: smooth boxes, ticks, pictures and bilingual text, measured in points.
 
-A point is `SCALE` pixels, so that pages are sharp on screens of high density. Pillow's shapes have hard
-edges; here each is drawn larger and reduced.
+A point is `SCALE` pixels, so that pages are sharp on screens of high density. Pillow's shapes have hard edges, so each
+is drawn larger and reduced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCALE = 2
 """Pixels per point."""
 
 _SMOOTHING = 4  # shapes are drawn this much larger, then reduced
-_BOLD_STROKE_PX = 0.6  # the shipped font has one weight; headings get a thin outline of their own colour
+_BOLD_STROKE_PX = 0.6  # the font has one weight; headings get a thin outline
 
 Color = tuple[int, int, int]
 
@@ -35,17 +35,11 @@ AMBER: Color = (176, 106, 12)
 BLUE: Color = (42, 98, 196)
 
 LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
-"""What pictures call languages."""
+"""Names of languages in pictures."""
 
 
 class Canvas:
-    """A page that is drawn from the top left, in points.
-
-    Args:
-        width: of the page.
-        height: of the page.
-        background: its colour.
-    """
+    """A page with its origin at the top left, in points."""
 
     def __init__(self, width: float, height: float, *, background: Color) -> None:
         self._image = Image.new("RGB", (round(width * SCALE), round(height * SCALE)), background)
@@ -87,53 +81,26 @@ class Canvas:
         self._paste_smooth(sprite, x, y)
 
     def picture(self, pixels: Tensor, x: float, y: float, side: float) -> None:
-        """A square picture.
-
-        Args:
-            pixels: (3, S, S) uint8.
-            x: left edge.
-            y: upper edge.
-            side: of the square on the page.
-        """
+        """A square picture, (3, S, S) uint8; x and y are of its upper left corner."""
         array = np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy())
         size = round(side * SCALE)
         resized = Image.fromarray(array).resize((size, size), Image.Resampling.LANCZOS)
         self._image.paste(resized, (round(x * SCALE), round(y * SCALE)))
 
     def text(
-        self,
-        content: str,
-        x: float,
-        y: float,
-        size: float,
-        *,
-        color: Color,
-        anchor: str = "ls",
-        bold: bool = False,
+        self, content: str, x: float, y: float, size: float, *, color: Color, anchor: str = "ls", bold: bool = False
     ) -> float:
-        """One line of text.
+        """One line of text; returns where it ends.
 
-        Args:
-            content: Chinese, English or both.
-            x: of the anchor.
-            y: of the anchor.
-            size: of the font.
-            color: of the text.
-            anchor: Pillow's: horizontally l, m or r, vertically s (baseline), m or a.
-            bold: thicker strokes.
-
-        Returns:
-            Where the text ends, for what follows on the line.
+        Anchors are Pillow's: horizontally l, m or r, vertically s (baseline), m or a.
         """
-        stroke = _BOLD_STROKE_PX * SCALE / 2 if bold else 0
-        position = (x * SCALE, y * SCALE)
         self._draw.text(
-            position,
+            (x * SCALE, y * SCALE),
             content,
             font=_font(size),
             fill=color,
             anchor=anchor,
-            stroke_width=stroke,
+            stroke_width=_BOLD_STROKE_PX * SCALE / 2 if bold else 0,
             stroke_fill=color,
         )
         return x + text_width(content, size)
@@ -154,20 +121,13 @@ def text_width(content: str, size: float) -> float:
 
 
 def wrap_text(content: str, size: float, width: float, *, max_lines: int) -> list[str]:
-    """Break a text into lines: at spaces, between Chinese characters, or inside a word that fits no line.
+    """Breaks a text into lines: at spaces, between Chinese characters, or inside a word that is longer than a line.
 
-    What does not fit into the lines becomes "…".
-
-    Args:
-        content: the text.
-        size: of the font.
-        width: of the longest line, in points.
-        max_lines: at least 1.
+    What does not fit into the lines becomes "…". `size` is that of the font; `width` is in points.
     """
     lines, current = [], ""
-    tokens = _breakable(content)
-    fitting = (part for token in tokens for part in ([token] if text_width(token, size) <= width else token))
-    for token in fitting:
+    pieces = _breakable(content)
+    for token in (part for piece in pieces for part in ([piece] if text_width(piece, size) <= width else piece)):
         if current and text_width((current + token).rstrip(), size) > width:
             lines.append(current.rstrip())
             current = token.lstrip()
@@ -183,11 +143,10 @@ def wrap_text(content: str, size: float, width: float, *, max_lines: int) -> lis
 
 
 def _breakable(content: str) -> Sequence[str]:
-    """Pieces that stay together: words with the space after them, or single Chinese characters."""
+    """Unbreakable pieces: words with the space after them, or single Chinese characters."""
     pieces: list[str] = []
     for character in content:
-        joins = pieces and character.isascii() and pieces[-1][-1].isascii() and pieces[-1][-1] != " "
-        if joins:
+        if pieces and character.isascii() and pieces[-1][-1].isascii() and pieces[-1][-1] != " ":
             pieces[-1] += character
         else:
             pieces.append(character)
@@ -196,6 +155,5 @@ def _breakable(content: str) -> Sequence[str]:
 
 @lru_cache(maxsize=32)
 def _font(size: float) -> ImageFont.FreeTypeFont:
-    resource = files("m2_encoder").joinpath("assets", "fonts", "NotoSansSC-subset.ttf")
-    with as_file(resource) as path:
+    with as_file(files("m2_encoder") / "assets" / "fonts" / "NotoSansSC-subset.ttf") as path:
         return ImageFont.truetype(str(path), round(size * SCALE))

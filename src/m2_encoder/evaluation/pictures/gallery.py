@@ -1,8 +1,8 @@
-"""One page that shows what a model finds: queries in both languages, and the first images for each.
+"""A page of queries in both languages, and the first images that a model finds for each.
 
-Ranks are as pessimistic as in `metrics`: a wrong image with the same score stands before the right one.
+Ranks are as pessimistic as in `metrics`: a wrong image with the same score ranks before the right one.
 
-Legend: n images · E feature dim · S image side in pixels.
+Letters: E feature dim · S image side in pixels.
 """
 
 from __future__ import annotations
@@ -33,30 +33,28 @@ from m2_encoder.evaluation.pictures.drawing import (
 )
 from m2_encoder.evaluation.retrieval import SetFeatures
 
-NUM_HITS = 5
-"""Images shown per query."""
+_NUM_HITS = 5  # images shown per query
 
 _PILL: Color = (233, 239, 250)
 
 _MARGIN, _PADDING, _COLUMN_GAP, _SECTION_GAP = 44, 28, 44, 22
 _QUERY_WIDTH, _CARD, _INSET, _CARD_GAP = 164, 80, 8, 10
 _ROW_HEIGHT, _HEADER_HEIGHT, _SECTION_HEAD, _FOOTER_HEIGHT = 124, 132, 84, 64
-_HITS_WIDTH = NUM_HITS * _CARD + (NUM_HITS - 1) * _CARD_GAP
-_COLUMN_WIDTH = _QUERY_WIDTH + _HITS_WIDTH
+_COLUMN_WIDTH = _QUERY_WIDTH + _NUM_HITS * _CARD + (_NUM_HITS - 1) * _CARD_GAP
 
 
 class Hit(NamedTuple):
-    """One image that was found."""
+    """An image that was found."""
 
     image: Tensor  # (3, S, S) uint8
     score: float  # cosine of image and query
-    is_right: bool  # whether it is what the query asks for
+    is_right: bool
 
 
 class GalleryRow(NamedTuple):
-    """One query and what it finds."""
+    """A query and what it finds."""
 
-    query: str  # the text
+    query: str
     hits: tuple[Hit, ...]  # the first images, best first
     rank: int | None  # rank of the best right image, from 1; None for a free query, which has no right one
 
@@ -72,25 +70,9 @@ class GallerySection(NamedTuple):
 
 
 def find_concepts(
-    dataset: RetrievalSet, features: SetFeatures, keys: Sequence[str], *, num_hits: int = NUM_HITS
+    dataset: RetrievalSet, features: SetFeatures, keys: Sequence[str]
 ) -> dict[str, tuple[GalleryRow, ...]]:
-    """Rows that search for known concepts by their own captions.
-
-    Args:
-        dataset: the images.
-        features: of the same set.
-        keys: concepts of the set.
-        num_hits: images per row.
-
-    Returns:
-        By language, a row per key.
-
-    Raises:
-        ValueError: for a key that the set lacks.
-    """
-    missing = sorted(set(keys) - set(dataset.keys))
-    if missing:
-        raise ValueError(f"retrieval set {dataset.name!r} has no {', '.join(missing)}")
+    """Searches for each key by its caption; rows by language."""
     columns = {}
     for language, texts in features.texts.items():
         rows = []
@@ -98,7 +80,7 @@ def find_concepts(
             number = features.image_ids[dataset.keys.index(key)]
             index = int((texts.ids == number).nonzero()[0])
             right = features.image_ids == number
-            rows.append(_search(texts.texts[index], texts.features[index], dataset, features, right, num_hits))
+            rows.append(_search(texts.texts[index], texts.features[index], dataset, features, right))
         columns[language] = tuple(rows)
     return columns
 
@@ -109,49 +91,19 @@ def find_freely(
     dataset: RetrievalSet,
     features: SetFeatures,
     queries: Mapping[str, tuple[str, ...]],
-    *,
-    num_hits: int = NUM_HITS,
 ) -> dict[str, tuple[GalleryRow, ...]]:
-    """Rows for queries that no caption holds, and that therefore have no single right answer.
-
-    Args:
-        model: encodes the queries.
-        tokenizer: the model's own.
-        dataset: the images.
-        features: of the same set.
-        queries: by language.
-        num_hits: images per row.
-    """
+    """Rows for queries by language that are no captions and have no single right image."""
     columns = {}
     for language, texts in queries.items():
         encoded = encode_texts(model, texts, tokenizer)
         columns[language] = tuple(
-            _search(text, feature, dataset, features, None, num_hits)
-            for text, feature in zip(texts, encoded, strict=True)
+            _search(text, feature, dataset, features, None) for text, feature in zip(texts, encoded, strict=True)
         )
     return columns
 
 
-def draw_gallery(path: Path, sections: Sequence[GallerySection], *, title: str, subtitle: str) -> Path:
-    """Draws the page as a PNG, two pixels per point.
-
-    Args:
-        path: where to write; replaced whole.
-        sections: from top to bottom, at least one.
-        title: headline.
-        subtitle: the line under it: which model, which data.
-
-    Returns:
-        `path`.
-
-    Raises:
-        ValueError: without sections, or with columns of different length.
-    """
-    if not sections:
-        raise ValueError("a gallery needs at least one section")
-    for section in sections:
-        if len({len(rows) for rows in section.columns.values()}) != 1:
-            raise ValueError(f"section {section.title!r}: every language needs the same number of rows, at least one")
+def draw_gallery(path: Path, sections: Sequence[GallerySection], *, title: str, subtitle: str) -> None:
+    """Draws the page as a PNG; every language of a section has the same number of rows."""
     num_columns = max(len(section.columns) for section in sections)
     width = 2 * (_MARGIN + _PADDING) + num_columns * _COLUMN_WIDTH + (num_columns - 1) * _COLUMN_GAP
     height = _HEADER_HEIGHT + sum(_section_height(s) + _SECTION_GAP for s in sections) + _FOOTER_HEIGHT
@@ -164,23 +116,17 @@ def draw_gallery(path: Path, sections: Sequence[GallerySection], *, title: str, 
         y += _section_height(section) + _SECTION_GAP
     _draw_legend(canvas, y + 14)
     canvas.save(path)
-    return path
 
 
 def _search(
-    query: str,
-    query_feature: Tensor,
-    dataset: RetrievalSet,
-    features: SetFeatures,
-    right: Tensor | None,
-    num_hits: int,
+    query: str, query_feature: Tensor, dataset: RetrievalSet, features: SetFeatures, right: Tensor | None
 ) -> GalleryRow:
     # Rounded, so that equal features tie although the product's last bits differ.
     scores = (features.image_features.double() @ query_feature.double()).mul(1e10).round().div(1e10)
     is_right = torch.zeros(len(scores), dtype=torch.bool) if right is None else right
     wrong_first = is_right.long().argsort(stable=True)
     order = wrong_first[scores[wrong_first].argsort(stable=True, descending=True)]
-    hits = tuple(Hit(dataset.images[i], float(scores[i]), bool(is_right[i])) for i in order[:num_hits].tolist())
+    hits = tuple(Hit(dataset.images[i], float(scores[i]), bool(is_right[i])) for i in order[:_NUM_HITS].tolist())
     rank = None if right is None else int(is_right[order].nonzero()[0]) + 1
     return GalleryRow(query, hits, rank)
 

@@ -1,7 +1,4 @@
-"""A page of what a model makes of hidden patches and hidden words.
-
-Legend: S image side in pixels.
-"""
+"""A page of what a model predicts for hidden patches and hidden words."""
 
 from __future__ import annotations
 
@@ -38,37 +35,28 @@ _BLANK = "(blank)"
 class Words(NamedTuple):
     """A stretch of a caption."""
 
-    text: str  # visible, or what the model says in place of what is hidden
-    is_right: bool | None = None  # whether it says the hidden words; None for visible ones
+    text: str  # visible, or predicted
+    is_right: bool | None = None  # of predicted words; None for visible ones
 
 
 class PredictedCaption(NamedTuple):
-    """A caption and what a model reads in it."""
+    """A caption and what a model predicts in it."""
 
-    text: str  # as it is
-    words: tuple[Words, ...]  # with predictions in place of hidden words; empty if none were hidden
+    text: str
+    words: tuple[Words, ...]  # with predicted ones; empty if none were hidden
 
 
 class MaskedRow(NamedTuple):
-    """One image."""
+    """An image with its captions."""
 
-    # by the heading of their column, (3, S, S) uint8 each; the same columns in every row
-    pictures: Mapping[str, Tensor]
+    pictures: Mapping[str, Tensor]  # by column, the same in every row, (3, S, S) uint8
     captions: Mapping[str, PredictedCaption]  # by language
 
 
-def draw_masked_page(path: Path, rows: Sequence[MaskedRow], *, title: str, subtitle: str, note: str) -> Path:
-    """Draws pictures on the left and captions on the right; what does not fit on a line ends in "…".
+def draw_masked_page(path: Path, rows: Sequence[MaskedRow], *, title: str, subtitle: str, note: str) -> None:
+    """Draws pictures on the left and captions on the right; a line that is too long ends in "…".
 
-    Args:
-        path: where to write, a PNG.
-        rows: at least one.
-        title: heading.
-        subtitle: line below it.
-        note: line below that, what the images are.
-
-    Returns:
-        `path`.
+    The subtitle stands below the title, and the note, what the images are, below that.
     """
     columns = list(rows[0].pictures)
     pictures_width = len(columns) * (_CARD + _GAP) - _GAP
@@ -90,7 +78,6 @@ def draw_masked_page(path: Path, rows: Sequence[MaskedRow], *, title: str, subti
         _draw_captions(canvas, row.captions, left + pictures_width + 2 * _GAP, y)
     _draw_legend(canvas, height - _FOOT / 2)
     canvas.save(path)
-    return path
 
 
 def _draw_captions(canvas: Canvas, captions: Mapping[str, PredictedCaption], x: float, y: float) -> None:
@@ -112,7 +99,7 @@ def _shorten(text: str, size: float, width: float) -> str:
 
 
 def _words_width(words: Words) -> float:
-    """As `_draw_words` draws them, at most."""
+    """Width of what `_draw_words` draws, at most."""
     is_visible = words.is_right is None
     return text_width(words.text, 16) if is_visible else text_width(words.text.strip() or _BLANK, 16) + 22
 

@@ -1,4 +1,4 @@
-"""A page of images above what their codes give back."""
+"""A page of images, each above its reconstruction."""
 
 from __future__ import annotations
 
@@ -19,21 +19,11 @@ class ReconstructedImages(NamedTuple):
     title: str  # what they are
     note: str  # numbers of the whole set
     original: Tensor  # (n, 3, S, S) uint8
-    drawn: Tensor  # as given back, (n, 3, S, S) uint8
+    drawn: Tensor  # reconstructed, (n, 3, S, S) uint8
 
 
-def draw_reconstructions(path: Path, sets: Sequence[ReconstructedImages], *, title: str, subtitle: str) -> Path:
-    """Draws originals and, below each, what came back.
-
-    Args:
-        path: where to write, a PNG.
-        sets: with the same number of images each.
-        title: heading.
-        subtitle: line below it.
-
-    Returns:
-        `path`.
-    """
+def draw_reconstructions(path: Path, sets: Sequence[ReconstructedImages], *, title: str, subtitle: str) -> None:
+    """Draws a section for each set; all have the same number of images."""
     columns = max(len(shown.original) for shown in sets)
     inner = _LABEL + columns * _CARD + (columns - 1) * _GAP
     width = 2 * (_MARGIN + _PADDING) + inner
@@ -53,4 +43,3 @@ def draw_reconstructions(path: Path, sets: Sequence[ReconstructedImages], *, tit
             for column, image in enumerate(images):
                 canvas.picture(image, left + _LABEL + column * (_CARD + _GAP), y, _CARD)
     canvas.save(path)
-    return path

@@ -1,4 +1,4 @@
-"""What an evaluation task is: a class that measures a model, named by one YAML file of the group `evaluation`."""
+"""Base class of evaluation tasks; each is one YAML file of the group `evaluation`."""
 
 from __future__ import annotations
 
@@ -20,34 +20,32 @@ from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
-_LAST_SPLITS = ("val", "val_style", "train")  # for choosing, not for reporting: they come below the others
-_FIRST_LANGUAGE = "zh"  # on the left and above, where both are shown
+_LAST_SPLITS = ("val", "val_style", "train")  # not for reporting, so they come last
 
 
 class RunFacts(NamedTuple):
     """What pictures say of the run that trained a model."""
 
-    name: str = ""  # of the run
+    name: str = ""
     model: str = "model"  # name of the architecture
-    steps: int | None = None  # that it was trained for; None if nobody knows
-    heldout_style: str = ""  # drawing style of the embedded set that training did not show
-    # tars of the sets by split, for pictures larger than the model's; None without such a folder
-    folder: Path | None = None
+    steps: int | None = None  # that it was trained for; None if unknown
+    heldout_style: str = ""  # drawing style of the built-in set that training left out
+    folder: Path | None = None  # tars of the sets by split, for pictures larger than the model's
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationContext:
-    """What tasks are given."""
+    """The model, the sets and what else tasks use."""
 
-    model: M2Encoder | VisualTokenizer  # on any device; a task leaves it in the mode in which it was
+    model: M2Encoder | VisualTokenizer  # on any device; tasks restore its training mode
     tokenizer: SentencePieceTokenizer  # the model's own
-    sets: Mapping[str, RetrievalSet]  # by split, images at the model's size; those for reporting come first
-    # that trained the model, with their heads; empty for a model that was loaded
+    sets: Mapping[str, RetrievalSet]  # by split, images at the model's size
+    # of the run, with their heads; empty for a loaded model
     objectives: Mapping[str, Objective] = dataclasses.field(default_factory=dict)
-    masking: BatchMasking | None = None  # what these hide; None if nothing
-    matching: MatchingHead | None = None  # head of image-text matching; None without one
+    masking: BatchMasking | None = None  # hides words and patches; None if nothing is hidden
+    matching: MatchingHead | None = None  # head of image-text matching
     batch_size: int = DEFAULT_BATCH_SIZE  # images or texts per forward pass
-    run: RunFacts = dataclasses.field(default_factory=RunFacts)  # what pictures say of the run
+    run: RunFacts = dataclasses.field(default_factory=RunFacts)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.sets, key=lambda split: split in _LAST_SPLITS)
@@ -55,42 +53,38 @@ class EvaluationContext:
 
     @property
     def encoder(self) -> M2Encoder:
-        """The model of a task for encoders."""
+        """The model, of a task that applies to encoders only."""
         assert isinstance(self.model, M2Encoder), "EvaluationTask.applies leaves out other models"
         return self.model
 
     @cached_property
     def features(self) -> dict[str, SetFeatures]:
-        """All sets, encoded once for all tasks."""
-        encoded = {}
-        for split, dataset in self.sets.items():
-            languages = sorted(dataset.captions, key=lambda language: language != _FIRST_LANGUAGE)
-            encoded[split] = encode_set(
-                self.encoder, dataset, self.tokenizer, languages=languages, batch_size=self.batch_size
-            )
-        return encoded
+        """Features of all sets, computed once for all tasks."""
+        return {
+            split: encode_set(self.encoder, dataset, self.tokenizer, batch_size=self.batch_size)
+            for split, dataset in self.sets.items()
+        }
 
     def metric(self, split: str, language: str, name: str) -> str:
-        """Name of a metric, as loggers have it: `val/<set>_<language>/<name>`."""
+        """Name of a metric for loggers: `val/<set>_<language>/<name>`."""
         return f"val/{self.sets[split].name}_{language}/{name}"
 
 
 class TaskResult(NamedTuple):
-    """What a task found."""
+    """Results of a task."""
 
-    metrics: Mapping[str, float]  # by the names of the loggers
+    metrics: Mapping[str, float]  # by name for loggers
     rows: Sequence[ResultTable | str] = ()  # tables and lines to print
     record: Mapping[str, Any] = {}  # more entries of `summary.json`, by key
-    markdown: str = ""  # its part of `results.md`
-    # by file name, what draws them; nothing is drawn where there is no folder for it
-    pictures: Mapping[str, Callable[[Path], object]] = {}
+    markdown: str = ""  # part of `results.md`
+    pictures: Mapping[str, Callable[[Path], object]] = {}  # functions that draw them, by file name
 
 
 class EvaluationTask(ABC):
-    """One thing to measure. Its arguments are those of its YAML file."""
+    """Measures one thing. Its constructor takes the arguments of its YAML file."""
 
     def applies(self, context: EvaluationContext) -> bool:
-        """Whether there is anything to measure; other tasks are left out without a word. Here: encoders."""
+        """Whether there is anything to measure; here: encoders. Other tasks are left out silently."""
         return isinstance(context.model, M2Encoder)
 
     @abstractmethod

@@ -1,7 +1,7 @@
-"""What masked objectives predict on every set, with the right partner and with a wrong one.
+"""What masked objectives predict on every set, with own captions and with those of other images.
 
-Masks are drawn by a fixed key and the place in the set, before and after training the same; every hidden word is
-replaced by the mask token, so that none is left for copying.
+Masks depend on a fixed key and the place in the set, so they are the same before and after training. Every hidden word
+becomes the mask token, so none can be copied.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ _SHOWN: Final = {
     "accuracy": ("accuracy", "other_accuracy", "commonest_accuracy"),
     "loss": ("loss", "other_loss", "mean_loss"),
 }
-"""What a row of the table shows: with the right partner, with a wrong one, without looking."""
+"""Columns of the table: with the own partner, with another one, without looking."""
 
 
 class Masked(EvaluationTask):
-    """Masked language, masked image and captioning objectives, measured as `evaluation.masked` says.
+    """Masked language, masked image and captioning objectives, measured as `evaluation.masked` describes.
 
-    Masked images with normalised pixels have `mean_loss`, too: the loss of answering each hidden patch's mean, which is
-    1 but for patches of one colour, where it is 0.
+    Masked images with normalised pixels also have `mean_loss`: the loss of answering the mean of each hidden patch,
+    which is 1, or 0 for a patch of one colour.
     """
 
     def applies(self, context: EvaluationContext) -> bool:
-        """Runs in which such an objective counted."""
+        """Runs in which such an objective is active."""
         return super().applies(context) and bool(choose_objectives(context, *_KINDS))
 
     def measure(self, context: EvaluationContext) -> TaskResult:
-        """Shares as in training, and losses; `masked` of `summary.json` has them by split and objective."""
+        """Accuracies and losses; `masked` of `summary.json` has them by split and objective."""
         results = self.measure_sets(context)
         metrics = {
             context.metric(split, language, f"{objective}_{key}"): float(value)
@@ -67,7 +67,7 @@ class Masked(EvaluationTask):
         return TaskResult(metrics, rows=[masked_table(results)], record={"masked": results})
 
     def measure_sets(self, context: EvaluationContext) -> dict[str, MaskedResults]:
-        """The numbers by split; objectives are left in evaluation mode on the model's device."""
+        """Results by split; leaves objectives in evaluation mode on the model's device."""
         model, measured = context.encoder, choose_objectives(context, *_KINDS)
         found = {}
         with evaluation_mode(model) as device:
@@ -83,16 +83,12 @@ class Masked(EvaluationTask):
 
 
 def choose_objectives(context: EvaluationContext, *kinds: type[LocalObjective]) -> dict[str, LocalObjective]:
-    """Objectives of some classes that counted, by name."""
+    """Active objectives of some classes, by name."""
     return {name: o for name, o in active(context.objectives).items() if isinstance(o, kinds)}
 
 
 def masked_table(results: Mapping[str, MaskedResults]) -> ResultTable:
-    """Per split a row for each objective and language: accuracies in percent, losses of patches as they are.
-
-    Args:
-        results: by split.
-    """
+    """Per split a row for each objective and language: accuracies in percent, or losses."""
     rows = [
         ResultRow(split, _cells(name, language, numbers))
         for split, objectives in results.items()
@@ -112,12 +108,9 @@ def _cells(objective: str, language: str, numbers: Mapping[str, float | int | No
 
 
 def make_batch(context: EvaluationContext, dataset: RetrievalSet, rows: Sequence[int]) -> ImageTextBatch:
-    """Images with their captions, a row for each of `ORDER`, on the CPU.
+    """Rows of a set with their captions, one for each language of `ORDER`, on the CPU.
 
-    Args:
-        context: says what is hidden.
-        dataset: images at the model's size.
-        rows: which of it.
+    `context.masking` hides words and patches.
     """
     texts = [dataset.captions[language][row] for row in rows for language in ORDER]
     tokenizer, masking = context.tokenizer, context.masking
@@ -132,7 +125,7 @@ def make_batch(context: EvaluationContext, dataset: RetrievalSet, rows: Sequence
     keys = tuple(dataset.keys[row] for row in rows)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return ImageTextBatch(
-        # All of a set is not copied: it may take gigabytes.
+        # Not copied for a whole set, which may take gigabytes.
         images=dataset.images if list(rows) == list(range(len(dataset.keys))) else dataset.images[list(rows)],
         text=text,
         language=torch.tensor([LANGUAGES.index(language) for _ in rows for language in ORDER]),
@@ -145,7 +138,7 @@ def make_batch(context: EvaluationContext, dataset: RetrievalSet, rows: Sequence
 
 
 def make_passes(model: M2Encoder, batch: ImageTextBatch, objectives: Mapping[str, LocalObjective]) -> PiecePasses:
-    """The passes that objectives ask for, on the model's device."""
+    """The passes that objectives need, on the model's device."""
     return PiecePasses(
         model,
         move_batch(batch, model.logit_scale.device),
@@ -166,12 +159,9 @@ def move_batch(batch: ImageTextBatch, device: torch.device) -> ImageTextBatch:
 
 
 def _evaluate(
-    model: M2Encoder,
-    objectives: Mapping[str, LocalObjective],
-    own: ImageTextBatch,
-    other: ImageTextBatch | None,
+    model: M2Encoder, objectives: Mapping[str, LocalObjective], own: ImageTextBatch, other: ImageTextBatch | None
 ) -> Evaluated:
-    """Terms with the images' own captions and with other ones, and what is true."""
+    """Terms of images with their own captions and with other ones, and the true targets."""
     passes = make_passes(model, own, objectives)
     terms = {name: _add_blind(objective, passes, objective.terms(passes)) for name, objective in objectives.items()}
     targets = _list_targets(objectives, own, passes)
@@ -180,12 +170,12 @@ def _evaluate(
     beside = make_passes(model, other, objectives)
     beside.image_hidden = passes.image_hidden  # the images are the same
     if any(isinstance(objective, MaskedImage) and objective.patch_ratio is None for objective in objectives.values()):
-        beside.pair = passes.pair  # attentive masks hide what the right captions speak of, both times
+        beside.pair = passes.pair  # both times attentive masks hide what the own captions describe
     return Evaluated(terms, {name: objective.terms(beside) for name, objective in objectives.items()}, targets)
 
 
 def _add_blind(objective: LocalObjective, passes: PiecePasses, terms: LocalTerms) -> LocalTerms:
-    """With the loss of answering the mean of every hidden patch, where pixels are predicted."""
+    """Adds `mean_loss`, of answering the mean of every hidden patch, where pixels are predicted."""
     if not isinstance(objective, MaskedImage) or not isinstance(objective.targets, NormalizedPixels):
         return terms
     mask, images = objective.choose(passes), passes.batch.images

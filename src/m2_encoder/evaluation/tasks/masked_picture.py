@@ -1,7 +1,4 @@
-"""The picture of a run with masked objectives: hidden patches drawn, hidden words said.
-
-Each image is shown with its captions in the order of the page; `masked.make_batch` says what is hidden.
-"""
+"""A picture of a run with masked objectives: predicted patches and predicted words."""
 
 from __future__ import annotations
 
@@ -41,21 +38,16 @@ class MaskedPicture(EvaluationTask):
     """Draws `masked.png`: some images of a reported set with predicted patches and predicted words."""
 
     def applies(self, context: EvaluationContext) -> bool:
-        """Runs in which hidden words or patches counted, and that have a set."""
+        """Runs in which an objective with hidden words or patches is active, and that have a set."""
         return super().applies(context) and bool(choose_objectives(context, *_KINDS)) and bool(context.sets)
 
     def measure(self, context: EvaluationContext) -> TaskResult:
-        """Measures nothing."""
+        """No metrics, only the picture."""
         return TaskResult({}, pictures={PICTURE_FILE: lambda path: draw_masked(path, context)})
 
 
-def draw_masked(path: Path, context: EvaluationContext) -> Path:
-    """Draws what masked objectives predict.
-
-    Args:
-        path: where to write.
-        context: of a run with such objectives, and with a set.
-    """
+def draw_masked(path: Path, context: EvaluationContext) -> None:
+    """Draws what masked objectives predict on some images of a set."""
     masked, model, run = choose_objectives(context, *_KINDS), context.encoder, context.run
     split = next(split for split in (*_SPLITS, *context.sets) if split in context.sets)
     dataset = context.sets[split]
@@ -72,7 +64,7 @@ def draw_masked(path: Path, context: EvaluationContext) -> Path:
         )
         for row in range(len(chosen))
     ]
-    return draw_masked_page(
+    draw_masked_page(
         path,
         rows,
         title="Hidden patches and hidden words",
@@ -82,18 +74,16 @@ def draw_masked(path: Path, context: EvaluationContext) -> Path:
 
 
 def _caveat(objectives: Mapping[str, Objective]) -> str:
-    """What the drawings do not show."""
+    """What the predicted patches take from the true image."""
     targets = [objective.targets for objective in objectives.values() if isinstance(objective, MaskedImage)]
     shows_pixels = any(isinstance(target, NormalizedPixels) for target in targets)
     return "; mean and contrast of each hidden patch are the true ones" if shows_pixels else ""
 
 
 def choose_rows(dataset: RetrievalSet, number: int = _ROWS) -> list[int]:
-    """Images at even distances among those with several words in English and several characters in Chinese.
+    """At most `number` images at even distances.
 
-    Args:
-        dataset: where to choose.
-        number: how many at most.
+    If there are enough, only images with several words in English and several characters in Chinese.
     """
     wordy = [
         row
@@ -107,7 +97,7 @@ def choose_rows(dataset: RetrievalSet, number: int = _ROWS) -> list[int]:
 def _predict(
     passes: PiecePasses, objectives: Mapping[str, LocalObjective], model: M2Encoder
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Pictures by the heading of their column, and captions with predicted tokens, (k * b, T), if words were hidden."""
+    """Pictures by column, and captions with predicted tokens, (k * b, T), if words were hidden."""
     pictures: dict[str, Tensor] = {"original": passes.batch.images}
     predicted: Tensor | None = None
     for objective in objectives.values():
@@ -120,7 +110,7 @@ def _predict(
 
 
 def _draw_patches(objective: MaskedImage, passes: PiecePasses, patch_size: int) -> dict[str, Tensor]:
-    """Images with hidden patches, and as drawn with each caption, by column."""
+    """Images with hidden patches, and as predicted with each caption, by column."""
     mask, images, captions = objective.choose(passes), passes.batch.images, len(ORDER)
     patches = split_patches(images, patch_size).masked_fill(mask[..., None], _HIDDEN_GREY)
     drawn = objective.targets.draw(
@@ -135,7 +125,7 @@ def _draw_patches(objective: MaskedImage, passes: PiecePasses, patch_size: int) 
 def _tell(
     batch: ImageTextBatch, predicted: Tensor | None, row: int, caption: str, tokenizer: SentencePieceTokenizer
 ) -> PredictedCaption:
-    """One caption with predictions in place of hidden words; neighbours that are hidden stand together."""
+    """A caption with predictions in place of hidden words; neighbouring hidden words are joined."""
     if predicted is None or batch.masked_text is None:
         return PredictedCaption(caption, ())
     length = min(int(batch.text.mask[row].sum()), predicted.shape[1])
@@ -157,7 +147,7 @@ def _tell(
 
 
 def spell_bytes(text: str) -> str:
-    """Runs of byte pieces (<0xE7><0xBB><0x83>) as the characters they spell; ? for bytes that spell none."""
+    """Replaces runs of byte pieces (<0xE7><0xBB><0x83>) by their characters; ? for invalid bytes."""
 
     def spell(run: re.Match[str]) -> str:
         values = bytes(int(value, 16) for value in _BYTE.findall(run[0]))

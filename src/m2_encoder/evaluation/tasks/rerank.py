@@ -1,4 +1,4 @@
-"""Retrieval before and after the best candidates are ordered anew by a matching head."""
+"""Retrieval before and after reranking by a matching head."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from m2_encoder.evaluation.tasks.base import EvaluationContext, TaskResult
 from m2_encoder.evaluation.tasks.retrieval import Retrieval, recall_metrics, report_recalls
 
 RERANKED: Final = "reranked"
-"""Before the names of metrics, after the language in tables."""
+"""Prefix of metrics, and suffix of the language in tables."""
 
 _CHUNK_PAIRS: Final = 64  # a pair is as long as an image and a text together
 
 
 class Rerank(Retrieval):
-    """Both recalls of every set side by side; of a model without a matching head those of retrieval alone.
+    """Recalls of every set before and after reranking; only before for a model without a matching head.
 
     Args:
-        candidates: K, how many candidates of each query are ordered anew.
+        candidates: K, how many candidates of each query are reranked.
     """
 
     @check_bounds
@@ -30,7 +30,7 @@ class Rerank(Retrieval):
         self._candidates = candidates
 
     def measure(self, context: EvaluationContext) -> TaskResult:
-        """Percent, as `evaluation.rerank.rerank_set` says."""
+        """Recalls in percent, as `evaluation.rerank.rerank_set` returns them."""
         head, model = context.matching, context.encoder
         if head is None:
             found = super().measure(context)
@@ -55,10 +55,7 @@ class Rerank(Retrieval):
             split: {
                 row: values
                 for language, metrics in languages.items()
-                for row, values in (
-                    (language, metrics),
-                    (f"{language} {RERANKED}", reranked[split][language]),
-                )
+                for row, values in ((language, metrics), (f"{language} {RERANKED}", reranked[split][language]))
             }
             for split, languages in plain.items()
         }
@@ -66,7 +63,7 @@ class Rerank(Retrieval):
         return report_recalls(context, rows, metrics=metrics, lines=tuple(self._small_galleries(context)))
 
     def _small_galleries(self, context: EvaluationContext) -> list[str]:
-        """What to say of sets with fewer images or texts than candidates."""
+        """A line for each side of a set with fewer items than candidates."""
         lines = []
         for split, encoded in context.features.items():
             sizes = {"images": len(encoded.image_ids)}

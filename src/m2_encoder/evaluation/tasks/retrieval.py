@@ -1,6 +1,6 @@
-"""Retrieval of images by texts and of texts by images, with a gallery of a few queries.
+"""Retrieval in both directions, with a gallery of a few queries.
 
-The queries were chosen before any model was trained, from the captions alone.
+The queries were chosen from the captions, before any model was trained.
 """
 
 from __future__ import annotations
@@ -21,40 +21,31 @@ PICTURE_FILE: Final = "retrieval.png"
 _STYLE_NAMES: Mapping[str, str] = {
     "noto": "Noto", "twemoji": "Twemoji", "fluent": "Fluent", "openmoji": "OpenMoji",
 }  # fmt: skip
-# Everyday things: an elephant, a rocket, a guitar; then families that training never showed.
+# Everyday things: an elephant, a rocket, a guitar; then concepts that training left out.
 _CONCEPTS: Mapping[str, tuple[str, ...]] = {
     "heldout_style": ("1f418", "1f680", "1f3b8"),
     "heldout_families": ("1f63f", "1f68d", "1f989"),
 }
-_FREE_QUERIES = {
-    "zh": ("红色的水果", "会飞的动物"),
-    "en": ("a red fruit", "an animal that flies"),
-}
+_FREE_QUERIES = {"zh": ("红色的水果", "会飞的动物"), "en": ("a red fruit", "an animal that flies")}
 _HEADINGS: Mapping[str, str] = {
     "heldout_style": "Known concepts in a style it has never seen",
     "heldout_families": "Concepts it has never seen, in a style it has never seen",
 }
 _NUM_CONCEPTS = 3
-_PICTURE_SIZE_PX = 64  # a gallery of smaller images would be blurred; the files are at least this large
+_PICTURE_SIZE_PX = 64  # smaller images would look blurred; the files are at least this large
 
 
 class Retrieval(EvaluationTask):
     """Recalls of every set in every language; draws `retrieval.png`."""
 
     def measure(self, context: EvaluationContext) -> TaskResult:
-        """Percent, as `evaluation.metrics.retrieval_metrics` says."""
+        """Recalls in percent, as `evaluation.metrics.retrieval_metrics` returns them."""
         results = {split: evaluate_features(features) for split, features in context.features.items()}
         return report_recalls(context, results, metrics=recall_metrics(context, results))
 
 
 def recall_metrics(context: EvaluationContext, results: Results, prefix: str = "") -> dict[str, float]:
-    """Recalls under the names of the loggers: `val/<set>_<language>/t2i_r@10`.
-
-    Args:
-        context: names the sets.
-        results: by split and language.
-        prefix: before the last part of the names.
-    """
+    """Recalls under their names for loggers: `val/<set>_<language>/t2i_r@10`, `prefix` before the last part."""
     return {
         context.metric(split, language, f"{prefix}{name}"): value
         for split, languages in results.items()
@@ -67,14 +58,7 @@ def recall_metrics(context: EvaluationContext, results: Results, prefix: str = "
 def report_recalls(
     context: EvaluationContext, results: Results, *, metrics: Mapping[str, float], lines: tuple[str, ...] = ()
 ) -> TaskResult:
-    """Tables of recalls, and the gallery.
-
-    Args:
-        context: what was measured.
-        results: a row of the tables for each split and language.
-        metrics: by the names of the loggers.
-        lines: what is printed below the table.
-    """
+    """Tables of recalls, `lines` below them, and the gallery; each row of `results` is one of the tables."""
     record = {"table": tabulate(results), "evaluation": results}
     if not results:  # a run on shards alone has no sets
         return TaskResult(metrics, record=record)
@@ -87,14 +71,8 @@ def report_recalls(
     )
 
 
-def draw_queries(path: Path, context: EvaluationContext, results: Results) -> Path:
-    """Draws what a few queries find in the sets for reporting, or in the first one.
-
-    Args:
-        path: where to write.
-        context: what was measured.
-        results: by split; numbers over the columns.
-    """
+def draw_queries(path: Path, context: EvaluationContext, results: Results) -> None:
+    """Draws what a few queries find in the sets for reporting, or in the first one."""
     shown = {
         split: _enlarge(split, context) for split in [name for name in _HEADINGS if name in results] or [*results][:1]
     }
@@ -106,11 +84,11 @@ def draw_queries(path: Path, context: EvaluationContext, results: Results) -> Pa
     sections.append(GallerySection("Free questions", note, columns, {}, number))
     trained = f", {context.run.steps:,} steps" if context.run.steps is not None else ""
     subtitle = f"model {context.run.model}{trained}   ·   run {context.run.name}   ·   queries fixed before training"
-    return draw_gallery(path, sections, title="Text → image retrieval, 中文 and English", subtitle=subtitle)
+    draw_gallery(path, sections, title="Text → image retrieval, 中文 and English", subtitle=subtitle)
 
 
 def _enlarge(split: str, context: EvaluationContext) -> RetrievalSet:
-    """The same set with images large enough to look at, where the model takes smaller ones."""
+    """The same set with images large enough to look at, if those of the model are smaller."""
     dataset, folder = context.sets[split], context.run.folder
     if folder is None or dataset.images.shape[-1] >= _PICTURE_SIZE_PX or not (folder / split).is_dir():
         return dataset

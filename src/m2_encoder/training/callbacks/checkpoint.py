@@ -1,4 +1,4 @@
-"""When, where and how training states are saved."""
+"""Checkpoints of training."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _RANDOM_STATES = "random_states"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and renames, so that a file of that name is always a whole one.
+    """Writes a temporary file in the same folder and renames it, so that a checkpoint is always complete.
 
-    Lightning writes to the temporary folder of the machine and moves; where that is another disk, moving is copying,
-    and whatever ends the process in between leaves a broken `last.ckpt`.
+    Lightning writes to the machine's temporary folder and moves the file. On another disk that is a copy, and a process
+    that ends meanwhile leaves a broken `last.ckpt`.
     """
 
     def save_checkpoint(
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a training state.
 
         Raises:
-            CheckpointError: if the disk refuses.
+            CheckpointError: if it cannot be written.
         """
         assert storage_options is None, f"nothing gives storage_options, got {storage_options!r}"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -57,19 +57,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class RunCheckpoint(Checkpoint):
     """Keeps `step=<n>.ckpt` every so many steps and after the last one; `last.ckpt` is the newest of them.
 
-    Besides what Lightning saves (weights, optimizer, schedule, loops, the place in the data) a state holds the random
-    state of every rank, so that stochastic depth goes on as in an uninterrupted run.
+    Besides what Lightning saves (weights, optimizer, schedule, loops, the place in the data) a checkpoint holds the
+    random state of every rank, so that stochastic depth goes on as in an uninterrupted run.
 
-    SIGTERM, to any of the ranks, lets all of them finish the step, save it, and leave by `SIGTERMException`; a
-    validation that is due after the step is done before they leave. Lightning's own handler is replaced: it leaves
-    without saving, and talks to the other ranks in the middle of whatever they do.
-
-    Args:
-        folder: where; usually `outputs/<run.name>/checkpoints`.
-        every_n_steps: optimizer steps between two checkpoints; the last step is always saved.
-
-    Raises:
-        UserError: if `every_n_steps` is below 1.
+    After SIGTERM to any rank, all ranks finish the step, run a validation that is due, save, and end by
+    `SIGTERMException`. This replaces Lightning's handler, which does not save, and communicates in the middle of a
+    step.
     """
 
     @check_bounds
@@ -83,11 +76,11 @@ class RunCheckpoint(Checkpoint):
 
     @property
     def last(self) -> Path:
-        """The newest state, whether it exists already or not."""
+        """Path of the newest checkpoint, which need not exist."""
         return self.folder / "last.ckpt"
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Make saving atomic, and remove what a killed process left half-written."""
+        """Make saving atomic, and remove partial files of a killed process."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero and stage == "fit":
@@ -108,15 +101,15 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the random states until training starts: what is built until then may draw, too."""
+        """Keep the random states until training starts: setup uses random numbers, too."""
         self._random_states = checkpoint.get(_RANDOM_STATES, [])
         self._saved_step = int(checkpoint["global_step"])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Go on with the random state of the checkpoint; heed SIGTERM from now on."""
+        """Restore the random state of the checkpoint; handle SIGTERM from now on."""
         self._was_signalled = self._leaves = False
-        if threading.current_thread() is threading.main_thread():  # no other one may
-            signal.signal(signal.SIGTERM, self._note_signal)  # Lightning brings the old one back in the end
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            signal.signal(signal.SIGTERM, self._note_signal)  # Lightning restores the old handler in the end
         if len(self._random_states) == trainer.world_size:
             _restore_random_state(self._random_states[trainer.global_rank])
         elif self._random_states and trainer.is_global_zero:
@@ -130,11 +123,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Leave after SIGTERM, now that the metrics of the saved step are written.
-
-        Raises:
-            SIGTERMException: on every rank, if one of them was told to end.
-        """
+        """End after SIGTERM, now that the metrics of the saved step are written."""
         self._leave(trainer)
 
     def on_train_batch_end(
@@ -145,18 +134,14 @@ class RunCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save when it is time, when this step is the last, and when a rank was told to end."""
+        """Save every so many steps, after the last one, and after SIGTERM to a rank."""
         step = trainer.global_step
         self._leaves = trainer.strategy.reduce_boolean_decision(self._was_signalled, all=False)
         if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop or self._leaves:
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the last step of a run that ended for another reason than its number of steps.
-
-        Raises:
-            SIGTERMException: on every rank, if one of them was told to end.
-        """
+        """Save the last step of a run that ended early."""
         self._save(trainer)
         self._leave(trainer)
 
@@ -182,7 +167,7 @@ class RunCheckpoint(Checkpoint):
 
 
 def _link_or_copy(path: Path, other: Path) -> None:
-    """A second name for a file; where the disk knows no links, a copy. Neither file is ever changed in place."""
+    """Hard-link a file, or copy it if the disk has no links. Neither file is ever changed in place."""
     with contextlib.suppress(OSError):
         os.link(path, other)
         return
@@ -190,7 +175,7 @@ def _link_or_copy(path: Path, other: Path) -> None:
 
 
 def _random_state() -> dict[str, Tensor]:
-    """The generators that layers draw from."""
+    """State of the random generators that layers use."""
     state = {"cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -1,4 +1,4 @@
-"""A progress bar that says what a person wants to know: how far, how long, how fast, how good."""
+"""Progress bar of training: step, time, throughput, loss and recall."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ class TrainingProgress(ProgressBar):
 
     Shows the step, elapsed and remaining time, samples per second, the loss per language and the last validation
     recalls (text to image, R@10, percent).
-
-    Args:
-        console: where to write; None writes to standard output.
     """
 
     def __init__(self, *, console: Console | None = None) -> None:

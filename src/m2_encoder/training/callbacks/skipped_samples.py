@@ -1,4 +1,4 @@
-"""How many samples could not be used, over all ranks and the whole run."""
+"""Counts of samples that could not be used."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SKIPPED = "skipped_samples"
 
 
 class FaultCounts(Protocol):
-    """Unusable samples by reason: as one rank drew them, and as one rank found them in the shards at the start."""
+    """Unusable samples of one rank, by reason."""
 
-    counts: Counter[str]
-    at_start: Counter[str]
+    counts: Counter[str]  # read in training
+    at_start: Counter[str]  # found when the shards were listed
 
 
 class FaultCounting(Protocol):
-    """What this callback needs of a data module."""
+    """A data module that counts unusable samples."""
 
     fault_log: FaultCounts
 
@@ -32,15 +32,9 @@ class SkippedSamples(Callback):
 
     A reason appears with its first sample. Ranks exchange their counts every so many steps, and for every checkpoint.
 
-    Args:
-        every_n_steps: optimizer steps between two exchanges.
-
     Attributes:
-        totals: drawn in the whole run, by reason, as of the last exchange.
-        at_start: found in the shards when this process's run started, by reason.
-
-    Raises:
-        UserError: if `every_n_steps` is below 1.
+        totals: read in the whole run, by reason, as of the last exchange.
+        at_start: found when the shards were listed, by reason.
     """
 
     @check_bounds
@@ -58,12 +52,12 @@ class SkippedSamples(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Exchange and publish the counts when it is time, and with the last step."""
+        """Exchange and log the counts every so many steps, and after the last one."""
         if trainer.global_step % self._every_n_steps == 0 or trainer.global_step == trainer.max_steps:
             self._exchange(trainer)
             counts = {f"data/skipped/{name}": float(n) for name, n in sorted((self.totals + self.at_start).items())}
             if counts:
-                # Not by `pl_module.log`: that drops what does not fall on a multiple of log_every_n_steps.
+                # `pl_module.log` would drop steps that are no multiple of log_every_n_steps.
                 counts["samples_seen"] = float(trainer.global_step * len(batch.keys) * trainer.world_size)
                 for sink in trainer.loggers:
                     sink.log_metrics(counts, step=trainer.global_step)
@@ -71,14 +65,14 @@ class SkippedSamples(Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the counts of the whole run."""
+        """Save the counts of the whole run."""
         self._exchange(trainer)
         checkpoint[_SKIPPED] = dict(self.totals)
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on counting."""
+        """Restore the counts."""
         self._before = Counter(checkpoint.get(_SKIPPED, {}))
 
     def _exchange(self, trainer: lightning.Trainer) -> None:

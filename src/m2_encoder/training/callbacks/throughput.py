@@ -1,4 +1,4 @@
-"""How fast training runs and how long it waits for data."""
+"""Throughput of training, and time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ADVICE = {
 
 @runtime_checkable
 class StagedLoader(Protocol):
-    """A loader that measures its stages."""
+    """A data loader that measures its stages."""
 
     def take_stage_seconds(self) -> dict[str, float]:
         """Seconds that all workers of this rank spent in each stage since the last call."""
@@ -34,23 +34,19 @@ class StagedLoader(Protocol):
 class Throughput(Callback):
     """Logs `samples_seen`, `perf/samples_per_s`, `perf/data_wait` and `perf/load_ms/<stage>`.
 
-    `samples_seen` counts the whole run, resumed parts included. The rate is over all ranks and over training alone:
-    validation and checkpoints do not slow it. `perf/data_wait` is the share of that time in which the loop waited
-    for a batch, 0..1; `perf/load_ms/<stage>` is what a sample of rank 0 took in a stage of loading, where the loader
-    measures them. Where waiting exceeds `warn_share`, a warning names the slowest stage.
+    `samples_seen` counts the whole run, resumed parts included. The rate is over all ranks, without the time of
+    validation and checkpoints. `perf/data_wait` is the share of that time in which the loop waited for a batch, 0..1;
+    `perf/load_ms/<stage>` is the time of a sample of rank 0 in a stage of loading, if the loader measures it. Above
+    `warn_share`, a warning names the slowest stage.
 
     Args:
-        window_steps: steps over which a published rate is averaged.
-        warn_share: share of training time spent waiting for data above which a warning is due, 0..1.
-        warn_after_s: training time over which that share is taken, so that a slow start is no reason. After every
-            warning the time to the next one doubles, up to an hour.
+        window_steps: steps over which a logged rate is averaged.
+        warn_share: share of training time spent waiting for data that causes a warning, 0..1.
+        warn_after_s: training time over which that share is measured. It doubles after every warning, up to an hour.
 
     Attributes:
-        samples: samples trained on by this process's run so far, over all ranks.
+        samples: samples trained on since this process started, over all ranks.
         seconds: time spent on them.
-
-    Raises:
-        UserError: if `warn_share` is outside of 0..1 or `warn_after_s` not positive.
     """
 
     @check_bounds
@@ -77,7 +73,7 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch has arrived: what passed since the last one ended was waiting."""
+        """Add the time since the last step to the waiting time."""
         self._batch_started = time.perf_counter()
         if self._batch_ended is not None:
             self._window_waited += self._batch_started - self._batch_ended
@@ -90,7 +86,7 @@ class Throughput(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count the step; publish at the end of every window. The first step, with its warm-up costs, is left out."""
+        """Count the step, except the first with its warm-up costs; log at the end of every window."""
         now = time.perf_counter()
         batch_size = len(batch.keys) * trainer.world_size
         if self._batch_ended is not None:
@@ -110,7 +106,7 @@ class Throughput(Callback):
             self._window_samples, self._window_seconds, self._window_waited = 0, 0.0, 0.0
 
     def _log_stages(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Publish what a sample took in each stage of loading, where the loader says it."""
+        """Log the time of a sample in each stage of loading."""
         loader = trainer.train_dataloader
         if not isinstance(loader, StagedLoader):
             return
@@ -120,7 +116,7 @@ class Throughput(Callback):
             self._watched_stages[stage] = self._watched_stages.get(stage, 0.0) + seconds
 
     def _watch(self, trainer: lightning.Trainer) -> None:
-        """Warn if data was the bottleneck for long enough."""
+        """Warn if loading was the bottleneck for long enough."""
         self._watched_seconds += self._window_seconds
         self._watched_wait += self._window_waited
         if self._watched_seconds < self._watch_s:
@@ -140,15 +136,15 @@ class Throughput(Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Forget the clock: saving is not training, nor waiting for data."""
+        """Leave the time of saving out."""
         self._batch_ended = None
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forget the clock: validation is not training."""
+        """Leave the time of validation out."""
         self._batch_ended = None
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forget the clock."""
+        """Leave the time after training out."""
         self._batch_ended = None
 
 

@@ -308,7 +308,7 @@ def test_other_peoples_files_are_never_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"heldout_style": "emojione"}, "heldout_style='emojione' must be one of"),
+        ({"heldout_style": "emojione"}, "heldout_style=emojione: must be one of"),
         ({"styles": ("noto", "apple")}, "unknown emoji style 'apple'"),
         ({"styles": "noto"}, "must be a list of styles"),
         ({"styles": ("openmoji",)}, "another left to train on"),

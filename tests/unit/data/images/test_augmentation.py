@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -38,7 +38,6 @@ def test_the_official_ten() -> None:
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))
-@settings(deadline=None)
 @given(
     width=st.integers(1, 20),
     height=st.integers(1, 20),
@@ -178,7 +177,6 @@ def luma(color: tuple[int, ...]) -> float:
     return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), red=st.integers(90, 160), green=st.integers(90, 160), blue=st.integers(90, 160))
 def test_hue_and_saturation_keep_the_luma(seed: int, red: int, green: int, blue: int) -> None:
     pixel = Image.new("RGB", (1, 1), (red, green, blue))
@@ -276,7 +274,6 @@ def test_color_jitter_changes_only_what_it_is_given() -> None:
     assert 1.1 * pixels.mean() < max(means) < 1.5 * pixels.mean()
 
 
-@settings(deadline=None)
 @given(
     width=st.integers(1, 500),
     height=st.integers(1, 500),

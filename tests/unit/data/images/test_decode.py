@@ -176,7 +176,7 @@ def test_a_bomb_is_refused_by_its_header_alone(monkeypatch: pytest.MonkeyPatch) 
             decode_image_uint8(data, max_pixels=100)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     name=st.sampled_from(list(FILES)),
     keep=st.floats(0, 1),

@@ -137,7 +137,7 @@ MARKERS = st.sampled_from([*range(0xC0, 0x100), 0xFF, 0, 1])
 SEGMENTS = st.builds(segment, MARKERS, st.binary(max_size=20) | st.sampled_from([bytes(65), b"\x10" + bytes(128)]))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     name=st.sampled_from(list(PLAIN) + list(LEFT)),
     inserted=st.lists(SEGMENTS, max_size=3),

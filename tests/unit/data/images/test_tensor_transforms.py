@@ -68,7 +68,7 @@ def test_photographs_within_two_levels_of_pillow(scale: tuple[float, float]) -> 
     assert mean <= 0.02
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     width=st.integers(1, 90),
     height=st.integers(1, 90),

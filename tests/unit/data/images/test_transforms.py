@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -125,7 +125,6 @@ def test_palette_with_alpha_per_entry_is_expanded_without_a_warning(tmp_path: Pa
         assert mine.info["transparency"] == bytes([0, 128])  # the caller's image is not changed
 
 
-@settings(deadline=None)
 @given(mode=st.sampled_from(MODES), width=st.integers(1, 70), height=st.integers(1, 70))
 def test_every_mode_and_size_gives_a_square(mode: str, width: int, height: int) -> None:
     image = Image.new(mode, (width, height))
@@ -217,7 +216,6 @@ def test_pixel_limit_is_an_argument(tmp_path: Path) -> None:
             attempt()
 
 
-@settings(deadline=None)
 @given(
     kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO"]),
     cut=st.integers(0, 4000),
@@ -291,7 +289,6 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING])
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), width=st.integers(1, 60), height=st.integers(1, 60))
 def test_the_generator_decides_everything(options: dict[str, Any], seed: int, width: int, height: int) -> None:
     transform = TrainTransform(12, **options)

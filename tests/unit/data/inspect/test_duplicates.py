@@ -51,7 +51,7 @@ SOME_CAPTIONS = st.tuples(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(ONE_CAPTION, min_size=2, max_size=7), st.integers(2, 4))
 def test_equals_all_batches(samples: list[Sample], batch_size: int) -> None:
     batch_size = min(batch_size, len(samples))
@@ -61,7 +61,7 @@ def test_equals_all_batches(samples: list[Sample], batch_size: int) -> None:
     assert found.share_of_rows == pytest.approx(with_one, abs=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(SOME_CAPTIONS, min_size=2, max_size=5), st.integers(2, 3))
 def test_mean_is_exact_for_several_captions(samples: list[Sample], batch_size: int) -> None:
     batch_size = min(batch_size, len(samples))

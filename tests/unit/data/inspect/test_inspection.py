@@ -113,9 +113,9 @@ def test_shard_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest
     _inspect(path)
     counts = iter((4, 5))
 
-    def replace_then_open(name: str) -> ShardIndex:
+    def replace_then_open(name: str, *, write: bool) -> ShardIndex:
         write_numbers(tmp_path, [next(counts)])
-        return open_index(name)
+        return open_index(name, write=write)
 
     monkeypatch.setattr("m2_encoder.data.shards.reader.open_index", replace_then_open)
     assert _inspect(path).shard_faults == {"shard_changed": 1}

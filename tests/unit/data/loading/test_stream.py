@@ -99,7 +99,7 @@ def same(mine: Sample, theirs: Sample) -> bool:
     return torch.equal(mine.image, theirs.image) and mine._replace(image=None) == theirs._replace(image=None)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=12)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
 @given(
     seed=st.integers(0, 2**40),
     lanes=st.sampled_from([1, 2, 4]),
@@ -279,8 +279,6 @@ def test_the_budget_is_a_share_or_a_number(tmp_path: Path) -> None:
     few.add([fault("a"), fault("b"), fault("a")], drawn=0)  # drawn twice, listed once
     with pytest.raises(UserError, match=r"0.tar:a: bad_json .*3 unusable .*than data.max_bad_samples=2: bad_json 4"):
         few.add([fault("c")], drawn=0)
-    with pytest.raises(UserError, match=r"max_bad_share=1.5 must be in 0..1"):
-        FaultLog(None, max_share=1.5)
 
 
 def test_only_indices_with_faults_are_read_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

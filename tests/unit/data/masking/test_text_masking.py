@@ -9,15 +9,13 @@ import torch
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.masking.text_masking import (
     MaskVocabulary,
-    TextMasking,
     choose_words,
     mask_words,
-    mask_words_of_batch,
 )
 from m2_encoder.data.order.keyed_random import mix
-from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.word_pieces import NO_WORD, WordPieces, WordSegmenter, special_ids
+from m2_encoder.types import MaskedText
 
 VOCABULARY = MaskVocabulary(mask_id=3, replacements=np.arange(10, 1000))
 # Words of 1, 3, 1, 2, 4 and 1 pieces; a space and a special piece between them.
@@ -33,6 +31,14 @@ def _repeated(pieces: WordPieces, times: int) -> WordPieces:
     return WordPieces(*(part.repeat(times, 1) for part in pieces))
 
 
+def _mask_one(
+    pieces: WordPieces, *, ratio: float, key: int, vocabulary: MaskVocabulary = VOCABULARY, **shares: float
+) -> MaskedText:
+    batch = WordPieces(*(part[None] for part in pieces))
+    masked = mask_words(batch, ratio=ratio, vocabulary=vocabulary, keys=[key], **shares)
+    return MaskedText(*(part[0] for part in masked))
+
+
 def _keys(count: int, seed: int) -> list[int]:
     return [mix(seed, index) for index in range(count)]
 
@@ -40,9 +46,7 @@ def _keys(count: int, seed: int) -> list[int]:
 @pytest.mark.parametrize("ratio", [0.1, 0.15, 0.3, 0.5, 0.8, 1.0])
 def test_ratio_is_right_on_average_and_near_in_each(ratio: float) -> None:
     times = 4000
-    masked = mask_words_of_batch(
-        _repeated(PIECES, times), masking=TextMasking(ratio), vocabulary=VOCABULARY, keys=_keys(times, 1)
-    )
+    masked = mask_words(_repeated(PIECES, times), ratio=ratio, vocabulary=VOCABULARY, keys=_keys(times, 1))
     counts = masked.predicted.sum(dim=1).double()
     wanted = ratio * 12
     # Within a word of four pieces.
@@ -54,9 +58,7 @@ def test_ratio_is_right_on_average_and_near_in_each(ratio: float) -> None:
 
 def test_every_word_is_chosen() -> None:
     times = 4000
-    masked = mask_words_of_batch(
-        _repeated(PIECES, times), masking=TextMasking(0.5), vocabulary=VOCABULARY, keys=_keys(times, 2)
-    )
+    masked = mask_words(_repeated(PIECES, times), ratio=0.5, vocabulary=VOCABULARY, keys=_keys(times, 2))
     shares = masked.predicted.double().mean(dim=0)
     first = [WORDS.index(word) for word in range(6)]
     # Of two halves of a random order none is privileged: each word is in the first with probability 1/2.
@@ -65,9 +67,7 @@ def test_every_word_is_chosen() -> None:
 
 def test_replacement_shares() -> None:
     times = 3000
-    masked = mask_words_of_batch(
-        _repeated(PIECES, times), masking=TextMasking(1.0), vocabulary=VOCABULARY, keys=_keys(times, 3)
-    )
+    masked = mask_words(_repeated(PIECES, times), ratio=1.0, vocabulary=VOCABULARY, keys=_keys(times, 3))
     hidden = masked.ids[masked.predicted]
     count = len(hidden)
     assert count == 12 * times
@@ -86,22 +86,14 @@ def test_replacement_shares() -> None:
     ("mask_share", "random_share", "low", "high"), [(1, 0, 3, 3), (0, 1, 10, 999), (0, 0, 2000, 2015)]
 )
 def test_one_kind_of_replacement(mask_share: float, random_share: float, low: int, high: int) -> None:
-    masked = mask_words(
-        PIECES,
-        masking=TextMasking(1.0, mask_share, random_share),
-        vocabulary=VOCABULARY,
-        key=4,
-    )
+    masked = _mask_one(PIECES, ratio=1.0, mask_share=mask_share, random_share=random_share, key=4)
     hidden = masked.ids[masked.predicted]
     assert int(hidden.min()) >= low
     assert int(hidden.max()) <= high
 
 
 def test_same_key_same_mask_and_other_key_another() -> None:
-    masking = TextMasking(0.5)
-    first, again, other = (
-        mask_words(PIECES, masking=masking, vocabulary=VOCABULARY, key=mix(seed)) for seed in (5, 5, 6)
-    )
+    first, again, other = (_mask_one(PIECES, ratio=0.5, key=mix(seed)) for seed in (5, 5, 6))
     assert torch.equal(first.ids, again.ids)
     assert torch.equal(first.predicted, again.predicted)
     assert not torch.equal(first.ids, other.ids)
@@ -114,7 +106,7 @@ def test_nothing_is_predicted_without_words(words: list[int]) -> None:
         mask=torch.ones(len(words), dtype=torch.bool),
         words=torch.tensor(words, dtype=torch.int32),
     )
-    masked = mask_words(pieces, masking=TextMasking(1.0), vocabulary=VOCABULARY, key=7)
+    masked = _mask_one(pieces, ratio=1.0, key=7)
     assert torch.equal(masked.ids, pieces.ids)
     assert not bool(masked.predicted.any())
 
@@ -145,25 +137,8 @@ def test_captions_keep_a_chinese_word_together() -> None:
     segmenter = WordSegmenter(SentencePieceTokenizer(load_emoji_tokenizer_model()))
     pieces = segmenter.segment("北京清华大学")
     vocabulary = MaskVocabulary.of(segmenter.tokenizer)
-    seen = {
-        segmenter.tokenizer.decode(
-            mask_words(pieces, masking=TextMasking(0.5, 1.0, 0.0), vocabulary=vocabulary, key=mix(seed)).ids
-        )
-        for seed in range(40)
-    }
+    shares = {"mask_share": 1.0, "random_share": 0.0}
+    masked = (_mask_one(pieces, ratio=0.5, vocabulary=vocabulary, key=mix(seed), **shares) for seed in range(40))
+    seen = {segmenter.tokenizer.decode(each.ids) for each in masked}
     # Three pieces are wanted: of 2 + 4, the second word is taken after the first with probability 1/4.
     assert seen == {"北京" + 4 * "[MASK]", 2 * "[MASK]" + "清华大学", 6 * "[MASK]"}
-
-
-@pytest.mark.parametrize(
-    ("masking", "message"),
-    [
-        (TextMasking(0.0), "ratio=0.0"),
-        (TextMasking(1.5), "ratio=1.5"),
-        (TextMasking(0.5, 0.9, 0.2), "mask_share=0.9"),
-        (TextMasking(0.5, -0.1), "mask_share=-0.1"),
-    ],
-)
-def test_bad_numbers_are_named(masking: TextMasking, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        mask_words(PIECES, masking=masking, vocabulary=VOCABULARY, key=0)

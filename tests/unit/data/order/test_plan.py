@@ -37,7 +37,7 @@ def plans(draw: st.DrawFn) -> PositionPlan:
     return PositionPlan(Manifest(sources), seed=draw(SEEDS), lanes=lanes, window=draw(st.integers(1, 50)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(plan=plans(), epochs=st.integers(1, 3))
 def test_every_sample_of_a_source_once_per_its_epoch(plan: PositionPlan, epochs: int) -> None:
     # Lanes reach the end of an epoch at different positions, so read until all are beyond it.
@@ -52,7 +52,7 @@ def test_every_sample_of_a_source_once_per_its_epoch(plan: PositionPlan, epochs:
                 assert set(found) == {(s, i) for s, count in enumerate(own.counts) for i in range(count)}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     counts=COUNTS.filter(lambda c: sum(c) >= 16),
     lanes=st.integers(1, 16),
@@ -76,7 +76,7 @@ def test_a_source_may_be_drawn_to_its_last_sample_and_no_further() -> None:
         plan.check_repeats(201)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(plan=plans(), block=st.integers(0, 3000))
 def test_quotas_hold_in_every_block_of_every_lane(plan: PositionPlan, block: int) -> None:
     shares = np.array(plan.manifest.weights) / sum(plan.manifest.weights) * BLOCK
@@ -87,7 +87,7 @@ def test_quotas_hold_in_every_block_of_every_lane(plan: PositionPlan, block: int
             assert abs(counts[number] - share) < 1 + 1e-3, "parts per million of rounding come on top"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(weights=st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=12), blocks=st.integers(0, 10_000))
 def test_shares_are_exact_in_the_long_run(weights: list[float], blocks: int) -> None:
     mixture = Mixture(weights)
@@ -107,7 +107,7 @@ def test_plain_shares_are_kept_without_rounding() -> None:
     assert Mixture([0.1, 0, 0.0001]).quotas(7)[1] == 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     plan=plans(),
     per_rank=st.integers(1, 5),
@@ -134,7 +134,7 @@ def test_global_batches_do_not_depend_on_ranks_or_on_where_a_run_was_cut(
     assert read(worlds[0], 0, cut) + read(worlds[1], cut, steps) == whole
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(plan=plans(), position=st.integers(0, 5000), attempt=st.integers(1, 20))
 def test_replacements_are_samples_of_the_same_source(plan: PositionPlan, position: int, attempt: int) -> None:
     place, spare = plan.locate(position), plan.locate(position, attempt=attempt)
@@ -147,7 +147,7 @@ def test_replacements_are_samples_of_the_same_source(plan: PositionPlan, positio
         assert spare.shard in plan.shards(plan.stretch(position))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(plan=plans(), lane=st.integers(0, 3))
 def test_windows_follow_each_other_and_name_the_shards_that_are_read(plan: PositionPlan, lane: int) -> None:
     lane %= plan.lanes
@@ -200,7 +200,7 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
     assert sorted(order(0, 1)) == sorted(order(1, 0)) == [(s, i) for s in range(4) for i in range(25)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=SEEDS, cuts=st.lists(st.integers(1, 4000), min_size=1, max_size=3), lanes=st.sampled_from([1, 2, 8]))
 def test_a_new_segment_goes_on_where_its_sources_were(seed: int, cuts: list[int], lanes: int) -> None:
     # One source stays, another is added, a third one changes; the first one must not notice.

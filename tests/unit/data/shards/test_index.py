@@ -31,7 +31,7 @@ def reasons(index: ShardIndex) -> Counter[tuple[str | None, str]]:
     return Counter((fault.key, fault.reason) for fault in index.faults)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(
     keys=st.lists(
         st.tuples(NAMES, st.lists(NAMES, max_size=6)), unique_by=lambda k: "/".join([*k[1], k[0]]), max_size=9
@@ -170,7 +170,7 @@ def test_every_cut_leaves_what_is_whole(tmp_path: Path) -> None:
         assert lost == keys[usable:begun], size
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(content=st.binary(max_size=3000), position=st.integers(0, 6000), bits=st.integers(1, 255))
 def test_no_bytes_raise(tmp_path: Path, content: bytes, position: int, bits: int) -> None:
     garbage = tmp_path / "garbage.tar"
@@ -211,7 +211,7 @@ def damaged_header(size: bytes, *, kind: bytes, is_sound: bool) -> bytes:
     return bytes(header)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     size=st.one_of(
         st.binary(min_size=11, max_size=11).map(lambda rest: b"\x80" + rest),  # binary, up to 2^88

@@ -46,16 +46,12 @@ def test_hits_are_the_best_and_ranks_are_pessimistic(dataset: RetrievalSet) -> N
     assert not any(hit.is_right for hit in last.hits)
 
 
-def test_unknown_concept_is_named(dataset: RetrievalSet) -> None:
-    with pytest.raises(ValueError, match="'colours' has no zz"):
-        find_concepts(dataset, make_features(dataset, [0.0] * 7), ["a", "zz"])
-
-
 def test_page_shows_the_images_in_order(dataset: RetrievalSet, tmp_path: Path) -> None:
     features = make_features(dataset, [0.1, 0.9, 0.5, 0.4, 0.2, 0.3, 0.0])
     rows = find_concepts(dataset, features, ["b"])
     section = GallerySection("Section", "a note", rows, {"zh": "R@1 100.0 %"}, 7)
-    path = draw_gallery(tmp_path / "page.png", [section], title="标题", subtitle="run")
+    path = tmp_path / "page.png"
+    draw_gallery(path, [section], title="标题", subtitle="run")
     assert [entry.name for entry in tmp_path.iterdir()] == ["page.png"]
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
@@ -68,16 +64,6 @@ def test_page_shows_the_images_in_order(dataset: RetrievalSet, tmp_path: Path) -
     assert centres == sorted(centres)
     black = (np.abs(pixels - np.array(COLORS[6])).max(axis=2) == 0).sum()
     assert black < 100, "the seventh image is no hit"
-
-
-def test_page_refuses_what_it_cannot_lay_out(dataset: RetrievalSet, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one section"):
-        draw_gallery(tmp_path / "page.png", [], title="", subtitle="")
-    rows = find_concepts(dataset, make_features(dataset, [0.0] * 7), ["a"])
-    uneven = GallerySection("Odd", "", {"zh": rows["zh"], "en": ()}, {}, 7)
-    with pytest.raises(ValueError, match="'Odd'"):
-        draw_gallery(tmp_path / "page.png", [uneven], title="", subtitle="")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

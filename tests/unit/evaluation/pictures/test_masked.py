@@ -31,7 +31,8 @@ def test_nothing_is_drawn_beside_the_panel(tmp_path: Path, name: str) -> None:
     caption = CAPTIONS[name]
     pictures = {column: torch.zeros((3, 8, 8), dtype=torch.uint8) for column in ("original", "hidden")}
     row = MaskedRow(pictures, {"zh": caption, "en": caption})
-    path = draw_masked_page(tmp_path / "页 1.png", [row], title="title", subtitle=f"run {'名' * 90}", note=LONG)
+    path = tmp_path / "页 1.png"
+    draw_masked_page(path, [row], title="title", subtitle=f"run {'名' * 90}", note=LONG)
     pixels = np.asarray(Image.open(path))
     margin = pixels[:, -round(36 * SCALE) :]
     assert (margin == margin[0, 0]).all()
