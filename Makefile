@@ -29,7 +29,7 @@ help: ## list the targets
 install: $(INSTALLED) ## .venv with the project and its tools, at the tested versions
 
 .PHONY: train
-train: install ## build the embedded zh/en data, train on it, evaluate, show the table
+train: install ## unpack the built-in zh/en data, train on it, evaluate, show the table
 	$(BIN)/$(TRAIN)
 
 .PHONY: test

@@ -3,7 +3,7 @@
 1. The masked-language head at the published vocabulary (115,244 pieces, width 768) on a batch of 64 captions of 52
    tokens of which half are hidden: peak memory and time, forward and backward, of ours and of the plain version, which
    makes all logits and then picks (fp32; the losses must agree).
-2. Whole-word masking on one core: tokens, words, choice and replacement of captions of the embedded set, zh and en,
+2. Whole-word masking on one core: tokens, words, choice and replacement of captions of the built-in set, zh and en,
    after a pass that warms caches, against tokenising alone and against jieba alone.
 3. A training step of +experiment=emoji_full (128 drawings, a Chinese and an English caption each, of the real loader)
    by the contrastive loss alone and with masked objectives, in turns: the whole step (forward, backward, clipping,

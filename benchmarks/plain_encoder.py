@@ -4,7 +4,7 @@ Written from the description of the model and not from the package: explicit sof
 to the end, an expert chosen per token, both encoders over all tokens, no shortcut. It works in the precision
 of its parameters, so that it can serve in fp64.
 
-Legend: B batch · N tokens · D width · H heads · E feature dim. In masks given here, True hides a key (as in
+Letters: B batch · N tokens · D width · H heads · E feature dim. In masks given here, True hides a key (as in
 the official code, and unlike the package).
 """
 

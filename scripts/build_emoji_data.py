@@ -1,4 +1,4 @@
-"""Builds the embedded bilingual emoji set: `src/m2_encoder/assets/emoji/{concepts.jsonl,<style>.webps}`.
+"""Builds the built-in bilingual emoji set: `src/m2_encoder/assets/emoji/{concepts.jsonl,<style>.webps}`.
 
 Inputs, pinned (another version builds another set, and the tests of the set say what changed)::
 

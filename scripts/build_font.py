@@ -7,7 +7,7 @@ Input, pinned (Noto Sans SC, SIL Open Font License 1.1)::
     python scripts/build_font.py --node-modules DIR/node_modules
 
 The same input gives the same bytes, in seconds. The subset holds Latin-1, the punctuation of both languages,
-level 1 of GB 2312 (the 3,755 most common simplified characters) and every character of the embedded captions.
+level 1 of GB 2312 (the 3,755 most common simplified characters) and every character of the built-in captions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trains the embedded set's bilingual tokenizer: `src/m2_encoder/assets/emoji/tokenizer.model`.
+"""Trains the built-in set's bilingual tokenizer: `src/m2_encoder/assets/emoji/tokenizer.model`.
 
     python scripts/train_tokenizer.py
 

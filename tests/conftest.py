@@ -39,7 +39,7 @@ def parity_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def emoji_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded set, unpacked once for all tests; read-only by agreement."""
+    """The built-in set, unpacked once for all tests; read-only by agreement."""
     return build_once(tmp_path_factory, "emoji", write_emoji_shards)
 
 

@@ -1,4 +1,4 @@
-"""A sixth of the embedded run: learns in both languages, and ends with everything that a run leaves."""
+"""A sixth of the built-in run: learns in both languages, and ends with everything that a run leaves."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported model of other widths and another image size, with the embedded tokenizer."""
+    """An exported model of other widths and another image size, with the built-in tokenizer."""
     values: dict[str, Any] = {"name": "tiny", "tokenizer": "emoji", "feature_dim": 48, "embed_dim": 32, "num_heads": 2}
     config = build_model_config(values)
     folder = tmp_path_factory.mktemp("teacher") / "export"

@@ -174,3 +174,14 @@ def test_a_run_that_ends_before_its_first_step_stays_as_it_was(
         patch.setattr(PretrainModule, "on_train_batch_end", fail)
         assert start(*GO_ON) == 1
     assert read_config(tmp_path / "r" / "config.yaml")["trainer"]["max_steps"] == 3
+
+
+def test_a_sweep_refuses_a_job_before_the_first_one_starts(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("run.name=r-seed=1") == 0
+    capsys.readouterr()
+    assert start("-m", "seed=0,1", "optimizer=muon", *GO_ON) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("m2-train: optimizer._target_=m2_encoder.training.optim.build_muon: must be ")
+    assert not (tmp_path / "r-seed=0").exists()

@@ -98,7 +98,7 @@ def test_what_a_tokenizer_cannot_use_is_said(
     composer: Composer, tmp_path: Path, lines: list[str], message: str
 ) -> None:
     composition = composer.compose([*SMALL, f"run.folder={tmp_path}", *lines])
-    (problem,) = [*composition.problems, *map(format_problem, validate.validate_train(composition.cfg))]
+    (problem,) = [*composition.problems, *validate.validate_train(composition.cfg)]
     assert format_problem(problem).startswith(message)
 
 

@@ -10,7 +10,7 @@ KINDS = ("python", "bash", "yaml", "bibtex")
 """Kinds of blocks that a test takes care of."""
 
 _FENCE = re.compile(r"^```(.*)$")
-_FILE = re.compile(r"# ((?:my|conf)/\S+\.(?:py|yaml))")
+_FILE = re.compile(r"# ((?:my|conf|src)/\S+\.(?:py|yaml))")
 
 
 class Block(NamedTuple):

@@ -54,7 +54,7 @@ def make_captions(*, every_language: bool = False) -> CaptionSampler:
 
 
 def make_datamodule(folder: Path, **overrides: Any) -> EmojiDataModule:
-    """The embedded set with flips, crops and both languages, so that every random choice shows."""
+    """The built-in set with flips, crops and both languages, so that every random choice shows."""
     values: dict[str, Any] = {
         "tokenizer": make_tokenizer(),
         "image_size": IMAGE_SIZE,

@@ -1,6 +1,6 @@
 """Weights behind a URL: fetched once into a cache folder, resumable, verified.
 
-The only module of the package that touches the network, and only when somebody gives a URL.
+The only module behind `load` that touches the network, and only when somebody gives a URL.
 """
 
 from __future__ import annotations

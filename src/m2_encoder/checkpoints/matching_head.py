@@ -1,6 +1,6 @@
 """The head of image-text matching: taken from a training checkpoint, kept beside an exported encoder.
 
-Legend: D width of the hidden states.
+Letters: D width of the hidden states.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Image position tables of another grid.
 
-Legend: G patches along one side · D width.
+Letters: G patches along one side · D width.
 """
 
 from __future__ import annotations

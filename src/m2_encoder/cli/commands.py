@@ -12,7 +12,7 @@ from m2_encoder.config.paths import default_run_folder
 
 
 def _command(name: str, *, module: str = "", **texts: Any) -> Command:
-    """`m2-data pack` reads `commands/data_pack.yaml`; `cli/data_pack.py` has its `check_pack` and `run_pack`."""
+    """`m2-data pack` reads `conf/commands/data_pack.yaml`; `cli/data_pack.py` has its `check_pack` and `run_pack`."""
     words = name.removeprefix("m2-").split()
     place = f"m2_encoder.cli.{module or '_'.join(words)}"
     return Command(
@@ -40,6 +40,7 @@ TRAIN: Final = Command(
     ),
     check="m2_encoder.config.validate:validate_train",
     check_late="m2_encoder.config.validate:check_late",
+    check_job="m2_encoder.cli.train:check_job",
     run="m2_encoder.cli.train:run_train",
     run_folder=default_run_folder,
     complete="m2_encoder.cli.train:name_repetition",
@@ -114,7 +115,7 @@ PLAN: Final = _command(
 
 DATA_EMOJI: Final = _command(
     "m2-data emoji",
-    summary="Unpack the embedded bilingual emoji set to WebDataset tars, one folder per split.",
+    summary="Unpack the built-in bilingual emoji set to WebDataset tars, one folder per split.",
     examples=("m2-data emoji", "m2-data emoji folder=emoji-tars heldout_style=noto"),
     module="data",
 )

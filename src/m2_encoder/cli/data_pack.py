@@ -86,11 +86,7 @@ def check_pack(cfg: dict[str, Any]) -> list[Problem]:
 
 
 def run_pack(cfg: dict[str, Any]) -> int:
-    """Packs, shows progress, and says what became of the records.
-
-    Raises:
-        UserError: as `m2_encoder.data.packing.pack.pack`.
-    """
+    """Packs, shows progress, and says what became of the records; raises `UserError` as `pack`."""
     output = anchor(cfg["output"])
     workers = default_workers() if cfg["workers"] is None else cfg["workers"]
     options = PackOptions(

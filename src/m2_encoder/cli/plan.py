@@ -155,11 +155,7 @@ def _read_constants(cluster: str, above: tuple[str, ...] = ()) -> dict[str, Any]
 
 
 def run_plan(cfg: dict[str, Any]) -> None:
-    """Prints the plan; writes it as JSON and draws it where asked to.
-
-    Raises:
-        UserError: as `build_plan`, or if a place cannot be written.
-    """
+    """Prints the plan; writes it as JSON and draws it where asked to. Raises `UserError` as `build_plan`."""
     plan = build_plan(cfg)
     train = train_overrides(cfg, plan.best[0].setting, plan.hardware)
     print_plan(open_console(), plan.cost, plan.request, plan.best, plan.baselines, cluster=cfg["cluster"], train=train)

@@ -8,7 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.cli.commands import TRAIN
-from m2_encoder.config.paths import default_run_folder
+from m2_encoder.config.paths import LAST_CHECKPOINT, default_run_folder
+from m2_encoder.config.problems import find_problems
+from m2_encoder.errors import Problem, UserError
+
+
+def check_job(cfg: dict[str, Any]) -> list[Problem]:
+    """Why the checkpoint that a sweep's job continues does not fit it; a single run finds out when it starts."""
+    folder = default_run_folder(cfg)
+    if cfg["run"]["resume"] == "never" or not (folder / LAST_CHECKPOINT).is_file():
+        return []
+    from m2_encoder.runs.build import build_module, build_objectives
+    from m2_encoder.runs.resume import check_resume
+
+    try:
+        check_resume(build_module(cfg, build_objectives(cfg), validation_name=""), cfg, folder)
+    except UserError as error:
+        return find_problems(error)
+    return []
 
 
 def run_train(cfg: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The flags of a command line, taken from its `key=value` overrides."""
+"""A command line taken apart: its flags, and its `key=value` overrides."""
 
 from __future__ import annotations
 

@@ -39,10 +39,7 @@ _VARIADIC: Final = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIO
 def check_targets(cfg: Any, *, given: Mapping[str, Sequence[str]], path: str = "") -> Iterator[Problem]:
     """Compares every node that has a `_target_` with the signature of what it names.
 
-    Args:
-        cfg: plain containers.
-        given: by path, the arguments that the command itself passes.
-        path: of `cfg`.
+    `given` has, by path, the arguments that the command itself passes.
     """
     if isinstance(cfg, Mapping):
         if "_target_" in cfg:
@@ -80,11 +77,11 @@ def check_values(
     name: str = "",
     may_lack: bool = False,
 ) -> Iterator[Problem]:
-    """Compares values with parameters.
+    """Compares values, by name of the argument, with parameters; those that are `UNSET` have been reported.
 
     Args:
         path: where the values stand.
-        values: by name of the argument; those that are `UNSET` have been reported.
+        values: to compare.
         parameters: as `read_parameters` gives them.
         given: arguments that the caller passes itself.
         name: of what takes the values, for messages.
@@ -116,7 +113,7 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> Iterator
     objects = [value, *value.values()] if isinstance(value, Mapping) else []
     if any(isinstance(node, Mapping) and "_target_" in node for node in objects) and not _is_plain(annotation):
         return  # an object of its own, or several by name
-    if _lacks(value):
+    if lacks(value):
         return
     settings = _settings_of(annotation)
     is_null = value is None and settings is not annotation
@@ -140,7 +137,7 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> Iterator
 def check_settings(settings: Any, cfg: Mapping[str, Any], path: str = "") -> list[Problem]:
     """Everything that is wrong with values from which a dataclass of settings is to be made, relations included."""
     problems = list(check_values(path, cfg, read_parameters(settings)))
-    if problems or _lacks(cfg):
+    if problems or lacks(cfg):
         return problems
     try:
         make_settings(settings, cfg)
@@ -260,10 +257,10 @@ def _options(annotation: Any) -> list[str]:
     return [word for item in typing.get_args(annotation) for word in _options(item)]
 
 
-def _lacks(node: Any) -> bool:
+def lacks(node: Any) -> bool:
     """Whether there is a value in a node that was not given."""
     if isinstance(node, Mapping | list):
-        return any(_lacks(item) for item in (node.values() if isinstance(node, Mapping) else node))
+        return any(lacks(item) for item in (node.values() if isinstance(node, Mapping) else node))
     return node is UNSET
 
 
@@ -274,11 +271,10 @@ def _example(key: str, parameter: inspect.Parameter) -> str:
 
 
 def _sample(annotation: Any) -> str:
-    for text in [each.text for each in _metadata(annotation, Example)] + [
-        each.example for each in _metadata(annotation, Rule)
-    ]:
-        if text:
-            return text
+    texts = [each.text for each in _metadata(annotation, Example)]
+    texts += [each.example for each in _metadata(annotation, Rule)]
+    if found := next(filter(None, texts), None):
+        return found
     if typing.get_origin(annotation) is Literal:
         return str(typing.get_args(annotation)[0])
     if options := _options(annotation):

@@ -1,9 +1,9 @@
 """What every console command does: it composes a configuration with Hydra, checks it, and runs.
 
 A `Command` describes one; all are in `cli/commands.py`. Its functions get plain, resolved containers (`dict`, `list`,
-scalars). `check` returns a line for each mistake, `key=value: rule; fix`; a value that is missing or cannot be resolved
-is `UNSET` there and has been reported. `run` is called only when nothing is wrong; it may raise `UserError`, of which
-the message is printed without a traceback.
+scalars). `check` returns a `Problem` for each mistake; a value that is missing or cannot be resolved is `UNSET` there
+and has been reported. `run` is called only when nothing is wrong; it may raise a `UserError`, whose message is printed
+without a traceback.
 
 Exit codes: 0 done, 2 the user can mend it (all problems on stderr), 130 interrupted, 1 anything else; a command may
 return its own. `HYDRA_FULL_ERROR=1` shows the traceback of a user error, too.
@@ -31,7 +31,7 @@ from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
-from m2_encoder.config.problems import find_problems, format_problem
+from m2_encoder.config.problems import find_problems, format_problem, refuse_all
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_sweep_line,
@@ -45,18 +45,6 @@ from m2_encoder.errors import Problem, UserError
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
-
-
-class ProblemsError(UserError):
-    """Several things that the user has to mend, in one exception.
-
-    Attributes:
-        lines: one each.
-    """
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.lines = list(dict.fromkeys(problems))
-        super().__init__("; ".join(self.lines))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +66,7 @@ class Command:
         notes: more lines for `--help`, such as exit codes of its own.
         check_late: what takes long to check, because it imports Lightning, is checked here if nothing else is wrong.
             Both checks then get `changed=`: the keys that have other values than shipped files, or None if not known.
+        check_job: what else each job of a sweep is checked for, before the first one starts.
         config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it, `model=PATH` is a
             plain value, although `conf/` has a group of that name.
         groups: of `conf/` that such a command has all the same.
@@ -87,12 +76,13 @@ class Command:
     config_name: str
     summary: str
     examples: tuple[str, ...]
-    check: Callable[..., Sequence[str | Problem]] | str
+    check: Callable[..., Sequence[Problem]] | str
     run: Callable[[dict[str, Any]], int | None] | str
     run_folder: Callable[[dict[str, Any]], Path] | None = None
     complete: Callable[[dict[str, Any], Path, Sequence[str]], list[str]] | str | None = None
     notes: tuple[str, ...] = ()
     check_late: str = ""
+    check_job: str = ""
     config_folder: str = ""
     groups: tuple[str, ...] = ()
 
@@ -109,12 +99,7 @@ class _Plan(NamedTuple):
 
 
 def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code.
-
-    Args:
-        command: what to run.
-        argv: its arguments; those of `sys.argv` by default.
-    """
+    """Runs a command with arguments, those of `sys.argv` by default, and returns its exit code."""
     started_argv = sys.argv
     try:
         with lend_groups(command.groups):
@@ -135,10 +120,9 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
 
 def report_problems(name: str, error: UserError) -> None:
     """Prints a user error on stderr: one line, or a list; only the first of several ranks speaks."""
-    found = [format_problem(problem) for problem in find_problems(error)]
-    problems = error.lines if isinstance(error, ProblemsError) else found
     if not is_first_rank():
         return
+    problems = list(dict.fromkeys(map(format_problem, find_problems(error))))
     if len(problems) == 1:
         _say(f"{name}: {problems[0]}")
     else:
@@ -174,12 +158,12 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
     """Validates the command line as a whole and completes it with Hydra's settings.
 
     Raises:
-        ProblemsError: with everything that is wrong.
+        UserError: with everything that is wrong.
     """
     lines = name_globbed([*arguments.overrides], composer.options)
     if arguments.shows_only:
         composition = composer.compose(lines)
-        _raise_if_any(composition.problems)
+        refuse_all(composition.problems)
         return _Plan([*lines, *(f"~{key}" for key in composition.unchosen)], lines)
     constant = [line for line in lines if not is_sweep_line(line)]
     first = composer.compose(constant)
@@ -191,7 +175,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
     if command.complete is not None and not composition.problems and is_only_rank():
         more = _resolve(command.complete)(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
-    _raise_if_any(_find_problems(command, composition))
+    refuse_all(_find_problems(command, composition))
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
 
 
@@ -200,22 +184,24 @@ def _check_sweep(
 ) -> None:
     """Validates every job of a sweep before the first one starts."""
     jobs = expand_sweep(lines, first.hydra)
-    problems: list[str] = []
+    problems: list[Problem] = []
     names: set[str] = set()
     for job in jobs:
         composition = composer.compose(job)
         name = _rename(command, composition.cfg, job, constant)
-        problems += _find_problems(command, composition)
+        found = _find_problems(command, composition)
+        problems += found or (_resolve(command.check_job)(composition.cfg) if command.check_job else [])
         if name is not None and name in names:
-            problems.append(f"run.name={name}: two jobs of the sweep have this name; sweep distinct values")
+            rule = "two jobs of the sweep have this name"
+            problems.append(Problem("run.name", name, rule, "sweep distinct values"))
         names.add(name or "")
     problems += sweep_problems(first.cfg, first.hydra)
     # Hydra composes what is not swept alone, before any job.
     fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
-    _raise_if_any(problems or [f"{problem}; {fix}" for problem in first.refused])
+    refuse_all(problems or [each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
 
 
-def _find_problems(command: Command, composition: Composition) -> list[str]:
+def _find_problems(command: Command, composition: Composition) -> list[Problem]:
     cfg, more = composition.cfg, {"changed": composition.changed} if command.check_late else {}
     problems = [*composition.problems, *_resolve(command.check)(cfg, **more)]
     if command.check_late and not problems:
@@ -297,11 +283,6 @@ def _find_user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error
-
-
-def _raise_if_any(problems: Sequence[str]) -> None:
-    if problems:
-        raise ProblemsError(problems)
 
 
 def _say(*lines: str) -> None:

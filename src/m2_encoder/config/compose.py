@@ -24,9 +24,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from m2_encoder.config.groups import CHOSEN_AS_LISTS, drop_unchosen, find_conflict, read_options
 from m2_encoder.config.old_names import update_names
-from m2_encoder.config.overrides import adds, key_problem, parse_overrides, refuse_repeated, refuse_sweeps
+from m2_encoder.config.overrides import (
+    adds,
+    key_problem,
+    line_problem,
+    parse_overrides,
+    refuse_repeated,
+    refuse_sweeps,
+)
 from m2_encoder.config.paths import find_conf
-from m2_encoder.config.problems import UNSET, flatten, format_problem, nearest
+from m2_encoder.config.problems import UNSET, find_problems, flatten, nearest
 from m2_encoder.errors import Problem, UserError
 
 HYDRA_VERSION_BASE: Final = "1.3"
@@ -49,27 +56,22 @@ class Composition(NamedTuple):
     """What a command line composes to."""
 
     cfg: dict[str, Any]  # the configuration as plain containers; values that are missing or unresolvable are `UNSET`
-    problems: list[str]  # everything that is wrong so far, one line each
+    problems: list[Problem]  # everything that is wrong so far
     references: dict[str, str]  # keys that take their value from another key, with that key
     hydra: DictConfig  # Hydra's own settings for the run
     unchosen: list[str]  # keys that were left out, because they say something of options that are not chosen
-    refused: list[str]  # the part of `problems` that lies in the overrides, whatever the values of other keys are
+    refused: list[Problem]  # the part of `problems` that lies in the overrides, whatever the values of other keys are
     # dotted keys to which single values were given; None where files that are not shipped take part
     changed: set[str] | None
 
-    def without_echoes(self, problems: Sequence[str | Problem]) -> list[str]:
-        """Lines of problems, without those of a key that only repeats the wrong value of another."""
-        keys = [each.partition("=")[0] if isinstance(each, str) else each.key for each in problems]
-        lines = [each if isinstance(each, str) else format_problem(each) for each in problems]
-        return [line for key, line in zip(keys, lines, strict=True) if self.references.get(key) not in keys]
+    def without_echoes(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Those that do not only repeat the wrong value of another key."""
+        keys = {problem.key for problem in problems}
+        return [problem for problem in problems if self.references.get(problem.key) not in keys]
 
 
 class Composer:
-    """Composes one primary configuration; use `open_composer`.
-
-    Attributes:
-        folder: where the configurations are.
-    """
+    """Composes one primary configuration; use `open_composer`."""
 
     def __init__(self, loader: ConfigLoader, folder: Path, config_name: str, fixed: Sequence[str]) -> None:
         self._loader = loader
@@ -117,7 +119,7 @@ class Composer:
         try:
             base = self._load(choices) if choices else self._load_default()
         except UserError as error:
-            problems.append(str(error))
+            problems += find_problems(error)
             base, choices = self._load_default(), []
         unchosen = self._drop_unchosen(base)
         values = [override for override in overrides if override not in groups]
@@ -139,13 +141,13 @@ class Composer:
     def _drop_unchosen(self, cfg: DictConfig) -> list[str]:
         return drop_unchosen(cfg, self.folder, cfg.hydra.searchpath)
 
-    def _lost(self, override: Override, unchosen: Sequence[str], base: DictConfig) -> str | None:
+    def _lost(self, override: Override, unchosen: Sequence[str], base: DictConfig) -> Problem | None:
         """Refuses `+objective.x.y=1` where objective x is not selected; null is allowed."""
         is_value = adds(override) and override.value() is not None
         is_lost = is_value and any(f"{override.key_or_group}.".startswith(f"{key}.") for key in unchosen)
         return self._other_option(override, base) if is_lost else None
 
-    def _other_option(self, override: Override, base: DictConfig) -> str | None:
+    def _other_option(self, override: Override, base: DictConfig) -> Problem | None:
         """The problem of a key that other options of its group have and the chosen one does not, or None."""
         group, _, rest = override.key_or_group.partition(".")
         key = rest.partition(".")[0]
@@ -155,8 +157,9 @@ class Composer:
         files = read_options(group, self.folder, base.hydra.searchpath)
         form = f"{group}=[...,%s]" if group in CHOSEN_AS_LISTS else f"{group}=%s"
         having = [form % option for option in self.options(group) if option in files and key in files[option][1]]
-        line, choose = override.input_line, "choose it" if len(having) == 1 else "choose one of them"
-        return f"{line}: the chosen {group} has no {key}, unlike {' and '.join(having)}; {choose}" if having else None
+        rule = f"the chosen {group} has no {key}, unlike {' and '.join(having)}"
+        choose = "choose it" if len(having) == 1 else "choose one of them"
+        return line_problem(override.input_line, rule, choose) if having else None
 
     def _load_default(self) -> DictConfig:
         if self._default is None:
@@ -215,40 +218,34 @@ class Composer:
                 return f" (did you mean {added}{group}={word.lstrip('+-')}?)"
         return ""
 
-    def _group_problem(self, override: Override) -> str | None:
+    def _group_problem(self, override: Override) -> Problem | None:
         group, line, options = override.key_or_group, override.input_line, self.options(override.key_or_group)
         if not options:
-            near = nearest(group, self.groups())
-            return f"{line}: there is no group {group!r}{near}; the groups are {', '.join(self.groups())}"
+            rule = f"there is no group {group!r}{nearest(group, self.groups())}"
+            return line_problem(line, rule, f"the groups are {', '.join(self.groups())}")
         default, value = self._load_default(), override.value()
-        is_chosen = group in {
-            *default.hydra.runtime.choices,
-            *default,
-        }  # a group chosen as a list is only in the latter
+        # A group chosen as a list is a key of the configuration only.
+        is_chosen = group in default.hydra.runtime.choices or group in default
         if override.is_add() and is_chosen:
-            return f"{line}: {group} is chosen already; leave out the +"
+            return line_problem(line, f"{group} is chosen already", "leave out the +")
         if not adds(override) and not is_chosen:
             fix = "leave this out" if value is None else f"add it with +{line}"  # a ~group has no value
-            return f"{line}: {group} is not chosen by default; {fix}"
+            return line_problem(line, f"{group} is not chosen by default", fix)
         if override.is_delete():
-            return f"{line}: a group cannot be taken away; choose one of {', '.join(options)}"
+            return line_problem(line, "a group cannot be taken away", f"choose one of {', '.join(options)}")
         if value is None:
-            return f"{line}: a group cannot be null; choose from {', '.join(options)}"
+            return line_problem(line, "a group cannot be null", f"choose from {', '.join(options)}")
         chosen = ["null" if name is None else str(name) for name in (value if isinstance(value, list) else [value])]
         for name in chosen:
             if name not in options:
-                return f"{group}={name}: no such option{nearest(name, options)}; choose from {', '.join(options)}"
+                fix = f"choose from {', '.join(options)}"
+                return line_problem(f"{group}={name}", f"no such option{nearest(name, options)}", fix)
         return find_conflict(line, chosen, read_options(group, self.folder, default.hydra.searchpath))
 
 
 @contextlib.contextmanager
 def open_composer(folder: Path, config_name: str, fixed: Sequence[str] = ()) -> Iterator[Composer]:
-    """A composer for `folder/config_name.yaml`, closed when the block ends.
-
-    Args:
-        folder: where the configurations are.
-        config_name: the primary one, without suffix.
-        fixed: overrides of Hydra's own settings that hold for every composition.
+    """A composer for `folder/config_name.yaml`; `fixed` are overrides of Hydra's settings for every composition.
 
     Raises:
         UserError: if the folder does not exist.
@@ -260,14 +257,12 @@ def open_composer(folder: Path, config_name: str, fixed: Sequence[str] = ()) -> 
         yield Composer(hydra.config_loader(), folder, config_name, fixed)
 
 
-def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]]:
-    """Resolves a configuration leaf by leaf, Hydra's own part left out.
+def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[Problem], dict[str, str]]:
+    """Plain containers, `UNSET` where there is no value, a problem for each of those; which keys refer to which.
 
-    Returns:
-        Plain containers with `UNSET` where there is no value; a problem for each of those; and which keys refer to
-        which others.
+    Hydra's own part is left out.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     missing: list[str] = []
     references: dict[str, str] = {}
 
@@ -293,7 +288,7 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
             value = parent[key]
         except OmegaConfBaseException as error:
             raw: Any = OmegaConf.to_container(parent, resolve=False)
-            problems.append(f"{path}={raw[key]}: cannot be resolved; {flatten(error)}")
+            problems.append(Problem(path, raw[key], "cannot be resolved", flatten(error)))
             return UNSET
         return plain(value, path)
 
@@ -301,32 +296,26 @@ def to_plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str], dict[str, str]
     return values, [*describe_missing(missing), *problems], references
 
 
-def describe_missing(keys: Sequence[str]) -> list[str]:
-    """A line for each key that is `???`; one line where several parts of a mapping lack the same key.
+def describe_missing(keys: Sequence[str]) -> list[Problem]:
+    """A problem for each key that is `???`; one where several parts of a mapping lack the same key.
 
-    >>> describe_missing(["a.x.shards", "seed", "a.y.shards"])[0]
-    'a.{x,y}.shards=???: must be given; add a.x.shards=PATHS and so on, or leave a part out: ~a.x'
-
-    Args:
-        keys: dotted, in the order of the configuration.
+    >>> describe_missing(["a.x.shards", "seed", "a.y.shards"])[0].fix
+    'add a.x.shards=PATHS and so on, or leave a part out: ~a.x'
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for key in keys:
         above, _, last = key.rpartition(".")
         parent, _, part = above.rpartition(".")
         groups.setdefault((parent, last) if parent else (key, ""), []).append(part if parent else key)
-    lines = []
+    problems = []
     for (parent, last), parts in groups.items():
-        if len(parts) == 1:
-            key = f"{parent}.{parts[0]}.{last}" if last else parent
-            lines.append(f"{key}=???: must be given; add {key}={_placeholder(key)}")
-        else:
-            first = f"{parent}.{parts[0]}"
-            lines.append(
-                f"{parent}.{{{','.join(parts)}}}.{last}=???: must be given; add {first}.{last}={_placeholder(last)} "
-                f"and so on, or leave a part out: ~{first}"
-            )
-    return lines
+        first = f"{parent}.{parts[0]}.{last}" if last else parent
+        key, fix = first, f"add {first}={_placeholder(first)}"
+        if len(parts) > 1:
+            key = f"{parent}.{{{','.join(parts)}}}.{last}"
+            fix = f"add {first}={_placeholder(last)} and so on, or leave a part out: ~{parent}.{parts[0]}"
+        problems.append(Problem(key, UNSET, "must be given", fix))
+    return problems
 
 
 def _placeholder(key: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from m2_encoder.config.known import Known, UnknownValueError, count_ranks
 from m2_encoder.data.shards.paths import is_remote, list_shards, what_is_there
@@ -16,7 +16,8 @@ def _sources(known: Known) -> dict[str, Mapping[str, Any]]:
     return {name: values for name, values in known("data.sources").items() if isinstance(values, Mapping)}
 
 
-def _check_source_weights(known: Known) -> Iterator[Problem]:
+def check_source_weights(known: Known) -> Iterator[Problem]:
+    """All sources have a weight, or none; one of them is above 0."""
     weights = {name: known(f"data.sources.{name}.weight", None) for name in _sources(known)}
     silent = [name for name, weight in weights.items() if weight is None]
     if silent and len(silent) < len(weights):
@@ -29,7 +30,8 @@ def _check_source_weights(known: Known) -> Iterator[Problem]:
         yield Problem(f"data.sources.{name}.weight", weights[name], "must be above 0 for at least one source", fix)
 
 
-def _check_lanes(known: Known) -> Iterator[Problem]:
+def check_lanes(known: Known) -> Iterator[Problem]:
+    """Every rank has a lane."""
     lanes, ranks = known("data.lanes"), count_ranks(known)
     if lanes < ranks:
         least = 1 << (ranks - 1).bit_length()
@@ -37,7 +39,7 @@ def _check_lanes(known: Known) -> Iterator[Problem]:
         yield Problem("data.lanes", lanes, rule, f"for example data.lanes={least}")
 
 
-def _check_shards(known: Known) -> Iterator[Problem]:
+def check_shards(known: Known) -> Iterator[Problem]:
     """Patterns that fit nothing, and urls without a place for copies; what they name is not opened."""
     for name in _sources(known):
         key = f"data.sources.{name}.shards"
@@ -66,29 +68,16 @@ def _problem_of(patterns: Sequence[str], cache: Any) -> str | None:
         if len(local) > 1:
             list_shards(local)  # refuses what comes twice
     except UserError as error:
-        return _text(error)
+        return " ".join(error.text.split())
     return None
 
 
-def _check_validation(known: Known) -> Iterator[Problem]:
+def check_validation(known: Known) -> Iterator[Problem]:
+    """Folders of validation sets hold tars."""
     for name, folder in known("data.validation").items():
         key = f"data.validation.{name}"
         try:
             list_shards(folder)
         except UserError as error:
             fix = "give a folder of tars, as m2-data pack writes it"
-            yield Problem(key, folder, _text(error), fix)
-
-
-def _text(error: UserError) -> str:
-    return " ".join(error.text.split())
-
-
-DATA_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
-    _check_source_weights,
-    _check_lanes,
-)
-"""Rules between values alone."""
-
-DATA_PLACE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (_check_shards, _check_validation)
-"""Rules that ask this machine for folders and files; they open none."""
+            yield Problem(key, folder, " ".join(error.text.split()), fix)

@@ -11,7 +11,9 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from m2_encoder.config.overrides import line_problem
 from m2_encoder.config.paths import find_conf
+from m2_encoder.errors import Problem
 
 CHOSEN_AS_LISTS: Final = ("objective", "evaluation")
 """Groups of which several options are chosen, each below a key of its own."""
@@ -21,13 +23,7 @@ OptionFiles = Mapping[str, tuple[Path, Mapping[str, Any]]]
 
 
 def read_options(group: str, folder: Path, searchpath: Sequence[str] | None) -> OptionFiles:
-    """Every option of a group, by name: its file and the keys at its top, none if it cannot be read.
-
-    Args:
-        group: its name.
-        folder: of the primary configuration.
-        searchpath: Hydra's; of two files of one name, the first counts.
-    """
+    """Every option of a group; of two files of one name, the first counts, and one that cannot be read has no keys."""
     places = [str(place).removeprefix("file://") for place in searchpath or ()]
     folders = [folder, *(Path(place) for place in places if "://" not in place)]
     if group in ConfigStore.instance().repo:
@@ -43,24 +39,19 @@ def read_options(group: str, folder: Path, searchpath: Sequence[str] | None) -> 
     return found
 
 
-def find_conflict(line: str | None, chosen: Sequence[str], files: OptionFiles) -> str | None:
+def find_conflict(line: str | None, chosen: Sequence[str], files: OptionFiles) -> Problem | None:
     """What is wrong with choosing these options together, or None.
 
     Hydra merges options that define the same key: of `cmim` and `cmim_codes` only one would count, and no word of it.
-
-    Args:
-        line: the override that chooses them.
-        chosen: names of options.
-        files: of the group, as `read_options` gives them.
     """
     owners: dict[str, str] = {}
     for index, name in enumerate(chosen):
         if name in chosen[:index]:
-            return f"{line}: {name} is there twice; name it once"
+            return line_problem(line, f"{name} is there twice", "name it once")
         for key in files[name][1] if name in files else ():
             if key != "defaults" and (other := owners.setdefault(key, name)) != name:
                 rule = f"{other} and {name} both define {key}, so that only one of them would count"
-                return f"{line}: {rule}; choose one"
+                return line_problem(line, rule, "choose one")
     return None
 
 
@@ -70,13 +61,7 @@ def drop_unchosen(cfg: MutableMapping[Any, Any], folder: Path, searchpath: Seque
     An experiment may choose `objective=[itc,cmlm]` and set `objective.cmlm.weight`; with `objective=[itc]` on the
     command line that is left without a `_target_`. Names that no option has stay: validation refuses them.
 
-    Args:
-        cfg: composed, plain or not in struct mode.
-        folder: of the primary configuration.
-        searchpath: Hydra's.
-
-    Returns:
-        The dotted keys of what was dropped.
+    `cfg` is plain or not in struct mode. Returns the dotted keys of what was dropped.
     """
     dropped = []
     for group in CHOSEN_AS_LISTS:
@@ -94,11 +79,7 @@ def drop_unchosen(cfg: MutableMapping[Any, Any], folder: Path, searchpath: Seque
 
 @contextlib.contextmanager
 def lend_groups(names: Sequence[str]) -> Iterator[None]:
-    """Offers groups of `conf/` to a command whose configuration lies in a folder of its own, while the block runs.
-
-    Args:
-        names: of the groups.
-    """
+    """Offers groups of `conf/` to a command whose configuration lies in a folder of its own, while the block runs."""
     store = ConfigStore.instance()
     for name in names:
         for path in sorted((find_conf() / name).glob("*.yaml")):

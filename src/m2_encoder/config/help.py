@@ -46,14 +46,7 @@ def render_help(
     chosen: Mapping[str, Collection[str]],
     values: Sequence[tuple[str, str]],
 ) -> str:
-    """Help of one command.
-
-    Args:
-        command: what is described.
-        groups: configuration groups with their options.
-        chosen: by group, the options that are the default.
-        values: `key=default` and what it means, of the primary configuration.
-    """
+    """Help of one command: `groups` with all options, `chosen` with the default ones, `values` as `read_values`."""
     lines = [f"{command.name}: {command.summary}", "", "Examples:"]
     lines += [f"  {example}" for example in command.examples]
     if groups:
@@ -74,11 +67,7 @@ def render_help(
 
 
 def read_values(path: Path) -> list[tuple[str, str]]:
-    """Every value of a configuration file as `key=default`, with the comment behind it.
-
-    Args:
-        path: a YAML file of `conf/`, one key a line; its defaults list and everything in it are left out.
-    """
+    """Every value of a YAML file, one key a line, as `key=default`, with the comment behind it; no defaults list."""
     above: dict[int, str] = {}
     values = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""What checks of a configuration share: values that are fine on their own, messages, ranks."""
+"""Values that passed their own checks, for rules that compare several of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import torch
 
+from m2_encoder.config.check import lacks
 from m2_encoder.config.problems import UNSET
 from m2_encoder.errors import Problem
 
@@ -18,12 +19,7 @@ class UnknownValueError(Exception):
 
 
 class Known:
-    """The values of a configuration that are known to be fine on their own.
-
-    Args:
-        cfg: plain containers.
-        reported: keys with problems.
-    """
+    """The values of a configuration but those of keys that are reported."""
 
     def __init__(self, cfg: Mapping[str, Any], reported: set[str]) -> None:
         self._cfg = cfg
@@ -31,33 +27,27 @@ class Known:
 
     def __call__(self, key: str, default: Any = _MISSING) -> Any:
         """The value of a dotted key; without a default the calling check ends where there is none."""
-        node: Any = self._cfg
-        for part in key.split("."):
-            node = node.get(part, UNSET) if isinstance(node, Mapping) else UNSET
-        if key in self._reported or node is UNSET:
-            if default is _MISSING:
-                raise UnknownValueError(key)
-            return default
-        return node
+        node = self._find(key)
+        if key not in self._reported and node is not UNSET and node is not _MISSING:
+            return node
+        if default is _MISSING:
+            raise UnknownValueError(key)
+        return default
 
     def is_complete(self, key: str) -> bool:
         """Whether nothing at this key or below it is missing or wrong."""
         inside = any(found == key or found.startswith(f"{key}.") for found in self._reported)
-        return not inside and not _lacks(self(key, UNSET))
+        return not inside and not lacks(self(key, UNSET))
 
     def has(self, key: str) -> bool:
         """Whether the key is there at all, right or wrong."""
+        return self._find(key) is not _MISSING
+
+    def _find(self, key: str) -> Any:
         node: Any = self._cfg
         for part in key.split("."):
             node = node.get(part, _MISSING) if isinstance(node, Mapping) else _MISSING
-        return node is not _MISSING
-
-
-def _lacks(node: Any) -> bool:
-    """Whether there is a value in a node that was not given."""
-    if isinstance(node, Mapping | list):
-        return any(_lacks(item) for item in (node.values() if isinstance(node, Mapping) else node))
-    return node is UNSET
+        return node
 
 
 def run_check(check: Callable[[Known], Iterator[Problem]], known: Known) -> list[Problem]:
@@ -80,6 +70,11 @@ def count_devices(devices: Any, available: int) -> int:
 
 def count_ranks(known: Known) -> int:
     """World size W of a configuration."""
+    gpus = count_gpus(known)
+    return count_devices(known("trainer.devices"), 1 if gpus is None else gpus) * int(known("trainer.num_nodes"))
+
+
+def count_gpus(known: Known) -> int | None:
+    """How many GPUs this machine has; None if a run is to use the CPU."""
     accelerator, gpus = known("trainer.accelerator"), torch.cuda.device_count()
-    on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0)
-    return count_devices(known("trainer.devices"), gpus if on_gpu else 1) * int(known("trainer.num_nodes"))
+    return gpus if accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0) else None

@@ -33,11 +33,9 @@ class NamedFile(NamedTuple):
 
 
 def find_files(objectives: Mapping[str, Any]) -> list[NamedFile]:
-    """The files of all objectives that count, null left out.
+    """The files of all active objectives, null left out.
 
-    Args:
-        objectives: node `objective` of a configuration. The class that `_target_` names says which arguments name a
-            file; so do those of the parts inside it, such as `targets`.
+    The class that `_target_` names says which arguments name a file; so do those of its parts, such as `targets`.
     """
     nodes = active({name: node for name, node in objectives.items() if isinstance(node, Mapping)})
     return [file for name, node in nodes.items() for file in _walk(f"objective.{name}", node)]

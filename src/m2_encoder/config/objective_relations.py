@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
@@ -14,7 +14,6 @@ from hydra.utils import instantiate
 
 from m2_encoder.config.known import Known
 from m2_encoder.config.model_choice import build_model_config
-from m2_encoder.config.objective_files import check_files
 from m2_encoder.config.problems import find_problems, show
 from m2_encoder.config.schema import MODEL_FIELDS
 from m2_encoder.errors import NotGivenError, Problem, UserError
@@ -24,12 +23,13 @@ from m2_encoder.objectives.patch_targets import PatchTargets
 from m2_encoder.objectives.schedule import check_schedule, find_pause
 
 
-def counting(known: Known) -> list[str]:
+def _active(known: Known) -> list[str]:
     """Names of the objectives with a weight; the others are no part of a run, whatever they say."""
     return list(active({name: {"weight": known(f"objective.{name}.weight", 1.0)} for name in known("objective")}))
 
 
-def _check_kinds(known: Known) -> Iterator[Problem]:
+def check_kinds(known: Known) -> Iterator[Problem]:
+    """Targets that are classes are subclasses of `Objective` without abstract methods."""
     for name in known("objective"):
         target = known(key := f"objective.{name}._target_", None)
         found = None if target is None else pkgutil.resolve_name(target)  # signatures have been checked
@@ -43,17 +43,18 @@ def _check_kinds(known: Known) -> Iterator[Problem]:
             yield Problem(key, target, f"is not complete: it does not define {lacks}", "define it, or name another")
 
 
-def _check_weights(known: Known) -> Iterator[Problem]:
+def check_weights(known: Known) -> Iterator[Problem]:
+    """Some objective has a weight."""
     objectives = known("objective")
-    if objectives and not counting(known):
+    if objectives and not _active(known):
         names = ", ".join(objectives)
         fix = f"for example objective.{next(iter(objectives))}.weight=1.0"
         yield Problem("objective.*.weight", 0, f"must be above 0 for at least one of {names}", fix)
 
 
-def _check_schedules(known: Known) -> Iterator[Problem]:
+def check_schedules(known: Known) -> Iterator[Problem]:
     """Some objective must count at every step."""
-    schedules = {name: known(f"objective.{name}.schedule", None) for name in counting(known)}
+    schedules = {name: known(f"objective.{name}.schedule", None) for name in _active(known)}
     pause = find_pause(None if schedule is None else check_schedule(schedule) for schedule in schedules.values())
     if schedules and pause is not None and pause < known("trainer.max_steps"):
         name, schedule = next(iter(schedules.items()))
@@ -62,11 +63,11 @@ def _check_schedules(known: Known) -> Iterator[Problem]:
         yield Problem(f"objective.{name}.schedule", schedule, rule, fix)
 
 
-def _check_shared_passes(known: Known) -> Iterator[Problem]:
+def check_shared_passes(known: Known) -> Iterator[Problem]:
     """Objectives that share a pass must want the same of it."""
     for key, targets in (("mask_ratio", "masked words or patches"), ("text_expert", "the pass of image and text")):
         by_target: dict[str, tuple[str, Any]] = {}
-        for name in counting(known):
+        for name in _active(known):
             value = known(f"objective.{name}.{key}", None)
             kind = str(known(f"objective.{name}._target_", name)) if key == "mask_ratio" else ""
             if value is None:
@@ -78,11 +79,11 @@ def _check_shared_passes(known: Known) -> Iterator[Problem]:
                 yield Problem(f"objective.{name}.{key}", value, rule, fix)
 
 
-def _check_captions(known: Known) -> Iterator[Problem]:
+def check_captions(known: Known) -> Iterator[Problem]:
     """Objectives that compare the captions of an image need several of them."""
     if known("data.captions.every_language", True):
         return
-    for name in counting(known):
+    for name in _active(known):
         target = str(known(f"objective.{name}._target_", ""))
         key = f"objective.{name}.teacher_language"
         if known(key, None) is not None:
@@ -93,11 +94,12 @@ def _check_captions(known: Known) -> Iterator[Problem]:
             yield Problem("data.captions.every_language", False, rule, "use data.captions.every_language=true")
 
 
-def _build_objectives(known: Known) -> Iterator[Problem]:
-    chosen = [name for name in counting(known) if known.is_complete(f"objective.{name}")]
-    shape = _read_shape(known)
-    for name in chosen:
-        key, node = f"objective.{name}", known(f"objective.{name}")
+def build_objectives(known: Known) -> Iterator[Problem]:
+    """Each is built once on `meta`, so that its constructor's errors are reported before anything starts."""
+    fields = {field: known(f"model.{field}") for field in MODEL_FIELDS if known.has(f"model.{field}")}
+    shape = build_model_config({"name": known("model.name"), **fields})
+    for key in (key for name in _active(known) if known.is_complete(key := f"objective.{name}")):
+        node = known(key)
         targets = node.get("targets")
         try:
             if isinstance(targets, Mapping) and not isinstance(_make(targets), PatchTargets):
@@ -108,12 +110,6 @@ def _build_objectives(known: Known) -> Iterator[Problem]:
                 yield Problem(f"{key}._target_", node["_target_"], "makes no objective", fix)
         except UserError as error:
             yield from find_problems(error.under(key))
-
-
-def _read_shape(known: Known) -> M2EncoderConfig:
-    """The model's; the check ends here if a part of it is not known."""
-    fields = {field: known(f"model.{field}") for field in MODEL_FIELDS if known.has(f"model.{field}")}
-    return build_model_config({"name": known("model.name"), **fields})
 
 
 def _make(node: Mapping[str, Any], shape: M2EncoderConfig | None = None) -> Any:
@@ -142,18 +138,3 @@ def _make_here(node: Mapping[str, Any], shape: M2EncoderConfig | None) -> Any:
         with contextlib.suppress(NotGivenError):
             made.build(shape)
     return made
-
-
-OBJECTIVE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
-    _check_kinds,
-    _check_weights,
-    _check_schedules,
-    _check_shared_passes,
-    _check_captions,
-)
-
-OBJECTIVE_PLACE_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (check_files,)
-"""Those that look at this machine."""
-
-BUILD_CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (_build_objectives,)
-"""Each objective is built once on `meta`, so that its constructor's errors are reported before anything starts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -12,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from m2_encoder.config.problems import nearest
+from m2_encoder.errors import NOTHING, Problem
 
 _HYDRA_SYNTAX: Final = ("'", '"', "[", "{", "${")
 
@@ -39,38 +41,39 @@ def quote_value(value: str) -> str:
     return f'"{quoted}"'
 
 
-def refuse_repeated(lines: Sequence[str]) -> list[str]:
+def line_problem(line: object, rule: str, fix: str = "") -> Problem:
+    """What is wrong with an override, which is shown as it was typed."""
+    return Problem(str(line), NOTHING, rule, fix)
+
+
+def refuse_repeated(lines: Sequence[str]) -> list[Problem]:
     """Refuses `shards` that are given more than once.
 
     bash makes several arguments of braces outside of quotes, and Hydra would keep the last one alone.
     """
-    keys = [line.partition("=")[0] for line in lines]
+    counts = collections.Counter(line.partition("=")[0] for line in lines)
     return [
-        f"{key} is given {keys.count(key)} times; put its braces in quotes, {key}='/data/{{000..099}}.tar', or give a "
-        f"list: '{key}=[A,B]'"
-        for key in dict.fromkeys(keys)
-        if keys.count(key) > 1 and key.rpartition(".")[2] == "shards"
+        Problem(
+            "",
+            NOTHING,
+            f"{key} is given {count} times",
+            f"put its braces in quotes, {key}='/data/{{000..099}}.tar', or give a list: '{key}=[A,B]'",
+        )
+        for key, count in counts.items()
+        if count > 1 and key.rpartition(".")[2] == "shards"
     ]
 
 
 def parse_overrides(
     lines: Sequence[str], suggest: Callable[[str], str] = lambda _: ""
-) -> tuple[list[Override], list[str]]:
-    """Parses each override on its own.
-
-    Args:
-        lines: as typed.
-        suggest: gives a hint for a word that is no `key=value`.
-
-    Returns:
-        The ones that can be read, and one problem per other line.
-    """
+) -> tuple[list[Override], list[Problem]]:
+    """The overrides that can be read, and a problem for each other line; `suggest` gives a hint for a lone word."""
     parsed = [(line, parse_override(line)) for line in lines]
+    quote = "write key=value, and quote special characters for both the shell and Hydra, as in 'key=\"a b\"'"
     problems = [
-        f"{line}: cannot be read; write key=value, and quote special characters for both the shell and Hydra, as in "
-        "'key=\"a b\"'"
+        line_problem(line, "cannot be read", quote)
         if "=" in line
-        else f"{line}: has no value{suggest(line)}; write key=value"
+        else line_problem(line, f"has no value{suggest(line)}", "write key=value")
         for line, override in parsed
         if override is None
     ]
@@ -90,7 +93,7 @@ def adds(override: Override) -> bool:
     return override.is_add() or override.is_force_add()
 
 
-def refuse_sweeps(overrides: Sequence[Override]) -> list[str]:
+def refuse_sweeps(overrides: Sequence[Override]) -> list[Problem]:
     """Problems of overrides that hold several values although one run was asked for."""
     problems = []
     for override in overrides:
@@ -99,21 +102,19 @@ def refuse_sweeps(overrides: Sequence[Override]) -> list[str]:
             # Several lists or mappings are several choices; several plain values may be meant as one list.
             items = value.list if isinstance(value, ChoiceSweep) and value.simple_form else []
             plain = bool(items) and not any(isinstance(item, list | dict) for item in items)
-            text = str(override.input_line).partition("=")[2]
-            key = override.key_or_group
+            text, key = str(override.input_line).partition("=")[2], override.key_or_group
             hint = f"for a list write {key}=[{text}], for a text '{key}=\"{text}\"'; " if plain else ""
-            problems.append(f"{override.input_line}: holds several values; {hint}to run them all add --multirun")
+            problems.append(
+                line_problem(override.input_line, "holds several values", f"{hint}to run them all add --multirun")
+            )
     return problems
 
 
-def key_problem(override: Override, base: DictConfig) -> str | None:
-    """What is wrong with the key of a value override, or None; unknown keys get the nearest known one.
+def key_problem(override: Override, base: DictConfig) -> Problem | None:
+    """What is wrong with the key of an override of a value, or None; Hydra itself would name the first one only.
 
-    Hydra itself would name the first one only. Keys that are added with a plus are left to the checks of values.
-
-    Args:
-        override: not of a group.
-        base: the configuration without the overrides of single keys, not in struct mode.
+    Keys that are added with a plus are left to the checks of values. `base` is the configuration without the overrides
+    of single keys, not in struct mode.
     """
     key, line = override.key_or_group, override.input_line
     if key == "hydra" or key.startswith("hydra."):
@@ -122,12 +123,13 @@ def key_problem(override: Override, base: DictConfig) -> str | None:
     above = ""
     for part in key.split("."):
         if not isinstance(node, DictConfig):
-            return None if adds(override) and node is None else f"{line}: {above} is a value and holds no keys"
+            may_add = adds(override) and node is None
+            return None if may_add else line_problem(line, f"{above} is a value and holds no keys")
         if part not in _names(node):
             return None if adds(override) else _unknown_key(line, part, above, node)
         node, above = _peek(node, part), f"{above}.{part}".lstrip(".")
     if override.is_add() and node is not None and not isinstance(node, DictConfig | ListConfig):
-        return f"{line}: {key} exists; leave out the +"
+        return line_problem(line, f"{key} exists", "leave out the +")
     if adds(override) or override.is_delete() or not isinstance(node, DictConfig):
         return None
     value = override.value()
@@ -144,7 +146,7 @@ def _peek(node: DictConfig, part: str) -> Any:
     return OmegaConf.select(node, part, throw_on_resolution_failure=False)
 
 
-def _option_problem(line: str | None, key: str, options: Sequence[object], names: Sequence[str]) -> str:
+def _option_problem(line: str | None, key: str, options: Sequence[object], names: Sequence[str]) -> Problem:
     """Options are chosen where a saved configuration has what they define."""
     if unknown := [str(name) for name in options if name not in names]:
         fix = f"it has no options such as {', '.join(unknown)}; compose from conf/ for them"
@@ -152,10 +154,10 @@ def _option_problem(line: str | None, key: str, options: Sequence[object], names
         fix = f"leave others out with {' '.join(others)}"
     else:
         fix = "leave it out"
-    return f"{line}: {key} holds {', '.join(names)} here; {fix}"
+    return line_problem(line, f"{key} holds {', '.join(names)} here", fix)
 
 
-def _unknown_inside(line: str | None, value: object, path: str, node: Any) -> str | None:
+def _unknown_inside(line: str | None, value: object, path: str, node: Any) -> Problem | None:
     """What is wrong with the keys of a mapping that is given as a value, or None."""
     if not isinstance(value, Mapping) or not isinstance(node, DictConfig):
         return None
@@ -167,10 +169,9 @@ def _unknown_inside(line: str | None, value: object, path: str, node: Any) -> st
     return None
 
 
-def _unknown_key(line: str | None, part: str, above: str, node: DictConfig) -> str:
+def _unknown_key(line: str | None, part: str, above: str, node: DictConfig) -> Problem:
     known = [name for name in _names(node) if not name.startswith("_") and (above or name != "hydra")]
-    rule = f"{line}: {above or 'the configuration'} has no key {part!r}"
     near, fix = nearest(part, known), f"it has {', '.join(known) or 'none'}"
     if "_target_" in node and not near:
         fix += f"; other arguments of {node['_target_']} take a +, as in +{line}"
-    return f"{rule}{near}; {fix}"
+    return line_problem(line, f"{above or 'the configuration'} has no key {part!r}{near}", fix)

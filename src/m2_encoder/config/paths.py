@@ -16,14 +16,7 @@ PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def find_checkout(start: Path | None = None) -> Path | None:
-    """The nearest checkout of this project at or above a folder.
-
-    Args:
-        start: where to begin; the working directory by default.
-
-    Returns:
-        The folder that holds `conf/` and `src/m2_encoder/`, or None outside of any checkout.
-    """
+    """The nearest folder at or above `start` (the working directory) that holds this project's `conf/` and `src/`."""
     start = (start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         if (folder / "conf" / "train.yaml").is_file() and (folder / "src" / "m2_encoder").is_dir():

@@ -26,6 +26,16 @@ def format_problem(problem: Problem) -> str:
     return ": ".join(filter(None, (given, "; ".join(filter(None, (problem.rule, problem.fix))))))
 
 
+def refuse_all(problems: Sequence[Problem]) -> None:
+    """Raises everything that is wrong, if anything is.
+
+    Raises:
+        UserError: with all problems.
+    """
+    if problems:
+        raise UserError("; ".join(map(format_problem, problems)), problems=problems)
+
+
 def find_problems(error: UserError) -> list[Problem]:
     """Everything that an error says is wrong."""
     return list(error.problems) or [Problem(error.key or "", error.value, " ".join(error.text.split()))]

@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
-from m2_encoder.config.data_relations import DATA_CHECKS, DATA_PLACE_CHECKS
-from m2_encoder.config.known import Known, count_devices, count_ranks, run_check
+from m2_encoder.config import data_relations, objective_relations
+from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
-from m2_encoder.config.objective_relations import BUILD_CHECKS, OBJECTIVE_CHECKS, OBJECTIVE_PLACE_CHECKS
+from m2_encoder.config.objective_files import check_files
 from m2_encoder.config.paths import LAST_CHECKPOINT, anchor, default_run_folder
 from m2_encoder.config.problems import UNSET, find_problems, show
 from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
@@ -40,20 +38,15 @@ _SIZES: Final = tuple(field for field in MODEL_FIELDS if field not in REAL_MODEL
 
 
 def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machine: bool = True) -> list[Problem]:
-    """Every rule that looks at more than one value.
-
-    Args:
-        cfg: plain containers.
-        reported: keys with problems; what depends on them is left out.
-        on_this_machine: also ask whether this machine has what the run needs.
-    """
+    """Every rule that looks at more than one value; what depends on reported keys is left out."""
     reported = set(reported)  # grows, so that one mistake does not come up again in a later check
     known = Known(cfg, reported)
     problems: list[Problem] = []
-    for check in _CHECKS if on_this_machine else [check for check in _CHECKS if check not in _MACHINE_CHECKS]:
-        found = run_check(check, known)
-        reported |= {problem.key for problem in found}
-        problems += found
+    for check in _CHECKS:
+        if on_this_machine or check not in _MACHINE_CHECKS:
+            found = run_check(check, known)
+            reported |= {problem.key for problem in found}
+            problems += found
     return problems
 
 
@@ -83,7 +76,9 @@ def _check_tokenizer(known: Known) -> Iterator[Problem]:
     except UserError as error:
         yield Problem("model.tokenizer", name, " ".join(error.text.split()))
         return
-    vocab_size = _size(known, "vocab_size")
+    vocab_size = known("model.vocab_size") if known.has("model.vocab_size") else None
+    if vocab_size is None:
+        vocab_size = NAME_TO_CONFIG[known("model.name")].vocab_size
     if tokenizer.vocab_size > vocab_size:
         rule = f"must be at least {tokenizer.vocab_size}, the pieces of model.tokenizer={name}"
         fix = f"for example model.vocab_size={tokenizer.vocab_size}, or give another tokenizer"
@@ -100,19 +95,17 @@ def _check_steps(known: Known) -> Iterator[Problem]:
 def _check_devices(known: Known) -> Iterator[Problem]:
     if known("cluster.name", "local") == "slurm":
         return  # the machine that trains is another one
-    accelerator, devices = known("trainer.accelerator"), known("trainer.devices")
-    gpus = torch.cuda.device_count()
-    if accelerator in {"gpu", "cuda"} and not gpus:
+    accelerator, devices, gpus = known("trainer.accelerator"), known("trainer.devices"), count_gpus(known)
+    if gpus == 0:
         fix = "use trainer.accelerator=cpu or auto"
         yield Problem("trainer.accelerator", accelerator, "must be a device of this machine, which has no GPU", fix)
         return
-    on_gpu = accelerator in {"gpu", "cuda"} or (accelerator == "auto" and gpus > 0)
-    available = gpus if on_gpu else max(MAX_CPU_RANKS, os.cpu_count() or 1)
+    available = max(MAX_CPU_RANKS, os.cpu_count() or 1) if gpus is None else gpus
     wanted = max(devices) + 1 if isinstance(devices, list) else count_devices(devices, available)
     if wanted > available:
-        what = f"the {available} GPU(s) of this machine" if on_gpu else f"{available} processes on this machine's CPU"
+        what = f"{available} processes on this machine's CPU" if gpus is None else f"the {gpus} GPU(s) of this machine"
         yield Problem("trainer.devices", devices, f"must not exceed {what}", f"for example trainer.devices={available}")
-    if not on_gpu and known("trainer.precision", None) in _GPU_PRECISIONS:
+    if gpus is None and known("trainer.precision", None) in _GPU_PRECISIONS:
         fix = "use trainer.precision=bf16-mixed or 32-true"
         yield Problem("trainer.precision", known("trainer.precision"), "must be one that the CPU can compute", fix)
 
@@ -124,20 +117,16 @@ def _check_ranks(known: Known) -> Iterator[Problem]:
         yield Problem("strategy", "single", rule, "use strategy=ddp or grouped_ddp, or trainer.devices=1")
     batch = known("data.global_batch_size")
     if batch % ranks:
-        fix = f"for example data.global_batch_size={_multiple(batch, ranks)}"
+        fix = f"for example data.global_batch_size={max(1, batch // ranks) * ranks}"
         yield Problem("data.global_batch_size", batch, f"must be a multiple of the {ranks} ranks", fix)
 
 
 def _check_groups(known: Known) -> Iterator[Problem]:
     size, nodes = known("strategy.group_size", None), known("strategy.group_nodes", None)
     ranks = count_ranks(known)
+    per_node = ranks // known("trainer.num_nodes")
     try:
-        resolve_group_size(
-            world_size=ranks,
-            ranks_per_node=ranks // known("trainer.num_nodes"),
-            group_size=size,
-            group_nodes=nodes,
-        )
+        resolve_group_size(world_size=ranks, ranks_per_node=per_node, group_size=size, group_nodes=nodes)
     except UserError as error:
         yield from find_problems(error)
 
@@ -238,7 +227,8 @@ def _check_folders(known: Known) -> Iterator[Problem]:
     folder = default_run_folder({"run": {"name": name, "folder": known("run.folder")}})
     if not is_first_rank() or _unusable(folder):
         return  # the first rank decides, before the others start
-    if resume == "never" and _has_run(folder):
+    # Hydra's records alone are the trace of a start that failed before it trained anything.
+    if resume == "never" and folder.is_dir() and any(entry.name != ".hydra" for entry in folder.iterdir()):
         fix = f"continue it with run.resume=auto, give another run.name, or delete {folder}"
         yield Problem("run.name", name, f"{folder} holds a run already", fix)
     if resume == "must" and not (folder / LAST_CHECKPOINT).is_file():
@@ -251,9 +241,13 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_weights,
     _check_tokenizer,
     _check_steps,
-    *OBJECTIVE_CHECKS,
-    *OBJECTIVE_PLACE_CHECKS,
-    *BUILD_CHECKS,
+    objective_relations.check_kinds,
+    objective_relations.check_weights,
+    objective_relations.check_schedules,
+    objective_relations.check_shared_passes,
+    objective_relations.check_captions,
+    check_files,
+    objective_relations.build_objectives,
     _check_devices,
     _check_ranks,
     _check_groups,
@@ -261,8 +255,10 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_sharding,
     _check_cluster,
     _check_training_set,
-    *DATA_CHECKS,
-    *DATA_PLACE_CHECKS,
+    data_relations.check_source_weights,
+    data_relations.check_lanes,
+    data_relations.check_shards,
+    data_relations.check_validation,
     _check_task,
     _check_tokenizer_task,
     _check_task_heads,
@@ -270,24 +266,8 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
 )
 
 _MACHINE_CHECKS: Final = (
-    _check_devices, _check_cluster, *OBJECTIVE_PLACE_CHECKS, *DATA_PLACE_CHECKS,
+    _check_devices, _check_cluster, check_files, data_relations.check_shards, data_relations.check_validation,
 )  # fmt: skip
-
-
-def _size(known: Known, field: str) -> int:
-    """A size of the model: what the configuration says, or what the model's name says where that is null."""
-    default = getattr(NAME_TO_CONFIG[known("model.name")], field)
-    value = known(f"model.{field}") if known.has(f"model.{field}") else None
-    return int(default if value is None else value)
-
-
-def _multiple(value: int, of: int) -> int:
-    return max(1, value // of) * of
-
-
-def _has_run(folder: Path) -> bool:
-    # Hydra's records alone are the trace of a start that failed before it trained anything.
-    return folder.is_dir() and any(entry.name != ".hydra" for entry in folder.iterdir())
 
 
 def _unusable(folder: Path) -> str | None:

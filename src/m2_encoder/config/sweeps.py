@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Glob, ValueType
 from omegaconf import DictConfig
 
 from m2_encoder.config.overrides import parse_override, parse_overrides
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 
 MAX_NAME_LENGTH: Final = 100
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._=+-]+")
@@ -32,10 +32,7 @@ def is_sweep_line(line: str) -> bool:
 def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
     """All jobs of a sweep, as lists of overrides.
 
-    Args:
-        lines: the overrides of the command line.
-        hydra: Hydra's settings; another sweeper than the basic one decides its values while it runs, so that
-            only the constant part can be known beforehand.
+    Another sweeper than the basic one decides its values while it runs: only the constant part is known beforehand.
 
     Raises:
         UserError: for an interval, of which every value would be a job.
@@ -60,10 +57,6 @@ def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
 def name_globbed(lines: Sequence[str], options: Callable[[str], list[str]]) -> list[str]:
     """Overrides in which `group=glob(a*)` has become the options that it stands for.
 
-    Args:
-        lines: the overrides of the command line.
-        options: gives the options of a group.
-
     Raises:
         UserError: if it stands for none.
     """
@@ -83,12 +76,7 @@ def name_globbed(lines: Sequence[str], options: Callable[[str], list[str]]) -> l
 
 
 def without_constant(job: Sequence[str], constant: Sequence[str]) -> list[str]:
-    """The overrides of a job that not every job has.
-
-    Args:
-        job: as the sweeper writes them.
-        constant: those that all jobs have, as typed.
-    """
+    """The overrides of a job, as the sweeper writes them, but those that all jobs have, as typed."""
     readable, _ = parse_overrides(constant)
     written = {f"{item.get_key_element()}={item.get_value_element_as_str()}" for item in readable}
     return [line for line in job if line not in written and line not in constant]
@@ -113,17 +101,14 @@ def job_name(name: str, swept: Sequence[str]) -> str:
     return f"{full[: MAX_NAME_LENGTH - 9]}-{digest}"
 
 
-def sweep_problems(cfg: dict[str, Any], hydra: DictConfig) -> list[str]:
+def sweep_problems(cfg: dict[str, Any], hydra: DictConfig) -> list[Problem]:
     """What cannot be swept on this machine."""
     trainer = cfg.get("trainer")
     devices = trainer.get("devices") if isinstance(trainer, dict) else 1
     local = str(hydra.launcher._target_).endswith(".BasicLauncher")
     if local and devices not in (1, "1", None):
-        return [
-            f"trainer.devices={devices}: a sweep here runs one job after the other on one device, because "
-            "the ranks of "
-            "a job would start the sweep again; sweep with trainer.devices=1 or cluster=slurm"
-        ]
+        rule = "a sweep here runs one job after the other on one device; ranks of a job would start the sweep again"
+        return [Problem("trainer.devices", devices, rule, "sweep with trainer.devices=1 or cluster=slurm")]
     return []
 
 

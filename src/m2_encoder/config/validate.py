@@ -12,6 +12,7 @@ from typing import Any, Final
 from m2_encoder.config.check import check_targets, read_parameters
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.paths import find_conf
+from m2_encoder.config.problems import format_problem
 from m2_encoder.config.relations import check_relations
 from m2_encoder.config.schema import Trainer, check_shape
 from m2_encoder.errors import Problem, UserError
@@ -39,12 +40,8 @@ def validate_train(
 
     Args:
         cfg: plain containers, as `config.compose` makes them.
-        changed: keys that have other values than shipped files; what that leaves to `check_late` is not looked at. None
-            to check everything.
+        changed: keys with other values than shipped files; the rest is left to `check_late`. None to check everything.
         on_this_machine: also ask whether this machine has what the run needs.
-
-    Returns:
-        One per mistake; empty when training can start.
     """
     trusted = _find_trusted(changed)
     compared = {key: node for key, node in cfg.items() if key not in trusted}
@@ -61,7 +58,7 @@ def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> li
 
 
 def _find_trusted(changed: Collection[str] | None) -> set[str]:
-    """Nodes of which the targets need Lightning, and the values are as shipped or have bounds in `schema`."""
+    """Nodes whose targets need Lightning, and whose values are as shipped or bounded by `schema.Trainer`."""
     if changed is None:
         return set()
     bounded = {f"trainer.{name}" for name in read_parameters(Trainer)}
@@ -80,10 +77,12 @@ def validate_experiments() -> dict[str, list[str]]:
             # A run of that name may lie in outputs; that says nothing about the configuration.
             lines = ["run.resume=auto", *([f"+experiment={name}"] if name else [])]
             composition = composer.compose(lines)
-            if any(problem.startswith("model.tokenizer=???") for problem in composition.problems):
+            if any(problem.key == "model.tokenizer" for problem in composition.problems):
                 composition = composer.compose([*lines, "model.tokenizer=emoji"])  # which file, the user alone can say
             problems = validate_train(composition.cfg, on_this_machine=False)
-            found[name] = composition.without_echoes([*composition.problems, *problems])
+            found[name] = [
+                format_problem(each) for each in composition.without_echoes([*composition.problems, *problems])
+            ]
     return found
 
 

@@ -5,7 +5,7 @@ partitions. *Judge*: every partition, which holds all rows of its keys, decides 
 The next rule sees only the rows that are left. Of several equal rows the earliest place (shard, then row) stays, so
 neither the order of tasks nor their number changes the result.
 
-Legend: n rows · P partitions · C chunks · a *place* is shard number * 2**32 + row in the shard's table.
+Letters: n rows · P partitions · C chunks · a *place* is shard number * 2**32 + row in the shard's table.
 """
 
 from __future__ import annotations

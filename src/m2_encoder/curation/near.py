@@ -6,7 +6,7 @@ mean more tables with smaller buckets.
 
 Reference: Manku, Jain, Das Sarma, Detecting Near-Duplicates for Web Crawling (WWW 2007), section 3.
 
-Legend: n rows · T tables · d distance in bits.
+Letters: n rows · T tables · d distance in bits.
 """
 
 from __future__ import annotations

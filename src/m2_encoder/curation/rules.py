@@ -1,8 +1,8 @@
 """The rules that look at one pair at a time: pure functions from an Arrow batch to the batch with decision columns.
 
 Each rule adds the values it looks at, and rejects rows: it sets `keep` to false and `reason` to its name, unless an
-earlier rule rejected the row already.
-Rules that compare rows with each other are in `m2_encoder.curation.global_rules`.
+earlier rule rejected the row already. Rules that compare rows with each other are in
+`m2_encoder.curation.global_rules`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Only pairs that no rule has rejected are scored, because scores cost most. A window is always the same rows of the same
 shard, encoded together, so a score depends neither on the executor nor on where it was stopped.
 
-Legend: n rows of a window · k images of it · S image side in pixels.
+Letters: n rows of a window · k images of it · S image side in pixels.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ the amount of white space; `strict` compares letters and digits alone."""
 
 MAX_DISTANCE: Final = 10
 Distance: TypeAlias = Annotated[int, Ge(0), Le(MAX_DISTANCE)]
+"""Bits between two perceptual hashes of 64: beyond `MAX_DISTANCE`, everything is near to everything."""
+
 Cosine: TypeAlias = Annotated[float, Ge(-1), Le(1)]
-"""Of two perceptual hashes of 64 bits: beyond, everything is near to everything."""
 
 SCRIPT_LANGUAGES: Final = ("en", "zh", "ja", "ko", "other")
 """What the detector `script` tells apart; others by their codes of ISO 639, such as "fr"."""

@@ -128,7 +128,8 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._max_bad_share, self._max_bad_samples = max_bad_share, max_bad_samples
         self._new_segment, self._stall_timeout_s = new_segment, stall_timeout_s
         self._columns = {name: column for name, column in (columns or {}).items() if column is not None}
-        for name, column in self._columns.items():
+        made: Mapping[str, Any] = self._columns
+        for name, column in made.items():
             if not isinstance(column, Column):
                 rule = f"must be a subclass of {Column.__module__}.{Column.__name__}; derive it from that"
                 raise UserError(rule, key=f"data.columns.{name}._target_", value=type(column).__name__)

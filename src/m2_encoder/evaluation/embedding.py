@@ -2,7 +2,7 @@
 
 One batch is in memory, and the images decoded for the next one, so that a folder of any size fits.
 
-Legend: B batch · E feature dim · S image side in pixels.
+Letters: B batch · E feature dim · S image side in pixels.
 """
 
 from __future__ import annotations

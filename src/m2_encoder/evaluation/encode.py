@@ -1,6 +1,6 @@
 """Features of many images or texts, in batches, on the model's device.
 
-Legend: n items · B batch · E feature dim · S image side in pixels.
+Letters: n items · B batch · E feature dim · S image side in pixels.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ parquet
 
 `index` is an item's place in the input, from 0; it has gaps where items were skipped.
 
-Legend: N features · B batch · E feature dim.
+Letters: N features · B batch · E feature dim.
 """
 
 from __future__ import annotations

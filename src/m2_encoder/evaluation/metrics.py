@@ -3,7 +3,7 @@
 R@k is the percentage of queries with at least one right item among their first k. Ranks are pessimistic: a wrong item
 with the same score as the right one ranks before it, so a model that gives all items the same feature scores 0.
 
-Legend: Q queries · M gallery items · P pairs of a query and a right item · E feature dim.
+Letters: Q queries · M gallery items · P pairs of a query and a right item · E feature dim.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Recall over batches and ranks, for validation; apart from `metrics`, because torchmetrics is slow to import.
 
-Legend: n images · m texts · E feature dim.
+Letters: n images · m texts · E feature dim.
 """
 
 from __future__ import annotations

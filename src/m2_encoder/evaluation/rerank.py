@@ -5,7 +5,7 @@ Ties and everything behind the first K keep the order of stage one.
 Cost: the backbone encodes every image and every distinct text once; the vision-language layers see each distinct pair
 once, at most K per query. Memory: hidden states of texts stay on the CPU, those of `chunk_size` images on the device.
 
-Legend: n images · m texts · Q queries · M gallery items · K candidates · P pairs · T text tokens · D width ·
+Letters: n images · m texts · Q queries · M gallery items · K candidates · P pairs · T text tokens · D width ·
 E feature dim · S image side in pixels.
 
 Reference: ALBEF (arXiv:2107.07651), section 4, and R2D2 (arXiv:2205.03860) rerank in this way; both add the similarity

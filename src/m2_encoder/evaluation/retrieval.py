@@ -1,6 +1,6 @@
 """Image-text retrieval of a model on a set, one language at a time.
 
-Legend: n images · m distinct captions · E feature dim.
+Letters: n images · m distinct captions · E feature dim.
 """
 
 from __future__ import annotations

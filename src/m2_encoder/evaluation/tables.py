@@ -23,7 +23,7 @@ SPLIT_TITLES: Mapping[str, str] = {
     "val_style": "validation: unseen concepts and style",
     "train": "training set",
 }
-"""Titles of the splits of the embedded set."""
+"""Titles of the splits of the built-in set."""
 
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Split -> language -> what `retrieval_metrics` returns."""

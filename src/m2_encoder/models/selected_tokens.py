@@ -3,7 +3,7 @@
 For them alone the last layer computes queries, the output projection and the feed-forward network, five sixths of its
 cost. Masked objectives, for example, read only the states of hidden tokens.
 
-Legend: R rows (captions) · T tokens of a row · M selected tokens in all · C the most of one row.
+Letters: R rows (captions) · T tokens of a row · M selected tokens in all · C the most of one row.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With a vocabulary of 115,244, the fp32 logits of 64 captions of 52 tokens take 1.5 GB, and their gradient as much again.
 So logits exist for a few rows at a time, and backward computes them again; a single tile is kept for backward.
 
-Legend: M predicted tokens · V vocabulary · D width.
+Letters: M predicted tokens · V vocabulary · D width.
 """
 
 from __future__ import annotations

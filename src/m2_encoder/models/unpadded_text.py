@@ -3,7 +3,7 @@
 Only attention needs a rectangle; norms, projections and feed-forward networks, which cost nearly everything, treat each
 token alone. A batch of captions of 6 to 24 tokens then costs its mean of 15 tokens, not the 24 of the longest.
 
-Legend: B texts · T tokens of the longest · M tokens in all · H heads.
+Letters: B texts · T tokens of the longest · M tokens in all · H heads.
 """
 
 from __future__ import annotations

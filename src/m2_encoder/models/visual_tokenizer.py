@@ -103,7 +103,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def choose(self, vectors: Tensor) -> Tensor:
-        """Number of the nearest code of each vector, (..., d) to (...) int64."""
+        """Index of the nearest code of each vector, (..., d) to (...) int64."""
         flat = vectors.flatten(0, -2).to(self.vectors.dtype)
         nearest = [(part @ self.vectors.t()).argmax(dim=1) for part in flat.split(_ROWS_AT_ONCE)]
         return torch.cat(nearest).view(vectors.shape[:-1])

@@ -121,7 +121,7 @@ class Matching(PairObjective):
 
 
 class PairEncoder(Protocol):
-    """What re-ranking needs of a model; `M2Encoder` has it."""
+    """What reranking needs of a model; `M2Encoder` has it."""
 
     def trim_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> TextTokens:
         """Cut padding beyond the longest text."""

@@ -2,6 +2,8 @@
 
 The backbone encodes image and text apart; the vision-language layers then see both. Passes share backbone states:
 captions with hidden words cost one more pass of the text backbone, none of the image backbone.
+
+*Hidden* words and patches are those that the model may not see; names in `_hidden` are of hidden states.
 """
 
 from __future__ import annotations

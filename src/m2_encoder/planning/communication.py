@@ -1,6 +1,6 @@
 """Bytes and collectives of the contrastive loss per rank and optimizer step, as formulas.
 
-Legend: W world size · g ranks in a contrastive group · B rows of a rank in one micro-batch · k micro-batches of an
+Letters: W world size · g ranks in a contrastive group · B rows of a rank in one micro-batch · k micro-batches of an
 optimizer step · E feature dim · b bytes of a feature element on the wire · h contrastive heads.
 """
 

@@ -3,7 +3,7 @@
 Parameters are counted on the real model, built without memory; operations and activations are formulas, which tests
 hold against the real model. A pass encodes images and texts to the feature of token 0, as training does.
 
-Legend: N tokens of an image or a text · D width · E feature dim · f feed-forward ratio · P patch side · S image side ·
+Letters: N tokens of an image or a text · D width · E feature dim · f feed-forward ratio · P patch side · S image side ·
 H heads.
 """
 

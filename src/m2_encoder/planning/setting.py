@@ -1,6 +1,6 @@
 """The setting of a training step: ranks, groups and micro-batches.
 
-Legend: W world size · g ranks in a contrastive group · B rows of a rank in one micro-batch · k micro-batches of an
+Letters: W world size · g ranks in a contrastive group · B rows of a rank in one micro-batch · k micro-batches of an
 optimizer step · M rows that are contrasted with each other.
 """
 

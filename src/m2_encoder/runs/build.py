@@ -59,10 +59,6 @@ class Run(NamedTuple):
 def build_run(cfg: dict[str, Any], folder: Path) -> Run:
     """Builds everything that a run needs; nothing is read from the training data.
 
-    Args:
-        cfg: the resolved configuration.
-        folder: the run's.
-
     Raises:
         UserError: for weights or files of objectives that cannot be used.
     """
@@ -74,10 +70,7 @@ def build_run(cfg: dict[str, Any], folder: Path) -> Run:
 
 
 def build_objectives(cfg: Mapping[str, Any]) -> dict[str, Objective]:
-    """The objectives that count, with what they read.
-
-    Args:
-        cfg: the resolved configuration; one with a `task` has no objectives.
+    """The active objectives, with what they read; a configuration with a `task` has none.
 
     Raises:
         UserError: for a file that cannot be used; it names the setting.
@@ -125,12 +118,7 @@ def _load_visual_tokenizer(argument: str, name: str) -> VisualTokenizer:
 
 
 def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> WebDatasetModule:
-    """Builds the data module of a configuration; it reads nothing yet.
-
-    Args:
-        cfg: the resolved configuration.
-        objectives: say what is hidden of a batch.
-    """
+    """Builds the data module of a configuration, which reads nothing yet; objectives say what is hidden of a batch."""
     model = build_model_config(cfg["model"])
     data = dict(cfg["data"])
     if "folder" in data:
@@ -148,11 +136,6 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> W
 
 def build_module(cfg: Mapping[str, Any], objectives: Mapping[str, Objective], *, validation_name: str) -> Module:
     """Builds what is trained; an encoder itself is made later, where the strategy wants it.
-
-    Args:
-        cfg: the resolved configuration.
-        objectives: as `build_objectives` gives them.
-        validation_name: name of the validation set in metric names.
 
     Raises:
         UserError: for weights that cannot be used.
@@ -196,13 +179,7 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptati
 def build_trainer(
     cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = ()
 ) -> tuple[lightning.Trainer, JsonlLogger]:
-    """Builds the trainer with its loggers, which start here: W&B, too.
-
-    Args:
-        cfg: the resolved configuration.
-        folder: the run's.
-        callbacks: more than the configuration's; they come first.
-    """
+    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last."""
     own = _build_callbacks(cfg, folder)  # which may be refused, before a logger starts
     metrics = JsonlLogger(folder / METRICS_FILE)
     trainer = instantiate(
@@ -241,10 +218,7 @@ def _build_plugins(cluster: str) -> list[ClusterEnvironment]:
 
 
 def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
-    """Evaluation tasks by name.
-
-    Args:
-        nodes: that `evaluation` names; None for a run's configuration that is older than this group.
+    """Evaluation tasks by name; None stands for a run's configuration that is older than `evaluation`.
 
     Raises:
         UserError: for something else.

@@ -32,7 +32,7 @@ class HeadOfRun(NamedTuple):
     """Which objective of a run has the matching head."""
 
     name: str  # of the objective
-    text_expert: bool  # its value
+    text_expert: bool  # as it was trained
 
 
 def find_head(cfg: Mapping[str, Any]) -> HeadOfRun | None:
@@ -59,16 +59,7 @@ def export_run(
 ) -> Path:
     """Exports a model with what its run's folder knows about it.
 
-    Args:
-        run_folder: `summary.json` in it gives the metrics, if it is there.
-        model: what is exported.
-        cfg: the run's resolved configuration.
-        matching: the trained head, where the run had one.
-        output: where; `<run_folder>/export` by default.
-        overwrite: replace an existing folder.
-
-    Returns:
-        The folder written.
+    `summary.json` in the run's folder gives the metrics, if it is there. Returns the folder written.
     """
     facts = describe_run()
     return export_model(
@@ -84,11 +75,7 @@ def export_run(
 
 
 def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
-    """The plain model of a checkpoint.
-
-    Args:
-        cfg: the resolved configuration of its run.
-        checkpoint: of that run.
+    """The plain model of a run's checkpoint.
 
     Raises:
         CheckpointError: if its parameters are not those of the run.
@@ -102,17 +89,7 @@ def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
 def export_visual_tokenizer(
     run_folder: Path, *, tokenizer: VisualTokenizer, cfg: Mapping[str, Any], metrics: Mapping[str, float]
 ) -> Path:
-    """Exports a visual tokenizer, to the run's own export.
-
-    Args:
-        run_folder: of the run.
-        tokenizer: what is exported.
-        cfg: the run's resolved configuration.
-        metrics: of its evaluation.
-
-    Returns:
-        The folder written.
-    """
+    """Exports a visual tokenizer to its run's folder; returns the folder written."""
     origin = {**_origin(cfg, describe_run()), **metrics}
     return save_visual_tokenizer(run_folder / EXPORT_FOLDER, tokenizer, provenance=origin, overwrite=True)
 

@@ -101,13 +101,9 @@ class Frozen(NamedTuple):
 
 
 def find_frozen(cfg: Mapping[str, Any]) -> dict[str, Frozen]:
-    """The files that give a run's ids, codes and teachers their meaning.
+    """The files that give a run's ids, codes and teachers their meaning, by the setting that asks for them.
 
-    Args:
-        cfg: the resolved configuration.
-
-    Returns:
-        By the setting that asks for them. A file that is not there is left for whoever loads it.
+    A file that is not there is left for whoever loads it.
     """
     found: dict[str, Frozen] = {}
     if cfg.get("task") is None and (tokenizer := str(cfg["model"]["tokenizer"])) != EMBEDDED_TOKENIZER:
@@ -119,13 +115,7 @@ def find_frozen(cfg: Mapping[str, Any]) -> dict[str, Frozen]:
 def check_frozen(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> dict[str, Frozen]:
     """Refuse to go on with other files than a run began with, wherever they lie.
 
-    Args:
-        cfg: the resolved configuration.
-        folder: the run's, which holds the digests of before.
-        resumes: whether the run goes on.
-
-    Returns:
-        What `write_frozen` keeps; nothing on all ranks but the first, which alone reads the files.
+    Returns what `write_frozen` keeps; nothing on all ranks but the first, which alone reads the files.
 
     Raises:
         UserError: naming the first that differs.
@@ -162,9 +152,7 @@ def write_frozen(folder: Path, frozen: Mapping[str, Frozen], *, resumes: bool) -
 def _digest(path: Path, *, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What tells a file from another one: of small ones all bytes, of large ones the size and samples.
 
-    Args:
-        path: the file.
-        like: an earlier record, to be compared with; there were times when large files were digested whole.
+    `like` is an earlier record to compare with; earlier versions digested large files whole.
     """
     size = path.stat().st_size
     if size <= WHOLE_BYTES or (like is not None and "sha256" in like):

@@ -26,9 +26,6 @@ class JsonlLogger(Logger):
     Values logged at the same step share a line, which is written at once and again when more values arrive: a process
     that is killed loses nothing. Values that are not finite are left out. A resumed run appends after dropping what a
     crash left behind the checkpoint: lines of later steps, and a half-written last line.
-
-    Args:
-        path: the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -78,11 +75,7 @@ class JsonlLogger(Logger):
 
 
 class QuietWandbLogger(WandbLogger):
-    """Lightning's W&B logger, which gives up with one line instead of stopping the run when W&B fails.
-
-    Args:
-        **settings: those of `WandbLogger`, the others go to `wandb.init`.
-    """
+    """Lightning's W&B logger, which gives up with one line instead of stopping the run when W&B fails."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

@@ -25,12 +25,7 @@ _WANDB_MODES: Final = ("online", "offline", "disabled")
 
 
 def build_csv_logger(*, folder: Path, flush_every_n_steps: Count = 100) -> CSVLogger:
-    """Scalars as CSV, in `<run folder>/csv/version_<n>/metrics.csv`.
-
-    Args:
-        folder: the run's.
-        flush_every_n_steps: how many logged steps stay in memory.
-    """
+    """Scalars as CSV, in `<run folder>/csv/version_<n>/metrics.csv`."""
     from lightning.pytorch.loggers import CSVLogger
 
     return CSVLogger(save_dir=folder, name="csv", flush_logs_every_n_steps=flush_every_n_steps)
@@ -56,13 +51,12 @@ def build_wandb_logger(
     Args:
         run_name: id and name.
         folder: the run's; W&B's own files go to its sub-folder `wandb`.
-        cfg: resolved configuration, logged with the git revision and the command.
-        project: W&B project.
-        entity: W&B user or team; None is the account's default.
-        group: W&B group.
-        tags: W&B tags.
-        mode: "auto" (online with a key, else offline), "online", "offline" or "disabled". The variable
-            `WANDB_MODE` overrides it.
+        cfg: logged with the git revision and the command.
+        project: like `entity`, `group` and `tags`, an argument of `wandb.init`.
+        entity: a user or team; None is the account's default.
+        group: of runs.
+        tags: of the run.
+        mode: `auto` is online with a key, else offline. The variable `WANDB_MODE` overrides it.
     """
     resolved = resolve_mode(mode)
     if resolved == "disabled" or not is_first_rank():

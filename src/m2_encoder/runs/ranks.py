@@ -1,4 +1,4 @@
-"""When one rank ends a run with an error, the others wait for it in a collective call, some of them for ever."""
+"""Ends a run on all ranks when one of them fails: the others would wait in a collective call, some of them for ever."""
 
 from __future__ import annotations
 
@@ -17,14 +17,9 @@ _LAST_WORDS_S: Final = 5.0  # for a rank to say why it ends
 
 
 def end_together(trainer: lightning.Trainer, error: Exception) -> UserError | None:
-    """End the processes that this one has started, and make sure that the rank with the cause says it.
+    """Ends the processes that this one has started, and makes sure that the rank with the cause says it.
 
-    Args:
-        trainer: whose run ends.
-        error: that ends it on this rank.
-
-    Returns:
-        What to raise instead: that another rank has ended, where that is the error; None to raise the error itself.
+    Returns what to raise instead of an error that only shows that another rank has ended; None for other errors.
     """
     is_elsewhere = any(words in str(error) for words in _GONE) and not isinstance(error, UserError)
     launcher = trainer.strategy.launcher

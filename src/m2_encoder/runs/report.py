@@ -34,17 +34,8 @@ def report_run(
 ) -> dict[str, float]:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
 
-    Args:
-        tasks: by name.
-        model: trained.
-        objectives: that trained it.
-        datamodule: holds the sets and the tokenizer.
-        run_folder: exists; `summary.json`, `results.md` and pictures in it are replaced.
-        cfg: the resolved configuration of the run.
-        started: `time.time()` when the command started.
-
-    Returns:
-        Final metrics by the names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`.
+    `summary.json`, `results.md` and pictures in the run's folder are replaced. Returns the final metrics by the
+    names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`.
 
     Raises:
         ValueError: if the model's features are not finite.

@@ -57,9 +57,7 @@ def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     The order of samples is refused if it changes, and the model's shape; all other changes are the user's right, but
     not to be made unseen: after one of captions or augmentation a resumed run is no longer the uninterrupted one.
 
-    Args:
-        path: `config.yaml` of the run; where there is none, nothing is known to have changed.
-        cfg: the configuration of now, resolved.
+    `path` is `config.yaml` of the run; where there is none, nothing is known to have changed.
 
     Raises:
         UserError: if the file is damaged.
@@ -83,10 +81,7 @@ def _compare(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
 def check_resume(module: PretrainModule | VisualTokenizerModule, cfg: Mapping[str, Any], folder: Path) -> None:
     """Refuse a checkpoint that does not fit what is to be trained, before anything is written or started.
 
-    Args:
-        module: of the run; not built yet, and left so.
-        cfg: the resolved configuration.
-        folder: the run's, with its last checkpoint; its `config.yaml` says how the run began.
+    The module is not built yet, and left so. `config.yaml` in the run's folder says how the run began.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
@@ -151,9 +146,9 @@ def _explain(name: str, said: str, before: Mapping[str, Any], cfg: Mapping[str, 
 
 
 def _find_misfit(module: PretrainModule | VisualTokenizerModule, content: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first parameter that a checkpoint lacks, has beyond, or has of another shape or not trained; what is wrong.
+    """The first parameter in which checkpoint and run differ, and how; None if there is none.
 
-    Other shapes come first, as they say most.
+    Other shapes come first, as they say most; then missing, then needless ones, then what only one of both trains.
     """
     wanted, trained, unknown = _shapes(module)
     saved = {name: tuple(value.shape) for name, value in content["state_dict"].items() if not name.startswith(unknown)}
@@ -179,7 +174,7 @@ def _trained_names(state: Mapping[str, Any]) -> list[str]:
 
 
 def _shapes(module: PretrainModule | VisualTokenizerModule) -> tuple[Shapes, set[str], tuple[str, ...]]:
-    """Shapes by name, the names of what is trained, and the beginnings of names that cannot be told."""
+    """Shapes by name, the names of what is trained, and the prefixes of what is not known before it is built."""
     if isinstance(module, VisualTokenizerModule):
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         return {name: tuple(value.shape) for name, value in module.state_dict().items()}, trained, ()

@@ -34,13 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(cfg: dict[str, Any]) -> dict[str, float]:
-    """Trains, evaluates and exports one run.
-
-    Args:
-        cfg: the resolved configuration of `m2-train`, plain containers.
-
-    Returns:
-        Final metrics by name; empty on all ranks but the first.
+    """Trains, evaluates and exports one run; its final metrics by name, on the first rank alone.
 
     Raises:
         UserError: for data, weights or a checkpoint that cannot be used.

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from m2_encoder.config.command import ProblemsError
+from m2_encoder.config.problems import refuse_all
 from m2_encoder.data.inspect.source_report import SourceReport
 from m2_encoder.data.inspect.start_check import describe_problems, to_plain
 from m2_encoder.data.inspect.tables import make_table
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
+from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
 from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
@@ -57,8 +58,7 @@ def check_data(datamodule: lightning.LightningDataModule, folder: Path, *, resum
     console = open_console()
     console.print(_table(reports))
     _print_warnings(console, reports)
-    if problems := describe_problems(reports):
-        raise ProblemsError(problems)
+    refuse_all([Problem("", NOTHING, problem) for problem in describe_problems(reports)])
     datamodule.check_order(resumes=resumes)
     return {"manifest": datamodule.manifest.fingerprint(), "sources": to_plain(reports)}
 
@@ -82,8 +82,7 @@ class FirstStep(lightning.Callback):
     So a start that fails before, or is refused, leaves the files of an earlier start as they were. They are there
     before any checkpoint is: Lightning calls those who save after all other callbacks.
 
-    Args:
-        write: does it; called once, on the first rank.
+    `write` does it; called once, on the first rank.
     """
 
     def __init__(self, write: Callable[[], None]) -> None:
@@ -111,14 +110,7 @@ class FirstStep(lightning.Callback):
 def describe_start(
     cfg: Mapping[str, Any], objectives: Mapping[str, Objective], *, world_size: int, ranks_per_node: int
 ) -> list[str]:
-    """Lines about what is trained: the contrastive batch, and what works but may not be meant.
-
-    Args:
-        cfg: the resolved configuration.
-        objectives: those that count, by name.
-        world_size: W.
-        ranks_per_node: processes per node.
-    """
+    """Lines about what is trained: the contrastive batch, and what works but may not be meant."""
     lines = []
     if any(not isinstance(objective, LocalObjective) for objective in objectives.values()):
         lines.append(describe_batch(cfg, world_size=world_size, ranks_per_node=ranks_per_node))
@@ -126,13 +118,7 @@ def describe_start(
 
 
 def describe_batch(cfg: Mapping[str, Any], *, world_size: int, ranks_per_node: int) -> str:
-    """The contrastive batch of a configuration in words.
-
-    Args:
-        cfg: the resolved configuration.
-        world_size: W.
-        ranks_per_node: processes per node.
-    """
+    """The contrastive batch of a configuration in words."""
     strategy = cfg["strategy"]
     group_size = resolve_group_size(
         world_size=world_size,

@@ -9,7 +9,7 @@ The recipe (parity tests compare its ids with the official ones):
 4. a text longer than the context keeps its *last* pieces;
 5. the template is `[CLS]` + pieces + `<|endoftext|>`, padded on the right with the id of `<|endoftext|>`.
 
-Legend: B texts · T tokens of the longest text, template included.
+Letters: B texts · T tokens of the longest text, template included.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ no offsets into the original are needed. Words are
 A word is a run of pieces. Words that share a piece count as one, because a word is masked whole or not at all; BPE
 makes such pieces of frequent neighbours, as 红色的 of the official vocabulary.
 
-Legend: B texts · T tokens of the longest text, template included.
+Letters: B texts · T tokens of the longest text, template included.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def merge_adaptation(adaptation: Adaptation, model: M2Encoder) -> M2Encoder:
 
 
 def check_adaptation(adaptation: Adaptation, config: M2EncoderConfig) -> None:
-    """Build check: run both methods on a model on `meta`.
+    """Run both methods on a model on `meta`, to find their errors before a start.
 
     Raises:
         UserError: if the adaptation does not fit the model, or `merge` returns no plain model.

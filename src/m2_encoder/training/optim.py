@@ -69,7 +69,7 @@ def build_optimizer(
     weight_decay: NotNegative = 0.2,
     logit_scale_lr_ratio: Ratio = 1.0,
 ) -> AdamW:
-    """AdamW with the field's parameter groups.
+    """AdamW with the groups of `parameter_groups`.
 
     Args:
         module: its parameters with `requires_grad` are trained.

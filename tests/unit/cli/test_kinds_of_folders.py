@@ -29,9 +29,8 @@ def problems(repo_root: Path, tmp_path: Path) -> Problems:
             composition = composer.compose(
                 [*lines, "logger=csv", "trainer.accelerator=cpu", f"run.folder={tmp_path / 'outputs'}"]
             )
-        return composition.without_echoes(
-            [*composition.problems, *map(format_problem, validate.validate_train(composition.cfg))]
-        )
+        found = [*composition.problems, *validate.validate_train(composition.cfg)]
+        return [format_problem(problem) for problem in composition.without_echoes(found)]
 
     return find
 

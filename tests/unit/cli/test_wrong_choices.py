@@ -19,7 +19,7 @@ SOFTNESS = "objective.soft_targets.softness"
 
 def _problems(*lines: str, folder: Path = CONF, name: str = "train") -> list[str]:
     with open_composer(folder, name) as composer:
-        return composer.compose(lines).problems
+        return [format_problem(problem) for problem in composer.compose(lines).problems]
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import pytest
 from m2_encoder.config import command as cli
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import UNSET
-from m2_encoder.errors import UserError
+from m2_encoder.errors import Problem, UserError
 
 Run = Callable[[dict[str, Any]], int | None]
 
 
-def _check(cfg: dict[str, Any]) -> list[str]:
-    return [] if cfg["size"] is UNSET or cfg["size"] > 0 else [f"size={cfg['size']}: must be above 0; try size=1"]
+def _check(cfg: dict[str, Any]) -> list[Problem]:
+    size = cfg["size"]
+    return [] if size is UNSET or size > 0 else [Problem("size", size, "must be above 0", "try size=1")]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from m2_encoder.cli import commands
 from m2_encoder.config import validate
 from m2_encoder.config.command import run_command
 from m2_encoder.config.compose import Composition, open_composer
+from m2_encoder.config.problems import format_problem
 from m2_encoder.errors import UserError
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -48,7 +49,7 @@ def test_the_command_sees_the_same(tmp_path: Path) -> None:
 
 def test_values_on_the_command_line_must_be_of_chosen_ones() -> None:
     (problem,) = compose(CONF, "+experiment=emoji_full", "objective=[itc]", "objective.cmlm.weight=2").problems
-    assert problem.startswith("objective.cmlm.weight=2: the chosen objective has no cmlm")
+    assert format_problem(problem).startswith("objective.cmlm.weight=2: the chosen objective has no cmlm")
 
 
 @pytest.mark.parametrize("plus", ["+", "++"])
@@ -56,7 +57,9 @@ def test_values_on_the_command_line_must_be_of_chosen_ones() -> None:
 def test_a_plus_does_not_hide_it(plus: str, value: str) -> None:
     line = f"{plus}objective.{value}"
     (problem,) = compose(CONF, "objective=[itc]", line).problems
-    assert problem == f"{line}: the chosen objective has no cmlm, unlike objective=[...,cmlm]; choose it"
+    assert (
+        format_problem(problem) == f"{line}: the chosen objective has no cmlm, unlike objective=[...,cmlm]; choose it"
+    )
     given = "objective.cmlm={_target_: m2_encoder.objectives.masked_language.MaskedLanguage}"
     assert compose(CONF, "objective=[itc]", f"{plus}{given}").problems == []
 
@@ -139,7 +142,9 @@ def test_an_entry_of_no_option_is_named(tmp_path: Path) -> None:
     found = compose(CONF, "+objective.cmml={weight: 0.5}", f"run.folder={tmp_path}")
     assert found.problems == []
     (problem,) = found.without_echoes(validate.validate_train(found.cfg))
-    assert problem.startswith("objective.cmml={weight: 0.5}: must have a _target_; choose cmml in objective=[...]")
+    assert format_problem(problem).startswith(
+        "objective.cmml={weight: 0.5}: must have a _target_; choose cmml in objective=[...]"
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Probl
             composition = composer.compose(
                 ["+experiment=smoke", f"run.folder={outputs}", *lines, "logger=csv", "trainer.accelerator=cpu"]
             )
-        found = map(format_problem, validate.validate_train(composition.cfg))
-        return composition.without_echoes([*composition.problems, *found])
+        found = [*composition.problems, *validate.validate_train(composition.cfg)]
+        return [format_problem(problem) for problem in composition.without_echoes(found)]
 
     return find
 

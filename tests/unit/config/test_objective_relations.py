@@ -24,8 +24,8 @@ def problems(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Probl
         given = [quote_unreadable(line) for line in (f"run.folder={outputs}", *lines)]
         with open_composer(repo_root / "conf", TRAIN.config_name) as composer:
             composition = composer.compose([*given, "logger=csv", "trainer.accelerator=cpu"])
-        found = map(format_problem, validate.validate_train(composition.cfg))
-        return composition.without_echoes([*composition.problems, *found])
+        found = [*composition.problems, *validate.validate_train(composition.cfg)]
+        return [format_problem(problem) for problem in composition.without_echoes(found)]
 
     return find
 

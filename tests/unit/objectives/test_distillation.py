@@ -138,10 +138,13 @@ def test_a_teacher_of_one_language_and_another_size() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"feature_weight": 0.0, "similarity_weight": 0.0}, "not both 0"),
+        (
+            {"feature_weight": 0.0, "similarity_weight": 0.0},
+            "feature_weight=0.0: must be above 0",
+        ),
         ({"feature_weight": -1.0}, "feature_weight=-1.0"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0, or null"),
-        ({"teacher_language": "fr"}, "teacher_language='fr' must be null or one of en, zh"),
+        ({"temperature": 0.0}, "temperature=0.0: must be a number, above 0, or null"),
+        ({"teacher_language": "fr"}, "teacher_language=fr: must be one of en, zh, or null"),
         ({"chunk_size": 0}, "chunk_size=0"),
     ],
 )

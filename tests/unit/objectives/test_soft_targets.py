@@ -104,8 +104,8 @@ def test_a_tile_is_made_once_and_never_all_of_them(monkeypatch: pytest.MonkeyPat
         ({"softness": [[0, 1.0]]}, r"must be in \[0, 1\)"),
         ({"softness": [[0, -0.1]]}, "softness="),
         ({"softness": [["x", 0.1]]}, "softness="),
-        ({"source": "teacher"}, "source='teacher' must be one of image, text, both, uniform"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"source": "teacher"}, "source=teacher: must be one of image, text, both, uniform"),
+        ({"temperature": 0.0}, "temperature=0.0: must be a number, above 0"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

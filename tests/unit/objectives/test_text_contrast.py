@@ -70,7 +70,7 @@ def test_captions_without_negatives_lose_nothing() -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"hard_negatives": 0}, "hard_negatives=0 must be 1 or more, or null"),
+        ({"hard_negatives": 0}, "hard_negatives=0: must be a whole number, 1 or more, or null"),
         ({"max_similarity": -1.0}, "max_similarity=-1.0"),
         ({"max_similarity": math.nan}, "max_similarity=nan"),
     ],

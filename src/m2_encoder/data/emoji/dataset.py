@@ -1,4 +1,4 @@
-"""The embedded bilingual set: emoji drawn in four styles, with human Chinese and English captions.
+"""The built-in bilingual set: emoji drawn in four styles, with human Chinese and English captions.
 
 The package holds one file of drawings per style and one JSON line per concept (see `assets/emoji/ATTRIBUTION.md`).
 `write_emoji_shards` unpacks them to ordinary WebDataset tars.
@@ -133,7 +133,7 @@ def write_emoji_shards(
     styles: Sequence[str] = EMOJI_STYLES,
     samples_per_shard: Count = 500,
 ) -> Path:
-    """Unpack the embedded set to `folder`, unless it is there, and return `folder`.
+    """Unpack the built-in set to `folder`, unless it is there, and return `folder`.
 
     The bytes depend on the package and the arguments alone. The folder appears by one rename; one of another version or
     other arguments, or a damaged one, is replaced. `heldout_style`, one of `styles`, is kept from `train` and `val`.

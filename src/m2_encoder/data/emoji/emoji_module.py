@@ -1,4 +1,4 @@
-"""The embedded emoji set as one source of shards, with its own splits for validation and reporting."""
+"""The built-in emoji set as one source of shards, with its own splits for validation and reporting."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WHOLE_EPOCH = 1 << 40  # a window that no source fills: every epoch is one shuf
 
 
 class EmojiDataModule(WebDatasetModule):
-    """The embedded bilingual set: training batches, a validation split, two splits for reporting.
+    """The built-in bilingual set: training batches, a validation split, two splits for reporting.
 
     It is small: one lane and one window shuffle all of it, and images are decoded once. An unusable sample ends the
     run. The tars are unpacked to `folder`; `heldout_style` is never trained on. The other arguments are the base

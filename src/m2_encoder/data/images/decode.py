@@ -8,7 +8,7 @@ torchvision's decoders are as fast, but its PNG decoder crashes the process on s
 its JPEG decoder writes every defect to the terminal. Decoding large JPEGs at half their size (a DCT of fewer terms)
 moves the resized pixels by up to 5 of 255 levels, 0.6 on average.
 
-Legend: H, W height and width in pixels.
+Letters: H, W height and width in pixels.
 """
 
 from __future__ import annotations

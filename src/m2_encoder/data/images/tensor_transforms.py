@@ -2,7 +2,7 @@
 
 NumPy copies memory, not torch: torch would wake its thread pool for half a megabyte, which costs ten times the copy.
 
-Legend: S image side in pixels · H, W height and width of a source.
+Letters: S image side in pixels · H, W height and width of a source.
 """
 
 from __future__ import annotations

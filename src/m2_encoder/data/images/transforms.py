@@ -1,6 +1,6 @@
 """Transforms of image files, arrays and PIL images to tensors, for evaluation and training; the model normalises.
 
-Legend: S image side in pixels · H, W height and width of a source.
+Letters: S image side in pixels · H, W height and width of a source.
 """
 
 from __future__ import annotations

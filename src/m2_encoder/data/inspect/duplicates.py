@@ -11,7 +11,7 @@ A random batch of B of the N samples holds (B - 1) / (N - 1) * sum_j p_ij of the
 is (B - 1) times the share of such pairs. A uniform sample of the source estimates that share without bias, because it
 is a mean over pairs. (Derivation: ours, linearity of expectation.)
 
-Legend: n samples · m captions · B batch size.
+Letters: n samples · m captions · B batch size.
 """
 
 from __future__ import annotations

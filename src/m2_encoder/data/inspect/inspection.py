@@ -76,7 +76,7 @@ class ShardInspection(NamedTuple):
 
     Attributes:
         num_bytes: of the tar; 0 if it is not there.
-        indexed: samples that are usable as far as headers tell.
+        indexed: samples that are usable by the tar's headers.
         header_faults: samples that are not, by reason.
         inspected: samples that were read.
         content_faults: those of them that cannot be used, by reason.

@@ -160,7 +160,7 @@ def check_source(
 def judge_for_training(report: SourceReport, survey: Survey, *, max_bad_share: float) -> SourceReport:
     """Add what m2-train would refuse: shards that are missing, or too many samples that cannot be used.
 
-    `max_bad_share` must be exceeded beyond chance.
+    Too many is more than `max_bad_share`, by more than chance explains where only a part was read.
     """
     problems = list(report.problems)
     is_gone = {item.path for item in survey.shards if item.shard_faults["shard_missing"]}

@@ -37,7 +37,7 @@ class Survey(NamedTuple):
     remote: RemoteShards | None = None  # local copies of remote shards
 
     def usable_of_indexed(self) -> float:
-        """Share of usable samples among those that headers tell to be; where images are damaged, as far as decoded."""
+        """Share of usable ones among samples usable by their headers; damaged images are a share of decoded ones."""
         inspected = sum(item.inspected for item in self.shards)
         decoded, damaged = (sum(getattr(item, name) for item in self.shards) for name in ("decoded", "damaged"))
         readable = (len(self.rows) + damaged) / inspected if inspected else 0.0

@@ -2,7 +2,7 @@
 
 Stacking them at the end would copy all of them from main memory, and once more to memory shared with the trainer.
 
-Legend: B images of a batch · S image side in pixels
+Letters: B images of a batch · S image side in pixels
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Block-wise masks of image patches.
 
-Legend: G patches per side · N = G·G patches
+Letters: G patches per side · N = G·G patches
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ texts hide more: 1 piece of 1 instead of 0.5. Each hidden piece becomes `[MASK]`
 
 Reference: BERT (arXiv:1810.04805) for the replacement, and its release of May 2019 for whole words.
 
-Legend: B texts · T tokens of the longest text, template included · V vocabulary.
+Letters: B texts · T tokens of the longest text, template included · V vocabulary.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Neighbours of a lane come from the few shards of a window, and a rank whose numb
 lanes; so few files are open, and a machine fetches few remote shards. Nothing of it depends on ranks or workers. Memory
 grows with the number of shards, not of samples.
 
-Legend: L lanes · B global batch size · R ranks
+Letters: L lanes · B global batch size · R ranks
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SegmentSource(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of a run with one mixture."""
+    """A part of a run with one mixture."""
 
     start: int  # its first position
     sources: tuple[SegmentSource, ...]  # of its mixture
@@ -52,19 +52,19 @@ class Segment(NamedTuple):
 class Place(NamedTuple):
     """Which sample stands at a position."""
 
-    source: int  # number of the source in the manifest
+    source: int  # index of the source in the manifest
     epoch: int  # how often the lane went through its part of the source before
-    shard: int  # number of the shard in the source
-    number: int  # of the sample in the shard
+    shard: int  # index of the shard in the source
+    number: int  # index of the sample in the shard
 
 
 class Stretch(NamedTuple):
     """A window: what a lane reads of a source for a while."""
 
-    source: int  # number of the source in the manifest
+    source: int  # index of the source in the manifest
     lane: int  # of the plan
     epoch: int  # of the lane in the source
-    window: int  # number of the window in the lane's epoch
+    window: int  # index of the window in the lane's epoch
 
 
 class PositionPlan:
@@ -135,7 +135,7 @@ class PositionPlan:
         return self._layouts[stretch.source].following(stretch)
 
     def shards(self, stretch: Stretch) -> list[int]:
-        """Numbers of the shards that a window reads, in the order of the epoch."""
+        """Indices of the shards that a window reads, in the order of the epoch."""
         return self._layouts[stretch.source].shards(stretch)
 
     def counts(self, stop: int) -> npt.NDArray[np.int64]:
@@ -277,7 +277,7 @@ class _Layout:
         return max(1, (length + self._window // 2) // self._window)
 
     def _window_of(self, offset: int, length: int) -> tuple[int, int, int]:
-        """Number of the window that holds an offset of a lane, its first offset, and the one after its last."""
+        """Index of the window that holds an offset of a lane, its first offset, and the one after its last."""
         windows = self._num_windows(length)
         number = ((offset + 1) * windows - 1) // length
         return number, number * length // windows, (number + 1) * length // windows

@@ -80,10 +80,10 @@ class IndexedSample(NamedTuple):
 class IndexHeader(NamedTuple):
     """Header of an index file."""
 
-    samples: int  # usable samples, as far as headers of the tar tell
+    samples: int  # usable samples, by the tar's headers alone
     size: int  # of the tar, bytes
     written: int = 0  # when the tar was last written, ns; 0 if unknown
-    unusable: int = 0  # what headers tell to be unusable, entries
+    unusable: int = 0  # entries that are unusable by the tar's headers
     layout: int = 0  # CRC-32 of the table and the keys: another order or size of samples is another shard
     keys: int = 0  # bytes of all keys
     faults: int = 0  # bytes of the list of what is unusable

@@ -2,7 +2,7 @@
 
 Ranks are as pessimistic as in `metrics`: a wrong image with the same score ranks before the right one.
 
-Legend: E feature dim · S image side in pixels.
+Letters: E feature dim · S image side in pixels.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class RunFacts(NamedTuple):
     name: str = ""
     model: str = "model"  # name of the architecture
     steps: int | None = None  # that it was trained for; None if unknown
-    heldout_style: str = ""  # drawing style of the embedded set that training left out
+    heldout_style: str = ""  # drawing style of the built-in set that training left out
     folder: Path | None = None  # tars of the sets by split, for pictures larger than the model's
 
 

@@ -34,7 +34,7 @@ class SkippedSamples(Callback):
 
     Attributes:
         totals: read in the whole run, by reason, as of the last exchange.
-        at_start: found when this process's run started, by reason.
+        at_start: found when the shards were listed, by reason.
     """
 
     @check_bounds

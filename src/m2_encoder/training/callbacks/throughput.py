@@ -45,7 +45,7 @@ class Throughput(Callback):
         warn_after_s: training time over which that share is measured. It doubles after every warning, up to an hour.
 
     Attributes:
-        samples: samples trained on by this process's run so far, over all ranks.
+        samples: samples trained on since this process started, over all ranks.
         seconds: time spent on them.
     """
 
