@@ -175,6 +175,8 @@ def read_parameters(called: Any) -> Parameters:
     if inspect.isclass(called):
         owners = [cls for cls in called.__mro__ if "__init__" in vars(cls) and cls is not object]
     found: dict[str, inspect.Parameter] = {}
+    if not owners and called.__new__ is object.__new__:
+        return found  # a class without a constructor
     for owner in owners:
         if (owner.__module__, getattr(owner, "__name__", "")) in _TAKES_NOTHING:
             return found

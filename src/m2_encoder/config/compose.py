@@ -66,8 +66,15 @@ class Composition(NamedTuple):
 
     def without_echoes(self, problems: Sequence[Problem]) -> list[Problem]:
         """Those that do not only repeat the wrong value of another key."""
-        keys = {problem.key for problem in problems}
-        return [problem for problem in problems if self.references.get(problem.key) not in keys]
+        keys, found = {problem.key for problem in problems}, []
+        for problem in problems:
+            seen, key = {problem.key}, self.references.get(problem.key)
+            while key in self.references and key not in seen:  # a circle repeats nothing
+                seen.add(key)
+                key = self.references[key]
+            if key in seen or self.references.get(problem.key) not in keys:
+                found.append(problem)
+        return found
 
 
 class Composer:

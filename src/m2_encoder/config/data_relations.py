@@ -74,7 +74,7 @@ def _problem_of(patterns: Sequence[str], cache: Any) -> str | None:
 
 def check_validation(known: Known) -> Iterator[Problem]:
     """Folders of validation sets hold tars."""
-    for name, folder in known("data.validation").items():
+    for name, folder in (known("data.validation") or {}).items():
         key = f"data.validation.{name}"
         try:
             list_shards(folder)

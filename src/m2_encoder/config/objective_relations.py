@@ -55,7 +55,10 @@ def check_weights(known: Known) -> Iterator[Problem]:
 def check_schedules(known: Known) -> Iterator[Problem]:
     """Some objective must count at every step."""
     schedules = {name: known(f"objective.{name}.schedule", None) for name in _active(known)}
-    pause = find_pause(None if schedule is None else check_schedule(schedule) for schedule in schedules.values())
+    try:
+        pause = find_pause(None if schedule is None else check_schedule(schedule) for schedule in schedules.values())
+    except UserError:
+        return  # which its objective's constructor says
     if schedules and pause is not None and pause < known("trainer.max_steps"):
         name, schedule = next(iter(schedules.items()))
         rule = f"must not be 0 at step {pause}, where no other objective counts, either"

@@ -153,11 +153,17 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
         if not isinstance(node, Mapping):
             fix = "choose an option with group=option when composing from conf/, or set single keys"
             problems.append(Problem(group, node, "must be a mapping of keys", fix))
-        elif group in parts:
+            continue
+        if group in (*TARGET_GROUPS, "task", "adaptation") and "_target_" not in node:
+            fix = f"choose an option with {group}=OPTION, or name a class"
+            problems.append(Problem(f"{group}._target_", NOTHING, "is missing", fix))
+        if group in parts:
             problems += check_values(group, node, parts[group])
         elif group == "trainer":
             bounds = read_parameters(Trainer)
             problems += check_values(group, {key: value for key, value in node.items() if key in bounds}, bounds)
+    for name, value in _entries(cfg.get("callbacks")):
+        problems += _check_entry("callbacks", name, value)
     return [*problems, *_check_objectives(cfg.get("objective")), *check_tasks(cfg.get("evaluation"))]
 
 
@@ -193,7 +199,9 @@ def _check_entry(group: str, name: str, value: Any) -> list[Problem]:
     if isinstance(value, Mapping) and "_target_" in value:
         return []
     key = f"{group}.{name}"
-    fix = f"choose {name} in {group}=[...] if there is such an option, or name its class in {key}._target_"
+    in_list = f"choose {name} in {group}=[...] if there is such an option"
+    choose = f"leave it out with ~{key}" if group == "callbacks" else in_list
+    fix = f"{choose}, or name its class in {key}._target_"
     return [Problem(key, value, "must have a _target_", fix)]
 
 

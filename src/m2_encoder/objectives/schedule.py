@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Annotated, Any, TypeAlias, TypeGuard
 
+from m2_encoder.bounds import Rule
 from m2_encoder.errors import UserError
 
-Schedule: TypeAlias = Sequence[Sequence[float]] | Mapping[Any, float]
+Schedule: TypeAlias = Annotated[
+    Sequence[Sequence[float]] | Mapping[Any, float],
+    Rule(lambda _: True, "pairs of a step and a number", "[[0,0],[1000,1]]"),  # of which `check_points` asks more
+]
 """Pairs of a step and a number, `[[0, 0], [1000, 1]]`. Old configurations have a mapping, `{0: 0, 1000: 1}`."""
 
 

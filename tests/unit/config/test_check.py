@@ -40,6 +40,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module = types.ModuleType("signature_targets")
     module.Target, module.Child, module.value = Target, Child, 3  # type: ignore[attr-defined]
+    module.Plain = type("Plain", (), {})  # type: ignore[attr-defined]
     monkeypatch.setitem(__import__("sys").modules, "signature_targets", module)
 
 
@@ -86,6 +87,13 @@ def test_unknown_missing_and_given_arguments_all_at_once() -> None:
     assert "did you mean rate" in problems[0]
     assert "set by the command itself" in problems[1]
     assert problems[2] == "node.size: is missing; add node.size=1"
+
+
+def test_a_class_without_a_constructor_has_no_arguments() -> None:
+    assert _problems(name="Plain") == []
+    assert _problems(name="Plain", rank=3) == [
+        "node.rank=3: unknown argument; signature_targets.Plain has no arguments"
+    ]
 
 
 def test_a_partial_may_lack_what_comes_later() -> None:

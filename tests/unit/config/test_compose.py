@@ -148,6 +148,29 @@ def test_an_entry_of_no_option_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "key", ["adaptation", "data", "optimizer", "scheduler", "trainer", "strategy", "logger", "callbacks.checkpoint"]
+)
+def test_what_has_no_target_is_named(tmp_path: Path, key: str) -> None:
+    found = compose(CONF, f"~{key}._target_", f"run.folder={tmp_path}")
+    (problem,) = map(format_problem, found.without_echoes(validate.validate_train(found.cfg)))
+    assert problem.startswith(f"{key}._target_: is missing" if "." not in key else f"{key}={{")
+
+
+def test_null_is_no_validation(tmp_path: Path) -> None:
+    lines = ["data=webdataset", "data.validation=null", f"data.sources.main.shards={tmp_path}/none.tar"]
+    found = compose(CONF, *lines, "model.tokenizer=emoji", f"run.folder={tmp_path}")
+    (problem,) = validate.validate_train(found.cfg)
+    assert problem.key == "data.sources.main.shards"
+
+
+def test_values_that_refer_to_each_other_are_all_named(tmp_path: Path) -> None:
+    circle = ["optimizer.lr=${optimizer.eps}", "optimizer.eps=${optimizer.lr}", "seed=${seed}"]
+    found = compose(CONF, *circle, f"run.folder={tmp_path}")
+    keys = [problem.key for problem in found.without_echoes(found.problems)]
+    assert sorted(keys) == ["optimizer.eps", "optimizer.lr", "seed"]
+
+
+@pytest.mark.parametrize(
     ("lines", "softness"),
     [
         ([], [[0, 0.0], [500, 0.2]]),

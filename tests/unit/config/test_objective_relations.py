@@ -120,6 +120,13 @@ def test_what_is_no_mapping_is_one_mistake_among_others(problems: Problems, valu
     assert other.startswith("seed=-1: ")
 
 
+@pytest.mark.parametrize("value", ["[[0, 1], [0, 0]]", "[[1, -1]]", "[]", "3", "[0, 1]"])
+def test_a_schedule_without_points_is_one_mistake_among_others(problems: Problems, value: str) -> None:
+    problem, other = sorted(problems(f"objective.itc.schedule={value}", "seed=-1"))
+    assert problem.startswith(f"objective.itc.schedule={value}: must be pairs of a step and a number")
+    assert other.startswith("seed=-1: ")
+
+
 def test_a_missing_visual_tokenizer_is_no_sentencepiece_model(problems: Problems) -> None:
     (problem,) = problems("objective=[itc,cmim_codes]")
     assert "outputs/visual_tokenizer/export" in problem
