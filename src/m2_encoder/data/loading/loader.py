@@ -75,7 +75,7 @@ class PositionLoader:
         fingerprint: what the order depends on; a saved state of another order is refused.
         segment: sources of this run's mixture; empty if the mixture never changes.
         record: of `Manifest.record`, to describe later what changed.
-        new_segment: whether a saved state of another mixture may continue with this one; None if the user cannot choose.
+        new_segment: whether a state of another mixture may go on with this one; None if the user cannot choose.
         on_faults: called for every batch with its unusable samples and the number of usable ones.
         stall_timeout_s: time without progress after which waiting for a batch is an error.
     """
