@@ -1,6 +1,6 @@
 """Curation from end to end: time per stage and peak memory, local and on Ray, against a known truth.
 
-Makes a crawl of a million pairs (about 2.5 GB) with planted faults and copies, curates it with each executor, compares
+Makes a crawl of a million pairs (3.6 GB) with planted faults and copies, curates it with each executor, compares
 the outputs byte for byte, and counts what fell against what was planted. Times leave out what the processes were
 suspended; processor time is the figure that a busy machine changes least.
 

@@ -129,7 +129,7 @@ def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
 
 
 def _canonical(name: str) -> str:
-    """Spelling-free form: `m2_encoder_0_4b`, as configuration files write it, is `m2-encoder-0.4b`."""
+    """The same for all spellings of a name, such as `m2-encoder-0.4b` and `m2_encoder_0_4b` of configuration files."""
     return re.sub(r"[-_.]+", "_", name.lower())
 
 

@@ -43,7 +43,7 @@ def config_text(config: M2EncoderConfig) -> str:
 
 
 def read_format(folder: str | os.PathLike[str]) -> str | None:
-    """What the `config.json` of a folder says that it describes; None where nothing legible does."""
+    """The `format` in the `config.json` of a folder; None if there is none or it cannot be read."""
     try:
         found = read_object(Path(folder) / CONFIG_FILE).get("format")
     except CheckpointError:

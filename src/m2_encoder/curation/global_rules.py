@@ -37,10 +37,11 @@ class GlobalRule(NamedTuple):
     Attributes:
         reason: its word in reports, and the name of its stages.
         per_sample: whether it looks at images: a sample takes part once, and all its captions are rejected together.
-        keys: from a shard's surviving rows (a table of `_NEEDED`) and the number of rows of the whole curation to
-            `high` and `low` words of the key and what else `judge` needs, (n,) each; several tables follow one another,
-            (T * n,).
-        judge: from all rows of some keys, with `place`, to the rejected ones.
+        keys: takes a shard's surviving rows (a table of `_NEEDED`), settings, and the number of rows of the whole
+            curation; gives both words of each key, `high` and `low`, and what else `judge` needs, (n,) each, or
+            (T * n,) if rows have T keys.
+        judge: takes all rows of some keys, with `place`; gives the rejected ones.
+        is_on: whether settings ask for it.
         tables: how many keys a row has.
         rejects: False for a rule that only marks rows: they stay, and get `copied` instead of a reason.
     """

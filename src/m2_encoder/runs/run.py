@@ -67,7 +67,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     if trainer.is_global_zero:
         _announce(cfg, folder, checkpoint, run)
     _fit(run, checkpoint, name=cfg["run"]["name"])
-    first_step.pass_by(trainer)  # a run whose steps were all done already has had none
+    first_step.pass_by(trainer)  # no step is left where all were done already
     return _finish(run, tasks, cfg, folder, started=started)
 
 

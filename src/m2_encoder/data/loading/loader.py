@@ -61,10 +61,10 @@ class PositionLoader:
     """Batches of one rank, from a position on, until the run's last step.
 
     Its length is that of the whole run, also after a resume: Lightning counts batches from the run's start. It draws
-    nothing from torch's global generator, so that a resumed run finds that as an uninterrupted one does.
+    nothing from torch's global generator, whose state a resumed run therefore has as an uninterrupted one does.
 
     Args:
-        build_dataset: makes what gives the samples, of (earlier segments, first position of this one).
+        build_dataset: makes the dataset from (earlier segments, first position of this segment).
         collate: makes a batch of samples.
         num_steps: steps of the whole run.
         global_batch_size: samples of a step over all ranks.
@@ -73,9 +73,9 @@ class PositionLoader:
         num_workers: worker processes; 0 loads in this one.
         pin_memory: copy batches to page-locked memory, for transfers to an accelerator.
         fingerprint: what the order depends on; a saved state of another order is refused.
-        segment: sources of this run's mixture; empty if it never changes.
+        segment: sources of this run's mixture; empty if the mixture never changes.
         record: of `Manifest.record`, to describe later what changed.
-        new_segment: continue a saved state of another mixture with this one; None if the user has no such choice.
+        new_segment: whether a state of another mixture may go on with this one; None if the user cannot choose.
         on_faults: called for every batch with its unusable samples and the number of usable ones.
         stall_timeout_s: time without progress after which waiting for a batch is an error.
     """

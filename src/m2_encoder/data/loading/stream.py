@@ -176,7 +176,7 @@ class SampleStream(Dataset[Delivery]):
         return SampleFault(source.name, shard, key, reason, detail)
 
     def _announce(self, position: int) -> None:
-        """When a lane opens a window, start downloading the shards of the next one."""
+        """When a lane opens a window, start downloading its shards and those of the lane's next window."""
         stretch = self._plan.stretch(position)
         if self._announced.get((stretch.source, stretch.lane)) == stretch:
             return

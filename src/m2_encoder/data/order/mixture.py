@@ -1,8 +1,8 @@
 """Samples of each source in a block of positions: whole numbers with exact shares in the long run.
 
-A block of 1,000 positions holds floor(1000 share) or ceil(1000 share) samples of a source, and the blocks before any
-place less than one sample more or fewer than its share. Which blocks round up is a schedule that repeats, so the counts
-before any block are known at once.
+A block of 1,000 positions holds floor(1000 share) or ceil(1000 share) samples of a source, and all blocks before any
+one together differ from its share by less than one sample. Which blocks round up is a schedule that repeats, so the
+counts before any block are known at once.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The order of training samples over many shards: a pure function of (seed, position).
 
-    position p -> lane = p mod L, j = p div L              L lanes: who shares shards; any number of ranks reads them
+    position p -> lane = p mod L, j = p div L              positions of one of the L lanes share shards
     mixture    -> block j div 1000: whole quotas per source, shuffled by (seed, segment, lane, block)
-    source     -> n, how many of its samples the lane had before; n*L + lane counts through epoch after epoch of the
-                  source: which one, and the offset in the lane's part of it
+    source     -> n, how many of its samples the lane had before; (n*L + lane) div (samples of the source) is the epoch,
+                  and n without those of earlier epochs is the offset in the lane's part of it
     sample     -> shards are shuffled anew in every epoch, cut into lanes and windows, each window is shuffled
     batch t of rank r of R holds the positions t*B + r, t*B + r + R, ...
 
-Neighbours of a lane come from the few shards of a window, and a rank whose number of peers divides L meets only its own
-lanes; so few files are open, and a machine fetches few remote shards. Nothing of it depends on ranks or workers. Memory
-grows with the number of shards, not of samples.
+Neighbours of a lane come from the few shards of a window, and where the number of ranks divides L, a rank reads only
+its own lanes; so few files are open, and a machine fetches few remote shards. The order depends on neither ranks nor
+workers. Memory grows with the number of shards, not of samples.
 
 Letters: L lanes · B global batch size · R ranks
 """
