@@ -132,10 +132,16 @@ def find_faults(bounds: Mapping[str, Any], values: Mapping[str, Any]) -> list[Pr
 @functools.cache
 def _bounds_of(called: Callable[..., Any]) -> dict[str, Any]:
     """Annotations with bounds, by name of the argument."""
-    names = sys.modules[called.__module__].__dict__
+    names = find_names(called)
     items = inspect.signature(called).parameters.values()
     evaluated = {item.name: evaluate(item.annotation, names) for item in items}
     return {name: annotation for name, annotation in evaluated.items() if _has_bounds(annotation)}
+
+
+def find_names(called: Any) -> dict[str, Any]:
+    """The names that annotations of a function or a class may use; fields of its parents stand in other modules."""
+    owners = reversed(called.__mro__) if inspect.isclass(called) else [called]
+    return {name: value for owner in owners for name, value in vars(sys.modules[owner.__module__]).items()}
 
 
 def evaluate(annotation: Any, names: Mapping[str, Any]) -> Any:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import inspect
 import pkgutil
-import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from annotated_types import Ge, Len
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from m2_encoder.bounds import Example, KeysOf, Rule, describe, evaluate
+from m2_encoder.bounds import Example, KeysOf, Rule, describe, evaluate, find_names
 from m2_encoder.config.problems import UNSET, find_problems, flatten, nearest, show
 from m2_encoder.errors import NOTHING, Problem, UserError
 
@@ -181,7 +180,7 @@ def read_parameters(called: Any) -> Parameters:
         if (owner.__module__, getattr(owner, "__name__", "")) in _TAKES_NOTHING:
             return found
         function = inspect.unwrap(vars(owner)["__init__"]) if inspect.isclass(owner) else inspect.unwrap(owner)
-        names = sys.modules[owner.__module__].__dict__ if dataclasses.is_dataclass(owner) else None
+        names = find_names(owner) if dataclasses.is_dataclass(owner) else None
         names = names or getattr(function, "__globals__", {})
         own = list(inspect.signature(function).parameters.values())[1 if inspect.isclass(owner) else 0 :]
         for item in own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -168,6 +169,11 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptati
         UserError: for something else, or what does not fit the model.
     """
     node = (UNSAID | dict(cfg))["adaptation"]
+    try:
+        pkgutil.resolve_name(node["_target_"])
+    except Exception as error:  # importing a module can raise anything
+        rule = f"cannot be imported ({error}); make its module importable, as it was when the run was trained"
+        raise UserError(rule, key="adaptation._target_", value=node["_target_"]) from error
     adaptation = instantiate(node)
     if not isinstance(adaptation, Adaptation):
         rule = "must be a subclass of m2_encoder.training.adaptation.Adaptation; derive it from that"

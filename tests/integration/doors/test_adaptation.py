@@ -15,8 +15,10 @@ from torch import Tensor
 
 import m2_encoder
 from m2_encoder.cli.commands import EXPORT
+from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.runs.build import build_adaptation
 from m2_encoder.types import TextTokens
 from tests.integration.doors.conftest import Own, Train
 
@@ -140,3 +142,9 @@ def test_weights_split_over_two_ranks(own: Own, emoji_folder: Path, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr[-2000:]
     check_export(tmp_path / "two")
+
+
+def test_a_class_that_is_gone_is_named_where_a_run_is_exported() -> None:
+    node = {"_target_": "no_such_module.Lora"}
+    with pytest.raises(UserError, match="adaptation._target_=no_such_module.Lora: cannot be imported"):
+        build_adaptation({"adaptation": node}, M2EncoderConfig())

@@ -56,15 +56,15 @@ def test_all_three_in_one_run(own: Own, m2_train: Train) -> None:
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
-        ("+evaluation.mine={_target_: my_parts.Nothing}", "m2_encoder.evaluation.tasks.base.EvaluationTask"),
-        ("+callbacks.mine={_target_: my_parts.Nothing}", "lightning.pytorch.callbacks.callback.Callback"),
-        ("+data.columns={mine: {_target_: my_parts.Nothing}}", "m2_encoder.data.samples.sample.Column"),
+        ("+evaluation.mine={_target_: my_nothing.Nothing}", "m2_encoder.evaluation.tasks.base.EvaluationTask"),
+        ("+callbacks.mine={_target_: my_nothing.Nothing}", "lightning.pytorch.callbacks.callback.Callback"),
+        ("+data.columns={mine: {_target_: my_nothing.Nothing}}", "m2_encoder.data.samples.sample.Column"),
     ],
 )
 def test_objects_of_another_kind_are_refused_before_anything_is_trained(
     own: Own, m2_train: Train, capsys: pytest.CaptureFixture[str], line: str, kind: str
 ) -> None:
-    own.write("my_parts.py", "class Nothing: pass\n")
+    own.write("my_nothing.py", "class Nothing: pass\n")
     run = m2_train(line, code=2)
     said = capsys.readouterr()
     assert f"must be a subclass of {kind}; derive it from that" in said.err

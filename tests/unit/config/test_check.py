@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from m2_encoder.bounds import Count, KeysOf, NotNegative, Positive
-from m2_encoder.config.check import check_settings, check_targets, make_settings
+from m2_encoder.cli.data_check import SurveySettings
+from m2_encoder.cli.data_stats import StatsSettings
+from m2_encoder.config.check import check_settings, check_targets, make_settings, read_parameters
 from m2_encoder.config.problems import UNSET, format_problem
 from m2_encoder.errors import Problem, UserError
 
@@ -172,3 +174,9 @@ def test_relations_of_settings_count_once_single_values_are_fine() -> None:
     ]
     assert len(check_settings(Settings, {"inner": {"size": 3, "share": 5}, "timeout": 0})) == 1
     assert check_settings(Settings, {"inner": {"size": UNSET}}) == []
+
+
+def test_fields_of_a_parent_in_another_module_keep_their_bounds() -> None:
+    own, parent = read_parameters(StatsSettings), read_parameters(SurveySettings)
+    assert {name: own[name].annotation for name in parent} == {name: item.annotation for name, item in parent.items()}
+    assert Any not in [item.annotation for item in parent.values()]
