@@ -192,6 +192,6 @@ def test_evaluate_finds_all_mistakes(
     assert commands.EVALUATE() == 2
     err = capsys.readouterr().err
     assert "6 problems" in err
-    for text in ("model=nowhere", "data=nothing", "splits=['tset']", "heldout_style=apple", "batch_size=0", "x=1"):
+    for text in ("model=nowhere", "data=nothing", "splits=[tset]", "heldout_style=apple", "batch_size=0", "x=1"):
         assert text in err
     assert not list(tmp_path.iterdir())

@@ -119,7 +119,7 @@ def _other_end(text: str, start: int) -> int:
         return start + 2
     end = start + 1
     while end < len(text):
-        if text[end] == "\u200d" and end + 1 < len(text):
+        if text[end] == "\u200d" and text[end + 1 : end + 2] not in ("", "▁"):  # a joiner joins no space
             end += 2
         elif _is_mark(text[end]):
             end += 1
