@@ -106,7 +106,7 @@ def _load_encoder(tokenizer: SentencePieceTokenizer, argument: str, name: str, w
         raise UserError(str(error), key=argument, value=name) from error
     read = loaded.tokenizer
     if not isinstance(read, SentencePieceTokenizer) or read.model_bytes != tokenizer.model_bytes:
-        rule = "must read the ids of model.tokenizer; use the tokenizer of this model, or another model"
+        rule = "must read the ids of model.tokenizer; give model.tokenizer its tokenizer, or name another model"
         raise UserError(rule, key=argument, value=name)
     return loaded.model
 
