@@ -84,7 +84,7 @@ def train_alone(folder: Path, emoji_folder: Path, *, groups: int) -> dict[str, l
 @pytest.mark.parametrize(
     ("groups", "overrides"),
     [
-        (1, ("strategy.micro_batches=4",)),
+        pytest.param(1, ("strategy.micro_batches=4",), marks=pytest.mark.slow),
         (2, ("strategy=grouped_ddp", "trainer.devices=2", "strategy.group_size=1", "strategy.micro_batches=2")),
     ],
     ids=["one-rank-four-pieces", "two-groups-two-pieces"],

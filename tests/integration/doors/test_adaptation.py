@@ -128,6 +128,7 @@ def test_what_merges_to_no_plain_model_is_refused_before_training(
     assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mine")
 def test_weights_split_over_two_ranks(own: Own, emoji_folder: Path, tmp_path: Path) -> None:
     command = [
