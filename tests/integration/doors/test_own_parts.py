@@ -37,13 +37,13 @@ PARTS = """
 
 
 def test_all_three_in_one_run(own: Own, m2_train: Train) -> None:
-    own.write("my_parts.py", PARTS)
-    own.write("objective/pull.yaml", "pull: {_target_: my_parts.Pull, weight: 0.5}\n")
-    own.write("callbacks/mine.yaml", "defaults: [default]\nsteps: {_target_: my_parts.Steps, name: mine/steps}\n")
+    own.write("door_parts.py", PARTS)
+    own.write("objective/pull.yaml", "pull: {_target_: door_parts.Pull, weight: 0.5}\n")
+    own.write("callbacks/mine.yaml", "defaults: [default]\nsteps: {_target_: door_parts.Steps, name: mine/steps}\n")
     own.write("model/mine.yaml", "defaults: [tiny]\nffn_ratio: 3\nnum_vl_layers: 2\n")
     run = m2_train(
         "objective=[itc,pull]", "callbacks=mine", "model=mine",
-        "+callbacks.more={_target_: my_parts.Steps, name: mine/more}",
+        "+callbacks.more={_target_: door_parts.Steps, name: mine/more}",
     )  # fmt: skip
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     values = {name: value for record in records for name, value in record.items()}
