@@ -172,7 +172,9 @@ def read_small_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or edited, not readable as JSON ({_first_line(error)}); export the model again") from error
+        raise CheckpointError(
+            f"{path}: damaged or edited, not readable as JSON ({_first_line(error)}); export the model again"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object; export it again")
     return content

@@ -66,7 +66,8 @@ def read_index(path: Path) -> dict[str, Tensor]:
     places = read_small_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(
-            f"{path}: not a checkpoint, but JSON without weight_map (name of a tensor to name of its file); give a checkpoint"
+            f"{path}: not a checkpoint, but JSON without weight_map (name of a tensor to name of its file); "
+            "give a checkpoint"
         )
     files = sorted(set(places.values()))
     if outside := [name for name in files if Path(name).name != name or name in ("", ".", "..")]:

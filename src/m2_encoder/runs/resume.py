@@ -45,7 +45,7 @@ _FREE: Final = (
 _FREE_OF_OBJECTIVES: Final = ("weight", "schedule")
 """Settings of an objective that decide on no parameter."""
 
-_REPORTING: Final = (*_FREE, "data.validation")
+_REPORTING: Final = (*_FREE, "data.validation", "callbacks")
 """What may differ where all steps are done, and only the evaluation and the export are made again."""
 
 _INITIAL: Final = ("model.weights", "model.position_init_std", "model.initial_temperature")
@@ -147,9 +147,9 @@ def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Pa
     for key, was, now in _held_by_checkpoint(before, cfg):
         reported.add(key)
         rule = f"is {show(was)} in the run that is continued, whose checkpoint decides"
-        weights = "" if key == "model.weights" else f" {key}={show(now)}"
+        weights = "" if key == "model.weights" else f" {key}={show(now).replace(', ', ',')}"
         fix = f"leave it out, or start another run from these weights: run.name=NEW model.weights={checkpoint}{weights}"
-        yield Problem(key, show(now), rule, fix)
+        yield Problem(key, now, rule, fix)
     if done < cfg["trainer"]["max_steps"]:
         return
     for key, was, now in _compare("", before, cfg, _REPORTING):
@@ -157,7 +157,7 @@ def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Pa
         if key not in reported and _has(before, key):
             rule = f"changes nothing, as all {done} steps are done; it was {show(was)}"
             fix = f"leave it out, or train on with trainer.max_steps above {done}"
-            yield Problem(key, show(now), rule, fix)
+            yield Problem(key, now, rule, fix)
 
 
 def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
