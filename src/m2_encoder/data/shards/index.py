@@ -307,7 +307,7 @@ def _check_sample(
         fault = ("missing_image", f"has {_list(members)}; wanted one of {', '.join(IMAGE_EXTENSIONS)}")
     elif "json" not in members and "txt" not in members:
         fault = ("missing_caption", f"has {_list(members)}; wanted a json or txt")
-    elif empty := [name for name in (extension, "json", "txt") if name in members and not members[name].size]:
+    elif empty := [name for name in _read_of(extension, members) if not members[name].size]:
         fault = ("empty_member", f"its {empty[0]} has no bytes")
     elif any(member.size > _MAX_MEMBER_BYTES for member in used):
         fault = ("too_many_pixels", "a member of more than 4 GB")
@@ -317,6 +317,11 @@ def _check_sample(
     none = Member(0, 0)
     image, metadata, text = members[extension], members.get("json", none), members.get("txt", none)
     return (*image, *metadata, *text, _EXTENSIONS.index(extension))
+
+
+def _read_of(extension: str, members: Mapping[str, Member]) -> list[str]:
+    """The members that a sample needs: a .json counts before a .txt, which may then be empty."""
+    return [extension, "json" if "json" in members else "txt"]
 
 
 def _list(members: Mapping[str, Member]) -> str:
