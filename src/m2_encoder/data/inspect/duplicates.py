@@ -84,7 +84,7 @@ def expect_false_negatives(
     return FalseNegatives(
         batch_size,
         per_row=float((chance * colliding).sum() * scale),
-        share_of_rows=float((chance * share).sum() / n),
+        share_of_rows=min(1.0, float((chance * share).sum() / n)),
         from_captions=float(max(0.0, (chance * by_caption).sum()) * scale),
         from_images=float(max(0.0, by_image.sum()) * scale),
     )
