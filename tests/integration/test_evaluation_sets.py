@@ -81,7 +81,7 @@ def test_five_captions_of_a_picture_as_lists_and_as_rows(model: M2Encoder, tmp_p
     assert wanted.record["protocol"]["sets"]["mine"] == {
         "samples": 4, "images": 4, "contents": 4, "captions": {"zh": 20, "en": 20}, "repeated_images": 0,
         "kept_apart": 0, "repeated_captions": {"zh": 0, "en": 0}, "equal_captions": {"zh": 0, "en": 0},
-        "images_without_caption": {"zh": 0, "en": 0}, "left_out": {},
+        "images_without_caption": {"zh": 0, "en": 0}, "left_out": {}, "other_languages": {},
     }  # fmt: skip
     assert found.record["protocol"]["sets"]["mine"]["repeated_images"] == 16
     assert found.rows[1:] == ("mine: 20 samples show 4 different pictures; 20 zh captions; 20 en captions",)

@@ -40,6 +40,7 @@ class SetReading(NamedTuple):
     repeated_images: int = 0  # samples whose picture was there before, the same file
     kept_apart: int = 0  # equal files under different identities, which stay different pictures
     left_out: Mapping[str, int] = {}  # captions that are no queries, by role
+    other_languages: Mapping[str, int] = {}  # captions that are neither Chinese nor English
 
 
 class RetrievalSet(NamedTuple):
@@ -177,6 +178,7 @@ class _Members:
         self._samples: list[tuple[str, bool, int]] = []  # name, whether somebody marked it, picture
         self._captions: list[tuple[tuple[str, str], ...]] = []  # language and text of each sample's queries
         self._left_out: Counter[str] = Counter()
+        self._other_languages: Counter[str] = Counter()
 
     def add(self, sample: SetSample) -> bool:
         """Add a sample; whether its picture is new."""
@@ -185,6 +187,7 @@ class _Members:
         number = self._files.setdefault(digest, len(self._files))
         name = name_content(sample.text, key=sample.key, shard=sample.shard, source="")
         self._samples.append((name, sample.text.is_marked or self._every_key_is_marked, number))
+        self._other_languages.update(caption.language for caption in sample.text.left_out)
         texts = []
         for caption in sample.text.captions:
             if caption.role in ROLES_WITHOUT_QUERY:
@@ -214,7 +217,13 @@ class _Members:
             images if pictures == list(range(len(images))) else images[pictures],
             {language: tuple(map(tuple, lists)) for language, lists in captions.items() if any(lists)},
             split,
-            SetReading(len(names), len(names) - len(rows), len(rows) - len(images), dict(self._left_out)),
+            SetReading(
+                samples=len(names),
+                repeated_images=len(names) - len(rows),
+                kept_apart=len(rows) - len(images),
+                left_out=dict(self._left_out),
+                other_languages=dict(self._other_languages),
+            ),
         )
 
     def _join(self) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from m2_encoder.data.retrieval_set import RetrievalSet, SetReading, count_equal_captions
+from m2_encoder.data.samples.language import describe_languages
 
 NAME: Final = "standard"
 
@@ -29,7 +30,8 @@ def describe_set(dataset: RetrievalSet) -> dict[str, Any]:
     `samples` that were read; `images` in the gallery and their `contents`; `captions`, the queries by language;
     `repeated_images`, samples whose picture was there before; `kept_apart`, equal files under different identities;
     `repeated_captions`, that the same content has already; `equal_captions`, queries with the words of another content;
-    `images_without_caption` in a language, which are in the gallery only; `left_out`, captions by role.
+    `images_without_caption` in a language, which are in the gallery only; `left_out`, captions by role;
+    `other_languages`, captions that are neither Chinese nor English, by language.
     """
     reading = dataset.reading or SetReading(len(dataset.keys))
     queries = {language: dataset.queries(language) for language in dataset.languages}
@@ -46,6 +48,7 @@ def describe_set(dataset: RetrievalSet) -> dict[str, Any]:
         "equal_captions": {name: count_equal_captions(found) for name, found in queries.items()},
         "images_without_caption": {name: numbers.count(0) for name, numbers in counts.items()},
         "left_out": dict(reading.left_out),
+        "other_languages": dict(reading.other_languages),
     }
 
 
@@ -73,5 +76,7 @@ def protocol_lines(sets: Mapping[str, RetrievalSet]) -> Iterator[str]:
                 parts.append(f"{said} ({', '.join(extra)})" if extra else said)
         if left_out := [f"{count:,} {role}" for role, count in found["left_out"].items()]:
             parts.append(f"no queries: {', '.join(left_out)}")
+        if found["other_languages"]:
+            parts.append(f"left out: {describe_languages(found['other_languages'])}")
         if parts:
             yield f"{name}: {'; '.join(parts)}"

@@ -148,15 +148,17 @@ def test_rows_and_lists_are_the_same_set(tmp_path: Path) -> None:
 def test_captions_of_every_role_but_search_words_are_queries(tmp_path: Path) -> None:
     texts = [{"text": role, "role": role} for role in ("original", "rewritten", "name", "alias", "keyword", "keyword")]
     zh = [{"text": " 红色的圆 ", "role": "translated"}]
+    ja = ["赤い丸"]
     write_tar(
-        tmp_path / "0.tar", {**sample("0", 10, captions={"en": texts, "zh": zh}), **sample("1", 20, **caption("b"))}
+        tmp_path / "0.tar",
+        {**sample("0", 10, captions={"en": texts, "zh": zh, "ja": ja}), **sample("1", 20, **caption("b"))},
     )
     found = read(tmp_path)
     assert found.languages == ("zh", "en")
     assert found.queries("en") == [(0, "original"), (0, "rewritten"), (0, "name"), (1, "b")]
     assert found.queries("zh") == [(0, "红色的圆")]
     assert found.captions_of(1, "zh") == ()
-    assert found.reading == SetReading(samples=2, left_out={"alias": 1, "keyword": 2})
+    assert found.reading == SetReading(2, left_out={"alias": 1, "keyword": 2}, other_languages={"ja": 1})
 
 
 def test_many_pictures_are_read_into_one_array(tmp_path: Path) -> None:
@@ -219,8 +221,8 @@ BAD = {
         sample("a", 1, captions={"en": [{"text": "cat", "role": "keyword"}]}),
         "all captions are of the roles alias and keyword, which are no queries; give captions of another role",
     ),
-    "caption as a string": (
-        sample("a", 1, captions={"en": "cat", "zh": "猫"}),
+    "caption as a number": (
+        sample("a", 1, captions={"en": 7, "zh": "猫"}),
         "a.tar:a: wrong_type: captions of 'en'",
     ),
     "empty tar": ({}, "no samples"),
