@@ -17,6 +17,7 @@ from m2_encoder.checkpoints.exported import WEIGHTS_FILE
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.problems import Unset
+from m2_encoder.config.schema import Pictures
 from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.evaluation.embedding import Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
@@ -34,6 +35,7 @@ class EmbedSettings:
     model: Any
     weights: Any
     tokenizer: Any
+    pictures: Pictures
     images: Any
     texts: Any
     output: Any
@@ -159,6 +161,7 @@ def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
         "weights_sha256": file_sha256(path) if path.is_file() else None,
         "config": loaded.model.config.to_dict(),
         "images": cfg["images"],
+        "pictures": None if cfg["images"] is None else loaded.preprocess.pictures.to_dict(),
         "texts": cfg["texts"],
         "m2_encoder": importlib.metadata.version("m2-encoder"),
     }

@@ -18,6 +18,7 @@ from m2_encoder.config.check import Parameters, check_values, make_optional, rea
 from m2_encoder.config.problems import UNSET
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
+from m2_encoder.pictures import POLICY_RULE, is_policy
 
 SAFE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
 RESERVED_NAMES: Final = ("data", "multirun")
@@ -35,6 +36,9 @@ _NAME_RULE: Final = Rule(
     f"starting with a letter or digit, and none of {', '.join(RESERVED_NAMES)}",
     "my-run",
 )
+Pictures = Annotated[Any, Rule(lambda value: value is None or is_policy(value), POLICY_RULE, "standard")]
+"""What the pixels of pictures are; None: as the weights were trained."""
+
 _MODEL_RULE: Final = Rule(NAME_TO_CONFIG.__contains__, f"one of {', '.join(NAME_TO_CONFIG)}", "tiny")
 
 
@@ -56,6 +60,8 @@ class Model:
     name: Annotated[str, _MODEL_RULE]  # a row of `NAME_TO_CONFIG`
     tokenizer: Annotated[Text, Example("emoji")]  # `emoji`, or the path of a SentencePiece model
     weights: Text | None = None  # a checkpoint to start from
+    # what the pixels of its pictures are; None: as the weights were trained, `standard` from scratch
+    pictures: Pictures = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from m2_encoder.runs.build import Module, Run, build_data, build_module, build_o
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, check_frozen, read_step, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
+from m2_encoder.runs.pictures import settle_pictures
 from m2_encoder.runs.ranks import end_together
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
@@ -46,6 +47,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     last = folder / LAST_CHECKPOINT
     checkpoint = last if cfg["run"]["resume"] != "never" and last.is_file() else None
     resumes = checkpoint is not None
+    cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
 
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     frozen = check_frozen(cfg, folder, resumes=resumes)
@@ -66,6 +68,8 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     run = Run(module, datamodule, trainer, metrics)
     if trainer.is_global_zero:
         _announce(cfg, folder, checkpoint, run)
+        for line in remarks:
+            print(f"run {cfg['run']['name']}: {line}")
     _fit(run, checkpoint, name=cfg["run"]["name"])
     first_step.pass_by(trainer)  # no step is left where all were done already
     return _finish(run, tasks, cfg, folder, started=started)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from m2_encoder.data.images.rgb import FLAT, NOT_BLENDED, NOT_SCALED, NOT_TURNED
 from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expect_false_negatives
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
 from m2_encoder.data.inspect.survey import Survey
@@ -68,6 +69,8 @@ class SourceReport(NamedTuple):
         extensions: members of the inspected shards by extension.
         json_keys: inspected samples by key of their JSON.
         formats: usable images by kind.
+        decoded: images that were decoded.
+        effects: usable decoded ones by what the policy of pictures does to them, of `rgb.EFFECTS`.
         languages: captions by language, those that occur.
         width: `QUANTILES` of widths, pixels.
         height: `QUANTILES` of heights, pixels.
@@ -92,6 +95,8 @@ class SourceReport(NamedTuple):
     extensions: dict[str, int]
     json_keys: dict[str, int]
     formats: dict[str, int]
+    decoded: int
+    effects: dict[str, int]
     languages: dict[str, CaptionSummary]
     width: tuple[float, ...]
     height: tuple[float, ...]
@@ -137,6 +142,8 @@ def check_source(
         extensions=_merge(item.extensions for item in survey.shards),
         json_keys=_merge(item.json_keys for item in survey.shards),
         formats=_merge(item.formats for item in survey.shards),
+        decoded=sum(item.decoded for item in survey.shards),
+        effects=_merge(item.effects for item in survey.shards),
         languages=_summarize_languages(captions),
         width=_quantiles(rows["width"]),
         height=_quantiles(rows["height"]),
@@ -154,7 +161,8 @@ def check_source(
         problems=(),
         warnings=(),
     )
-    return report._replace(problems=tuple(_problems(report)), warnings=tuple(_warnings(report, languages)))
+    warnings = [*_warnings(report, languages), *_picture_warnings(report, survey)]
+    return report._replace(problems=tuple(_problems(report)), warnings=tuple(warnings))
 
 
 def judge_for_training(report: SourceReport, survey: Survey, *, max_bad_share: float) -> SourceReport:
@@ -231,6 +239,30 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
         )
     if any(name not in report.languages for name in languages) and report.languages:
         found.append(f"all captions are in {', '.join(report.languages)}: weigh languages accordingly")
+    return found
+
+
+def _picture_warnings(report: SourceReport, survey: Survey) -> list[str]:
+    """Pictures of which a policy leaves nothing, or less than there is."""
+    found, policy = [], survey.options.pictures
+    if flat := report.effects.get(FLAT, 0):
+        names = [name for item in survey.shards for name in item.flat][:_MAX_EXAMPLES]
+        fix = "if they are drawn in white on a transparent ground, model.pictures={background: grey} shows them"
+        if report.effects.get(NOT_BLENDED) or report.effects.get(NOT_SCALED):
+            fix = "model.pictures=standard blends alpha and scales 16 bits"
+        elif policy.background not in ("white", "dropped"):
+            fix = f"if they are drawn in {policy.background} on a transparent ground, another background shows them"
+        found.append(
+            f"{flat:,} of {report.decoded:,} decoded pictures become one flat colour, which shows nothing "
+            f"({', '.join(names)}): leave them out; {fix}"
+        )
+    lost = {name: report.effects[name] for name in (NOT_TURNED, NOT_BLENDED, NOT_SCALED) if name in report.effects}
+    if lost:
+        what = ", ".join(f"{count:,} {name}" for name, count in lost.items())
+        found.append(
+            f"of {report.decoded:,} decoded pictures, by this policy: {what}; viewers show them otherwise, and so does "
+            "model.pictures=standard"
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from m2_encoder.evaluation.pictures.gallery import GallerySection, draw_gallery,
 from m2_encoder.evaluation.retrieval import evaluate_features
 from m2_encoder.evaluation.tables import Results, format_percent, markdown_table, results_table, split_title, tabulate
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
+from m2_encoder.pictures import STANDARD
 
 PICTURE_FILE: Final = "retrieval.png"
 
@@ -92,7 +93,9 @@ def _enlarge(split: str, context: EvaluationContext) -> RetrievalSet:
     dataset, folder = context.sets[split], context.run.folder
     if folder is None or dataset.images.shape[-1] >= _PICTURE_SIZE_PX or not (folder / split).is_dir():
         return dataset
-    larger = read_retrieval_set(folder / split, name=dataset.name, transform=EvalTransform(_PICTURE_SIZE_PX))
+    larger = read_retrieval_set(
+        folder / split, name=dataset.name, transform=EvalTransform(_PICTURE_SIZE_PX, pictures=STANDARD)
+    )
     return larger if larger.keys == dataset.keys else dataset
 
 
