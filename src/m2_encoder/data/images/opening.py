@@ -91,7 +91,7 @@ def open_picture(content: bytes) -> Image.Image:
     """
     kind = name_format(content)
     if kind not in FORMATS:
-        raise ImageError("empty" if not content else f"is no picture that is read here but {kind}")
+        raise ImageError("empty" if not content else f"not an image that is read here, but {kind}")
     if kind in ("AVIF", "HEIF"):
         _import_reader(kind)
     if (excess := find_excess(content, kind)) is not None:

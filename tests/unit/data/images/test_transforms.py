@@ -144,7 +144,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     png, jpeg = encoded("PNG"), encoded("JPEG")
     return {
         "empty.png": (b"", "empty"),
-        "text.jpg": (b"this is no image", "no picture that is read here"),
+        "text.jpg": (b"this is no image", "not an image that is read here"),
         "page.webp": (b"<!doctype html><html></html>", "an HTML page"),
         "signature.png": (png[:8], "a damaged PNG"),
         "truncated.png": (png[: len(png) // 2], "cannot be decoded.*truncated"),
