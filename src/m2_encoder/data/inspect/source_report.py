@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2_encoder.data.images.rgb import FLAT, NOT_BLENDED, NOT_SCALED, NOT_TURNED
 from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expect_false_negatives
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
+from m2_encoder.data.inspect.picture_advice import advise_pictures
 from m2_encoder.data.inspect.survey import Survey
+from m2_encoder.data.samples.language import describe_languages
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
 from m2_encoder.types import LANGUAGES
 
@@ -56,6 +57,7 @@ class SourceReport(NamedTuple):
     """What is in a source.
 
     Attributes:
+        batch_size: that was asked about, over all ranks; `false_negatives` has the possible one.
         shards: of the source.
         inspected_shards: those that were looked at.
         num_bytes: of all shards.
@@ -72,6 +74,7 @@ class SourceReport(NamedTuple):
         decoded: images that were decoded.
         effects: usable decoded ones by what the policy of pictures does to them, of `rgb.EFFECTS`.
         languages: captions by language, those that occur.
+        left_out: captions that are neither Chinese nor English, by language.
         width: `QUANTILES` of widths, pixels.
         height: `QUANTILES` of heights, pixels.
         captions: repetition of exact texts.
@@ -82,6 +85,7 @@ class SourceReport(NamedTuple):
         warnings: what is worth knowing before training.
     """
 
+    batch_size: int
     shards: int
     inspected_shards: int
     num_bytes: int
@@ -98,6 +102,7 @@ class SourceReport(NamedTuple):
     decoded: int
     effects: dict[str, int]
     languages: dict[str, CaptionSummary]
+    left_out: dict[str, int]
     width: tuple[float, ...]
     height: tuple[float, ...]
     captions: Repetition
@@ -127,6 +132,7 @@ def check_source(
     share, samples = _estimate(survey)
     rows, captions = survey.rows, survey.captions
     report = SourceReport(
+        batch_size=batch_size,
         shards=survey.num_shards,
         inspected_shards=len(survey.shards),
         num_bytes=survey.num_bytes,
@@ -145,6 +151,7 @@ def check_source(
         decoded=sum(item.decoded for item in survey.shards),
         effects=_merge(item.effects for item in survey.shards),
         languages=_summarize_languages(captions),
+        left_out=_merge(item.left_out for item in survey.shards),
         width=_quantiles(rows["width"]),
         height=_quantiles(rows["height"]),
         captions=_repetition(captions["text"]),
@@ -155,13 +162,18 @@ def check_source(
             captions=captions["text"],
             images=rows["image"],
             identities=rows["identity"],
-            batch_size=batch_size,
+            batch_size=max(1, min(batch_size, samples)),
             is_whole=survey.is_whole,
         ),
         problems=(),
         warnings=(),
     )
-    warnings = [*_warnings(report, languages), *_picture_warnings(report, survey)]
+    warnings = [
+        *_warnings(report, languages),
+        *advise_pictures(
+            report.effects, decoded=report.decoded, flat=_flat_names(survey.shards), policy=survey.options.pictures
+        ),
+    ]
     return report._replace(problems=tuple(_problems(report)), warnings=tuple(warnings))
 
 
@@ -230,40 +242,35 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
     expected = report.false_negatives
     if expected.share_of_rows > _MANY_FALSE_NEGATIVES:
         found.append(
-            f"{expected.share_of_rows:.1%} of the rows of a batch of {expected.batch_size:,} have a false negative: "
-            "remove duplicates with m2-data curate, or mark them with an identity"
+            f"{expected.share_of_rows:.1%} of the rows of a batch of {expected.batch_size:,} have a false negative "
+            f"({_advise(expected)})"
         )
-    if report.is_whole and 0 < report.usable < expected.batch_size:
+    if report.is_whole and 0 < report.usable < report.batch_size:
         found.append(
-            f"{report.usable:,} usable samples are fewer than a batch of {expected.batch_size:,}: they repeat in it"
+            f"{report.usable:,} usable samples are fewer than a batch of {report.batch_size:,}: they repeat in it"
         )
+    if report.left_out:
+        found.append(f"left out: {describe_languages(report.left_out)}, which are neither Chinese nor English")
     if any(name not in report.languages for name in languages) and report.languages:
         found.append(f"all captions are in {', '.join(report.languages)}: weigh languages accordingly")
     return found
 
 
-def _picture_warnings(report: SourceReport, survey: Survey) -> list[str]:
-    """Pictures of which a policy leaves nothing, or less than there is."""
-    found, policy = [], survey.options.pictures
-    if flat := report.effects.get(FLAT, 0):
-        names = [name for item in survey.shards for name in item.flat][:_MAX_EXAMPLES]
-        fix = "if they are drawn in white on a transparent ground, model.pictures={background: grey} shows them"
-        if report.effects.get(NOT_BLENDED) or report.effects.get(NOT_SCALED):
-            fix = "model.pictures=standard blends alpha and scales 16 bits"
-        elif policy.background not in ("white", "dropped"):
-            fix = f"if they are drawn in {policy.background} on a transparent ground, another background shows them"
-        found.append(
-            f"{flat:,} of {report.decoded:,} decoded pictures become one flat colour, which shows nothing "
-            f"({', '.join(names)}): leave them out; {fix}"
-        )
-    lost = {name: report.effects[name] for name in (NOT_TURNED, NOT_BLENDED, NOT_SCALED) if name in report.effects}
-    if lost:
-        what = ", ".join(f"{count:,} {name}" for name, count in lost.items())
-        found.append(
-            f"of {report.decoded:,} decoded pictures, by this policy: {what}; viewers show them otherwise, and so does "
-            "model.pictures=standard"
-        )
-    return found
+def _advise(expected: FalseNegatives) -> str:
+    """What causes false negatives, the main cause first, and what mends it."""
+    causes = [
+        (
+            expected.from_captions,
+            "equal captions: m2-data curate limits how often one comes with duplicates.captions=N, and an equal "
+            "identity in the .json makes positives of what shows the same",
+        ),
+        (
+            expected.from_images,
+            "equal pictures: m2-data curate drops them with duplicates.images=drop, or gives them one identity with "
+            "duplicates.images=mark",
+        ),
+    ]
+    return "; ".join(text for number, text in sorted(causes, reverse=True) if number > 0)
 
 
 _SHARD_REASONS = {
@@ -305,6 +312,10 @@ def _examples(shards: Iterable[ShardInspection]) -> tuple[Fault, ...]:
         if kept[fault.reason] <= _MAX_EXAMPLES:
             chosen.append(fault)
     return tuple(chosen)
+
+
+def _flat_names(shards: Iterable[ShardInspection]) -> list[str]:
+    return [name for shard in shards for name in shard.flat][:_MAX_EXAMPLES]
 
 
 def _show_fault(fault: Fault) -> str:

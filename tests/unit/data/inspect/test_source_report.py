@@ -73,7 +73,7 @@ def test_frequent_captions_across_shards(tmp_path: Path) -> None:
     report = _check(sorted(tmp_path.glob("*.tar")))
     assert report.frequent_captions == (("same everywhere", 3), ("猫", 2))
     assert report.captions == (9, 6, 3)
-    assert report.false_negatives.batch_size == 16
+    assert (report.batch_size, report.false_negatives.batch_size) == (16, 9), "no batch is larger than the source"
 
 
 def _empty(folder: Path) -> list[Path]:
@@ -117,7 +117,9 @@ def test_warnings(tmp_path: Path) -> None:
     report = _check([*shards, tmp_path / "b.tar"])
     text = "\n".join(report.warnings)
     for part in (
-        "1 shard(s) are no tars", "75.0% of the rows of a batch of 16 have a false negative",
+        "1 shard(s) are no tars",
+            "75.0% of the rows of a batch of 4 have a false negative (equal captions: m2-data curate ",
+            "duplicates.captions=N", "identity in the .json",
         "4 usable samples are fewer than a batch of 16", "all captions are in en",
     ):  # fmt: skip
         assert part in text
@@ -142,3 +144,17 @@ def test_statistics(tmp_path: Path) -> None:
 def test_limits_are_those_that_are_given(tmp_path: Path) -> None:
     report = _check(write_numbers(tmp_path, [3]), options=ALL._replace(limits=ImageLimits(min_side_px=17)))
     assert report.faults == {"too_small": 3}
+
+
+def test_captions_in_other_languages_are_counted_and_named(tmp_path: Path) -> None:
+    metadata: list[dict[str, Any]] = [
+        {"captions": {"zh-CN": ["猫"], "fr": ["chat", "matou"]}},
+        {"captions": {"en": ["cat"], "de": ["Katze"]}},
+        {"captions": {"fr": ["chien"]}},
+        {"captions": {"en": ["dog"]}},
+    ]
+    members = [member for i, value in enumerate(metadata) for member in make_sample(f"{i}", i, metadata=value)]
+    report = _check([write_tar(tmp_path / "a.tar", members)])
+    assert (report.left_out, report.faults) == ({"fr": 3, "de": 1}, {"missing_caption": 1})
+    assert "left out: 3 captions in fr, 1 in de, which are neither Chinese nor English" in report.warnings
+    assert {name: value.captions for name, value in report.languages.items()} == {"en": 2, "zh": 1}
