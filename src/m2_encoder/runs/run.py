@@ -64,11 +64,16 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     first_step = FirstStep(write_records)
     trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step])
     run = Run(module, datamodule, trainer, metrics)
-    if trainer.is_global_zero:
-        _announce(cfg, folder, checkpoint, run)
-    _fit(run, checkpoint, name=cfg["run"]["name"])
-    first_step.pass_by(trainer)  # no step is left where all were done already
-    return _finish(run, tasks, cfg, folder, started=started)
+    metrics_of_end: dict[str, float] | None = None
+    try:
+        if trainer.is_global_zero:
+            _announce(cfg, folder, checkpoint, run)
+        _fit(run, checkpoint, name=cfg["run"]["name"])
+        first_step.pass_by(trainer)  # no step is left where all were done already
+        metrics_of_end = _finish(run, tasks, cfg, folder, started=started)
+    finally:
+        _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
+    return metrics_of_end
 
 
 def _finish(
@@ -87,7 +92,6 @@ def _finish(
         cfg=cfg,
         started=started,
     )
-    _close_loggers(run, metrics)
     if not cfg["run"]["export"]:
         return metrics
     if isinstance(model, VisualTokenizer):
@@ -107,7 +111,7 @@ def _take_model(module: Module) -> tuple[M2Encoder | VisualTokenizer | None, Map
     return merged, module.trained_objectives()
 
 
-def _close_loggers(run: Run, metrics: dict[str, float]) -> None:
+def _close_loggers(run: Run, metrics: dict[str, float] | None) -> None:
     for sink in run.trainer.loggers:
         if isinstance(sink, QuietWandbLogger):
             sink.close(metrics)
