@@ -166,6 +166,22 @@ DATA_STATS: Final = _command(
     ),
 )
 
+DATA_SPLIT: Final = _command(
+    "m2-data split",
+    summary="Split WebDataset tars into train and val without a picture, caption or identity on both sides.",
+    examples=(
+        "m2-data split tars output=sides val=0.1",
+        "m2-data split tars output=sides val=0.2 by=folder names.val=heldout",
+        "m2-data split 'tars/*.tar' output=sides by=hash max_repeats=20",
+    ),
+    notes=(
+        "Samples are copied with all of their files, byte for byte; each tar gives one on each side. What is connected",
+        "by the same or a similar picture, an equal caption, an identity or a key stays together. by=hash decides for",
+        "each group by itself: the share is met on average only, and more data leave other groups where they are.",
+        "A run that was stopped goes on when it is started again; the tars are the same for any number of workers.",
+    ),
+)
+
 DATA_CURATE: Final = _command(
     "m2-data curate",
     summary="Drop what is not worth training on from WebDataset tars, and say what fell where and why.",

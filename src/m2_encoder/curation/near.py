@@ -91,6 +91,33 @@ def earliest(place: UInts, first: UInts) -> Nearest:
     return Nearest(place[keep], first[keep])
 
 
+def find_pairs(hashes: UInts, colors: UInts, *, distance: int, tolerance: int) -> Ints:
+    """Pairs of rows, (m, 2), that connect all rows that are near to each other, over others if need be.
+
+    Args:
+        hashes: perceptual hashes, (n,).
+        colors: mean colours 0xRRGGBB, (n,).
+        distance: bits that may differ.
+        tolerance: difference of each colour channel.
+    """
+    rows = np.lexsort((colors, hashes))
+    is_copy = (hashes[rows[1:]] == hashes[rows[:-1]]) & (colors[rows[1:]] == colors[rows[:-1]])
+    found = [np.stack([rows[:-1][is_copy], rows[1:][is_copy]], axis=1)]
+    rows = rows[np.concatenate([np.ones(min(1, len(rows)), dtype=bool), ~is_copy])]
+    for mask in band_masks(distance, len(rows)):
+        keys = band_keys(hashes[rows], [mask])[0]
+        order = np.argsort(keys, kind="stable")
+        ordered, keys = rows[order], keys[order]
+        left, offset = np.arange(len(rows) - 1), 1
+        while len(left := left[left + offset < len(rows)]):
+            left = left[keys[left] == keys[left + offset]]
+            a, b = ordered[left], ordered[left + offset]
+            near = _near(hashes[a], hashes[b], colors[a], colors[b], distance, tolerance)
+            found.append(np.stack([a[near], b[near]], axis=1))
+            offset += 1
+    return np.concatenate(found)
+
+
 def is_near_any(
     hashes: UInts, colors: UInts, known: UInts, known_colors: UInts, *, distance: int, tolerance: int
 ) -> Bools:

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m2_encoder.data.shards.tar_scan import TarMember, padded, scan_tar
+from m2_encoder.data.shards.grouping import group_members
+from m2_encoder.data.shards.tar_scan import UNREADABLE, TarMember, padded, scan_tar
 from m2_encoder.errors import UserError
 from m2_encoder.files import atomic_file
 
@@ -34,7 +35,7 @@ IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 INDEX_SUFFIX = ".index"
 """Appended to the name of a tar."""
 
-_MAGIC = b"M2INDEX1"
+_MAGIC = b"M2INDEX2"  # another number when the same tar gives another index
 _EXTENSIONS = ("", *IMAGE_EXTENSIONS)
 _SAMPLE = np.dtype(
     [
@@ -50,6 +51,7 @@ _SAMPLE = np.dtype(
 )
 _HEADER_BYTES = 512  # more than a header takes
 _MAX_MEMBER_BYTES = 2**32 - 1
+_MAX_NAMES, _MAX_NAME = 8, 40  # of extensions in a message, and characters of one
 
 
 class Member(NamedTuple):
@@ -70,7 +72,7 @@ class ShardFault(NamedTuple):
 class IndexedSample(NamedTuple):
     """Where one sample lies."""
 
-    key: str  # name of its members up to the first dot of the file name, folders included
+    key: str  # name of its members up to a dot of the file name (see `grouping`), folders included
     extension: str  # of the image, lower case
     image: Member  # the image file
     json: Member | None  # its `.json`; None without one
@@ -184,6 +186,15 @@ def build_index(tar: str | os.PathLike[str]) -> ShardIndex:
     Raises:
         OSError: if the tar cannot be read, or is no ordinary file; whatever its bytes are, they never raise.
     """
+    return scan_samples(tar)[0]
+
+
+def scan_samples(tar: str | os.PathLike[str]) -> tuple[ShardIndex, list[dict[str, TarMember]]]:
+    """The index of a tar, and all members of each of its samples by extension.
+
+    Raises:
+        OSError: as `build_index`.
+    """
     if not stat.S_ISREG(os.stat(tar).st_mode):
         raise OSError("not an ordinary file")  # opening a pipe would wait for a writer
     descriptor = os.open(tar, os.O_RDONLY)
@@ -198,6 +209,7 @@ def build_index(tar: str | os.PathLike[str]) -> ShardIndex:
     cut = next(reversed(found), None) if scan.problem is not None else None  # its other members may be lost
     rows: list[tuple[int, ...]] = []
     keys: list[bytes] = []
+    usable: list[dict[str, TarMember]] = []
     key_end = 0
     for key, members in found.items():
         row = _check_sample(key, members, faults, tar_size=status.st_size, is_cut=key == cut)
@@ -205,8 +217,10 @@ def build_index(tar: str | os.PathLike[str]) -> ShardIndex:
             keys.append(key.encode("utf-8", "replace"))
             key_end += len(keys[-1])
             rows.append((*row, key_end))
+            usable.append(members)
     table = np.array(rows, _SAMPLE)
-    return ShardIndex(size=status.st_size, written=status.st_mtime_ns, faults=faults, table=table, keys=b"".join(keys))
+    index = ShardIndex(size=status.st_size, written=status.st_mtime_ns, faults=faults, table=table, keys=b"".join(keys))
+    return index, usable
 
 
 def count_samples(tar: str | os.PathLike[str]) -> IndexHeader:
@@ -259,45 +273,44 @@ def find_files(descriptor: int, index: ShardIndex, number: int, extensions: Sequ
     Raises:
         OSError: if the tar cannot be read.
     """
+    own_image = index[number].image
     start = max(padded(each.offset + each.size) for each in _files(index[number - 1])) if number else 0
     end = min(each.offset for each in _files(index[number + 1])) if number + 1 < len(index) else index.size
+    if not start <= own_image.offset < end:  # members that are links, or not in the order of samples
+        start, end = 0, index.size
     found, _ = _group(scan_tar(descriptor, size=end, start=start).members)
-    own = found.get(index[number].key, {})
-    return {extension: own[extension] for extension in extensions if extension in own}
+    # A part of the tar may read names that are not UTF-8 otherwise than the whole does.
+    same = (own for own in found.values() if any(each[1:] == own_image for each in own.values()))
+    own = found.get(index[number].key) or next(same, {})
+    return {
+        extension: Member(*own[extension][1:])
+        for extension in extensions
+        if extension in own and own[extension].size != UNREADABLE
+    }
 
 
 def _files(sample: IndexedSample) -> list[Member]:
     return [each for each in (sample.image, sample.json, sample.text) if each is not None]
 
 
-def _group(members: list[TarMember]) -> tuple[dict[str, dict[str, Member]], list[ShardFault]]:
-    """Members by key and extension; of several with one name, the first."""
-    found: dict[str, dict[str, Member]] = {}
-    again: dict[str, dict[str, int]] = {}
-    for name, offset, size in members:
-        parent, slash, file = name.rpartition("/")
-        stem, _, extension = file.partition(".")
-        own = found.setdefault(f"{parent}{slash}{stem}", {})
-        extension = extension.lower()
-        if extension in own:
-            counts = again.setdefault(f"{parent}{slash}{stem}", {})
-            counts[extension] = counts.get(extension, 0) + 1
-        else:
-            own[extension] = Member(offset, size)
+def _group(members: list[TarMember]) -> tuple[dict[str, dict[str, TarMember]], list[ShardFault]]:
+    """Members by key and extension, and what is lost where several have one name."""
+    found, again = group_members(members, pictures=IMAGE_EXTENSIONS)
     faults = [
         ShardFault(key, "duplicate_key", "there are several samples of this name; the first one is used")
-        for key, counts in again.items()
-        for _ in range(max(counts.values()))
+        for key, count in again.items()
+        for _ in range(count)
     ]
     return found, faults
 
 
 def _check_sample(
-    key: str, members: Mapping[str, Member], faults: list[ShardFault], *, tar_size: int, is_cut: bool
+    key: str, members: Mapping[str, TarMember], faults: list[ShardFault], *, tar_size: int, is_cut: bool
 ) -> tuple[int, ...] | None:
     """Row of the table without its key's end; for an unusable sample None, and its fault is added to `faults`."""
     extension = next((name for name in IMAGE_EXTENSIONS if name in members), "")
-    used = [members[name] for name in (extension, "json", "txt") if name in members]
+    names = [name for name in (extension, "json", "txt") if name in members]
+    used = [members[name] for name in names]
     fault: tuple[str, str] | None = None
     if any(member.offset + member.size > tar_size for member in used):
         fault = ("truncated_shard", f"lies beyond the end of the tar, byte {tar_size}")
@@ -307,17 +320,21 @@ def _check_sample(
         fault = ("missing_image", f"has {_list(members)}; wanted one of {', '.join(IMAGE_EXTENSIONS)}")
     elif "json" not in members and "txt" not in members:
         fault = ("missing_caption", f"has {_list(members)}; wanted a json or txt")
-    elif empty := [name for name in (extension, "json", "txt") if name in members and not members[name].size]:
+    elif empty := [name for name in names if not members[name].size]:
         fault = ("empty_member", f"its {empty[0]} has no bytes")
+    elif outside := [name for name in names if members[name].size == UNREADABLE]:
+        reason = "missing_image" if outside[0] == extension else "missing_caption"
+        fault = (reason, f"its {outside[0]} is a link to a file that is not in this tar, or stored sparse")
     elif any(member.size > _MAX_MEMBER_BYTES for member in used):
         fault = ("too_many_pixels", "a member of more than 4 GB")
     if fault is not None:
         faults.append(ShardFault(key, *fault))
         return None
-    none = Member(0, 0)
+    none = TarMember("", 0, 0)
     image, metadata, text = members[extension], members.get("json", none), members.get("txt", none)
-    return (*image, *metadata, *text, _EXTENSIONS.index(extension))
+    return (*image[1:], *metadata[1:], *text[1:], _EXTENSIONS.index(extension))
 
 
-def _list(members: Mapping[str, Member]) -> str:
-    return ", ".join(extension or "a file with no extension" for extension in sorted(members))
+def _list(members: Mapping[str, TarMember]) -> str:
+    names = [extension[:_MAX_NAME] or "a file with no extension" for extension in sorted(members)]
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else "")

@@ -1,0 +1,133 @@
+"""`m2-data split`: tars to a training and a held-out side that share nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from annotated_types import Ge, Gt, Le, Lt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from m2_encoder.bounds import Count, Language, Paths, Rule, Seed, Text
+from m2_encoder.config.check import check_settings
+from m2_encoder.config.paths import anchor
+from m2_encoder.config.problems import Unset
+from m2_encoder.curation.split import FAILURES_FILE, SplitOptions, describe_largest, split
+from m2_encoder.curation.split_groups import By, GlueOptions
+from m2_encoder.data.shards.paths import list_shards
+from m2_encoder.data.worker_pool import default_workers
+from m2_encoder.errors import Problem, UserError
+
+_GIANT: Final = 0.2  # of all samples: a group of more is worth a warning
+_FolderName = Annotated[
+    str, Rule(lambda name: bool(re.fullmatch(r"[^\s./\\][^/\\]*", name)), "a folder's name, without a slash", "val")
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SideNames:
+    """The keys of `names`."""
+
+    train: _FolderName
+    val: _FolderName
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """The keys of m2-data split; `conf/commands/data_split.yaml` says what they mean."""
+
+    source: Paths
+    output: Text
+    val: Annotated[float, Gt(0), Lt(1)]
+    by: By
+    seed: Seed
+    names: SideNames
+    near_images: Annotated[int, Ge(0), Le(16)] | None
+    near_color: Annotated[int, Ge(0), Le(255)]
+    max_repeats: Count | None
+    language: Language | None
+    max_pixels: Count
+    workers: Annotated[int, Ge(0), Le(1024)] | None
+    overwrite: bool
+
+
+def check_split(cfg: dict[str, Any]) -> list[Problem]:
+    """What is wrong with a configuration of m2-data split; looks at names of files, not into them."""
+    problems = check_settings(SplitSettings, cfg)
+    if problems or any(isinstance(cfg[key], Unset) for key in ("source", "output")):
+        return problems
+    try:
+        _list_shards(cfg)
+    except UserError as error:
+        return [Problem("source", cfg["source"], " ".join(str(error).split()))]
+    if cfg["names"]["train"].casefold() == cfg["names"]["val"].casefold():
+        return [Problem("names", cfg["names"], "both sides have this name", "give two")]
+    return []
+
+
+def run_split(cfg: dict[str, Any]) -> int:
+    """Splits, shows progress, and says what is where; raises `UserError` as `split`."""
+    output = anchor(cfg["output"])
+    options = SplitOptions(
+        share=float(cfg["val"]),
+        by=cfg["by"],
+        seed=cfg["seed"],
+        names=(cfg["names"]["train"], cfg["names"]["val"]),
+        glue=GlueOptions(near_images=cfg["near_images"], near_color=cfg["near_color"], max_repeats=cfg["max_repeats"]),
+        language=cfg["language"],
+        max_pixels=cfg["max_pixels"],
+    )
+    bars: dict[str, TaskID] = {}
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(f"{stage} tars", total=total)
+            progress.update(bars[stage], completed=done)
+
+        workers = default_workers() if cfg["workers"] is None else cfg["workers"]
+        result = split(_list_shards(cfg), output, options, workers=workers, overwrite=cfg["overwrite"], report=advance)
+    print(f"{output}{': was finished already; nothing to do' if result.was_finished else ''}")
+    _print_record(result.record, output)
+    return 0
+
+
+def _list_shards(cfg: dict[str, Any]) -> list[str]:
+    return list_shards(cfg["source"], refuse_urls="a split reads local files; download the shards first")
+
+
+def _print_record(record: dict[str, Any], output: Path) -> None:
+    total = record["samples"]
+    train, val = record["names"]
+    for name, side in record["sides"].items():
+        wanted = f", {record['share']:.4g} wanted" if name == val else ""
+        print(f"  {name}: {side['samples']:,} samples ({side['share']:.4f}{wanted}) in {side['tars']:,} tars")
+        captions = ", ".join(
+            f"{count:,} {language} on {side['samples_with'][language]:,} samples"
+            for language, count in side["captions"].items()
+        )
+        print(f"    captions: {captions}")
+    print(f"  {total:,} samples are {record['groups']:,} groups that stay together")
+    for kind, count in record["glued"].items():
+        print(f"    {count:>9,} samples share a {kind} with another one")
+    shared = record["on_both_sides"]
+    why = f" (those of more than {record['max_repeats']:,} samples)" if shared["captions"] else ""
+    print(f"  on both sides: {', '.join(f'{count:,} {what}' for what, count in shared.items())}{why}")
+    if record["unusable"]:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in record["unusable"].items())
+        print(f"  left out as unusable, listed in {output / FAILURES_FILE}: {counts}")
+    for language in record["sides"][train]["captions"]:
+        if language not in record["sides"][val]["captions"]:
+            _warn(f"{val} has no caption in {language}")
+    if record["largest_group"] > _GIANT * total:
+        _warn(describe_largest(record["largest_group"], total, record["largest_group_shares"]))
+    print(f"  use: data.sources.main.shards={output / train} +data.validation.{val}={output / val}")
+
+
+def _warn(text: str) -> None:
+    print(f"m2-data split: warning: {text}", file=sys.stderr)
