@@ -30,6 +30,7 @@ from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition,
 from m2_encoder.config.groups import drop_unchosen, lend_groups
 from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.old_names import update_names
+from m2_encoder.config.output import lasting_output
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.problems import find_problems, format_problem, refuse_all
@@ -103,10 +104,15 @@ class _Plan(NamedTuple):
 
 def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
     """Runs a command with arguments, those of `sys.argv` by default, and returns its exit code."""
+    with lasting_output():
+        return _run_command(command, sys.argv[1:] if argv is None else argv)
+
+
+def _run_command(command: Command, argv: Sequence[str]) -> int:
     started_argv = sys.argv
     try:
         with lend_groups(command.groups):
-            return _run(command, sys.argv[1:] if argv is None else argv)
+            return _run(command, argv)
     except KeyboardInterrupt:
         _say(f"\n{command.name}: interrupted")
         return EXIT_INTERRUPTED

@@ -72,7 +72,8 @@ def build_wandb_logger(
         logger = _start(resolved, finish_timeout_s, cfg, save_dir=str(folder), **given)
     except Exception as error:  # its client, its service, the disk and the network raise what they like
         if resolved == "offline":
-            return _give_up(error)
+            _give_up(error)
+            return None
         say(f"W&B: its server cannot be used ({first_line(error)}); staying offline")
         resolved = "offline"
         try:
@@ -81,7 +82,8 @@ def build_wandb_logger(
             wandb.teardown()  # else the name would be in use
             logger = _start(resolved, finish_timeout_s, cfg, save_dir=str(folder), **given)
         except Exception as second:
-            return _give_up(second)
+            _give_up(second)
+            return None
     if resolved == "offline":
         say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
     return logger

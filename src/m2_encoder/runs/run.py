@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -23,9 +24,10 @@ from m2_encoder.runs.build import Module, Run, build_data, build_module, build_o
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, check_frozen, read_step, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
-from m2_encoder.runs.ranks import end_together
+from m2_encoder.runs.ranks import StartedRanks, end_together
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
+from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
@@ -39,6 +41,12 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     Raises:
         UserError: for data, weights or a checkpoint that cannot be used.
     """
+    ranks = StartedRanks()
+    with end_on_signals(ranks.end):
+        return _train(cfg, ranks)
+
+
+def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     started = time.time()
     _quieten()
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
@@ -63,6 +71,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
 
     first_step = FirstStep(write_records)
     trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step])
+    ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
     metrics_of_end: dict[str, float] | None = None
     try:
@@ -139,10 +148,10 @@ def _announce(cfg: dict[str, Any], folder: Path, checkpoint: Path | None, run: R
 def _fit(run: Run, checkpoint: Path | None, *, name: str) -> None:
     try:
         run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except SIGTERMException:
+    except SIGTERMException as end:
         if run.trainer.is_global_zero:
-            step = run.trainer.global_step
-            print(f"m2-train: ended by SIGTERM, step {step} is saved; run.resume=auto goes on", file=sys.stderr)
+            step, name = run.trainer.global_step, signal.Signals(int(str(end.code)) - 128).name
+            print(f"m2-train: ended by {name}, step {step} is saved; run.resume=auto goes on", file=sys.stderr)
         raise
     except SystemExit as stop:
         if run.trainer.interrupted:
