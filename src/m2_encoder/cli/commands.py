@@ -47,8 +47,8 @@ TRAIN: Final = Command(
     notes=(
         "A run's folder must not exist; run.resume=auto continues one, run.resume=must insists on a checkpoint.",
         "One process at a time trains in a run's folder: a second start is refused while the first lives.",
-        "Exit codes: 0 done, 2 something to mend (listed on stderr before anything starts), 130 ended by Ctrl-C, 143 by",
-        "SIGTERM; both save the step they come in, and a second Ctrl-C ends at once.",
+        "Exit codes: 0 done, 2 something to mend (listed on stderr before anything starts), 130 ended by Ctrl-C, 143",
+        "by SIGTERM; both save the step they come in, and a second Ctrl-C ends at once.",
     ),
 )
 

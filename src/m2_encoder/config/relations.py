@@ -9,19 +9,22 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from m2_encoder.config import data_relations, objective_relations
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
-from m2_encoder.config.model_choice import build_model_config, build_tokenizer
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
 from m2_encoder.config.objective_files import check_files
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import LAST_CHECKPOINT, RUN_LOCK, anchor, default_run_folder
 from m2_encoder.config.problems import UNSET, find_problems, show
-from m2_encoder.config.run_folder import check_folders
+from m2_encoder.config.run_folder import holds_run, is_at_work, is_there
 from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
 from m2_encoder.data.emoji.dataset import load_emoji_concepts
+from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import divisors, resolve_group_size
 from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.files import find_holder
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 
 MAX_CPU_RANKS: Final = 8
@@ -218,6 +221,25 @@ def _check_task_heads(known: Known) -> Iterator[Problem]:
         yield Problem("task.num_heads", heads, rule, f"for example task.num_heads={fits}")
 
 
+def _check_folders(known: Known) -> Iterator[Problem]:
+    """Folders that cannot be written, a run's that is in use, or one that is missing where it has to be there."""
+    for key in ("run.folder", "data.folder"):
+        if (value := known(key, None)) is not None and (reason := _unusable(anchor(value))):
+            yield Problem(key, value, reason, "give a folder that you may write to")
+    name, resume = known("run.name"), known("run.resume")
+    folder = default_run_folder({"run": {"name": name, "folder": known("run.folder")}})
+    if not is_first_rank() or _unusable(folder):
+        return  # the first rank decides, before the others start
+    if (holder := find_holder(folder / RUN_LOCK)) is not None:
+        yield is_at_work(name, holder)
+        return
+    if resume == "never" and holds_run(folder):
+        yield is_there(name, folder)
+    if resume == "must" and not (folder / LAST_CHECKPOINT).is_file():
+        fix = "give the run.name of a run with a checkpoint, or run.resume=auto to start it if there is none"
+        yield Problem("run.resume", resume, f"there is no {folder / LAST_CHECKPOINT}", fix)
+
+
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_model,
     _check_weights,
@@ -244,9 +266,19 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_task,
     _check_tokenizer_task,
     _check_task_heads,
-    check_folders,
+    _check_folders,
 )
 
 _MACHINE_CHECKS: Final = (
     _check_devices, _check_cluster, check_files, data_relations.check_shards, data_relations.check_validation,
 )  # fmt: skip
+
+
+def _unusable(folder: Path) -> str | None:
+    """Why a folder cannot be made or written, or None."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    if not takes_files(existing):
+        return f"{existing} may not be written"
+    return None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from m2_encoder.config import command as cli
-from m2_encoder.config import run_folder
+from m2_encoder.config import relations
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.run_folder import hold_run
 from m2_encoder.errors import UserError
@@ -66,7 +66,7 @@ def test_the_command_refuses_before_anything_is_written(
     for probed in (True, False):  # by the check, or where both came through it at once
         with held_elsewhere(tmp_path / "x" / ".lock"):
             if not probed:
-                monkeypatch.setattr(run_folder, "find_holder", lambda _path: None)
+                monkeypatch.setattr(relations, "find_holder", lambda _path: None)
             assert cli.run_command(TRAIN, arguments) == 2
         captured = capsys.readouterr()
         assert captured.err.startswith("m2-train: run.name=x: a run of this name is at work (pid ")

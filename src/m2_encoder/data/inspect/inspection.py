@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_facts
 from m2_encoder.data.samples.captions import check_roles
-from m2_encoder.data.samples.parse import SampleProblem, SampleText, name_content, parse_sample_text
+from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText, name_content, parse_sample_text
 from m2_encoder.data.shards.index import ShardIndex
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.reader import OpenShard, SampleBytes
@@ -89,6 +89,7 @@ class ShardInspection(NamedTuple):
         formats: inspected images by kind.
         rows: usable inspected samples, `SAMPLE_ROW`.
         captions: theirs, `CAPTION_ROW`.
+        left_out: captions of inspected samples that are neither Chinese nor English, by language.
     """
 
     path: str
@@ -106,6 +107,7 @@ class ShardInspection(NamedTuple):
     formats: Counter[str]
     rows: npt.NDArray[np.void]
     captions: npt.NDArray[np.void]
+    left_out: Counter[str]
 
 
 def inspect_shard(task: ShardTask) -> ShardInspection:
@@ -129,6 +131,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
                 _inspect_sample(shard.read(number), task.options, counter, seen, decode=number in decoded)
             except SampleProblem as problem:
                 faults.add(shard.index[number].key, problem.reason, problem.detail, content=True)
+                seen.leave_out(problem.left_out)
     except FileNotFoundError:
         faults.add(None, "shard_missing", "no such file")
     except SampleProblem as problem:
@@ -154,6 +157,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         formats=seen.formats,
         rows=np.array(seen.rows, SAMPLE_ROW),
         captions=np.array(seen.captions, CAPTION_ROW),
+        left_out=seen.left_out,
     )
 
 
@@ -213,7 +217,11 @@ class _Seen:
         self.json_keys: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.extensions: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self.decoded = self.damaged = 0
+
+    def leave_out(self, captions: Iterable[CaptionText]) -> None:
+        self.left_out.update(caption.language for caption in captions)
 
     def add(self, raw: SampleBytes, facts: ImageFacts, said: SampleText, counter: _Counter) -> None:
         identity = name_content(said, key=raw.key, shard=self._shard, source="")
@@ -286,6 +294,7 @@ def _inspect_sample(
 ) -> None:
     said = parse_sample_text(raw.json, raw.text, language=options.language)
     seen.json_keys.update(said.metadata.keys())
+    seen.leave_out(said.left_out)
     check_roles(said.captions)
     facts = read_image_facts(raw.image, options.limits, decode=False)
     if decode:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from m2_encoder.data.packing.csv_rows import read_rows
-from m2_encoder.data.packing.records import Columns, Failure, Record, read_row, stamp_files, stamp_images
+from m2_encoder.data.packing.records import Columns, Failure, Record, fail, read_row, stamp_files, stamp_images
 from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text
 from m2_encoder.errors import UserError
 
@@ -70,9 +70,10 @@ class FolderSlice:
             text = parse_sample_text(found[0], found[1], language=self.language)
             metadata = {} if found[0] is None or not self.extra else parse_json_object(found[0])
         except SampleProblem as problem:
-            return Failure(image, problem.reason, problem.detail)
+            return fail(image, problem)
         extra = {name: metadata[name] for name in self.extra if name in metadata}
-        return Record(image, os.path.join(self.root, image), text.captions, text.identity or stem, extra)
+        path = os.path.join(self.root, image)
+        return Record(image, path, text.captions, text.identity or stem, extra, text.left_out)
 
 
 def slice_folder(
