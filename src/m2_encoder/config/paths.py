@@ -57,6 +57,11 @@ def anchor(path: str | Path, start: Path | None = None) -> Path:
     return (find_checkout(start) or (start or Path.cwd()).resolve()) / path
 
 
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether a run has saved anything; partial files begin with a dot."""
+    return any(not path.name.startswith(".") for path in (run_folder / LAST_CHECKPOINT).parent.glob("*.ckpt"))
+
+
 def default_run_folder(cfg: Mapping[str, Any]) -> Path:
     """`<run.folder>/<run.name>` of a configuration that has both."""
     return anchor(cfg["run"]["folder"]) / str(cfg["run"]["name"])

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError
 from m2_encoder.files import atomic_file
+from m2_encoder.training.optim import follow_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class RunCheckpoint(Checkpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero and stage == "fit":
+            _free(self.last)
             for partial in self.folder.glob(".*.ckpt.*.tmp"):
                 partial.unlink(missing_ok=True)
 
@@ -108,8 +111,20 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = int(checkpoint["global_step"])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+<<<<<<< HEAD
         """Restore the random state of the checkpoint; handle signals from now on."""
         self._signal, self._leaves = None, False
+=======
+        """Restore the random state of the checkpoint; handle SIGTERM from now on.
+
+        Raises:
+            CheckpointError: if the ranks go on from different checkpoints.
+        """
+        _check_ranks(trainer)
+        for config in trainer.lr_scheduler_configs:
+            follow_schedule(config.scheduler)
+        self._was_signalled = self._leaves = False
+>>>>>>> main
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             for number in _SIGNALS:
                 signal.signal(number, self._note_signal)  # Lightning restores the old handlers in the end
@@ -175,12 +190,27 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = step
 
 
+def _free(path: Path) -> None:
+    """Move a folder aside that stands where a checkpoint will be written."""
+    if path.is_dir():
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.aside")
+        path.rename(aside)
+        logger.warning("%s is a folder, where the newest checkpoint will be written; it is %s now", path, aside.name)
+
+
 def _link_or_copy(path: Path, other: Path) -> None:
     """Hard-link a file, or copy it if the disk has no links. Neither file is ever changed in place."""
     with contextlib.suppress(OSError):
         os.link(path, other)
         return
     shutil.copyfile(path, other)
+
+
+def _check_ranks(trainer: lightning.Trainer) -> None:
+    """Every rank looks for the newest checkpoint itself; a folder that changes meanwhile would part them."""
+    first = trainer.strategy.broadcast(trainer.global_step)
+    if trainer.strategy.reduce_boolean_decision(first != trainer.global_step, all=False):
+        raise CheckpointError(f"the ranks go on from different steps (the first from {first}); start the run again")
 
 
 def _random_state() -> dict[str, Tensor]:
