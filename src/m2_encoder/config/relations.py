@@ -16,11 +16,7 @@ from m2_encoder.config import data_relations, objective_relations
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
 from m2_encoder.config.objective_files import check_files
-<<<<<<< HEAD
-from m2_encoder.config.paths import LAST_CHECKPOINT, RUN_LOCK, anchor, default_run_folder
-=======
-from m2_encoder.config.paths import LAST_CHECKPOINT, anchor, default_run_folder, has_checkpoint
->>>>>>> main
+from m2_encoder.config.paths import LAST_CHECKPOINT, RUN_LOCK, anchor, default_run_folder, has_checkpoint
 from m2_encoder.config.problems import UNSET, find_problems, show
 from m2_encoder.config.run_folder import holds_run, is_at_work, is_there
 from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
@@ -234,20 +230,12 @@ def _check_folders(known: Known) -> Iterator[Problem]:
     folder = default_run_folder({"run": {"name": name, "folder": known("run.folder")}})
     if not is_first_rank() or _unusable(folder):
         return  # the first rank decides, before the others start
-<<<<<<< HEAD
     if (holder := find_holder(folder / RUN_LOCK)) is not None:
         yield is_at_work(name, holder)
         return
     if resume == "never" and holds_run(folder):
         yield is_there(name, folder)
-    if resume == "must" and not (folder / LAST_CHECKPOINT).is_file():
-=======
-    # Hydra's records alone are the trace of a start that failed before it trained anything.
-    if resume == "never" and folder.is_dir() and any(entry.name != ".hydra" for entry in folder.iterdir()):
-        fix = f"continue it with run.resume=auto, give another run.name, or delete {folder}"
-        yield Problem("run.name", name, f"{folder} holds a run already", fix)
     if resume == "must" and not has_checkpoint(folder):
->>>>>>> main
         fix = "give the run.name of a run with a checkpoint, or run.resume=auto to start it if there is none"
         yield Problem("run.resume", resume, f"there is no checkpoint in {(folder / LAST_CHECKPOINT).parent}", fix)
 

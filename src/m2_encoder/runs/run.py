@@ -77,29 +77,19 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_check(folder, checked)
 
     first_step = FirstStep(write_records)
-<<<<<<< HEAD
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step])
+    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step, FirstValidation()])
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
     metrics_of_end: dict[str, float] | None = None
     try:
         if trainer.is_global_zero:
-            _announce(cfg, folder, checkpoint, run)
-        _fit(run, checkpoint, name=cfg["run"]["name"])
+            _announce(cfg, folder, newest, run, changes=trained is cfg)
+        _fit(run, newest and newest.path, name=cfg["run"]["name"])
         first_step.pass_by(trainer)  # no step is left where all were done already
-        metrics_of_end = _finish(run, tasks, cfg, folder, started=started)
+        metrics_of_end = _finish(run, tasks, cfg, folder, trained=trained, started=started)
     finally:
         _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
     return metrics_of_end
-=======
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step, FirstValidation()])
-    run = Run(module, datamodule, trainer, metrics)
-    if trainer.is_global_zero:
-        _announce(cfg, folder, newest, run, changes=trained is cfg)
-    _fit(run, newest and newest.path, name=cfg["run"]["name"])
-    first_step.pass_by(trainer)  # no step is left where all were done already
-    return _finish(run, tasks, cfg, folder, trained=trained, started=started)
->>>>>>> main
 
 
 def _finish(

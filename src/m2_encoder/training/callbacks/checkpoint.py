@@ -111,11 +111,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = int(checkpoint["global_step"])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-<<<<<<< HEAD
-        """Restore the random state of the checkpoint; handle signals from now on."""
-        self._signal, self._leaves = None, False
-=======
-        """Restore the random state of the checkpoint; handle SIGTERM from now on.
+        """Restore the random state of the checkpoint; handle signals from now on.
 
         Raises:
             CheckpointError: if the ranks go on from different checkpoints.
@@ -123,8 +119,7 @@ class RunCheckpoint(Checkpoint):
         _check_ranks(trainer)
         for config in trainer.lr_scheduler_configs:
             follow_schedule(config.scheduler)
-        self._was_signalled = self._leaves = False
->>>>>>> main
+        self._signal, self._leaves = None, False
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             for number in _SIGNALS:
                 signal.signal(number, self._note_signal)  # Lightning restores the old handlers in the end
