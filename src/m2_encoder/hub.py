@@ -15,6 +15,7 @@ import torch
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import ExportedFolder, find_pictures, read_exported
 from m2_encoder.checkpoints.io import load_model
+from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
@@ -119,7 +120,11 @@ def choose_pictures(
     Raises:
         CheckpointError: if the export of the weights is damaged.
     """
-    if isinstance(weights, str | os.PathLike) and not is_url(weights) and (found := find_pictures(weights)) is not None:
+    if (
+        isinstance(weights, str | os.PathLike)
+        and not is_url(weights)
+        and (found := find_pictures(find_weights(weights))) is not None
+    ):
         return found
     if exported is not None:
         return exported.pictures

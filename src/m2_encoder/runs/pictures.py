@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.checkpoints.download import is_url
+from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
+from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import show
@@ -54,9 +56,9 @@ def pictures_of_weights(model: Mapping[str, Any]) -> PicturePolicy:
     weights = model["weights"]
     if is_url(weights):
         return choose_pictures(build_model_config(model), weights)
-    path = anchor(weights)
+    path = find_weights(anchor(weights))
     run = path.parent.parent / CONFIG_FILE
-    if path.parent.name == "checkpoints" and run.is_file():
+    if path.parent.name == CHECKPOINT_FOLDER and run.is_file():
         return read_policy(read_config(run)["model"]["pictures"] or STANDARD)
     return choose_pictures(build_model_config(model), path)
 
