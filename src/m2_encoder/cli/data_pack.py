@@ -101,7 +101,7 @@ def run_pack(cfg: dict[str, Any]) -> int:
         downloads=DownloadOptions(threads=cfg["threads"], timeout_s=cfg["timeout_s"], retries=cfg["retries"]),
         retry_remote=cfg["retry_remote"],
     )
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("packing", total=None)
         done = collections.Counter[str]()
