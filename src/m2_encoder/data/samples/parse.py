@@ -158,7 +158,9 @@ def read_identity(metadata: Mapping[str, Any]) -> str | None:
     """
     for key in ("identity", "key"):
         value = metadata.get(key)
-        if value is not None:
+        if isinstance(value, float) and value.is_integer():  # what pandas makes of a whole number
+            value = int(value)
+        if value is not None and value != "nan" and value == value:  # NaN marks nothing
             if isinstance(value, bool) or not isinstance(value, str | int):
                 raise SampleProblem("wrong_type", f"{key} is a {type(value).__name__}, not a text or whole number")
             return _encodable(str(value))
