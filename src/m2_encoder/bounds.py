@@ -69,7 +69,6 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
-Language = Literal["en", "zh"]
 Text = Annotated[str, Rule(lambda text: bool(text.strip()), "a text", "TEXT")]
 
 

@@ -179,6 +179,8 @@ def _bad_captions() -> list[Fault]:
         bad("numbers as captions", "wrong_type", {"captions": {"en": [1, 2]}}),
         bad("caption under the unknown key desc", "missing_caption", {"desc": "a dog"}),
         bad("captions in another language", "missing_caption", {"captions": {"fr": ["un chien"]}}),
+        bad("Japanese caption", "missing_caption", "猫がいます".encode(), extension="txt"),
+        bad("caption of characters that nobody sees", "missing_caption", {"caption": "\u200b\ufeff"}),
         bad("caption of blanks", "missing_caption", b" \n", extension="txt"),
     ]
 

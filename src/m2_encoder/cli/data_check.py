@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Count, Fraction, Language, Paths, Positive, Text
+from m2_encoder.bounds import Count, Fraction, Paths, Positive, Text
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import output_problems
@@ -22,6 +22,7 @@ from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import check_source, judge_for_training
 from m2_encoder.data.inspect.survey import Survey, survey_source
 from m2_encoder.data.inspect.tables import print_report
+from m2_encoder.data.samples.language import LanguageName, read_language
 from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import default_workers
@@ -41,7 +42,7 @@ class SurveySettings:
     max_shards: Count
     samples_per_shard: Count
     batch_size: Annotated[int, Ge(2)]
-    language: Language | None
+    language: LanguageName | None
     decode: bool
     min_side: Count
     max_aspect: Annotated[float, Ge(1)]
@@ -108,7 +109,7 @@ def survey(cfg: Mapping[str, Any], options: InspectionOptions) -> Survey:
         samples_per_shard=None if cfg["full"] else cfg["samples_per_shard"],
         decode=cfg["decode"],
         limits=ImageLimits(cfg["max_pixels"], cfg["min_side"], float(cfg["max_aspect"])),
-        language=cfg["language"],
+        language=cfg["language"] and read_language(cfg["language"]),
     )
     remote = None
     if cfg["cache"] is not None:

@@ -16,13 +16,14 @@ from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Language, NotNegative, Paths, Text
+from m2_encoder.bounds import NotNegative, Paths, Text
 from m2_encoder.config.check import check_settings, check_values, make_settings, read_parameters
 from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import device_of, find_path, model_problems
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, find_problems
 from m2_encoder.curation.settings import CurationSettings, LengthLimit, ScoreSettings
+from m2_encoder.data.samples.language import LanguageName, read_language
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.types import LANGUAGES
@@ -71,7 +72,7 @@ class CurateOptions:
 
     shards: Paths | Mapping[str, Paths]
     output: Text
-    language: Language | Mapping[Any, Language | None] | None
+    language: LanguageName | Mapping[Any, LanguageName | None] | None
     samples_per_shard: Any
     partition_rows: Any
     executor: Literal["local", "ray"]
@@ -225,7 +226,8 @@ def _list_shards(cfg: Mapping[str, Any]) -> list[Any]:
         for name, parts in shards.items()
     }
     languages = language if isinstance(language, Mapping) else dict.fromkeys(found, language)
-    return list_shards(found, {str(name): value for name, value in languages.items()})  # {2024: ...} has a number
+    named = {str(name): value and read_language(value) for name, value in languages.items()}  # {2024: ...} has a number
+    return list_shards(found, named)
 
 
 def _place(part: str) -> str:

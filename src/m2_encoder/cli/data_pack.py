@@ -14,7 +14,7 @@ from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Count, Fraction, Language, Paths, Positive, Text
+from m2_encoder.bounds import Count, Fraction, Paths, Positive, Text
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, find_problems, show
@@ -25,6 +25,7 @@ from m2_encoder.data.packing.pack import FAILURES_FILE, PackOptions, PackSummary
 from m2_encoder.data.packing.records import Columns
 from m2_encoder.data.packing.shards import ShardResult
 from m2_encoder.data.packing.sources import Format, Source, find_source
+from m2_encoder.data.samples.language import LanguageName, describe_languages, read_language
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import Problem, UserError, abridge
 
@@ -53,7 +54,7 @@ class PackSettings:
     image_root: Text | None
     encoding: Text | None
     columns: ColumnSettings
-    language: Language | None
+    language: LanguageName | None
     samples_per_shard: Annotated[int, Ge(1), Le(10**6)]
     pattern: Text
     max_side: Count | None
@@ -135,7 +136,7 @@ def _with_key(cfg: dict[str, Any], error: UserError) -> UserError:
 
 
 def _find(cfg: dict[str, Any]) -> Source:
-    columns = Columns(**cfg["columns"], default_language=cfg["language"])
+    columns = Columns(**cfg["columns"], default_language=cfg["language"] and read_language(cfg["language"]))
     columns = columns._replace(extra=tuple(columns.extra))
     root = cfg["image_root"] and os.path.expanduser(cfg["image_root"])
     return find_source(
@@ -161,6 +162,8 @@ def _print_summary(summary: PackSummary, output: Path) -> None:
     print(f"{output}")
     print(f"  {summary.samples:,} samples in {summary.shards:,} tars, {summary.num_bytes / 1e6:,.1f} MB{reused}")
     print(f"  captions: {', '.join(f'{count:,} {language}' for language, count in summary.captions.items())}")
+    if summary.left_out:
+        print(f"  left out: {describe_languages(summary.left_out)}, which are neither Chinese nor English")
     if summary.changed_images:
         print(f"  {summary.changed_images:,} images were reduced or encoded again")
     if summary.failed:

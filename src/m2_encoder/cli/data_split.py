@@ -12,12 +12,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Count, Language, Paths, Rule, Seed, Text
+from m2_encoder.bounds import Count, Paths, Rule, Seed, Text
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
 from m2_encoder.curation.split import FAILURES_FILE, SplitOptions, describe_largest, split
 from m2_encoder.curation.split_groups import By, GlueOptions
+from m2_encoder.data.samples.language import LanguageName, read_language
 from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import Problem, UserError
@@ -49,7 +50,7 @@ class SplitSettings:
     near_images: Annotated[int, Ge(0), Le(16)] | None
     near_color: Annotated[int, Ge(0), Le(255)]
     max_repeats: Count | None
-    language: Language | None
+    language: LanguageName | None
     max_pixels: Count
     workers: Annotated[int, Ge(0), Le(1024)] | None
     overwrite: bool
@@ -78,7 +79,7 @@ def run_split(cfg: dict[str, Any]) -> int:
         seed=cfg["seed"],
         names=(cfg["names"]["train"], cfg["names"]["val"]),
         glue=GlueOptions(near_images=cfg["near_images"], near_color=cfg["near_color"], max_repeats=cfg["max_repeats"]),
-        language=cfg["language"],
+        language=cfg["language"] and read_language(cfg["language"]),
         max_pixels=cfg["max_pixels"],
     )
     bars: dict[str, TaskID] = {}

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
 from m2_encoder.curation.images import ImageMeasure, measure_image
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import MEASURED, write_table
-from m2_encoder.data.samples.parse import SampleProblem, parse_sample_text
+from m2_encoder.data.samples.parse import UNDECLARED, SampleProblem, parse_sample_text
 from m2_encoder.data.shards.index import IndexedSample, Member, build_index
 from m2_encoder.errors import UserError
-
-_UNDECLARED: Final = "?"  # language of captions that declare none; it is detected later
 
 
 class MeasureTask(NamedTuple):
@@ -87,12 +85,14 @@ def _rows(number: int, sample: IndexedSample, file: BinaryIO, task: MeasureTask)
     json_file = read_member(file, sample.json) if sample.json else None
     text_file = read_member(file, sample.text) if sample.text else None
     try:
-        captions = parse_sample_text(json_file, text_file, language=task.shard.language or _UNDECLARED).captions
+        said = parse_sample_text(json_file, text_file, language=task.shard.language or UNDECLARED)
+        captions = (*said.captions, *said.left_out)
     except SampleProblem as problem:
-        yield {**shared, "fault": fault or problem.reason}
-        return
+        captions = problem.left_out
+        if not captions:
+            yield {**shared, "fault": fault or problem.reason}
     for caption in captions:
-        declared = None if caption.language == _UNDECLARED else caption.language
+        declared = None if caption.language == UNDECLARED else caption.language
         yield {**shared, "text": caption.text, "declared": declared, "role": caption.role, "fault": fault}
 
 

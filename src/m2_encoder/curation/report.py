@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m2_encoder.curation.decide import NO_LANGUAGE
 from m2_encoder.curation.output_folder import REPORT
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import read_notes
+from m2_encoder.data.samples.language import describe_languages
 from m2_encoder.files import atomic_file
+from m2_encoder.types import LANGUAGES
 
 KEPT = "kept"
 REWRITE = "rewrite"
@@ -96,9 +99,25 @@ def format_report(report: Report) -> list[str]:
     if total["rewrite"]:
         lines.append(f"{total['rewrite']:,} of the kept captions score low and are flagged for rewriting")
     for name, source in report.content["sources"].items():
-        lines += ["", f"### {name}", "", *_table(source["languages"])]
+        lines += ["", f"### {name}", "", *_table(_merge_others(source["languages"]))]
+        others = {
+            language: sum(words.values()) for language, words in source["languages"].items() if _is_other(language)
+        }
+        if others:
+            lines += ["", f"left out: {describe_languages(others)}, which are neither Chinese nor English", ""]
         lines += [f"- {fault['reason']}: {fault['shard']}" for fault in source["faults"]]
     return lines
+
+
+def _is_other(language: str) -> bool:
+    return language not in (*LANGUAGES, NO_LANGUAGE)
+
+
+def _merge_others(languages: Mapping[str, Mapping[str, int]]) -> dict[str, Mapping[str, int]]:
+    """The languages of training, and all others in one column."""
+    others = [words for language, words in languages.items() if _is_other(language)]
+    known = {language: words for language, words in languages.items() if not _is_other(language)}
+    return {**known, "others": _sum(others)} if others else known
 
 
 def _table(languages: Mapping[str, Mapping[str, int]]) -> list[str]:

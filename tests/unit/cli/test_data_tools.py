@@ -92,7 +92,7 @@ FILES = {
         (["pack", "source=图片=photos", "output=tars", "quality=0"], "1..95"),
         (["pack", "source=图片=photos", "output=tars", "columns=x"], "columns"),
         (["pack", "source=图片=photos", "output=tars", "columns.extra=x"], "a list of texts"),
-        (["pack", "source=图片=photos", "output=tars", "language=fr"], "one of en, zh"),
+        (["pack", "source=图片=photos", "output=tars", "language=fr"], "zh or en, or a tag"),
         (["pack", "source=gone", "output=tars"], "source=gone: "),
         (["pack", "source=图片=photos", "output=图片=photos/tars"], "lies inside of source"),
         (["pack", "source=图片=photos", "output=图片=photos"], "lies inside of source"),

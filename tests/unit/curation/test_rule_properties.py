@@ -102,7 +102,8 @@ def test_every_row_is_decided(rows: list[dict[str, Any]], wanted: CurationSettin
     for row in decide(rows, wanted):
         assert row["keep"] == (row["reason"] is None)
         assert row["reason"] == row["fault"] if row["fault"] else True
-        assert row["language"] in LANGUAGES if row["text"] is not None else row["language"] is None
+        assert (row["language"] is None) == (row["text"] is None)
+        assert not row["keep"] or row["language"] in (*LANGUAGES, None)
         if wanted.languages is not None and row["keep"]:
             assert row["detected"] in (*wanted.languages, "none")
 

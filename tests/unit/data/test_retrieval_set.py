@@ -105,8 +105,8 @@ BAD = {
     "broken image": ({**sample("a", 1), "a.png": image_bytes(1)[:40]}, "a.tar:a: .*"),
     "missing language": (sample("a", 1, captions={"en": ["x"]}), "no caption in 'zh'"),
     "empty caption": (sample("a", 1, captions={"en": [" "], "zh": ["猫"]}), "no caption in 'en'"),
-    "caption as a string": (
-        sample("a", 1, captions={"en": "cat", "zh": "猫"}),
+    "caption as a number": (
+        sample("a", 1, captions={"en": 7, "zh": "猫"}),
         "a.tar:a: wrong_type: captions of 'en'",
     ),
     "empty tar": ({}, "no samples"),

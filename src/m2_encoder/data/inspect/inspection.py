@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_facts
 from m2_encoder.data.samples.captions import check_roles
-from m2_encoder.data.samples.parse import SampleProblem, SampleText, name_content, parse_sample_text
+from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText, name_content, parse_sample_text
+from m2_encoder.data.shards.grouping import has_dotted_name
 from m2_encoder.data.shards.index import ShardIndex
+from m2_encoder.data.shards.names import is_clutter
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.reader import OpenShard, SampleBytes
 from m2_encoder.data.shards.remote import RemoteShards
@@ -89,6 +91,8 @@ class ShardInspection(NamedTuple):
         formats: inspected images by kind.
         rows: usable inspected samples, `SAMPLE_ROW`.
         captions: theirs, `CAPTION_ROW`.
+        left_out: captions of inspected samples that are neither Chinese nor English, by language.
+        dotted: inspected samples that are named up to the last dot.
     """
 
     path: str
@@ -106,6 +110,8 @@ class ShardInspection(NamedTuple):
     formats: Counter[str]
     rows: npt.NDArray[np.void]
     captions: npt.NDArray[np.void]
+    left_out: Counter[str]
+    dotted: int = 0
 
 
 def inspect_shard(task: ShardTask) -> ShardInspection:
@@ -113,7 +119,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
     faults = _Faults(task.path)
     seen = _Seen(task.path)
     shard = None
-    indexed = inspected = 0
+    indexed = inspected = dotted = 0
     header_faults: Counter[str] = Counter()
     try:
         shard = _open(task.path, task.remote)
@@ -125,10 +131,12 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         decoded = {chosen[i] for i in _choose(len(chosen), task.options.num_decoded)} if task.options.decode else set()
         for number in chosen:
             inspected += 1
+            dotted += has_dotted_name(shard.index[number].key)
             try:
                 _inspect_sample(shard.read(number), task.options, counter, seen, decode=number in decoded)
             except SampleProblem as problem:
                 faults.add(shard.index[number].key, problem.reason, problem.detail, content=True)
+                seen.leave_out(problem.left_out)
     except FileNotFoundError:
         faults.add(None, "shard_missing", "no such file")
     except SampleProblem as problem:
@@ -154,6 +162,8 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         formats=seen.formats,
         rows=np.array(seen.rows, SAMPLE_ROW),
         captions=np.array(seen.captions, CAPTION_ROW),
+        left_out=seen.left_out,
+        dotted=dotted,
     )
 
 
@@ -213,7 +223,11 @@ class _Seen:
         self.json_keys: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.extensions: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self.decoded = self.damaged = 0
+
+    def leave_out(self, captions: Iterable[CaptionText]) -> None:
+        self.left_out.update(caption.language for caption in captions)
 
     def add(self, raw: SampleBytes, facts: ImageFacts, said: SampleText, counter: _Counter) -> None:
         identity = name_content(said, key=raw.key, shard=self._shard, source="")
@@ -270,7 +284,8 @@ def _count_extensions(shard: OpenShard, options: InspectionOptions) -> Counter[s
     """Members by extension, from as many headers as samples are read: reading all of a large tar would take longest."""
     limit, index = options.samples_per_shard, shard.index
     size = index.size if limit is None or len(index) <= limit else index[limit].image.offset
-    names = (Path(member.name).name for member in scan_tar(shard.descriptor, size=size).members)
+    members = scan_tar(shard.descriptor, size=size).members
+    names = (Path(member.name).name for member in members if not is_clutter(member.name))
     return Counter(f".{rest}" if dot else "no extension" for _, dot, rest in (name.partition(".") for name in names))
 
 
@@ -286,6 +301,7 @@ def _inspect_sample(
 ) -> None:
     said = parse_sample_text(raw.json, raw.text, language=options.language)
     seen.json_keys.update(said.metadata.keys())
+    seen.leave_out(said.left_out)
     check_roles(said.captions)
     facts = read_image_facts(raw.image, options.limits, decode=False)
     if decode:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expect_false_negatives
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
 from m2_encoder.data.inspect.survey import Survey
+from m2_encoder.data.samples.language import describe_languages
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
 from m2_encoder.errors import abridge
 from m2_encoder.types import LANGUAGES
@@ -71,6 +72,7 @@ class SourceReport(NamedTuple):
         json_keys: inspected samples by key of their JSON.
         formats: usable images by kind.
         languages: captions by language, those that occur.
+        left_out: captions that are neither Chinese nor English, by language.
         width: `QUANTILES` of widths, pixels.
         height: `QUANTILES` of heights, pixels.
         captions: repetition of exact texts.
@@ -95,6 +97,7 @@ class SourceReport(NamedTuple):
     json_keys: dict[str, int]
     formats: dict[str, int]
     languages: dict[str, CaptionSummary]
+    left_out: dict[str, int]
     width: tuple[float, ...]
     height: tuple[float, ...]
     captions: Repetition
@@ -140,6 +143,7 @@ def check_source(
         json_keys=_merge(item.json_keys for item in survey.shards),
         formats=_merge(item.formats for item in survey.shards),
         languages=_summarize_languages(captions),
+        left_out=_merge(item.left_out for item in survey.shards),
         width=_quantiles(rows["width"]),
         height=_quantiles(rows["height"]),
         captions=_repetition(captions["text"]),
@@ -156,7 +160,9 @@ def check_source(
         problems=(),
         warnings=(),
     )
-    return report._replace(problems=tuple(_problems(report)), warnings=tuple(_warnings(report, languages)))
+    return report._replace(
+        problems=tuple(_problems(report)), warnings=(*_warnings(report, languages), *_dotted(survey))
+    )
 
 
 def judge_for_training(report: SourceReport, survey: Survey, *, max_bad_share: float) -> SourceReport:
@@ -231,9 +237,21 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
         found.append(
             f"{report.usable:,} usable samples are fewer than a batch of {expected.batch_size:,}: they repeat in it"
         )
+    if report.left_out:
+        found.append(f"left out: {describe_languages(report.left_out)}, which are neither Chinese nor English")
     if any(name not in report.languages for name in languages) and report.languages:
         found.append(f"all captions are in {', '.join(report.languages)}: weigh languages accordingly")
     return found
+
+
+def _dotted(survey: Survey) -> list[str]:
+    count = sum(item.dotted for item in survey.shards)
+    if not count:
+        return []
+    return [
+        f"{count:,} of the samples read have dots in their names and are named up to the last one; other readers of "
+        "WebDataset tars name them up to the first, which makes one sample of many: rename the files"
+    ]
 
 
 _SHARD_REASONS = {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m2_encoder.bounds import Count, NotNegative, Paths, Rule, check_fields
 from m2_encoder.data.order.manifest_record import RecordedSource, name_some, pack_record, write_weight
+from m2_encoder.data.samples.language import read_language
 from m2_encoder.data.shards.index import IndexHeader
 from m2_encoder.data.shards.paths import is_remote, list_shards
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
@@ -23,9 +24,19 @@ from m2_encoder.types import LANGUAGES
 _COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
 
 
+def _read_languages(languages: str | Sequence[str]) -> tuple[str | None, ...]:
+    names = [languages] if isinstance(languages, str) else languages
+    return tuple(dict.fromkeys(map(read_language, names)))
+
+
 def _are_languages(languages: str | Sequence[str]) -> bool:
-    parts = [languages] if isinstance(languages, str) else languages
-    return bool(parts) and all(part in LANGUAGES for part in parts)
+    return bool(languages) and set(_read_languages(languages)) <= set(LANGUAGES)
+
+
+_Languages = Annotated[
+    str | Sequence[str],
+    Rule(_are_languages, f"some of {', '.join(LANGUAGES)}, or tags of theirs such as zh-CN", "[zh, en]"),
+]
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,7 @@ class SourceSpec:
 
     name: str
     shards: Paths
-    languages: Annotated[str | Sequence[str], Rule(_are_languages, f"some of {', '.join(LANGUAGES)}", "[zh, en]")] = (
-        LANGUAGES
-    )
+    languages: _Languages = LANGUAGES
     weight: NotNegative | None = None
     max_samples: Count | None = None
     max_epochs: Count | None = None
@@ -56,8 +65,7 @@ class SourceSpec:
             check_fields(self)
         except UserError as error:
             raise error.under(f"data.sources.{self.name}") from error
-        languages = [self.languages] if isinstance(self.languages, str) else self.languages
-        object.__setattr__(self, "languages", tuple(languages))
+        object.__setattr__(self, "languages", _read_languages(self.languages))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from m2_encoder.data.packing.listed import batched, hash_json
-from m2_encoder.data.packing.records import Columns, Failure, Record, read_row, stamp_images
-from m2_encoder.data.samples.language import detect_language
-from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, read_captions
+from m2_encoder.data.packing.records import Columns, Failure, Record, fail, read_row, stamp_images
+from m2_encoder.data.samples.parse import SampleProblem, describe_missing, gather, parse_json_object
 from m2_encoder.errors import UserError
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -56,7 +55,7 @@ class JsonLinesSlice:
             try:
                 yield read_row(parse_json_object(line), self.columns, name, self.root)
             except SampleProblem as problem:
-                yield Failure(name, problem.reason, problem.detail)
+                yield fail(name, problem)
 
 
 def slice_json_lines(
@@ -146,19 +145,16 @@ class ChineseClipSlice:
         if texts is None:
             return Failure(name, "duplicate_key", f"image {shown} came before")
         try:
-            found = [
-                caption
-                for text in texts
-                for caption in read_captions({"captions": {self.language or detect_language(text): [text]}})
-            ]
-            if not found:
-                raise SampleProblem("missing_caption", f"no text names image {shown}")
+            found = gather([(texts, self.language, None)], "the text")
+            if not found.kept:
+                detail = describe_missing(found.left_out) or f"no text names image {shown}"
+                raise SampleProblem("missing_caption", detail, found.left_out)
             image = base64.b64decode(encoded.strip().translate(_URL_SAFE), validate=True)
         except SampleProblem as problem:
-            return Failure(name, problem.reason, problem.detail)
+            return fail(name, problem)
         except binascii.Error as error:
             return Failure(name, "undecodable_image", f"image {shown} is not base64: {error}")
-        return Record(name, image, tuple(found), shown, {})
+        return Record(name, image, found.kept, shown, {}, found.left_out)
 
 
 def slice_chinese_clip(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from m2_encoder.data.packing.csv_rows import read_rows
 from m2_encoder.data.packing.encodings import find_encoding, find_separator
-from m2_encoder.data.packing.records import Columns, Failure, Record, read_row, stamp_files, stamp_images
+from m2_encoder.data.packing.records import Columns, Failure, Record, fail, read_row, stamp_files, stamp_images
 from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text
 from m2_encoder.data.shards.names import decode_names, is_clutter
 from m2_encoder.errors import UserError
@@ -78,9 +78,10 @@ class FolderSlice:
             text = parse_sample_text(found[0], found[1], language=self.language)
             metadata = {} if found[0] is None or not self.extra else parse_json_object(found[0])
         except SampleProblem as problem:
-            return Failure(name, problem.reason, problem.detail)
+            return fail(name, problem)
         extra = {name: metadata[name] for name in self.extra if name in metadata}
-        return Record(name, os.path.join(self.root, image), text.captions, text.identity or stem, extra)
+        path = os.path.join(self.root, image)
+        return Record(name, path, text.captions, text.identity or stem, extra, text.left_out)
 
 
 def slice_folder(

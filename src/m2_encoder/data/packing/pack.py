@@ -26,7 +26,7 @@ SUMMARY_FILE = "pack.json"
 FAILURES_FILE = "failures.jsonl"
 """One line for each record that is missing from a finished output: name, reason, detail."""
 
-_LAYOUT_VERSION = 2  # raise it when the same records give other bytes
+_LAYOUT_VERSION = 3  # raise it when the same records give other bytes
 _PATTERN = re.compile(r"[^/%]*%0[1-9]d[^/%]*\.tar")
 _REMOTE_REASONS = frozenset({"remote_timeout", "remote_incomplete"})
 
@@ -58,6 +58,7 @@ class PackSummary(NamedTuple):
     num_bytes: int  # of all tars
     changed_images: int  # reduced or encoded again
     captions: dict[str, int]  # number by language
+    left_out: dict[str, int]  # captions that are neither Chinese nor English, by language
     failed: dict[str, int]  # number of records by reason
     reused: int  # shards that an earlier run had done
 
@@ -240,12 +241,15 @@ def _remove_shard(marker: Path) -> None:
 def _finish(folder: Path, results: list[ShardResult], reused: int) -> PackSummary:
     failed: Counter[str] = Counter()
     captions: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     with atomic_file(folder / FAILURES_FILE) as partial, partial.open("w", encoding="utf-8") as file:
         for result in results:
             captions.update(result.captions)
+            left_out.update(result.left_out)
             for failure in result.failures:
                 failed[failure.reason] += 1
-                file.write(json.dumps(failure._asdict(), ensure_ascii=True) + "\n")
+                said = {name: value for name, value in failure._asdict().items() if value != ()}
+                file.write(json.dumps(said, ensure_ascii=True) + "\n")
     written = [result for result in results if result.samples]
     summary = PackSummary(
         shards=len(written),
@@ -253,6 +257,7 @@ def _finish(folder: Path, results: list[ShardResult], reused: int) -> PackSummar
         num_bytes=sum(result.num_bytes for result in written),
         changed_images=sum(result.changed_images for result in written),
         captions=dict(sorted(captions.items())),
+        left_out=dict(sorted(left_out.items())),
         failed=dict(sorted(failed.items())),
         reused=reused,
     )

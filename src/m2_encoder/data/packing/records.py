@@ -6,28 +6,38 @@ The main process cuts a source into slices of paths, offsets or names; workers r
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from m2_encoder.data.packing.values import find_numbered, is_missing, plain_number
-from m2_encoder.data.samples.language import detect_language
-from m2_encoder.data.samples.parse import CaptionText, SampleProblem, read_captions, read_identity
+from m2_encoder.data.samples.language import language_of_column, read_language
+from m2_encoder.data.samples.parse import (
+    Captions,
+    CaptionText,
+    SampleProblem,
+    captions_by_column,
+    describe_missing,
+    gather,
+    read_identity,
+)
 from m2_encoder.errors import UserError
-from m2_encoder.types import LANGUAGES
 
-_IMAGE_COLUMNS = "image image_path img_path filepath file_name filename file path image_url url URL"
+_IMAGE_COLUMNS = "image image_path img_path filepath file_name filename file path image_url url"
 
 KNOWN_COLUMNS = {
     "image": tuple(_IMAGE_COLUMNS.split()),
-    "caption": ("caption", "captions", "text", "TEXT", "title"),
+    "caption": ("caption", "captions", "text", "title"),
     "key": ("key", "id", "image_id", "sample_id"),
     "language": ("language", "lang"),
 }
-"""Names under which columns are found by default; the first one that has a value counts."""
+"""Names under which columns are found by default, in any case; the first one that has a value counts."""
 
 URL_SCHEMES = ("http://", "https://")
 
+_PYTHON_LIST = re.compile(r"\s*[\[{]\s*'")
 _SHOWN_NAMES = 20
 _SHOWN_CHARACTERS = 40
 
@@ -40,6 +50,7 @@ class Record(NamedTuple):
     captions: tuple[CaptionText, ...]  # at least one
     key: str | None  # what marks the same content; None if the source says nothing
     extra: Mapping[str, Any]  # other columns that go into the JSON
+    left_out: tuple[CaptionText, ...] = ()  # captions that are neither Chinese nor English
 
 
 class Failure(NamedTuple):
@@ -48,6 +59,7 @@ class Failure(NamedTuple):
     name: str  # where it stands in the source
     reason: str  # one word, as in the metrics `data/skipped/<reason>`
     detail: str
+    languages: tuple[str, ...] = ()  # of each caption, where all are neither Chinese nor English
 
 
 class Slice(Protocol):
@@ -90,22 +102,31 @@ class Columns(NamedTuple):
         chosen = getattr(self, role)
         return KNOWN_COLUMNS[role] if chosen is None else (chosen,)
 
-    def caption_names(self) -> tuple[str, ...]:
-        """Columns that may have captions, those of one language included."""
-        by_language = [f"{name}_{language}" for name in ("caption", "text") for language in LANGUAGES]
-        return (*self.names("caption"), *(by_language if self.caption is None else ()))
+    def has_role(self, name: str, role: str) -> bool:
+        """Whether a column may have a role."""
+        return name == getattr(self, role) if getattr(self, role) is not None else _fold(name) in KNOWN_COLUMNS[role]
+
+    def has_captions(self, name: str) -> bool:
+        """Whether a column may have captions; by default also one that is called by a language, such as `text_zh`."""
+        is_of_language = self.caption is None and language_of_column(name) is not None
+        return is_of_language or self.has_role(name, "caption")
 
     def find(self, row: Mapping[str, Any], role: str) -> Any:
         """The value of a role in a row, or None."""
-        return next((row[name] for name in self.names(role) if not is_missing(row.get(name))), None)
+        chosen = getattr(self, role)
+        if chosen is not None:
+            return row.get(chosen) if row.get(chosen) != "" else None
+        by_name = {_fold(name): value for name, value in row.items() if value not in (None, "")}
+        return next((by_name[name] for name in KNOWN_COLUMNS[role] if name in by_name), None)
 
     def check(self, present: Sequence[str], where: str) -> None:
         """Raise a `UserError`, with the columns that are there, if a table lacks images or captions."""
-        for role, names in (("image", self.names("image")), ("caption", self.caption_names())):
-            if not set(names) & set(present):
+        for role, is_one in (("image", lambda name: self.has_role(name, "image")), ("caption", self.has_captions)):
+            if not any(map(is_one, present)):
+                more = ", or call it caption_zh or caption_en" if role == "caption" and self.caption is None else ""
                 raise UserError(
                     f"{where}: no column with the {role}: it has {_show_names(present)}, wanted "
-                    f"{' or '.join(names)}; say which it is with columns.{role}=NAME"
+                    f"{' or '.join(self.names(role))}; say which it is with columns.{role}=NAME{more}"
                 )
         missing = [name for name in self.extra if name not in present]
         if missing:
@@ -114,16 +135,23 @@ class Columns(NamedTuple):
 
 def read_row(row: Mapping[str, Any], columns: Columns, name: str, root: str) -> Record | Failure:
     """A row of a table as a record, or as a failure; relative paths of images count from `root`."""
+    said = {name: value for name, value in row.items() if not is_missing(value)}
     try:
-        image = _image_of(plain_number(columns.find(row, "image")), root)
-        captions = _captions_of(row, columns)
-        key = plain_number(columns.find(row, "key"))
+        image = _image_of(plain_number(columns.find(said, "image")), root)
+        captions, left_out = _captions_of(said, columns)
+        key = plain_number(columns.find(said, "key"))
         # The same file in two rows is the same picture, also where nobody gives it a key.
         identity = read_identity({"key": image if key is None and isinstance(image, str) else key})
         located = image_path(image, root) if isinstance(image, str) else image
-        return Record(name, located, captions, identity, {item: row[item] for item in columns.extra if item in row})
+        extra = {item: row[item] for item in columns.extra if item in row}
+        return Record(name, located, captions, identity, extra, left_out)
     except SampleProblem as problem:
-        return Failure(name, problem.reason, problem.detail)
+        return fail(name, problem)
+
+
+def fail(name: str, problem: SampleProblem) -> Failure:
+    """The failure of a record, by what is wrong with it."""
+    return Failure(name, problem.reason, problem.detail, tuple(caption.language for caption in problem.left_out))
 
 
 def image_path(image: str, root: str) -> str:
@@ -178,31 +206,47 @@ def _image_of(value: Any, root: str) -> bytes | str:
     return value
 
 
-def _captions_of(row: Mapping[str, Any], columns: Columns) -> tuple[CaptionText, ...]:
-    language = _language_of(columns.find(row, "language")) or columns.default_language
-    found: list[CaptionText] = []
+def _captions_of(row: Mapping[str, Any], columns: Columns) -> Captions:
+    language = _language_of(row, columns)
+    items: list[tuple[object, str | None, object]] = []
     value = columns.find(row, "caption")
-    if isinstance(value, Mapping):
-        found += read_captions({"captions": value, "caption_roles": row.get("caption_roles")})
-    else:
-        texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
-        for text in texts:
-            if not isinstance(text, str):
-                raise SampleProblem("wrong_type", f"the caption is a {type(text).__name__}, not a text")
-            found += read_captions({"captions": {language or detect_language(text): [text]}})
+    if value is not None:
+        items.append((_open_cell(value), language, row.get("caption_roles")))
     if columns.caption is None:
-        for tag in LANGUAGES:
-            for name in (f"caption_{tag}", f"text_{tag}"):
-                found += read_captions({"captions": {tag: [row[name]]}}) if row.get(name) else ()
-    if not found:
-        raise SampleProblem("missing_caption", f"nothing in {', '.join(columns.caption_names())}")
-    return tuple(found)
+        items += [(_open_cell(text), named, None) for text, named, _ in captions_by_column(row)]
+    found = gather(items, "the caption")
+    if not found.kept:
+        names = columns.names("caption") if columns.caption else (*columns.names("caption"), "caption_zh", "caption_en")
+        detail = describe_missing(found.left_out) or f"nothing in {', '.join(names)}"
+        raise SampleProblem("missing_caption", detail, found.left_out)
+    return found
 
 
-def _language_of(value: Any) -> str | None:
-    if value is None:
-        return None
-    language = str(value).lower().replace("_", "-").partition("-")[0]
-    if language not in LANGUAGES:
-        raise SampleProblem("missing_caption", f"its language {str(value)[:20]!r} is none of {', '.join(LANGUAGES)}")
-    return language
+def _language_of(row: Mapping[str, Any], columns: Columns) -> str | None:
+    value = columns.find(row, "language")
+    named = None if value is None else read_language(value)
+    if named is None and columns.caption is not None:
+        named = language_of_column(columns.caption)
+    return named or columns.default_language
+
+
+def _open_cell(value: Any) -> Any:
+    """A value of a table; what CSV holds as the text of a JSON list or object is read as that."""
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    try:
+        opened = json.loads(value)
+    except (ValueError, RecursionError):
+        if _PYTHON_LIST.match(value):
+            rule = 'is a list of Python; write it as JSON, such as ["a cat", "a pet"]'
+            raise SampleProblem("wrong_type", f"the caption {value[:40]!r} {rule}") from None
+        return value
+    if isinstance(opened, Mapping):
+        is_meant = any(map(language_of_column, opened)) or "text" in opened
+    else:
+        is_meant = bool(opened) and all(isinstance(item, str | Mapping) for item in opened)
+    return opened if is_meant else value
+
+
+def _fold(name: str) -> str:
+    return name.strip().lower()

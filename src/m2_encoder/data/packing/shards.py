@@ -54,6 +54,7 @@ class ShardResult(NamedTuple):
     changed_images: int  # images that were reduced or encoded again
     captions: dict[str, int]  # number by language
     failures: tuple[Failure, ...]  # what is missing, in the order of the source
+    left_out: dict[str, int]  # captions that are neither Chinese nor English, by language
 
 
 def write_shard(task: ShardTask) -> ShardResult:
@@ -91,10 +92,11 @@ def read_marker(path: Path) -> ShardResult | None:
     """What a finished shard's marker says; None if there is none, or its tar is not as it was."""
     try:
         values = json.loads(path.read_bytes())
-        result = ShardResult(**(values | {"failures": tuple(Failure(*item) for item in values["failures"])}))
+        failures = [Failure(name, reason, detail, tuple(said)) for name, reason, detail, said in values["failures"]]
+        result = ShardResult(**(values | {"failures": tuple(failures)}))
         tar = path.parent.parent / result.name
         size = tar.stat().st_size if result.samples else 0
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged by whoever
+    except (OSError, ValueError, LookupError, TypeError):  # absent, or damaged by whoever
         return None
     return result if size == result.num_bytes else None
 
@@ -104,6 +106,7 @@ def _write_tar(task: ShardTask, path: Path, stamp: str) -> ShardResult:
 
     failures: list[Failure] = []
     captions: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     samples = changed = 0
     # A fixed time and owner make the bytes a function of the samples alone.
     with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="", mode=0o644) as writer:
@@ -122,9 +125,20 @@ def _write_tar(task: ShardTask, path: Path, stamp: str) -> ShardResult:
             samples += 1
             changed += prepared.is_changed
             captions.update(caption.language for caption in record.captions)
+            left_out.update(caption.language for caption in record.left_out)
     num_bytes = path.stat().st_size if samples else 0
-    by_language = dict(sorted(captions.items()))
-    return ShardResult(task.name, task.fingerprint, stamp, samples, num_bytes, changed, by_language, tuple(failures))
+    left_out.update(language for failure in failures for language in failure.languages)
+    return ShardResult(
+        name=task.name,
+        fingerprint=task.fingerprint,
+        stamp=stamp,
+        samples=samples,
+        num_bytes=num_bytes,
+        changed_images=changed,
+        captions=dict(sorted(captions.items())),
+        failures=tuple(failures),
+        left_out=dict(sorted(left_out.items())),
+    )
 
 
 def _failure(record: Record | Failure, image: bytes | SampleProblem) -> Failure:

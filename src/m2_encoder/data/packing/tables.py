@@ -84,10 +84,6 @@ def slice_parquet(
         import pyarrow.parquet
     except ImportError as error:
         raise UserError("Parquet needs an extra; install it with pip install 'm2-encoder[parquet]'") from error
-    wanted = {
-        *columns.caption_names(), *columns.extra, "caption_roles",
-        *(name for role in ("image", "key", "language") for name in columns.names(role)),
-    }  # fmt: skip
     for path in paths:
         try:
             schema = pyarrow.parquet.read_schema(path)
@@ -95,14 +91,19 @@ def slice_parquet(
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a Parquet file: {' '.join(str(error).split())}") from error
         columns.check(schema.names, str(path))
-        names = tuple(name for name in schema.names if name in wanted)
-        images = [name for name in columns.names("image") if name in names]
+        names = tuple(name for name in schema.names if _is_read(name, columns))
+        images = [name for name in names if columns.has_role(name, "image")]
         with_paths = tuple(name for name in images if pyarrow.types.is_string(schema.field(name).type))
         for first in range(0, num_rows, size):
             count = min(size, num_rows - first)
             yield ParquetSlice(
                 root or str(path.parent), str(path), path.stat().st_size, first, count, names, with_paths, columns
             )
+
+
+def _is_read(name: str, columns: Columns) -> bool:
+    has_role = any(columns.has_role(name, role) for role in ("image", "key", "language"))
+    return has_role or columns.has_captions(name) or name in (*columns.extra, "caption_roles")
 
 
 def _rows_of_group(file: Any, group: int, names: Sequence[str], first: int, last: int) -> Iterator[dict[str, Any]]:

@@ -1,47 +1,77 @@
 """Parses the text files of a sample.
 
-Its captions are the first of these that is there:
+Its captions are the first of these that has any:
 
 - `.json` with `captions`: {language: [text or {"text": …, "role": …}, …]}; the roles may also be in
-  `caption_roles`: {language: [role, …]},
-- `.json` with `caption` or `text`: one string,
-- `.txt`: one caption.
+  `caption_roles`: {language: [role, …]}. One text may stand for a list of it, and a list for texts whose languages
+  are not said,
+- `.json` with `caption` or `text`, of the same forms, and with keys that name a language, such as `caption_zh`,
+- `.txt`: one caption a line.
 
-Without a language there, it is the source's, or detected by the script.
+Languages are read by `read_language`. A caption without one has that of the sample (`language` or `lang` in its JSON),
+or else of the source, or is told apart by its script. Captions that are neither Chinese nor English are left out.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from m2_encoder.data.samples.language import detect_language
+from m2_encoder.data.samples.language import describe_languages, detect_language, language_of_column, read_language
 from m2_encoder.errors import UserError
+from m2_encoder.tokenizers.spaces import normalise_spaces
 from m2_encoder.types import LANGUAGES
 
+_TEXT_KEYS = {"text", "caption"}  # of an entry that is a caption with its role or language
+
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
 PLAIN_CAPTION_KEYS = ("caption", "text")
-"""Keys of a JSON that hold one caption as a string."""
+"""Keys of a JSON, in any case, that hold captions without their languages."""
 
+LANGUAGE_KEYS = ("language", "lang")
+"""Keys of a JSON, in any case, that say the language of those captions."""
 
-class SampleProblem(UserError):
-    """An unusable sample: the reason in one word, as in the metrics `data/skipped/<reason>`, and the detail."""
+UNDECLARED = "?"
+"""Given as the language of captions that do not name one, it stays theirs: the caller finds out later."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason = reason
-        self.detail = " ".join(detail.split())
-        super().__init__(f"{reason}: {self.detail}")
-
-    def __reduce__(self) -> tuple[type[SampleProblem], tuple[str, str]]:
-        return type(self), (self.reason, self.detail)
+_KEPT = (*LANGUAGES, UNDECLARED)
+_SHOWN = 10  # keys of a JSON in a message
 
 
 class CaptionText(NamedTuple):
     """A stored caption."""
 
     text: str  # without blanks around it, never empty
-    language: str  # one of `LANGUAGES`
+    language: str  # one of `LANGUAGES`; of one that is left out, what it is instead
     role: str | None  # what kind of caption, such as "name" or "rewritten"; None if unknown
+
+
+class SampleProblem(UserError):
+    """An unusable sample: the reason in one word, as in the metrics `data/skipped/<reason>`, and the detail.
+
+    `left_out` are its captions that are neither Chinese nor English, where it has no others.
+    """
+
+    def __init__(self, reason: str, detail: str, left_out: tuple[CaptionText, ...] = ()) -> None:
+        self.reason = reason
+        self.detail = " ".join(detail.split())
+        self.left_out = left_out
+        super().__init__(f"{reason}: {self.detail}")
+
+    def __reduce__(self) -> tuple[type[SampleProblem], tuple[str, str, tuple[CaptionText, ...]]]:
+        return type(self), (self.reason, self.detail, self.left_out)
+
+
+class Captions(NamedTuple):
+    """Captions that were read."""
+
+    kept: tuple[CaptionText, ...]  # by language in the order of `LANGUAGES`
+    left_out: tuple[CaptionText, ...] = ()  # those in other languages
 
 
 class SampleText(NamedTuple):
@@ -51,24 +81,31 @@ class SampleText(NamedTuple):
     identity: str | None  # equal ones mark the same content; None if it has none
     is_marked: bool  # whether that is its `identity`, which somebody meant, and not only its `key`
     metadata: Mapping[str, Any]  # the JSON; empty without one
+    left_out: tuple[CaptionText, ...] = ()  # captions that are neither Chinese nor English
 
 
 def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, language: str | None = None) -> SampleText:
     """Parse the `.json` and `.txt` of a sample; `language` is that of captions that do not name one.
 
+    With `UNDECLARED` as the language, captions may have that one.
+
     Raises:
         SampleProblem: missing_caption, bad_json, not_utf8, wrong_type or empty_member.
     """
     metadata = {} if json_file is None else parse_json_object(json_file)
-    captions = read_captions(metadata, language=language)
-    if not captions and text_file is not None:
-        if not text_file:
-            raise SampleProblem("empty_member", "its .txt has no bytes")
-        captions = _tag([decode_text(text_file, "its .txt")], language)
-    if not captions:
-        raise SampleProblem("missing_caption", _describe_nothing(metadata, json_file, text_file))
+    kept, left_out = read_captions(metadata, language=language)
+    if not kept and text_file:
+        # Each line is a caption of the picture, as in the data sets of CLIP_benchmark.
+        lines = re.split("\r\n|\r|\n", decode_text(text_file, "its .txt"))
+        kept, others = gather([(lines, _language_in(metadata) or language, None)], "its .txt")
+        left_out = tuple(dict.fromkeys((*left_out, *others)))
+    if not kept and json_file is None and text_file is not None and not text_file:
+        raise SampleProblem("empty_member", "its .txt has no bytes")
+    if not kept:
+        detail = describe_missing(left_out) or _describe_nothing(metadata, json_file, text_file)
+        raise SampleProblem("missing_caption", detail, left_out)
     is_marked = metadata.get("identity") is not None
-    return SampleText(captions, read_identity(metadata), is_marked, metadata)
+    return SampleText(kept, read_identity(metadata), is_marked, metadata, left_out)
 
 
 def name_content(text: SampleText, *, key: str, shard: str, source: str) -> str:
@@ -85,13 +122,13 @@ def name_content(text: SampleText, *, key: str, shard: str, source: str) -> str:
 
 
 def _describe_nothing(metadata: Mapping[str, Any], json_file: bytes | None, text_file: bytes | None) -> str:
-    by_language = metadata.get("captions")
-    if isinstance(by_language, Mapping):
-        found = ", ".join(map(str, by_language)) or "no language"
-        return f"its captions are of {found}; wanted a text in one of {', '.join(LANGUAGES)}"
     if text_file is not None:
         return "its .txt is blank"
-    where = "no .json or .txt" if json_file is None else f"its JSON has {', '.join(metadata) or 'no keys'}"
+    if json_file is None:
+        return "no .json or .txt; wanted captions, caption or text in a .json, or a .txt"
+    keys = [name[:40] for name in metadata]
+    more = [f"{len(keys) - _SHOWN:,} more"] if len(keys) > _SHOWN else []
+    where = f"its JSON has {', '.join([*keys[:_SHOWN], *more]) or 'no keys'}"
     nulls = [key for key in ("captions", *PLAIN_CAPTION_KEYS) if key in metadata]
     if nulls:
         return f"{where}, but no text in {', '.join(nulls)}"
@@ -117,37 +154,64 @@ def parse_json_object(content: bytes) -> dict[str, Any]:
 
 
 def decode_text(content: bytes, what: str) -> str:
-    """UTF-8 as text, without a byte order mark.
+    """UTF-8 as text, without a byte order mark; with one of UTF-16, as Windows saves "Unicode", that.
 
     Raises:
         SampleProblem: not_utf8.
     """
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise SampleProblem("not_utf8", f"{what} is not UTF-8 at byte {error.start}") from error
 
 
-def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -> tuple[CaptionText, ...]:
+def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -> Captions:
     """Captions in a sample's JSON without blank ones; `language` is that of captions that do not name one.
 
     Raises:
         SampleProblem: wrong_type for captions of another form, not_utf8 for characters that UTF-8 cannot hold.
     """
-    by_language = metadata.get("captions")
-    if by_language is not None:
-        if not isinstance(by_language, Mapping):
-            raise SampleProblem("wrong_type", f"captions is a {type(by_language).__name__}, not lists by language")
-        all_roles = metadata.get("caption_roles")
-        roles = all_roles if isinstance(all_roles, Mapping) else {}
-        found = (_read_list(by_language[name], roles.get(name), name) for name in LANGUAGES if name in by_language)
-        return tuple(item for items in found for item in items)
-    for key in PLAIN_CAPTION_KEYS:
-        if metadata.get(key) is not None:
-            if not isinstance(metadata[key], str):
-                raise SampleProblem("wrong_type", f"{key} is a {type(metadata[key]).__name__}, not a text")
-            return _tag([metadata[key]], language)
-    return ()
+    language = _language_in(metadata) or language
+    found = gather([(metadata.get("captions"), language, metadata.get("caption_roles"))], "captions")
+    if found.kept:
+        return found
+    items: list[tuple[object, str | None, object]] = []
+    for wanted in PLAIN_CAPTION_KEYS:
+        values = [value for key, value in metadata.items() if key.lower() == wanted and value not in (None, "")]
+        if values:
+            items.append((values[0], language, None))
+            break
+    items += captions_by_column(metadata)
+    others = gather(items, "caption")
+    return Captions(others.kept, (*found.left_out, *others.left_out))
+
+
+def captions_by_column(row: Mapping[str, Any]) -> Iterator[tuple[object, str | None, object]]:
+    """What `gather` takes, of the columns or keys whose names say a language: `caption_zh`, `text_en`, `zh`.
+
+    Numbers, lengths and scores of captions, are no captions.
+    """
+    for name, value in row.items():
+        if (language := language_of_column(name)) is not None and _is_text(value):
+            yield value, language, None
+
+
+def gather(items: Iterable[tuple[object, str | None, object]], where: str) -> Captions:
+    """Captions of any of the known forms, each with the language of those that do not name one, and roles.
+
+    A caption of an item that an earlier item has, too, in the same language, is read once.
+
+    Raises:
+        SampleProblem: wrong_type for captions of another form, not_utf8 for characters that UTF-8 cannot hold.
+    """
+    found: dict[CaptionText, None] = {}
+    captions: list[CaptionText] = []
+    for value, language, roles in items:
+        own = list(_read(value, language, roles, where))
+        captions += [caption for caption in own if caption not in found]
+        found |= dict.fromkeys(own)
+    kept = tuple(caption for name in _KEPT for caption in captions if caption.language == name)
+    return Captions(kept, tuple(caption for caption in captions if caption.language not in _KEPT))
 
 
 def read_identity(metadata: Mapping[str, Any]) -> str | None:
@@ -167,24 +231,76 @@ def read_identity(metadata: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _read_list(items: object, roles: object, language: str) -> tuple[CaptionText, ...]:
+def describe_missing(left_out: Iterable[CaptionText]) -> str:
+    """Why a sample whose captions are all in other languages has none; "" without any."""
+    counts = Counter(caption.language for caption in left_out)
+    if not counts:
+        return ""
+    return f"it has {describe_languages(counts)}; wanted a text in one of {', '.join(LANGUAGES)}"
+
+
+def _read(value: object, language: str | None, roles: object, where: str) -> Iterator[CaptionText]:
+    """Captions of a value: a text, an entry, a list of those, or any of these by language."""
+    if not isinstance(value, Mapping) or _TEXT_KEYS & value.keys():
+        yield from _read_list(value, language, roles, where)
+        return
+    for name, items in value.items():
+        own = roles.get(name) if isinstance(roles, Mapping) else None
+        named = read_language(name)
+        if named in (None, *LANGUAGES):
+            yield from _read_list(items, named or language, own, f"{where} of {name!r:.40}")
+        else:
+            texts = map(_text_of, items if isinstance(items, list | tuple) else [items])
+            sound = (text.encode("utf-8", "replace").decode().strip() for text in texts if text)
+            yield from (CaptionText(text, str(named), None) for text in sound if text)
+
+
+def _read_list(items: object, language: str | None, roles: object, where: str) -> Iterator[CaptionText]:
+    if items is None:
+        return
+    if isinstance(items, str | Mapping):
+        items, roles = [items], None if roles is None else [roles] if isinstance(roles, str) else roles
     if not isinstance(items, list | tuple):
-        raise SampleProblem("wrong_type", f"captions of {language!r} are a {type(items).__name__}, not a list")
+        raise SampleProblem("wrong_type", f"{where} is a {type(items).__name__}, not a text or a list of texts")
     beside = roles if isinstance(roles, list | tuple) else [None] * len(items)
     if len(beside) != len(items):
-        raise SampleProblem("wrong_type", f"{len(items)} captions and {len(beside)} caption_roles of {language!r}")
-    found = []
+        raise SampleProblem("wrong_type", f"{len(items)} captions and {len(beside)} caption_roles: {where}")
     for item, role in zip(items, beside, strict=True):
-        text, role = (item.get("text"), item.get("role")) if isinstance(item, Mapping) else (item, role)
-        if not isinstance(text, str) or not (role is None or isinstance(role, str)):
-            raise SampleProblem("wrong_type", f"a caption of {language!r} is {str(item)[:60]!r}, not a text")
-        found += [CaptionText(clean, language, role)] if (clean := _encodable(text).strip()) else []
-    return tuple(found)
+        if item is None:
+            continue
+        named = language
+        if isinstance(item, Mapping):
+            role = item.get("role")
+            named = _language_in(item) or language
+        text = _text_of(item)
+        if text is None or not (role is None or isinstance(role, str)):
+            raise SampleProblem("wrong_type", f"{where}: {str(item)[:60]!r} is not a text")
+        if normalise_spaces(clean := _encodable(text).strip()):
+            yield CaptionText(clean, named or detect_language(clean), role)
 
 
-def _tag(texts: list[str], language: str | None) -> tuple[CaptionText, ...]:
-    cleaned = (_encodable(text).strip() for text in texts)
-    return tuple(CaptionText(text, language or detect_language(text), None) for text in cleaned if text)
+def _text_of(item: object) -> str | None:
+    if isinstance(item, Mapping):
+        item = next((item[key] for key in ("text", "caption") if key in item), None)
+    return item if isinstance(item, str) else None
+
+
+def _language_in(metadata: Mapping[str, Any]) -> str | None:
+    """The language that `language` or `lang` says; None where it is not said."""
+    for key, value in metadata.items():
+        if isinstance(value, str) and key.lower() in LANGUAGE_KEYS:
+            return read_language(value)
+    return None
+
+
+def _is_text(value: object) -> bool:
+    if not isinstance(value, str):
+        return isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value))
+    try:
+        float(value)
+    except ValueError:
+        return value.strip().lower() not in ("", "true", "false", "yes", "no")
+    return False
 
 
 def _encodable(text: str) -> str:

@@ -320,7 +320,7 @@ def _check_sample(
         fault = ("missing_image", f"has {_list(members)}; wanted one of {', '.join(IMAGE_EXTENSIONS)}")
     elif "json" not in members and "txt" not in members:
         fault = ("missing_caption", f"has {_list(members)}; wanted a json or txt")
-    elif empty := [name for name in names if not members[name].size]:
+    elif empty := [name for name in names if not members[name].size and (name != "txt" or "json" not in names)]:
         fault = ("empty_member", f"its {empty[0]} has no bytes")
     elif outside := [name for name in names if members[name].size == UNREADABLE]:
         reason = "missing_image" if outside[0] == extension else "missing_caption"

@@ -142,3 +142,17 @@ def test_statistics(tmp_path: Path) -> None:
 def test_limits_are_those_that_are_given(tmp_path: Path) -> None:
     report = _check(write_numbers(tmp_path, [3]), options=ALL._replace(limits=ImageLimits(min_side_px=17)))
     assert report.faults == {"too_small": 3}
+
+
+def test_captions_in_other_languages_are_counted_and_named(tmp_path: Path) -> None:
+    metadata: list[dict[str, Any]] = [
+        {"captions": {"zh-CN": ["猫"], "fr": ["chat", "matou"]}},
+        {"captions": {"en": ["cat"], "de": ["Katze"]}},
+        {"captions": {"fr": ["chien"]}},
+        {"captions": {"en": ["dog"]}},
+    ]
+    members = [member for i, value in enumerate(metadata) for member in make_sample(f"{i}", i, metadata=value)]
+    report = _check([write_tar(tmp_path / "a.tar", members)])
+    assert (report.left_out, report.faults) == ({"fr": 3, "de": 1}, {"missing_caption": 1})
+    assert "left out: 3 captions in fr, 1 in de, which are neither Chinese nor English" in report.warnings
+    assert {name: value.captions for name, value in report.languages.items()} == {"en": 2, "zh": 1}

@@ -171,3 +171,11 @@ def test_the_command_says_which_table_is_left_out(
     assert data.main() == 2
     assert "encoding=gbkk: is no encoding that Python knows" in capsys.readouterr().err
     assert file_sha256(tmp_path / "out" / "000000.tar")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_captions_of_notepad(tmp_path: Path, encoding: str) -> None:
+    folder = fill(tmp_path, "a.jpg", "b.jpg")
+    (folder / "a.txt").write_bytes("一只猫\r\n".encode(encoding))
+    (folder / "b.json").write_bytes('{"caption": "一只狗"}'.encode(encoding))
+    assert said(read(folder)) == [("a", "一只猫"), ("b", "一只狗")]

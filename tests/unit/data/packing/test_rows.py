@@ -29,6 +29,23 @@ def _read(row: dict[str, Any], columns: Columns | None = None) -> Record:
         ({"image": {"bytes": b"x", "path": "p"}, "caption": "cat"}, {"en": ["cat"]}, None),
         ({"image": {"bytes": None, "path": "p"}, "caption": "cat"}, {"en": ["cat"]}, "p"),
         ({"image": "", "url": "u", "caption": "", "text": "cat"}, {"en": ["cat"]}, "u"),
+        ({"URL": "u", "TEXT": "KFC", "LANGUAGE": "zh-TW"}, {"zh": ["KFC"]}, "u"),
+        ({"Image": "a", " Caption ": "cat", "Lang": "EN_us"}, {"en": ["cat"]}, "a"),
+        ({"image": "a", "zh": "猫", "en": "cat"}, {"en": ["cat"], "zh": ["猫"]}, "a"),
+        ({"image": "a", "caption": "cat", "en": "0.93", "zh": "0.07"}, {"en": ["cat"]}, "a"),
+        (
+            {"image": "a", "caption_cn": "猫", "text_zh": "喵", "captionEn": "cat"},
+            {"en": ["cat"], "zh": ["猫", "喵"]},
+            "a",
+        ),
+        ({"image": "a", "chinese_caption": "KFC", "caption": "cat"}, {"en": ["cat"], "zh": ["KFC"]}, "a"),
+        ({"image": "a", "caption": "cat", "caption_en": "cat"}, {"en": ["cat"]}, "a"),
+        ({"image": "a", "caption": {"zh-CN": "KFC", "zh-TW": ["M"]}}, {"zh": ["KFC", "M"]}, "a"),
+        ({"image": "a", "caption": '{"zh_Hans": "KFC", "EN": ["cat"]}'}, {"en": ["cat"], "zh": ["KFC"]}, "a"),
+        ({"image": "a", "caption": '["a cat", "a pet"]'}, {"en": ["a cat", "a pet"]}, "a"),
+        ({"image": "a", "caption": "[1] cat"}, {"en": ["[1] cat"]}, "a"),
+        ({"image": "a", "caption": "[1]"}, {"en": ["[1]"]}, "a"),
+        ({"image": "a", "caption": "cat", "lang": "und"}, {"en": ["cat"]}, "a"),
     ],
 )
 def test_usual_columns(row: dict[str, Any], captions: dict[str, list[str]], key: str | None) -> None:
@@ -58,8 +75,16 @@ def test_named_columns() -> None:
         ({"image": "a"}, "missing_caption", "caption"),
         ({"image": "a", "caption": "  "}, "missing_caption", "caption"),
         ({"image": "a", "caption": 3}, "wrong_type", "int"),
-        ({"image": "a", "caption": [3]}, "wrong_type", "int"),
-        ({"image": "a", "caption": "chat", "lang": "fr"}, "missing_caption", "'fr'"),
+        ({"image": "a", "caption": [3]}, "wrong_type", "3"),
+        (
+            {"image": "a", "caption": "chat", "lang": "fr"},
+            "missing_caption",
+            "it has 1 caption in fr; wanted a text in one of en, zh",
+        ),
+        ({"image": "a", "TEXT": "chat", "LANGUAGE": "fr-FR"}, "missing_caption", "in fr;"),
+        ({"image": "a", "TEXT": "ねこ"}, "missing_caption", "in ja;"),
+        ({"image": "a", "caption_fr": "chat", "caption_de": ""}, "missing_caption", "in fr;"),
+        ({"image": "a", "caption": "['a cat', 'a pet']"}, "wrong_type", "write it as JSON"),
         ({"image": "a", "caption": "cat\ud83d"}, "not_utf8", "U+D83D"),
         ({"image": "a\udcff", "caption": "cat"}, "not_utf8", "U+DCFF"),
         ({"image": "a", "caption": "cat", "id": [1]}, "wrong_type", "key"),
@@ -84,3 +109,13 @@ def test_wrong_rows(row: dict[str, Any], reason: str, detail: str) -> None:
 def test_tables_without_images_or_captions_are_refused(columns: Columns, present: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         columns.check(present, "t.csv")
+
+
+def test_captions_in_other_languages_are_told() -> None:
+    record = _read({"image": "a", "captions": {"en": "cat", "fr": ["chat", "matou"], "de": "Katze"}})
+    assert [(caption.language, caption.text) for caption in record.left_out] == [
+        ("fr", "chat"), ("fr", "matou"), ("de", "Katze"),
+    ]  # fmt: skip
+    failure = read_row({"image": "a", "caption": "chat", "lang": "fr"}, Columns(), "row 1", "")
+    assert isinstance(failure, Failure)
+    assert failure.languages == ("fr",)

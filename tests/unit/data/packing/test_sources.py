@@ -118,7 +118,7 @@ def test_chinese_clip(tmp_path: Path) -> None:
     source = _find(tmp_path / "train_imgs.tsv")
     assert source.format == "chinese_clip"
     records = _read(source, 2)
-    assert [_captions(record) for record in records[:2]] == [[("猫", "zh"), ("cat", "en")], [("猫", "zh")]]
+    assert [_captions(record) for record in records[:2]] == [[("cat", "en"), ("猫", "zh")], [("猫", "zh")]]
     assert [record.image for record in records[:2] if isinstance(record, Record)] == [images["7"], images["8"]]
     assert [record.key for record in records[:2] if isinstance(record, Record)] == ["7", "8"]
     assert _failures(records) == [

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2_encoder.data.loading.faults import SKIP_REASONS
-from m2_encoder.data.samples.language import detect_language
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem, parse_sample_text
 
 
@@ -36,6 +35,35 @@ def _encode(value: Any) -> bytes:
         ({"url": "x"}, "\ufeff猫\n".encode(), [("猫", "zh", None)]),
         ({"captions": {"fr": ["chat"], "en": ["cat"]}}, None, [("cat", "en", None)]),
         (None, b"a cat\n", [("a cat", "en", None)]),
+        (
+            None,
+            "a cat\r\n一只猫\n\n two cats".encode(),
+            [("a cat", "en", None), ("two cats", "en", None), ("一只猫", "zh", None)],
+        ),
+        (
+            {"captions": {"zh-CN": ["KFC"], "EN_us": "cat", "zh_Hant": ["M"]}},
+            None,
+            [("cat", "en", None), ("KFC", "zh", None), ("M", "zh", None)],
+        ),
+        ({"captions": {"cn": "KFC"}, "caption_roles": {"cn": ["name"]}}, None, [("KFC", "zh", "name")]),
+        ({"captions": {"chs": "K"}, "caption_roles": {"chs": "name"}}, None, [("K", "zh", "name")]),
+        ({"captions": {"Chinese": {"text": "K", "role": "name"}}}, None, [("K", "zh", "name")]),
+        ({"captions": {"und": ["猫", "cat"]}}, None, [("cat", "en", None), ("猫", "zh", None)]),
+        (
+            {"captions": ["cat", "猫"], "caption_roles": ["name", None]},
+            None,
+            [("cat", "en", "name"), ("猫", "zh", None)],
+        ),
+        ({"captions": "cat"}, None, [("cat", "en", None)]),
+        ({"captions": {"en": [None, "cat"]}}, None, [("cat", "en", None)]),
+        ({"caption": ["cat", {"text": "KFC", "language": "zh-CN"}]}, None, [("cat", "en", None), ("KFC", "zh", None)]),
+        ({"caption": {"zh": "KFC"}}, None, [("KFC", "zh", None)]),
+        ({"caption": "KFC", "LANGUAGE": "zho"}, None, [("KFC", "zh", None)]),
+        ({"caption": "", "TEXT": "cat"}, None, [("cat", "en", None)]),
+        ({"caption": "cat", "caption_cn": "KFC", "caption_len": "3"}, None, [("cat", "en", None), ("KFC", "zh", None)]),
+        ({"captions": {"en": [" "]}, "caption": "cat"}, b"not this", [("cat", "en", None)]),
+        ({"captions": {"zh": ["猫"]}}, b"", [("猫", "zh", None)]),
+        ({"captions": {"fr": ["chat"]}}, b"cat", [("cat", "en", None)]),
     ],
 )
 def test_captions(json_file: Any, text_file: bytes | None, expected: list[tuple[str, str, str | None]]) -> None:
@@ -52,7 +80,7 @@ def test_captions(json_file: Any, text_file: bytes | None, expected: list[tuple[
         (b"{}", None, "missing_caption", "its JSON has no keys"),
         (_encode({"url": "x", "alt": "y"}), None, "missing_caption", "its JSON has url, alt"),
         (_encode({"captions": {"en": [" "]}}), None, "missing_caption", "captions"),
-        (_encode({"captions": {"fr": ["chat"]}}), None, "missing_caption", "captions"),
+        (_encode({"captions": {"fr": ["chat"]}}), None, "missing_caption", "1 caption in fr"),
         (None, b"", "empty_member", ".txt"),
         (None, b" \n", "missing_caption", ""),
         (b"", None, "empty_member", ".json"),
@@ -63,9 +91,18 @@ def test_captions(json_file: Any, text_file: bytes | None, expected: list[tuple[
         (None, "中文".encode("gb18030"), "not_utf8", ".txt"),
         (b'{"caption": "\\ud83d"}', None, "not_utf8", "U+D83D"),
         (b'{"caption": "a", "key": "\\ud83d"}', None, "not_utf8", "U+D83D"),
-        (_encode({"caption": ["a"]}), None, "wrong_type", "caption is a list"),
-        (_encode({"captions": ["a"]}), None, "wrong_type", "captions is a list"),
-        (_encode({"captions": {"en": "a"}}), None, "wrong_type", "not a list"),
+        (_encode({"caption": 7}), None, "wrong_type", "caption is a int"),
+        (_encode({"captions": {"en": 7}}), None, "wrong_type", "captions of 'en' is a int"),
+        (_encode({"captions": {"en": ["\u200b\ufeff"]}}), None, "missing_caption", "no text in captions"),
+        (
+            _encode({"captions": {"fr": ["chat", "matou"], "de-AT": "Katze"}}),
+            None,
+            "missing_caption",
+            "2 captions in fr, 1 in de",
+        ),
+        (_encode({"caption": "chat", "lang": "fr"}), b"chat", "missing_caption", "it has 1 caption in fr; wanted"),
+        (None, "ねこがいます".encode(), "missing_caption", "1 caption in ja"),
+        (_encode({f"key{i}": 1 for i in range(99)}), None, "missing_caption", "key9, 89 more"),
         (_encode({"captions": {"en": [7]}}), None, "wrong_type", "7"),
         (_encode({"captions": {"en": ["a"]}, "caption_roles": {"en": []}}), None, "wrong_type", "1 captions and 0"),
         (_encode({"caption": "a", "key": [1]}), None, "wrong_type", "key"),
@@ -104,12 +141,14 @@ def test_any_bytes_give_captions_or_a_known_reason(json_file: bytes, text_file: 
 
 
 def test_problems_travel_between_processes() -> None:
-    problem = pickle.loads(pickle.dumps(SampleProblem("bad_json", "two\nlines")))
+    left_out = (CaptionText("chat", "fr", None),)
+    problem = pickle.loads(pickle.dumps(SampleProblem("bad_json", "two\nlines", left_out)))
     assert (problem.reason, problem.detail, str(problem)) == ("bad_json", "two lines", "bad_json: two lines")
+    assert problem.left_out == left_out
 
 
-@pytest.mark.parametrize(
-    ("text", "language"), [("cat", "en"), ("", "en"), ("ねこ", "en"), ("a 猫", "zh"), ("𠀀", "zh")]
-)
-def test_language_by_script(text: str, language: str) -> None:
-    assert detect_language(text) == language
+def test_captions_in_other_languages_are_told() -> None:
+    metadata = {"captions": {"en": ["cat"], "fr": ["chat", ""], "jp": [{"text": "猫"}]}}
+    found = parse_sample_text(_encode(metadata), None)
+    assert [caption.text for caption in found.captions] == ["cat"]
+    assert [caption[:2] for caption in found.left_out] == [("chat", "fr"), ("猫", "jp")]

@@ -1,0 +1,30 @@
+"""White space and characters that nobody sees, as a tokenizer gets them."""
+
+from __future__ import annotations
+
+import re
+
+# Signs of control, soft hyphens, zero-width characters, marks of direction, fillers, variants of ideographs.
+_INVISIBLE = (
+    "\\x00-\\x08\\x0e-\\x1b\\x7f-\\x84\\x86-\\x9f\\u00ad\\u034f\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u200b\\u200c"
+    "\\u200e\\u200f\\u202a-\\u202e\\u2060-\\u206f\\u3164\\ufeff\\uffa0\\ufff9-\\ufffb\\U000e0001\\U000e0100-\\U000e01ef"
+)
+_SPACE = r"\s\u0085"
+_PICTURE = "\\u00a9\\u00ae\\u203c-\\u2bff\\u3030\\u303d\\u3297\\u3299\\ufe0f\\U0001f000-\\U0001faff"
+# A zero-width joiner makes one picture of two, as in 👩‍🚀; anywhere else it joins nothing that can be seen.
+_LONE_JOINER = f"(?<![{_PICTURE}])\\u200d|\\u200d(?![{_PICTURE}])"
+_DROPPED = re.compile(f"[{_INVISIBLE}]+|{_LONE_JOINER}")
+_BLANKS = re.compile(f"[{_SPACE}]+")
+
+
+def normalise_spaces(text: str) -> str:
+    r"""One space for every run of white space, none around the text, and no characters that nobody sees.
+
+    Joiners inside emoji stay.
+
+    >>> normalise_spaces(" a\u00a0 red\u200b\tcat\n")
+    'a red cat'
+    """
+    if text.isascii() and text.isprintable() and "  " not in text:
+        return text.strip(" ")
+    return _BLANKS.sub(" ", _DROPPED.sub("", text)).strip(" ")
