@@ -36,7 +36,9 @@ class Data:
 
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
         return {
-            split: read_retrieval_set(self._folder / split, name=f"emoji_{split}", transform=EvalTransform(16))
+            split: read_retrieval_set(
+                self._folder / split, name=f"emoji_{split}", transform=EvalTransform(16), split=split
+            )
             for split in SPLITS
         }
 
@@ -155,7 +157,8 @@ def test_evaluate_command(
     report = json.loads(Path("new/results.json").read_text(encoding="utf-8"))
     assert set(report["evaluation"]) == {"val"}
     assert report["metrics"]["val/val_zh/t2i_r@10"] == report["evaluation"]["val"]["zh"]["t2i_r@10"]
-    assert report["protocol"] == "standard"
+    assert report["protocol"]["name"] == "standard"
+    assert report["protocol"]["sets"]["val"]["images"] == report["evaluation"]["val"]["zh"]["num_images"]
     assert commands.EVALUATE() == 2
     assert "overwrite=true" in capsys.readouterr().err
 

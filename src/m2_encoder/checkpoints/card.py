@@ -170,7 +170,7 @@ def _metrics_section(metrics: Metrics) -> str:
     parts = []
     for split, languages in metrics.items():
         names = list(dict.fromkeys(name for values in languages.values() for name in values))
-        order = sorted(languages, key=lambda language: language == CHANCE)
+        order = sorted(languages, key=lambda language: language.startswith(CHANCE))
         rows = [(language, *(_percent(languages[language].get(name)) for name in names)) for language in order]
         parts.append(f"### {split}\n\n" + _table(("", *names), rows))
     return "\n\n".join(["## Results", "Percent.", *parts]) if parts else ""

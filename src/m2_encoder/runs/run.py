@@ -28,6 +28,7 @@ from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.training.adaptation import merge_adaptation
+from m2_encoder.training.callbacks.first_validation import FirstValidation
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         write_check(folder, checked)
 
     first_step = FirstStep(write_records)
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step])
+    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step, FirstValidation()])
     run = Run(module, datamodule, trainer, metrics)
     if trainer.is_global_zero:
         _announce(cfg, folder, checkpoint, run)
