@@ -20,7 +20,7 @@ from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.problems import Unset
 from m2_encoder.config.schema import Pictures
-from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.errors import NOTHING, Problem, UserError, abridge, abridge_list
 from m2_encoder.evaluation.embedding import Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
 from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
@@ -112,7 +112,7 @@ def run_embed(cfg: dict[str, Any]) -> int:
             note = f"[yellow]{len(skipped):,} skipped" if skipped else ""
             progress.update(task, advance=len(batch.names) + len(batch.skipped), skipped=note)
         if not done:
-            first = "; ".join(f"{item.name}: {item.reason}" for item in skipped[:3])
+            first = "; ".join(abridge(f"{item.name}: {item.reason}", 100) for item in skipped[:3])
             more = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
             key = "images" if cfg["images"] is not None else "texts"
             raise UserError(f"nothing could be used: {first}{more}", key=key, value=cfg[key])
@@ -120,8 +120,7 @@ def run_embed(cfg: dict[str, Any]) -> int:
     if not skipped:
         return 0
     print(f"m2-embed: {len(skipped):,} skipped:", file=sys.stderr)
-    for item in skipped:
-        print(f"  {item.name}: {item.reason}", file=sys.stderr)
+    print(*abridge_list([f"  {item.name}: {item.reason}" for item in skipped]), sep="\n", file=sys.stderr)
     return EXIT_SKIPPED
 
 

@@ -44,7 +44,7 @@ from m2_encoder.config.sweeps import (
     without_constant,
 )
 from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import Problem, UserError, abridge, abridge_list
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -133,9 +133,9 @@ def report_problems(name: str, error: UserError) -> None:
         return
     problems = list(dict.fromkeys(map(format_problem, find_problems(error))))
     if len(problems) == 1:
-        _say(f"{name}: {problems[0]}")
+        _say(abridge(f"{name}: {problems[0]}"))
     else:
-        _say(f"{name}: {len(problems)} problems:", *(f"  {problem}" for problem in problems))
+        _say(f"{name}: {len(problems)} problems:", *abridge_list([f"  {problem}" for problem in problems]))
 
 
 def _run(command: Command, argv: Sequence[str]) -> int:
@@ -274,7 +274,7 @@ class _Job:
         held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if settings.mode == RunMode.MULTIRUN:
             name = _rename(self._command, plain, list(settings.overrides.task), self._constant)
-            _say(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}")
+            _say(abridge(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}"))
             held = hold_run(plain) if self._command.run_folder is not None else held
         try:
             with held:

@@ -19,7 +19,9 @@ from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_fa
 from m2_encoder.data.images.rgb import FLAT
 from m2_encoder.data.samples.captions import check_roles
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText, name_content, parse_sample_text
+from m2_encoder.data.shards.grouping import has_dotted_name
 from m2_encoder.data.shards.index import ShardIndex
+from m2_encoder.data.shards.names import is_clutter
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.reader import OpenShard, SampleBytes
 from m2_encoder.data.shards.remote import RemoteShards
@@ -95,6 +97,7 @@ class ShardInspection(NamedTuple):
         rows: usable inspected samples, `SAMPLE_ROW`.
         captions: theirs, `CAPTION_ROW`.
         left_out: captions of inspected samples that are neither Chinese nor English, by language.
+        dotted: inspected samples that are named up to the last dot.
     """
 
     path: str
@@ -115,6 +118,7 @@ class ShardInspection(NamedTuple):
     rows: npt.NDArray[np.void]
     captions: npt.NDArray[np.void]
     left_out: Counter[str]
+    dotted: int = 0
 
 
 def inspect_shard(task: ShardTask) -> ShardInspection:
@@ -122,7 +126,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
     faults = _Faults(task.path)
     seen = _Seen(task.path)
     shard = None
-    indexed = inspected = 0
+    indexed = inspected = dotted = 0
     header_faults: Counter[str] = Counter()
     try:
         shard = _open(task.path, task.remote)
@@ -134,6 +138,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         decoded = {chosen[i] for i in _choose(len(chosen), task.options.num_decoded)} if task.options.decode else set()
         for number in chosen:
             inspected += 1
+            dotted += has_dotted_name(shard.index[number].key)
             try:
                 _inspect_sample(shard.read(number), task.options, counter, seen, decode=number in decoded)
             except SampleProblem as problem:
@@ -167,6 +172,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         rows=np.array(seen.rows, SAMPLE_ROW),
         captions=np.array(seen.captions, CAPTION_ROW),
         left_out=seen.left_out,
+        dotted=dotted,
     )
 
 
@@ -292,7 +298,8 @@ def _count_extensions(shard: OpenShard, options: InspectionOptions) -> Counter[s
     """Members by extension, from as many headers as samples are read: reading all of a large tar would take longest."""
     limit, index = options.samples_per_shard, shard.index
     size = index.size if limit is None or len(index) <= limit else index[limit].image.offset
-    names = (Path(member.name).name for member in scan_tar(shard.descriptor, size=size).members)
+    members = scan_tar(shard.descriptor, size=size).members
+    names = (Path(member.name).name for member in members if not is_clutter(member.name))
     return Counter(f".{rest}" if dot else "no extension" for _, dot, rest in (name.partition(".") for name in names))
 
 

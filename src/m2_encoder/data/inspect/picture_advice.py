@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
 
 from m2_encoder.data.images.rgb import FLAT, NOT_BLENDED, NOT_SCALED, NOT_TURNED
-from m2_encoder.pictures import PicturePolicy
+from m2_encoder.data.inspect.survey import Survey
+from m2_encoder.errors import abridge
+
+_MAX_NAMES: Final = 5
 
 
-def advise_pictures(
-    effects: Mapping[str, int], *, decoded: int, flat: Sequence[str], policy: PicturePolicy
-) -> Iterator[str]:
-    """Warnings with what mends them.
-
-    Args:
-        effects: pictures by what the policy does to them, of `rgb.EFFECTS`.
-        decoded: pictures that were looked at.
-        flat: names of some that become one flat colour.
-        policy: of the check, or of the run.
-    """
-    if count := effects.get(FLAT, 0):
+def advise_pictures(survey: Survey) -> Iterator[str]:
+    """Warnings with what mends them, by the policy that the source was looked at with."""
+    policy = survey.options.pictures
+    effects = sum((item.effects for item in survey.shards), Counter[str]())
+    decoded = sum(item.decoded for item in survey.shards)
+    if count := effects[FLAT]:
+        names = [abridge(name, 40) for item in survey.shards for name in item.flat][:_MAX_NAMES]
         fix = "if they are drawn in white on a transparent ground, model.pictures={background: grey} shows them"
-        if effects.get(NOT_BLENDED) or effects.get(NOT_SCALED):
+        if effects[NOT_BLENDED] or effects[NOT_SCALED]:
             fix = "model.pictures=standard blends alpha and scales 16 bits"
         elif policy.background not in ("white", "dropped"):
             fix = f"if they are drawn in {policy.background} on a transparent ground, another background shows them"
         yield (
             f"{count:,} of {decoded:,} decoded pictures become one flat colour, which shows nothing "
-            f"({', '.join(flat)}): leave them out; {fix}"
+            f"({', '.join(names)}): leave them out; {fix}"
         )
-    lost = {name: effects[name] for name in (NOT_TURNED, NOT_BLENDED, NOT_SCALED) if name in effects}
+    lost = [f"{effects[name]:,} {name}" for name in (NOT_TURNED, NOT_BLENDED, NOT_SCALED) if effects[name]]
     if lost:
-        what = ", ".join(f"{count:,} {name}" for name, count in lost.items())
         yield (
-            f"of {decoded:,} decoded pictures, by this policy: {what}; viewers show them otherwise, and so does "
-            "model.pictures=standard"
+            f"of {decoded:,} decoded pictures, by this policy: {', '.join(lost)}; viewers show them otherwise, and so "
+            "does model.pictures=standard"
         )
