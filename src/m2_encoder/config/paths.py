@@ -12,6 +12,9 @@ from typing import Any, Final
 LAST_CHECKPOINT: Final = "checkpoints/last.ckpt"
 """In a run's folder: the newest training state."""
 
+RUN_LOCK: Final = ".lock"
+"""In a run's folder, while a process trains there: which one (`files.hold_lock`)."""
+
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 

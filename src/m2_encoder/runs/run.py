@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -25,9 +26,11 @@ from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_config, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
-from m2_encoder.runs.ranks import end_together
+from m2_encoder.runs.pictures import settle_pictures
+from m2_encoder.runs.ranks import StartedRanks, end_together
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
+from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.callbacks.first_validation import FirstValidation
@@ -42,12 +45,19 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     Raises:
         UserError: for data, weights or a checkpoint that cannot be used.
     """
+    ranks = StartedRanks()
+    with end_on_signals(ranks.end):
+        return _train(cfg, ranks)
+
+
+def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     started = time.time()
     _quieten()
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     folder = default_run_folder(cfg)
     newest = None if cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
     resumes = newest is not None
+    cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
     if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
         trained = read_config(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
     else:
@@ -70,12 +80,20 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
 
     first_step = FirstStep(write_records)
     trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step, FirstValidation()])
+    ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
-    if trainer.is_global_zero:
-        _announce(cfg, folder, newest, run, changes=trained is cfg)
-    _fit(run, newest and newest.path, name=cfg["run"]["name"])
-    first_step.pass_by(trainer)  # no step is left where all were done already
-    return _finish(run, tasks, cfg, folder, trained=trained, started=started)
+    metrics_of_end: dict[str, float] | None = None
+    try:
+        if trainer.is_global_zero:
+            _announce(cfg, folder, newest, run, changes=trained is cfg)
+            for line in remarks:
+                print(f"run {cfg['run']['name']}: {line}")
+        _fit(run, newest and newest.path, name=cfg["run"]["name"])
+        first_step.pass_by(trainer)  # no step is left where all were done already
+        metrics_of_end = _finish(run, tasks, cfg, folder, trained=trained, started=started)
+    finally:
+        _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
+    return metrics_of_end
 
 
 def _finish(
@@ -102,7 +120,6 @@ def _finish(
         end=end,
         started=started,
     )
-    _close_loggers(run, metrics)
     if not cfg["run"]["export"]:
         return metrics
     if isinstance(model, VisualTokenizer):
@@ -124,7 +141,7 @@ def _take_model(module: Module) -> tuple[M2Encoder | VisualTokenizer | None, Map
     return merged, module.trained_objectives()
 
 
-def _close_loggers(run: Run, metrics: dict[str, float]) -> None:
+def _close_loggers(run: Run, metrics: dict[str, float] | None) -> None:
     for sink in run.trainer.loggers:
         if isinstance(sink, QuietWandbLogger):
             sink.close(metrics)
@@ -155,10 +172,10 @@ def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run
 def _fit(run: Run, checkpoint: Path | None, *, name: str) -> None:
     try:
         run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except SIGTERMException:
+    except SIGTERMException as end:
         if run.trainer.is_global_zero:
-            step = run.trainer.global_step
-            print(f"m2-train: ended by SIGTERM, step {step} is saved; run.resume=auto goes on", file=sys.stderr)
+            step, name = run.trainer.global_step, signal.Signals(int(str(end.code)) - 128).name
+            print(f"m2-train: ended by {name}, step {step} is saved; run.resume=auto goes on", file=sys.stderr)
         raise
     except SystemExit as stop:
         if run.trainer.interrupted:
