@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.pictures import STANDARD, PicturePolicy
 
 Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Split -> language -> metric -> percent, e.g. `{"heldout_style": {"zh": {"i2t_r@1": 41.2}}}`."""
@@ -68,11 +69,12 @@ _EMOJI_LIMITS: Final = (
 )
 
 
-def build_card(cfg: Mapping[str, Any]) -> CardInfo:
+def build_card(cfg: Mapping[str, Any], *, steps: str) -> CardInfo:
     """The model card of a run.
 
     Args:
         cfg: its resolved configuration.
+        steps: that the model was trained for, in words if there are fewer than planned.
     """
     data, trainer = cfg["data"], cfg["trainer"]
     is_emoji = str(data["_target_"]).endswith(".EmojiDataModule")
@@ -86,7 +88,7 @@ def build_card(cfg: Mapping[str, Any]) -> CardInfo:
         data=(*trained_on, *_CAPTIONS) if is_emoji else (),
         training={
             "objectives": ", ".join(cfg["objective"]),
-            "steps": f"{trainer['max_steps']:,}",
+            "steps": steps,
             "samples per step": f"{data['global_batch_size']:,}",
             "learning rate": f"{cfg['optimizer']['lr']:g}",
             "precision": str(trainer["precision"]),
@@ -97,7 +99,12 @@ def build_card(cfg: Mapping[str, Any]) -> CardInfo:
 
 
 def model_card(
-    model: M2Encoder, *, card: CardInfo, metrics: Metrics, provenance: Mapping[str, Any] | None = None
+    model: M2Encoder,
+    *,
+    card: CardInfo,
+    metrics: Metrics,
+    provenance: Mapping[str, Any] | None = None,
+    pictures: PicturePolicy = STANDARD,
 ) -> str:
     """The model card, as Markdown.
 
@@ -106,6 +113,7 @@ def model_card(
         card: texts.
         metrics: results; a table per split.
         provenance: origin, one line per entry.
+        pictures: what the pixels of its training pictures were.
 
     Returns:
         The text of the card.
@@ -122,6 +130,7 @@ def model_card(
                 "family": "M2-Encoder (arXiv:2401.15896), one feature space for images and both languages",
                 "parameters": f"{num_parameters:,}",
                 "image": f"{config.image_size} px, patches of {config.patch_size} px",
+                "pictures": str(pictures),
                 "text": f"up to {config.context_length} tokens, vocabulary of {config.vocab_size:,}",
                 "layers": f"{config.num_layers} backbone + {config.num_vl_layers} vision-language, width "
                 f"{config.embed_dim}, {config.num_heads} heads",

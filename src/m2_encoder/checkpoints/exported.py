@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from m2_encoder.checkpoints.formats import read_safetensors_metadata
+from m2_encoder.checkpoints.formats import read_safetensors_metadata, read_small_json
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import file_sha256
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.pictures import OLDER, PicturePolicy, read_policy
 
 FORMAT = "m2-encoder"
 FORMAT_VERSION = 1
@@ -35,6 +36,7 @@ class ExportedFolder(NamedTuple):
     tokenizer: Path
     context_length: int  # most tokens of a text, template included
     truncation_side: Literal["left", "right"]  # where a longer text is cut
+    pictures: PicturePolicy  # what the pixels of its training pictures were
 
 
 def config_text(config: M2EncoderConfig) -> str:
@@ -45,7 +47,7 @@ def config_text(config: M2EncoderConfig) -> str:
 def read_format(folder: str | os.PathLike[str]) -> str | None:
     """The `format` in the `config.json` of a folder; None if there is none or it cannot be read."""
     try:
-        found = read_object(Path(folder) / CONFIG_FILE).get("format")
+        found = read_small_json(Path(folder) / CONFIG_FILE).get("format")
     except CheckpointError:
         return None
     return found if isinstance(found, str) else None
@@ -65,7 +67,7 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
         raise CheckpointError(
             f"{folder} is not a complete exported model: {', '.join(missing)} missing; write it with m2-export"
         )
-    content = read_object(folder / CONFIG_FILE)
+    content = read_small_json(folder / CONFIG_FILE)
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: format {content.get('format')!r} version {content.get('format_version')!r}, "
@@ -80,6 +82,7 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
             tokenizer=folder / TOKENIZER_FILE,
             context_length=facts["context_length"],
             truncation_side=facts["truncation_side"],
+            pictures=_pictures_of(content),
         )
         tokenizer_sha256 = facts["sha256"]
     except (KeyError, TypeError, UserError) as error:
@@ -89,6 +92,27 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
         ) from error
     _check_consistent(exported, tokenizer_sha256)
     return exported
+
+
+def find_pictures(weights: str | os.PathLike[str]) -> PicturePolicy | None:
+    """The policy of the export that is `weights`, or that this file lies in; None if there is no export.
+
+    Raises:
+        CheckpointError: if its `config.json` is damaged.
+    """
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    if read_format(folder) != FORMAT:
+        return None
+    try:
+        return _pictures_of(read_small_json(folder / CONFIG_FILE))
+    except UserError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: damaged or edited ({error}); export the model again") from error
+
+
+def _pictures_of(content: Mapping[str, Any]) -> PicturePolicy:
+    """The policy in a `config.json`; exports from before there was one do not say it."""
+    facts = content.get("preprocess")
+    return read_policy(facts["pictures"]) if isinstance(facts, Mapping) and "pictures" in facts else OLDER
 
 
 def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:
@@ -103,18 +127,3 @@ def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:
         raise CheckpointError(
             f"{folder}: {TOKENIZER_FILE} is not the file that was exported; restore it or export the model again"
         )
-
-
-def read_object(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a file of an exported folder.
-
-    Raises:
-        CheckpointError: if there is no such file, or something else is in it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); export the model again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object; export it again")
-    return content

@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from m2_encoder.cli import commands
 from m2_encoder.config.command import EXIT_USER_ERROR, report_problems, run_command
+from m2_encoder.config.output import lasting_output
 from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import anchor
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import Problem, UserError, abridge
 
 
 def check_emoji(cfg: dict[str, Any]) -> list[Problem]:
@@ -71,7 +72,11 @@ def name_sources(argv: Sequence[str], key: str) -> list[str]:
 
 def main() -> int:
     """Entry point of `m2-data`: the first argument names the sub-command."""
-    arguments = sys.argv[1:]
+    with lasting_output():
+        return _main(sys.argv[1:])
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in {"--help", "-h"}:
         width = max(map(len, SUB_COMMANDS))
         print("m2-data: prepare data\n\nSub-commands (each has its own --help):")
@@ -81,7 +86,7 @@ def main() -> int:
     command = SUB_COMMANDS.get(arguments[0])
     if command is None:
         known = ", ".join(SUB_COMMANDS)
-        print(f"m2-data: {arguments[0]}: no such sub-command; choose from {known}", file=sys.stderr)
+        print(f"m2-data: {abridge(arguments[0], 100)}: no such sub-command; choose from {known}", file=sys.stderr)
         return EXIT_USER_ERROR
     argv = arguments[1:]
     if arguments[0] != "emoji":  # the others read something: `m2-data check tars`

@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from m2_encoder.bounds import Count, Index
+from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE
+from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.problems import Unset
-from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.config.schema import Pictures
+from m2_encoder.errors import NOTHING, Problem, UserError, abridge, abridge_list
 from m2_encoder.evaluation.embedding import Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
 from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
@@ -34,6 +37,7 @@ class EmbedSettings:
     model: Any
     weights: Any
     tokenizer: Any
+    pictures: Pictures
     images: Any
     texts: Any
     output: Any
@@ -108,7 +112,7 @@ def run_embed(cfg: dict[str, Any]) -> int:
             note = f"[yellow]{len(skipped):,} skipped" if skipped else ""
             progress.update(task, advance=len(batch.names) + len(batch.skipped), skipped=note)
         if not done:
-            first = "; ".join(f"{item.name}: {item.reason}" for item in skipped[:3])
+            first = "; ".join(abridge(f"{item.name}: {item.reason}", 100) for item in skipped[:3])
             more = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
             key = "images" if cfg["images"] is not None else "texts"
             raise UserError(f"nothing could be used: {first}{more}", key=key, value=cfg[key])
@@ -116,8 +120,7 @@ def run_embed(cfg: dict[str, Any]) -> int:
     if not skipped:
         return 0
     print(f"m2-embed: {len(skipped):,} skipped:", file=sys.stderr)
-    for item in skipped:
-        print(f"  {item.name}: {item.reason}", file=sys.stderr)
+    print(*abridge_list([f"  {item.name}: {item.reason}" for item in skipped]), sep="\n", file=sys.stderr)
     return EXIT_SKIPPED
 
 
@@ -152,13 +155,14 @@ def _check_names_fit(output: str, num_bytes: int) -> None:
 def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
     """Where the features come from; no times or machines, so the same input gives the same bytes."""
     weights = str(cfg["weights"] or find_path(cfg["model"]) / WEIGHTS_FILE)
-    path = find_path(weights)
+    path = Path(weights) if is_url(weights) else find_weights(find_path(weights))
     return {
         "model": cfg["model"],
         "weights": weights,
         "weights_sha256": file_sha256(path) if path.is_file() else None,
         "config": loaded.model.config.to_dict(),
         "images": cfg["images"],
+        "pictures": None if cfg["images"] is None else loaded.preprocess.pictures.to_dict(),
         "texts": cfg["texts"],
         "m2_encoder": importlib.metadata.version("m2-encoder"),
     }

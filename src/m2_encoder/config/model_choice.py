@@ -57,7 +57,10 @@ def model_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     for key in ("weights", "tokenizer"):
         value = cfg[key]
         is_url = key == "weights" and str(value).startswith(("http://", "https://"))
-        if value is not None and not is_url and not (isinstance(value, str) and find_path(value).is_file()):
+        if value is None or is_url:
+            continue
+        path = find_path(value) if isinstance(value, str) else None
+        if path is None or not (path.is_file() or (key == "weights" and path.is_dir())):
             problems.append(Problem(key, value, "no such file"))
     return [*problems, *_device_problems(cfg["device"])]
 
@@ -90,7 +93,7 @@ def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig) -> Senten
 
 
 def load_from(cfg: dict[str, Any]) -> LoadedModel:
-    """Loads the model that `model`, `weights`, `tokenizer` and `device` describe.
+    """Loads the model that `model`, `weights`, `tokenizer`, `pictures` and `device` describe.
 
     Raises:
         UserError: as `m2_encoder.load`.
@@ -101,6 +104,7 @@ def load_from(cfg: dict[str, Any]) -> LoadedModel:
         model if is_model_name(model) else find_path(model),
         weights=weights if weights is None or is_url else find_path(weights),
         tokenizer=None if tokenizer is None else find_path(tokenizer),
+        pictures=cfg["pictures"],
         device=device_of(cfg["device"]),
     )
 
