@@ -19,6 +19,7 @@ from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.problems import Unset
+from m2_encoder.config.schema import Pictures
 from m2_encoder.errors import NOTHING, Problem, UserError, abridge, abridge_list
 from m2_encoder.evaluation.embedding import Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
@@ -36,6 +37,7 @@ class EmbedSettings:
     model: Any
     weights: Any
     tokenizer: Any
+    pictures: Pictures
     images: Any
     texts: Any
     output: Any
@@ -160,6 +162,7 @@ def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
         "weights_sha256": file_sha256(path) if path.is_file() else None,
         "config": loaded.model.config.to_dict(),
         "images": cfg["images"],
+        "pictures": None if cfg["images"] is None else loaded.preprocess.pictures.to_dict(),
         "texts": cfg["texts"],
         "m2_encoder": importlib.metadata.version("m2-encoder"),
     }

@@ -19,6 +19,7 @@ from m2_encoder.config.problems import UNSET
 from m2_encoder.config.sweeps import MAX_NAME_BYTES
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
+from m2_encoder.pictures import POLICY_RULE, is_policy
 
 SAFE_NAME: Final = re.compile(r"[^\W_][\w.=+-]{0,99}")  # letters of any script
 RESERVED_NAMES: Final = ("data", "multirun")
@@ -38,6 +39,9 @@ _NAME_RULE: Final = Rule(
     f"{MAX_NAME_BYTES} bytes, starting with a letter or digit, and none of {', '.join(RESERVED_NAMES)}",
     "my-run",
 )
+Pictures = Annotated[Any, Rule(lambda value: value is None or is_policy(value), POLICY_RULE, "standard")]
+"""What the pixels of pictures are; None: as the weights were trained."""
+
 _MODEL_RULE: Final = Rule(NAME_TO_CONFIG.__contains__, f"one of {', '.join(NAME_TO_CONFIG)}", "tiny")
 
 
@@ -59,6 +63,8 @@ class Model:
     name: Annotated[str, _MODEL_RULE]  # a row of `NAME_TO_CONFIG`
     tokenizer: Annotated[Text, Example("emoji")]  # `emoji`, or the path of a SentencePiece model
     weights: Text | None = None  # a checkpoint to start from
+    # what the pixels of its pictures are; None: as the weights were trained, `standard` from scratch
+    pictures: Pictures = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

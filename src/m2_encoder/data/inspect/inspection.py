@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_facts
+from m2_encoder.data.images.rgb import FLAT
 from m2_encoder.data.samples.captions import check_roles
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText, name_content, parse_sample_text
 from m2_encoder.data.shards.grouping import has_dotted_name
@@ -26,6 +27,7 @@ from m2_encoder.data.shards.reader import OpenShard, SampleBytes
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.shards.tar_scan import scan_tar
 from m2_encoder.errors import UserError
+from m2_encoder.pictures import STANDARD, PicturePolicy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 from m2_encoder.types import LANGUAGES
@@ -51,6 +53,7 @@ class InspectionOptions(NamedTuple):
     decode: bool = True  # decode images, too, which finds cut ones; otherwise only their headers are read
     num_decoded: int | None = None  # images of a shard to decode, evenly spread; None decodes all that are read
     limits: ImageLimits = ImageLimits()  # images outside are faults
+    pictures: PicturePolicy = STANDARD  # what the pixels of images are
     language: str | None = None  # of captions without one; None detects it by the script
     words: bool = False
     tokenizer: bytes | None = None  # content of a SentencePiece file, to count tokens with; None does not
@@ -89,6 +92,8 @@ class ShardInspection(NamedTuple):
         extensions: members by extension; where a part of the samples is read, those at the start of the shard.
         json_keys: inspected samples by key of their JSON.
         formats: inspected images by kind.
+        effects: decoded images by what the policy does to them, of `rgb.EFFECTS`.
+        flat: names of some that become one flat colour.
         rows: usable inspected samples, `SAMPLE_ROW`.
         captions: theirs, `CAPTION_ROW`.
         left_out: captions of inspected samples that are neither Chinese nor English, by language.
@@ -108,6 +113,8 @@ class ShardInspection(NamedTuple):
     extensions: Counter[str]
     json_keys: Counter[str]
     formats: Counter[str]
+    effects: Counter[str]
+    flat: tuple[str, ...]
     rows: npt.NDArray[np.void]
     captions: npt.NDArray[np.void]
     left_out: Counter[str]
@@ -160,6 +167,8 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         extensions=seen.extensions,
         json_keys=seen.json_keys,
         formats=seen.formats,
+        effects=seen.effects,
+        flat=tuple(seen.flat),
         rows=np.array(seen.rows, SAMPLE_ROW),
         captions=np.array(seen.captions, CAPTION_ROW),
         left_out=seen.left_out,
@@ -222,6 +231,8 @@ class _Seen:
         self.captions: list[tuple[int, ...]] = []
         self.json_keys: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
+        self.effects: Counter[str] = Counter()
+        self.flat: list[str] = []
         self.extensions: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.decoded = self.damaged = 0
@@ -232,6 +243,9 @@ class _Seen:
     def add(self, raw: SampleBytes, facts: ImageFacts, said: SampleText, counter: _Counter) -> None:
         identity = name_content(said, key=raw.key, shard=self._shard, source="")
         self.formats[facts.format] += 1
+        self.effects.update(facts.effects)
+        if FLAT in facts.effects and len(self.flat) < MAX_EXAMPLES:
+            self.flat.append(f"{Path(self._shard).name}:{raw.key}")
         for caption in said.captions:
             words, tokens = counter.words(caption.text, caption.language), counter.tokens(caption.text)
             language = LANGUAGES.index(caption.language)
@@ -307,7 +321,7 @@ def _inspect_sample(
     if decode:
         seen.decoded += 1
         try:
-            read_image_facts(raw.image, options.limits, decode=True)
+            facts = read_image_facts(raw.image, options.limits, decode=True, pictures=options.pictures)
         except SampleProblem:
             seen.damaged += 1
             raise

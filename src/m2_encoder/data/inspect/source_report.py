@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expect_false_negatives
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
+from m2_encoder.data.inspect.picture_advice import advise_pictures
 from m2_encoder.data.inspect.survey import Survey
 from m2_encoder.data.samples.language import describe_languages
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
@@ -72,6 +73,8 @@ class SourceReport(NamedTuple):
         extensions: members of the inspected shards by extension.
         json_keys: inspected samples by key of their JSON.
         formats: usable images by kind.
+        decoded: images that were decoded.
+        effects: usable decoded ones by what the policy of pictures does to them, of `rgb.EFFECTS`.
         languages: captions by language, those that occur.
         left_out: captions that are neither Chinese nor English, by language.
         width: `QUANTILES` of widths, pixels.
@@ -98,6 +101,8 @@ class SourceReport(NamedTuple):
     extensions: dict[str, int]
     json_keys: dict[str, int]
     formats: dict[str, int]
+    decoded: int
+    effects: dict[str, int]
     languages: dict[str, CaptionSummary]
     left_out: dict[str, int]
     width: tuple[float, ...]
@@ -145,6 +150,8 @@ def check_source(
         extensions=_merge(item.extensions for item in survey.shards),
         json_keys=_merge(item.json_keys for item in survey.shards),
         formats=_merge(item.formats for item in survey.shards),
+        decoded=sum(item.decoded for item in survey.shards),
+        effects=_merge(item.effects for item in survey.shards),
         languages=_summarize_languages(captions),
         left_out=_merge(item.left_out for item in survey.shards),
         width=_quantiles(rows["width"]),
@@ -164,7 +171,8 @@ def check_source(
         warnings=(),
     )
     return report._replace(
-        problems=tuple(_problems(report)), warnings=(*_warnings(report, languages), *_dotted(survey))
+        problems=tuple(_problems(report)),
+        warnings=(*_warnings(report, languages), *_dotted(survey), *advise_pictures(survey)),
     )
 
 

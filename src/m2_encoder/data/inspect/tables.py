@@ -88,6 +88,8 @@ def _overview(report: SourceReport) -> Table:
     table.add_row("read", f"{report.inspected:,} samples, {report.usable:,} of them usable")
     table.add_row("members", Text(_listing(report.extensions)))
     table.add_row("keys of JSON", Text(_listing(report.json_keys)))
+    if report.effects:
+        table.add_row("pictures", f"{_listing(report.effects)}, of {report.decoded:,} decoded")
     return table
 
 
