@@ -107,13 +107,27 @@ def curate(
         return Curation(report=Report(finished), stages=())
     with folder.lock():
         run = _Run(shards, folder, settings, executor, progress, identity, accept)
-        report = run.all_stages(evaluation, write=write)
-        write_report(folder.path, report)
+        with _saying_what_stays(output):
+            report = run.all_stages(evaluation, write=write)
+            write_report(folder.path, report)
         if keep_work:
             folder.keep_work()
         elif write:
             folder.remove_work()
     return Curation(report=report, stages=tuple(run.stats))
+
+
+@contextlib.contextmanager
+def _saying_what_stays(output: Path) -> Iterator[None]:
+    """What the disk refuses ends in one line."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        text = f"{error}; mend that and start again: what is done stays"
+        raise UserError(" ".join(text.split()), key="output", value=output) from error
 
 
 class _Run:
