@@ -15,7 +15,7 @@ import torch
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import ExportedFolder, find_pictures, read_exported
 from m2_encoder.checkpoints.io import load_model
-from m2_encoder.checkpoints.weight_files import find_weights
+from m2_encoder.checkpoints.weight_files import check_download, find_weights
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
@@ -171,7 +171,7 @@ def _weights_path(
         if not isinstance(weights, str | os.PathLike):
             raise UserError(f"weights={weights!r:.80} is no file; expected a path or a URL")
         if isinstance(weights, str) and is_url(weights):
-            return download(weights)
+            return download(weights, check=check_download)
         return Path(weights)
     if exported is not None:
         return exported.weights

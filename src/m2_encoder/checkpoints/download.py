@@ -14,7 +14,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ CACHE_VARIABLE = "M2_ENCODER_CACHE"
 """Environment variable that names the cache folder; `~/.cache/m2_encoder` otherwise."""
 
 _CHUNK_BYTES = 1 << 20
+_MAX_BYTES = 1 << 38  # where the server tells no length; the largest published model has 41 GB
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -41,13 +42,20 @@ def cache_folder() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "m2_encoder"
 
 
-def download(url: str, *, folder: str | os.PathLike[str] | None = None, timeout_s: float = 30.0) -> Path:
+def download(
+    url: str,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    timeout_s: float = 30.0,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Fetch a file, or find it in the cache.
 
     An interrupted download leaves a `.part` file, and the next call continues there if the server can. The final name
     appears only once the length, and the hash if one is given, are right. Two processes that want the same file wait
     for each other. A fragment `#sha256=<64 hex digits>` of the url is verified; `timeout_s` is the longest silence of
-    the server.
+    the server. `check` raises a `CheckpointError` for a file that is no such file, as a page of an error served in its
+    place; that file is not kept.
 
     Raises:
         CheckpointError: if the download fails, the hash is another one, or the disk refuses.
@@ -65,7 +73,7 @@ def download(url: str, *, folder: str | os.PathLike[str] | None = None, timeout_
         with _exclusive(target.with_name(f"{target.name}.lock")):
             if not target.is_file():
                 _LOGGER.info("downloading %s to %s", address, target)
-                _fetch(address, target, sha256=sha256, timeout_s=timeout_s)
+                _fetch(address, target, sha256=sha256, timeout_s=timeout_s, check=check)
     except urllib.error.HTTPError as error:
         error.close()
         raise CheckpointError(f"cannot download {address}: the server says {error.code} {error.reason}") from error
@@ -93,7 +101,9 @@ def _expected_sha256(fragment: str, url: str) -> str | None:
     return match.group(1).lower()
 
 
-def _fetch(address: str, target: Path, *, sha256: str | None, timeout_s: float) -> None:
+def _fetch(
+    address: str, target: Path, *, sha256: str | None, timeout_s: float, check: Callable[[Path], object] | None
+) -> None:
     """Download into `.part`, continuing an earlier one, check it and rename it."""
     part = target.with_name(f"{target.name}.part")
     offset = part.stat().st_size if part.is_file() else 0
@@ -114,7 +124,14 @@ def _fetch(address: str, target: Path, *, sha256: str | None, timeout_s: float) 
             file.seek(offset)
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
+                if file.tell() > (total or _MAX_BYTES):  # a body without an end
+                    break
             received = file.tell()
+    if received > (total or _MAX_BYTES):
+        part.unlink()
+        raise CheckpointError(
+            f"cannot use {address}: the server sent more than {total or _MAX_BYTES:,} bytes; it was deleted"
+        )
     if total is not None and received != total:
         raise CheckpointError(
             f"cannot download {address}: the connection ended after {received:,} of {total:,} bytes; "
@@ -123,6 +140,13 @@ def _fetch(address: str, target: Path, *, sha256: str | None, timeout_s: float) 
     if received == 0:
         raise CheckpointError(f"cannot download {address}: the server sent an empty file")
     _verify(part, sha256, address)
+    if check is not None:
+        try:
+            check(part)
+        except CheckpointError as error:
+            part.unlink(missing_ok=True)
+            reason = str(error).removeprefix(f"{part}: ")
+            raise CheckpointError(f"cannot use {address}: what the server sent is {reason}; it was deleted") from error
     os.replace(part, target)
 
 

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from m2_encoder.checkpoints.digests import check_zip
 from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT, WEIGHTS_FILE, read_format
-from m2_encoder.checkpoints.formats import file_kind, read_safetensors, read_small_json, read_torch
+from m2_encoder.checkpoints.formats import (
+    file_kind,
+    read_safetensors,
+    read_safetensors_metadata,
+    read_small_json,
+    read_torch,
+)
 from m2_encoder.checkpoints.state_names import unwrap
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, find_newest
 from m2_encoder.errors import CheckpointError
@@ -97,6 +103,21 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
     if kind == "zip":
         check_zip(path)
     return unwrap(read_torch(path), path)
+
+
+def check_download(path: Path) -> None:
+    """Refuse a downloaded file that is no whole file of tensors; its bytes are read once.
+
+    Raises:
+        CheckpointError: saying what it is.
+    """
+    kind = file_kind(path)
+    if kind == "json":
+        raise CheckpointError(f"{path}: JSON, no weights; of an index, download the files that it names, too")
+    if kind == "zip":
+        check_zip(path)
+    elif kind == "safetensors":
+        read_safetensors_metadata(path)  # which compares the lengths
 
 
 def describe_shard(path: Path) -> str:

@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from m2_encoder import CheckpointError
 from m2_encoder.checkpoints.download import cache_folder, download, is_url
+from m2_encoder.checkpoints.weight_files import check_download
 from tests.support.file_server import FileServer, serve
 
 CONTENT = bytes(range(256)) * 12_000  # three chunks
@@ -172,3 +174,36 @@ def test_what_is_a_url() -> None:
     assert not is_url("file:///etc/passwd")
     assert not is_url("weights/http.ckpt")
     assert not is_url(Path("http://host"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<html>Please log in</html>\n" * 50, "not a checkpoint"),
+        (b'{"error": "not found"}', "JSON, no weights"),
+        (b"PK\x03\x04" + bytes(1000), "damaged"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{" + bytes(100), "damaged"),
+    ],
+)
+def test_a_wrong_page_served_as_weights_is_not_kept(
+    server: FileServer, tmp_path: Path, content: bytes, said: str
+) -> None:
+    server.content = content
+    server.with_length = False
+    with pytest.raises(CheckpointError, match=rf"cannot use http://.*: what the server sent is {said}.*it was deleted"):
+        download(server.url(), folder=tmp_path, check=check_download)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_weights_that_are_whole_are_kept(server: FileServer, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "a.ckpt")
+    server.content = (tmp_path / "a.ckpt").read_bytes()
+    assert download(server.url(), folder=tmp_path / "cache", check=check_download).read_bytes() == server.content
+
+
+def test_a_body_without_an_end_is_cut(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.with_length = False
+    monkeypatch.setattr("m2_encoder.checkpoints.download._MAX_BYTES", 1 << 20)
+    with pytest.raises(CheckpointError, match="sent more than 1,048,576 bytes; it was deleted"):
+        download(server.url(), folder=tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
