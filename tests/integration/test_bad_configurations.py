@@ -122,7 +122,7 @@ ONE_FAULT = [
     ("+data.seed=3", "set by the command itself"),
     # model
     ("model.image_size=65", "for example 64"),
-    ("model.image_size=-8", "1 or more"),
+    ("model.image_size=-8", "in 1..16384"),
     ("model.embed_dim=130", "num_heads=4"),
     ("model.context_length=1000", "2..126"),
     ("model.vocab_size=100", "model.tokenizer=emoji"),

@@ -136,7 +136,7 @@ def test_report_refuses_a_broken_model(
     broken = M2Encoder(model.config)
     with torch.no_grad():
         broken.vl_image_proj.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="image features are not finite"):
+    with pytest.raises(ValueError, match=r"vl_image_proj\.weight holds values that are NaN or infinite"):
         report_run(
             build_tasks(None), model=broken, objectives={}, datamodule=Data(folder, tokenizer), run_folder=tmp_path,
             cfg={}, end=RunEnd(1, 1), started=time.time(),

@@ -21,6 +21,7 @@ from m2_encoder.checkpoints.exported import (
 )
 from m2_encoder.checkpoints.io import save_safetensors
 from m2_encoder.checkpoints.matching_head import CONFIG_KEY, MatchingHead, save_head
+from m2_encoder.checkpoints.tensors import find_non_finite
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import atomic_folder, file_sha256
 from m2_encoder.models.config import M2EncoderConfig
@@ -70,6 +71,8 @@ def export_model(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the token table {config.vocab_size} rows; "
             "export the model with the tokenizer it was trained with"
         )
+    if (broken := find_non_finite(model.state_dict())) is not None:
+        raise UserError(f"cannot export the model: {broken} holds values that are NaN or infinite")
     card = card or CardInfo()
     folder = Path(folder)
     with atomic_folder(folder, overwrite=overwrite, error=CheckpointError) as temporary:

@@ -18,7 +18,7 @@ from m2_encoder.checkpoints.digests import check_zip
 from m2_encoder.checkpoints.formats import file_kind, read_safetensors, read_torch
 from m2_encoder.checkpoints.positions import resize_image_positions
 from m2_encoder.checkpoints.state_names import listed, to_our_names, unwrap
-from m2_encoder.checkpoints.tensors import write_tensors
+from m2_encoder.checkpoints.tensors import find_non_finite, write_tensors
 from m2_encoder.checkpoints.weight_files import describe_shard, find_weights, read_index
 from m2_encoder.errors import CheckpointError
 from m2_encoder.files import atomic_file
@@ -104,7 +104,7 @@ def build_model(
         The model in eval mode, its parameters requiring gradients.
 
     Raises:
-        CheckpointError: if a parameter is missing, unexpected or of another shape; all of them are counted
+        CheckpointError: if a parameter is not finite, missing, unexpected or of another shape; all of them are counted
             and the first ones named. An image position table of another square grid is resized.
     """
     with torch.device("meta"):
@@ -116,6 +116,8 @@ def build_model(
     _check_match(state, expected, source=source, model_name=config.name)
     taken: set[int] = set()
     loaded = {name: _owned(state.pop(name), taken, device=torch.device(device), dtype=dtype) for name in expected}
+    if (broken := find_non_finite(loaded)) is not None:
+        raise CheckpointError(f"{source}: {broken} holds values that are NaN or infinite; take an earlier checkpoint")
     model.load_state_dict(loaded, strict=True, assign=True)
     return model.eval()
 

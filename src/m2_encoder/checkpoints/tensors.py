@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -19,8 +21,28 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mappin
         tensors: contiguous, on the CPU.
         path: replaced.
         metadata: of the file, beside the digest.
+
+    Raises:
+        OSError: if the disk refuses.
     """
     path.touch()
     mode = path.stat().st_mode & 0o777  # what the user's umask leaves
-    safetensors.torch.save_file(dict(tensors), path, metadata={**metadata, DIGEST_KEY: digest_tensors(tensors)})
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata={**metadata, DIGEST_KEY: digest_tensors(tensors)})
+    except safetensors.SafetensorError as error:  # an error of its own, in words, for a full disk
+        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(code, " ".join(str(error).split()), str(path)) from error
     os.chmod(path, mode)
+
+
+def find_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is NaN or infinite; None if there is none.
+
+    It takes no memory beside the tensors, floating or not, of any device but `meta`.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta":
+            least, most = tensor.detach().aminmax()  # which hand a NaN on
+            if not bool(least.isfinite() & most.isfinite()):
+                return name
+    return None

@@ -229,7 +229,7 @@ def score_pairs(
             )
     together = torch.cat(scores)
     if broken := int((~together.isfinite()).sum()):
-        raise ValueError(f"{broken} of {len(rows)} matching scores are not finite: the model or its head is broken")
+        raise UserError(f"{broken} of {len(rows)} matching scores are not finite: the model or its head is broken")
     return together[inverse]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from m2_encoder.data.retrieval_set import RetrievalSet
+from m2_encoder.errors import UserError
 from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE, FeatureModel, Tokenize, encode_images, encode_texts
 from m2_encoder.evaluation.metrics import RECALL_KS, retrieval_metrics
 
@@ -58,14 +59,14 @@ def evaluate_features(features: SetFeatures, *, ks: Sequence[int] = RECALL_KS) -
     """`retrieval_metrics` of an encoded set, by language.
 
     Raises:
-        ValueError: if a feature is not finite; recalls would hide that the model is broken.
+        UserError: if a feature is not finite; recalls would hide that the model is broken.
     """
     results = {}
     for language, texts in features.texts.items():
         for side, values in (("image", features.image_features), (f"{language} text", texts.features)):
             broken = int((~values.isfinite()).any(dim=1).sum())
             if broken:
-                raise ValueError(f"{broken} of {len(values)} {side} features are not finite: the model is broken")
+                raise UserError(f"{broken} of {len(values)} {side} features are not finite: the model is broken")
         results[language] = retrieval_metrics(
             features.image_features, features.image_ids, texts.features, texts.ids, ks=ks
         )

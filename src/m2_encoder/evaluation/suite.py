@@ -46,15 +46,15 @@ def summarize(results: Mapping[str, TaskResult]) -> dict[str, Any]:
 
 
 def write_results(folder: Path, results: Mapping[str, TaskResult], summary: Mapping[str, Any]) -> list[Path]:
-    """Writes pictures, `results.md` and `summary.json` to an existing folder; returns the pictures."""
+    """Writes `results.md`, `summary.json` and pictures to an existing folder, numbers first; returns the pictures."""
+    if markdown := "\n".join(result.markdown for result in results.values() if result.markdown):
+        write_text(folder / TABLE_FILE, markdown)
+    write_json(folder / SUMMARY_FILE, summary)
     pictures = []
     for result in results.values():
         for name, draw in result.pictures.items():
             draw(folder / name)
             pictures.append(folder / name)
-    if markdown := "\n".join(result.markdown for result in results.values() if result.markdown):
-        write_text(folder / TABLE_FILE, markdown)
-    write_json(folder / SUMMARY_FILE, summary)
     return pictures
 
 

@@ -25,6 +25,8 @@ NUM_RESERVED_POSITIONS = 2
 class M2EncoderConfig:
     """Shape of one M2-Encoder.
 
+    Upper bounds are far above what exists: they keep a damaged file from asking for the memory of a machine.
+
     Attributes:
         name: in exports and logs.
         embed_dim: width D of both encoders.
@@ -50,17 +52,17 @@ class M2EncoderConfig:
     """
 
     name: str = "custom"
-    embed_dim: Count = 768
-    num_heads: Count = 12
-    num_layers: Count = 12
-    num_vl_layers: Count = 3
-    feature_dim: Count = 768
-    image_size: Count = 224
-    patch_size: Count = 16
-    vocab_size: Count = 21128
-    context_length: Count = 52
-    num_text_positions: Count = 1024
-    ffn_ratio: Count = 4
+    embed_dim: Annotated[Count, Le(2**16)] = 768
+    num_heads: Annotated[Count, Le(2**12)] = 12
+    num_layers: Annotated[Count, Le(2**10)] = 12
+    num_vl_layers: Annotated[Count, Le(2**10)] = 3
+    feature_dim: Annotated[Count, Le(2**16)] = 768
+    image_size: Annotated[Count, Le(2**14)] = 224
+    patch_size: Annotated[Count, Le(2**14)] = 16
+    vocab_size: Annotated[Count, Le(2**24)] = 21128
+    context_length: Annotated[Count, Le(2**20)] = 52
+    num_text_positions: Annotated[Count, Le(2**20)] = 1024
+    ffn_ratio: Annotated[Count, Le(2**6)] = 4
     drop_path_rate: Annotated[float, Ge(0), Lt(1)] = 0.0
     layer_norm_eps: Annotated[float, Gt(0), Lt(1)] = 1e-5
     position_init_std: Positive = 1.0

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,14 +38,14 @@ _ROWS_AT_ONCE = 8192  # vectors compared with all codes at a time: 256 MiB for 8
 class VisualTokenizerConfig:
     """Shape of a visual tokenizer."""
 
-    image_size: Count  # side S of the square images, pixels
-    patch_size: Count  # side P of a patch, pixels; S must be a multiple
-    num_codes: Annotated[int, Ge(2)] = 8192  # K
-    code_dim: Count = 32  # d
-    embed_dim: Count = 128  # D; a multiple of `num_heads`
-    num_heads: Count = 4  # attention heads of every layer
-    num_layers: Count = 2  # of the encoder
-    num_decoder_layers: Count = 2  # of the decoder
+    image_size: Annotated[Count, Le(2**14)]  # side S of the square images, pixels
+    patch_size: Annotated[Count, Le(2**14)]  # side P of a patch, pixels; S must be a multiple
+    num_codes: Annotated[int, Ge(2), Le(2**24)] = 8192  # K
+    code_dim: Annotated[Count, Le(2**16)] = 32  # d
+    embed_dim: Annotated[Count, Le(2**16)] = 128  # D; a multiple of `num_heads`
+    num_heads: Annotated[Count, Le(2**12)] = 4  # attention heads of every layer
+    num_layers: Annotated[Count, Le(2**10)] = 2  # of the encoder
+    num_decoder_layers: Annotated[Count, Le(2**10)] = 2  # of the decoder
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -11,9 +11,11 @@ from typing import Any
 
 from rich.text import Text
 
+from m2_encoder.checkpoints.tensors import find_non_finite
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
+from m2_encoder.errors import UserError
 from m2_encoder.evaluation.suite import SUMMARY_FILE, TABLE_FILE, print_results, run_tasks, summarize, write_results
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, RunFacts
@@ -42,8 +44,11 @@ def report_run(
     names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`.
 
     Raises:
-        ValueError: if the model's features are not finite.
+        UserError: if a parameter of the model is not finite, or its features.
     """
+    if (broken := find_non_finite(model.state_dict())) is not None:
+        advice = "nothing is reported or exported; go on from an earlier checkpoint, or train with a lower optimizer.lr"
+        raise UserError(f"the trained model is broken: {broken} holds values that are NaN or infinite; {advice}")
     console = open_console()
     with console.status("evaluating"):
         context = EvaluationContext(

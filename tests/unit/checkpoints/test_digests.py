@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from m2_encoder import CheckpointError, M2Encoder, load
 from m2_encoder.checkpoints.digests import DIGEST_KEY, check_zip, digest_tensors
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import load_model
+from m2_encoder.errors import UserError
 from tests.support.models import random_model, small_config
 from tests.support.training import make_tokenizer, tiny_config
 
@@ -77,3 +80,53 @@ def test_the_digest_covers_names_shapes_and_types_but_no_order() -> None:
     for change in ({"a": torch.arange(4.0).reshape(2, 2)}, {"b": torch.tensor(1.0)}, {"d": torch.empty(0)}):
         assert digest_tensors({**tensors, **change}) != expected
     assert DIGEST_KEY == "tensors_sha256"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    state = random_model(CONFIG).state_dict()
+    state["text_proj.weight"][2, 3] = value
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"x\.ckpt: text_proj\.weight holds values that are NaN or infinite"):
+        load_model(CONFIG, tmp_path / "x.ckpt")
+    broken = M2Encoder(tiny_config())
+    with torch.no_grad():
+        broken.norm.bias.fill_(value)
+    with pytest.raises(UserError, match=r"cannot export the model: norm\.bias holds values that are NaN or infinite"):
+        export_model(tmp_path / "e", model=broken, tokenizer=make_tokenizer())
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_full_disk_at_an_export_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fill)
+    with pytest.raises(CheckpointError, match=r"cannot write .*No space left on device") as caught:
+        export_model(tmp_path / "e", model=M2Encoder(tiny_config()), tokenizer=make_tokenizer())
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("field", "value"), [("embed_dim", 10**12), ("num_layers", 10**9), ("vocab_size", 2**62)])
+def test_absurd_sizes_are_refused_before_they_are_built(tmp_path: Path, field: str, value: int) -> None:
+    export_model(tmp_path / "e", model=M2Encoder(tiny_config()), tokenizer=make_tokenizer())
+    path = tmp_path / "e" / "config.json"
+    content = json.loads(path.read_text())
+    content["model"][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"damaged or edited .*{field}={value}"):
+        load(tmp_path / "e")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "endless"])
+def test_a_configuration_that_never_ends_is_refused(tmp_path: Path, kind: str) -> None:
+    export_model(tmp_path / "e", model=M2Encoder(tiny_config()), tokenizer=make_tokenizer())
+    path = tmp_path / "e" / "config.json"
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "e")

@@ -35,9 +35,9 @@ OFFICIAL: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("embed_dim", 0, "embed_dim=0: must be a whole number, 1 or more"),
-        ("num_heads", -2, "num_heads=-2: must be a whole number, 1 or more"),
-        ("num_layers", 2.0, r"num_layers=2\.0: must be a whole number, 1 or more"),
+        ("embed_dim", 0, "embed_dim=0: must be a whole number, in 1..65536"),
+        ("num_heads", -2, "num_heads=-2: must be a whole number, in 1..4096"),
+        ("num_layers", 2.0, r"num_layers=2\.0: must be a whole number, in 1..1024"),
         ("num_vl_layers", 0, "num_vl_layers=0: must be"),
         ("vocab_size", "many", "vocab_size=many: must be"),
         ("patch_size", True, "patch_size=True: must be"),

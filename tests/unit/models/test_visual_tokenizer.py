@@ -109,7 +109,7 @@ def test_patches_keep_their_place(tokenizer: VisualTokenizer) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_codes": 0}, "num_codes=0: must be a whole number, 2 or more"),
+        ({"num_codes": 0}, "num_codes=0: must be a whole number, in 2..16777216"),
         ({"image_size": 12}, "image_size=12: must be a multiple of patch_size=8"),
         ({"num_heads": 3}, "num_heads=3: must divide embed_dim=16"),
     ],
