@@ -172,4 +172,7 @@ def test_sources_are_looked_at_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "notes.docx").write_bytes(b"")
     assert "no such file or folder" in str(describe_source(str(tmp_path / "nowhere")))
     assert "files end in .docx: give a folder with images" in str(describe_source(str(tmp_path / "notes.docx")))
+    assert "no *.tar there, and no image" in str(describe_source(str(tmp_path)))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a.JPG").write_bytes(b"")
     assert describe_source(str(tmp_path)) is None

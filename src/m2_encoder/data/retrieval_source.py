@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from m2_encoder.data.packing.download import DownloadOptions
 from m2_encoder.data.packing.encoding import ImageOptions, prepare_image
+from m2_encoder.data.packing.listed import IMAGE_SUFFIXES
 from m2_encoder.data.packing.records import Columns, Failure, Record
 from m2_encoder.data.packing.shards import fetch_images
 from m2_encoder.data.packing.sources import find_source
@@ -50,11 +51,18 @@ def read_samples(source: str | os.PathLike[str], *, images: bool = True) -> Iter
 def describe_source(source: str) -> str | None:
     """What is wrong with a source before any of its files is opened; None if `read_samples` may try it."""
     try:
-        if not _list_tars(source):
-            find_source(source, columns=Columns())
+        if _list_tars(source):
+            return None
+        found = find_source(source, columns=Columns())
     except UserError as error:
         return " ".join(f"{error.text}; {_WANTED}".split())
+    if found.format == "folder" and not _has_image(found.paths[0]):
+        return f"no *.tar there, and no image; {_WANTED}"
     return None
+
+
+def _has_image(folder: Path) -> bool:
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for _, _, names in os.walk(folder) for name in names)
 
 
 def _list_tars(source: str) -> list[str]:
