@@ -71,8 +71,7 @@ def export_model(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the token table {config.vocab_size} rows; "
             "export the model with the tokenizer it was trained with"
         )
-    if (broken := find_non_finite(model.state_dict())) is not None:
-        raise UserError(f"cannot export the model: {broken} holds values that are NaN or infinite")
+    _check_finite(model)
     card = card or CardInfo()
     folder = Path(folder)
     with atomic_folder(folder, overwrite=overwrite, error=CheckpointError) as temporary:
@@ -92,6 +91,11 @@ def export_model(
             model_card(model, card=card, pictures=pictures, metrics=metrics or {}, provenance=provenance or {}), "utf-8"
         )
     return folder
+
+
+def _check_finite(model: M2Encoder) -> None:
+    if (broken := find_non_finite(model.state_dict())) is not None:
+        raise UserError(f"cannot export the model: {broken} holds values that are NaN or infinite")
 
 
 def _json_text(content: Mapping[str, Any]) -> str:
