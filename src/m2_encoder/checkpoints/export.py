@@ -72,8 +72,7 @@ def export_model(
             "export the model with the tokenizer it was trained with"
         )
     _check_finite(model)
-    card = card or CardInfo()
-    folder = Path(folder)
+    card, folder = card or CardInfo(), Path(folder)
     with atomic_folder(folder, overwrite=overwrite, error=CheckpointError) as temporary:
         save_safetensors(
             model,
