@@ -46,7 +46,7 @@ def list_images(folder: Path) -> list[Item]:
                 continue
             path, why = os.path.join(parent, name), ""
             if not os.path.isfile(path):
-                why = "a link to nothing" if os.path.islink(path) else "not a regular file"
+                why = "not a regular file" if os.path.exists(path) else "a link to nothing"
             elif suffix not in PICTURE_SUFFIXES:
                 why = _describe_other(path, suffix)
             if why or suffix in PICTURE_SUFFIXES:
