@@ -234,7 +234,8 @@ def rasterise(document: str) -> bytes:
     import resvg_py
 
     drawn = Image.open(
-        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=document, background="#ffffff", skip_system_fonts=True)))
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=document, background="#ffffff", skip_system_fonts=True))),
+        formats=("PNG",),
     )
     image = trim(drawn.convert("RGB")).resize((IMAGE_SIZE_PX, IMAGE_SIZE_PX), Image.Resampling.LANCZOS)
     if np.asarray(image).std() < 1.0:

@@ -170,7 +170,7 @@ def shrink_picture(path: Path) -> bytes:
     Raises:
         ValueError: if even the narrowest is too large.
     """
-    with Image.open(path) as opened:
+    with Image.open(path, formats=("PNG",)) as opened:
         image = opened.convert("RGB")
     for width in (image.width, *(width for width in _WIDTHS_PX if width < image.width)):
         smaller = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)

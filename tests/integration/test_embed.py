@@ -197,3 +197,27 @@ def test_console_script(exported: Path, tmp_path: Path) -> None:
     helped = subprocess.run([script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert helped.returncode == 0
     assert "Exit codes: 0 everything embedded, 1 something was skipped" in helped.stdout
+
+
+def test_every_suffix_of_a_picture_is_embedded_and_the_rest_is_listed(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    (folder / "deep").mkdir(parents=True)
+    picture = Image.new("RGB", (16, 16), (200, 30, 30))
+    kinds = {"a.png": "PNG", "b.jfif": "JPEG", "c.JPE": "JPEG", "deep/d.avif": "AVIF", "e.dat": "PNG"}
+    for name, kind in kinds.items():
+        picture.save(folder / name, kind)
+    (folder / "f.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (folder / "g.svg").write_text("<svg/>")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    for beside in ("a.txt", "a.json", "Thumbs.db", "._a.png"):
+        (folder / beside).touch()
+    code, out, err = run("images=mixed", "output=f.safetensors")
+    assert (code, out.startswith("4 features")) == (1, True)
+    for said in (
+        "f.heic: ",
+        "e.dat: its content is PNG, but .dat",
+        "g.svg: is an SVG drawing",
+        "zero.png: not a regular file",
+    ):
+        assert said in err
+    assert "4 skipped" in err

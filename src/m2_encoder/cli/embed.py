@@ -20,10 +20,11 @@ from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.problems import Unset
 from m2_encoder.config.schema import Pictures
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.errors import NOTHING, Problem, UserError, abridge, abridge_list
 from m2_encoder.evaluation.embedding import Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
-from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
+from m2_encoder.evaluation.inputs import list_images, read_lines
 from m2_encoder.files import file_sha256
 from m2_encoder.hub import LoadedModel
 
@@ -134,7 +135,7 @@ def _list_items(cfg: dict[str, Any]) -> tuple[Iterator[Item], int]:
         folder = Path(cfg["images"]).expanduser()
         images = list_images(folder)
         if not images:
-            rule = f"no image in it; known suffixes: {', '.join(IMAGE_SUFFIXES)}"
+            rule = f"no image in it; known suffixes: {', '.join(PICTURE_SUFFIXES)}"
             raise UserError(rule, key="images", value=cfg["images"])
         _check_names_fit(cfg["output"], sum(len(item.name.encode()) for item in images))
         return iter(images), len(images)

@@ -20,9 +20,10 @@ import pyarrow as pa
 from m2_encoder.curation.images import measure_image
 from m2_encoder.curation.measure import read_member
 from m2_encoder.curation.tables import HASH_BYTES
+from m2_encoder.data.images.opening import read_picture_file
 from m2_encoder.data.samples.parse import SampleProblem
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS, build_index
-from m2_encoder.errors import UserError
+from m2_encoder.errors import ImageError, UserError
 from m2_encoder.files import atomic_file
 
 _IMAGES_PER_TASK = 256
@@ -130,12 +131,19 @@ def _lines_of(file: Path, max_pixels: int) -> Iterator[str]:
         with file.open("rb") as tar:
             yield from (_line(read_member(tar, index[number].image), max_pixels) for number in range(len(index)))
     elif _is_image(file):
-        yield _line(file.read_bytes(), max_pixels)
+        yield _line(_read_image(file), max_pixels)
     else:
         for number, line in enumerate(_read_lines(file), start=1):
             if line.strip():
                 match = _parse(file, number, line)
                 yield " ".join(part.lower() for part in (match["sha"], match["hash"], match["color"]) if part)
+
+
+def _read_image(file: Path) -> bytes:
+    try:
+        return read_picture_file(file)
+    except ImageError as error:
+        raise UserError(f"evaluation images {file}: {error.text}") from error
 
 
 def _line(content: bytes, max_pixels: int) -> str:

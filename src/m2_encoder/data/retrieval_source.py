@@ -8,9 +8,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.packing.download import DownloadOptions
 from m2_encoder.data.packing.encoding import ImageOptions, prepare_image
-from m2_encoder.data.packing.listed import IMAGE_SUFFIXES
 from m2_encoder.data.packing.records import Columns, Failure, Record
 from m2_encoder.data.packing.shards import fetch_images
 from m2_encoder.data.packing.sources import find_source
@@ -62,7 +62,7 @@ def describe_source(source: str) -> str | None:
 
 
 def _has_image(folder: Path) -> bool:
-    return any(name.lower().endswith(IMAGE_SUFFIXES) for _, _, names in os.walk(folder) for name in names)
+    return any(name.lower().endswith(PICTURE_SUFFIXES) for _, _, names in os.walk(folder) for name in names)
 
 
 def _list_tars(source: str) -> list[str]:

@@ -6,11 +6,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from m2_encoder.data.images.opening import FORMATS, name_format
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
+from m2_encoder.data.shards.names import is_clutter
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.embedding import Item
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Suffixes of images, in lower or upper case."""
+_BESIDE = frozenset(
+    (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".xmp", ".yaml", ".yml", ".html", ".htm", ".ini", ".db",
+     ".log", ".parquet", ".safetensors", ".npy", ".npz", ".tar", ".index", ".py")
+)  # fmt: skip
+"""Suffixes of what lies beside pictures without being one, such as captions: left out without a word."""
+
+_HEAD_BYTES = 1024  # tell a format
 
 MAX_LINE_BYTES = 2**20
 """Longer lines are skipped."""
@@ -22,7 +30,8 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 def list_images(folder: Path) -> list[Item]:
     """All image files below a folder, sorted by relative path, without hidden files and folders.
 
-    Links to files are followed, links to folders are not. Files and folders that cannot be opened carry the reason.
+    Links to files are followed, links to folders are not. Files and folders that cannot be opened carry the reason, and
+    so do files that are not read for their names; what usually lies beside pictures, such as `.txt`, is left out.
     """
     found: list[tuple[str, str]] = []
 
@@ -30,20 +39,38 @@ def list_images(folder: Path) -> list[Item]:
         found.append((str(error.filename), f"the folder cannot be read: {error.strerror}"))
 
     for parent, folders, files in os.walk(folder, onerror=note_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not is_clutter(f"{name}/")]
         for name in files:
-            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith(".") or suffix in _BESIDE or is_clutter(name):
                 continue
             path, why = os.path.join(parent, name), ""
             if not os.path.isfile(path):
-                why = "a link to nothing" if os.path.islink(path) else "not a regular file"
-            found.append((path, why))
+                why = "not a regular file" if os.path.exists(path) else "a link to nothing"
+            elif suffix not in PICTURE_SUFFIXES:
+                why = _describe_other(path, suffix)
+            if why or suffix in PICTURE_SUFFIXES:
+                found.append((path, why))
     relative = sorted((os.path.relpath(path, folder).replace(os.sep, "/"), path, why) for path, why in found)
     return [
         # File names may hold bytes that are no text; these are escaped.
         Item(place, name.encode("utf-8", "backslashreplace").decode("utf-8"), Path(path), why)
         for place, (name, path, why) in enumerate(relative)
     ]
+
+
+def _describe_other(path: str, suffix: str) -> str:
+    """Why a regular file is not read; "" for a nameless kind, which is nothing that anybody would miss."""
+    try:
+        with open(path, "rb") as file:
+            kind = name_format(file.read(_HEAD_BYTES))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if kind in FORMATS:
+        return f"its content is {kind}, but {suffix or 'a name without a suffix'} is none of a picture: rename it"
+    if kind.startswith("something unknown"):
+        return f"{suffix} is no suffix of a picture that is read here" if suffix else ""
+    return f"is {kind}, no picture that is read here"
 
 
 def read_lines(path: Path) -> Iterator[Item]:

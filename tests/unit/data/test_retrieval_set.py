@@ -210,7 +210,7 @@ BAD = {
     "no json": ({"a.png": image_bytes(1)}, "a.tar:a: missing_caption .*wanted a json"),
     "broken json": ({**sample("a", 1), "a.json": b"{"}, "a.tar:a: bad_json"),
     "json without captions": ({**sample("a", 1), "a.json": b"[]"}, "a.tar:a: bad_json: holds a list"),
-    "no image": ({"a.json": sample("a", 1)["a.json"]}, "a.tar:a: missing_image .*wanted one of webp, png"),
+    "no image": ({"a.json": sample("a", 1)["a.json"]}, "a.tar:a: missing_image .*wanted one of jpg, jpeg"),
     "broken image": ({**sample("a", 1), "a.png": image_bytes(1)[:40]}, "a.tar:a: .*"),
     "empty captions": (sample("a", 1, captions={"en": [" "], "zh": [""]}), "a.tar:a: missing_caption"),
     "unknown role": (

@@ -17,9 +17,11 @@ MAX_FILE_BYTES: Final = 2**29
 MAX_SCANS: Final = 100
 """Of a JPEG; encoders write about ten."""
 
+MAX_SEGMENTS: Final = 1024
+"""Of a JPEG's header; phones write some dozens."""
+
 _MAX_SCANNED_PIXELS: Final = 2 * 10**9  # pixels times scans: some seconds
 _MAX_PARTS: Final = 2**16  # chunks of a PNG, of a GIF before its first picture
-_MAX_SEGMENTS: Final = 1024  # of a JPEG's header
 _MAX_EXIF_SEGMENTS: Final = 64  # which Pillow joins one by one
 _MAX_TEXT_BYTES: Final = 2**20  # of extensions in a GIF's header
 _MAX_ENTRIES: Final = 4096  # of a TIFF's directory
@@ -72,8 +74,8 @@ def _check_jpeg(content: bytes) -> str | None:
             continue
         segments += 1
         exif += content.startswith(b"Exif\0\0", at + 4)
-        if segments > _MAX_SEGMENTS or exif > _MAX_EXIF_SEGMENTS:
-            return f"more than {_MAX_SEGMENTS:,} segments, or {_MAX_EXIF_SEGMENTS} of EXIF, in its header"
+        if segments > MAX_SEGMENTS or exif > _MAX_EXIF_SEGMENTS:
+            return f"more than {MAX_SEGMENTS:,} segments, or {_MAX_EXIF_SEGMENTS} of EXIF, in its header"
         at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
     return None
 

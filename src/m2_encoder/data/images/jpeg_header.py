@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 
-from m2_encoder.data.images.cost import find_pixel_excess
+from m2_encoder.data.images.cost import MAX_SEGMENTS, find_pixel_excess
 
 _START = b"\xff\xd8\xff"
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # Huffman-coded DCT: baseline, extended, progressive
@@ -31,7 +31,9 @@ def read_jpeg_size(data: bytes) -> tuple[int, int] | None:
     if not data.startswith(_START):
         return None
     at, size, kind, components = 2, None, 0, 0
-    while at + 4 <= len(data):
+    for _ in range(MAX_SEGMENTS):
+        if at + 4 > len(data):
+            return None
         if data[at] != 0xFF:
             return None
         marker = data[at + 1]

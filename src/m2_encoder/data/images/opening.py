@@ -31,12 +31,6 @@ from m2_encoder.errors import ImageError
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 """Pillow's names of all formats that are read; HEIF with the extra `heic`."""
 
-PICTURE_SUFFIXES: Final = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
-    ".heic", ".heif", ".hif",
-)  # fmt: skip
-"""Suffixes of files that count as pictures, in lower or upper case. Of files of one name the first of these is used."""
-
 _HEIC_FIX: Final = "pip install 'm2-encoder[heic]' reads it"
 _BRANDS: Final[Mapping[bytes, str]] = MappingProxyType(
     {
@@ -64,7 +58,7 @@ _OTHERS: Final = (
     (b"\xd7\xcd\xc6\x9a", "a Windows metafile"),
     (b"\x01\0\0\0", "a Windows metafile, or none at all"),
     (b"\0\0\x01\0", "an icon (ICO)"),
-    (b"\0\0\x02\0", "a cursor (CUR)"),
+    (b"\0\0\x02\0", "a TGA file, or a cursor (CUR)"),
     (b"\0\0\0\x0cjP  ", "a JPEG 2000 file"),
     (b"\xff\x4f\xff\x51", "a JPEG 2000 file"),
     (b"\xff\x0a", "a JPEG XL file"),
@@ -109,7 +103,7 @@ def open_picture(content: bytes) -> Image.Image:
 
 
 def read_picture_file(path: str | os.PathLike[str]) -> bytes:
-    """The content of a regular file, which may be a link to one; of at most `MAX_FILE_BYTES`.
+    """The content of a regular file, which may be a link to one; of at most `MAX_FILE_BYTES`, and maybe of none.
 
     Raises:
         ImageError: for anything else.
@@ -129,8 +123,6 @@ def read_picture_file(path: str | os.PathLike[str]) -> bytes:
         raise ImageError("is not a regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise ImageError(f"too large: {status.st_size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
-    if not content:
-        raise ImageError("the file is empty")
     return content
 
 

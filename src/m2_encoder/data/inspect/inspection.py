@@ -19,8 +19,8 @@ from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_fa
 from m2_encoder.data.images.rgb import FLAT
 from m2_encoder.data.samples.captions import check_roles
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText, name_content, parse_sample_text
-from m2_encoder.data.shards.grouping import has_dotted_name
-from m2_encoder.data.shards.index import ShardIndex
+from m2_encoder.data.shards.grouping import group_members, has_dotted_name
+from m2_encoder.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
 from m2_encoder.data.shards.names import is_clutter
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.reader import OpenShard, SampleBytes
@@ -94,6 +94,7 @@ class ShardInspection(NamedTuple):
         formats: inspected images by kind.
         effects: decoded images by what the policy does to them, of `rgb.EFFECTS`.
         flat: names of some that become one flat colour.
+        beside: further pictures of samples, as (extension, that of the one that is used).
         rows: usable inspected samples, `SAMPLE_ROW`.
         captions: theirs, `CAPTION_ROW`.
         left_out: captions of inspected samples that are neither Chinese nor English, by language.
@@ -115,6 +116,7 @@ class ShardInspection(NamedTuple):
     formats: Counter[str]
     effects: Counter[str]
     flat: tuple[str, ...]
+    beside: Counter[tuple[str, str]]
     rows: npt.NDArray[np.void]
     captions: npt.NDArray[np.void]
     left_out: Counter[str]
@@ -131,7 +133,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
     try:
         shard = _open(task.path, task.remote)
         header_faults = _add_header_faults(shard.index, faults)
-        seen.extensions = _count_extensions(shard, task.options)
+        seen.extensions, seen.beside = _count_extensions(shard, task.options)
         indexed = len(shard.index)
         counter = _Counter(task.options)
         chosen = _choose(indexed, task.options.samples_per_shard)
@@ -169,6 +171,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         formats=seen.formats,
         effects=seen.effects,
         flat=tuple(seen.flat),
+        beside=seen.beside,
         rows=np.array(seen.rows, SAMPLE_ROW),
         captions=np.array(seen.captions, CAPTION_ROW),
         left_out=seen.left_out,
@@ -233,6 +236,7 @@ class _Seen:
         self.formats: Counter[str] = Counter()
         self.effects: Counter[str] = Counter()
         self.flat: list[str] = []
+        self.beside: Counter[tuple[str, str]] = Counter()
         self.extensions: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.decoded = self.damaged = 0
@@ -294,13 +298,20 @@ def _add_header_faults(index: ShardIndex, faults: _Faults) -> Counter[str]:
     return counts
 
 
-def _count_extensions(shard: OpenShard, options: InspectionOptions) -> Counter[str]:
-    """Members by extension, from as many headers as samples are read: reading all of a large tar would take longest."""
+def _count_extensions(shard: OpenShard, options: InspectionOptions) -> tuple[Counter[str], Counter[tuple[str, str]]]:
+    """Members by extension, and further pictures of samples.
+
+    From as many headers as samples are read: reading all of a large tar would take longest.
+    """
     limit, index = options.samples_per_shard, shard.index
     size = index.size if limit is None or len(index) <= limit else index[limit].image.offset
     members = scan_tar(shard.descriptor, size=size).members
     names = (Path(member.name).name for member in members if not is_clutter(member.name))
-    return Counter(f".{rest}" if dot else "no extension" for _, dot, rest in (name.partition(".") for name in names))
+    found = Counter(f".{rest}" if dot else "no extension" for _, dot, rest in (name.partition(".") for name in names))
+    samples, _ = group_members(members, pictures=IMAGE_EXTENSIONS)
+    pictures = ([name for name in IMAGE_EXTENSIONS if name in own] for own in samples.values())
+    beside = Counter((name, used) for used, *others in filter(None, pictures) for name in others)
+    return found, beside
 
 
 def _choose(count: int, limit: int | None) -> Sequence[int]:

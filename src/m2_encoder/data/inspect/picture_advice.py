@@ -35,3 +35,6 @@ def advise_pictures(survey: Survey) -> Iterator[str]:
             f"of {decoded:,} decoded pictures, by this policy: {', '.join(lost)}; viewers show them otherwise, and so "
             "does model.pictures=standard"
         )
+    beside = sum((item.beside for item in survey.shards), Counter[tuple[str, str]]())
+    for (name, used), count in beside.most_common(_MAX_NAMES):
+        yield f"{count:,} samples have a .{name} beside the .{used}: the .{used} is used"

@@ -7,11 +7,13 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES, RANKS
 from m2_encoder.data.packing.csv_rows import read_rows
 from m2_encoder.data.packing.encodings import find_encoding, find_separator
 from m2_encoder.data.packing.records import Columns, Failure, Record, fail, read_row, stamp_files, stamp_images
@@ -20,9 +22,6 @@ from m2_encoder.data.shards.names import decode_names, is_clutter
 from m2_encoder.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-"""Files of a folder that count as images, in lower or upper case."""
 
 _TEXT_SUFFIXES = (".json", ".txt")
 _MAX_LOOKED_AT = 100_000  # files, to say what a folder is
@@ -66,9 +65,10 @@ class FolderSlice:
         for image, stem, repeated, texts in zip(self.images, self.stems, self.repeated, self.texts, strict=True):
             name = stem + os.path.splitext(image)[1]
             if not image:
-                yield Failure(stem, "missing_image", f"a caption without one of {', '.join(IMAGE_SUFFIXES)}")
+                yield Failure(stem, "missing_image", f"a caption without one of {', '.join(PICTURE_SUFFIXES)}")
             elif repeated:
-                yield Failure(name, "duplicate_key", f"another image is called {stem}, too")
+                used = f"another picture is called {stem}, too, and used: of several the first of"
+                yield Failure(name, "duplicate_key", f"{used} {', '.join(PICTURE_SUFFIXES[:7])} and so on")
             else:
                 yield self._read_one(image, stem, name, texts)
 
@@ -96,7 +96,7 @@ def slice_folder(
     """
     samples = _list_samples(folder)
     if not any(sample.image for sample in samples):
-        raise UserError(f"{folder}: no image in it; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
+        raise UserError(f"{folder}: no image in it; known suffixes: {', '.join(PICTURE_SUFFIXES)}")
     keys = iter(decode_names([os.fsencode(sample.stem) for sample in samples]))
     for group in batched(samples, size):
         images, stems, repeated, texts = zip(*group, strict=True)
@@ -111,8 +111,8 @@ def has_pair(folder: Path) -> bool:
         stems: dict[str, set[bool]] = {}
         for name in names:
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in (*IMAGE_SUFFIXES, *_TEXT_SUFFIXES):
-                stems.setdefault(stem, set()).add(suffix.lower() in IMAGE_SUFFIXES)
+            if suffix.lower() in (*PICTURE_SUFFIXES, *_TEXT_SUFFIXES):
+                stems.setdefault(stem, set()).add(suffix.lower() in PICTURE_SUFFIXES)
         seen += len(names)
         if any(len(kinds) == 2 for kinds in stems.values()):
             return True
@@ -148,7 +148,7 @@ def _list_samples(folder: Path) -> list[_Listed]:
         for name in sorted(files):
             path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
             stem, suffix = os.path.splitext(path)
-            if suffix.lower() in IMAGE_SUFFIXES:
+            if suffix.lower() in PICTURE_SUFFIXES:
                 images.append((stem, suffix))
             elif suffix.lower() in _TEXT_SUFFIXES and name.removesuffix("_stats.json") not in tables:  # of img2dataset
                 own = texts.setdefault(stem, {})
@@ -156,12 +156,12 @@ def _list_samples(folder: Path) -> list[_Listed]:
     _match_cases(texts, {stem for stem, _ in images})
     samples = []
     previous = None
-    for stem, suffix in sorted(images):
+    for stem, suffix in sorted(images, key=lambda item: (item[0], RANKS[item[1].lower()], item[1])):
         samples.append(_Listed(stem + suffix, stem, stem == previous, _paths(stem, texts)))
         previous = stem
     lonely = texts.keys() - {stem for stem, _ in images}
     samples += [_Listed("", stem, False, _paths(stem, texts)) for stem in lonely]
-    return sorted(samples, key=lambda sample: (sample.stem, sample.image))
+    return sorted(samples, key=lambda sample: sample.stem)
 
 
 def _paths(stem: str, texts: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
@@ -187,6 +187,8 @@ def _match_cases(texts: dict[str, dict[str, str]], images: Set[str]) -> None:
 
 def _read_if_there(path: str) -> bytes | None:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise SampleProblem("missing_caption", f"{path} is not a regular file")
         return Path(path).read_bytes()
     except FileNotFoundError:
         return None

@@ -12,12 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m2_encoder.data.images.opening import read_picture_file
 from m2_encoder.data.packing.download import DownloadOptions, fetch
 from m2_encoder.data.packing.encoding import ImageOptions, PreparedImage, prepare_image
 from m2_encoder.data.packing.records import URL_SCHEMES, Failure, Record, Slice
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem
 from m2_encoder.data.shards.index import open_index
-from m2_encoder.errors import UserError
+from m2_encoder.errors import ImageError, UserError
 from m2_encoder.files import write_json
 
 MARKER_FOLDER = ".pack"
@@ -180,10 +181,9 @@ def _with_image(
 
 def _read_file(name: str) -> bytes:
     try:
-        return Path(name).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise SampleProblem("missing_image", f"{name}: {reason}") from error
+        return read_picture_file(name)
+    except ImageError as error:
+        raise SampleProblem("missing_image", f"{name}: {error.text}") from error
 
 
 def _is_url(image: str) -> bool:

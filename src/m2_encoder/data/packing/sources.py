@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.packing.lines import slice_chinese_clip, slice_json_lines
-from m2_encoder.data.packing.listed import IMAGE_SUFFIXES, has_pair, slice_csv, slice_folder
+from m2_encoder.data.packing.listed import has_pair, slice_csv, slice_folder
 from m2_encoder.data.packing.records import Columns, Slice
 from m2_encoder.data.packing.tables import slice_parquet
 from m2_encoder.data.shards.paths import find_files
@@ -134,7 +135,7 @@ def _refuse_encoding(encoding: str | None, kind: str) -> None:
 
 def _holds_tars_alone(folder: Path) -> bool:
     suffixes = {path.suffix.lower() for path in folder.iterdir()}
-    return ".tar" in suffixes and not suffixes & set(IMAGE_SUFFIXES)
+    return ".tar" in suffixes and not suffixes & set(PICTURE_SUFFIXES)
 
 
 def _kind_of(paths: Sequence[Path]) -> str:
@@ -144,7 +145,7 @@ def _kind_of(paths: Sequence[Path]) -> str:
         known = ", ".join(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
         raise UserError(
             f"files end in {', '.join(sorted(suffixes)) or 'nothing'}: give a folder with images "
-            f"({', '.join(IMAGE_SUFFIXES)}), or tables of one kind ({known}), or say format={'|'.join(FORMATS)}"
+            f"({', '.join(PICTURE_SUFFIXES)}), or tables of one kind ({known}), or say format={'|'.join(FORMATS)}"
         )
     return kinds[0]
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.shards.grouping import group_members
 from m2_encoder.data.shards.tar_scan import UNREADABLE, TarMember, padded, scan_tar
 from m2_encoder.errors import UserError
@@ -29,14 +30,16 @@ from m2_encoder.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
-"""Extensions of the member that holds the image."""
+IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in PICTURE_SUFFIXES)
+"""Extensions of members that are pictures; the first of a sample's that is there is its image."""
 
 INDEX_SUFFIX = ".index"
 """Appended to the name of a tar."""
 
-_MAGIC = b"M2INDEX2"  # another number when the same tar gives another index
-_EXTENSIONS = ("", *IMAGE_EXTENSIONS)
+_MAGIC = b"M2INDEX3"  # another number when the same tar gives another index
+# By number, in the table; that of an extension stays, because it is part of what tells a shard from another.
+_EXTENSIONS = ("", "webp", "png", "jpg", "jpeg", "jpe", "jfif", "apng", "avif", "heic", "heif", "hif", "tif", "tiff",
+               "bmp", "dib", "gif")  # fmt: skip
 _SAMPLE = np.dtype(
     [
         ("image", "<u8"),
