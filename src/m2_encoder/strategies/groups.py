@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +16,7 @@ from m2_encoder.distributed.rank_watch import RankWatch, is_stopped_process
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
-from m2_encoder.strategies.meeting import end_process, find_place, meet, open_store
+from m2_encoder.strategies.meeting import STARTER_VARIABLE, end_process, find_place, meet, open_store
 
 _SAVING: Final = ("Trainer.save_checkpoint", "last.ckpt")  # barriers
 _START_S: Final = 60.0  # that a process of this machine may take to import everything
@@ -187,8 +188,11 @@ class GroupedStrategy(ParallelStrategy):
         self.accelerator.setup_device(self.root_device)
         rank, place = self.global_rank, find_place(self.cluster_environment)
         started = [process.pid for process in getattr(self.launcher, "procs", [])]
-        # Others than the processes of this one may still be looking at data, or for a machine.
-        arrive_s = max(self.rank_timeout_s, _START_S if started else _JOB_START_S)
+        # Where a launcher has started the ranks, the first one may still look at data, and machines come one by one.
+        is_prompt = (
+            bool(started) or (rank == 0 and getattr(self, "num_nodes", 1) == 1) or STARTER_VARIABLE in os.environ
+        )
+        arrive_s = max(self.rank_timeout_s, _START_S if is_prompt else _JOB_START_S)
         store = open_store(place, rank=rank, world_size=self.world_size, timeout_s=arrive_s)
         self._watch = RankWatch(
             place,
