@@ -155,7 +155,7 @@ def run_curate(cfg: dict[str, Any]) -> int:
 
     output = anchor(cfg["output"])
     executor = _open_executor(cfg)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars: dict[str, TaskID] = {}
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:

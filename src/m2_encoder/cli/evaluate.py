@@ -18,7 +18,7 @@ from m2_encoder.config.check import check_settings, check_targets
 from m2_encoder.config.model_choice import find_path, is_model_name, load_from, model_problems, output_problems
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import find_problems
-from m2_encoder.config.schema import check_tasks
+from m2_encoder.config.schema import Pictures, check_tasks
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EmojiStyle, Split, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
@@ -42,6 +42,7 @@ class EvaluateSettings:
     model: Any
     weights: Any
     tokenizer: Any
+    pictures: Pictures
     data: Text
     folder: Text
     heldout_style: EmojiStyle
@@ -115,7 +116,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         context = EvaluationContext(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
-            sets=_read_sets(cfg, EvalTransform(loaded.model.config.image_size)),
+            sets=_read_sets(cfg, loaded.preprocess),
             matching=matching,
             batch_size=cfg["batch_size"],
         )
@@ -129,6 +130,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         "model": cfg["model"],
         "data": cfg["data"],
         "rerank": cfg["rerank"],
+        "pictures": loaded.preprocess.pictures.to_dict(),
         **summarize(results),
         "seconds": round(time.time() - started, 3),
         **describe_run(),

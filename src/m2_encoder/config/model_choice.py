@@ -93,7 +93,7 @@ def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig) -> Senten
 
 
 def load_from(cfg: dict[str, Any]) -> LoadedModel:
-    """Loads the model that `model`, `weights`, `tokenizer` and `device` describe.
+    """Loads the model that `model`, `weights`, `tokenizer`, `pictures` and `device` describe.
 
     Raises:
         UserError: as `m2_encoder.load`.
@@ -104,6 +104,7 @@ def load_from(cfg: dict[str, Any]) -> LoadedModel:
         model if is_model_name(model) else find_path(model),
         weights=weights if weights is None or is_url else find_path(weights),
         tokenizer=None if tokenizer is None else find_path(tokenizer),
+        pictures=cfg["pictures"],
         device=device_of(cfg["device"]),
     )
 

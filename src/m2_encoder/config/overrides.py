@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from m2_encoder.config.problems import nearest
 from m2_encoder.errors import NOTHING, Problem
 
+_MAX_KEY: Final = 200
 _HYDRA_SYNTAX: Final = ("'", '"', "[", "{", "${")
 
 
@@ -77,7 +78,11 @@ def parse_overrides(
         for line, override in parsed
         if override is None
     ]
-    return [override for _, override in parsed if override is not None], problems
+    found = [override for _, override in parsed if override is not None]
+    # Hydra looks for a file of the key's name, and the system refuses long names.
+    long = [override for override in found if len(override.key_or_group) > _MAX_KEY]
+    problems += [line_problem(each.input_line, f"no key has more than {_MAX_KEY} characters") for each in long]
+    return [override for override in found if override not in long], problems
 
 
 def parse_override(line: str) -> Override | None:

@@ -32,7 +32,7 @@ from m2_encoder.curation.tables import read_notes
 from m2_encoder.curation.writer import WriteTask, plan_shards, write_shard
 from m2_encoder.errors import UserError
 
-_VERSION: Final = 1  # raise it when a stage writes something else for the same input
+_VERSION: Final = 2  # raise it when a stage writes something else for the same input
 Progress = Callable[[str, int, int], None]
 """Told the stage, how many of its tasks are done, and how many there are."""
 
@@ -223,13 +223,13 @@ class _Run:
 
     def _score(self, merged: Sequence[Path]) -> list[Path]:
         # Here, because it loads torch's models, which no other stage needs.
-        from m2_encoder.curation.scoring import Scorer, ScoreTask, image_size_of, prepare_window
+        from m2_encoder.curation.scoring import Scorer, ScoreTask, inputs_of, prepare_window
 
         settings = self._settings.score
         assert settings is not None
-        size = image_size_of(settings)
+        size, pictures = inputs_of(settings)
         model = dataclasses.replace(settings, rewrite_below=None, drop_below=None)  # other bounds need no new scores
-        key = fingerprint([self._pairs_key, dataclasses.asdict(model), self._identity["model"]])
+        key = fingerprint([self._pairs_key, dataclasses.asdict(model), self._identity["model"], pictures.to_dict()])
         folder = self._folder.stage("score", key)
         by_shard: list[list[ScoreTask]] = []
         for path, shard in zip(merged, self._shards, strict=True):
@@ -243,6 +243,7 @@ class _Run:
                         start,
                         min(start + settings.rows, rows),
                         size,
+                        pictures,
                         self._settings.max_pixels,
                     )
                     for start in range(0, rows, settings.rows)

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -41,9 +40,8 @@ class Ranks:
 
 
 @pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_watch, "PERIOD_S", 0.05)
-    yield
 
 
 def test_nobody_ends_ranks_that_live_and_leave_one_after_the_other() -> None:
