@@ -22,6 +22,7 @@ from m2_encoder.config.schema import Pictures, check_tasks
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EmojiStyle, Split, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.data.retrieval_source import describe_source
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.suite import print_results, run_tasks, summarize
 from m2_encoder.evaluation.tables import open_console
@@ -67,8 +68,9 @@ def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
     if isinstance(cfg["rerank"], int) and all(problem.key != "rerank" for problem in problems):
         problems += rerank_problems(cfg)
     data = cfg["data"]
-    if isinstance(data, str) and data != EMBEDDED and not find_path(data).is_dir():
-        problems.append(Problem("data", data, "no such folder", f"give {EMBEDDED} or a folder of WebDataset tars"))
+    if isinstance(data, str) and data != EMBEDDED:
+        problem = describe_source(str(find_path(data)))
+        problems += [Problem("data", data, problem, f"or {EMBEDDED}")] if problem else []
     return problems
 
 
@@ -147,9 +149,9 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
 
 def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, RetrievalSet]:
     if cfg["data"] != EMBEDDED:
-        folder = find_path(cfg["data"])
-        name = folder.resolve().name
-        return {name: read_retrieval_set(folder, name=name, transform=transform)}
+        source = find_path(cfg["data"])
+        name = source.resolve().name if source.is_dir() else source.stem
+        return {name: read_retrieval_set(source, name=name, transform=transform)}
     folder = write_emoji_shards(anchor(cfg["folder"]), heldout_style=cfg["heldout_style"])
     return {
         split: read_retrieval_set(folder / split, name=f"{EMBEDDED}_{split}", transform=transform, split=split)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pkgutil
 import sys
@@ -49,6 +50,7 @@ from m2_encoder.errors import Problem, UserError, abridge, abridge_list
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,7 +318,11 @@ def _resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 def _find_user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake among the causes of an error; a full disk is one that can happen at any file."""
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and error.errno in _FULL:
+            where = f" for {error.filename}" if error.filename else ""
+            return UserError(f"{error.strerror}{where}: make room there and start again; what is finished is kept")
         error = error.__cause__
     return error
 

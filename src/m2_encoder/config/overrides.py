@@ -17,6 +17,7 @@ from m2_encoder.errors import NOTHING, Problem
 
 _MAX_KEY: Final = 200
 _HYDRA_SYNTAX: Final = ("'", '"', "[", "{", "${")
+_NAMED: Final = ("data.sources", "data.validation", "data.columns")  # their keys are names that the user chooses
 
 
 def quote_unreadable(line: str, *, multirun: bool = False) -> str:
@@ -177,6 +178,8 @@ def _unknown_inside(line: str | None, value: object, path: str, node: Any) -> Pr
 def _unknown_key(line: str | None, part: str, above: str, node: DictConfig) -> Problem:
     known = [name for name in _names(node) if not name.startswith("_") and (above or name != "hydra")]
     near, fix = nearest(part, known), f"it has {', '.join(known) or 'none'}"
-    if "_target_" in node and not near:
+    if above in _NAMED and not near:
+        fix += f"; add one of your own with a +, as in +{line}"
+    elif "_target_" in node and not near:
         fix += f"; other arguments of {node['_target_']} take a +, as in +{line}"
     return line_problem(line, f"{above or 'the configuration'} has no key {part!r}{near}", fix)

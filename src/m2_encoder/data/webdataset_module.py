@@ -264,7 +264,16 @@ class WebDatasetModule(lightning.LightningDataModule):
         )
 
     def retrieval_set(self, name: str) -> RetrievalSet:
-        """One validation set as images and captions, decoded once."""
+        """One validation set as images and captions; the one that is watched is read once and kept."""
+        if name == self.validation_name:
+            return self._watched_set
+        return self._read_set(name)
+
+    @cached_property
+    def _watched_set(self) -> RetrievalSet:
+        return self._read_set(self.validation_name)
+
+    def _read_set(self, name: str) -> RetrievalSet:
         return read_retrieval_set(self._validation[name], name=name, transform=self._eval_transform())
 
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
