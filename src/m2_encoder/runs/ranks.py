@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import time
 from typing import Final
 
 import lightning
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import UserError, abridge
+from m2_encoder.strategies.meeting import STARTER_VARIABLE
 
 _GONE: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_LOOK_S: Final = 0.5
 _LAST_WORDS_S: Final = 5.0  # for a rank to say why it ends
+
+
+def end_with_starter() -> None:
+    """Ends this process once the first rank has ended, if that has started it: a thread looks for it.
+
+    The processes that a first rank starts from now on do the same.
+    """
+    starter = os.environ.get(STARTER_VARIABLE)
+    if is_first_rank():
+        os.environ[STARTER_VARIABLE] = str(os.getpid())
+    elif starter is not None:
+        threading.Thread(target=_follow, args=(int(starter),), name="starter", daemon=True).start()
+
+
+def _follow(starter: int) -> None:
+    while os.getppid() == starter:
+        time.sleep(_LOOK_S)
+    os._exit(1)
 
 
 class StartedRanks:

@@ -27,7 +27,7 @@ from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_config, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 from m2_encoder.runs.pictures import settle_pictures
-from m2_encoder.runs.ranks import StartedRanks, end_together
+from m2_encoder.runs.ranks import StartedRanks, end_together, end_with_starter
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
@@ -46,6 +46,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         UserError: for data, weights or a checkpoint that cannot be used.
     """
     ranks = StartedRanks()
+    end_with_starter()
     with end_on_signals(ranks.end):
         return _train(cfg, ranks)
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 
-from m2_encoder.bounds import Count, check_bounds
+from m2_encoder.bounds import Count, Positive, check_bounds
+from m2_encoder.distributed.rank_watch import RankWatch, is_stopped_process
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
+from m2_encoder.strategies.meeting import STARTER_VARIABLE, end_process, find_place, meet, open_store
+
+_SAVING: Final = ("Trainer.save_checkpoint", "last.ckpt")  # barriers
+_START_S: Final = 60.0  # that a process of this machine may take to import everything
+_JOB_START_S: Final = 1800.0
 
 
 class ContrastiveGroups:
@@ -86,6 +95,7 @@ class GroupedStrategy(ParallelStrategy):
         micro_batches: number of pieces in which a rank's rows are encoded, with one loss over all of them.
         recompute: encode a micro-batch again in backward instead of keeping its activations.
         activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
+        rank_timeout_s: a rank that gives no sign of life for so long, stopped or dead, ends the run on all ranks.
         **kwargs: what Lightning's strategy takes.
     """
 
@@ -99,9 +109,14 @@ class GroupedStrategy(ParallelStrategy):
         micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
+        rank_timeout_s: Positive = 120.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.rank_timeout_s = rank_timeout_s
+        self._watch: RankWatch | None = None
+        self._stage = ""
+        self._has_failed = False
         self._groups = ContrastiveGroups(group_size=group_size, group_nodes=group_nodes)
         self.micro_batches = micro_batches
         self.recompute = recompute
@@ -118,11 +133,13 @@ class GroupedStrategy(ParallelStrategy):
         return self._groups.topology
 
     def setup_environment(self) -> None:
-        """Start the processes, then group them.
+        """Let the processes meet and watch each other, then group them.
 
         Raises:
-            UserError: if the ranks cannot be grouped as requested.
+            UserError: if the ranks cannot meet, or be grouped as requested.
         """
+        if not dist.is_initialized():
+            self._meet()
         super().setup_environment()
         assert self.parallel_devices is not None, "Lightning sets them"
         self._groups.create(ranks_per_node=len(self.parallel_devices), timeout=self._timeout)
@@ -132,7 +149,80 @@ class GroupedStrategy(ParallelStrategy):
         if self.activation_checkpointing:
             checkpoint_layers(model)
 
+    def on_train_start(self) -> None:
+        """From now on there are steps."""
+        super().on_train_start()
+        self._stage = "step"
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save, which takes long for a large model on a slow disk."""
+        with self._at("saving, after step"):
+            super().save_checkpoint(*args, **kwargs)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks, such as for the one that saves."""
+        with self._at("saving, after step" if name in _SAVING else self._stage):
+            super().barrier(name)  # type: ignore[safe-super]
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Do not say that this rank leaves as it should."""
+        self._has_failed = True
+        super().on_exception(exception)
+
     def teardown(self) -> None:
-        """Free the groups, then what Lightning made."""
+        """Free the groups, then what Lightning made; the first rank waits for the others to get there."""
+        if self._watch is not None:
+            if self._has_failed:
+                self._watch.stop()
+            else:
+                self._watch.leave(wait=self.is_global_zero)
+            self._watch = None
         self._groups.destroy()
         super().teardown()
+
+    def _meet(self) -> None:
+        """Make the process group, as Lightning does, through a store that the watch uses, too."""
+        assert self.accelerator is not None, "Lightning sets it"
+        assert self.cluster_environment is not None, "Lightning sets it"
+        self.set_world_ranks()  # type: ignore[attr-defined]
+        self.accelerator.setup_device(self.root_device)
+        rank, place = self.global_rank, find_place(self.cluster_environment)
+        started = [process.pid for process in getattr(self.launcher, "procs", [])]
+        # Where a launcher has started the ranks, the first one may still look at data, and machines come one by one.
+        is_prompt = (
+            bool(started) or (rank == 0 and getattr(self, "num_nodes", 1) == 1) or STARTER_VARIABLE in os.environ
+        )
+        arrive_s = max(self.rank_timeout_s, _START_S if is_prompt else _JOB_START_S)
+        store = open_store(place, rank=rank, world_size=self.world_size, timeout_s=arrive_s)
+        self._watch = RankWatch(
+            place,
+            rank=rank,
+            world_size=self.world_size,
+            timeout_s=self.rank_timeout_s,
+            arrive_s=arrive_s,
+            where=self._where,
+            is_stopped=lambda other: other <= len(started) and is_stopped_process(started[other - 1]),
+            end=lambda text: end_process(text, started, speaks=self.local_rank <= 1),
+        )
+        self._watch.start()
+        backend = self._get_process_group_backend()  # type: ignore[attr-defined]
+        meet(store, self.root_device, backend, rank=rank, world_size=self.world_size, timeout=self._timeout)
+
+    @contextmanager
+    def _at(self, stage: str) -> Iterator[None]:
+        before, self._stage = self._stage, stage
+        try:
+            yield
+        finally:
+            self._stage = before
+
+    def _where(self) -> str:
+        """What this rank is doing; asked by another thread."""
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        if trainer is None or not self._stage:
+            return "the start"
+        if self._stage != "step":
+            return f"{self._stage} {trainer.global_step}"
+        if trainer.validating or trainer.sanity_checking:
+            return f"validation, after step {trainer.global_step}"
+        return f"step {trainer.global_step + 1}"

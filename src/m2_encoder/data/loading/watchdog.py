@@ -41,30 +41,74 @@ def watch(loader: DataLoader[Any], board: StageBoard, *, workers: int, timeout_s
 
 def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, timeout_s: float) -> Iterator[Any]:
     iterator = _start(loader)
-    asked = time.monotonic()
-    while True:
-        try:
-            loaded = next(iterator)
-        except StopIteration:
+    wait = _Wait(iterator, board, workers, timeout_s)
+    try:
+        while True:
+            try:
+                loaded = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if wait.stall is not None:
+                    raise UserError(wait.stall) from error
+                if str(error).startswith(_TIMED_OUT):
+                    continue
+                if not any(words in str(error) for words in _DIED):
+                    raise
+                raise _death(board, workers, error) from error
+            except (OSError, EOFError) as error:
+                if wait.stall is not None:
+                    raise UserError(wait.stall) from error
+                if str(error).startswith(_RAISED):
+                    raise
+                # It died between announcing a batch and handing over the memory that holds it.
+                raise _death(board, workers, error) from error
+            wait.pause()
+            yield loaded
+            wait.begin()
+    finally:
+        wait.end()
+
+
+class _Wait:
+    """Looks, in a thread, whether the workers of a loader move while a batch is waited for; ends them if they do not.
+
+    A stopped worker would never hear that it is to end, which torch waits for at the end of a loader; and it keeps the
+    memory of a batch that it has announced, for which torch waits without any limit.
+    """
+
+    def __init__(self, iterator: Iterator[Any], board: StageBoard, workers: int, timeout_s: float) -> None:
+        self.stall: str | None = None  # what stands still
+        self._processes = tuple(getattr(iterator, "_workers", ()))
+        self._board, self._workers, self._timeout_s = board, workers, timeout_s
+        self._asked: float | None = time.monotonic()  # None while nothing is waited for
+        self._is_over = threading.Event()
+        threading.Thread(target=self._look, name="watch-data", daemon=True).start()
+
+    def begin(self) -> None:
+        """A batch is waited for from now on."""
+        self._asked = time.monotonic()
+
+    def pause(self) -> None:
+        """It is there."""
+        self._asked = None
+
+    def end(self) -> None:
+        """Look no more."""
+        self._is_over.set()
+
+    def _look(self) -> None:
+        while not self._is_over.wait(min(POLL_S, self._timeout_s / 4)):
+            asked = self._asked
+            if asked is None or time.monotonic() - asked < self._timeout_s:
+                continue
+            if _moves(self._board, self._workers, self._timeout_s):
+                self._asked = self._asked and time.monotonic()
+                continue
+            self.stall = _describe_stall(self._board, self._workers, self._timeout_s)
+            for process in self._processes:
+                process.kill()
             return
-        except RuntimeError as error:
-            if str(error).startswith(_TIMED_OUT):
-                if time.monotonic() - asked < timeout_s:
-                    continue
-                if _moves(board, workers, timeout_s):
-                    asked = time.monotonic()
-                    continue
-                raise UserError(_describe_stall(board, workers, timeout_s)) from error
-            if not any(words in str(error) for words in _DIED):
-                raise
-            raise _death(board, workers, error) from error
-        except (OSError, EOFError) as error:
-            if str(error).startswith(_RAISED):
-                raise
-            # It died between announcing a batch and handing over the memory that holds it.
-            raise _death(board, workers, error) from error
-        yield loaded
-        asked = time.monotonic()
 
 
 def _death(board: StageBoard, workers: int, error: Exception) -> UserError:

@@ -1,0 +1,97 @@
+"""Where the ranks of a run meet, and how one ends all of them."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
+from torch.distributed import Store  # type: ignore[attr-defined,unused-ignore]
+
+from m2_encoder.distributed.rank_watch import Place, connect, serve
+from m2_encoder.errors import UserError
+
+STARTER_VARIABLE: Final = "M2_ENCODER_STARTER"
+"""Environment variable for the processes that a first rank starts: its own process."""
+
+_EXIT_CODE: Final = 2  # the user can mend it
+_STORE_TIMEOUT: Final = timedelta(minutes=30)  # of a wait through the store; ranks that are gone are noticed before
+
+
+def find_place(environment: ClusterEnvironment) -> Place:
+    """Where the store is, by the launcher."""
+    os.environ["MASTER_ADDR"] = environment.main_address
+    os.environ["MASTER_PORT"] = str(environment.main_port)
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Place(environment.main_address, environment.main_port, is_served, f"m2_encoder/{attempt}")
+
+
+def open_store(place: Place, *, rank: int, world_size: int, timeout_s: float) -> Store:
+    """Serve the store, on the first rank of a run that no agent serves, or connect to it.
+
+    Raises:
+        UserError: if the port is taken, or nobody serves the store in time.
+    """
+    try:
+        if rank == 0 and not place.is_served:
+            store = serve(place, world_size=world_size)
+        else:
+            store = connect(place, timeout_s=timeout_s)
+    except RuntimeError as error:
+        if rank == 0 and not place.is_served:
+            rule = f"ranks cannot meet there ({_reason(error)})"
+            fix = "end what uses that port, give another in MASTER_PORT, or unset that for a free one"
+            raise UserError(f"{rule}; {fix}", key="MASTER_PORT", value=place.port) from error
+        where = f"{place.host}:{place.port}"
+        said = f"rank {rank}: nobody let it in at {where} within {timeout_s:g} s, where the first rank should be"
+        print(f"m2-train: {said}", file=sys.stderr, flush=True)  # the first rank alone speaks for a command
+        raise UserError(f"{said}; look at that process and its machine") from error
+    store.set_timeout(_STORE_TIMEOUT)
+    return store
+
+
+def meet(
+    store: Store, device: torch.device, backend: str, *, rank: int, world_size: int, timeout: timedelta | None
+) -> None:
+    """Make the process group; collective over all ranks."""
+    on_gpu = device.type != "cpu"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device if on_gpu else None
+    )
+    if backend == "nccl":
+        atexit.register(_destroy_dist_connection)  # as Lightning does, against a warning of torch
+
+
+def end_process(text: str | None, started: Sequence[int], *, speaks: bool) -> None:
+    """Ends this process at once, with those of the same run that it knows: nothing softer reaches one that waits.
+
+    Args:
+        text: why.
+        started: processes of later ranks, which this one has started.
+        speaks: whether this rank says it; not each of many needs to.
+    """
+    if text is not None and speaks:
+        with contextlib.suppress(OSError):
+            os.write(2, f"m2-train: {text}\n".encode())
+    starter = os.environ.get(STARTER_VARIABLE)
+    with contextlib.suppress(OSError):
+        if text is not None and not started and starter == str(os.getppid()):
+            os.kill(os.getppid(), signal.SIGKILL)  # the first rank, which is stopped
+    for pid in started:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    os._exit(_EXIT_CODE)
+
+
+def _reason(error: RuntimeError) -> str:
+    return "the port is taken" if "EADDRINUSE" in str(error) else str(error).partition("\n")[0][:200]
