@@ -15,6 +15,7 @@ import torch
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import ExportedFolder, read_exported
 from m2_encoder.checkpoints.io import load_model
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
@@ -100,6 +101,23 @@ def load(
     return LoadedModel(encoder, EvalTransform(config.image_size), text)
 
 
+def read_tokenizer(exported: ExportedFolder, *, context_length: int | None = None) -> SentencePieceTokenizer:
+    """The tokenizer of an exported folder, with its context length or another one.
+
+    Exports that are older than `normalise` read texts as they were trained; the one that comes with the package never
+    saw a caption that `normalise` would change, so it takes it up.
+    """
+    normalise = exported.normalise
+    if normalise is None:
+        normalise = exported.tokenizer.read_bytes() == load_emoji_tokenizer_model()
+    return SentencePieceTokenizer(
+        exported.tokenizer,
+        context_length=context_length or exported.context_length,
+        truncation_side=exported.truncation_side,
+        normalise=normalise,
+    )
+
+
 def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
     """The architecture, and the export it came from, if any."""
     if isinstance(model, M2EncoderConfig):
@@ -161,9 +179,7 @@ def _build_tokenizer(
     elif tokenizer is not None:
         built = SentencePieceTokenizer(tokenizer, context_length=config.context_length)
     elif exported is not None:
-        built = SentencePieceTokenizer(
-            exported.tokenizer, context_length=exported.context_length, truncation_side=exported.truncation_side
-        )
+        built = read_tokenizer(exported)
     else:
         return MissingTokenizer()
     if built.vocab_size > config.vocab_size:

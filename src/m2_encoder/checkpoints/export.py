@@ -112,6 +112,7 @@ def _config_content(
             "context_length": tokenizer.context_length,
             "truncation_side": tokenizer.truncation_side,
             "vocab_size": tokenizer.vocab_size,
+            "normalise": tokenizer.normalise,
             "sha256": tokenizer_sha256,
         },
     }

@@ -35,6 +35,7 @@ class ExportedFolder(NamedTuple):
     tokenizer: Path
     context_length: int  # most tokens of a text, template included
     truncation_side: Literal["left", "right"]  # where a longer text is cut
+    normalise: bool | None  # whether white space is tidied; None in older exports, which do not say
 
 
 def config_text(config: M2EncoderConfig) -> str:
@@ -80,6 +81,7 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
             tokenizer=folder / TOKENIZER_FILE,
             context_length=facts["context_length"],
             truncation_side=facts["truncation_side"],
+            normalise=facts.get("normalise"),
         )
         tokenizer_sha256 = facts["sha256"]
     except (KeyError, TypeError, UserError) as error:

@@ -122,7 +122,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._captions, self._decode, self._transform = captions, decode, transform(image_size)
         self._lanes, self._window, self._keep_decoded = lanes, window, keep_decoded
         self._check = None if check is None else StartCheck(**check)
-        self._needs = TrainingNeeds(global_batch_size, captions.languages, _limits_of(decode), max_bad_share)
+        self._needs = TrainingNeeds(global_batch_size, captions.languages, _limits_of(decode), max_bad_share, tokenizer)
         self._validation = dict(validation or {})
         self._remote = None if cache is None else RemoteShards(**cache)
         self._max_bad_share, self._max_bad_samples = max_bad_share, max_bad_samples

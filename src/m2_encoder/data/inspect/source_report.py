@@ -14,6 +14,7 @@ import numpy.typing as npt
 from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expect_false_negatives
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
 from m2_encoder.data.inspect.survey import Survey
+from m2_encoder.data.inspect.token_report import TokenReport, summarize_tokens
 from m2_encoder.data.samples.language import describe_languages
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
 from m2_encoder.types import LANGUAGES
@@ -70,6 +71,7 @@ class SourceReport(NamedTuple):
         json_keys: inspected samples by key of their JSON.
         formats: usable images by kind.
         languages: captions by language, those that occur.
+        tokens: what the tokenizer makes of the captions; None if it was not asked.
         left_out: captions that are neither Chinese nor English, by language.
         width: `QUANTILES` of widths, pixels.
         height: `QUANTILES` of heights, pixels.
@@ -95,6 +97,7 @@ class SourceReport(NamedTuple):
     json_keys: dict[str, int]
     formats: dict[str, int]
     languages: dict[str, CaptionSummary]
+    tokens: TokenReport | None
     left_out: dict[str, int]
     width: tuple[float, ...]
     height: tuple[float, ...]
@@ -110,7 +113,16 @@ class SourceReport(NamedTuple):
         named = {name: value._asdict() for name, value in self.languages.items()}
         nested = {name: getattr(self, name)._asdict() for name in ("captions", "images", "false_negatives")}
         examples = [fault._asdict() for fault in self.examples]
-        return self._asdict() | nested | {"languages": named, "examples": examples, "quantiles": QUANTILES}
+        return (
+            self._asdict()
+            | nested
+            | {
+                "languages": named,
+                "tokens": None if self.tokens is None else self.tokens.to_dict(),
+                "examples": examples,
+                "quantiles": QUANTILES,
+            }
+        )
 
 
 def check_source(
@@ -141,6 +153,7 @@ def check_source(
         json_keys=_merge(item.json_keys for item in survey.shards),
         formats=_merge(item.formats for item in survey.shards),
         languages=_summarize_languages(captions),
+        tokens=summarize_tokens(captions, survey.options.tokenizer),
         left_out=_merge(item.left_out for item in survey.shards),
         width=_quantiles(rows["width"]),
         height=_quantiles(rows["height"]),
@@ -233,6 +246,7 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
         found.append(
             f"{report.usable:,} usable samples are fewer than a batch of {expected.batch_size:,}: they repeat in it"
         )
+    found += [] if report.tokens is None else report.tokens.warnings()
     if report.left_out:
         found.append(f"left out: {describe_languages(report.left_out)}, which are neither Chinese nor English")
     if any(name not in report.languages for name in languages) and report.languages:

@@ -21,6 +21,7 @@ from m2_encoder.data.order.manifest import Manifest, Source
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES
 
 _DECODED_SHARE = 8  # of 8 samples that are read, one image is decoded, which takes most of the time
@@ -51,6 +52,7 @@ class TrainingNeeds(NamedTuple):
     languages: tuple[str, ...]  # those with a weight; a sample needs a caption in one of them
     limits: ImageLimits  # images outside are not used
     max_bad_share: float  # of unusable samples, above which the run ends
+    tokenizer: SentencePieceTokenizer | None = None  # of the model; None counts no tokens
 
 
 def check_manifest(
@@ -80,7 +82,7 @@ def check_manifest(
             continue
         share = weight / total
         (survey,) = map_watched(
-            lambda each: _survey(each, check, needs.limits, remote),
+            lambda each: _survey(each, check, needs, remote),
             [source],
             threads=1,
             timeout_s=stall_timeout_s,
@@ -123,14 +125,15 @@ def _describe_local(source: Source) -> str | None:
     return f"the check of source {source.name}, which data.check=null leaves out"
 
 
-def _survey(source: Source, check: StartCheck, limits: ImageLimits, remote: RemoteShards | None) -> Survey:
+def _survey(source: Source, check: StartCheck, needs: TrainingNeeds, remote: RemoteShards | None) -> Survey:
     count = 1 if any(map(is_remote, source.shards)) else min(check.shards, len(source.shards))
     languages = source.spec.languages
     per_shard = max(1, check.samples // count)
     options = InspectionOptions(
         samples_per_shard=per_shard,
         num_decoded=max(1, per_shard // _DECODED_SHARE),
-        limits=limits,
+        limits=needs.limits,
+        tokenizer=needs.tokenizer,
         language=languages[0] if len(languages) == 1 else None,
     )
     return survey_source(source.shards, options, max_shards=count, workers=0, remote=remote)
