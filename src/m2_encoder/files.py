@@ -1,15 +1,20 @@
-"""Files and folders that appear whole or not at all, JSON files, and digests."""
+"""Files and folders that appear whole or not at all, JSON files, digests, and locks of living processes."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from m2_encoder.errors import UserError
 
@@ -106,3 +111,111 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+class Holder(NamedTuple):
+    """The process that holds a lock, or held it when it was killed."""
+
+    host: str
+    pid: int
+    since: str  # local time, to the second
+
+    def describe(self) -> str:
+        """Such as "pid 4711 on node-3, since 2026-11-29 02:50:31"."""
+        return f"pid {self.pid} on {self.host}, since {self.since}"
+
+
+class LockedError(UserError):
+    """Another process that lives holds a lock; `holder` is that, as far as it is known."""
+
+    def __init__(self, text: str, *, holder: Holder | None = None) -> None:
+        super().__init__(text)
+        self.holder = holder
+
+
+@contextmanager
+def hold_lock(path: str | os.PathLike[str]) -> Iterator[Holder | None]:
+    """Holds a lock that ends with the process, however that ends; yields who was killed while holding it.
+
+    The file says who holds the lock and is removed with it; the lock itself is the kernel's (POSIX, also over NFS), is
+    not shared with forked processes, and is lost if this process opens and closes the file. On a disk without locks
+    the file alone counts, as long as its process lives on this machine.
+
+    Raises:
+        LockedError: if another process holds it.
+        UserError: if the file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            is_locked = _try_lock(file)
+            left = _read_holder(file)
+            if is_locked is False or (is_locked is None and left is not None and _lives(left)):
+                whom = "another process" if left is None else left.describe()
+                raise LockedError(f"{path} is held by {whom}", holder=left)
+            with suppress(FileNotFoundError):
+                if os.fstat(file).st_ino == path.stat().st_ino:
+                    break  # else its last holder has just removed it
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+    me = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+    try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(me._asdict()).encode(), 0)
+        yield left
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(file)
+
+
+def find_holder(path: str | os.PathLike[str]) -> Holder | None:
+    """The living process that holds a lock of `hold_lock`; None if there is none. Not for the holder itself."""
+    path = Path(path)
+    try:
+        file = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        is_locked, left = _try_lock(file), _read_holder(file)
+    finally:
+        os.close(file)
+    if is_locked is None:
+        return left if left is not None and _lives(left) else None
+    return None if is_locked else left or Holder("this or another machine", 0, "now")
+
+
+def _try_lock(file: int) -> bool | None:
+    """Whether the lock could be had; None where the disk has no locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    return True
+
+
+def _read_holder(file: int) -> Holder | None:
+    try:
+        content = json.loads(
+            os.pread(file, 4096, 0)
+        )  # through the file that has the lock: closing another would end it
+        return Holder(str(content["host"]), int(content["pid"]), str(content["since"]))
+    except (OSError, ValueError, KeyError, TypeError):  # empty, cut, or somebody else's
+        return None
+
+
+def _lives(holder: Holder) -> bool:
+    """Whether a process of this machine, and not this one, is still there."""
+    if holder.host != socket.gethostname() or holder.pid == os.getpid():
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

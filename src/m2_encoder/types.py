@@ -86,11 +86,15 @@ class ImageTextBatch(NamedTuple):
 
 
 class RetrievalBatch(NamedTuple):
-    """Images and their captions in every language, for validation."""
+    """Some images and some captions of a set, for validation; they need not belong together.
+
+    A side of which this rank has nothing left holds one row without a number, which is encoded and not measured.
+    """
 
     images: Tensor  # (B, 3, S, S), uint8 or floating
-    identity: Tensor  # equal numbers mark the same content, (B,) int64
-    texts: dict[str, TextTokens]  # by language; row i describes image i
+    identity: Tensor  # equal numbers mark the same content, (B,) int64; (0,) where there is no own image
+    texts: dict[str, TextTokens]  # by language, (M, T)
+    text_identity: dict[str, Tensor]  # of the texts, (M,) int64; (0,) where there is no own text
 
 
 class HeadFeatures(NamedTuple):

@@ -58,18 +58,23 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> 
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("whom", ["every process", "the first rank"])
-def test_a_signal_to_end_saves_the_step_and_is_continued(emoji_folder: Path, tmp_path: Path, whom: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [(signal.SIGTERM, "every process"), (signal.SIGTERM, "the first rank"), (signal.SIGINT, "every process")],
+)
+def test_a_signal_to_end_saves_the_step_and_is_continued(
+    emoji_folder: Path, tmp_path: Path, number: signal.Signals, whom: str
+) -> None:
     folder = tmp_path / "run"
     process = start(folder, emoji_folder, devices=2, workers=1, steps=STEPS)
     wait_for_step(folder, 7, process)
-    (os.killpg if whom == "every process" else os.kill)(process.pid, signal.SIGTERM)
+    (os.killpg if whom == "every process" else os.kill)(process.pid, number)
     output = finish(process, folder, timeout_s=120)
-    assert process.returncode == 143, output[-3000:]
+    assert process.returncode == 128 + number, output[-3000:]
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     step = state["global_step"]
     assert 7 <= step < STEPS
-    assert f"m2-train: ended by SIGTERM, step {step} is saved; run.resume=auto goes on" in output
+    assert f"m2-train: ended by {number.name}, step {step} is saved; run.resume=auto goes on" in output
     assert "Traceback" not in output
 
     process = start(folder, emoji_folder, devices=1, workers=0, steps=step + 5)

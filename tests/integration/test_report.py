@@ -21,6 +21,7 @@ from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.runs.build import build_tasks
+from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.report import report_run
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -36,7 +37,9 @@ class Data:
 
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
         return {
-            split: read_retrieval_set(self._folder / split, name=f"emoji_{split}", transform=EvalTransform(16))
+            split: read_retrieval_set(
+                self._folder / split, name=f"emoji_{split}", transform=EvalTransform(16), split=split
+            )
             for split in SPLITS
         }
 
@@ -94,6 +97,7 @@ def test_report_of_a_run(
         datamodule=Data(folder, tokenizer),
         run_folder=tmp_path,
         cfg=cfg,
+        end=RunEnd(30, 40, "trainer.max_time"),
         started=time.time() - 5,
     )
     assert model.training, "the report leaves the model as it was"
@@ -105,6 +109,8 @@ def test_report_of_a_run(
     assert summary["metrics"] == metrics
     assert summary["throughput"] == {"step": 30, "samples_seen": 960, "samples_per_s": 102.0}
     assert summary["wall_time_s"] >= 5
+    ending = {"finished": False, "steps": 30, "planned_steps": 40, "ended_by": "trainer.max_time"}
+    assert {key: summary[key] for key in ending} == ending
     assert summary["peak_memory_bytes"]["process"] > 10 * 2**20
     assert summary["versions"]["torch"] == torch.__version__.partition("+")[0] or summary["versions"]["torch"]
     assert list(summary["table"]["heldout_style"]) == ["zh", "en", "chance"]
@@ -117,6 +123,7 @@ def test_report_of_a_run(
     assert table.index("unseen style") < table.index("unseen concepts and style") < table.index("validation")
     out = capsys.readouterr().out
     assert "unseen concepts" in out
+    assert "30 of 40, ended early (trainer.max_time); run.resume=auto goes on" in out
     assert "chance" in out
     assert "retrieval.png" in out
     assert "checkpoints" not in out, "only what exists is listed"
@@ -132,7 +139,7 @@ def test_report_refuses_a_broken_model(
     with pytest.raises(ValueError, match="image features are not finite"):
         report_run(
             build_tasks(None), model=broken, objectives={}, datamodule=Data(folder, tokenizer), run_folder=tmp_path,
-            cfg={}, started=time.time(),
+            cfg={}, end=RunEnd(1, 1), started=time.time(),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 
@@ -155,7 +162,8 @@ def test_evaluate_command(
     report = json.loads(Path("new/results.json").read_text(encoding="utf-8"))
     assert set(report["evaluation"]) == {"val"}
     assert report["metrics"]["val/val_zh/t2i_r@10"] == report["evaluation"]["val"]["zh"]["t2i_r@10"]
-    assert report["protocol"] == "standard"
+    assert report["protocol"]["name"] == "standard"
+    assert report["protocol"]["sets"]["val"]["images"] == report["evaluation"]["val"]["zh"]["num_images"]
     assert commands.EVALUATE() == 2
     assert "overwrite=true" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
@@ -16,6 +18,7 @@ from m2_encoder.cli import train as train_command
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
+from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.folder import read_config
 from m2_encoder.training.module import PretrainModule
 from tests.support.training import LIGHTNING_WARNINGS
@@ -185,3 +188,63 @@ def test_a_sweep_refuses_a_job_before_the_first_one_starts(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("m2-train: optimizer._target_=m2_encoder.training.optim.build_muon: must be ")
     assert not (tmp_path / "r-seed=0").exists()
+
+
+def test_a_finished_run_is_evaluated_again_and_nothing_else(
+    start: Start, refuse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start() == 0
+    before = (tmp_path / "r" / "config.yaml").read_bytes()
+    last = tmp_path / "r" / "checkpoints" / "last.ckpt"
+    assert refuse("optimizer.lr=0.02", *GO_ON) == (
+        "optimizer.lr=0.02: is 0.001 in the run that is continued, whose checkpoint decides; leave it out, or start "
+        f"another run from these weights: run.name=NEW model.weights={last} optimizer.lr=0.02"
+    )
+    assert refuse("objective.itc.label_smoothing=0.1", "run.resume=auto") == (
+        "objective.itc.label_smoothing=0.1: changes nothing, as all 2 steps are done; it was 0.0; leave it out, or "
+        "train on with trainer.max_steps above 2"
+    )
+    capsys.readouterr()
+    assert start("run.resume=auto", "evaluation=[]") == 0
+    assert "all 2 steps are done already; evaluating again" in capsys.readouterr().out
+    assert (tmp_path / "r" / "config.yaml").read_bytes() == before
+
+
+def test_the_newest_whole_checkpoint_counts(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start("run.checkpoint_every=1") == 0
+    folder = tmp_path / "r" / "checkpoints"
+    last, second = folder / "last.ckpt", folder / "step=2.ckpt"
+    expected = torch.load(second, weights_only=True)["state_dict"]
+    content = bytearray(second.read_bytes())
+    content[int(len(content) * 0.9)] ^= 1  # in the optimizer's state
+    last.unlink()
+    last.mkdir()
+    second.write_bytes(content)
+    capsys.readouterr()
+    assert start("run.checkpoint_every=1", "run.resume=must") == 0
+    out = capsys.readouterr().out
+    assert f"step=1.ckpt is the newest whole checkpoint ({last} is no file; and 1 more)" in out
+    assert "continuing at step 1 of 2" in out
+    found = torch.load(last, weights_only=True)["state_dict"]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert list(folder.glob("last.ckpt.*.aside"))
+
+
+def test_a_run_that_ended_early_is_exported_as_such_and_goes_on(
+    start: Start, refuse: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[RunEnd] = []
+    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda *_, end, **__: given.append(end) or {})
+    assert start("trainer.max_epochs=1", "+trainer.limit_train_batches=1", "run.export=true") == 0
+    assert given == [RunEnd(1, 2, "trainer.max_epochs=1")]
+    card = (tmp_path / "r" / "export" / "README.md").read_text()
+    assert "- steps: 1 of 2, ended early (trainer.max_epochs=1)" in card
+    for path in (tmp_path / "r" / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    assert f"{tmp_path / 'r' / 'checkpoints'}: no whole checkpoint (" in refuse(*GO_ON)
+    shutil.rmtree(tmp_path / "r" / "checkpoints")  # as if nothing had been saved
+    assert start("run.resume=auto") == 0
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]

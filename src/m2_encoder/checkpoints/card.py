@@ -68,11 +68,12 @@ _EMOJI_LIMITS: Final = (
 )
 
 
-def build_card(cfg: Mapping[str, Any]) -> CardInfo:
+def build_card(cfg: Mapping[str, Any], *, steps: str) -> CardInfo:
     """The model card of a run.
 
     Args:
         cfg: its resolved configuration.
+        steps: that the model was trained for, in words if there are fewer than planned.
     """
     data, trainer = cfg["data"], cfg["trainer"]
     is_emoji = str(data["_target_"]).endswith(".EmojiDataModule")
@@ -86,7 +87,7 @@ def build_card(cfg: Mapping[str, Any]) -> CardInfo:
         data=(*trained_on, *_CAPTIONS) if is_emoji else (),
         training={
             "objectives": ", ".join(cfg["objective"]),
-            "steps": f"{trainer['max_steps']:,}",
+            "steps": steps,
             "samples per step": f"{data['global_batch_size']:,}",
             "learning rate": f"{cfg['optimizer']['lr']:g}",
             "precision": str(trainer["precision"]),
@@ -170,7 +171,7 @@ def _metrics_section(metrics: Metrics) -> str:
     parts = []
     for split, languages in metrics.items():
         names = list(dict.fromkeys(name for values in languages.values() for name in values))
-        order = sorted(languages, key=lambda language: language == CHANCE)
+        order = sorted(languages, key=lambda language: language.startswith(CHANCE))
         rows = [(language, *(_percent(languages[language].get(name)) for name in names)) for language in order]
         parts.append(f"### {split}\n\n" + _table(("", *names), rows))
     return "\n\n".join(["## Results", "Percent.", *parts]) if parts else ""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from m2_encoder.checkpoints.formats import read_safetensors_metadata
+from m2_encoder.checkpoints.formats import read_safetensors_metadata, read_small_json
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import file_sha256
 from m2_encoder.models.config import M2EncoderConfig
@@ -46,7 +45,7 @@ def config_text(config: M2EncoderConfig) -> str:
 def read_format(folder: str | os.PathLike[str]) -> str | None:
     """The `format` in the `config.json` of a folder; None if there is none or it cannot be read."""
     try:
-        found = read_object(Path(folder) / CONFIG_FILE).get("format")
+        found = read_small_json(Path(folder) / CONFIG_FILE).get("format")
     except CheckpointError:
         return None
     return found if isinstance(found, str) else None
@@ -66,7 +65,7 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
         raise CheckpointError(
             f"{folder} is not a complete exported model: {', '.join(missing)} missing; write it with m2-export"
         )
-    content = read_object(folder / CONFIG_FILE)
+    content = read_small_json(folder / CONFIG_FILE)
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: format {content.get('format')!r} version {content.get('format_version')!r}, "
@@ -105,18 +104,3 @@ def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:
         raise CheckpointError(
             f"{folder}: {TOKENIZER_FILE} is not the file that was exported; restore it or export the model again"
         )
-
-
-def read_object(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a file of an exported folder.
-
-    Raises:
-        CheckpointError: if there is no such file, or something else is in it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); export the model again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object; export it again")
-    return content

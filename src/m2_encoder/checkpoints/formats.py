@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import struct
 import warnings
 from pathlib import Path
@@ -18,10 +19,12 @@ import safetensors
 import torch
 from torch import Tensor
 
+from m2_encoder.checkpoints.digests import check_tensors
 from m2_encoder.errors import CheckpointError
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_PROTOCOL = b"\x80"
+_MAX_JSON_BYTES = 64 << 20
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,7 +42,7 @@ _SAFETENSORS_DTYPES = {
 
 
 def file_kind(path: str | os.PathLike[str]) -> str:
-    """What kind of file: "zip" or "pickle" (both written by `torch.save`) or "safetensors"; told by its first bytes.
+    """What kind of file: "zip" or "pickle" (both written by `torch.save`), "safetensors" or "json"; by its first bytes.
 
     Raises:
         CheckpointError: for a missing, empty or foreign file, or a folder.
@@ -48,16 +51,21 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder, expected a checkpoint file; give a file inside it")
     try:
+        _check_regular(path)
         with path.open("rb") as file:
             head = file.read(9)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint file; check the path") from error
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
     if not head:
         raise CheckpointError(f"{path}: the file is empty; copy or download it again")
     if head.startswith(_ZIP_MAGIC):
         return "zip"
+    if head.lstrip().startswith(b"{") and b"\0" not in head:
+        return "json"
     # A safetensors file starts with the length of its header (8 bytes), and the header is JSON.
     if head[8:9] == b"{":
         return "safetensors"
@@ -107,7 +115,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     overwritten later would change or crash the model.
 
     Raises:
-        CheckpointError: if the file is truncated, inconsistent, or has a dtype that no checkpoint uses.
+        CheckpointError: if the file is truncated, inconsistent, has a dtype that no checkpoint uses, or carries a
+            digest and has other bytes.
     """
     name = os.fspath(path)
     try:
@@ -117,8 +126,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         with Path(path).open("rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(header_size))
-            header.pop("__metadata__", None)
-            return {key: _read_tensor(file, 8 + header_size, entry) for key, entry in header.items()}
+            metadata = header.pop("__metadata__", {})
+            tensors = {key: _read_tensor(file, 8 + header_size, entry) for key, entry in header.items()}
+        check_tensors(name, tensors, metadata)
+        return tensors
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{name}: unsupported safetensors dtype {error}; save the weights as F32") from error
     except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
@@ -140,6 +153,43 @@ def read_safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise CheckpointError(
             f"{os.fspath(path)}: damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
         ) from error
+
+
+def read_small_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a regular file of at most 64 MiB.
+
+    Raises:
+        CheckpointError: if there is no such file, or something else is in it.
+    """
+    path = Path(path)
+    try:
+        _check_regular(path)
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+        if len(text) > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB, no such file is; export it again")
+        content = json.loads(text.decode("utf-8-sig"))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: damaged or edited, not readable as JSON ({_first_line(error)}); export the model again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object; export it again")
+    return content
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse what may never end: pipes and devices, and links to them.
+
+    Raises:
+        OSError: if there is nothing.
+        CheckpointError: for something else than a file or a folder.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise CheckpointError(f"{path}: is no regular file (a pipe or a device); give a file")
 
 
 def _read_tensor(file: BinaryIO, data_start: int, entry: dict[str, Any]) -> Tensor:

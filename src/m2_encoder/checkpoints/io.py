@@ -6,18 +6,20 @@ A checkpoint becomes a flat state dict under our names (`read_state`), which mus
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from m2_encoder.checkpoints.adapters import IGNORED_NAMES, official_to_ours, ours_to_official, to_official_state
+from m2_encoder.checkpoints.adapters import to_official_state
+from m2_encoder.checkpoints.digests import check_zip
 from m2_encoder.checkpoints.formats import file_kind, read_safetensors, read_torch
 from m2_encoder.checkpoints.positions import resize_image_positions
+from m2_encoder.checkpoints.state_names import listed, to_our_names, unwrap
 from m2_encoder.checkpoints.tensors import write_tensors
+from m2_encoder.checkpoints.weight_files import describe_shard, find_weights, read_index
 from m2_encoder.errors import CheckpointError
 from m2_encoder.files import atomic_file
 from m2_encoder.models.config import M2EncoderConfig
@@ -25,14 +27,6 @@ from m2_encoder.models.m2_encoder import M2Encoder
 
 IMAGE_POSITIONS = "image_embed.positions.weight"
 """The one parameter whose shape follows the image size."""
-
-WRAPPERS = ("state_dict", "module", "model")
-"""Keys under which a checkpoint may hold its state dict; the first one present counts."""
-
-NAME_PREFIXES = ("_forward_module.", "model.")
-"""What training frameworks put before a parameter's name: DeepSpeed, and our training module."""
-
-_MAX_LISTED = 4
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -42,8 +36,10 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     optimizer, only the parameters are read into memory.
 
     Args:
-        path: a checkpoint of the official release in any of its wrappers, a safetensors file, or one of our
-            own training checkpoints.
+        path: a checkpoint of the official release in any of its wrappers, a safetensors file, the index of several
+            (`model.safetensors.index.json`, with them beside it), one of our own training checkpoints, or the folder
+            of an export or a run. What frameworks put before names is taken away (`state_names`); of plain and
+            averaged weights (EMA) the plain ones are read.
 
     Returns:
         Parameter name to tensor (CPU, dtype of the file). Names that no row of the name table knows are kept
@@ -51,67 +47,28 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         are dropped.
 
     Raises:
-        CheckpointError: if the file is missing, empty, foreign, truncated or unsafe, or holds no known
+        CheckpointError: if the file is missing, empty, foreign, truncated, damaged or unsafe, or holds no known
             parameter.
     """
-    path = Path(path)
-    if file_kind(path) == "safetensors":
-        return _to_our_names(read_safetensors(path), path)
+    path = find_weights(path)
+    kind = file_kind(path)
+    if kind == "safetensors":
+        return to_our_names(read_safetensors(path), path)
+    if kind == "json":
+        return to_our_names(read_index(path), path)
     # torch.load would hand a file of this suffix to the safetensors library when given its path.
-    mappable = file_kind(path) == "zip" and path.suffix != ".safetensors"
-    state = _to_our_names(_unwrap(read_torch(path, mapped=mappable), path), path)
+    mappable = kind == "zip" and path.suffix != ".safetensors"
+    state = to_our_names(unwrap(read_torch(path, mapped=mappable), path), path)
+    if kind == "zip":
+        check_zip(path)
     if not mappable:
         return state
     wanted = sum(_storage_bytes(tensor) for tensor in state.values())
     if 2 * wanted > path.stat().st_size:
         # Mostly parameters: read the file once into memory. Copies out of the mapping would count twice.
         del state
-        return _to_our_names(_unwrap(read_torch(path), path), path)
+        return to_our_names(unwrap(read_torch(path), path, says=False), path, says=False)
     return {name: tensor if _is_expanded(tensor) else tensor.clone() for name, tensor in state.items()}
-
-
-def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, checked to be one."""
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a state dict")
-    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    state = content if wrapper is None else content[wrapper]
-    where = "it" if wrapper is None else f"its {wrapper!r}"
-    if not state:
-        raise CheckpointError(f"{path}: holds no parameters ({where} is empty)")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.is_nested:
-            raise CheckpointError(
-                f"{path}: not a state dict: {where} has {type(value).__name__} under {str(name)[:80]!r}, "
-                "expected names and tensors only"
-            )
-    return dict(state)
-
-
-def _to_our_names(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Rename, and drop documented extras."""
-    renamed: dict[str, Tensor] = {}
-    num_known = 0
-    for name, tensor in state.items():
-        bare = functools.reduce(str.removeprefix, NAME_PREFIXES, name)
-        if any(extra in bare for extra in IGNORED_NAMES):
-            continue
-        ours = our_name(bare)
-        num_known += ours is not None
-        ours = ours or bare
-        if ours in renamed:
-            raise CheckpointError(f"{path}: two of its entries mean {ours!r} (one is {name!r}); keep one of them")
-        renamed[ours] = tensor
-    if not num_known:
-        raise CheckpointError(
-            f"{path}: not an M2-Encoder checkpoint: none of its {len(state)} names is known ({_listed(state)})"
-        )
-    return renamed
-
-
-def our_name(name: str) -> str | None:
-    """Our name of a parameter in the official spelling or in ours; None for anything else."""
-    return official_to_ours(name) or (name if ours_to_official(name) else None)
 
 
 def _storage_bytes(tensor: Tensor) -> int:
@@ -202,7 +159,7 @@ def _check_match(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *,
         f"{name} is {_unusable_kind(state[name])}" for name in expected if name in state and _unusable_kind(state[name])
     ]
     problems = [
-        f"{len(found)} {what} ({_listed(found, separator=separator)})"
+        f"{len(found)} {what} ({listed(found, separator=separator)})"
         for found, what, separator in (
             (missing, "missing", ", "),
             (unexpected, "unexpected", ", "),
@@ -214,6 +171,7 @@ def _check_match(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *,
     if problems:
         raise CheckpointError(
             f"{source}: does not fit model {model_name!r} of {len(expected)} parameters: {', '.join(problems)}"
+            f"{describe_shard(Path(source)) if missing else ''}"
         )
 
 
@@ -238,12 +196,6 @@ def _owned(tensor: Tensor, taken: set[int], *, device: torch.device, dtype: torc
         converted = converted.clone()
     taken.add(converted.untyped_storage().data_ptr())
     return converted
-
-
-def _listed(names: Iterable[str], *, separator: str = ", ") -> str:
-    names = list(names)
-    shown = separator.join(name[:160] for name in names[:_MAX_LISTED])
-    return shown if len(names) <= _MAX_LISTED else f"{shown}{separator}and {len(names) - _MAX_LISTED} more"
 
 
 def save_official(model: M2Encoder, path: str | os.PathLike[str]) -> None:

@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
-from m2_encoder.checkpoints.exported import CONFIG_FILE, read_object
-from m2_encoder.checkpoints.formats import read_safetensors, read_torch
+from m2_encoder.checkpoints.exported import CONFIG_FILE
+from m2_encoder.checkpoints.formats import read_safetensors, read_small_json, read_torch
 from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import file_sha256
@@ -53,7 +53,7 @@ def has_head(folder: str | os.PathLike[str]) -> bool:
     Raises:
         CheckpointError: if its configuration cannot be read.
     """
-    return CONFIG_KEY in read_object(Path(folder) / CONFIG_FILE)
+    return CONFIG_KEY in read_small_json(Path(folder) / CONFIG_FILE)
 
 
 def read_head(path: str | os.PathLike[str], *, name: str = "itm", text_expert: bool = False) -> MatchingHead:
@@ -104,7 +104,7 @@ def head_of_state(state: Mapping[str, Tensor], *, name: str = "itm", text_expert
 
 
 def _read_exported(folder: Path) -> MatchingHead:
-    facts = read_object(folder / CONFIG_FILE).get(CONFIG_KEY)
+    facts = read_small_json(folder / CONFIG_FILE).get(CONFIG_KEY)
     if facts is None:
         raise CheckpointError(
             f"{folder}: holds no matching head; train with the objective itm (m2-train +experiment=r2d2 does) "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE, FORMAT, VISUAL_TOKENIZER_FORMAT, WEIGHTS_FILE, read_format
-from m2_encoder.checkpoints.formats import read_safetensors
+from m2_encoder.checkpoints.formats import read_safetensors, read_small_json
 from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import atomic_folder
@@ -61,7 +61,7 @@ def load_visual_tokenizer(folder: str | os.PathLike[str]) -> VisualTokenizer:
             "train one with m2-train +experiment=visual_tokenizer"
         )
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = read_small_json(folder / CONFIG_FILE)
         if content.get("format") != VISUAL_TOKENIZER_FORMAT or content.get("format_version") != _VERSION:
             raise CheckpointError(
                 f"{folder}: format {content.get('format')!r} version {content.get('format_version')!r}, expected "

@@ -46,8 +46,9 @@ TRAIN: Final = Command(
     complete="m2_encoder.cli.train:name_repetition",
     notes=(
         "A run's folder must not exist; run.resume=auto continues one, run.resume=must insists on a checkpoint.",
-        "Exit codes: 0 done, 2 something to mend (listed on stderr before anything starts), 130 interrupted, 143 saved",
-        "and ended by SIGTERM.",
+        "One process at a time trains in a run's folder: a second start is refused while the first lives.",
+        "Exit codes: 0 done, 2 something to mend (listed on stderr before anything starts), 130 ended by Ctrl-C, 143",
+        "by SIGTERM; both save the step they come in, and a second Ctrl-C ends at once.",
     ),
 )
 

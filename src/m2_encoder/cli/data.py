@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from m2_encoder.cli import commands
 from m2_encoder.config.command import EXIT_USER_ERROR, report_problems, run_command
+from m2_encoder.config.output import lasting_output
 from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import anchor
 from m2_encoder.errors import Problem, UserError
@@ -71,7 +72,11 @@ def name_sources(argv: Sequence[str], key: str) -> list[str]:
 
 def main() -> int:
     """Entry point of `m2-data`: the first argument names the sub-command."""
-    arguments = sys.argv[1:]
+    with lasting_output():
+        return _main(sys.argv[1:])
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in {"--help", "-h"}:
         width = max(map(len, SUB_COMMANDS))
         print("m2-data: prepare data\n\nSub-commands (each has its own --help):")

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from m2_encoder.bounds import Count, Index
+from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE
+from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.problems import Unset
@@ -152,7 +154,7 @@ def _check_names_fit(output: str, num_bytes: int) -> None:
 def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
     """Where the features come from; no times or machines, so the same input gives the same bytes."""
     weights = str(cfg["weights"] or find_path(cfg["model"]) / WEIGHTS_FILE)
-    path = find_path(weights)
+    path = Path(weights) if is_url(weights) else find_weights(find_path(weights))
     return {
         "model": cfg["model"],
         "weights": weights,

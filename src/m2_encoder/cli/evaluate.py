@@ -33,8 +33,6 @@ from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_tasks
 
 EMBEDDED = "emoji"
-PROTOCOL = "standard"
-"""Every distinct caption is a query, positives share its key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +128,6 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     report = {
         "model": cfg["model"],
         "data": cfg["data"],
-        "protocol": PROTOCOL,
         "rerank": cfg["rerank"],
         **summarize(results),
         "seconds": round(time.time() - started, 3),
@@ -153,6 +150,6 @@ def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, Retri
         return {name: read_retrieval_set(folder, name=name, transform=transform)}
     folder = write_emoji_shards(anchor(cfg["folder"]), heldout_style=cfg["heldout_style"])
     return {
-        split: read_retrieval_set(folder / split, name=f"{EMBEDDED}_{split}", transform=transform)
+        split: read_retrieval_set(folder / split, name=f"{EMBEDDED}_{split}", transform=transform, split=split)
         for split in cfg["splits"]
     }

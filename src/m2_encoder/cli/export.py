@@ -9,10 +9,12 @@ from typing import Any
 
 from m2_encoder.bounds import Text
 from m2_encoder.checkpoints.matching_head import read_head
+from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, LAST_NAME, find_newest, read_step
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
-from m2_encoder.errors import Problem
+from m2_encoder.errors import CheckpointError, Problem
+from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head, read_trained
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
 
@@ -40,7 +42,11 @@ def check_export(cfg: dict[str, Any]) -> list[Problem]:
     problems = check_settings(ExportSettings, cfg)
     if problems or UNSET in (cfg["run"]["name"], cfg["run"]["folder"]):
         return problems  # what is missing has been reported
-    folder, name, checkpoint, output = default_run_folder(cfg), cfg["run"]["name"], _checkpoint(cfg), _output(cfg)
+    folder, name, output = default_run_folder(cfg), cfg["run"]["name"], _output(cfg)
+    try:
+        checkpoint = _checkpoint(cfg)
+    except CheckpointError as error:
+        return [Problem("checkpoint", cfg["checkpoint"], str(error), "give the path of a whole one")]
     if not (folder / CONFIG_FILE).is_file():
         names = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
         known = f"; there is: {', '.join(names)}" if names else ""
@@ -64,11 +70,12 @@ def check_export(cfg: dict[str, Any]) -> list[Problem]:
 
 
 def _checkpoint(cfg: Mapping[str, Any]) -> Path:
-    """`last`, the name of a checkpoint in the run's folder, or a path."""
+    """`last`, which is the newest whole one, the name of a checkpoint in the run's folder, or a path."""
     named = str(cfg["checkpoint"])
     folder = default_run_folder(dict(cfg))
     if named == "last":
-        return folder / LAST_CHECKPOINT
+        newest = find_newest(folder / CHECKPOINT_FOLDER)
+        return folder / LAST_CHECKPOINT if newest is None else newest.path
     inside = (folder / LAST_CHECKPOINT).parent / named
     return inside if inside.is_file() else anchor(named)
 
@@ -81,10 +88,14 @@ def run_export(cfg: dict[str, Any]) -> int:
     """Exports and says where."""
     folder = default_run_folder(cfg)
     trained = read_config(folder / CONFIG_FILE)
-    model = read_trained(trained, _checkpoint(cfg))
+    checkpoint = _checkpoint(cfg)
+    model = read_trained(trained, checkpoint)
     found = find_head(trained)
-    head = found and read_head(_checkpoint(cfg), name=found.name, text_expert=found.text_expert)
+    head = found and read_head(checkpoint, name=found.name, text_expert=found.text_expert)
+    end = RunEnd(read_step(checkpoint), trained["trainer"]["max_steps"])
     places = {"output": _output(cfg), "overwrite": cfg["overwrite"]}
-    output = export_run(folder, model=model, cfg=trained, matching=head, **places)
+    output = export_run(folder, model=model, cfg=trained, end=end, matching=head, **places)
+    if checkpoint.name != LAST_NAME:
+        print(f"exported {checkpoint.name}, step {end}")
     print(f"exported to {output}; use it with m2_encoder.load({str(output)!r})")
     return 0

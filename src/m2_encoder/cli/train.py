@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.cli.commands import TRAIN
-from m2_encoder.config.paths import LAST_CHECKPOINT, default_run_folder
+from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import find_problems
 from m2_encoder.errors import Problem, UserError
 
@@ -16,13 +16,16 @@ from m2_encoder.errors import Problem, UserError
 def check_job(cfg: dict[str, Any]) -> list[Problem]:
     """Why the checkpoint that a sweep's job continues does not fit it; a single run finds out when it starts."""
     folder = default_run_folder(cfg)
-    if cfg["run"]["resume"] == "never" or not (folder / LAST_CHECKPOINT).is_file():
+    if cfg["run"]["resume"] == "never":
         return []
+    from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, find_newest
     from m2_encoder.runs.build import build_module, build_objectives
     from m2_encoder.runs.resume import check_resume
 
     try:
-        check_resume(build_module(cfg, build_objectives(cfg), validation_name=""), cfg, folder)
+        newest = find_newest(folder / CHECKPOINT_FOLDER)
+        if newest is not None:
+            check_resume(build_module(cfg, build_objectives(cfg), validation_name=""), cfg, folder, newest.path)
     except UserError as error:
         return find_problems(error)
     return []

@@ -11,6 +11,7 @@ return its own. `HYDRA_FULL_ERROR=1` shows the traceback of a user error, too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pkgutil
@@ -29,9 +30,11 @@ from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition,
 from m2_encoder.config.groups import drop_unchosen, lend_groups
 from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.old_names import update_names
+from m2_encoder.config.output import lasting_output
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.problems import find_problems, format_problem, refuse_all
+from m2_encoder.config.run_folder import hold_run
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_sweep_line,
@@ -92,18 +95,24 @@ class Command:
 
 
 class _Plan(NamedTuple):
-    """A validated command line: overrides to start Hydra with, and those that a sweep does not vary."""
+    """A validated command line."""
 
-    argv: list[str]
-    constant_lines: list[str]
+    argv: list[str]  # overrides to start Hydra with
+    constant_lines: list[str]  # those that a sweep does not vary
+    run: dict[str, Any] | None = None  # the configuration of the one run that is to be started in a folder of its own
 
 
 def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
     """Runs a command with arguments, those of `sys.argv` by default, and returns its exit code."""
+    with lasting_output():
+        return _run_command(command, sys.argv[1:] if argv is None else argv)
+
+
+def _run_command(command: Command, argv: Sequence[str]) -> int:
     started_argv = sys.argv
     try:
         with lend_groups(command.groups):
-            return _run(command, sys.argv[1:] if argv is None else argv)
+            return _run(command, argv)
     except KeyboardInterrupt:
         _say(f"\n{command.name}: interrupted")
         return EXIT_INTERRUPTED
@@ -150,7 +159,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
     sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
     job = _Job(command, plan.constant_lines, folder)
-    hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
+    with hold_run(plan.run) if plan.run is not None else contextlib.nullcontext():  # Hydra writes into its folder, too
+        hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
     return job.exit_code
 
 
@@ -176,7 +186,8 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
         more = _resolve(command.complete)(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
     refuse_all(_find_problems(command, composition))
-    return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines)
+    run = None if command.run_folder is None else composition.cfg
+    return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines, run)
 
 
 def _check_sweep(
@@ -260,11 +271,14 @@ class _Job:
         plain = update_names({str(key): value for key, value in values.items()})
         settings = HydraConfig.get()
         drop_unchosen(plain, self._folder, settings.searchpath)
+        held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if settings.mode == RunMode.MULTIRUN:
             name = _rename(self._command, plain, list(settings.overrides.task), self._constant)
             _say(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}")
+            held = hold_run(plain) if self._command.run_folder is not None else held
         try:
-            code = _resolve(self._command.run)(plain)
+            with held:
+                code = _resolve(self._command.run)(plain)
         except Exception as error:
             # Hydra wraps what a constructor raises; the user's mistake is inside.
             mistake = _find_user_error(error)

@@ -57,7 +57,10 @@ def model_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     for key in ("weights", "tokenizer"):
         value = cfg[key]
         is_url = key == "weights" and str(value).startswith(("http://", "https://"))
-        if value is not None and not is_url and not (isinstance(value, str) and find_path(value).is_file()):
+        if value is None or is_url:
+            continue
+        path = find_path(value) if isinstance(value, str) else None
+        if path is None or not (path.is_file() or (key == "weights" and path.is_dir())):
             problems.append(Problem(key, value, "no such file"))
     return [*problems, *_device_problems(cfg["device"])]
 

@@ -12,6 +12,9 @@ from typing import Any, Final
 LAST_CHECKPOINT: Final = "checkpoints/last.ckpt"
 """In a run's folder: the newest training state."""
 
+RUN_LOCK: Final = ".lock"
+"""In a run's folder, while a process trains there: which one (`files.hold_lock`)."""
+
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
@@ -52,6 +55,11 @@ def anchor(path: str | Path, start: Path | None = None) -> Path:
     if path.is_absolute():
         return path
     return (find_checkout(start) or (start or Path.cwd()).resolve()) / path
+
+
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether a run has saved anything; partial files begin with a dot."""
+    return any(not path.name.startswith(".") for path in (run_folder / LAST_CHECKPOINT).parent.glob("*.ckpt"))
 
 
 def default_run_folder(cfg: Mapping[str, Any]) -> Path:

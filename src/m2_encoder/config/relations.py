@@ -16,13 +16,15 @@ from m2_encoder.config import data_relations, objective_relations
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
 from m2_encoder.config.objective_files import check_files
-from m2_encoder.config.paths import LAST_CHECKPOINT, anchor, default_run_folder
+from m2_encoder.config.paths import LAST_CHECKPOINT, RUN_LOCK, anchor, default_run_folder, has_checkpoint
 from m2_encoder.config.problems import UNSET, find_problems, show
+from m2_encoder.config.run_folder import holds_run, is_at_work, is_there
 from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
 from m2_encoder.data.emoji.dataset import load_emoji_concepts
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import divisors, resolve_group_size
 from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.files import find_holder
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 
 MAX_CPU_RANKS: Final = 8
@@ -64,7 +66,7 @@ def _check_model(known: Known) -> Iterator[Problem]:
 
 def _check_weights(known: Known) -> Iterator[Problem]:
     weights = known("model.weights", None)
-    if weights is not None and not weights.startswith(("http://", "https://")) and not anchor(weights).is_file():
+    if weights is not None and not weights.startswith(("http://", "https://")) and not anchor(weights).exists():
         fix = "give the path of a checkpoint, or null to train from scratch"
         yield Problem("model.weights", weights, "no such file", fix)
 
@@ -220,6 +222,7 @@ def _check_task_heads(known: Known) -> Iterator[Problem]:
 
 
 def _check_folders(known: Known) -> Iterator[Problem]:
+    """Folders that cannot be written, a run's that is in use, or one that is missing where it has to be there."""
     for key in ("run.folder", "data.folder"):
         if (value := known(key, None)) is not None and (reason := _unusable(anchor(value))):
             yield Problem(key, value, reason, "give a folder that you may write to")
@@ -227,13 +230,14 @@ def _check_folders(known: Known) -> Iterator[Problem]:
     folder = default_run_folder({"run": {"name": name, "folder": known("run.folder")}})
     if not is_first_rank() or _unusable(folder):
         return  # the first rank decides, before the others start
-    # Hydra's records alone are the trace of a start that failed before it trained anything.
-    if resume == "never" and folder.is_dir() and any(entry.name != ".hydra" for entry in folder.iterdir()):
-        fix = f"continue it with run.resume=auto, give another run.name, or delete {folder}"
-        yield Problem("run.name", name, f"{folder} holds a run already", fix)
-    if resume == "must" and not (folder / LAST_CHECKPOINT).is_file():
+    if (holder := find_holder(folder / RUN_LOCK)) is not None:
+        yield is_at_work(name, holder)
+        return
+    if resume == "never" and holds_run(folder):
+        yield is_there(name, folder)
+    if resume == "must" and not has_checkpoint(folder):
         fix = "give the run.name of a run with a checkpoint, or run.resume=auto to start it if there is none"
-        yield Problem("run.resume", resume, f"there is no {folder / LAST_CHECKPOINT}", fix)
+        yield Problem("run.resume", resume, f"there is no checkpoint in {(folder / LAST_CHECKPOINT).parent}", fix)
 
 
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (

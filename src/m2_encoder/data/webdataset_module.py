@@ -27,11 +27,12 @@ from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.order.cache_size import check_cache
 from m2_encoder.data.order.manifest import Manifest, SourceSpec, build_manifest
 from m2_encoder.data.order.plan import PositionPlan, Segment
-from m2_encoder.data.retrieval_set import RetrievalSet, ValidationChunks, check_retrieval_set, read_retrieval_set
+from m2_encoder.data.retrieval_set import RetrievalSet, check_retrieval_set, read_retrieval_set
 from m2_encoder.data.samples.captions import CaptionSampler
 from m2_encoder.data.samples.sample import Column
 from m2_encoder.data.shards.reader import ShardReader
 from m2_encoder.data.shards.remote import RemoteShards
+from m2_encoder.data.validation_chunks import ValidationChunks
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer

@@ -15,8 +15,6 @@ from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE, FeatureModel, Tokenize, encode_images, encode_texts
 from m2_encoder.evaluation.metrics import RECALL_KS, retrieval_metrics
 
-_FIRST_LANGUAGE = "zh"
-
 
 class TextFeatures(NamedTuple):
     """Distinct captions of one language, each (key, caption) once."""
@@ -37,25 +35,23 @@ class SetFeatures(NamedTuple):
 def encode_set(
     model: FeatureModel, dataset: RetrievalSet, tokenizer: Tokenize, *, batch_size: int = DEFAULT_BATCH_SIZE
 ) -> SetFeatures:
-    """Encodes every image once and every distinct caption of every language once.
+    """Encodes every image once and every query of every language once.
 
-    Images that share a key and a caption share one query; each of them is right for it. Equal captions of two
-    keys stay two queries, each right for its own key alone. Chinese comes first, as tables show it.
+    Every caption is a query once; all images of its key are right for it. Equal captions of two keys stay two queries,
+    each right for its own key alone. Images without a caption in a language are in its gallery.
 
     Raises:
         ValueError: for an empty set, or one whose parts differ in length.
     """
     _check_set(dataset)
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(dataset.keys))}
-    ids = [numbers[key] for key in dataset.keys]
     encoded = {}
-    for language in sorted(dataset.captions, key=lambda language: language != _FIRST_LANGUAGE):
-        distinct = tuple(dict.fromkeys(zip(ids, dataset.captions[language], strict=True)))
-        texts = tuple(text for _, text in distinct)
+    for language in dataset.languages:
+        queries = dataset.queries(language)
+        texts = tuple(text for _, text in queries)
         features = encode_texts(model, texts, tokenizer, batch_size=batch_size)
-        encoded[language] = TextFeatures(texts, torch.tensor([number for number, _ in distinct]), features)
+        encoded[language] = TextFeatures(texts, torch.tensor([number for number, _ in queries]), features)
     image_features = encode_images(model, dataset.images, batch_size=batch_size)
-    return SetFeatures(image_features, torch.tensor(ids), encoded)
+    return SetFeatures(image_features, torch.tensor(dataset.numbers()), encoded)
 
 
 def evaluate_features(features: SetFeatures, *, ks: Sequence[int] = RECALL_KS) -> dict[str, dict[str, float]]:
@@ -77,7 +73,7 @@ def evaluate_features(features: SetFeatures, *, ks: Sequence[int] = RECALL_KS) -
 
 
 def _check_set(dataset: RetrievalSet) -> None:
-    if not dataset.keys or not dataset.captions:
+    if not dataset.keys or not dataset.languages:
         raise ValueError(f"retrieval set {dataset.name!r} is empty")
     lengths = {"images": len(dataset.images), **{name: len(texts) for name, texts in dataset.captions.items()}}
     wrong = {name: length for name, length in lengths.items() if length != len(dataset.keys)}

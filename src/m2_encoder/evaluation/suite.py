@@ -60,11 +60,11 @@ def write_results(folder: Path, results: Mapping[str, TaskResult], summary: Mapp
 
 def print_results(console: Console, results: Mapping[str, TaskResult], context: EvaluationContext) -> None:
     """Prints tables and lines."""
-    num_images = {split: len(dataset.keys) for split, dataset in context.sets.items()}
+    num_images = {name: len(dataset.keys) for name, dataset in context.sets.items()}
     for result in results.values():
         for row in result.rows:
             if isinstance(row, str):
                 console.print(row, soft_wrap=True, highlight=False)
             else:
                 console.print()
-                print_table(console, row, num_images=num_images)
+                print_table(console, row, num_images=num_images, titles=context.titles)

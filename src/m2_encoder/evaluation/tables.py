@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 CHANCE = "chance"
-"""The "language" of the row of a random order."""
+"""The "language" of the row of a random order, or how it begins where languages differ."""
 
 DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
 """Titles of the directions of retrieval."""
@@ -26,7 +26,7 @@ SPLIT_TITLES: Mapping[str, str] = {
 """Titles of the splits of the built-in set."""
 
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Split -> language -> what `retrieval_metrics` returns."""
+"""Set -> language -> what `retrieval_metrics` returns."""
 
 _TITLE_WIDTH = 18  # of a split's title, so that the table fits 80 columns
 _WIDTH_WITHOUT_TERMINAL = 110
@@ -58,8 +58,10 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
-def print_table(console: Console, table: ResultTable, *, num_images: Mapping[str, int]) -> None:
-    """Prints a table; the title of a set is wrapped beside its rows. `num_images` is by split."""
+def print_table(
+    console: Console, table: ResultTable, *, num_images: Mapping[str, int], titles: Mapping[str, str]
+) -> None:
+    """Prints a table; the title of a set is wrapped beside its rows. `num_images` and `titles` are by set."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -83,7 +85,7 @@ def print_table(console: Console, table: ResultTable, *, num_images: Mapping[str
         )
     for split, group in itertools.groupby(table.rows, key=lambda row: row.split):
         rows = list(group)
-        lines = textwrap.wrap(split_title(split), _TITLE_WIDTH)
+        lines = textwrap.wrap(titles[split], _TITLE_WIDTH)
         notes = [*(Text(line, style="bold") for line in lines), Text(f"{num_images[split]:,} images", style="dim")]
         for note, row in itertools.zip_longest(notes, rows):
             shown.add_row(note, *([Text(cell, style="dim" if row.is_dim else "") for cell in row.cells] if row else []))
@@ -92,7 +94,10 @@ def print_table(console: Console, table: ResultTable, *, num_images: Mapping[str
 
 
 def tabulate(results: Results) -> dict[str, dict[str, dict[str, float]]]:
-    """Recalls in percent: by split, then language with chance last, then `t2i_r@1` and so on."""
+    """Recalls in percent: by set, then language with chance last, then `t2i_r@1` and so on.
+
+    Chance is one row where it is the same in all languages, otherwise `chance en` and so on.
+    """
     table: dict[str, dict[str, dict[str, float]]] = {}
     for split, languages in results.items():
         first = next(iter(languages.values()))
@@ -101,15 +106,24 @@ def tabulate(results: Results) -> dict[str, dict[str, dict[str, float]]]:
             language: {name: metrics[name] for name in [*names, "mean_recall"]}
             for language, metrics in languages.items()
         }
-        chance = {name: first[name.replace("_r@", "_chance@")] for name in names}
-        table[split][CHANCE] = chance | {"mean_recall": sum(chance.values()) / len(chance)}
+        table[split] |= _chances(languages, names)
     return table
+
+
+def _chances(languages: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    found = {}
+    for language, metrics in languages.items():
+        if all(name.replace("_r@", "_chance@") in metrics for name in names):
+            chance = {name: metrics[name.replace("_r@", "_chance@")] for name in names}
+            found[f"{CHANCE} {language}"] = chance | {"mean_recall": sum(chance.values()) / len(chance)}
+    first, *others = found.values()
+    return {CHANCE: first} if all(other == first for other in others) else found
 
 
 def results_table(results: Results) -> ResultTable:
     """Retrieval for the terminal: per split a row for each language and one for chance, in percent."""
     rows = [
-        ResultRow(split, (language, *map(format_percent, values.values())), is_dim=language == CHANCE)
+        ResultRow(split, (language, *map(format_percent, values.values())), is_dim=language.startswith(CHANCE))
         for split, languages in tabulate(results).items()
         for language, values in languages.items()
     ]
@@ -123,16 +137,16 @@ def results_table(results: Results) -> ResultTable:
     return ResultTable("Retrieval, percent", [*headings, "\nmean"], rows)
 
 
-def markdown_table(results: Results) -> str:
-    """Retrieval for a README or a model card, in percent."""
+def markdown_table(results: Results, titles: Mapping[str, str]) -> str:
+    """Retrieval for a README or a model card, in percent; `titles` are by set."""
     columns = [f"{DIRECTIONS[direction]} R@{k}" for direction, k in _columns(results)]
     header = ["split", "images", "language", *columns, "mean"]
     lines = [header, ["---", "--:", "---"] + ["--:"] * (len(header) - 3)]
     for split, languages in tabulate(results).items():
         number = int(next(iter(results[split].values()))["num_images"])
-        start = [split_title(split), f"{number:,}"]
+        start = [titles[split], f"{number:,}"]
         for language, values in languages.items():
-            mark = "*" if language == CHANCE else ""
+            mark = "*" if language.startswith(CHANCE) else ""
             lines.append(
                 [*start, *(f"{mark}{cell}{mark}" for cell in (language, *map(format_percent, values.values())))]
             )
@@ -151,9 +165,9 @@ def _columns(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def split_title(split: str) -> str:
-    """Title of a split in tables and pictures; its name if it has none."""
-    return SPLIT_TITLES.get(split, split)
+def split_title(name: str, split: str) -> str:
+    """Title of a set in tables and pictures: of `split` of the built-in set, or its name where that is ""."""
+    return SPLIT_TITLES.get(split, name)
 
 
 def format_percent(value: float) -> str:

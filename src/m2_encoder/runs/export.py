@@ -22,6 +22,7 @@ from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.matching import Matching
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_adaptation
+from m2_encoder.runs.ending import RunEnd
 from m2_encoder.training.adaptation import merge_adaptation
 
 EXPORT_FOLDER: Final = "export"
@@ -53,22 +54,23 @@ def export_run(
     *,
     model: M2Encoder,
     cfg: Mapping[str, Any],
+    end: RunEnd,
     matching: MatchingHead | None = None,
     output: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Exports a model with what its run's folder knows about it.
 
-    `summary.json` in the run's folder gives the metrics, if it is there. Returns the folder written.
+    `summary.json` in the run's folder gives the metrics, if it is there and of this step. Returns the folder written.
     """
     facts = describe_run()
     return export_model(
         output or run_folder / EXPORT_FOLDER,
         model=model,
         tokenizer=build_tokenizer(cfg["model"], model.config),
-        metrics=read_metrics(run_folder / SUMMARY_FILE),
+        metrics=read_metrics(run_folder / SUMMARY_FILE, step=end.step),
         provenance=_origin(cfg, facts) | {"versions": ", ".join(map(" ".join, facts["versions"].items()))},
-        card=_card(cfg, matching),
+        card=_card(cfg, end, matching),
         matching=matching,
         overwrite=overwrite,
     )
@@ -87,10 +89,10 @@ def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
 
 
 def export_visual_tokenizer(
-    run_folder: Path, *, tokenizer: VisualTokenizer, cfg: Mapping[str, Any], metrics: Mapping[str, float]
+    run_folder: Path, *, tokenizer: VisualTokenizer, cfg: Mapping[str, Any], metrics: Mapping[str, float], end: RunEnd
 ) -> Path:
     """Exports a visual tokenizer to its run's folder; returns the folder written."""
-    origin = {**_origin(cfg, describe_run()), **metrics}
+    origin = {**_origin(cfg, describe_run()), "steps": str(end), **metrics}
     return save_visual_tokenizer(run_folder / EXPORT_FOLDER, tokenizer, provenance=origin, overwrite=True)
 
 
@@ -98,16 +100,20 @@ def _origin(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     return {"run": cfg["run"]["name"], "git_revision": facts["git_revision"], "command": facts["command"]}
 
 
-def _card(cfg: Mapping[str, Any], matching: MatchingHead | None) -> CardInfo:
-    card = build_card(cfg)
+def _card(cfg: Mapping[str, Any], end: RunEnd, matching: MatchingHead | None) -> CardInfo:
+    card = build_card(cfg, steps=str(end))
     if matching is None:
         return card
     use = f"{HEAD_FILE}; it orders retrieved candidates anew: m2-evaluate model=FOLDER rerank=16"
     return dataclasses.replace(card, training={**card.training, "matching head": use})
 
 
-def read_metrics(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Final metrics of a `summary.json` as split, language, metric; empty if there is no such file.
+def read_metrics(path: Path, *, step: int | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """Final metrics of a `summary.json` as split, language, metric; empty if there is none, or it is of another step.
+
+    Args:
+        path: of the file; those of earlier versions do not say their step.
+        step: that of the model; None for any.
 
     Raises:
         UserError: if the file is damaged.
@@ -115,7 +121,10 @@ def read_metrics(path: Path) -> dict[str, dict[str, dict[str, float]]]:
     if not path.is_file():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8")).get("table", {})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if step is not None and content.get("steps", step) != step:
+            return {}
+        table = content.get("table", {})
         return {
             split: {
                 language: {name: float(value) for name, value in values.items()}

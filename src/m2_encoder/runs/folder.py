@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import torch
 import yaml
 from omegaconf import OmegaConf
 
@@ -66,30 +64,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(cfg, dict):
         raise UserError(f"{path}: must hold a mapping")
     return update_names({str(key): value for key, value in cfg.items()})
-
-
-def read_content(checkpoint: Path) -> dict[str, Any]:
-    """What a training checkpoint holds, its tensors without their values, which are not read.
-
-    Raises:
-        CheckpointError: if the file is damaged or something else.
-    """
-    try:
-        content = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
-        return {**content, "global_step": int(content["global_step"]), "state_dict": dict(content["state_dict"])}
-    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint}: no training checkpoint, or a damaged one; start again with another run.name"
-        ) from error
-
-
-def read_step(checkpoint: Path) -> int:
-    """Optimizer steps that a training checkpoint has done; its tensors are not read.
-
-    Raises:
-        CheckpointError: if the file is damaged or something else.
-    """
-    return int(read_content(checkpoint)["global_step"])
 
 
 class Frozen(NamedTuple):

@@ -88,10 +88,25 @@ class QuietWandbLogger(WandbLogger):
         self._try(lambda: super(QuietWandbLogger, self).log_metrics(dict(metrics), step))
 
     @rank_zero_only
-    def close(self, summary: Mapping[str, float]) -> None:
-        """Add the final metrics and end the W&B run, so that the next run of this process gets its own."""
-        self._try(lambda: self.experiment.summary.update(dict(summary)))
-        self._try(lambda: self.experiment.finish())  # noqa: PLW0108 - looking it up may fail too
+    def close(self, summary: Mapping[str, float] | None) -> None:
+        """End the W&B run, so that the next run of this process gets its own.
+
+        What its server does not take in time is said; it stays on the disk.
+
+        Args:
+            summary: final metrics; None for a run that did not get to its end.
+        """
+        if summary is not None:
+            self._try(lambda: self.experiment.summary.update(dict(summary)))
+        self._try(lambda: self._finish(exit_code=int(summary is None)))
+
+    def _finish(self, *, exit_code: int) -> None:
+        run = self.experiment
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            place = Path(run.dir).parent
+            say(f"W&B: its server did not take everything in time; upload the rest with: wandb sync {place}")
 
     def _try(self, action: Callable[[], object]) -> None:
         if self._has_failed:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import netrc
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlparse
 
-from m2_encoder.bounds import Count, Text
+from m2_encoder.bounds import Count, Positive, Text
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.record import describe_run
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-_INIT_TIMEOUT_S: Final = 30.0
+_INIT_TIMEOUT_S: Final = 15.0
+_SHOWN: Final = 200  # characters of a message
 _WANDB_MODES: Final = ("online", "offline", "disabled")
 
 
@@ -41,12 +43,13 @@ def build_wandb_logger(
     group: Text | None = None,
     tags: Sequence[str] = (),
     mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+    finish_timeout_s: Positive = 60.0,
 ) -> WandbLogger | None:
     """Starts a W&B run whose id and name are the run's, so that a requeued job continues its curves.
 
     Without a key it stays offline: files in the run's folder that `wandb sync` uploads later. It never asks
-    for a key. If W&B cannot start, a warning says why and None is returned; `metrics.jsonl` has the same
-    scalars.
+    for a key. A server that does not answer within 15 s makes it stay offline, too. If W&B cannot start at all, a
+    warning says why and None is returned; `metrics.jsonl` has the same scalars.
 
     Args:
         run_name: id and name.
@@ -57,36 +60,60 @@ def build_wandb_logger(
         group: of runs.
         tags: of the run.
         mode: `auto` is online with a key, else offline. The variable `WANDB_MODE` overrides it.
+        finish_timeout_s: for the upload of what is left at the end of the run; the rest is for `wandb sync`.
     """
     resolved = resolve_mode(mode)
     if resolved == "disabled" or not is_first_rank():
         return None
     os.environ.setdefault("WANDB_SILENT", "true")  # its own remarks come before its settings are read
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else its own telemetry waits for the server at the end
+    given = {"name": run_name, "id": run_name, "project": project, "entity": entity, "group": group, "tags": list(tags)}
     try:
-        import wandb  # a second, which runs without it need not wait
-
-        facts = describe_run()
-        from m2_encoder.runs.lightning_loggers import QuietWandbLogger
-
-        logger = QuietWandbLogger(
-            name=run_name,
-            id=run_name,
-            save_dir=str(folder),
-            project=project,
-            entity=entity,
-            group=group,
-            tags=list(tags),
-            mode=resolved,
-            config={**cfg, "git_revision": facts["git_revision"], "command": facts["command"]},
-            settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_TIMEOUT_S),
-        )
-        _ = logger.experiment  # starts the run now, where a failure can still be told from one of the training
+        logger = _start(resolved, finish_timeout_s, cfg, save_dir=str(folder), **given)
     except Exception as error:  # its client, its service, the disk and the network raise what they like
-        say(f"W&B: not available ({first_line(error)}); metrics.jsonl has all scalars")
-        return None
+        if resolved == "offline":
+            _give_up(error)
+            return None
+        say(f"W&B: its server cannot be used ({first_line(error)}); staying offline")
+        resolved = "offline"
+        try:
+            import wandb
+
+            wandb.teardown()  # else the name would be in use
+            logger = _start(resolved, finish_timeout_s, cfg, save_dir=str(folder), **given)
+        except Exception as second:
+            _give_up(second)
+            return None
     if resolved == "offline":
         say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
     return logger
+
+
+def _start(mode: str, finish_timeout_s: float, cfg: Mapping[str, Any], **given: Any) -> WandbLogger:
+    """Starts the run now, where a failure can still be told from one of the training."""
+    import wandb  # a second, which runs without it need not wait
+
+    from m2_encoder.runs.lightning_loggers import QuietWandbLogger
+
+    facts = describe_run()
+    logger = QuietWandbLogger(
+        mode=mode,
+        config={**cfg, "git_revision": facts["git_revision"], "command": facts["command"]},
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=_INIT_TIMEOUT_S,
+            finish_timeout=finish_timeout_s,  # wandb's hook at the end of the process keeps to it, too
+            finish_timeout_raises=True,
+        ),
+        **given,
+    )
+    _ = logger.experiment
+    return logger
+
+
+def _give_up(error: Exception) -> None:
+    say(f"W&B: not available ({first_line(error)}); metrics.jsonl has all scalars")
 
 
 def resolve_mode(mode: str) -> str:
@@ -121,7 +148,7 @@ def has_wandb_key() -> bool:
 def first_line(error: BaseException) -> str:
     """The beginning of an error's message; its type where it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return textwrap.shorten(lines[0], _SHOWN) if lines else type(error).__name__
 
 
 def say(line: str) -> None:

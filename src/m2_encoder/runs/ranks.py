@@ -16,6 +16,19 @@ _GONE: Final = ("Connection closed by peer", "Connection reset by peer", "Broken
 _LAST_WORDS_S: Final = 5.0  # for a rank to say why it ends
 
 
+class StartedRanks:
+    """The processes that this one starts to train with it: none before its trainer is there, or where others do."""
+
+    def __init__(self) -> None:
+        self.trainer: lightning.Trainer | None = None
+
+    def end(self) -> None:
+        """End them at once; softer signals do not reach a process that waits in a collective call, or is stopped."""
+        launcher = None if self.trainer is None else self.trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(signal.SIGKILL)
+
+
 def end_together(trainer: lightning.Trainer, error: Exception) -> UserError | None:
     """Ends the processes that this one has started, and makes sure that the rank with the cause says it.
 

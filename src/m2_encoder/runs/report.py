@@ -19,6 +19,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.record import describe_run
+from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.export import trained_head
 
 
@@ -30,6 +31,7 @@ def report_run(
     datamodule: WebDatasetModule,
     run_folder: Path,
     cfg: Mapping[str, Any],
+    end: RunEnd,
     started: float,
 ) -> dict[str, float]:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
@@ -51,15 +53,21 @@ def report_run(
             if isinstance(model, M2Encoder)
             else None,
             matching=trained_head(objectives),
-            run=_run_facts(cfg, run_folder),
+            run=_run_facts(cfg, run_folder, end),
         )
         results = run_tasks(tasks, context)
     wall_time_s = round(time.time() - started, 3)
     summary = summarize(results)
     training = {"throughput": _throughput(run_folder / "metrics.jsonl"), "wall_time_s": wall_time_s}
-    pictures = write_results(run_folder, results, summary | training | describe_run())
+    progress: dict[str, Any] = {"finished": end.is_finished, "steps": end.step, "planned_steps": end.planned}
+    if end.reason:
+        progress["ended_by"] = end.reason
+    pictures = write_results(run_folder, results, summary | progress | training | describe_run())
     print_results(console, results, context)
     console.print()
+    if not end.is_finished:
+        goes_on = "run.resume=auto goes on"
+        console.print(f"  [bold]{'steps':<12}[/bold] {end}; {goes_on}", soft_wrap=True, highlight=False)
     for what, path in _places(run_folder, pictures, cfg):
         console.print(f"  [bold]{what:<12}[/bold] {short_path(path)}", soft_wrap=True, highlight=False)
     minutes, seconds = divmod(round(wall_time_s), 60)
@@ -67,12 +75,12 @@ def report_run(
     return dict(summary["metrics"])
 
 
-def _run_facts(cfg: Mapping[str, Any], run_folder: Path) -> RunFacts:
-    data, steps = _section(cfg, "data"), _section(cfg, "trainer").get("max_steps")
+def _run_facts(cfg: Mapping[str, Any], run_folder: Path, end: RunEnd) -> RunFacts:
+    data = _section(cfg, "data")
     return RunFacts(
         name=run_folder.name,
         model=str(_section(cfg, "model").get("name", "model")),
-        steps=steps if isinstance(steps, int) else None,
+        steps=end.step,
         heldout_style=str(data.get("heldout_style", "")),
         folder=anchor(str(data["folder"])) if data.get("folder") else None,
     )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
-from collections.abc import Iterator, Mapping
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
 
+from m2_encoder.checkpoints.training_state import read_content
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.config.problems import show
 from m2_encoder.errors import Problem, UserError
@@ -19,7 +22,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, UNSAID, read_config, read_content
+from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, read_config
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
@@ -42,6 +45,17 @@ _FREE: Final = (
 _FREE_OF_OBJECTIVES: Final = ("weight", "schedule")
 """Settings of an objective that decide on no parameter."""
 
+_REPORTING: Final = (*_FREE, "data.validation", "callbacks")
+"""What may differ where all steps are done, and only the evaluation and the export are made again."""
+
+_INITIAL: Final = ("model.weights", "model.position_init_std", "model.initial_temperature")
+"""Settings that decide on values which the checkpoint holds: a run that goes on never reads them."""
+
+_EXACT_SCHEDULES: Final = ("m2_encoder.training.optim.warmup_cosine", "m2_encoder.training.optim.warmup_constant")
+"""Schedules without a state but the step: with other settings, the next step has the learning rate of these."""
+
+_HYDRA_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
+
 _AS_BEFORE: Final = "as in the run that is continued"
 _NEW_NAME: Final = "give another run.name"
 _LOAD_ERROR: Final = "Error(s) in loading state_dict"
@@ -54,8 +68,9 @@ Shapes = dict[str, tuple[int, ...]]
 def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     """Settings that differ from those a run was started with last, as "KEY: OLD then, NEW now".
 
-    The order of samples is refused if it changes, and the model's shape; all other changes are the user's right, but
-    not to be made unseen: after one of captions or augmentation a resumed run is no longer the uninterrupted one.
+    The order of samples is refused if it changes, the model's shape, and what would change nothing (`check_resume`);
+    all other changes are the user's right, but not to be made unseen: after one of captions or augmentation a resumed
+    run is no longer the uninterrupted one.
 
     `path` is `config.yaml` of the run; where there is none, nothing is known to have changed.
 
@@ -68,20 +83,23 @@ def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {before!r} then, {now!r} now" for key, before, now in changes]
 
 
-def _compare(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    if key in _FREE or before == now:
+def _compare(key: str, before: Any, now: Any, free: Sequence[str] = _FREE) -> Iterator[tuple[str, Any, Any]]:
+    if key in free or before == now:
         return
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys((*now, *before)):
-            yield from _compare(f"{key}.{name}".lstrip("."), before.get(name), now.get(name))
+            yield from _compare(f"{key}.{name}".lstrip("."), before.get(name), now.get(name), free)
     else:
         yield key, before, now
 
 
-def check_resume(module: PretrainModule | VisualTokenizerModule, cfg: Mapping[str, Any], folder: Path) -> None:
+def check_resume(
+    module: PretrainModule | VisualTokenizerModule, cfg: Mapping[str, Any], folder: Path, checkpoint: Path
+) -> None:
     """Refuse a checkpoint that does not fit what is to be trained, before anything is written or started.
 
-    The module is not built yet, and left so. `config.yaml` in the run's folder says how the run began.
+    Settings that would change nothing are refused, too. The module is not built yet, and left so. `config.yaml` in the
+    run's folder says how the run began.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
@@ -90,7 +108,9 @@ def check_resume(module: PretrainModule | VisualTokenizerModule, cfg: Mapping[st
     before = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     if problems := list(_check_sizes(before, cfg)):
         raise UserError("the run that is continued does not fit", problems=problems)
-    content = read_content(folder / LAST_CHECKPOINT)
+    content = read_content(checkpoint)
+    if problems := list(_find_idle(before, cfg, checkpoint, done=content["global_step"])):
+        raise UserError("the run that is continued would not follow these settings", problems=problems)
     if (found := _find_misfit(module, content)) is not None:
         name, said = found
         raise UserError(f"its checkpoint does not fit: {said}", problems=[_explain(name, said, before, cfg)])
@@ -117,6 +137,77 @@ def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[
     if was is not None and was != value:  # which has another state
         rule = f"must be {was}, {_AS_BEFORE}"
         yield Problem("optimizer._target_", value, rule, f"leave optimizer=... out, or {_NEW_NAME}")
+
+
+def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Path, *, done: int) -> Iterator[Problem]:
+    """Changed settings that would change nothing, because the checkpoint holds what they decide on, or all is done."""
+    if not before:
+        return
+    reported = set()
+    for key, was, now in _held_by_checkpoint(before, cfg):
+        reported.add(key)
+        rule = f"is {show(was)} in the run that is continued, whose checkpoint decides"
+        weights = "" if key == "model.weights" else f" {key}={show(now).replace(', ', ',')}"
+        fix = f"leave it out, or start another run from these weights: run.name=NEW model.weights={checkpoint}{weights}"
+        yield Problem(key, now, rule, fix)
+    if done < cfg["trainer"]["max_steps"]:
+        return
+    for key, was, now in _compare("", before, cfg, _REPORTING):
+        # What earlier versions did not know is not recorded either.
+        if key not in reported and _has(before, key):
+            rule = f"changes nothing, as all {done} steps are done; it was {show(was)}"
+            fix = f"leave it out, or train on with trainer.max_steps above {done}"
+            yield Problem(key, now, rule, fix)
+
+
+def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Key, value then and value now of changed settings whose effect a checkpoint restores as it was."""
+    nodes = [("optimizer", ""), ("scheduler", "")]
+    shared = active(before.get("objective") or {}).keys() & active(cfg.get("objective") or {}).keys()
+    nodes += [(f"objective.{name}", "initial_") for name in sorted(shared)]
+    for path, prefix in nodes:
+        then, now = (_node(each, path) for each in (before, cfg))
+        targets = [node.get("_target_") for node in (then, now)]
+        if path == "scheduler" and all(target in _EXACT_SCHEDULES for target in targets):
+            continue
+        if targets[0] != targets[1] and path == "scheduler":
+            yield f"{path}._target_", targets[0], targets[1]
+        if None in targets or targets[0] != targets[1]:
+            continue
+        defaults = _defaults(str(targets[0]))
+        for name in dict.fromkeys((*then, *now)):
+            values = [node.get(name, defaults.get(name)) for node in (then, now)]
+            if name not in _HYDRA_KEYS and name.startswith(prefix) and values[0] != values[1]:
+                yield f"{path}.{name}", values[0], values[1]
+    if "seed" in before and before["seed"] != cfg["seed"]:
+        yield "seed", before["seed"], cfg["seed"]
+    if "model" not in before:
+        return
+    configs = [dataclasses.asdict(build_model_config(each["model"])) | {"weights": each["model"].get("weights")}
+               for each in (before, cfg)]  # fmt: skip
+    for key in _INITIAL:
+        was, value = (config[key.partition(".")[2]] for config in configs)
+        if was != value:
+            yield key, was, value
+
+
+def _node(cfg: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    node: Any = cfg
+    for name in path.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node if isinstance(node, Mapping) else {}
+
+
+def _has(cfg: Mapping[str, Any], key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    return name in (_node(cfg, parent) if parent else cfg)
+
+
+def _defaults(target: str) -> dict[str, Any]:
+    """Default values of what a `_target_` names; sequences as lists, as configurations have them."""
+    parameters = inspect.signature(pkgutil.resolve_name(target)).parameters.values()
+    found = {each.name: each.default for each in parameters if each.default is not each.empty}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def _explain(name: str, said: str, before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Problem:

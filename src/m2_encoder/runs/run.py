@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -20,14 +22,17 @@ from m2_encoder.models.parallelize import gather_model
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.runs.build import Module, Run, build_data, build_module, build_objectives, build_tasks, build_trainer
+from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
-from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, check_frozen, read_step, write_config, write_frozen
+from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_config, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
-from m2_encoder.runs.ranks import end_together
+from m2_encoder.runs.ranks import StartedRanks, end_together
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
+from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.training.adaptation import merge_adaptation
+from m2_encoder.training.callbacks.first_validation import FirstValidation
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
@@ -39,42 +44,65 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
     Raises:
         UserError: for data, weights or a checkpoint that cannot be used.
     """
+    ranks = StartedRanks()
+    with end_on_signals(ranks.end):
+        return _train(cfg, ranks)
+
+
+def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     started = time.time()
     _quieten()
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     folder = default_run_folder(cfg)
-    last = folder / LAST_CHECKPOINT
-    checkpoint = last if cfg["run"]["resume"] != "never" and last.is_file() else None
-    resumes = checkpoint is not None
+    newest = None if cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
+    resumes = newest is not None
+    if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
+        trained = read_config(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
+    else:
+        trained = cfg
 
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     frozen = check_frozen(cfg, folder, resumes=resumes)
     objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
-    if resumes:
-        check_resume(module, cfg, folder)
+    if newest is not None:
+        check_resume(module, cfg, folder, newest.path)
     checked = check_data(datamodule, folder, resumes=resumes)
 
     def write_records() -> None:
-        write_config(folder / CONFIG_FILE, cfg)
+        if trained is cfg:
+            write_config(folder / CONFIG_FILE, cfg)
         write_frozen(folder, frozen, resumes=resumes)
         write_check(folder, checked)
 
     first_step = FirstStep(write_records)
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step])
+    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step, FirstValidation()])
+    ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
-    if trainer.is_global_zero:
-        _announce(cfg, folder, checkpoint, run)
-    _fit(run, checkpoint, name=cfg["run"]["name"])
-    first_step.pass_by(trainer)  # no step is left where all were done already
-    return _finish(run, tasks, cfg, folder, started=started)
+    metrics_of_end: dict[str, float] | None = None
+    try:
+        if trainer.is_global_zero:
+            _announce(cfg, folder, newest, run, changes=trained is cfg)
+        _fit(run, newest and newest.path, name=cfg["run"]["name"])
+        first_step.pass_by(trainer)  # no step is left where all were done already
+        metrics_of_end = _finish(run, tasks, cfg, folder, trained=trained, started=started)
+    finally:
+        _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
+    return metrics_of_end
 
 
 def _finish(
-    run: Run, tasks: Mapping[str, EvaluationTask], cfg: dict[str, Any], folder: Path, *, started: float
+    run: Run,
+    tasks: Mapping[str, EvaluationTask],
+    cfg: dict[str, Any],
+    folder: Path,
+    *,
+    trained: dict[str, Any],
+    started: float,
 ) -> dict[str, float]:
-    """Evaluates and exports what was trained; gives the metrics, on the first rank alone."""
+    """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone."""
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"])
     model, objectives = _take_model(run.module)
     if model is None or not run.trainer.is_global_zero:
         return {}
@@ -85,15 +113,17 @@ def _finish(
         datamodule=run.datamodule,
         run_folder=folder,
         cfg=cfg,
+        end=end,
         started=started,
     )
-    _close_loggers(run, metrics)
     if not cfg["run"]["export"]:
         return metrics
     if isinstance(model, VisualTokenizer):
-        export_visual_tokenizer(folder, tokenizer=model, cfg=cfg, metrics=metrics)
+        export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=metrics, end=end)
     else:
-        exported = export_run(folder, model=model, cfg=cfg, matching=trained_head(objectives), overwrite=True)
+        exported = export_run(
+            folder, model=model, cfg=trained, end=end, matching=trained_head(objectives), overwrite=True
+        )
         print(f'  use it       m2_encoder.load("{short_path(exported)}")')
     return metrics
 
@@ -107,23 +137,26 @@ def _take_model(module: Module) -> tuple[M2Encoder | VisualTokenizer | None, Map
     return merged, module.trained_objectives()
 
 
-def _close_loggers(run: Run, metrics: dict[str, float]) -> None:
+def _close_loggers(run: Run, metrics: dict[str, float] | None) -> None:
     for sink in run.trainer.loggers:
         if isinstance(sink, QuietWandbLogger):
             sink.close(metrics)
 
 
-def _announce(cfg: dict[str, Any], folder: Path, checkpoint: Path | None, run: Run) -> None:
+def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, *, changes: bool) -> None:
     name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
-    done = 0 if checkpoint is None else read_step(checkpoint)
-    if checkpoint is None:
+    done = 0 if newest is None else newest.step
+    run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
+    if newest is None:
         print(f"run {name}: {steps} steps, everything in {folder}")
     else:
-        run.metrics.resume_at(done)
+        if newest.passed:
+            more = f"; and {len(newest.passed) - 1} more" if len(newest.passed) > 1 else ""
+            print(f"run {name}: {newest.path.name} is the newest whole checkpoint ({newest.passed[0][:300]}{more})")
         left = f"continuing at step {done} of {steps}, in {folder}"
         print(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
-        if changes := describe_changes(folder / CONFIG_FILE, cfg):
-            print(f"run {name}: changed since its last start: {'; '.join(changes)}")
+        if changes and (found := describe_changes(folder / CONFIG_FILE, cfg)):
+            print(f"run {name}: changed since its last start: {'; '.join(found)}")
     if done >= steps or isinstance(run.module, VisualTokenizerModule):
         return  # which has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}
@@ -135,10 +168,10 @@ def _announce(cfg: dict[str, Any], folder: Path, checkpoint: Path | None, run: R
 def _fit(run: Run, checkpoint: Path | None, *, name: str) -> None:
     try:
         run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
-    except SIGTERMException:
+    except SIGTERMException as end:
         if run.trainer.is_global_zero:
-            step = run.trainer.global_step
-            print(f"m2-train: ended by SIGTERM, step {step} is saved; run.resume=auto goes on", file=sys.stderr)
+            step, name = run.trainer.global_step, signal.Signals(int(str(end.code)) - 128).name
+            print(f"m2-train: ended by {name}, step {step} is saved; run.resume=auto goes on", file=sys.stderr)
         raise
     except SystemExit as stop:
         if run.trainer.interrupted:

@@ -181,16 +181,19 @@ class PretrainModule(lightning.LightningModule):
 
     def validation_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
         """Encode one batch of the validation set, its texts in every language."""
-        image_features = self.model.encode_image(batch.images)
+        image_features = self.model.encode_image(batch.images)[: len(batch.identity)]
         for language, text in batch.texts.items():
-            recall = self._recall(language)
-            recall.update(image_features, batch.identity, self.model.encode_text(text), batch.identity)
+            identity = batch.text_identity[language]
+            text_features = self.model.encode_text(text)[: len(identity)]
+            self._recall(language).update(image_features, batch.identity, text_features, identity)
 
     def on_validation_epoch_end(self) -> None:
-        """Log recalls per language."""
+        """Log recalls of each language that the set has."""
         self._log_step(self.global_step)
         for language in LANGUAGES:
             recall = self._recall(language)
+            if not recall.update_called:
+                continue
             for name, value in recall.compute().items():
                 if "r@" in name or name == "mean_recall":
                     self.log(f"val/{self._validation_name}_{language}/{name}", value)

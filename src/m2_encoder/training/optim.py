@@ -174,6 +174,20 @@ def build_muon(
     )
 
 
+def follow_schedule(scheduler: object) -> None:
+    """Give a restored optimizer the learning rates that a schedule by steps has for the next step.
+
+    A checkpoint holds those of the schedule that it was saved with. Without a change they are the same numbers.
+    """
+    if isinstance(scheduler, LambdaLR):
+        rates = [
+            base * factor(scheduler.last_epoch)
+            for factor, base in zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
 @check_bounds
 def warmup_cosine(
     optimizer: Optimizer, *, warmup_steps: Index, max_steps: Count, min_lr_ratio: Fraction = 0.0

@@ -93,8 +93,11 @@ class VisualTokenizerModule(lightning.LightningModule):
 
     def validation_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
         """Measure the reconstruction of one batch of the validation set."""
-        codes = self.tokenizer.encode(batch.images)
-        self._meter.add(self.tokenizer.to_unit(batch.images), self.tokenizer.decode(codes), codes)
+        images = batch.images[: len(batch.identity)]
+        if not len(images):
+            return
+        codes = self.tokenizer.encode(images)
+        self._meter.add(self.tokenizer.to_unit(images), self.tokenizer.decode(codes), codes)
 
     def on_validation_epoch_end(self) -> None:
         """Log the measures of the reconstruction."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m2_encoder import CheckpointError, M2Encoder
 from m2_encoder.checkpoints.adapters import to_official_state
+from m2_encoder.checkpoints.digests import DIGEST_KEY, digest_tensors
 from m2_encoder.checkpoints.io import build_model, load_model, read_state, save_official, save_safetensors
 from tests.support.models import random_model, small_config
 
@@ -250,7 +251,7 @@ def test_safetensors_round_trip(model: M2Encoder, ours: State, tmp_path: Path) -
     save_safetensors(model, path, metadata={"a": "b"})
     assert_same(load_model(CONFIG, path), ours)
     with safetensors.safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"a": "b"}
+        assert file.metadata() == {"a": "b", DIGEST_KEY: digest_tensors(ours)}
         assert set(file.keys()) == set(ours)
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from m2_encoder.data.images.transforms import EvalTransform
-from m2_encoder.data.retrieval_set import check_retrieval_set, read_retrieval_set
+from m2_encoder.data.retrieval_set import RetrievalSet, SetReading, check_retrieval_set, read_retrieval_set
 from m2_encoder.data.shards import index as shard_index
 from m2_encoder.data.shards.index import INDEX_SUFFIX, build_index, open_index
 from m2_encoder.errors import UserError
@@ -54,10 +55,118 @@ def test_samples_of_all_shards_in_order(tmp_path: Path) -> None:
     )
     found = read(tmp_path)
     assert found.name == "toy"
-    assert found.keys == ("k", "b", "c")
-    assert found.captions == {"en": ("a cat",) * 3, "zh": ("猫",) * 3}
+    assert [key.rpartition("\0")[2] for key in found.keys] == ["k", "b", "c"]
+    assert found.captions == {"en": (("a cat", "cat"),) * 3, "zh": (("猫",),) * 3}
     assert found.images.shape == (3, 3, 4, 4)
     assert [int(image.float().mean().round()) for image in found.images] == [10, 20, 30]
+
+
+def caption(text: str, role: str | None = None) -> dict[str, object]:
+    return {"captions": {"en": [text if role is None else {"text": text, "role": role}]}}
+
+
+def contents(found: RetrievalSet) -> list[list[int]]:
+    """Grey levels of the pictures of each content, in order."""
+    by_key: dict[str, list[int]] = {}
+    for key, image in zip(found.keys, found.images, strict=True):
+        by_key.setdefault(key, []).append(int(image.float().mean().round()))
+    return list(by_key.values())
+
+
+def test_names_that_begin_again_in_every_shard_mean_nothing(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {**sample("0", 10, **caption("a")), **sample("1", 20, **caption("b"))})
+    write_tar(tmp_path / "1.tar", {**sample("0", 30, key="0", **caption("c")), **sample("1", 40, **caption("d"))})
+    found = read(tmp_path)
+    assert contents(found) == [[10], [20], [30], [40]]
+    assert found.queries("en") == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
+
+
+def test_marks_and_equal_pictures_are_one_content(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "0.tar",
+        sample("0", 10, **caption("ten"))
+        | sample("1", 20, identity=7, **caption("twenty"))
+        | sample("2", 10, **caption("ten"))
+        | sample("3", 10, key="row 3", **caption("ten again"))
+        | sample("4", 30, identity="7", **caption("thirty"))
+        | sample("5", 40, key="row 3", **caption("forty"))
+        | sample("6", 50, key="k", **caption("ten")),
+    )
+    found = read(tmp_path)
+    assert contents(found) == [[10, 40], [20, 30], [50]]
+    assert [text for _, text in found.queries("en")] == ["ten", "ten again", "twenty", "thirty", "forty", "ten"]
+    assert [number for number, _ in found.queries("en")] == [0, 0, 1, 1, 0, 2]
+    assert found.reading == SetReading(samples=7, repeated_images=2)
+    assert found.languages == ("en",)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (1, 0, 2)])
+def test_different_identities_keep_equal_pictures_apart(tmp_path: Path, order: tuple[int, ...]) -> None:
+    parts = [
+        sample("0", 10, **caption("no mark")),
+        sample("1", 10, identity="x", **caption("x")),
+        sample("2", 10, identity="y", **caption("y")),
+    ]
+    for place, number in enumerate(order):
+        write_tar(tmp_path / f"{place}.tar", parts[number])
+    found = read(tmp_path)
+    assert found.reading == SetReading(samples=3, repeated_images=1, kept_apart=1)
+    assert contents(found) == [[10], [10]]
+    assert len({number for number, _ in found.queries("en")}) == 2
+
+
+def test_keys_of_the_built_in_set_are_identities(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {**sample("0", 10, key="a"), **sample("1", 10, key="b"), **sample("2", 20, key="b")})
+    found = read_retrieval_set(tmp_path, name="toy", transform=EvalTransform(4), split="val")
+    assert contents(found) == [[10], [10, 20]]
+    assert contents(read(tmp_path)) == [[10, 20]]
+
+
+def test_rows_and_lists_are_the_same_set(tmp_path: Path) -> None:
+    words = [[f"picture {level}, said {number}" for number in range(5)] for level in (10, 20, 30, 40)]
+    for kind in ("rows", "lists", "twice"):
+        (tmp_path / kind).mkdir()
+    lists = [sample(str(n), 10 * (n + 1), captions={"en": texts}) for n, texts in enumerate(words)]
+    write_tar(tmp_path / "lists" / "0.tar", {name: content for part in lists for name, content in part.items()})
+    for copy in ("0", "1"):
+        (tmp_path / "twice" / f"{copy}.tar").write_bytes((tmp_path / "lists" / "0.tar").read_bytes())
+    rows = [
+        sample(f"{n}{m}", 10 * (n + 1), **caption(text))
+        for n, texts in enumerate(words)
+        for m, text in enumerate(texts)
+    ]
+    write_tar(tmp_path / "rows" / "0.tar", {name: content for part in rows for name, content in part.items()})
+    wanted = read(tmp_path / "lists")
+    assert wanted.queries("en") == [(n, text) for n, texts in enumerate(words) for text in texts]
+    for kind, samples in (("rows", 20), ("twice", 8)):
+        found = read(tmp_path / kind)
+        assert found.queries("en") == wanted.queries("en")
+        assert torch.equal(found.images, wanted.images)
+        assert found.reading == SetReading(samples, samples - 4)
+
+
+def test_captions_of_every_role_but_search_words_are_queries(tmp_path: Path) -> None:
+    texts = [{"text": role, "role": role} for role in ("original", "rewritten", "name", "alias", "keyword", "keyword")]
+    zh = [{"text": " 红色的圆 ", "role": "translated"}]
+    ja = ["赤い丸"]
+    write_tar(
+        tmp_path / "0.tar",
+        {**sample("0", 10, captions={"en": texts, "zh": zh, "ja": ja}), **sample("1", 20, **caption("b"))},
+    )
+    found = read(tmp_path)
+    assert found.languages == ("zh", "en")
+    assert found.queries("en") == [(0, "original"), (0, "rewritten"), (0, "name"), (1, "b")]
+    assert found.queries("zh") == [(0, "红色的圆")]
+    assert found.captions_of(1, "zh") == ()
+    assert found.reading == SetReading(2, left_out={"alias": 1, "keyword": 2}, other_languages={"ja": 1})
+
+
+def test_many_pictures_are_read_into_one_array(tmp_path: Path) -> None:
+    levels = list(range(200))
+    write_tar(tmp_path / "0.tar", {name: c for n in levels for name, c in sample(f"{n:03}", n).items()})
+    found = read(tmp_path)
+    assert [int(image[0, 0, 0]) for image in found.images] == levels
+    assert found.images.untyped_storage().nbytes() == found.images.nbytes
 
 
 def test_equals_the_transform(tmp_path: Path) -> None:
@@ -90,7 +199,7 @@ def test_reading_leaves_the_folder_as_it_is(
     monkeypatch.setattr(shard_index, "build_index", build)
     with caplog.at_level(logging.WARNING):
         check_retrieval_set(tmp_path, name="toy")
-        assert read(tmp_path).keys == ("a", "b", "c")
+        assert len(read(tmp_path).keys) == 3
     assert snapshot() == before
     assert f"a.tar{INDEX_SUFFIX}" not in before
     assert built == ["a.tar", "c.tar"] * 2  # once each for checking and reading
@@ -103,8 +212,15 @@ BAD = {
     "json without captions": ({**sample("a", 1), "a.json": b"[]"}, "a.tar:a: bad_json: holds a list"),
     "no image": ({"a.json": sample("a", 1)["a.json"]}, "a.tar:a: missing_image .*wanted one of webp, png"),
     "broken image": ({**sample("a", 1), "a.png": image_bytes(1)[:40]}, "a.tar:a: .*"),
-    "missing language": (sample("a", 1, captions={"en": ["x"]}), "no caption in 'zh'"),
-    "empty caption": (sample("a", 1, captions={"en": [" "], "zh": ["猫"]}), "no caption in 'en'"),
+    "empty captions": (sample("a", 1, captions={"en": [" "], "zh": [""]}), "a.tar:a: missing_caption"),
+    "unknown role": (
+        sample("a", 1, captions={"en": [{"text": "cat", "role": "title"}]}),
+        "a.tar:a: wrong_type: unknown role title",
+    ),
+    "keywords alone": (
+        sample("a", 1, captions={"en": [{"text": "cat", "role": "keyword"}]}),
+        "all captions are of the roles alias and keyword, which are no queries; give captions of another role",
+    ),
     "caption as a number": (
         sample("a", 1, captions={"en": 7, "zh": "猫"}),
         "a.tar:a: wrong_type: captions of 'en'",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from m2_encoder import M2Encoder, UserError
+from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation import rerank as module
 from m2_encoder.evaluation.metrics import pairs_of_equal_ids
 from m2_encoder.evaluation.rerank import RerankingModel, first_candidates, rerank, rerank_set
@@ -21,16 +21,6 @@ from tests.support.models import random_images, random_model, random_text, small
 
 CONFIG = small_config(drop_path_rate=0.2)
 LENGTHS = [3, 9, 5, 5, 12, 7, 4, 8, 6, 10]
-
-
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """A retrieval set; several images may share a key, and so the captions."""
-
-    keys: tuple[str, ...]
-    images: Tensor
-    captions: Mapping[str, tuple[str, ...]]
-    name: str = "set"
 
 
 class Tokenizer:
@@ -195,10 +185,11 @@ def score_by(table: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "score_hidden", score)
 
 
-def make_set(model: M2Encoder) -> Pictures:
+def make_set(model: M2Encoder) -> RetrievalSet:
     torch.manual_seed(4)
     words = {"zh": ("ab", "ab", "cde", "fg", "hi", "ab"), "en": ("abc", "abcd", "xyzuv", "abc", "qrs", "w")}
-    return Pictures(("a", "a", "b", "c", "d", "e"), random_images(model.config, 6, dtype=torch.float64), words)
+    keys = ("a", "a", "b", "c", "d", "e")  # several images may share a key, and so the captions
+    return RetrievalSet("set", keys, random_images(model.config, 6, dtype=torch.float64), words)
 
 
 def test_a_head_that_says_nothing_changes_no_number(model: M2Encoder) -> None:
@@ -245,7 +236,7 @@ def test_recalls_are_those_of_plain_sorting(k: int, seed: int, monkeypatch: pyte
     keys = tuple(f"k{int(value)}" for value in torch.randint(0, 5, (number,)))
     captions = tuple(chr(ord("A") + row) for row in range(number))  # ids of one letter, all different
     pictures = torch.arange(number).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).float()
-    dataset = Pictures(keys, pictures, {"en": captions})
+    dataset = RetrievalSet("set", keys, pictures, {"en": captions})
     rounded = torch.randint(-2, 3, (number, CONFIG.feature_dim)).float()
 
     class Plain(Fixed):
@@ -275,7 +266,7 @@ def test_a_perfect_head_finds_whatever_is_among_the_candidates(
     model: M2Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("abc", "bcd", "xyz", "def", "qrs", "wxy")  # each starts with a letter of its own
-    dataset = dataclasses.replace(make_set(model), captions={"en": words})
+    dataset = make_set(model)._replace(captions={"en": words})
     features = encode_set(model, dataset, Tokenizer())
     pairs = pairs_of_equal_ids(features.image_ids, features.texts["en"].ids)
     assert len(pairs) > 6, "several captions per image"
@@ -284,7 +275,7 @@ def test_a_perfect_head_finds_whatever_is_among_the_candidates(
     firsts = Tokenizer()(features.texts["en"].texts).ids[:, 0]
     for image, caption in pairs.tolist():
         table[image, firsts[caption]] = 1.0
-    numbered = dataclasses.replace(dataset, images=torch.arange(6).view(-1, 1, 1, 1).expand(-1, 3, 1, 1).float())
+    numbered = dataset._replace(images=torch.arange(6).view(-1, 1, 1, 1).expand(-1, 3, 1, 1).float())
     score_by(table, monkeypatch)
     oracle = cast(RerankingModel, Fixed())  # features are given
     found = rerank_set(oracle, nn.Linear(1, 1), numbered, features, Tokenizer(), k=3, ks=(1, 3))["en"]

@@ -34,14 +34,22 @@ def context() -> EvaluationContext:
     tokenizer = make_tokenizer()
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     captions = {"en": ("a", "b"), "zh": ("甲", "乙")}
-    sets = {split: RetrievalSet(f"my_{split}", ("a", "b"), images, captions) for split in ("train", "val", "mine")}
+    sets = {
+        name: RetrievalSet(f"my_{name}", ("a", "b"), images, captions, split)
+        for name, split in (("train", "train"), ("val", "val"), ("mine", ""), ("heldout_style", ""))
+    }
     return EvaluationContext(M2Encoder(tiny_config(vocab_size=tokenizer.vocab_size)), tokenizer, sets)
 
 
 def test_sets_for_reporting_come_first(context: EvaluationContext) -> None:
-    assert list(context.sets) == ["mine", "train", "val"]
+    assert list(context.sets) == ["mine", "heldout_style", "train", "val"]
     assert list(context.features["val"].texts) == ["zh", "en"]
     assert context.metric("val", "zh", "x") == "val/my_val_zh/x"
+
+
+def test_titles_say_what_a_set_is_not_what_its_folder_is_called(context: EvaluationContext) -> None:
+    assert context.titles["val"] == "validation: unseen concepts"
+    assert context.titles["heldout_style"] == "heldout_style"
 
 
 def test_results_are_merged_written_and_printed(context: EvaluationContext, tmp_path: Path) -> None:

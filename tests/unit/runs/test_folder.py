@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m2_encoder.checkpoints.training_state import read_step
 from m2_encoder.errors import CheckpointError, UserError
-from m2_encoder.runs.folder import read_config, read_step, write_config
+from m2_encoder.runs.folder import read_config, write_config
 
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("ab 1.e-:#'\"中\n", max_size=8)

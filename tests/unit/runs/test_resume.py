@@ -52,7 +52,6 @@ def changed(tmp_path: Path, key: str, value: Any) -> list[str]:
     [
         ("data.transform.flip", 0.0, "data.transform.flip: 0.5 then, 0.0 now"),
         ("data.transform.scale", [0.6, 1.0], "data.transform.scale: [0.5, 1.0] then, [0.6, 1.0] now"),
-        ("optimizer.lr", 1e-4, "optimizer.lr: 1e-05 then, 0.0001 now"),
         ("trainer.max_steps", 30, "trainer.max_steps: 20 then, 30 now"),
         ("data.sources.b", {"shards": "y"}, "data.sources.b: None then, {'shards': 'y'} now"),
         ("data.sources.a", None, "data.sources.a: {'shards': ['x.tar'], 'weight': None} then, None now"),
@@ -104,7 +103,7 @@ def resume(composer: Composer, tmp_path: Path) -> Resume:
         torch.save({"global_step": 2, **states}, tmp_path / "r" / LAST_CHECKPOINT)
         cfg, module = build(now)
         try:
-            check_resume(module, cfg, tmp_path / "r")
+            check_resume(module, cfg, tmp_path / "r", tmp_path / "r" / LAST_CHECKPOINT)
         except UserError as error:
             return [format_problem(problem) for problem in find_problems(error)]
         return []
@@ -122,7 +121,7 @@ def resume(composer: Composer, tmp_path: Path) -> Resume:
 )
 def test_the_setting_that_changed_is_named(resume: Resume, now: str, key: str, before: str) -> None:
     chosen = (*SMALL, "objective=[itc,cmlm]")
-    assert resume(chosen, (*chosen, "objective.itc.weight=0.5", "optimizer.lr=1e-5")) == []
+    assert resume(chosen, (*chosen, "objective.itc.weight=0.5", "scheduler.warmup_steps=1")) == []
     (problem,) = resume(chosen, (*chosen, now.replace(", ", ",")))
     rule = f"was {before} in the run that is continued, whose checkpoint does not fit"
     assert problem == f"{now}: {rule}; leave it as it was, or give another run.name"
@@ -184,3 +183,43 @@ def test_an_optimizer_has_a_state(resume: Resume) -> None:
     (problem,) = resume(SMALL, (*SMALL, "optimizer=muon"))
     assert problem.startswith("optimizer._target_=m2_encoder.training.optim.build_muon: must be ")
     assert problem.endswith(f"{AS_BEFORE}; leave optimizer=... out, or give another run.name")
+
+
+@pytest.mark.parametrize(
+    ("shared", "line", "was"),
+    [
+        ((), "optimizer.lr=0.02", "0.001"),
+        ((), "optimizer.betas=[0.5,0.9]", "[0.9, 0.98]"),
+        ((), "optimizer.weight_decay=0.0", "0.2"),
+        ((), "optimizer.logit_scale_lr_ratio=3.0", "1.0"),
+        (("optimizer=muon",), "optimizer.momentum=0.5", "0.95"),
+        (("optimizer=muon",), "optimizer.matrix_lr=0.5", "0.002"),
+        ((), "model.initial_temperature=0.5", "0.25"),
+        ((), "model.position_init_std=0.5", "0.02"),
+        ((), "seed=4", "0"),
+        (("objective=[sigmoid]",), "objective.sigmoid.initial_bias=-5.0", "-10.0"),
+    ],
+)
+def test_what_the_checkpoint_decides_is_refused(
+    resume: Resume, tmp_path: Path, shared: tuple[str, ...], line: str, was: str
+) -> None:
+    assert resume((*SMALL, *shared), (*SMALL, *shared)) == []
+    (problem,) = resume((*SMALL, *shared), (*SMALL, *shared, line))
+    shown = line.replace(",", ", ")
+    assert problem.startswith(f"{shown}: is {was} in the run that is continued, whose checkpoint decides; leave it out")
+    assert problem.endswith(f" model.weights={tmp_path / 'r' / LAST_CHECKPOINT} {line}")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("objective.itc.label_smoothing=0.1", "it was 0.0; leave it out, or train on with trainer.max_steps above 2"),
+        ("trainer.max_steps=1", "it was 2; leave it out, or train on with trainer.max_steps above 2"),
+        ("trainer.gradient_clip_val=0.5", "it was 1.0; leave it out, or train on with trainer.max_steps above 2"),
+    ],
+)
+def test_where_all_steps_are_done_nothing_else_may_change(resume: Resume, line: str, said: str) -> None:
+    done = (*SMALL, "trainer.max_steps=2", "scheduler.warmup_steps=0", "scheduler.max_steps=2")
+    assert resume(done, (*done, "evaluation=[]", "run.checkpoint_every=3", "data.num_workers=1")) == []
+    last = tuple(each for each in done if each.partition("=")[0] != line.partition("=")[0])
+    assert resume(done, (*last, line)) == [f"{line}: changes nothing, as all 2 steps are done; {said}"]

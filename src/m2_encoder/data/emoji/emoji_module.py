@@ -91,10 +91,14 @@ class EmojiDataModule(WebDatasetModule):
             raise UserError(f"data.global_batch_size={self.global_batch_size} exceeds the {samples} training samples")
         return super().train_dataloader()
 
+    def retrieval_set(self, name: str) -> RetrievalSet:
+        """The validation split as images and captions."""
+        return self._read(VALIDATION_SPLIT)
+
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
         """The splits that a report shows, by name."""
+        return {split: self._read(split) for split in (VALIDATION_SPLIT, *REPORTED_SPLITS)}
+
+    def _read(self, split: str) -> RetrievalSet:
         transform = EvalTransform(self._image_size)
-        return {
-            split: read_retrieval_set(self._folder / split, name=f"emoji_{split}", transform=transform)
-            for split in (VALIDATION_SPLIT, *REPORTED_SPLITS)
-        }
+        return read_retrieval_set(self._folder / split, name=f"emoji_{split}", transform=transform, split=split)

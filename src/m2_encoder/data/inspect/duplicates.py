@@ -11,6 +11,11 @@ A random batch of B of the N samples holds (B - 1) / (N - 1) * sum_j p_ij of the
 is (B - 1) times the share of such pairs. A uniform sample of the source estimates that share without bias, because it
 is a mean over pairs. (Derivation: ours, linearity of expectation.)
 
+The share of rows with at least one is asked for each caption that a row may say, because its chances are not
+independent of it: of M others that collide for certain none may be in the batch (hypergeometric, exact), and of the
+others, each in the batch with probability f = (B - 1) / (N - 1) and colliding with p_j < 1, none may collide, which is
+the product of 1 - f p_j. A share is never above the mean number.
+
 Letters: n samples · m captions · B batch size.
 """
 
@@ -29,7 +34,7 @@ Floats = npt.NDArray[np.float64]
 class FalseNegatives(NamedTuple):
     """What to expect in a batch."""
 
-    batch_size: int
+    batch_size: int  # that is possible: not larger than the source
     per_row: float  # false negatives of a row, on average
     share_of_rows: float  # rows with at least one
     from_captions: float  # the part of `per_row` whose captions are the same
@@ -57,32 +62,58 @@ def expect_false_negatives(
             cannot be larger than the whole.
     """
     n = len(images)
+    if is_whole:
+        batch_size = min(batch_size, n)
     if n < 2 or batch_size < 2:
         return FalseNegatives(batch_size, 0.0, 0.0, 0.0, 0.0)
-    weights: Floats = 1.0 / np.bincount(row_of_caption, minlength=n)[row_of_caption]
-
-    def others(keys: Hashes, of: npt.NDArray[np.int64] | None = None) -> Floats:
-        """For each sample, how many others share a key with it, on average over its captions."""
-        if of is None:
-            return _sum_of_others(keys, np.ones(n))
-        return np.asarray(np.bincount(of, _sum_of_others(keys, weights), minlength=n), np.float64)
-
-    rows = row_of_caption
-    by_caption = others(captions, rows) - others(mix_hashes(captions, identities[rows]), rows)
-    by_image = others(images) - others(mix_hashes(images, identities))
-    both = mix_hashes(captions, images[rows])
-    by_both = others(both, rows) - others(mix_hashes(both, identities[rows]), rows)
-    colliding = np.clip(by_caption + by_image - by_both, 0, n - 1)  # rounding leaves -1e-16
-    drawn = min(batch_size, n) - 1 if is_whole else batch_size - 1
-    share = _share_with_one(colliding, n, drawn) if is_whole else 1 - (1 - colliding / (n - 1)) ** drawn
+    rows, captions, chance = _distinct_captions(row_of_caption, captions, n)
+    said = _Captions(captions, images[rows], identities[rows])
+    by_caption, by_both = said.sums(chance)
+    by_image = _of_others(images, np.ones(n)) - _of_others(mix_hashes(images, identities), np.ones(n))
+    colliding = np.clip(by_caption - by_both + by_image[rows], 0, n - 1)  # rounding leaves -1e-16
+    drawn = batch_size - 1
+    if is_whole:
+        sure_by_caption, sure_by_both = said.sums((chance == 1).astype(np.float64))
+        sure = np.round(sure_by_caption - sure_by_both + by_image[rows])
+        missing = np.log1p(-np.where(chance < 1, chance, 0.0) * drawn / (n - 1))
+        logs, logs_of_both = said.sums(missing)
+        share = 1 - _chance_of_none(sure, n, drawn) * np.exp(np.minimum(logs - logs_of_both, 0.0))
+    else:
+        share = 1 - (1 - colliding / (n - 1)) ** drawn
     scale = drawn / (n - 1) / n
     return FalseNegatives(
         batch_size,
-        per_row=float(colliding.sum() * scale),
-        share_of_rows=float(share.mean()),
-        from_captions=float(max(0.0, by_caption.sum()) * scale),
+        per_row=float((chance * colliding).sum() * scale),
+        share_of_rows=min(1.0, float((chance * share).sum() / n)),
+        from_captions=float(max(0.0, (chance * by_caption).sum()) * scale),
         from_images=float(max(0.0, by_image.sum()) * scale),
     )
+
+
+class _Captions(NamedTuple):
+    """Each caption that a sample may say, with what it is compared by, (m,) each."""
+
+    captions: Hashes
+    images: Hashes
+    identities: Hashes
+
+    def sums(self, values: Floats) -> tuple[Floats, Floats]:
+        """For each caption the sum of values of those of other content, with its words, and of these with its image."""
+        both = mix_hashes(self.captions, self.images)
+        with_words = _of_others(self.captions, values) - _of_others(mix_hashes(self.captions, self.identities), values)
+        with_both = _of_others(both, values) - _of_others(mix_hashes(both, self.identities), values)
+        return with_words, with_both
+
+
+def _distinct_captions(
+    rows: npt.NDArray[np.int64], captions: Hashes, n: int
+) -> tuple[npt.NDArray[np.int64], Hashes, Floats]:
+    """Each caption of a sample once, with the probability that the sample says it."""
+    weights = 1.0 / np.bincount(rows, minlength=n)[rows]
+    keys = mix_hashes(rows.astype(np.uint64), captions)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    chance = np.bincount(inverse, weights)
+    return rows[first], captions[first], np.where(chance > 1 - 1e-9, 1.0, chance)
 
 
 def mix_hashes(first: Hashes, second: Hashes) -> Hashes:
@@ -98,15 +129,14 @@ def class_sizes(keys: Hashes) -> npt.NDArray[np.int64]:
     return np.unique(keys, return_counts=True)[1].astype(np.int64)
 
 
-def _sum_of_others(keys: Hashes, weights: Floats) -> Floats:
-    """For each entry, its weight times the weight of all other entries with its key."""
+def _of_others(keys: Hashes, values: Floats) -> Floats:
+    """For each entry, the sum of the values of all other entries with its key."""
     _, inverse = np.unique(keys, return_inverse=True)
-    total = np.bincount(inverse, weights)[inverse]
-    return weights * (total - weights)
+    return np.bincount(inverse, values)[inverse] - values
 
 
-def _share_with_one(colliding: Floats, n: int, drawn: int) -> Floats:
-    """Probability that at least one of `drawn` others, without repetition, is among the colliding ones."""
+def _chance_of_none(colliding: Floats, n: int, drawn: int) -> Floats:
+    """Probability that none of `drawn` others, without repetition, is among the colliding ones."""
     left = torch.from_numpy(n - 1 - colliding)
     population = torch.tensor(float(n - 1), dtype=torch.float64)
 
@@ -119,4 +149,4 @@ def _share_with_one(colliding: Floats, n: int, drawn: int) -> Floats:
         - log_factorial(population)
         + log_factorial(population - drawn)
     )
-    return np.where(left.numpy() < drawn, 1.0, 1 - chance_of_none.numpy())
+    return np.where(left.numpy() < drawn, 0.0, chance_of_none.numpy())

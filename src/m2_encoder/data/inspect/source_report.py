@@ -57,6 +57,7 @@ class SourceReport(NamedTuple):
     """What is in a source.
 
     Attributes:
+        batch_size: that was asked about, over all ranks; `false_negatives` has the possible one.
         shards: of the source.
         inspected_shards: those that were looked at.
         num_bytes: of all shards.
@@ -83,6 +84,7 @@ class SourceReport(NamedTuple):
         warnings: what is worth knowing before training.
     """
 
+    batch_size: int
     shards: int
     inspected_shards: int
     num_bytes: int
@@ -137,6 +139,7 @@ def check_source(
     share, samples = _estimate(survey)
     rows, captions = survey.rows, survey.captions
     report = SourceReport(
+        batch_size=batch_size,
         shards=survey.num_shards,
         inspected_shards=len(survey.shards),
         num_bytes=survey.num_bytes,
@@ -165,7 +168,7 @@ def check_source(
             captions=captions["text"],
             images=rows["image"],
             identities=rows["identity"],
-            batch_size=batch_size,
+            batch_size=max(1, min(batch_size, samples)),
             is_whole=survey.is_whole,
         ),
         problems=(),
@@ -239,12 +242,12 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
     expected = report.false_negatives
     if expected.share_of_rows > _MANY_FALSE_NEGATIVES:
         found.append(
-            f"{expected.share_of_rows:.1%} of the rows of a batch of {expected.batch_size:,} have a false negative: "
-            "remove duplicates with m2-data curate, or mark them with an identity"
+            f"{expected.share_of_rows:.1%} of the rows of a batch of {expected.batch_size:,} have a false negative "
+            f"({_advise(expected)})"
         )
-    if report.is_whole and 0 < report.usable < expected.batch_size:
+    if report.is_whole and 0 < report.usable < report.batch_size:
         found.append(
-            f"{report.usable:,} usable samples are fewer than a batch of {expected.batch_size:,}: they repeat in it"
+            f"{report.usable:,} usable samples are fewer than a batch of {report.batch_size:,}: they repeat in it"
         )
     found += [] if report.tokens is None else report.tokens.warnings()
     if report.left_out:
@@ -252,6 +255,23 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
     if any(name not in report.languages for name in languages) and report.languages:
         found.append(f"all captions are in {', '.join(report.languages)}: weigh languages accordingly")
     return found
+
+
+def _advise(expected: FalseNegatives) -> str:
+    """What causes false negatives, the main cause first, and what mends it."""
+    causes = [
+        (
+            expected.from_captions,
+            "equal captions: m2-data curate limits how often one comes with duplicates.captions=N, and an equal "
+            "identity in the .json makes positives of what shows the same",
+        ),
+        (
+            expected.from_images,
+            "equal pictures: m2-data curate drops them with duplicates.images=drop, or gives them one identity with "
+            "duplicates.images=mark",
+        ),
+    ]
+    return "; ".join(text for number, text in sorted(causes, reverse=True) if number > 0)
 
 
 _SHARD_REASONS = {

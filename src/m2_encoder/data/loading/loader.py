@@ -293,7 +293,8 @@ class _Batches(Dataset[Any]):
             atexit.unregister(self._end)
 
     def heed_signals(self) -> None:
-        """In a worker: handle SIGTERM when it is needed no more, or a while later."""
+        """In a worker: handle SIGTERM when it is needed no more, or a while later; leave Ctrl-C to the trainer."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _end(self) -> None:

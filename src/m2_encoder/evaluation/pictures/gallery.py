@@ -40,6 +40,13 @@ _PILL: Color = (233, 239, 250)
 _MARGIN, _PADDING, _COLUMN_GAP, _SECTION_GAP = 44, 28, 44, 22
 _QUERY_WIDTH, _CARD, _INSET, _CARD_GAP = 164, 80, 8, 10
 _ROW_HEIGHT, _HEADER_HEIGHT, _SECTION_HEAD, _FOOTER_HEIGHT = 124, 132, 84, 64
+_LEGEND = "   ·   ".join(
+    (
+        "a picture that the query describes",
+        "number under a picture: cosine of its feature and the query's",
+        "rank: place of the first right picture; equal scores count against it",
+    )
+)
 _COLUMN_WIDTH = _QUERY_WIDTH + _NUM_HITS * _CARD + (_NUM_HITS - 1) * _CARD_GAP
 
 
@@ -72,9 +79,12 @@ class GallerySection(NamedTuple):
 def find_concepts(
     dataset: RetrievalSet, features: SetFeatures, keys: Sequence[str]
 ) -> dict[str, tuple[GalleryRow, ...]]:
-    """Searches for each key by its caption; rows by language."""
+    """Searches for each key by its first caption; rows by language, those in which every key has one."""
     columns = {}
     for language, texts in features.texts.items():
+        known = set(texts.ids.tolist())
+        if not all(int(features.image_ids[dataset.keys.index(key)]) in known for key in keys):
+            continue
         rows = []
         for key in keys:
             number = features.image_ids[dataset.keys.index(key)]
@@ -105,7 +115,9 @@ def find_freely(
 def draw_gallery(path: Path, sections: Sequence[GallerySection], *, title: str, subtitle: str) -> None:
     """Draws the page as a PNG; every language of a section has the same number of rows."""
     num_columns = max(len(section.columns) for section in sections)
-    width = 2 * (_MARGIN + _PADDING) + num_columns * _COLUMN_WIDTH + (num_columns - 1) * _COLUMN_GAP
+    columns = num_columns * _COLUMN_WIDTH + (num_columns - 1) * _COLUMN_GAP
+    words = [(title, 30), (subtitle, 15), (_LEGEND, 13), *((section.note, 13.5) for section in sections)]
+    width = 2 * (_MARGIN + _PADDING) + max(columns, *(text_width(text, size) for text, size in words))
     height = _HEADER_HEIGHT + sum(_section_height(s) + _SECTION_GAP for s in sections) + _FOOTER_HEIGHT
     canvas = Canvas(width, height, background=PAGE)
     canvas.text(title, _MARGIN, 64, 30, color=INK, bold=True)
@@ -182,9 +194,4 @@ def _draw_card(canvas: Canvas, hit: Hit, x: float, y: float) -> None:
 
 def _draw_legend(canvas: Canvas, y: float) -> None:
     canvas.badge(_MARGIN, y - 4, 19, fill=GREEN)
-    parts = (
-        "the drawing that the query names",
-        "number under a picture: cosine of its feature and the query's",
-        "rank: place of the right drawing; equal scores count against it",
-    )
-    canvas.text("   ·   ".join(parts), _MARGIN + 28, y + 10.5, 13, color=SOFT)
+    canvas.text(_LEGEND, _MARGIN + 28, y + 10.5, 13, color=SOFT)

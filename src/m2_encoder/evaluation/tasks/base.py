@@ -14,13 +14,13 @@ from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE
 from m2_encoder.evaluation.retrieval import SetFeatures, encode_set
-from m2_encoder.evaluation.tables import ResultTable
+from m2_encoder.evaluation.tables import ResultTable, split_title
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
-_LAST_SPLITS = ("val", "val_style", "train")  # not for reporting, so they come last
+_LAST_SPLITS = ("val", "val_style", "train")  # of the built-in set, not for reporting, so they come last
 
 
 class RunFacts(NamedTuple):
@@ -39,7 +39,7 @@ class EvaluationContext:
 
     model: M2Encoder | VisualTokenizer  # on any device; tasks restore its training mode
     tokenizer: SentencePieceTokenizer  # the model's own
-    sets: Mapping[str, RetrievalSet]  # by split, images at the model's size
+    sets: Mapping[str, RetrievalSet]  # by name in tables, such as a split; images at the model's size
     # of the run, with their heads; empty for a loaded model
     objectives: Mapping[str, Objective] = dataclasses.field(default_factory=dict)
     masking: BatchMasking | None = None  # hides words and patches; None if nothing is hidden
@@ -48,7 +48,7 @@ class EvaluationContext:
     run: RunFacts = dataclasses.field(default_factory=RunFacts)
 
     def __post_init__(self) -> None:
-        ordered = sorted(self.sets, key=lambda split: split in _LAST_SPLITS)
+        ordered = sorted(self.sets, key=lambda name: self.sets[name].split in _LAST_SPLITS)
         object.__setattr__(self, "sets", {split: self.sets[split] for split in ordered})
 
     @property
@@ -64,6 +64,11 @@ class EvaluationContext:
             split: encode_set(self.encoder, dataset, self.tokenizer, batch_size=self.batch_size)
             for split, dataset in self.sets.items()
         }
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Titles of the sets in tables and pictures: what they are, whatever their folders are called."""
+        return {name: split_title(name, dataset.split) for name, dataset in self.sets.items()}
 
     def metric(self, split: str, language: str, name: str) -> str:
         """Name of a metric for loggers: `val/<set>_<language>/<name>`."""

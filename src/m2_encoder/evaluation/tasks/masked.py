@@ -28,7 +28,7 @@ from m2_encoder.objectives.patch_targets import NormalizedPixels, VisualCodes, n
 from m2_encoder.types import LANGUAGES, ImageTextBatch, MaskedText, TextTokens
 
 ORDER: Final = ("zh", "en")
-"""Languages of the captions of an image, one caption each."""
+"""Order of the captions of an image, the first one of each language; a language's place is in the key of its masks."""
 
 _KINDS: Final = (MaskedImage, MaskedLanguage, Captioning)
 _KEY: Final = 2024  # of the masks
@@ -74,12 +74,26 @@ class Masked(EvaluationTask):
             for objective in measured.values():
                 objective.to(device).eval()
             for split, dataset in context.sets.items():
-                found[split] = measure_masked(
-                    make_batch(context, dataset, range(len(dataset.keys))),
-                    lambda own, other: _evaluate(model, measured, own, other),
-                    batch_size=_BATCH_SIZE,
-                )
+                merged: MaskedResults = {}
+                for languages, rows in _group_captions(dataset):
+                    part = measure_masked(
+                        make_batch(context, dataset, rows, languages),
+                        lambda own, other: _evaluate(model, measured, own, other),
+                        batch_size=_BATCH_SIZE,
+                    )
+                    for name, by_language in part.items():
+                        merged.setdefault(name, {}).update(by_language)
+                found[split] = merged
         return found
+
+
+def _group_captions(dataset: RetrievalSet) -> list[tuple[tuple[str, ...], Sequence[int]]]:
+    """Languages that are measured together and the images with all of them; each apart where some images lack one."""
+    everything = range(len(dataset.keys))
+    rows = {name: [row for row in everything if dataset.captions_of(row, name)] for name in dataset.languages}
+    if all(len(found) == len(everything) for found in rows.values()):
+        return [(dataset.languages, everything)]
+    return [((name,), found) for name, found in rows.items()]
 
 
 def choose_objectives(context: EvaluationContext, *kinds: type[LocalObjective]) -> dict[str, LocalObjective]:
@@ -107,18 +121,20 @@ def _cells(objective: str, language: str, numbers: Mapping[str, float | int | No
     return [objective, language, "% right" if is_share else "loss", *cells, f"{numbers['count']:,}"]
 
 
-def make_batch(context: EvaluationContext, dataset: RetrievalSet, rows: Sequence[int]) -> ImageTextBatch:
-    """Rows of a set with their captions, one for each language of `ORDER`, on the CPU.
+def make_batch(
+    context: EvaluationContext, dataset: RetrievalSet, rows: Sequence[int], languages: Sequence[str] = ORDER
+) -> ImageTextBatch:
+    """Rows of a set with their first caption in each of some languages, on the CPU.
 
     `context.masking` hides words and patches.
     """
-    texts = [dataset.captions[language][row] for row in rows for language in ORDER]
+    texts = [dataset.captions_of(row, language)[0] for row in rows for language in languages]
     tokenizer, masking = context.tokenizer, context.masking
     text, masked, patches = tokenizer(texts), None, None
     if masking is not None:
         patches = masking.mask_images([(_KEY, row) for row in rows])
         if masking.hides_words:
-            draws = [(_KEY, row, place) for row in rows for place in range(len(ORDER))]
+            draws = [(_KEY, row, ORDER.index(language)) for row in rows for language in languages]
             text, drawn = masking.mask_texts(texts, draws)
             mask_id = MaskVocabulary.of(tokenizer).mask_id
             masked = MaskedText(text.ids.masked_fill(drawn.predicted, mask_id), drawn.predicted)
@@ -128,7 +144,7 @@ def make_batch(context: EvaluationContext, dataset: RetrievalSet, rows: Sequence
         # Not copied for a whole set, which may take gigabytes.
         images=dataset.images if list(rows) == list(range(len(dataset.keys))) else dataset.images[list(rows)],
         text=text,
-        language=torch.tensor([LANGUAGES.index(language) for _ in rows for language in ORDER]),
+        language=torch.tensor([LANGUAGES.index(language) for _ in rows for language in languages]),
         identity=torch.tensor([numbers[key] for key in keys]),
         keys=keys,
         sources=(dataset.name,) * len(keys),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import evaluation_mode
+from m2_encoder.evaluation.pictures.drawing import LANGUAGE_NAMES
 from m2_encoder.evaluation.pictures.masked import MaskedRow, PredictedCaption, Words, draw_masked_page
-from m2_encoder.evaluation.tables import split_title
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
-from m2_encoder.evaluation.tasks.masked import ORDER, choose_objectives, make_batch, make_passes
+from m2_encoder.evaluation.tasks.masked import choose_objectives, make_batch, make_passes
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import LocalObjective, Objective
 from m2_encoder.objectives.masked_image import MaskedImage
@@ -49,18 +49,19 @@ class MaskedPicture(EvaluationTask):
 def draw_masked(path: Path, context: EvaluationContext) -> None:
     """Draws what masked objectives predict on some images of a set."""
     masked, model, run = choose_objectives(context, *_KINDS), context.encoder, context.run
-    split = next(split for split in (*_SPLITS, *context.sets) if split in context.sets)
+    preferred = [name for split in _SPLITS for name, found in context.sets.items() if found.split == split]
+    split = [*preferred, *context.sets][0]
     dataset = context.sets[split]
-    chosen = choose_rows(dataset)
+    languages, chosen = choose_rows(dataset)
     with evaluation_mode(model):
-        batch = make_batch(context, dataset, chosen)
-        pictures, predicted = _predict(make_passes(model, batch, masked), masked, model)
-    captions = [dataset.captions[language][item] for item in chosen for language in ORDER]
+        batch = make_batch(context, dataset, chosen, languages)
+        pictures, predicted = _predict(make_passes(model, batch, masked), masked, model, languages)
+    captions = [dataset.captions_of(item, language)[0] for item in chosen for language in languages]
     told = [_tell(batch, predicted, row, caption, context.tokenizer) for row, caption in enumerate(captions)]
     rows = [
         MaskedRow(
             pictures={column: images[row].cpu() for column, images in pictures.items()},
-            captions=dict(zip(ORDER, told[row * len(ORDER) :], strict=False)),
+            captions=dict(zip(languages, told[row * len(languages) :], strict=False)),
         )
         for row in range(len(chosen))
     ]
@@ -69,7 +70,7 @@ def draw_masked(path: Path, context: EvaluationContext) -> None:
         rows,
         title="Hidden patches and hidden words",
         subtitle=f"run {run.name}, {run.steps or 0:,} steps, objectives {', '.join(context.objectives)}",
-        note=f"{split_title(split)}, chosen before training{_caveat(masked)}",
+        note=f"{context.titles[split]}, chosen without looking at results{_caveat(masked)}",
     )
 
 
@@ -80,22 +81,33 @@ def _caveat(objectives: Mapping[str, Objective]) -> str:
     return "; mean and contrast of each hidden patch are the true ones" if shows_pixels else ""
 
 
-def choose_rows(dataset: RetrievalSet, number: int = _ROWS) -> list[int]:
-    """At most `number` images at even distances.
+def choose_rows(dataset: RetrievalSet, number: int = _ROWS) -> tuple[tuple[str, ...], list[int]]:
+    """Languages, and at most `number` images with captions in them, at even distances.
 
-    If there are enough, only images with several words in English and several characters in Chinese.
+    If no image has captions in all languages of the set, those of the first one. If there are enough, only images with
+    several words in English and several characters in Chinese.
     """
-    wordy = [
-        row
-        for row in range(len(dataset.keys))
-        if len(dataset.captions["en"][row].split()) > 1 and len(dataset.captions["zh"][row]) > 2
-    ]
-    candidates = wordy if len(wordy) >= number else list(range(len(dataset.keys)))
-    return candidates[:: max(1, len(candidates) // number)][:number]
+    languages = dataset.languages
+    usable = _with_captions(dataset, languages)
+    if not usable:
+        languages = languages[:1]
+        usable = _with_captions(dataset, languages)
+    wordy = [row for row in usable if all(_is_wordy(dataset.captions_of(row, name)[0], name) for name in languages)]
+    candidates = wordy if len(wordy) >= number else usable
+    return languages, candidates[:: max(1, len(candidates) // number)][:number]
+
+
+def _with_captions(dataset: RetrievalSet, languages: Sequence[str]) -> list[int]:
+    rows = range(len(dataset.keys))
+    return [row for row in rows if all(dataset.captions_of(row, language) for language in languages)]
+
+
+def _is_wordy(caption: str, language: str) -> bool:
+    return len(caption) > 2 if language == "zh" else len(caption.split()) > 1
 
 
 def _predict(
-    passes: PiecePasses, objectives: Mapping[str, LocalObjective], model: M2Encoder
+    passes: PiecePasses, objectives: Mapping[str, LocalObjective], model: M2Encoder, languages: Sequence[str]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Pictures by column, and captions with predicted tokens, (k * b, T), if words were hidden."""
     pictures: dict[str, Tensor] = {"original": passes.batch.images}
@@ -103,22 +115,24 @@ def _predict(
     for objective in objectives.values():
         objective.to(model.logit_scale.device).eval()
         if isinstance(objective, MaskedImage):
-            pictures |= _draw_patches(objective, passes, model.config.patch_size)
+            pictures |= _draw_patches(objective, passes, model.config.patch_size, languages)
         elif isinstance(objective, MaskedLanguage):
             predicted = objective.predict(passes, model.text_embed.tokens.weight).cpu()
     return pictures, predicted
 
 
-def _draw_patches(objective: MaskedImage, passes: PiecePasses, patch_size: int) -> dict[str, Tensor]:
+def _draw_patches(
+    objective: MaskedImage, passes: PiecePasses, patch_size: int, languages: Sequence[str]
+) -> dict[str, Tensor]:
     """Images with hidden patches, and as predicted with each caption, by column."""
-    mask, images, captions = objective.choose(passes), passes.batch.images, len(ORDER)
+    mask, images, captions = objective.choose(passes), passes.batch.images, len(languages)
     patches = split_patches(images, patch_size).masked_fill(mask[..., None], _HIDDEN_GREY)
     drawn = objective.targets.draw(
         passes.masked_image(mask), images.repeat_interleave(captions, 0), mask.repeat_interleave(captions, 0)
     )
     found = {"hidden": _to_uint8(join_patches(patches, patch_size))}
-    for place, name in enumerate(("with 中文", "with English")):
-        found[name] = _to_uint8(drawn[place::captions])
+    for place, language in enumerate(languages):
+        found[f"with {LANGUAGE_NAMES[language]}"] = _to_uint8(drawn[place::captions])
     return found
 
 

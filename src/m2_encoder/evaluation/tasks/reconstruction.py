@@ -11,7 +11,6 @@ from m2_encoder.evaluation.encode import evaluation_mode
 from m2_encoder.evaluation.pictures.reconstructions import ReconstructedImages, draw_reconstructions
 from m2_encoder.evaluation.reconstruction import Reconstruction as Numbers
 from m2_encoder.evaluation.reconstruction import ReconstructionMeter
-from m2_encoder.evaluation.tables import split_title
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 
@@ -39,7 +38,7 @@ class Reconstruction(EvaluationTask):
             words = f"{numbers.codes_used:,} codes used, perplexity {numbers.perplexity:,.0f}"
             rows.append(f"  [bold]{images.name:<24}[/bold] PSNR {numbers.psnr:.2f} dB, {words}")
             note = f"{len(images.images):,} images   ·   PSNR {numbers.psnr:.2f} dB   ·   {words}"
-            shown.append(drawn._replace(title=split_title(split), note=note))
+            shown.append(drawn._replace(title=context.titles[split], note=note))
         title = "Images and what their codes give back"
         patches, size = tokenizer.config.num_patches, tokenizer.image_size
         subtitle = f"{tokenizer.num_codes:,} codes, {patches} per image of {size} px"

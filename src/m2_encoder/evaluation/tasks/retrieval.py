@@ -11,9 +11,11 @@ from typing import Final
 
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.evaluation.pictures.drawing import LANGUAGE_NAMES
 from m2_encoder.evaluation.pictures.gallery import GallerySection, draw_gallery, find_concepts, find_freely
+from m2_encoder.evaluation.protocol import describe_protocol, protocol_lines
 from m2_encoder.evaluation.retrieval import evaluate_features
-from m2_encoder.evaluation.tables import Results, format_percent, markdown_table, results_table, split_title, tabulate
+from m2_encoder.evaluation.tables import Results, format_percent, markdown_table, results_table, tabulate
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 
 PICTURE_FILE: Final = "retrieval.png"
@@ -59,40 +61,50 @@ def report_recalls(
     context: EvaluationContext, results: Results, *, metrics: Mapping[str, float], lines: tuple[str, ...] = ()
 ) -> TaskResult:
     """Tables of recalls, `lines` below them, and the gallery; each row of `results` is one of the tables."""
-    record = {"table": tabulate(results), "evaluation": results}
+    record = {"protocol": describe_protocol(context.sets), "table": tabulate(results), "evaluation": results}
     if not results:  # a run on shards alone has no sets
         return TaskResult(metrics, record=record)
     return TaskResult(
         metrics,
-        rows=(results_table(results), *lines),
+        rows=(results_table(results), *protocol_lines(context.sets), *lines),
         record=record,
-        markdown=markdown_table(results),
+        markdown=markdown_table(results, context.titles),
         pictures={PICTURE_FILE: lambda path: draw_queries(path, context, results)},
     )
 
 
 def draw_queries(path: Path, context: EvaluationContext, results: Results) -> None:
     """Draws what a few queries find in the sets for reporting, or in the first one."""
-    shown = {
-        split: _enlarge(split, context) for split in [name for name in _HEADINGS if name in results] or [*results][:1]
-    }
+    reported = [name for split in _HEADINGS for name, found in context.sets.items() if found.split == split]
+    shown = {split: _enlarge(split, context) for split in reported or [*results][:1]}
     sections = [_concept_section(split, dataset, context, results) for split, dataset in shown.items()]
     split, dataset = next(iter(shown.items()))
-    columns = find_freely(context.encoder, context.tokenizer, dataset, context.features[split], _FREE_QUERIES)
-    number = len(dataset.keys)
-    note = f"the same {number:,} images as above; no caption says it like this, and no single image is the right one"
-    sections.append(GallerySection("Free questions", note, columns, {}, number))
+    if dataset.split:  # the questions are about its drawings
+        columns = find_freely(context.encoder, context.tokenizer, dataset, context.features[split], _FREE_QUERIES)
+        number = len(dataset.keys)
+        note = (
+            f"the same {number:,} images as above; no caption says it like this, and no single image is the right one"
+        )
+        sections.append(GallerySection("Free questions", note, columns, {}, number))
     trained = f", {context.run.steps:,} steps" if context.run.steps is not None else ""
-    subtitle = f"model {context.run.model}{trained}   ·   run {context.run.name}   ·   queries fixed before training"
-    draw_gallery(path, sections, title="Text → image retrieval, 中文 and English", subtitle=subtitle)
+    chosen = "fixed before training" if dataset.split else "chosen without looking at results"
+    names = " and ".join(LANGUAGE_NAMES[language] for language in sections[0].columns)
+    draw_gallery(
+        path,
+        sections,
+        title=f"Text → image retrieval, {names}",
+        subtitle=f"model {context.run.model}{trained}   ·   run {context.run.name}   ·   queries {chosen}",
+    )
 
 
 def _enlarge(split: str, context: EvaluationContext) -> RetrievalSet:
     """The same set with images large enough to look at, if those of the model are smaller."""
     dataset, folder = context.sets[split], context.run.folder
-    if folder is None or dataset.images.shape[-1] >= _PICTURE_SIZE_PX or not (folder / split).is_dir():
+    tars = None if folder is None else folder / dataset.split
+    if tars is None or not dataset.split or dataset.images.shape[-1] >= _PICTURE_SIZE_PX or not tars.is_dir():
         return dataset
-    larger = read_retrieval_set(folder / split, name=dataset.name, transform=EvalTransform(_PICTURE_SIZE_PX))
+    transform = EvalTransform(_PICTURE_SIZE_PX)
+    larger = read_retrieval_set(tars, name=dataset.name, transform=transform, split=dataset.split)
     return larger if larger.keys == dataset.keys else dataset
 
 
@@ -107,9 +119,9 @@ def _concept_section(split: str, dataset: RetrievalSet, context: EvaluationConte
         ]
         figures[language] = "   ·   ".join(parts)
     return GallerySection(
-        title=_HEADINGS.get(split, split_title(split)),
-        note=_note(split, len(dataset.keys), context.run.heldout_style),
-        columns=find_concepts(dataset, features, _choose_concepts(split, dataset)),
+        title=_HEADINGS.get(dataset.split, context.titles[split]),
+        note=_note(dataset.split, len(dataset.keys), context.run.heldout_style),
+        columns=find_concepts(dataset, features, _choose_concepts(dataset)),
         figures=figures,
         num_images=len(dataset.keys),
     )
@@ -125,8 +137,12 @@ def _note(split: str, number: int, heldout_style: str) -> str:
     return images
 
 
-def _choose_concepts(split: str, dataset: RetrievalSet) -> list[str]:
-    """The concepts chosen beforehand; in a set without them, some at even distances."""
-    chosen = [key for key in _CONCEPTS.get(split, ()) if key in dataset.keys]
+def _choose_concepts(dataset: RetrievalSet) -> list[str]:
+    """The concepts chosen beforehand; in a set without them, some at even distances, with captions in all languages."""
+    keys = {key.rpartition("\0")[2]: key for key in dataset.keys}
+    if chosen := [keys[concept] for concept in _CONCEPTS.get(dataset.split, ()) if concept in keys]:
+        return chosen
     distinct = list(dict.fromkeys(dataset.keys))
-    return chosen or distinct[:: max(1, len(distinct) // _NUM_CONCEPTS)][:_NUM_CONCEPTS]
+    spoken = [{number for number, _ in dataset.queries(language)} for language in dataset.languages]
+    usable = [distinct[number] for number in sorted(set.intersection(*spoken) or spoken[0])]
+    return usable[:: max(1, len(usable) // _NUM_CONCEPTS)][:_NUM_CONCEPTS]

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -22,13 +23,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from m2_encoder.bounds import Count, check_bounds
+from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError
 from m2_encoder.files import atomic_file
+from m2_encoder.training.optim import follow_schedule
 
 logger = logging.getLogger(__name__)
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
-"""Exit code of the first rank of a run that SIGTERM ended after a checkpoint; that of a shell for such an end."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAVING = b"m2-train: this step will be saved, then the run ends; once more Ctrl-C ends it at once\n"
 
 _RANDOM_STATES = "random_states"
 
@@ -60,9 +63,10 @@ class RunCheckpoint(Checkpoint):
     Besides what Lightning saves (weights, optimizer, schedule, loops, the place in the data) a checkpoint holds the
     random state of every rank, so that stochastic depth goes on as in an uninterrupted run.
 
-    After SIGTERM to any rank, all ranks finish the step, run a validation that is due, save, and end by
-    `SIGTERMException`. This replaces Lightning's handler, which does not save, and communicates in the middle of a
-    step.
+    After SIGTERM or SIGINT (Ctrl-C) to any rank, all ranks finish the step, run a validation that is due, save, and end
+    by `SIGTERMException`, whose code on the first rank is that of a shell: 128 + the signal. This replaces Lightning's
+    handlers, which do not save, and of which one communicates in the middle of a step. A second SIGINT is a
+    `KeyboardInterrupt`.
     """
 
     @check_bounds
@@ -71,7 +75,7 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._saved_step = 0
         self._random_states: list[Mapping[str, Tensor]] = []
-        self._was_signalled = False
+        self._signal: int | None = None  # that this rank has got
         self._leaves = False
 
     @property
@@ -84,6 +88,7 @@ class RunCheckpoint(Checkpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero and stage == "fit":
+            _free(self.last)
             for partial in self.folder.glob(".*.ckpt.*.tmp"):
                 partial.unlink(missing_ok=True)
 
@@ -106,10 +111,18 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = int(checkpoint["global_step"])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Restore the random state of the checkpoint; handle SIGTERM from now on."""
-        self._was_signalled = self._leaves = False
+        """Restore the random state of the checkpoint; handle signals from now on.
+
+        Raises:
+            CheckpointError: if the ranks go on from different checkpoints.
+        """
+        _check_ranks(trainer)
+        for config in trainer.lr_scheduler_configs:
+            follow_schedule(config.scheduler)
+        self._signal, self._leaves = None, False
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            signal.signal(signal.SIGTERM, self._note_signal)  # Lightning restores the old handler in the end
+            for number in _SIGNALS:
+                signal.signal(number, self._note_signal)  # Lightning restores the old handlers in the end
         if len(self._random_states) == trainer.world_size:
             _restore_random_state(self._random_states[trainer.global_rank])
         elif self._random_states and trainer.is_global_zero:
@@ -123,7 +136,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """End after SIGTERM, now that the metrics of the saved step are written."""
+        """End after a signal, now that the metrics of the saved step are written."""
         self._leave(trainer)
 
     def on_train_batch_end(
@@ -134,9 +147,9 @@ class RunCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save every so many steps, after the last one, and after SIGTERM to a rank."""
+        """Save every so many steps, after the last one, and after a signal to a rank."""
         step = trainer.global_step
-        self._leaves = trainer.strategy.reduce_boolean_decision(self._was_signalled, all=False)
+        self._leaves = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
         if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop or self._leaves:
             self._save(trainer)
 
@@ -145,13 +158,19 @@ class RunCheckpoint(Checkpoint):
         self._save(trainer)
         self._leave(trainer)
 
-    def _note_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self._was_signalled = True
+    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._signal == number:
+                raise KeyboardInterrupt
+            if is_first_rank():
+                with contextlib.suppress(OSError):
+                    os.write(2, _SAVING)  # a handler may not use Python's streams
+        self._signal = number
 
     def _leave(self, trainer: lightning.Trainer) -> None:
         if self._leaves:
             # Lightning's launcher kills the first rank for another one's exit code.
-            raise SIGTERMException(EXIT_TERMINATED if trainer.is_global_zero else 0)
+            raise SIGTERMException(128 + (self._signal or signal.SIGTERM) if trainer.is_global_zero else 0)
 
     def _save(self, trainer: lightning.Trainer) -> None:
         step = trainer.global_step
@@ -166,12 +185,27 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = step
 
 
+def _free(path: Path) -> None:
+    """Move a folder aside that stands where a checkpoint will be written."""
+    if path.is_dir():
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.aside")
+        path.rename(aside)
+        logger.warning("%s is a folder, where the newest checkpoint will be written; it is %s now", path, aside.name)
+
+
 def _link_or_copy(path: Path, other: Path) -> None:
     """Hard-link a file, or copy it if the disk has no links. Neither file is ever changed in place."""
     with contextlib.suppress(OSError):
         os.link(path, other)
         return
     shutil.copyfile(path, other)
+
+
+def _check_ranks(trainer: lightning.Trainer) -> None:
+    """Every rank looks for the newest checkpoint itself; a folder that changes meanwhile would part them."""
+    first = trainer.strategy.broadcast(trainer.global_step)
+    if trainer.strategy.reduce_boolean_decision(first != trainer.global_step, all=False):
+        raise CheckpointError(f"the ranks go on from different steps (the first from {first}); start the run again")
 
 
 def _random_state() -> dict[str, Tensor]:

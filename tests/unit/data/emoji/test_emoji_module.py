@@ -167,7 +167,9 @@ def test_ranks_divide_the_same_global_batches(emoji_folder: Path, world_size: in
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_validation_is_divided_among_ranks_without_loss_or_repetition(emoji_folder: Path, world_size: int) -> None:
-    expected = read_retrieval_set(emoji_folder / "val", name="val", transform=EvalTransform(IMAGE_SIZE))
+    transform = EvalTransform(IMAGE_SIZE)
+    expected = read_retrieval_set(emoji_folder / "val", name="val", transform=transform, split="val")
+    texts: dict[str, dict[int, tuple[int, list[int]]]] = {language: {} for language in LANGUAGES}
     tokenizer = make_tokenizer()
     seen: dict[int, torch.Tensor] = {}
     for rank in range(world_size):
@@ -180,9 +182,19 @@ def test_validation_is_divided_among_ranks_without_loss_or_repetition(emoji_fold
         identity = torch.cat([chunk.identity for chunk in chunks])
         seen |= dict(zip(rows, identity, strict=True))
         for language in LANGUAGES:
-            ids = tokenizer([expected.captions[language][row] for row in rows[:100]]).ids
-            assert torch.equal(chunks[0].texts[language].ids, ids)
+            parts = [(chunk.texts[language], chunk.text_identity[language]) for chunk in chunks]
+            found = [
+                (int(number), ids[mask].tolist())
+                for text, numbers in parts
+                for number, ids, mask in zip(numbers, *text, strict=True)
+            ]
+            texts[language] |= dict(zip(range(rank, len(expected.queries(language)), world_size), found, strict=True))
     assert sorted(seen) == list(range(len(expected.keys)))
+    assert [int(seen[row]) for row in sorted(seen)] == expected.numbers()
+    for language in LANGUAGES:
+        queries = expected.queries(language)
+        wanted = [(number, tokenizer([text]).ids[0].tolist()) for number, text in queries]
+        assert [texts[language][row] for row in range(len(queries))] == wanted, "every caption once"
     # Equal keys, equal identities, on whatever rank.
     assert len({int(i) for i in seen.values()}) == len(set(expected.keys)) < len(expected.keys)
     for row, key in enumerate(expected.keys):

@@ -68,6 +68,50 @@ def test_mean_is_exact_for_several_captions(samples: list[Sample], batch_size: i
     assert _expect(samples, batch_size).per_row == pytest.approx(_count(samples, batch_size)[0], abs=1e-9)
 
 
+@settings(max_examples=25)
+@given(st.lists(SOME_CAPTIONS, min_size=2, max_size=5))
+def test_share_is_exact_for_several_captions_in_a_batch_of_all(samples: list[Sample]) -> None:
+    found = _expect(samples, len(samples) + 3)
+    assert found.batch_size == len(samples)
+    per_row, with_one = _count(samples, len(samples))
+    assert found.share_of_rows == pytest.approx(with_one, abs=1e-9)
+    assert found.per_row == pytest.approx(per_row, abs=1e-9)
+
+
+@given(st.lists(SOME_CAPTIONS, min_size=2, max_size=40), st.integers(2, 60), st.booleans())
+def test_share_of_rows_is_never_above_the_number_per_row(
+    samples: list[Sample], batch_size: int, is_whole: bool
+) -> None:
+    found = _expect(samples, batch_size, is_whole=is_whole)
+    assert 0 <= found.share_of_rows <= min(1, found.per_row + 1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [64, 256, 100_000])
+def test_share_is_that_of_simulated_batches(batch_size: int) -> None:
+    """Five captions each, some of them common: 570 pictures, and batches up to all of them."""
+    rng = np.random.default_rng(0)
+    number = 570
+    captions = rng.integers(0, 4000, (number, 5))
+    captions[:, 0] = rng.integers(0, 300, number)
+    captions[:120, 1] = captions[:120, 2] = rng.integers(0, 20, 120)  # one caption twice
+    images = rng.integers(0, 5000, number)
+    samples: list[Sample] = [(tuple(map(int, captions[i])), int(images[i]), i) for i in range(number)]
+    found = _expect(samples, batch_size)
+    size = min(batch_size, number)
+    assert found.batch_size == size
+    with_one, per_row, rounds = 0.0, 0.0, 150 if size > 100 else 1500
+    for _ in range(rounds):
+        rows = rng.permutation(number)[:size]
+        said = captions[rows, rng.integers(0, 5, size)]
+        same = (said[:, None] == said) | (images[rows, None] == images[rows])
+        hits = same.sum(axis=1) - 1
+        with_one += float((hits > 0).mean()) / rounds
+        per_row += float(hits.mean()) / rounds
+    assert found.per_row == pytest.approx(per_row, rel=0.05)
+    assert found.share_of_rows == pytest.approx(with_one, rel=0.05)
+    assert found.share_of_rows < found.per_row
+
+
 def test_part_of_a_source_estimates_the_whole() -> None:
     """A caption that 1 % of ten thousand pairs share, seen through two thousand of them."""
     rng = np.random.default_rng(0)

@@ -131,8 +131,9 @@ def test_false_negatives_are_those_of_the_rows_in_a_batch(tmp_path: Path) -> Non
 
 def test_validation_sets_are_looked_at(tmp_path: Path) -> None:
     write_numbers(tmp_path / "tars", [60])
-    _write(tmp_path / "val" / "0.tar", _english, 3)
-    with pytest.raises(UserError, match=r"data\.validation\.own=.*no caption in 'zh'.*~data\.validation\.own"):
+    words = {"captions": {"en": [{"text": "cat", "role": "keyword"}]}}
+    _write(tmp_path / "val" / "0.tar", lambda i: make_sample(f"{i}", i, metadata=words), 3)
+    with pytest.raises(UserError, match=r"data\.validation\.own=.*which are no queries.*~data\.validation\.own"):
         _check(tmp_path, {"main": f"{tmp_path}/tars"}, validation={"own": str(tmp_path / "val")})
 
 

@@ -232,8 +232,32 @@ def test_names_of_metrics_and_the_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.record == {"masked": results}
     console = Console(width=80)
     with console.capture() as shown:
-        print_table(console, masked_table(results), num_images={"heldout_families": 1494})
+        print_table(
+            console,
+            masked_table(results),
+            num_images={"heldout_families": 1494},
+            titles={"heldout_families": "unseen concepts and style"},
+        )
     lines = [line.split() for line in shown.get().splitlines()]
     assert ["unseen", "concepts", "cmlm", "zh", "%", "right", "50.0", "25.0", "12.5", "4,567"] in lines
     assert ["and", "style", "cmim", "en", "loss", "0.812", "0.875", "–", "12"] in lines
     assert ["1,494", "images"] in lines
+
+
+def test_each_language_is_measured_on_the_images_that_have_it() -> None:
+    objectives: dict[str, Objective] = {"cmlm": MaskedLanguage(), "captioning": Captioning()}
+    model = build(objectives)
+    both = measure(model, objectives)
+    context = make_context(model, objectives)
+
+    def measure_part(captions: dict[str, tuple[Any, ...]]) -> MaskedResults:
+        sets = {"val": SET._replace(captions=captions)}
+        return Masked().measure_sets(dataclasses.replace(context, sets=sets))["val"]
+
+    alone = measure_part({"en": tuple((caption, "more") for caption in ENGLISH)})
+    assert {name: list(found) for name, found in alone.items()} == {"cmlm": ["en"], "captioning": ["en"]}
+    assert alone["cmlm"]["en"] == pytest.approx(both["cmlm"]["en"]), "the first caption, with the same masks"
+    partly = measure_part({"en": ENGLISH, "zh": (*CHINESE[:6], *((),) * 4)})
+    assert partly["captioning"]["en"] == pytest.approx(both["captioning"]["en"])
+    fewer = make_tokenizer()(CHINESE[:6]).mask[:, 1:].sum()
+    assert partly["captioning"]["zh"]["count"] == fewer

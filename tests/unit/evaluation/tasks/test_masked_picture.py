@@ -124,6 +124,15 @@ def test_nothing_masked_nothing_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_captions_of_several_words_are_preferred() -> None:
-    assert choose_rows(SET, 8) == list(range(8))
-    assert choose_rows(SET, 3) == [0, 3, 6]
-    assert choose_rows(SET, 12) == list(range(12)), "too few of them: any"
+    both = ("zh", "en")
+    assert choose_rows(SET, 8) == (both, list(range(8)))
+    assert choose_rows(SET, 3) == (both, [0, 3, 6])
+    assert choose_rows(SET, 12) == (both, list(range(12))), "too few of them: any"
+
+
+def test_images_with_captions_in_all_languages_are_preferred() -> None:
+    english = ("red apple",) * 6 + ((),) * 6
+    assert choose_rows(SET._replace(captions={**SET.captions, "en": english}), 3) == (("zh", "en"), [0, 2, 4])
+    assert choose_rows(SET._replace(captions={"en": english}), 3) == (("en",), [0, 2, 4])
+    apart = {"en": english, "zh": ((),) * 6 + ("红色的苹果",) * 6}
+    assert choose_rows(SET._replace(captions=apart), 2) == (("zh",), [6, 9])

@@ -108,6 +108,28 @@ def test_an_own_way_of_writing_is_respected(tmp_path: Path) -> None:
         assert type(trainer.strategy.checkpoint_io) is expected
 
 
+def test_a_longer_schedule_takes_effect_at_the_first_step(emoji_folder: Path, tmp_path: Path) -> None:
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            self.seen.append(optimizer.param_groups[0]["lr"])
+
+    def rates(folder: Path, planned: int, *, steps: int, resume: Path | None = None) -> list[float]:
+        seen = Rates()
+        checkpoint = RunCheckpoint(folder=folder, every_n_steps=2)
+        trainer = make_trainer(folder, max_steps=steps, callbacks=[checkpoint, seen])
+        datamodule = make_datamodule(emoji_folder, global_batch_size=4)
+        trainer.fit(make_module(max_steps=planned), datamodule=datamodule, ckpt_path=resume, weights_only=True)
+        return seen.seen
+
+    expected = rates(tmp_path / "whole", 5, steps=5)
+    assert len(set(expected)) > 3
+    rates(tmp_path / "begun", 2, steps=2)  # whose schedule ends at 0
+    assert rates(tmp_path / "begun", 5, steps=5, resume=tmp_path / "begun" / "last.ckpt") == expected[2:]
+
+
 class TestAtomicCheckpointIO:
     def test_a_failure_while_writing_leaves_the_old_file_alone(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,67 @@
+"""W&B with a server that stops answering: nothing waits for it beyond a limit, nothing is lost."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from m2_encoder.runs import loggers
+from m2_encoder.runs.lightning_loggers import QuietWandbLogger
+from tests.support.wandb_server import serve_wandb
+
+
+@pytest.fixture
+def _account(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
+@pytest.mark.usefixtures("_account")
+def test_a_server_that_hangs_in_the_run_does_not_keep_it_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    with serve_wandb() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        logger = loggers.build_wandb_logger(run_name="x", folder=tmp_path, cfg={}, finish_timeout_s=2)
+        assert isinstance(logger, QuietWandbLogger)
+        assert capsys.readouterr().err == "", "it is online"
+        server.hangs.set()
+        for step in range(20):
+            logger.log_metrics({"a": 1.0}, step)
+        started = time.monotonic()
+        logger.close({"b": 2.0})
+        wandb.teardown()  # as at the end of the process
+        assert time.monotonic() - started < 15
+    said = capsys.readouterr().err
+    (folder,) = (tmp_path / "wandb").glob("run-*-x")
+    line = f"W&B: its server did not take everything in time; upload the rest with: wandb sync {folder}\n"
+    assert said.endswith(line)
+    assert next(folder.glob("*.wandb")).stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("_account")
+def test_a_server_that_hangs_at_the_start_leaves_an_offline_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    monkeypatch.setattr(loggers, "_INIT_TIMEOUT_S", 2.0)
+    with serve_wandb(hangs=True) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        started = time.monotonic()
+        logger = loggers.build_wandb_logger(run_name="x", folder=tmp_path, cfg={}, finish_timeout_s=2)
+        assert isinstance(logger, QuietWandbLogger)
+        logger.log_metrics({"a": 1.0}, 1)
+        logger.close({"b": 2.0})
+        wandb.teardown()
+        assert time.monotonic() - started < 20
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("W&B: its server cannot be used (")
+    assert said[0].endswith("; staying offline")
+    assert said[1:] == [f"W&B: offline, upload later with: wandb sync {tmp_path}/wandb/offline-run-*"]
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert file.stat().st_size > 0
