@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -14,15 +13,14 @@ import torch
 
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import ExportedFolder, read_exported
-from m2_encoder.checkpoints.io import load_model
+from m2_encoder.checkpoints.io import build_model, read_state
+from m2_encoder.checkpoints.vocabulary import fit_vocabulary
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-
-_LOGGER = logging.getLogger(__name__)
 
 _OFFICIAL_FILES: Mapping[str, str] = {
     "m2-encoder-0.4b": "m2_encoder_0.4B.ckpt",
@@ -68,6 +66,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
+    map_tokenizer: bool | str | os.PathLike[str] = False,
 ) -> LoadedModel:
     """Load a model with everything needed to use it.
 
@@ -83,6 +82,9 @@ def load(
         device: of the model.
         dtype: of all parameters.
         trainable: whether parameters require gradients.
+        map_tokenizer: what to do with a tokenizer that is not the weights' own. False refuses it; True gives each of
+            its pieces the row of the same piece, and new ones the mean of the pieces they split into; a SentencePiece
+            file is the tokenizer of weights that do not hold it, as the official ones. Such a model wants training.
 
     Raises:
         UserError: for an unknown name, a missing or unusable file, or an impossible option. Weights are never
@@ -96,7 +98,13 @@ def load(
     if dtype not in _DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(map(str, _DTYPES))}")
     text = _build_tokenizer(config, tokenizer, exported)
-    encoder = load_model(config, _weights_path(config, weights, exported), device=device, dtype=dtype)
+    path = _weights_path(config, weights, exported)
+    state = read_state(path)
+    if isinstance(text, SentencePieceTokenizer) and (weights is not None or tokenizer is not None):
+        fit_vocabulary(state, text, weights=path, mapped=map_tokenizer)
+        if map_tokenizer:
+            config = dataclasses.replace(config, vocab_size=text.vocab_size)
+    encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
     return LoadedModel(encoder, EvalTransform(config.image_size), text)
 
@@ -182,14 +190,6 @@ def _build_tokenizer(
         built = read_tokenizer(exported)
     else:
         return MissingTokenizer()
-    if built.vocab_size > config.vocab_size:
-        _LOGGER.warning(
-            "the tokenizer has %d pieces, the token table of %r has %d rows; texts that need the others will "
-            "be refused. Is it the tokenizer of another model?",
-            built.vocab_size,
-            config.name,
-            config.vocab_size,
-        )
     return built
 
 

@@ -21,6 +21,7 @@ from m2_encoder.checkpoints.exported import (
 )
 from m2_encoder.checkpoints.io import save_safetensors
 from m2_encoder.checkpoints.matching_head import CONFIG_KEY, MatchingHead, save_head
+from m2_encoder.checkpoints.vocabulary import DIGEST_METADATA_KEY
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import atomic_folder, file_sha256
 from m2_encoder.models.config import M2EncoderConfig
@@ -73,7 +74,11 @@ def export_model(
         save_safetensors(
             model,
             temporary / WEIGHTS_FILE,
-            metadata={"format": "pt", CONFIG_METADATA_KEY: config_text(config)},
+            metadata={
+                "format": "pt",
+                CONFIG_METADATA_KEY: config_text(config),
+                DIGEST_METADATA_KEY: tokenizer.digest,
+            },
         )
         tokenizer.save(temporary / TOKENIZER_FILE)
         content = _config_content(config, tokenizer, file_sha256(temporary / TOKENIZER_FILE))

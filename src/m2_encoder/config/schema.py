@@ -56,6 +56,7 @@ class Model:
     name: Annotated[str, _MODEL_RULE]  # a row of `NAME_TO_CONFIG`
     tokenizer: Annotated[Text, Example("emoji")]  # `emoji`, or the path of a SentencePiece model
     weights: Text | None = None  # a checkpoint to start from
+    map_tokenizer: bool | Text = False  # whether pieces of another tokenizer than the weights' are mapped, or theirs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
