@@ -6,8 +6,9 @@ Input, pinned (Noto Sans SC, SIL Open Font License 1.1)::
     pip install 'm2-encoder[build-data]'            # fonttools 4.68.0, brotli 1.2.1
     python scripts/build_font.py --node-modules DIR/node_modules
 
-The same input gives the same bytes, in seconds. The subset holds Latin-1, the punctuation of both languages,
-level 1 of GB 2312 (the 3,755 most common simplified characters) and every character of the built-in captions.
+The same input gives the same bytes, in seconds. The subset holds Latin-1, the punctuation of both languages, full-width
+letters and digits, level 1 of GB 2312 (the 3,755 most common simplified characters), every character of the built-in
+captions, and of the others those that are most frequent in the dictionary of jieba 0.42.1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import io
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,21 @@ PACKAGE, VERSION = "@fontsource/noto-sans-sc", "5.3.0"
 REGULAR = "noto-sans-sc-{}-400-normal.woff2"
 PUNCTUATION = "‐–—―‘’“”…‰′″※←↑→↓×÷±≤≥≈∞、。〈〉《》「」『』【】〔〕·！（），：；？％＋－＝～＆／￥"
 
+FREQUENT = 850  # further characters, as many as 1.5 MB hold
+
+
+def frequent_characters(known: set[str]) -> list[str]:
+    """The most frequent ideographs of jieba's dictionary, without known ones; equally frequent ones in their order."""
+    import jieba
+
+    counts: Counter[str] = Counter()
+    for line in jieba.get_dict_file().read().decode("utf-8").splitlines():
+        word, count, *_ = line.split(" ")
+        for character in {c for c in word if "\u4e00" <= c <= "\u9fff"}:
+            counts[character] += int(count)
+    ranked = sorted(counts.keys() - known, key=lambda character: (-counts[character], character))
+    return ranked[:FREQUENT]
+
 
 def wanted_characters() -> set[str]:
     latin = {chr(code) for code in (*range(0x20, 0x7F), *range(0xA0, 0x100))}
@@ -35,7 +52,9 @@ def wanted_characters() -> set[str]:
     captions = "".join(
         text for concept in load_emoji_concepts() for spoken in concept.captions.values() for text in spoken.texts()
     )
-    return latin | set(PUNCTUATION) | set(level_1.decode("gb2312", errors="ignore")) | set(captions)
+    full_width = {chr(code) for code in (*range(0xFF01, 0xFF5F), *range(0xFFE0, 0xFFE7))}
+    known = latin | full_width | set(PUNCTUATION) | set(level_1.decode("gb2312", errors="ignore")) | set(captions)
+    return known | set(frequent_characters(known))
 
 
 def subset(path: Path, characters: Iterable[str]) -> Any:

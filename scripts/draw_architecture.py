@@ -24,6 +24,7 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
         "bounds": "annotations that say what an argument may be",
         "files": "files that appear whole or not at all",
         "record": "what ran: revision, versions, machine",
+        "pictures": "the policy of pixels: orientation, alpha, depth",
         "assets": "drawings, captions, font",
     },
     {
@@ -52,7 +53,9 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
 )
 """From below: by layer, what is in it. A layer imports itself and layers of earlier lines, and what `BESIDE` adds."""
 
-BESIDE: Final = frozenset({("types", "errors"), ("files", "errors"), ("bounds", "errors"), ("__init__", "hub")})
+BESIDE: Final = frozenset(
+    {("types", "errors"), ("files", "errors"), ("bounds", "errors"), ("pictures", "errors"), ("__init__", "hub")}
+)
 """Imports within a line: (who, whom)."""
 
 LEVEL_OF: Final = {layer: level for level, layers in enumerate(LEVELS) for layer in layers}

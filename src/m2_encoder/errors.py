@@ -7,11 +7,43 @@ The message names what was given, what is allowed and how to fix it. Commands pr
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+MAX_LINE: Final = 500
+"""Characters of a line that a command prints, at most; users' names and values can have any length."""
+
+MAX_ENTRIES: Final = 20
+"""Lines of a list that a command prints, at most."""
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def abridge(text: str, limit: int = MAX_LINE) -> str:
+    """One line of at most `limit` characters: the middle of a longer one is left out, control characters are escaped.
+
+    >>> abridge("0123456789" * 3, 20)
+    '0123456789 … 3456789'
+    """
+    if len(text) > 2 * limit:  # what is far from both ends goes first: a name can have megabytes
+        text = text[:limit] + text[-limit:]
+    text = _CONTROL.sub(lambda sign: ascii(sign[0])[1:-1], text)
+    if len(text) <= limit:
+        return text
+    head = (limit - 3) * 3 // 5
+    return f"{text[:head]} … {text[len(text) - (limit - 3 - head) :]}"
+
+
+def abridge_list(lines: Sequence[str], limit: int = MAX_LINE) -> list[str]:
+    """At most `MAX_ENTRIES` lines, each as `abridge` makes it; the last one says how many more there are."""
+    if len(lines) <= MAX_ENTRIES:
+        return [abridge(line, limit) for line in lines]
+    shown = [abridge(line, limit) for line in lines[: MAX_ENTRIES - 1]]
+    return [*shown, f"… and {len(lines) - len(shown):,} more"]
 
 
 class Problem(NamedTuple):

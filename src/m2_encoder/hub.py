@@ -12,14 +12,16 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from m2_encoder.checkpoints.download import download, is_url
-from m2_encoder.checkpoints.exported import ExportedFolder, read_exported
+from m2_encoder.checkpoints.exported import ExportedFolder, find_pictures, read_exported
 from m2_encoder.checkpoints.io import build_model, read_state
 from m2_encoder.checkpoints.vocabulary import fit_vocabulary
+from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.pictures import OFFICIAL, STANDARD, PicturePolicy, read_policy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 _OFFICIAL_FILES: Mapping[str, str] = {
@@ -63,6 +65,7 @@ def load(
     weights: str | os.PathLike[str] | None = None,
     tokenizer: SentencePieceTokenizer | str | os.PathLike[str] | bytes | None = None,
     image_size: int | None = None,
+    pictures: PicturePolicy | str | Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
@@ -79,6 +82,9 @@ def load(
             `M2_ENCODER_CACHE`) and may end in `#sha256=...`. The network is never used otherwise.
         tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed to encode images.
         image_size: pixels; if it differs from the model's, the position table is resized and `preprocess` follows.
+        pictures: what `preprocess` makes of orientation, alpha and 16-bit levels: a policy, its name (`standard`,
+            `official`, `older`) or values. By default as the model was trained: what its export says (`older` where
+            it says nothing), `official` for official names and configurations, else `standard`.
         device: of the model.
         dtype: of all parameters.
         trainable: whether parameters require gradients.
@@ -94,9 +100,12 @@ def load(
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
     # Checks come first, because weights may be a long download.
+    policy = read_policy(pictures) if pictures is not None else choose_pictures(config, weights, exported)
     device = _checked_device(device)
     if dtype not in _DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(map(str, _DTYPES))}")
+    if map_tokenizer and tokenizer is None:
+        raise UserError("map_tokenizer: there is no tokenizer to map the weights to; add tokenizer=FILE")
     text = _build_tokenizer(config, tokenizer, exported)
     path = _weights_path(config, weights, exported)
     state = read_state(path)
@@ -106,7 +115,31 @@ def load(
             config = dataclasses.replace(config, vocab_size=text.vocab_size)
     encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
-    return LoadedModel(encoder, EvalTransform(config.image_size), text)
+    return LoadedModel(encoder, EvalTransform(config.image_size, pictures=policy), text)
+
+
+def choose_pictures(
+    config: M2EncoderConfig, weights: str | os.PathLike[str] | None, exported: ExportedFolder | None = None
+) -> PicturePolicy:
+    """What the pixels were that a model was trained with.
+
+    Args:
+        config: its architecture; those with official weights are taken for these.
+        weights: a checkpoint; None for those of `exported`, or none.
+        exported: the folder that the model was loaded from.
+
+    Raises:
+        CheckpointError: if the export of the weights is damaged.
+    """
+    if (
+        isinstance(weights, str | os.PathLike)
+        and not is_url(weights)
+        and (found := find_pictures(find_weights(weights))) is not None
+    ):
+        return found
+    if exported is not None:
+        return exported.pictures
+    return OFFICIAL if config.name in (*_OFFICIAL_FILES, "official") else STANDARD
 
 
 def read_tokenizer(exported: ExportedFolder, *, context_length: int | None = None) -> SentencePieceTokenizer:

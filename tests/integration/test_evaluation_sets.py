@@ -15,7 +15,9 @@ from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.packing.pack import PackOptions, pack
 from m2_encoder.data.packing.records import Columns
 from m2_encoder.data.packing.sources import find_source
-from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.data.retrieval_set import RetrievalSet, check_retrieval_set, read_retrieval_set
+from m2_encoder.data.retrieval_source import describe_source
+from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tasks.base import EvaluationContext, TaskResult
 from m2_encoder.evaluation.tasks.retrieval import Retrieval
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -130,3 +132,47 @@ def test_equal_words_of_two_pictures_are_two_queries_and_are_counted(model: M2En
     assert found.record["evaluation"]["mine"]["en"]["num_texts"] == 4
     assert found.record["protocol"]["sets"]["mine"]["equal_captions"] == {"en": 2}
     assert found.rows[1:] == ("mine: 4 en captions (2 with the words of another picture's)",)
+
+
+def test_a_plain_folder_and_a_table_are_read_as_packed(model: M2Encoder, tmp_path: Path) -> None:
+    rows = [{"image": f"{color}.png", "caption": texts(color)["en"][0]} for color in COLORS]
+    tars = packed(tmp_path / "table", rows)
+    plain = tmp_path / "plain" / "below"
+    plain.mkdir(parents=True)
+    for color in COLORS:
+        Image.new("RGB", (16, 12), color).save(plain / f"{color}.{'bmp' if color == 'red' else 'PNG'}")
+        (plain / f"{color}.txt").write_text(texts(color)["en"][0], encoding="utf-8")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    _, wanted = measure(model, tars)
+    for source in (tmp_path / "plain", tmp_path / "table" / "rows.jsonl", tars / "*.tar"):
+        _, found = measure(model, source)
+        assert found.metrics == wanted.metrics, source
+        check_retrieval_set(source, name="mine")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.png", b"no picture", "c.png: .*; an evaluation skips nothing: mend it, or pack what can be used"),
+        ("c.txt", b"a caption alone", r"c: a caption without one of .* \(missing_image\)"),
+    ],
+)
+def test_what_packing_would_leave_out_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    Image.new("RGB", (16, 12), "red").save(tmp_path / "red.png")
+    (tmp_path / "red.json").write_text('{"caption": "red"}', encoding="utf-8")
+    (tmp_path / name).write_bytes(content)
+    if name == "c.png":
+        (tmp_path / "c.txt").write_text("a circle", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read_retrieval_set(tmp_path, name="mine", transform=EvalTransform(16))
+
+
+def test_sources_are_looked_at_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "notes.docx").write_bytes(b"")
+    assert "no such file or folder" in str(describe_source(str(tmp_path / "nowhere")))
+    assert "files end in .docx: give a folder with images" in str(describe_source(str(tmp_path / "notes.docx")))
+    assert "no *.tar there, and no image" in str(describe_source(str(tmp_path)))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a.JPG").write_bytes(b"")
+    assert describe_source(str(tmp_path)) is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,8 @@ class ShardServer(ThreadingHTTPServer):
         faults: by file, what its next downloads do: "hang" after some bytes, send "half", or "wake" with other bytes
             after a while.
         always: by file, what it does from now on: "hang", "half", "missing" (404), "page" (HTML instead), "silent" (no
-            answer at all).
+            answer at all), "endless" (no length, and a body that does not end).
+        tells_version: whether answers have an ETag.
         requests: downloads so far by file.
         stop: ends what hangs.
         pause_s: that a "wake" waits.
@@ -36,6 +39,7 @@ class ShardServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.stop = threading.Event()
         self.pause_s = 0.6
+        self.tells_version = True
 
     def url(self, name: str) -> str:
         """Address of a file."""
@@ -60,6 +64,10 @@ class _Handler(BaseHTTPRequestHandler):
             server.stop.wait(20)
         elif what == "half":
             self._send(content[: len(content) // 2])
+        elif what == "endless":
+            with contextlib.suppress(OSError):
+                while not server.stop.is_set():
+                    self.wfile.write(bytes(1 << 16))
         elif what == "wake":
             self._send(content[:100])
             server.stop.wait(server.pause_s)
@@ -85,7 +93,12 @@ class _Handler(BaseHTTPRequestHandler):
             return b""
         content = PAGE if what == "page" else path.read_bytes()
         self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
+        if what == "endless":
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(len(content)))
+        if self.server.tells_version:
+            self.send_header("ETag", f'"{zlib.crc32(content):08x}"')
         self.end_headers()
         return content
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.pictures import STANDARD, PicturePolicy
 
 Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Split -> language -> metric -> percent, e.g. `{"heldout_style": {"zh": {"i2t_r@1": 41.2}}}`."""
@@ -98,7 +99,12 @@ def build_card(cfg: Mapping[str, Any], *, steps: str) -> CardInfo:
 
 
 def model_card(
-    model: M2Encoder, *, card: CardInfo, metrics: Metrics, provenance: Mapping[str, Any] | None = None
+    model: M2Encoder,
+    *,
+    card: CardInfo,
+    metrics: Metrics,
+    provenance: Mapping[str, Any] | None = None,
+    pictures: PicturePolicy = STANDARD,
 ) -> str:
     """The model card, as Markdown.
 
@@ -107,6 +113,7 @@ def model_card(
         card: texts.
         metrics: results; a table per split.
         provenance: origin, one line per entry.
+        pictures: what the pixels of its training pictures were.
 
     Returns:
         The text of the card.
@@ -123,6 +130,7 @@ def model_card(
                 "family": "M2-Encoder (arXiv:2401.15896), one feature space for images and both languages",
                 "parameters": f"{num_parameters:,}",
                 "image": f"{config.image_size} px, patches of {config.patch_size} px",
+                "pictures": str(pictures),
                 "text": f"up to {config.context_length} tokens, vocabulary of {config.vocab_size:,}",
                 "layers": f"{config.num_layers} backbone + {config.num_vl_layers} vision-language, width "
                 f"{config.embed_dim}, {config.num_heads} heads",

@@ -26,6 +26,7 @@ from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import atomic_folder, file_sha256
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.pictures import STANDARD, PicturePolicy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
@@ -34,6 +35,7 @@ def export_model(
     *,
     model: M2Encoder,
     tokenizer: SentencePieceTokenizer,
+    pictures: PicturePolicy = STANDARD,
     metrics: Metrics | None = None,
     provenance: Mapping[str, Any] | None = None,
     card: CardInfo | None = None,
@@ -49,6 +51,7 @@ def export_model(
         folder: where to write; must not exist unless `overwrite`.
         model: the model, with data.
         tokenizer: the one the model was trained with.
+        pictures: what the pixels of its training pictures were.
         metrics: results for the model card and `config.json`.
         provenance: plain facts about the origin (run, command, revision, versions); must be JSON.
         card: what the model card says beyond that.
@@ -81,14 +84,14 @@ def export_model(
             },
         )
         tokenizer.save(temporary / TOKENIZER_FILE)
-        content = _config_content(config, tokenizer, file_sha256(temporary / TOKENIZER_FILE))
+        content = _config_content(config, tokenizer, pictures, file_sha256(temporary / TOKENIZER_FILE))
         content["metrics"] = metrics or {}
         content["provenance"] = provenance or {}
         if matching is not None:
             content[CONFIG_KEY] = save_head(temporary, matching)
         (temporary / CONFIG_FILE).write_text(_json_text(content), encoding="utf-8")
         (temporary / CARD_FILE).write_text(
-            model_card(model, card=card, metrics=metrics or {}, provenance=provenance or {}), encoding="utf-8"
+            model_card(model, card=card, pictures=pictures, metrics=metrics or {}, provenance=provenance or {}), "utf-8"
         )
     return folder
 
@@ -101,7 +104,7 @@ def _json_text(content: Mapping[str, Any]) -> str:
 
 
 def _config_content(
-    config: M2EncoderConfig, tokenizer: SentencePieceTokenizer, tokenizer_sha256: str
+    config: M2EncoderConfig, tokenizer: SentencePieceTokenizer, pictures: PicturePolicy, tokenizer_sha256: str
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -109,6 +112,7 @@ def _config_content(
         "model": config.to_dict(),
         "preprocess": {
             "image_size": config.image_size,
+            "pictures": pictures.to_dict(),
             "resize": "to a square, bicubic with antialias; the aspect ratio is not kept",
             "value_range": [0, 1],
             "normalisation": "(x - 0.5) / 0.5, inside the model",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from m2_encoder.checkpoints.formats import read_safetensors_metadata, read_small_json
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import file_sha256
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.pictures import OLDER, PicturePolicy, read_policy
 
 FORMAT = "m2-encoder"
 FORMAT_VERSION = 1
@@ -35,6 +37,7 @@ class ExportedFolder(NamedTuple):
     context_length: int  # most tokens of a text, template included
     truncation_side: Literal["left", "right"]  # where a longer text is cut
     normalise: bool | None  # whether white space is tidied; None in older exports, which do not say
+    pictures: PicturePolicy  # what the pixels of its training pictures were
 
 
 def config_text(config: M2EncoderConfig) -> str:
@@ -81,6 +84,7 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
             context_length=facts["context_length"],
             truncation_side=facts["truncation_side"],
             normalise=facts.get("normalise"),
+            pictures=_pictures_of(content),
         )
         tokenizer_sha256 = facts["sha256"]
     except (KeyError, TypeError, UserError) as error:
@@ -90,6 +94,27 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
         ) from error
     _check_consistent(exported, tokenizer_sha256)
     return exported
+
+
+def find_pictures(weights: str | os.PathLike[str]) -> PicturePolicy | None:
+    """The policy of the export that is `weights`, or that this file lies in; None if there is no export.
+
+    Raises:
+        CheckpointError: if its `config.json` is damaged.
+    """
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    if read_format(folder) != FORMAT:
+        return None
+    try:
+        return _pictures_of(read_small_json(folder / CONFIG_FILE))
+    except UserError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: damaged or edited ({error}); export the model again") from error
+
+
+def _pictures_of(content: Mapping[str, Any]) -> PicturePolicy:
+    """The policy in a `config.json`; exports from before there was one do not say it."""
+    facts = content.get("preprocess")
+    return read_policy(facts["pictures"]) if isinstance(facts, Mapping) and "pictures" in facts else OLDER
 
 
 def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:

@@ -11,7 +11,7 @@ from m2_encoder.config.command import EXIT_USER_ERROR, report_problems, run_comm
 from m2_encoder.config.output import lasting_output
 from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import anchor
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import Problem, UserError, abridge
 
 
 def check_emoji(cfg: dict[str, Any]) -> list[Problem]:
@@ -86,7 +86,7 @@ def _main(arguments: list[str]) -> int:
     command = SUB_COMMANDS.get(arguments[0])
     if command is None:
         known = ", ".join(SUB_COMMANDS)
-        print(f"m2-data: {arguments[0]}: no such sub-command; choose from {known}", file=sys.stderr)
+        print(f"m2-data: {abridge(arguments[0], 100)}: no such sub-command; choose from {known}", file=sys.stderr)
         return EXIT_USER_ERROR
     argv = arguments[1:]
     if arguments[0] != "emoji":  # the others read something: `m2-data check tars`

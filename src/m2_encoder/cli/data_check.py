@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Count, Fraction, Paths, Positive, Text
+from m2_encoder.bounds import Count, Fraction, Paths, Positive, Rule, Text
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import output_problems, tokenizer_of
@@ -29,6 +29,7 @@ from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
+from m2_encoder.pictures import POLICY_RULE, is_policy, read_policy
 
 _CACHE_BYTES: Final = 2 * 10**11  # far more than a look needs; the folder may be that of training
 
@@ -47,6 +48,7 @@ class SurveySettings:
     tokenizer: Text | None
     context_length: Annotated[int, Ge(2)] | None
     decode: bool
+    pictures: Annotated[Any, Rule(is_policy, POLICY_RULE, "standard")]
     min_side: Count
     max_aspect: Annotated[float, Ge(1)]
     max_pixels: Count
@@ -123,6 +125,7 @@ def survey(cfg: Mapping[str, Any], options: InspectionOptions) -> Survey:
         samples_per_shard=None if cfg["full"] else cfg["samples_per_shard"],
         decode=cfg["decode"],
         limits=ImageLimits(cfg["max_pixels"], cfg["min_side"], float(cfg["max_aspect"])),
+        pictures=read_policy(cfg["pictures"]),
         language=cfg["language"] and read_language(cfg["language"]),
         tokenizer=tokenizer_of(cfg) or options.tokenizer,
     )

@@ -16,7 +16,7 @@ from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import NotNegative, Paths, Text
+from m2_encoder.bounds import Fraction, NotNegative, Paths, Text
 from m2_encoder.config.check import check_settings, check_values, make_settings, read_parameters
 from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import device_of, find_path, model_problems
@@ -43,6 +43,24 @@ _KEYS: Final = {
     "wrong_language": "languages.mismatch",
 }
 """By reason, the keys with which it can be the reason for everything."""
+
+_OFF: Final = {
+    "absurd_shape": "images.max_aspect=null",
+    "duplicate_image": "duplicates.images=keep",
+    "duplicate_pair": "duplicates.pairs=false",
+    "evaluation_image": "evaluation.images=[]",
+    "low_score": "score.drop_below=null",
+    "near_duplicate_image": "duplicates.near_images=null",
+    "other_language": "languages.allowed=null",
+    "repeated_caption": "duplicates.captions=null",
+    "too_long": "lengths.zh.max=null lengths.en.max=null",
+    "too_short": "lengths.zh.min=null lengths.en.min=null",
+    "too_small": "images.min_side=null",
+    "wrong_language": "languages.mismatch=keep",
+}
+"""By reason, what to type to switch its rule off."""
+
+_NAMED: Final = 3  # reasons of a refusal, the most frequent first
 
 _FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
     "": {"samples_per_shard": "samples_per_shard", "partition_rows": "partition_rows"},
@@ -82,6 +100,7 @@ class CurateOptions:
     ray_gpus: NotNegative
     write: bool
     keep_work: bool
+    max_drop_share: Fraction
     overwrite: bool
     lengths: Mapping[str, Any]
     images: Mapping[str, Any]
@@ -155,7 +174,7 @@ def run_curate(cfg: dict[str, Any]) -> int:
 
     output = anchor(cfg["output"])
     executor = _open_executor(cfg)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars: dict[str, TaskID] = {}
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -174,6 +193,7 @@ def run_curate(cfg: dict[str, Any]) -> int:
                 write=cfg["write"],
                 overwrite=cfg["overwrite"],
                 keep_work=cfg["keep_work"],
+                accept=lambda report: _refuse_large_loss(report.total, cfg["max_drop_share"]),
                 progress=advance,
             )
     finally:
@@ -186,6 +206,24 @@ def run_curate(cfg: dict[str, Any]) -> int:
     if not result.report.content["written"]:
         print("decided only; start again with write=true to write the shards, which decides nothing anew")
     return _warn_of_nothing(result.report.total)
+
+
+def _refuse_large_loss(total: Mapping[str, Any], limit: float) -> None:
+    """Refuse to write if the rules drop a larger share of the pairs than one may expect, before anything is written."""
+    if not total["kept_pairs"] or total["pairs"] - total["kept_pairs"] <= limit * total["pairs"]:
+        return  # of a curation that keeps nothing, `_warn_of_nothing` says so
+    share = 1 - total["kept_pairs"] / total["pairs"]
+    reasons = sorted(total["reasons"].items(), key=lambda item: -item[1])
+    named = [
+        f"{count:,} {reason}{f' (off with {_OFF[reason]})' if reason in _OFF else ''}"
+        for reason, count in reasons[:_NAMED]
+    ]
+    raise UserError(
+        f"{share:.1%} of {total['pairs']:,} pairs would be dropped: {', '.join(named)}; nothing is written. Change the "
+        "rules, or accept it with max_drop_share=1: that goes on from here. write=false prints all counts",
+        key="max_drop_share",
+        value=limit,
+    )
 
 
 def _warn_of_nothing(total: Mapping[str, Any]) -> int:

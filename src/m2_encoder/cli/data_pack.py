@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -26,7 +27,7 @@ from m2_encoder.data.packing.shards import ShardResult
 from m2_encoder.data.packing.sources import Format, Source, find_source
 from m2_encoder.data.samples.language import LanguageName, describe_languages, read_language
 from m2_encoder.data.worker_pool import default_workers
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import Problem, UserError, abridge
 
 EXIT_FAILURES: Final = 1
 
@@ -51,6 +52,7 @@ class PackSettings:
     format: Format | None
     texts: Text | None
     image_root: Text | None
+    encoding: Text | None
     columns: ColumnSettings
     language: LanguageName | None
     samples_per_shard: Annotated[int, Ge(1), Le(10**6)]
@@ -77,6 +79,8 @@ def check_pack(cfg: dict[str, Any]) -> list[Problem]:
         return problems
     try:
         check_pattern(cfg["pattern"])
+        if cfg["encoding"] is not None:
+            _check_encoding(cfg["encoding"])
         source = _find(cfg)
         if source.format == "folder" and anchor(cfg["output"]).resolve().is_relative_to(source.paths[0].resolve()):
             inside = f"lies inside of source={cfg['source']}; give a folder outside of it"
@@ -89,6 +93,11 @@ def check_pack(cfg: dict[str, Any]) -> list[Problem]:
 def run_pack(cfg: dict[str, Any]) -> int:
     """Packs, shows progress, and says what became of the records; raises `UserError` as `pack`."""
     output = anchor(cfg["output"])
+    source = _find(cfg)
+    if source.left_out:
+        names = f"{source.left_out[0].name}{' and others' if len(source.left_out) > 1 else ''}"
+        said = f"packing the images below {source.paths[0]}, not the rows of {names}: name a table to pack these"
+        print(abridge(f"m2-data pack: {said}"), file=sys.stderr)
     workers = default_workers() if cfg["workers"] is None else cfg["workers"]
     options = PackOptions(
         samples_per_shard=cfg["samples_per_shard"],
@@ -102,7 +111,7 @@ def run_pack(cfg: dict[str, Any]) -> int:
         downloads=DownloadOptions(threads=cfg["threads"], timeout_s=cfg["timeout_s"], retries=cfg["retries"]),
         retry_remote=cfg["retry_remote"],
     )
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("packing", total=None)
         done = collections.Counter[str]()
@@ -113,7 +122,7 @@ def run_pack(cfg: dict[str, Any]) -> int:
             progress.update(task, description=counts)
 
         try:
-            summary = pack(_find(cfg), output, options, workers=workers, overwrite=cfg["overwrite"], report=report)
+            summary = pack(source, output, options, workers=workers, overwrite=cfg["overwrite"], report=report)
         except UserError as error:
             raise _with_key(cfg, error) from error
     _print_summary(summary, output)
@@ -130,7 +139,22 @@ def _find(cfg: dict[str, Any]) -> Source:
     columns = Columns(**cfg["columns"], default_language=cfg["language"] and read_language(cfg["language"]))
     columns = columns._replace(extra=tuple(columns.extra))
     root = cfg["image_root"] and os.path.expanduser(cfg["image_root"])
-    return find_source(cfg["source"], columns=columns, format=cfg["format"], texts=cfg["texts"], image_root=root)
+    return find_source(
+        cfg["source"],
+        columns=columns,
+        format=cfg["format"],
+        texts=cfg["texts"],
+        image_root=root,
+        encoding=cfg["encoding"],
+    )
+
+
+def _check_encoding(name: str) -> None:
+    try:
+        "".encode(name)
+    except LookupError as error:
+        rule = "is no encoding that Python knows; common ones are gb18030, utf-16, big5, cp1252"
+        raise UserError(rule, key="encoding", value=name) from error
 
 
 def _print_summary(summary: PackSummary, output: Path) -> None:

@@ -125,7 +125,7 @@ def _print_record(record: dict[str, Any], output: Path) -> None:
     for language in record["sides"][train]["captions"]:
         if language not in record["sides"][val]["captions"]:
             _warn(f"{val} has no caption in {language}")
-    if record["largest_group"] > _GIANT * total:
+    if record["largest_group"] > max(1, _GIANT * total):
         _warn(describe_largest(record["largest_group"], total, record["largest_group_shares"]))
     print(f"  use: data.sources.main.shards={output / train} +data.validation.{val}={output / val}")
 

@@ -19,7 +19,8 @@ from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.problems import Unset
-from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.config.schema import Pictures
+from m2_encoder.errors import NOTHING, Problem, UserError, abridge, abridge_list
 from m2_encoder.evaluation.embedding import Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
 from m2_encoder.evaluation.inputs import IMAGE_SUFFIXES, list_images, read_lines
@@ -36,6 +37,7 @@ class EmbedSettings:
     model: Any
     weights: Any
     tokenizer: Any
+    pictures: Pictures
     images: Any
     texts: Any
     output: Any
@@ -110,7 +112,7 @@ def run_embed(cfg: dict[str, Any]) -> int:
             note = f"[yellow]{len(skipped):,} skipped" if skipped else ""
             progress.update(task, advance=len(batch.names) + len(batch.skipped), skipped=note)
         if not done:
-            first = "; ".join(f"{item.name}: {item.reason}" for item in skipped[:3])
+            first = "; ".join(abridge(f"{item.name}: {item.reason}", 100) for item in skipped[:3])
             more = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
             key = "images" if cfg["images"] is not None else "texts"
             raise UserError(f"nothing could be used: {first}{more}", key=key, value=cfg[key])
@@ -118,8 +120,7 @@ def run_embed(cfg: dict[str, Any]) -> int:
     if not skipped:
         return 0
     print(f"m2-embed: {len(skipped):,} skipped:", file=sys.stderr)
-    for item in skipped:
-        print(f"  {item.name}: {item.reason}", file=sys.stderr)
+    print(*abridge_list([f"  {item.name}: {item.reason}" for item in skipped]), sep="\n", file=sys.stderr)
     return EXIT_SKIPPED
 
 
@@ -161,6 +162,7 @@ def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
         "weights_sha256": file_sha256(path) if path.is_file() else None,
         "config": loaded.model.config.to_dict(),
         "images": cfg["images"],
+        "pictures": None if cfg["images"] is None else loaded.preprocess.pictures.to_dict(),
         "texts": cfg["texts"],
         "m2_encoder": importlib.metadata.version("m2-encoder"),
     }

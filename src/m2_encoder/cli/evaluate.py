@@ -18,10 +18,11 @@ from m2_encoder.config.check import check_settings, check_targets
 from m2_encoder.config.model_choice import find_path, is_model_name, load_from, model_problems, output_problems
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import find_problems
-from m2_encoder.config.schema import check_tasks
+from m2_encoder.config.schema import Pictures, check_tasks
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EmojiStyle, Split, write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.data.retrieval_source import describe_source
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.suite import print_results, run_tasks, summarize
 from m2_encoder.evaluation.tables import open_console
@@ -42,6 +43,7 @@ class EvaluateSettings:
     model: Any
     weights: Any
     tokenizer: Any
+    pictures: Pictures
     data: Text
     folder: Text
     heldout_style: EmojiStyle
@@ -66,8 +68,9 @@ def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
     if isinstance(cfg["rerank"], int) and all(problem.key != "rerank" for problem in problems):
         problems += rerank_problems(cfg)
     data = cfg["data"]
-    if isinstance(data, str) and data != EMBEDDED and not find_path(data).is_dir():
-        problems.append(Problem("data", data, "no such folder", f"give {EMBEDDED} or a folder of WebDataset tars"))
+    if isinstance(data, str) and data != EMBEDDED:
+        problem = describe_source(str(find_path(data)))
+        problems += [Problem("data", data, problem, f"or {EMBEDDED}")] if problem else []
     return problems
 
 
@@ -115,7 +118,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         context = EvaluationContext(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
-            sets=_read_sets(cfg, EvalTransform(loaded.model.config.image_size)),
+            sets=_read_sets(cfg, loaded.preprocess),
             matching=matching,
             batch_size=cfg["batch_size"],
         )
@@ -129,6 +132,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         "model": cfg["model"],
         "data": cfg["data"],
         "rerank": cfg["rerank"],
+        "pictures": loaded.preprocess.pictures.to_dict(),
         **summarize(results),
         "seconds": round(time.time() - started, 3),
         **describe_run(),
@@ -145,9 +149,9 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
 
 def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, RetrievalSet]:
     if cfg["data"] != EMBEDDED:
-        folder = find_path(cfg["data"])
-        name = folder.resolve().name
-        return {name: read_retrieval_set(folder, name=name, transform=transform)}
+        source = find_path(cfg["data"])
+        name = source.resolve().name if source.is_dir() else source.stem
+        return {name: read_retrieval_set(source, name=name, transform=transform)}
     folder = write_emoji_shards(anchor(cfg["folder"]), heldout_style=cfg["heldout_style"])
     return {
         split: read_retrieval_set(folder / split, name=f"{EMBEDDED}_{split}", transform=transform, split=split)

@@ -13,6 +13,7 @@ from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, LAST_NAME, 
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
+from m2_encoder.config.trusted import refuse_foreign
 from m2_encoder.errors import CheckpointError, Problem
 from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head, read_trained
@@ -88,6 +89,7 @@ def run_export(cfg: dict[str, Any]) -> int:
     """Exports and says where."""
     folder = default_run_folder(cfg)
     trained = read_config(folder / CONFIG_FILE)
+    refuse_foreign({"adaptation": trained.get("adaptation")})
     checkpoint = _checkpoint(cfg)
     model = read_trained(trained, checkpoint)
     found = find_head(trained)

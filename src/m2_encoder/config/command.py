@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pkgutil
 import sys
@@ -43,11 +44,13 @@ from m2_encoder.config.sweeps import (
     sweep_problems,
     without_constant,
 )
+from m2_encoder.config.trusted import check_values_only, find_foreign, read_folders, trusted_targets
 from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import Problem, UserError, abridge, abridge_list
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,9 +136,9 @@ def report_problems(name: str, error: UserError) -> None:
         return
     problems = list(dict.fromkeys(map(format_problem, find_problems(error))))
     if len(problems) == 1:
-        _say(f"{name}: {problems[0]}")
+        _say(abridge(f"{name}: {problems[0]}"))
     else:
-        _say(f"{name}: {len(problems)} problems:", *(f"  {problem}" for problem in problems))
+        _say(f"{name}: {len(problems)} problems:", *abridge_list([f"  {problem}" for problem in problems]))
 
 
 def _run(command: Command, argv: Sequence[str]) -> int:
@@ -150,12 +153,13 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     fixed += given
     lines = [quote_unreadable(line, multirun=arguments.multirun) for line in arguments.overrides if line not in fixed]
     arguments = arguments._replace(overrides=lines)
+    trusted = _find_trusted(arguments, config_name, fixed)
     with open_composer(folder, config_name, fixed) as composer:
         if arguments.help:
             values = read_values(find_conf() / command.config_folder / f"{command.config_name}.yaml")
             print(render_help(command, composer.groups(), chosen=composer.chosen(), values=values))
             return 0
-        plan = _plan(command, arguments, composer)
+        plan = _plan(command, arguments, composer, trusted)
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
     sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
     job = _Job(command, plan.constant_lines, folder)
@@ -164,7 +168,20 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     return job.exit_code
 
 
-def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
+def _find_trusted(arguments: Arguments, config_name: str, fixed: Sequence[str]) -> frozenset[str] | None:
+    """The targets that a configuration given by `--config-path` may name; None for one of ours or of the user's.
+
+    Raises:
+        UserError: if it holds more than values.
+    """
+    folder, folders = arguments.config_path, [each for line in fixed for each in read_folders(line)]
+    if folder is None or any(folder.resolve().is_relative_to(each.resolve()) for each in (find_conf(), *folders)):
+        return None
+    check_values_only(folder / f"{config_name}.yaml")
+    return trusted_targets(arguments.overrides, folders)
+
+
+def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: frozenset[str] | None) -> _Plan:
     """Validates the command line as a whole and completes it with Hydra's settings.
 
     Raises:
@@ -179,19 +196,24 @@ def _plan(command: Command, arguments: Arguments, composer: Composer) -> _Plan:
     first = composer.compose(constant)
     mode = first.hydra.mode
     if arguments.multirun or mode == RunMode.MULTIRUN:
-        _check_sweep(command, composer, lines, constant, first)
+        _check_sweep(command, composer, lines, constant, first, trusted)
         return _Plan([*lines, *_quiet(lines), *_sweep_lines(lines)], constant)
     composition = first if constant == lines else composer.compose(lines)
     if command.complete is not None and not composition.problems and is_only_rank():
         more = _resolve(command.complete)(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
-    refuse_all(_find_problems(command, composition))
+    refuse_all(_find_problems(command, composition, trusted))
     run = None if command.run_folder is None else composition.cfg
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines, run)
 
 
 def _check_sweep(
-    command: Command, composer: Composer, lines: list[str], constant: list[str], first: Composition
+    command: Command,
+    composer: Composer,
+    lines: list[str],
+    constant: list[str],
+    first: Composition,
+    trusted: frozenset[str] | None,
 ) -> None:
     """Validates every job of a sweep before the first one starts."""
     jobs = expand_sweep(lines, first.hydra)
@@ -200,7 +222,7 @@ def _check_sweep(
     for job in jobs:
         composition = composer.compose(job)
         name = _rename(command, composition.cfg, job, constant)
-        found = _find_problems(command, composition)
+        found = _find_problems(command, composition, trusted)
         problems += found or (_resolve(command.check_job)(composition.cfg) if command.check_job else [])
         if name is not None and name in names:
             rule = "two jobs of the sweep have this name"
@@ -212,7 +234,9 @@ def _check_sweep(
     refuse_all(problems or [each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
 
 
-def _find_problems(command: Command, composition: Composition) -> list[Problem]:
+def _find_problems(command: Command, composition: Composition, trusted: frozenset[str] | None) -> list[Problem]:
+    if trusted is not None and (foreign := list(find_foreign(composition.cfg, trusted))):
+        return foreign  # before anything imports them
     cfg, more = composition.cfg, {"changed": composition.changed} if command.check_late else {}
     problems = [*composition.problems, *_resolve(command.check)(cfg, **more)]
     if command.check_late and not problems:
@@ -274,7 +298,7 @@ class _Job:
         held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if settings.mode == RunMode.MULTIRUN:
             name = _rename(self._command, plain, list(settings.overrides.task), self._constant)
-            _say(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}")
+            _say(abridge(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}"))
             held = hold_run(plain) if self._command.run_folder is not None else held
         try:
             with held:
@@ -294,7 +318,11 @@ def _resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 def _find_user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake among the causes of an error; a full disk is one that can happen at any file."""
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and error.errno in _FULL:
+            where = f" for {error.filename}" if error.filename else ""
+            return UserError(f"{error.strerror}{where}: make room there and start again; what is finished is kept")
         error = error.__cause__
     return error
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from m2_encoder.config.known import Known, UnknownValueError, count_ranks
+from m2_encoder.data.retrieval_source import describe_source
 from m2_encoder.data.shards.paths import is_remote, list_shards, what_is_there
 from m2_encoder.errors import Problem, UserError
 
@@ -73,11 +74,7 @@ def _problem_of(patterns: Sequence[str], cache: Any) -> str | None:
 
 
 def check_validation(known: Known) -> Iterator[Problem]:
-    """Folders of validation sets hold tars."""
-    for name, folder in (known("data.validation") or {}).items():
-        key = f"data.validation.{name}"
-        try:
-            list_shards(folder)
-        except UserError as error:
-            fix = "give a folder of tars, as m2-data pack writes it"
-            yield Problem(key, folder, " ".join(error.text.split()), fix)
+    """Validation sets are tars, or what m2-data pack reads."""
+    for name, source in (known("data.validation") or {}).items():
+        if problem := describe_source(source):
+            yield Problem(f"data.validation.{name}", source, problem)

@@ -128,7 +128,7 @@ def tokenizer_of(cfg: Mapping[str, Any]) -> SentencePieceTokenizer | None:
 
 
 def load_from(cfg: dict[str, Any]) -> LoadedModel:
-    """Loads the model that `model`, `weights`, `tokenizer` and `device` describe.
+    """Loads the model that `model`, `weights`, `tokenizer`, `pictures` and `device` describe.
 
     Raises:
         UserError: as `m2_encoder.load`.
@@ -139,6 +139,7 @@ def load_from(cfg: dict[str, Any]) -> LoadedModel:
         model if is_model_name(model) else find_path(model),
         weights=weights if weights is None or is_url else find_path(weights),
         tokenizer=None if tokenizer is None else find_path(tokenizer),
+        pictures=cfg["pictures"],
         device=device_of(cfg["device"]),
     )
 

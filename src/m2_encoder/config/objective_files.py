@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,18 +32,21 @@ class NamedFile(NamedTuple):
         return self.key, self.value, find_path(self.value) / WEIGHTS_FILE
 
 
-def find_files(objectives: Mapping[str, Any]) -> list[NamedFile]:
+def find_files(objectives: Mapping[str, Any], *, trusted: Collection[str] | None = None) -> list[NamedFile]:
     """The files of all active objectives, null left out.
 
-    The class that `_target_` names says which arguments name a file; so do those of its parts, such as `targets`.
+    The class that `_target_` names says which arguments name a file; so do those of its parts, such as `targets`. Only
+    classes of `trusted` are imported; None for all.
     """
     nodes = active({name: node for name, node in objectives.items() if isinstance(node, Mapping)})
-    return [file for name, node in nodes.items() for file in _walk(f"objective.{name}", node)]
+    return [file for name, node in nodes.items() for file in _walk(f"objective.{name}", node, trusted)]
 
 
-def _walk(key: str, node: Mapping[str, Any]) -> Iterator[NamedFile]:
+def _walk(key: str, node: Mapping[str, Any], trusted: Collection[str] | None) -> Iterator[NamedFile]:
+    target = str(node.get("_target_"))
     try:
-        files = getattr(pkgutil.resolve_name(str(node.get("_target_"))), "files", {})
+        is_trusted = trusted is None or target in trusted
+        files = getattr(pkgutil.resolve_name(target), "files", {}) if is_trusted else {}
     except (ImportError, AttributeError, ValueError):
         files = {}  # which is reported for the target
     for argument, kind in files.items():
@@ -52,7 +55,7 @@ def _walk(key: str, node: Mapping[str, Any]) -> Iterator[NamedFile]:
             yield NamedFile(f"{key}.{argument}", value, kind, weights if isinstance(weights, str) else None)
     for name, part in node.items():
         if isinstance(part, Mapping):
-            yield from _walk(f"{key}.{name}", part)
+            yield from _walk(f"{key}.{name}", part, trusted)
 
 
 def check_files(known: Known) -> Iterator[Problem]:

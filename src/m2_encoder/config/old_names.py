@@ -1,4 +1,7 @@
-"""What saved configurations say in an older way: names of what has moved, and mappings for what are pairs today."""
+"""What saved configurations say in an older way, or do not say.
+
+Names of what has moved, mappings for what are pairs today, and the policy of pictures, which was one and the same.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,22 @@ Node = TypeVar("Node")
 
 def update_names(node: Node) -> Node:
     """A configuration, or a part of one, as it would be written today; plain containers."""
+    updated: Any = _update(node)
+    model = updated.get("model") if isinstance(updated, dict) else None
+    if isinstance(model, dict) and "tokenizer" in model:  # the group `model` of m2-train
+        model.setdefault("pictures", "older")
+    return updated
+
+
+def _update(node: Node) -> Node:
     updated: Any = node
     if isinstance(node, dict):
-        updated = {key: update_names(value) for key, value in node.items()}
+        updated = {key: _update(value) for key, value in node.items()}
         if isinstance(target := updated.get("_target_"), str):
             updated["_target_"] = _MOVED.get(target, target)
         for key in _BY_STEP:
             if isinstance(value := updated.get(key), dict) and all(str(step).isdecimal() for step in value):
                 updated[key] = [[int(step), number] for step, number in value.items()]
     elif isinstance(node, list):
-        updated = [update_names(value) for value in node]
+        updated = [_update(value) for value in node]
     return updated

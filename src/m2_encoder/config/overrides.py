@@ -15,7 +15,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from m2_encoder.config.problems import nearest
 from m2_encoder.errors import NOTHING, Problem
 
+_MAX_KEY: Final = 200
 _HYDRA_SYNTAX: Final = ("'", '"', "[", "{", "${")
+_NAMED: Final = ("data.sources", "data.validation", "data.columns")  # their keys are names that the user chooses
 
 
 def quote_unreadable(line: str, *, multirun: bool = False) -> str:
@@ -77,7 +79,11 @@ def parse_overrides(
         for line, override in parsed
         if override is None
     ]
-    return [override for _, override in parsed if override is not None], problems
+    found = [override for _, override in parsed if override is not None]
+    # Hydra looks for a file of the key's name, and the system refuses long names.
+    long = [override for override in found if len(override.key_or_group) > _MAX_KEY]
+    problems += [line_problem(each.input_line, f"no key has more than {_MAX_KEY} characters") for each in long]
+    return [override for override in found if override not in long], problems
 
 
 def parse_override(line: str) -> Override | None:
@@ -172,6 +178,8 @@ def _unknown_inside(line: str | None, value: object, path: str, node: Any) -> Pr
 def _unknown_key(line: str | None, part: str, above: str, node: DictConfig) -> Problem:
     known = [name for name in _names(node) if not name.startswith("_") and (above or name != "hydra")]
     near, fix = nearest(part, known), f"it has {', '.join(known) or 'none'}"
-    if "_target_" in node and not near:
+    if above in _NAMED and not near:
+        fix += f"; add one of your own with a +, as in +{line}"
+    elif "_target_" in node and not near:
         fix += f"; other arguments of {node['_target_']} take a +, as in +{line}"
     return line_problem(line, f"{above or 'the configuration'} has no key {part!r}{near}", fix)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.errors import MAX_LINE, NOTHING, Problem, UserError, abridge
 
 
 class Unset:
@@ -21,9 +21,10 @@ UNSET: Final = Unset()
 
 
 def format_problem(problem: Problem) -> str:
-    """The line `key=value: rule; fix`."""
+    """The line `key=value: rule; fix`, of at most `MAX_LINE` characters."""
     given = problem.key if problem.value is NOTHING else f"{problem.key}={show(problem.value)}"
-    return ": ".join(filter(None, (given, "; ".join(filter(None, (problem.rule, problem.fix))))))
+    said = "; ".join(filter(None, (problem.rule, problem.fix)))
+    return abridge(": ".join(filter(None, (abridge(given, MAX_LINE // 2) if said else given, said))))
 
 
 def refuse_all(problems: Sequence[Problem]) -> None:

@@ -16,10 +16,12 @@ from annotated_types import Ge
 from m2_encoder.bounds import Count, Example, Rule, Seed, Text
 from m2_encoder.config.check import Parameters, check_values, make_optional, read_parameters
 from m2_encoder.config.problems import UNSET
+from m2_encoder.config.sweeps import MAX_NAME_BYTES
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
+from m2_encoder.pictures import POLICY_RULE, is_policy
 
-SAFE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
+SAFE_NAME: Final = re.compile(r"[^\W_][\w.=+-]{0,99}")  # letters of any script
 RESERVED_NAMES: Final = ("data", "multirun")
 TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
 KEYED_GROUPS: Final = ("objective", "callbacks")
@@ -30,11 +32,16 @@ REAL_MODEL_FIELDS: Final = ("drop_path_rate", "layer_norm_eps", "position_init_s
 """Fields of the model that are no sizes: they change no tensor's shape."""
 
 _NAME_RULE: Final = Rule(
-    lambda name: bool(SAFE_NAME.fullmatch(name)) and name not in RESERVED_NAMES,
-    "a folder name of letters, digits and . _ = + -, at most 100 characters, "
-    f"starting with a letter or digit, and none of {', '.join(RESERVED_NAMES)}",
+    lambda name: (
+        bool(SAFE_NAME.fullmatch(name)) and len(name.encode()) <= MAX_NAME_BYTES and name not in RESERVED_NAMES
+    ),
+    "a folder name of letters (of any script), digits and . _ = + -, at most 100 characters and "
+    f"{MAX_NAME_BYTES} bytes, starting with a letter or digit, and none of {', '.join(RESERVED_NAMES)}",
     "my-run",
 )
+Pictures = Annotated[Any, Rule(lambda value: value is None or is_policy(value), POLICY_RULE, "standard")]
+"""What the pixels of pictures are; None: as the weights were trained."""
+
 _MODEL_RULE: Final = Rule(NAME_TO_CONFIG.__contains__, f"one of {', '.join(NAME_TO_CONFIG)}", "tiny")
 
 
@@ -57,6 +64,8 @@ class Model:
     tokenizer: Annotated[Text, Example("emoji")]  # `emoji`, or the path of a SentencePiece model
     weights: Text | None = None  # a checkpoint to start from
     map_tokenizer: bool | Text = False  # whether pieces of another tokenizer than the weights' are mapped, or theirs
+    # what the pixels of its pictures are; None: as the weights were trained, `standard` from scratch
+    pictures: Pictures = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

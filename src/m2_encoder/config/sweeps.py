@@ -20,7 +20,10 @@ from m2_encoder.config.overrides import parse_override, parse_overrides
 from m2_encoder.errors import Problem, UserError
 
 MAX_NAME_LENGTH: Final = 100
-_UNSAFE: Final = re.compile(r"[^A-Za-z0-9._=+-]+")
+MAX_NAME_BYTES: Final = 200
+"""Of the name of a run: file systems take 255 for a name, and some files have more in theirs."""
+
+_UNSAFE: Final = re.compile(r"[^\w.=+-]+")
 
 
 def is_sweep_line(line: str) -> bool:
@@ -95,10 +98,11 @@ def job_name(name: str, swept: Sequence[str]) -> str:
     labels = _label([key for key, _ in pairs])
     parts = [f"{label}={value}" for label, (_, value) in zip(labels, pairs, strict=True)]
     full = _UNSAFE.sub("-", "-".join([name, *parts]))
-    if len(full) <= MAX_NAME_LENGTH:
+    if len(full) <= MAX_NAME_LENGTH and len(full.encode()) <= MAX_NAME_BYTES:
         return full
     digest = hashlib.sha256(" ".join(swept).encode()).hexdigest()[:8]
-    return f"{full[: MAX_NAME_LENGTH - 9]}-{digest}"
+    head = full[: MAX_NAME_LENGTH - 9].encode()[: MAX_NAME_BYTES - 9].decode("utf-8", "ignore")
+    return f"{head}-{digest}"
 
 
 def sweep_problems(cfg: dict[str, Any], hydra: DictConfig) -> list[Problem]:

@@ -18,9 +18,9 @@ from m2_encoder.config.schema import Trainer, check_shape
 from m2_encoder.errors import Problem, UserError
 
 GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
-    "data": ("tokenizer", "image_size", "seed", "max_steps"),
-    "data.decode": ("data",),
-    "data.transform": ("image_size",),
+    "data": ("tokenizer", "image_size", "seed", "max_steps", "pictures"),
+    "data.decode": ("data", "pictures"),
+    "data.transform": ("image_size", "pictures"),
     "task": ("image_size", "patch_size", "optimizer", "scheduler", "validation_name"),
     "optimizer": ("module",),
     "scheduler": ("optimizer",),

@@ -1,5 +1,7 @@
 """Measurements of an image for curation: size, hash of its bytes, perceptual hash of 64 bits, mean colour.
 
+Pixels are those of the policy `standard`: upright, alpha on white, 16 bits scaled, as viewers show a picture.
+
 The perceptual hash is the sign of the lowest spatial frequencies (8 x 8 of a DCT of 32 x 32 grey pixels) against their
 median, as in pHash. It survives scaling, recompression and small changes of colour, so the mean colour is kept beside
 it: a red and a blue heart are no duplicates. Every hash has the same number of bits set, so distances are even (but for
@@ -16,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from m2_encoder.data.images.limits import ImageLimits, load_pixels, open_pixels
+from m2_encoder.data.images.limits import ImageLimits, load_rgb, open_pixels
 from m2_encoder.data.samples.parse import SampleProblem
+from m2_encoder.pictures import STANDARD
 
 _SIDE: Final = 32
 _KEPT: Final = 8
@@ -61,10 +64,8 @@ def measure_image(content: bytes, *, max_pixels: int) -> ImageMeasure:
 def _thumbnail(image: Image.Image) -> npt.NDArray[np.uint8]:
     """(32, 32, 3) mean colours."""
     image.draft("RGB", (2 * _SIDE, 2 * _SIDE))  # JPEG only; never smaller than that
-    load_pixels(image)
-    image.info.pop("transparency", None)  # alpha is dropped as everywhere; the conversion would warn of it
+    pixels = load_rgb(image, STANDARD)
     try:
-        pixels = image if image.mode == "RGB" else image.convert("RGB")
         small = pixels.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     except Exception as error:
         # Not too broad: odd modes fail in many ways.

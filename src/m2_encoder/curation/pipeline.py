@@ -32,7 +32,7 @@ from m2_encoder.curation.tables import read_notes
 from m2_encoder.curation.writer import WriteTask, plan_shards, write_shard
 from m2_encoder.errors import UserError
 
-_VERSION: Final = 1  # raise it when a stage writes something else for the same input
+_VERSION: Final = 2  # raise it when a stage writes something else for the same input
 Progress = Callable[[str, int, int], None]
 """Told the stage, how many of its tasks are done, and how many there are."""
 
@@ -65,6 +65,7 @@ def curate(
     write: bool = True,
     overwrite: bool = False,
     keep_work: bool = False,
+    accept: Callable[[Report], None] = lambda _report: None,
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> Curation:
     """Curate shards into new ones, or go on where an earlier call was stopped.
@@ -80,6 +81,7 @@ def curate(
             writes what was decided, one with other settings need not read the shards again.
         overwrite: replace a finished curation with other settings or shards.
         keep_work: keep intermediate files, so that other thresholds need not read the shards again.
+        accept: told what was decided before shards are written; what it raises ends the call, and another goes on.
         progress: told after every task.
 
     Raises:
@@ -104,14 +106,28 @@ def curate(
             folder.remove_work()
         return Curation(report=Report(finished), stages=())
     with folder.lock():
-        run = _Run(shards, folder, settings, executor, progress, identity)
-        report = run.all_stages(evaluation, write=write)
-        write_report(folder.path, report)
+        run = _Run(shards, folder, settings, executor, progress, identity, accept)
+        with _saying_what_stays(output):
+            report = run.all_stages(evaluation, write=write)
+            write_report(folder.path, report)
         if keep_work:
             folder.keep_work()
         elif write:
             folder.remove_work()
     return Curation(report=report, stages=tuple(run.stats))
+
+
+@contextlib.contextmanager
+def _saying_what_stays(output: Path) -> Iterator[None]:
+    """What the disk refuses ends in one line."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        text = f"{error}; mend that and start again: what is done stays"
+        raise UserError(" ".join(text.split()), key="output", value=output) from error
 
 
 class _Run:
@@ -125,10 +141,11 @@ class _Run:
         executor: Executor,
         progress: Progress,
         identity: Mapping[str, Any],
+        accept: Callable[[Report], None],
     ) -> None:
         self._shards, self._folder, self._settings = list(shards), folder, settings
         self._executor, self._progress = executor, progress
-        self._identity = identity
+        self._identity, self._accept = identity, accept
         later = ("score", "samples_per_shard")  # what pairs are decided without
         early = {name: value for name, value in identity["settings"].items() if name not in later}
         self._pairs_key = fingerprint([identity["version"], identity["shards"], early, identity["evaluation"]])
@@ -223,13 +240,13 @@ class _Run:
 
     def _score(self, merged: Sequence[Path]) -> list[Path]:
         # Here, because it loads torch's models, which no other stage needs.
-        from m2_encoder.curation.scoring import Scorer, ScoreTask, image_size_of, prepare_window
+        from m2_encoder.curation.scoring import Scorer, ScoreTask, inputs_of, prepare_window
 
         settings = self._settings.score
         assert settings is not None
-        size = image_size_of(settings)
+        size, pictures = inputs_of(settings)
         model = dataclasses.replace(settings, rewrite_below=None, drop_below=None)  # other bounds need no new scores
-        key = fingerprint([self._pairs_key, dataclasses.asdict(model), self._identity["model"]])
+        key = fingerprint([self._pairs_key, dataclasses.asdict(model), self._identity["model"], pictures.to_dict()])
         folder = self._folder.stage("score", key)
         by_shard: list[list[ScoreTask]] = []
         for path, shard in zip(merged, self._shards, strict=True):
@@ -243,6 +260,7 @@ class _Run:
                         start,
                         min(start + settings.rows, rows),
                         size,
+                        pictures,
                         self._settings.max_pixels,
                     )
                     for start in range(0, rows, settings.rows)
@@ -261,6 +279,8 @@ class _Run:
 
     def _write(self, decided: Sequence[Path], *, write: bool) -> Report:
         settings = self._settings
+        if write:
+            self._accept(self._report(decided, {}, is_written=False))
         kept = [
             (shard, str(path), int(read_notes(path)["kept_samples"]))
             for shard, path in zip(self._shards, decided, strict=True)
@@ -279,8 +299,11 @@ class _Run:
             written = {
                 name: json.loads(Path(task.output).read_text()) for (name, _), task in zip(planned, tasks, strict=True)
             }
-            found = self._folder.fingerprint
-            return build_report(self._shards, decided, written, self._identity, found, is_written=write)
+            return self._report(decided, written, is_written=write)
+
+    def _report(self, decided: Sequence[Path], written: Mapping[str, Mapping[str, int]], *, is_written: bool) -> Report:
+        found = self._folder.fingerprint
+        return build_report(self._shards, decided, written, self._identity, found, is_written=is_written)
 
     def _run_stage(
         self,

@@ -25,8 +25,9 @@ from m2_encoder.curation.tables import read_table, write_table
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.shards.index import Member
 from m2_encoder.errors import ImageError
-from m2_encoder.hub import load
+from m2_encoder.hub import choose_pictures, load
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.pictures import PicturePolicy
 
 _COLUMNS = ("sample", "keep", "text", "image_offset", "image_size")
 
@@ -40,6 +41,7 @@ class ScoreTask(NamedTuple):
     start: int
     stop: int
     image_size: int
+    pictures: PicturePolicy
     max_pixels: int
 
 
@@ -55,11 +57,12 @@ class Window(NamedTuple):
     texts: list[str]  # of the scored rows
 
 
-def image_size_of(settings: ScoreSettings) -> int:
-    """S of the model, without loading its weights."""
+def inputs_of(settings: ScoreSettings) -> tuple[int, PicturePolicy]:
+    """S of the model, and what the pixels of its pictures are, without loading its weights."""
     folder = Path(settings.model)
-    config = read_exported(folder).config if folder.is_dir() else M2EncoderConfig.from_name(settings.model)
-    return config.image_size
+    exported = read_exported(folder) if folder.is_dir() else None
+    config = exported.config if exported is not None else M2EncoderConfig.from_name(settings.model)
+    return config.image_size, choose_pictures(config, settings.weights, exported)
 
 
 def prepare_window(task: ScoreTask) -> Window:
@@ -73,7 +76,7 @@ def prepare_window(task: ScoreTask) -> Window:
     rows = np.flatnonzero(table.column("keep").to_numpy())
     kept = table.take(pa.array(rows)).to_pydict()
     _, first, image_of_row = np.unique(np.array(kept["sample"], dtype=np.int64), return_index=True, return_inverse=True)
-    transform = EvalTransform(task.image_size, max_pixels=task.max_pixels)
+    transform = EvalTransform(task.image_size, pictures=task.pictures, max_pixels=task.max_pixels)
     images = np.empty((len(first), 3, task.image_size, task.image_size), dtype=np.uint8)
     usable = np.zeros(len(first), dtype=bool)
     with open(task.shard.path, "rb") as file:

@@ -219,6 +219,7 @@ def _survey(task: _SurveyTask) -> tuple[list[SplitSample], list[_Failure]]:
             except SampleProblem as problem:
                 failures.append((shard.path, raw.key, problem.reason, problem.detail))
                 continue
+            captions = (*text.captions, *text.left_out)
             original = str(text.metadata.get("key", ""))
             samples.append(
                 SplitSample(
@@ -227,10 +228,10 @@ def _survey(task: _SurveyTask) -> tuple[list[SplitSample], list[_Failure]]:
                     image=image.image_hash[:_DIGEST_BYTES],
                     look=image.perceptual_hash,
                     color=image.mean_color,
-                    captions=frozenset(caption_form(caption.text) for caption in text.captions),
+                    captions=frozenset(caption_form(caption.text) for caption in captions),
                     identity=name_content(text, key=raw.key, shard=shard.path, source=""),
                     folder=(original if "/" in original else raw.key).rpartition("/")[0],
-                    languages=tuple(caption.language for caption in text.captions),
+                    languages=tuple(caption.language for caption in captions),
                 )
             )
     return samples, failures

@@ -122,7 +122,7 @@ def check_retrieval_set(folder: str | os.PathLike[str], *, name: str) -> None:
     """
     queries = 0
     try:
-        for sample in read_samples(folder):
+        for sample in read_samples(folder, images=False):
             _check_sample(sample)
             queries += sum(caption.role not in ROLES_WITHOUT_QUERY for caption in sample.text.captions)
         _check_queries(queries, str(folder))

@@ -8,30 +8,70 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from m2_encoder.data.packing.download import DownloadOptions
+from m2_encoder.data.packing.encoding import ImageOptions, prepare_image
+from m2_encoder.data.packing.listed import IMAGE_SUFFIXES
+from m2_encoder.data.packing.records import Columns, Failure, Record
+from m2_encoder.data.packing.shards import fetch_images
+from m2_encoder.data.packing.sources import find_source
 from m2_encoder.data.samples.parse import SampleProblem, SampleText, parse_sample_text
+from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.shards.reader import OpenShard
 from m2_encoder.errors import UserError
+
+_RECORDS = 1000  # that are read at a time
+_WANTED = "give tars, a folder of images with .txt or .json of the same name beside them, or a table"
+_AS_THEY_ARE = ImageOptions(verify=False)  # reading the set decodes them
 
 
 class SetSample(NamedTuple):
     """One sample as it is stored."""
 
     origin: str  # its place, as "shard:key"
-    shard: str  # the tar that it lies in
+    shard: str  # the tar, or the source, that it lies in
     key: str  # the name of its files there
     image: bytes  # the image file
     text: SampleText
 
 
-def read_samples(folder: str | os.PathLike[str]) -> Iterator[SetSample]:
-    """Every sample of the tars of a folder, sorted by name.
+def read_samples(source: str | os.PathLike[str], *, images: bool = True) -> Iterator[SetSample]:
+    """Every sample of the tars of a folder, sorted by name; without tars, those that `m2-data pack` would write.
+
+    Nothing is written. `source` may also be a tar or a pattern of tars. Without `images`, those of a source to pack are
+    left out: b"".
 
     Raises:
-        UserError: for a folder without samples, and for anything unusable, by name.
+        UserError: for a source without samples, and for anything unusable, by name.
     """
-    shards = sorted(map(str, Path(folder).glob("*.tar")))
-    if not shards:
-        raise UserError(f"{folder}: no *.tar shards there")
+    where = os.fspath(source)
+    shards = _list_tars(where)
+    return _read_tars(where, shards) if shards else _read_unpacked(where, images=images)
+
+
+def describe_source(source: str) -> str | None:
+    """What is wrong with a source before any of its files is opened; None if `read_samples` may try it."""
+    try:
+        if _list_tars(source):
+            return None
+        found = find_source(source, columns=Columns())
+    except UserError as error:
+        return " ".join(f"{error.text}; {_WANTED}".split())
+    if found.format == "folder" and not _has_image(found.paths[0]):
+        return f"no *.tar there, and no image; {_WANTED}"
+    return None
+
+
+def _has_image(folder: Path) -> bool:
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for _, _, names in os.walk(folder) for name in names)
+
+
+def _list_tars(source: str) -> list[str]:
+    if os.path.isdir(source):
+        return sorted(map(str, Path(source).glob("*.tar")))
+    return list_shards(source) if source.endswith(".tar") else []
+
+
+def _read_tars(folder: str, shards: list[str]) -> Iterator[SetSample]:
     is_empty = True
     for shard in shards:
         with closing(_open(shard)) as tar:
@@ -47,6 +87,36 @@ def read_samples(folder: str | os.PathLike[str]) -> Iterator[SetSample]:
                 is_empty = False
     if is_empty:
         raise UserError(f"{folder}: no samples in its {len(shards)} tar(s)")
+
+
+def _read_unpacked(where: str, *, images: bool) -> Iterator[SetSample]:
+    """Images of a folder with captions beside them, or rows of tables, with the readers and defaults of packing."""
+    try:
+        for part in find_source(where, columns=Columns()).slices(_RECORDS):
+            records = part.read()
+            pairs = fetch_images(records, DownloadOptions()) if images else ((record, None) for record in records)
+            for record, image in pairs:
+                yield _unpacked_sample(where, record, image)
+    except SampleProblem as problem:
+        raise UserError(
+            f"{where}: {problem.detail} ({problem.reason}); an evaluation skips nothing: mend it, or pack what can be "
+            "used with m2-data pack"
+        ) from problem
+    except UserError as error:
+        raise UserError(f"no *.tar in {where}, and {error.text}; {_WANTED}") from error
+
+
+def _unpacked_sample(where: str, record: Record | Failure, image: bytes | SampleProblem | None) -> SetSample:
+    if isinstance(record, Failure):
+        raise SampleProblem(record.reason, f"{record.name}: {record.detail}")
+    try:
+        if isinstance(image, SampleProblem):
+            raise image
+        content = b"" if image is None else prepare_image(image, _AS_THEY_ARE).content
+    except SampleProblem as problem:
+        raise SampleProblem(problem.reason, f"{record.name}: {problem.detail}") from problem
+    text = SampleText(record.captions, record.key, False, {}, record.left_out)
+    return SetSample(f"{where}: {record.name}", where, record.name, content, text)
 
 
 def _open(shard: str) -> OpenShard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.validation_chunks import ValidationChunks
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S
 from m2_encoder.errors import UserError
+from m2_encoder.pictures import STANDARD, PicturePolicy, read_policy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,8 @@ class WebDatasetModule(lightning.LightningDataModule):
         new_segment: continue a checkpoint of another mixture with this one; None never offers it.
         stall_timeout_s: time without progress after which loading is an error.
         columns: more tensors of a batch by name; None leaves one out.
+        pictures: what the pixels of images are, as `read_policy` reads it. `decode` and `transform` get it if they
+            take it; others decide for themselves.
     """
 
     @check_bounds
@@ -111,6 +115,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         new_segment: bool | None = False,
         stall_timeout_s: Positive = STALL_TIMEOUT_S,
         columns: Mapping[str, Column | None] | None = None,
+        pictures: Any = STANDARD,
     ) -> None:
         super().__init__()
         used = {name: values for name, values in sources.items() if values is not None}
@@ -120,10 +125,14 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._specs = [SourceSpec(name, **values) for name, values in used.items()]
         self._image_size, self._seed, self._max_steps = image_size, seed, max_steps
         self._num_workers, self._eval_batch_size = num_workers, eval_batch_size
-        self._captions, self._decode, self._transform = captions, decode, transform(image_size)
+        self._captions, self._pictures = captions, read_policy(pictures)
+        self._decode = bind_pictures(decode, self._pictures)
+        self._transform: ImageTransform = bind_pictures(transform, self._pictures)(image_size)
         self._lanes, self._window, self._keep_decoded = lanes, window, keep_decoded
         self._check = None if check is None else StartCheck(**check)
-        self._needs = TrainingNeeds(global_batch_size, captions.languages, _limits_of(decode), max_bad_share, tokenizer)
+        self._needs = TrainingNeeds(
+            global_batch_size, captions.languages, _limits_of(decode), max_bad_share, tokenizer, self._pictures
+        )
         self._validation = dict(validation or {})
         self._remote = None if cache is None else RemoteShards(**cache)
         self._max_bad_share, self._max_bad_samples = max_bad_share, max_bad_samples
@@ -255,12 +264,24 @@ class WebDatasetModule(lightning.LightningDataModule):
         )
 
     def retrieval_set(self, name: str) -> RetrievalSet:
-        """One validation set as images and captions, decoded once."""
-        return read_retrieval_set(self._validation[name], name=name, transform=EvalTransform(self._image_size))
+        """One validation set as images and captions; the one that is watched is read once and kept."""
+        if name == self.validation_name:
+            return self._watched_set
+        return self._read_set(name)
+
+    @cached_property
+    def _watched_set(self) -> RetrievalSet:
+        return self._read_set(self.validation_name)
+
+    def _read_set(self, name: str) -> RetrievalSet:
+        return read_retrieval_set(self._validation[name], name=name, transform=self._eval_transform())
 
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
         """The sets that a report shows, by name."""
         return {name: self.retrieval_set(name) for name in self._validation}
+
+    def _eval_transform(self) -> EvalTransform:
+        return EvalTransform(self._image_size, pictures=self._pictures)
 
     def _reader(self) -> ShardReader:
         files = {extension.lower() for column in self._columns.values() for extension in column.files}
@@ -351,6 +372,11 @@ def _check_ranks(own: dict[str, str]) -> None:
                 f"{other.get(changed[0])} on rank {rank}; give all machines the same files, and start when none is "
                 "being written"
             )
+
+
+def bind_pictures(function: Callable[..., Any], pictures: PicturePolicy) -> Callable[..., Any]:
+    """The function with the argument `pictures`, if it takes one."""
+    return partial(function, pictures=pictures) if "pictures" in inspect.signature(function).parameters else function
 
 
 def _limits_of(decode: Callable[[bytes], Any]) -> ImageLimits:

@@ -51,11 +51,14 @@ class ResultTable(NamedTuple):
 
 
 def open_console() -> Console:
-    """A console on standard output, wide enough for tables if that is no terminal."""
+    """A console on standard output, wide enough for tables if that is no terminal.
+
+    What is printed is text as it is: names of users may look like markup, `[/INST]`, or like an emoji, `:cat:`.
+    """
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+    console = Console(markup=False, emoji=False)
+    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL, markup=False, emoji=False)
 
 
 def print_table(

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m2_encoder.distributed.collectives import scatter_sums
+from m2_encoder.objectives.derivatives import refuse_forward_mode, refuse_second_derivative
 
 _TILE_BYTES = 16 << 20
 """Size of one matrix of a tile; D needs a few."""
@@ -52,6 +53,7 @@ def mean_alignment(
         shares: D; called once for each tile, in order.
         group: ranks that call this together, and weigh its value equally; None for this rank alone.
     """
+    refuse_forward_mode("this loss", queries, keys)
     mean, mixed = _MeanAlignment.apply(queries, keys, all_keys, shares, group)
     return Alignment(mean, mixed)
 
@@ -79,6 +81,7 @@ class _MeanAlignment(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("this loss")
         mixed, of_keys = ctx.saved_tensors
         of_queries = mixed * (upstream[0] / len(mixed)) if ctx.needs_input_grad[0] else None
         return of_queries, None if of_keys is None else of_keys * upstream[0], None, None, None

@@ -16,6 +16,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
 from m2_encoder.objectives.contrastive_one_sided import one_sided_forward
 from m2_encoder.objectives.contrastive_op import NO_GROUP, contrastive_forward
+from m2_encoder.objectives.derivatives import refuse_forward_mode
 from m2_encoder.objectives.schedule import Schedule
 
 HEADS: Final = ("features", "backbone_features")
@@ -71,7 +72,8 @@ def image_text_contrastive(
 
     Raises:
         UserError: for shapes, dtypes or devices that do not fit, no rows, a smoothing outside [0, 1), a group that does
-            not hold this rank, or (in debug) features that are not normalised and rows that are not equal.
+            not hold this rank, a `logit_scale` that was exponentiated already (above log(20,000)), derivatives in
+            forward mode (jvp, jacfwd), or (in debug) features that are not normalised and rows that are not equal.
 
     Reference: M2-Encoder (arXiv:2401.15896), grouped aggregation (the formulas are derived here, see
         `contrastive_op`); CLIP (arXiv:2103.00020), Fig. 3; several positives: UniCL (arXiv:2204.03610), Eq. 3-5.
@@ -124,6 +126,7 @@ def contrastive_losses(
     for pair in zip(images, texts, strict=True):
         _check_features(*pair, captions_per_image)
     _check_options(images[0], identity, label_smoothing)
+    refuse_forward_mode("image_text_contrastive", *images, *texts, *scales)
     group_name = _group_name(group)
     if debug or (not torch.compiler.is_compiling() and torch.is_anomaly_enabled()):
         for name, features in (("image_features", images), ("text_features", texts)):

@@ -18,6 +18,7 @@ from torch import Tensor
 from m2_encoder.distributed.collectives import gather_rows_without_grad, max_over_group, scatter_sums, sum_over_group
 from m2_encoder.objectives.contrastive_op import resolve_group, row_dots
 from m2_encoder.objectives.contrastive_tiles import Softmax, Tiles
+from m2_encoder.objectives.derivatives import check_log_scales
 from m2_encoder.objectives.positives import Positives
 
 
@@ -33,6 +34,7 @@ def one_sided_forward(
         (M,), without rows if there are none; and on the CPU, int64: rank in the group, whether tiles are in range per
         head.
     """
+    check_log_scales(log_scales)
     process_group = resolve_group(group)
     rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
     rows, captions = images.shape[0], texts.shape[0] // images.shape[0]

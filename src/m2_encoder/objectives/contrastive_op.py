@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 
 from m2_encoder.distributed.collectives import exchange_counts, gather_rows_without_grad
 from m2_encoder.objectives.contrastive_tiles import Softmax, Tiles
+from m2_encoder.objectives.derivatives import check_log_scales
 from m2_encoder.objectives.positives import Positives
 
 NO_GROUP: Final = ""
@@ -77,6 +78,7 @@ def contrastive_forward(
         logsumexps of all images and texts, (M, H) and (c * M, H); all identities, (M,), or empty; and on the CPU,
         int64: rank in the group, whether tiles are in range for each head, images of each rank.
     """
+    check_log_scales(log_scales)
     process_group = None if group == NO_GROUP else resolve_group(group)
     with torch.autocast(images.device.type, enabled=False):
         place = _find_place(images, process_group, equal_rows=equal_rows)

@@ -31,6 +31,7 @@ from m2_encoder.bounds import NotNegative, check_bounds
 from m2_encoder.distributed.collectives import gather_constant, scatter_sums
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.objectives.derivatives import check_log_scales, refuse_forward_mode, refuse_second_derivative
 from m2_encoder.objectives.schedule import Schedule
 
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
@@ -96,11 +97,14 @@ def sigmoid_losses(
         weigh its loss equally: the gradients of others' images are exchanged before backward.
 
     Raises:
-        UserError: for shapes that do not fit.
+        UserError: for shapes that do not fit, a scale that was exponentiated already, derivatives in forward mode or
+            of second order.
     """
     images, texts = tuple(image_features.shape), tuple(text_features.shape)
     if len(images) != 2 or not images[0] or len(texts) != 2 or texts[0] % images[0] or texts[1] != images[1]:
         raise UserError(f"image_features {images} and text_features {texts} must be (n, E) and (k * n, E), n above 0")
+    refuse_forward_mode("sigmoid_losses", image_features, text_features, logit_scale, logit_bias)
+    check_log_scales(logit_scale)
     dtype = torch.promote_types(torch.promote_types(image_features.dtype, text_features.dtype), torch.float32)
     with torch.autocast(image_features.device.type, enabled=False):
         loss, rows = _SigmoidLoss.apply(
@@ -158,6 +162,7 @@ class _SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("sigmoid_losses")
         return (*(part * upstream[0] for part in ctx.saved_tensors), None, None)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from m2_encoder.bounds import refuse
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import pack_tokenizer
+from m2_encoder.config.check import read_parameters
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, find_path, is_model_name
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
@@ -36,6 +37,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.files import Resources
+from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.runs.folder import LAST_CHECKPOINT, UNSAID
 from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -126,6 +128,12 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> W
     if "folder" in data:
         data["folder"] = str(anchor(data["folder"]))
     tokenizer = build_tokenizer(cfg["model"], model)
+    pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
+    if "pictures" in read_parameters(pkgutil.resolve_name(data["_target_"])):
+        data["pictures"] = pictures.to_setting()  # Hydra would make a mapping of the policy
+    elif pictures != STANDARD:
+        rule = f"does not take `pictures`, so it cannot obey model.pictures={pictures.to_setting()}; let it take that"
+        raise UserError(rule, key="data._target_", value=data["_target_"])
     return instantiate(
         data,
         tokenizer=tokenizer,

@@ -21,6 +21,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.matching import Matching
+from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_adaptation
 from m2_encoder.runs.ending import RunEnd
@@ -69,6 +70,7 @@ def export_run(
         output or run_folder / EXPORT_FOLDER,
         model=model,
         tokenizer=build_tokenizer(cfg["model"], model.config),
+        pictures=read_policy(cfg["model"].get("pictures") or STANDARD),
         metrics=read_metrics(run_folder / SUMMARY_FILE, step=end.step),
         provenance=_origin(cfg, facts) | {"versions": ", ".join(map(" ".join, facts["versions"].items()))},
         card=_card(cfg, end, matching),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +21,7 @@ from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.paths import LAST_CHECKPOINT as LAST_CHECKPOINT
 from m2_encoder.config.paths import anchor
+from m2_encoder.config.trusted import check_values_only, find_targets
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import file_sha256, write_json, write_text
@@ -51,11 +52,14 @@ def write_config(path: Path, cfg: Mapping[str, Any]) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """Reads what `write_config` wrote, with today's names of what has moved since.
 
+    Nothing in it is trusted (`config.trusted`): whoever builds an object by it checks its targets.
+
     Raises:
-        UserError: if there is no such file, or it is no YAML mapping.
+        UserError: if there is no such file, it is no YAML mapping, or it holds more than values.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the run.name of a run that m2-train has started")
+    check_values_only(path)
     try:
         # OmegaConf's reader, because YAML's own takes 1e-05 for a text.
         cfg = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
@@ -74,15 +78,15 @@ class Frozen(NamedTuple):
     path: Path  # the file
 
 
-def find_frozen(cfg: Mapping[str, Any]) -> dict[str, Frozen]:
+def find_frozen(cfg: Mapping[str, Any], *, trusted: Collection[str] | None = None) -> dict[str, Frozen]:
     """The files that give a run's ids, codes and teachers their meaning, by the setting that asks for them.
 
-    A file that is not there is left for whoever loads it.
+    A file that is not there is left for whoever loads it. Only classes of `trusted` are imported; None for all.
     """
     found: dict[str, Frozen] = {}
     if cfg.get("task") is None and (tokenizer := str(cfg["model"]["tokenizer"])) != EMBEDDED_TOKENIZER:
         found["model.tokenizer"] = Frozen("model.tokenizer", tokenizer, anchor(tokenizer))
-    found |= {file.key: Frozen(*file.locate()) for file in find_files(cfg.get("objective") or {})}
+    found |= {file.key: Frozen(*file.locate()) for file in find_files(cfg.get("objective") or {}, trusted=trusted)}
     return {what: each for what, each in found.items() if each.path.is_file()}
 
 
@@ -100,7 +104,9 @@ def check_frozen(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> dict
     if not resumes:
         return frozen
     before = _read_record(folder / FROZEN_FILE)
-    places = find_frozen(read_config(folder / CONFIG_FILE)) if (folder / CONFIG_FILE).is_file() else {}
+    places: dict[str, Frozen] = {}
+    if (folder / CONFIG_FILE).is_file():
+        places = find_frozen(read_config(folder / CONFIG_FILE), trusted=find_targets(cfg))
     for what, (key, value, path) in frozen.items():
         if what in before:
             origin, same = before[what]["file"], _digest(path, like=before[what]).items() <= before[what].items()

@@ -5,8 +5,10 @@ Lightning and wandb are imported by the functions: checking their arguments need
 
 from __future__ import annotations
 
+import hashlib
 import netrc
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -45,14 +47,14 @@ def build_wandb_logger(
     mode: Literal["auto", "online", "offline", "disabled"] = "auto",
     finish_timeout_s: Positive = 60.0,
 ) -> WandbLogger | None:
-    """Starts a W&B run whose id and name are the run's, so that a requeued job continues its curves.
+    """Starts a W&B run with the run's name and an id made of it, so that a requeued job continues its curves.
 
     Without a key it stays offline: files in the run's folder that `wandb sync` uploads later. It never asks
     for a key. A server that does not answer within 15 s makes it stay offline, too. If W&B cannot start at all, a
     warning says why and None is returned; `metrics.jsonl` has the same scalars.
 
     Args:
-        run_name: id and name.
+        run_name: its name; `wandb_id` makes its id.
         folder: the run's; W&B's own files go to its sub-folder `wandb`.
         cfg: logged with the git revision and the command.
         project: like `entity`, `group` and `tags`, an argument of `wandb.init`.
@@ -67,7 +69,8 @@ def build_wandb_logger(
         return None
     os.environ.setdefault("WANDB_SILENT", "true")  # its own remarks come before its settings are read
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else its own telemetry waits for the server at the end
-    given = {"name": run_name, "id": run_name, "project": project, "entity": entity, "group": group, "tags": list(tags)}
+    given = {"project": project, "entity": entity, "group": group, "tags": list(tags)}
+    given |= {"name": run_name, "id": wandb_id(run_name)}
     try:
         logger = _start(resolved, finish_timeout_s, cfg, save_dir=str(folder), **given)
     except Exception as error:  # its client, its service, the disk and the network raise what they like
@@ -87,6 +90,18 @@ def build_wandb_logger(
     if resolved == "offline":
         say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
     return logger
+
+
+def wandb_id(run_name: str) -> str:
+    """The id of a run: its name, or for one with other letters than those of English one that addresses can hold.
+
+    >>> wandb_id("emoji-lr=0.001"), wandb_id("实验一-b")
+    ('emoji-lr=0.001', 'b-86295e8f')
+    """
+    if run_name.isascii():
+        return run_name
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", run_name).strip("-") or "run"
+    return f"{plain}-{hashlib.sha256(run_name.encode()).hexdigest()[:8]}"
 
 
 def _start(mode: str, finish_timeout_s: float, cfg: Mapping[str, Any], **given: Any) -> WandbLogger:

@@ -10,7 +10,7 @@ from typing import Final
 import lightning
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, abridge
 
 _GONE: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 _LAST_WORDS_S: Final = 5.0  # for a rank to say why it ends
@@ -44,6 +44,7 @@ def end_together(trainer: lightning.Trainer, error: Exception) -> UserError | No
     if not is_elsewhere:
         if isinstance(error, UserError) and not trainer.is_global_zero and trainer.train_dataloader is not None:
             # While batches are read; before that all ranks meet the same errors, and the first one says them.
-            print(f"m2-train: rank {trainer.global_rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            said = " ".join(str(error).split())
+            print(abridge(f"m2-train: rank {trainer.global_rank}: {said}"), file=sys.stderr, flush=True)
         return None
     return UserError(f"rank {trainer.global_rank}: another rank has ended; what it said stands above or in its own log")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
@@ -69,9 +71,9 @@ def report_run(
         goes_on = "run.resume=auto goes on"
         console.print(f"  [bold]{'steps':<12}[/bold] {end}; {goes_on}", soft_wrap=True, highlight=False)
     for what, path in _places(run_folder, pictures, cfg):
-        console.print(f"  [bold]{what:<12}[/bold] {short_path(path)}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble("  ", (f"{what:<12}", "bold"), f" {short_path(path)}"), soft_wrap=True)
     minutes, seconds = divmod(round(wall_time_s), 60)
-    console.print(f"  [bold]{'wall time':<12}[/bold] {minutes} min {seconds:02d} s", highlight=False)
+    console.print(Text.assemble("  ", (f"{'wall time':<12}", "bold"), f" {minutes} min {seconds:02d} s"))
     return dict(summary["metrics"])
 
 

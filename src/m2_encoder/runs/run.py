@@ -26,6 +26,7 @@ from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_config, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
+from m2_encoder.runs.pictures import settle_pictures
 from m2_encoder.runs.ranks import StartedRanks, end_together
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
@@ -56,6 +57,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     folder = default_run_folder(cfg)
     newest = None if cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
     resumes = newest is not None
+    cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
     if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
         trained = read_config(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
     else:
@@ -84,6 +86,8 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     try:
         if trainer.is_global_zero:
             _announce(cfg, folder, newest, run, changes=trained is cfg)
+            for line in remarks:
+                print(f"run {cfg['run']['name']}: {line}")
         _fit(run, newest and newest.path, name=cfg["run"]["name"])
         first_step.pass_by(trainer)  # no step is left where all were done already
         metrics_of_end = _finish(run, tasks, cfg, folder, trained=trained, started=started)

@@ -96,7 +96,9 @@ def check_export(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("mine")
-def test_low_rank_updates(m2_train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_low_rank_updates(
+    own: Own, m2_train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = m2_train("adaptation=mine", "optimizer.weight_decay=0.5")
     begun = read(run)
     check_export(run)
@@ -107,15 +109,17 @@ def test_low_rank_updates(m2_train: Train, monkeypatch: pytest.MonkeyPatch, caps
     assert len(moved) == 4
     check_export(run)
 
-    monkeypatch.setattr(
-        sys, "argv", ["m2-export", f"run.folder={run.parent}", "run.name=mine", f"output={run / 'two'}"]
-    )
+    command = ["m2-export", f"run.folder={run.parent}", "run.name=mine", f"output={run / 'two'}"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert EXPORT() == 2
+    assert "--config-dir FOLDER" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, "--config-dir", str(own.folder)])
     assert EXPORT() == 0
     first, second = (m2_encoder.load(run / name).model.state_dict() for name in ("export", "two"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
     capsys.readouterr()
-    m2_train("adaptation=full", "trainer.max_steps=6", "run.resume=must", code=2)
+    m2_train("adaptation=full", "optimizer.weight_decay=0.5", "trainer.max_steps=6", "run.resume=must", code=2)
     assert "its checkpoint does not fit: it has no backbone" in capsys.readouterr().err.replace("model.", "")
 
 

@@ -127,6 +127,11 @@ def test_old_pieces_that_nobody_knows_are_asked_for(model: M2Encoder, tmp_path: 
         load(model.config, weights=tmp_path / "official.ckpt", tokenizer=OTHER, map_tokenizer=True)
 
 
+def test_there_must_be_a_tokenizer_to_map_to(exported: Path) -> None:
+    with pytest.raises(UserError, match="map_tokenizer: there is no tokenizer"):
+        load(exported, map_tokenizer=True)
+
+
 def test_exports_say_whether_blanks_are_tidied(exported: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
     content = json.loads((copy / "config.json").read_text("utf-8"))

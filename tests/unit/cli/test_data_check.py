@@ -188,3 +188,31 @@ def test_mistakes_take_one_line(
     assert captured.out == ""
     assert len(captured.err.strip().splitlines()) == 1, captured.err
     assert named in captured.err
+
+
+def test_dots_in_names_are_named(look: Look, tmp_path: Path) -> None:
+    members = [(f"photo.{n}.{kind}", content) for n in range(60) for kind, content in _files(n)]
+    members += [(f"good{n}.{kind}", content) for n in range(60, 80) for kind, content in _files(n)]
+    write_tar(tmp_path / "tars" / "0.tar", [*members, ("._good60.png", b"x"), ("__MACOSX/good60.png", b"x")])
+    code, report = look("tars", "full=true")
+    assert (code, report["samples"], report["usable_share"], report["faults"]) == (0, 80, 1.0, {})
+    (warning,) = (text for text in report["warnings"] if "dots" in text)
+    assert warning.startswith("60 of the samples read have dots in their names")
+    assert not any("good60" in name for name in report["extensions"])
+
+
+def test_pairs_that_are_lost_all_count(look: Look, tmp_path: Path) -> None:
+    """3,000 names without a partner beside 1,000 good ones are not 99.9 % usable."""
+    good = [(f"{n}.{kind}", content) for n in range(10) for kind, content in _files(n)]
+    lost = [(f"photo.{n}.png", make_image(100 + n)) for n in range(30)] + [
+        ("photo.30.txt", b"x"),
+        ("photo.0.txt", b"x"),
+    ]
+    write_tar(tmp_path / "tars" / "0.tar", good + lost)
+    _, report = look("tars", "full=true")
+    assert report["faults"] == {"missing_caption": 29, "missing_image": 1}
+    assert report["usable_share"] == pytest.approx(11 / 41)
+
+
+def _files(number: int) -> list[tuple[str, bytes]]:
+    return [("png", make_image(number)), ("txt", f"a picture of {number}".encode())]

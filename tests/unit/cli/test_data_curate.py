@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from m2_encoder.cli import data
-from tests.support.curation import export_scorer, write_corpus
+from tests.support.curation import draw, encode, export_scorer, write_corpus
+from tests.support.shards import write_tar
 
 Start = Callable[..., int]
+ALL = "max_drop_share=1"
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_is_printed_and_written(
     start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = (f"shards={corpus}", f"output={tmp_path / 'out'}", "images.min_side=16", "workers=0")
+    arguments = (f"shards={corpus}", f"output={tmp_path / 'out'}", "images.min_side=16", "workers=0", ALL)
     assert start(*arguments) == 0
     printed = capsys.readouterr().out
     total = json.loads((tmp_path / "out" / "report.json").read_text())["total"]
@@ -59,7 +61,7 @@ def test_damaged_report_is_named(
 
 def test_several_sources(start: Start, corpus: Path, tmp_path: Path) -> None:
     shards = f"shards={{a: {corpus}/000.tar, b: [{corpus}/001.tar]}}"
-    options = ("language={b: zh}", "images.min_side=null", "workers=0", "evaluation.near=null")
+    options = ("language={b: zh}", "images.min_side=null", "workers=0", "evaluation.near=null", ALL)
     assert start(shards, f"output={tmp_path / 'out'}", *options) == 0
     assert sorted(json.loads((tmp_path / "out" / "report.json").read_text())["sources"]) == ["a", "b"]
 
@@ -78,7 +80,7 @@ def test_any_folder_can_be_read(
 ) -> None:
     shutil.copytree(corpus, tmp_path / folder)
     arguments = (argument.format(folder=tmp_path / folder), f"output={tmp_path / 'out'}", "images.min_side=null")
-    assert start(*arguments, "workers=0", "evaluation.near=null") == 0
+    assert start(*arguments, "workers=0", "evaluation.near=null", ALL) == 0
     assert list(json.loads((tmp_path / "out" / "report.json").read_text())["sources"]) == [source]
 
 
@@ -137,7 +139,7 @@ def test_devices_on_ray(
 def test_deciding_without_writing(
     start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = (f"shards={corpus}", f"output={tmp_path / 'out'}", "images.min_side=16", "workers=0")
+    arguments = (f"shards={corpus}", f"output={tmp_path / 'out'}", "images.min_side=16", "workers=0", ALL)
     assert start(*arguments, "write=false") == 0
     assert "write=true" in capsys.readouterr().out
     assert list((tmp_path / "out" / "decisions").iterdir())
@@ -163,6 +165,31 @@ def test_nothing_kept_names_the_key(
     captured = capsys.readouterr()
     assert "pairs fell by too_small; see images.min_side" in captured.err
     assert "kept 0 of" in captured.out
+
+
+def test_a_large_loss_is_refused_before_anything_is_written(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = []
+    for number in range(20):
+        image = encode(draw(number) if number < 16 else draw(number, width=300, height=250))
+        text = f"a drawing {number}" if number != 3 else "猫"
+        members += [(f"{number}.png", image), (f"{number}.txt", text.encode())]
+    write_tar(tmp_path / "web" / "0.tar", members)
+    arguments = (f"shards={tmp_path / 'web'}", f"output={tmp_path / 'out'}", "workers=0")
+    assert start(*arguments) == 2
+    captured = capsys.readouterr()
+    said = (
+        "max_drop_share=0.5: 80.0% of 20 pairs would be dropped: 15 too_small (off with images.min_side=null), 1 too_"
+    )
+    assert said in captured.err
+    assert not list((tmp_path / "out").glob("*/*.tar"))
+    assert start(*arguments, "write=false") == 0
+    assert start(*arguments, "max_drop_share=1") == 0
+    assert "kept 4 of 20 pairs" in capsys.readouterr().out
+    kept = (*arguments[:1], f"output={tmp_path / 'more'}", "workers=0", "images.min_side=null")
+    assert start(*kept) == 0
+    assert "kept 19 of 20 pairs" in capsys.readouterr().out
 
 
 def test_missing_extra(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,17 @@ def test_user_error_inside_another_exception(start: Callable[..., int], capsys: 
 
     assert start(work) == 2
     assert capsys.readouterr().err == "m2-tool: scale=3 must be at most 1\n"
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_met(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_cfg: dict[str, Any]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/x.json")
+
+    assert start(work) == 2
+    said = "No space left on device for /data/x.json: make room there and start again; what is finished is kept"
+    assert capsys.readouterr().err == f"m2-tool: {said}\n"
 
 
 def test_bug_keeps_its_traceback(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

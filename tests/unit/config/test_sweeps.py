@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from m2_encoder.config.schema import SAFE_NAME
+from m2_encoder.config.check import check_settings
+from m2_encoder.config.schema import SAFE_NAME, Run
 from m2_encoder.config.sweeps import (
     MAX_NAME_LENGTH,
     expand_sweep,
@@ -91,6 +92,21 @@ def test_names_are_safe_and_short(first: list[str], second: list[str]) -> None:
 def test_long_names_stay_distinct() -> None:
     long = "x" * 200
     assert job_name("run", [f"a={long}1"]) != job_name("run", [f"a={long}2"])
+
+
+def test_names_of_any_script_are_kept_and_fit_a_file_system() -> None:
+    assert job_name("实验一", ["optimizer.lr=1e-3"]) == "实验一-lr=1e-3"
+    long = job_name("实验一" * 20, ["a.b=" + "中" * 60])
+    assert SAFE_NAME.fullmatch(long)
+    assert len(long.encode()) <= 200
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"), [("实验一", True), ("été_2", True), ("实" * 67, False), ("-a", False), ("a b", False)]
+)
+def test_names_of_runs(name: str, fits: bool) -> None:
+    run = {"name": name, "folder": "outputs", "resume": "never", "checkpoint_every": 1, "export": True}
+    assert [problem.key for problem in check_settings(Run, run, "run")] == ([] if fits else ["run.name"])
 
 
 def test_several_devices_need_another_launcher() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -292,6 +293,20 @@ def test_garbage_and_empty_shards(tmp_path: Path) -> None:
     report = run(folder, tmp_path / "out").report
     assert any(fault["reason"].startswith("not_a_tar") for fault in report.content["sources"]["web"]["faults"])
     assert report.total["samples"] >= 6
+
+
+def test_a_full_disk_is_one_line_and_it_goes_on(
+    corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m2_encoder.curation.writer.open_index", fill)
+        with pytest.raises(UserError, match="No space left on device; mend that and start again: what is done stays"):
+            run(corpus, tmp_path / "out")
+    run(corpus, tmp_path / "out")
+    assert (tmp_path / "out" / "report.json").read_bytes() == (finished / "report.json").read_bytes()
 
 
 def test_nothing_left_is_a_report_not_a_crash(corpus: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.data.validation_chunks import ValidationChunks
+from m2_encoder.evaluation.retrieval import encode_set, evaluate_features
 from m2_encoder.types import RetrievalBatch
-from tests.support.training import make_tokenizer
+from tests.support.training import make_module, make_tokenizer, tiny_config
 
 TOKENIZER = make_tokenizer()
 SET = RetrievalSet(
@@ -59,3 +60,36 @@ def test_every_rank_encodes_every_side_in_every_chunk() -> None:
 
 def test_no_chunk_is_larger_than_asked_for() -> None:
     assert max(len(batch.texts["en"].ids) for chunks in read(2, 3) for batch in chunks) == 3
+
+
+@pytest.mark.parametrize(("world_size", "chunk_size"), [(1, 100), (3, 2), (6, 1)])
+def test_validation_measures_what_the_evaluation_measures(world_size: int, chunk_size: int) -> None:
+    torch.manual_seed(0)
+    module = make_module(model=tiny_config(vocab_size=TOKENIZER.vocab_size))
+    module.configure_model()
+    module.eval()
+    shown = SET._replace(images=torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8))
+    wanted = evaluate_features(encode_set(module.model, shown, TOKENIZER))
+    for rank in range(world_size):
+        chunks = ValidationChunks(shown, tokenizer=TOKENIZER, chunk_size=chunk_size, rank=rank, world_size=world_size)
+        with torch.no_grad():
+            for number, batch in enumerate(chunks):
+                module.validation_step(batch, number)
+    for language, metrics in wanted.items():
+        recall = module.validation_recall[language]
+        found = {name: float(value) for name, value in recall.compute().items()}  # type: ignore[operator]
+        assert found == pytest.approx(metrics)
+
+
+def test_a_language_that_the_set_lacks_is_not_measured() -> None:
+    module = make_module(model=tiny_config(vocab_size=TOKENIZER.vocab_size))
+    module.configure_model()
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
+    chinese = SET._replace(
+        images=torch.zeros(4, 3, 16, 16, dtype=torch.uint8), captions={"zh": ["猫", "狗", "鱼", "鸟"]}
+    )
+    for batch in ValidationChunks(chinese, tokenizer=TOKENIZER, chunk_size=9, rank=0, world_size=1):
+        module.validation_step(batch, 0)
+    module.on_validation_epoch_end()
+    assert {name.split("/")[1] for name in logged if name != "step"} == {"emoji_val_zh"}

@@ -80,6 +80,12 @@ def test_run_is_told_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     json.dumps(config)
 
 
+def test_an_id_holds_letters_of_english_alone() -> None:
+    assert loggers.wandb_id("smoke-lr=1e-3") == "smoke-lr=1e-3"
+    assert loggers.wandb_id("实验一") == "run-2dac6e5b"
+    assert loggers.wandb_id("实验一-b") == "b-86295e8f"
+
+
 def test_failure_later_stops_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

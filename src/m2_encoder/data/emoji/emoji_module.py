@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from m2_encoder.bounds import Count, Example, Index, Text
 from m2_encoder.data.emoji.dataset import EmojiStyle, write_emoji_shards
-from m2_encoder.data.images.transforms import EvalTransform, TrainTransform, open_image
+from m2_encoder.data.images.transforms import TrainTransform, open_image
 from m2_encoder.data.loading.loader import PositionLoader
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
@@ -16,6 +16,7 @@ from m2_encoder.data.samples.captions import CaptionSampler
 from m2_encoder.data.samples.sample import Column
 from m2_encoder.data.webdataset_module import BatchSize, WebDatasetModule
 from m2_encoder.errors import UserError
+from m2_encoder.pictures import STANDARD
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 REPORTED_SPLITS = ("heldout_style", "heldout_families")
@@ -50,6 +51,7 @@ class EmojiDataModule(WebDatasetModule):
         eval_batch_size: Count = 256,
         masking: BatchMasking | None = None,
         columns: Mapping[str, Column | None] | None = None,
+        pictures: Any = STANDARD,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -69,6 +71,7 @@ class EmojiDataModule(WebDatasetModule):
             eval_batch_size=eval_batch_size,
             masking=masking,
             columns=columns,
+            pictures=pictures,
             max_bad_share=0.0,
             new_segment=None,
         )
@@ -91,14 +94,10 @@ class EmojiDataModule(WebDatasetModule):
             raise UserError(f"data.global_batch_size={self.global_batch_size} exceeds the {samples} training samples")
         return super().train_dataloader()
 
-    def retrieval_set(self, name: str) -> RetrievalSet:
-        """The validation split as images and captions."""
-        return self._read(VALIDATION_SPLIT)
-
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
         """The splits that a report shows, by name."""
-        return {split: self._read(split) for split in (VALIDATION_SPLIT, *REPORTED_SPLITS)}
+        return {split: self.retrieval_set(f"emoji_{split}") for split in (VALIDATION_SPLIT, *REPORTED_SPLITS)}
 
-    def _read(self, split: str) -> RetrievalSet:
-        transform = EvalTransform(self._image_size)
-        return read_retrieval_set(self._folder / split, name=f"emoji_{split}", transform=transform, split=split)
+    def _read_set(self, name: str) -> RetrievalSet:
+        split = name.removeprefix("emoji_")
+        return read_retrieval_set(self._folder / split, name=name, transform=self._eval_transform(), split=split)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from m2_encoder.data.images.opening import open_picture
+from m2_encoder.data.images.rgb import to_rgb
 from m2_encoder.data.images.transforms import MAX_PIXELS
 from m2_encoder.data.samples.parse import SampleProblem
+from m2_encoder.errors import ImageError
+from m2_encoder.pictures import STANDARD, PicturePolicy
 
 
 class ImageLimits(NamedTuple):
@@ -26,9 +29,12 @@ class ImageFacts(NamedTuple):
     format: str  # Pillow's name in lower case, such as "jpeg"
     width: int  # pixels, as stored
     height: int  # pixels, as stored
+    effects: frozenset[str] = frozenset()  # what a policy does to it, of `rgb.EFFECTS`; known of decoded ones alone
 
 
-def read_image_facts(content: bytes, limits: ImageLimits, *, decode: bool) -> ImageFacts:
+def read_image_facts(
+    content: bytes, limits: ImageLimits, *, decode: bool, pictures: PicturePolicy = STANDARD
+) -> ImageFacts:
     """Check an image file by its header; `decode` decodes all pixels, too, which finds cut and damaged files.
 
     Raises:
@@ -36,9 +42,10 @@ def read_image_facts(content: bytes, limits: ImageLimits, *, decode: bool) -> Im
     """
     with open_pixels(content, limits) as image:
         facts = ImageFacts(str(image.format).lower(), *image.size)
+        effects: set[str] = set()
         if decode:
-            load_pixels(image)
-    return facts
+            load_rgb(image, pictures, effects)
+    return facts._replace(effects=frozenset(effects))
 
 
 def open_pixels(content: bytes, limits: ImageLimits) -> Image.Image:
@@ -52,16 +59,27 @@ def open_pixels(content: bytes, limits: ImageLimits) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF is no reason to drop an image; sizes are checked below
-            image = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError as error:
-        raise SampleProblem("undecodable_image", f"no image that Pillow knows, {len(content):,} bytes") from error
+            image = open_picture(content)
     except Image.DecompressionBombError as error:
         raise SampleProblem("too_many_pixels", str(error)) from error
-    except Exception as error:
-        # Not too broad: on damaged bytes Pillow's many decoders raise nearly every built-in exception.
-        raise SampleProblem("undecodable_image", _describe(error)) from error
+    except ImageError as error:
+        raise SampleProblem("undecodable_image", error.text) from error
     check_size(*image.size, limits)
     return image
+
+
+def load_rgb(image: Image.Image, pictures: PicturePolicy, effects: set[str] | None = None) -> Image.Image:
+    """`rgb.to_rgb` of an opened image.
+
+    Raises:
+        SampleProblem: undecodable_image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return to_rgb(image, pictures, effects)
+    except ImageError as error:
+        raise SampleProblem("undecodable_image", error.text) from error
 
 
 def load_pixels(image: Image.Image) -> None:

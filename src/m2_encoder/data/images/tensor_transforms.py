@@ -35,7 +35,7 @@ class TensorTrainTransform(TrainTransform):
             UserError: if `rng` is no NumPy generator.
         """
         if isinstance(source, bytes):
-            source = decode_image_uint8(source, max_pixels=self.max_pixels, honor_exif=self.honor_exif)
+            source = decode_image_uint8(source, max_pixels=self.max_pixels, pictures=self.pictures)
         if not isinstance(source, Tensor):
             return super().__call__(source, rng=rng)
         _check(source)

@@ -5,17 +5,15 @@ Letters: S image side in pixels · H, W height and width of a source.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from annotated_types import Ge, Gt, Le, Len
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from m2_encoder.bounds import Count, Fraction, Index, NotNegative, Positive, Rule, check_bounds
@@ -27,7 +25,10 @@ from m2_encoder.data.images.augmentation import (
     random_crop_box,
     random_operations,
 )
+from m2_encoder.data.images.opening import open_picture, read_picture_file
+from m2_encoder.data.images.rgb import to_rgb
 from m2_encoder.errors import ImageError, UserError
+from m2_encoder.pictures import OFFICIAL, PicturePolicy
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
 """A file name, the content of an image file, a PIL image, or a uint8 array (H, W), (H, W, 1 or 3 or 4)."""
@@ -39,49 +40,63 @@ _MAX_MAGNITUDE = 10
 _SOURCES = "give a file name, the bytes of an image file, a PIL image, or a uint8 array (H, W, 3)"
 
 
-def open_image(source: ImageSource, *, honor_exif: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open an image as RGB, as the official code does; an RGB image is returned itself.
+def open_image(
+    source: ImageSource,
+    *,
+    pictures: PicturePolicy = OFFICIAL,
+    honor_exif: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """Open an image as RGB; an RGB image is returned itself.
 
-    Alpha is dropped, not blended; grey is copied to three channels; palettes are expanded; CMYK is converted;
-    16-bit grey is clipped at 255. Of an animation, the first frame is taken.
+    Grey is copied to three channels; palettes are expanded; CMYK is converted. Of an animation, the first frame is
+    taken.
 
     Args:
         source: of any kind.
-        honor_exif: apply the EXIF orientation; the official code ignores it.
+        pictures: what its pixels are, by default as in the official code: alpha is dropped, the EXIF orientation
+            ignored, 16-bit grey clipped at 255.
+        honor_exif: obey the orientation of EXIF, or ignore it; None: as `pictures` says.
         max_pixels: larger images are refused before they are decoded; Pillow refuses files above twice its own limit.
 
     Raises:
         ImageError: for what is missing, empty, no image, damaged, too large, or an array of another kind.
     """
     name = _name_of(source)
-    if isinstance(source, np.ndarray):
-        return _from_array(source).convert("RGB")
+    policy = pictures.with_orientation(honor_exif)
     try:
+        if isinstance(source, np.ndarray):
+            return to_rgb(_from_array(source), policy)
         if isinstance(source, Image.Image):
-            return _to_rgb(source, name, honor_exif=honor_exif, max_pixels=max_pixels)
-        with Image.open(_readable(source, name)) as image:
-            return _to_rgb(image, name, honor_exif=honor_exif, max_pixels=max_pixels)
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image, or of a kind that Pillow cannot read") from error
+            _check_size(source, max_pixels)
+            return to_rgb(source, policy)
+        with open_picture(source if isinstance(source, bytes) else read_picture_file(source)) as image:
+            _check_size(image, max_pixels)
+            return to_rgb(image, policy)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error.text}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: too large: {error}") from error
-    except Exception as error:
-        # Not too broad: on damaged bytes Pillow's many decoders raise nearly every built-in exception.
-        raise ImageError(f"{name}: cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
 class EvalTransform:
     """The official transform of evaluation: RGB, then bicubic resize with antialias to exactly S x S.
 
-    The aspect ratio is not kept and nothing is cropped. The arguments are those of `open_image`.
+    The aspect ratio is not kept and nothing is cropped. The arguments are those of `open_image`; `load` passes the
+    policy that the model was trained with.
     """
 
     @check_bounds
-    def __init__(self, image_size: Count, *, honor_exif: bool = False, max_pixels: Count = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        image_size: Count,
+        *,
+        pictures: PicturePolicy = OFFICIAL,
+        honor_exif: bool | None = None,
+        max_pixels: Count = MAX_PIXELS,
+    ) -> None:
         self.image_size = int(image_size)
-        self.honor_exif = honor_exif
+        self.pictures = pictures.with_orientation(honor_exif)
         self.max_pixels = int(max_pixels)
 
     def __call__(self, source: ImageSource) -> Tensor:
@@ -100,7 +115,7 @@ class EvalTransform:
         Raises:
             ImageError: if the source cannot be opened.
         """
-        image = open_image(source, honor_exif=self.honor_exif, max_pixels=self.max_pixels)
+        image = open_image(source, pictures=self.pictures, max_pixels=self.max_pixels)
         return _to_tensor(_resize(image, self.image_size))
 
     def __repr__(self) -> str:
@@ -144,7 +159,8 @@ class TrainTransform:
         color_jitter: ranges of (brightness, contrast, saturation, hue); see `augmentation.color_jitter`.
         grayscale: probability of losing all colour.
         invert: probability of becoming a negative.
-        honor_exif: apply the EXIF orientation.
+        pictures: what the pixels of sources are; a run passes that of its model.
+        honor_exif: obey the orientation of EXIF, or ignore it; None: as `pictures` says.
         max_pixels: larger images are refused before they are decoded.
     """
 
@@ -168,7 +184,8 @@ class TrainTransform:
         color_jitter: Annotated[Sequence[NotNegative], _JITTER] = (0.0, 0.0, 0.0, 0.0),
         grayscale: Fraction = 0.0,
         invert: Fraction = 0.0,
-        honor_exif: bool = False,
+        pictures: PicturePolicy = OFFICIAL,
+        honor_exif: bool | None = None,
         max_pixels: Count = MAX_PIXELS,
     ) -> None:
         self.image_size = int(image_size)
@@ -188,7 +205,7 @@ class TrainTransform:
         self.color_jitter = (brightness, contrast, saturation, hue)
         self.grayscale = float(grayscale)
         self.invert = float(invert)
-        self.honor_exif = honor_exif
+        self.pictures = pictures.with_orientation(honor_exif)
         self.max_pixels = int(max_pixels)
 
     def __call__(self, source: ImageSource, *, rng: np.random.Generator) -> Tensor:
@@ -199,7 +216,7 @@ class TrainTransform:
             UserError: if `rng` is no NumPy generator.
         """
         check_generator(rng)
-        image = open_image(source, honor_exif=self.honor_exif, max_pixels=self.max_pixels)
+        image = open_image(source, pictures=self.pictures, max_pixels=self.max_pixels)
         image = image.crop(random_crop_box(image.size, scale=self.scale, ratio=self.ratio, rng=rng))
         image = _resize(image, self.image_size)
         if rng.random() < self.flip:
@@ -258,51 +275,25 @@ def _name_of(source: ImageSource) -> str:
     raise ImageError(f"an image cannot be {type(source).__name__}; {_SOURCES}")
 
 
-def _readable(source: str | os.PathLike[str] | bytes, name: str) -> Path | io.BytesIO:
-    """A source for `Image.open`, after checks whose reasons Pillow does not give."""
-    if isinstance(source, bytes):
-        if not source:
-            raise ImageError(f"{name}: empty")
-        return io.BytesIO(source)
-    path = Path(source)
-    if path.is_dir():
-        raise ImageError(f"{name}: is a folder, not an image file")
-    if not path.is_file():
-        raise ImageError(f"{name}: no such file")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{name}: the file is empty")
-    return path
-
-
-def _to_rgb(image: Image.Image, name: str, *, honor_exif: bool, max_pixels: int) -> Image.Image:
-    """Check the size in the header, decode, convert."""
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    """Check the size in the header."""
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(f"{name}: too large: {width} x {height} pixels, at most {max_pixels:,} are allowed")
+        raise ImageError(f"too large: {width} x {height} pixels, at most {max_pixels:,} are allowed")
     if width * height == 0:
-        raise ImageError(f"{name}: has no pixels: {width} x {height}")
-    image.load()
-    if honor_exif:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if isinstance(image.info.get("transparency"), bytes):
-        # Pillow would warn that the conversion drops alpha; here it is meant to.
-        image = image.copy()
-        del image.info["transparency"]
-    return image.convert("RGB")
+        raise ImageError(f"has no pixels: {width} x {height}")
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8:
         scaling = "multiply values of 0..1 by 255" if array.dtype.kind == "f" else "bring values to 0..255"
-        raise ImageError(f"array: dtype must be uint8, got {array.dtype}; {scaling}, then .astype(numpy.uint8)")
+        raise ImageError(f"dtype must be uint8, got {array.dtype}; {scaling}, then .astype(numpy.uint8)")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
         planar = array.ndim == 3 and array.shape[0] in (1, 3, 4)
         fix = "; channels come last, use .transpose(1, 2, 0)" if planar else ""
-        raise ImageError(f"array: shape must be (H, W) or (H, W, 1 or 3 or 4), got {array.shape}{fix}")
+        raise ImageError(f"shape must be (H, W) or (H, W, 1 or 3 or 4), got {array.shape}{fix}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 

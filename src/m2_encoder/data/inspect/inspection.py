@@ -16,14 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_facts
+from m2_encoder.data.images.rgb import FLAT
 from m2_encoder.data.samples.captions import check_roles
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText, name_content, parse_sample_text
+from m2_encoder.data.shards.grouping import has_dotted_name
 from m2_encoder.data.shards.index import ShardIndex
+from m2_encoder.data.shards.names import is_clutter
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.reader import OpenShard, SampleBytes
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.shards.tar_scan import scan_tar
 from m2_encoder.errors import UserError
+from m2_encoder.pictures import STANDARD, PicturePolicy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.tokenizers.words import count_words
 from m2_encoder.types import LANGUAGES
@@ -56,6 +60,7 @@ class InspectionOptions(NamedTuple):
     decode: bool = True  # decode images, too, which finds cut ones; otherwise only their headers are read
     num_decoded: int | None = None  # images of a shard to decode, evenly spread; None decodes all that are read
     limits: ImageLimits = ImageLimits()  # images outside are faults
+    pictures: PicturePolicy = STANDARD  # what the pixels of images are
     language: str | None = None  # of captions without one; None detects it by the script
     words: bool = False
     tokenizer: SentencePieceTokenizer | None = None  # to count tokens with, before it cuts them; None does not
@@ -94,9 +99,12 @@ class ShardInspection(NamedTuple):
         extensions: members by extension; where a part of the samples is read, those at the start of the shard.
         json_keys: inspected samples by key of their JSON.
         formats: inspected images by kind.
+        effects: decoded images by what the policy does to them, of `rgb.EFFECTS`.
+        flat: names of some that become one flat colour.
         rows: usable inspected samples, `SAMPLE_ROW`.
         captions: theirs, `CAPTION_ROW`.
         left_out: captions of inspected samples that are neither Chinese nor English, by language.
+        dotted: inspected samples that are named up to the last dot.
     """
 
     path: str
@@ -112,9 +120,12 @@ class ShardInspection(NamedTuple):
     extensions: Counter[str]
     json_keys: Counter[str]
     formats: Counter[str]
+    effects: Counter[str]
+    flat: tuple[str, ...]
     rows: npt.NDArray[np.void]
     captions: npt.NDArray[np.void]
     left_out: Counter[str]
+    dotted: int = 0
 
 
 def inspect_shard(task: ShardTask) -> ShardInspection:
@@ -122,7 +133,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
     faults = _Faults(task.path)
     seen = _Seen(task.path)
     shard = None
-    indexed = inspected = 0
+    indexed = inspected = dotted = 0
     header_faults: Counter[str] = Counter()
     try:
         shard = _open(task.path, task.remote)
@@ -134,6 +145,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         decoded = {chosen[i] for i in _choose(len(chosen), task.options.num_decoded)} if task.options.decode else set()
         for number in chosen:
             inspected += 1
+            dotted += has_dotted_name(shard.index[number].key)
             try:
                 _inspect_sample(shard.read(number), task.options, counter, seen, decode=number in decoded)
             except SampleProblem as problem:
@@ -162,9 +174,12 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         extensions=seen.extensions,
         json_keys=seen.json_keys,
         formats=seen.formats,
+        effects=seen.effects,
+        flat=tuple(seen.flat),
         rows=np.array(seen.rows, SAMPLE_ROW),
         captions=np.array(seen.captions, CAPTION_ROW),
         left_out=seen.left_out,
+        dotted=dotted,
     )
 
 
@@ -223,6 +238,8 @@ class _Seen:
         self.captions: list[tuple[int, ...]] = []
         self.json_keys: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
+        self.effects: Counter[str] = Counter()
+        self.flat: list[str] = []
         self.extensions: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.decoded = self.damaged = 0
@@ -233,6 +250,9 @@ class _Seen:
     def add(self, raw: SampleBytes, facts: ImageFacts, said: SampleText, counter: _Counter) -> None:
         identity = name_content(said, key=raw.key, shard=self._shard, source="")
         self.formats[facts.format] += 1
+        self.effects.update(facts.effects)
+        if FLAT in facts.effects and len(self.flat) < MAX_EXAMPLES:
+            self.flat.append(f"{Path(self._shard).name}:{raw.key}")
         for caption in said.captions:
             words, (tokens, foreign) = counter.words(caption.text, caption.language), counter.tokens(caption.text)
             language = LANGUAGES.index(caption.language)
@@ -287,7 +307,8 @@ def _count_extensions(shard: OpenShard, options: InspectionOptions) -> Counter[s
     """Members by extension, from as many headers as samples are read: reading all of a large tar would take longest."""
     limit, index = options.samples_per_shard, shard.index
     size = index.size if limit is None or len(index) <= limit else index[limit].image.offset
-    names = (Path(member.name).name for member in scan_tar(shard.descriptor, size=size).members)
+    members = scan_tar(shard.descriptor, size=size).members
+    names = (Path(member.name).name for member in members if not is_clutter(member.name))
     return Counter(f".{rest}" if dot else "no extension" for _, dot, rest in (name.partition(".") for name in names))
 
 
@@ -309,7 +330,7 @@ def _inspect_sample(
     if decode:
         seen.decoded += 1
         try:
-            read_image_facts(raw.image, options.limits, decode=True)
+            facts = read_image_facts(raw.image, options.limits, decode=True, pictures=options.pictures)
         except SampleProblem:
             seen.damaged += 1
             raise

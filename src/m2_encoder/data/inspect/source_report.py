@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +13,18 @@ import numpy.typing as npt
 
 from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expect_false_negatives
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
+from m2_encoder.data.inspect.picture_advice import advise_pictures
 from m2_encoder.data.inspect.survey import Survey
 from m2_encoder.data.inspect.token_report import TokenReport, summarize_tokens
 from m2_encoder.data.samples.language import describe_languages
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
+from m2_encoder.errors import abridge
 from m2_encoder.types import LANGUAGES
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 """Of lengths and sizes, in reports."""
 
+_MAX_NAMES, _MAX_SHOWN = 8, 120  # in a message: names, and characters of a place
 _MAX_EXAMPLES = 5  # faults of one reason that a report names
 _MANY_FAULTS = 0.01  # share of unusable samples that is worth a warning
 _SIGMAS = 3.0  # by which a share in a part of a source must exceed its limit
@@ -71,6 +74,8 @@ class SourceReport(NamedTuple):
         extensions: members of the inspected shards by extension.
         json_keys: inspected samples by key of their JSON.
         formats: usable images by kind.
+        decoded: images that were decoded.
+        effects: usable decoded ones by what the policy of pictures does to them, of `rgb.EFFECTS`.
         languages: captions by language, those that occur.
         tokens: what the tokenizer makes of the captions; None if it was not asked.
         left_out: captions that are neither Chinese nor English, by language.
@@ -98,6 +103,8 @@ class SourceReport(NamedTuple):
     extensions: dict[str, int]
     json_keys: dict[str, int]
     formats: dict[str, int]
+    decoded: int
+    effects: dict[str, int]
     languages: dict[str, CaptionSummary]
     tokens: TokenReport | None
     left_out: dict[str, int]
@@ -155,6 +162,8 @@ def check_source(
         extensions=_merge(item.extensions for item in survey.shards),
         json_keys=_merge(item.json_keys for item in survey.shards),
         formats=_merge(item.formats for item in survey.shards),
+        decoded=sum(item.decoded for item in survey.shards),
+        effects=_merge(item.effects for item in survey.shards),
         languages=_summarize_languages(captions),
         tokens=summarize_tokens(captions, survey.options.tokenizer),
         left_out=_merge(item.left_out for item in survey.shards),
@@ -174,7 +183,10 @@ def check_source(
         problems=(),
         warnings=(),
     )
-    return report._replace(problems=tuple(_problems(report)), warnings=tuple(_warnings(report, languages)))
+    return report._replace(
+        problems=tuple(_problems(report)),
+        warnings=(*_warnings(report, languages), *_dotted(survey), *advise_pictures(survey)),
+    )
 
 
 def judge_for_training(report: SourceReport, survey: Survey, *, max_bad_share: float) -> SourceReport:
@@ -208,8 +220,8 @@ def _problems(report: SourceReport) -> list[str]:
         return ["it has no shards"]
     first = f", such as {_show_fault(report.examples[0])}" if report.examples else ""
     if report.usable == 0:
-        members = ", ".join(report.extensions) or "none"
-        keys = f"; keys of its JSON: {', '.join(report.json_keys)}" if report.json_keys else ""
+        members = _name_some(report.extensions) or "none"
+        keys = f"; keys of its JSON: {_name_some(report.json_keys)}" if report.json_keys else ""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.faults.items()) or "it is empty"
         if set(report.faults) and set(report.faults) <= _UNREACHED:
             return [f"no usable sample ({reasons}{first}): bring the shards back, or correct their names or address"]
@@ -222,7 +234,7 @@ def _problems(report: SourceReport) -> list[str]:
         return ["one usable sample: nothing to tell apart; give more shards"]
     found = []
     if report.captions.distinct == 1:
-        text = f" ({report.frequent_captions[0][0]!r})" if report.frequent_captions else ""
+        text = f" ({abridge(report.frequent_captions[0][0], 60)!r})" if report.frequent_captions else ""
         found.append(
             f"all captions are the same{text}: nothing to learn from; check which column was packed as caption"
         )
@@ -255,6 +267,16 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
     if any(name not in report.languages for name in languages) and report.languages:
         found.append(f"all captions are in {', '.join(report.languages)}: weigh languages accordingly")
     return found
+
+
+def _dotted(survey: Survey) -> list[str]:
+    count = sum(item.dotted for item in survey.shards)
+    if not count:
+        return []
+    return [
+        f"{count:,} of the samples read have dots in their names and are named up to the last one; other readers of "
+        "WebDataset tars name them up to the first, which makes one sample of many: rename the files"
+    ]
 
 
 def _advise(expected: FalseNegatives) -> str:
@@ -317,7 +339,12 @@ def _examples(shards: Iterable[ShardInspection]) -> tuple[Fault, ...]:
 
 def _show_fault(fault: Fault) -> str:
     place = Path(fault.shard).name if fault.key is None else f"{Path(fault.shard).name}:{fault.key}"
-    return f"{place}: {fault.detail}"
+    return f"{abridge(place, _MAX_SHOWN)}: {abridge(fault.detail, _MAX_SHOWN)}"
+
+
+def _name_some(names: Collection[str]) -> str:
+    more = [f"{len(names) - _MAX_NAMES:,} more"] if len(names) > _MAX_NAMES else []
+    return ", ".join([*(abridge(name, 40) for name in list(names)[:_MAX_NAMES]), *more])
 
 
 def _summarize_languages(captions: npt.NDArray[np.void]) -> dict[str, CaptionSummary]:

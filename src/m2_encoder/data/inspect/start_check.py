@@ -21,6 +21,7 @@ from m2_encoder.data.order.manifest import Manifest, Source
 from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
+from m2_encoder.pictures import STANDARD, PicturePolicy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES
 
@@ -53,6 +54,7 @@ class TrainingNeeds(NamedTuple):
     limits: ImageLimits  # images outside are not used
     max_bad_share: float  # of unusable samples, above which the run ends
     tokenizer: SentencePieceTokenizer | None = None  # of the model; None counts no tokens
+    pictures: PicturePolicy = STANDARD  # what the pixels of its images are
 
 
 def check_manifest(
@@ -134,6 +136,7 @@ def _survey(source: Source, check: StartCheck, needs: TrainingNeeds, remote: Rem
         num_decoded=max(1, per_shard // _DECODED_SHARE),
         limits=needs.limits,
         tokenizer=needs.tokenizer,
+        pictures=needs.pictures,
         language=languages[0] if len(languages) == 1 else None,
     )
     return survey_source(source.shards, options, max_shards=count, workers=0, remote=remote)

@@ -13,9 +13,13 @@ from rich.text import Text
 
 from m2_encoder.data.inspect.source_report import QUANTILES, CaptionSummary, SourceReport
 from m2_encoder.data.inspect.token_report import TokenReport
+from m2_encoder.errors import abridge
 
 _QUANTILE_NAMES: Final = {0.0: "min", 0.5: "median", 1.0: "max"}
 _MAX_TEXT: Final = 60
+_MAX_NAME: Final = 40  # characters of a key or extension
+_MAX_PLACE: Final = 120
+_MAX_DETAIL: Final = 200
 _MAX_KEYS: Final = 12
 
 
@@ -45,9 +49,9 @@ def print_report(console: Console, report: SourceReport, *, title: str) -> None:
     if report.faults:
         print_titled(console, "Faults", _fault_table(report))
     for warning in report.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+        console.print(Text(abridge(f"warning: {warning}"), style="yellow"), soft_wrap=True)
     for problem in report.problems:
-        console.print(Text(f"problem: {problem}", style="bold red"), soft_wrap=True)
+        console.print(Text(abridge(f"problem: {problem}"), style="bold red"), soft_wrap=True)
     if not report.problems:
         verdict = "nothing speaks against training on it" if not report.warnings else "usable, with these warnings"
         console.print(Text(verdict, style="green"))
@@ -55,7 +59,7 @@ def print_report(console: Console, report: SourceReport, *, title: str) -> None:
 
 def print_titled(console: Console, title: str, table: Table) -> None:
     """Print a table under its title, which a narrow table would fold."""
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(Text(abridge(title), style="bold"), soft_wrap=True)
     console.print(table)
 
 
@@ -102,8 +106,10 @@ def _overview(report: SourceReport) -> Table:
     )
     table.add_row("usable samples", f"{about}{report.samples:,} ({report.usable_share:.2%} of those there)")
     table.add_row("read", f"{report.inspected:,} samples, {report.usable:,} of them usable")
-    table.add_row("members", _listing(report.extensions))
-    table.add_row("keys of JSON", _listing(report.json_keys))
+    table.add_row("members", Text(_listing(report.extensions)))
+    table.add_row("keys of JSON", Text(_listing(report.json_keys)))
+    if report.effects:
+        table.add_row("pictures", f"{_listing(report.effects)}, of {report.decoded:,} decoded")
     return table
 
 
@@ -125,7 +131,7 @@ def _frequent_table(captions: Sequence[tuple[str, int]]) -> Table:
     table = make_table("times", "caption")
     table.columns[1].justify = "left"
     for text, count in captions:
-        table.add_row(f"{count:,}", Text(text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"))
+        table.add_row(f"{count:,}", Text(abridge(text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…")))
     return table
 
 
@@ -136,7 +142,11 @@ def _fault_table(report: SourceReport) -> Table:
     for reason, count in report.faults.items():
         example = next((fault for fault in report.examples if fault.reason == reason), None)
         place = "" if example is None else f"{Path(example.shard).name}:{example.key or ''}".rstrip(":")
-        table.add_row(reason, f"{count:,}", Text("" if example is None else f"{place}: {example.detail}"))
+        table.add_row(
+            reason,
+            f"{count:,}",
+            Text("" if example is None else f"{abridge(place, _MAX_PLACE)}: {abridge(example.detail, _MAX_DETAIL)}"),
+        )
     return table
 
 
@@ -149,6 +159,6 @@ def _numbers(values: Sequence[float]) -> list[str]:
 
 
 def _listing(counts: Mapping[str, int]) -> str:
-    shown = [f"{name} {count:,}" for name, count in list(counts.items())[:_MAX_KEYS]]
+    shown = [f"{abridge(name, _MAX_NAME)} {count:,}" for name, count in list(counts.items())[:_MAX_KEYS]]
     more = f", and {len(counts) - _MAX_KEYS} more" if len(counts) > _MAX_KEYS else ""
     return ", ".join(shown) + more if shown else "none"

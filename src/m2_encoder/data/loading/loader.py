@@ -25,7 +25,7 @@ from m2_encoder.data.loading.faults import SampleFault
 from m2_encoder.data.loading.stages import STAGES, TOKENISING, StageBoard, StageClock
 from m2_encoder.data.loading.stream import Delivery
 from m2_encoder.data.loading.watchdog import POLL_S, watch
-from m2_encoder.data.order.manifest_record import describe_difference, read_record
+from m2_encoder.data.order.manifest_record import describe_difference, describe_rewritten, read_record
 from m2_encoder.data.order.plan import Segment, SegmentSource
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S
 from m2_encoder.errors import UserError
@@ -205,6 +205,8 @@ class PositionLoader:
                 f"the checkpoint was trained on another order of data ({'; '.join(lines)}); "
                 "give these settings their old values, or start a new run with another run.name"
             )
+        if not mixture and self._rank == 0 and self._record is not None and "manifest" in state:
+            describe_rewritten(read_record(state["manifest"]), read_record(self._record), say=logger.warning)
         if mixture and not self._new_segment:
             fix = "bring the old one back, or start a new run with another run.name"
             if self._new_segment is not None:

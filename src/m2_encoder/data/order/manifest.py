@@ -145,7 +145,7 @@ class Manifest:
     def record(self) -> Tensor:
         """All shards and weights, packed for `describe_difference` in a later run, (bytes,) uint8."""
         return pack_record(
-            RecordedSource(s.name, weight, s.digest(), s.shards, (s.counts, s.sizes, s.layouts))
+            RecordedSource(s.name, weight, s.digest(), s.shards, (s.counts, s.sizes, s.layouts, s.written))
             for s, weight in zip(self.sources, self.weights, strict=True)
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +22,8 @@ class RecordedSource(NamedTuple):
     weight: float  # share in the mixture, not normalised
     digest: str  # of content and order
     shards: Sequence[str]  # paths or urls
-    # samples, bytes and layout of each shard, int64
-    columns: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    # of each shard samples, bytes, layout, and when it was written (of a remote one the tag of its version), int64
+    columns: Sequence[npt.NDArray[np.int64]]
 
 
 def pack_record(sources: Iterable[RecordedSource]) -> Tensor:
@@ -31,7 +31,7 @@ def pack_record(sources: Iterable[RecordedSource]) -> Tensor:
     heads, parts = [], []
     for name, weight, digest, shards, columns in sources:
         names = "\0".join(shards).encode("utf-8", "replace")
-        heads.append([name, weight, digest, len(shards), len(names)])
+        heads.append([name, weight, digest, len(shards), len(names), len(columns)])
         parts += [names, *map(_by_weight, columns)]
     head = json.dumps(heads, ensure_ascii=False).encode("utf-8", "replace")
     packed = zlib.compress(b"\0".join([head, b"".join(parts)]), 1)
@@ -39,16 +39,20 @@ def pack_record(sources: Iterable[RecordedSource]) -> Tensor:
 
 
 def read_record(record: Tensor) -> dict[str, Any]:
-    """What `pack_record` packed: by source its `weight`, `digest`, `shards` as [path, samples, bytes, layout]."""
+    """What `pack_record` packed: by source its `weight`, `digest`, `shards` as [path, samples, bytes, layout, written].
+
+    `written` is 0, unknown, in records of earlier versions.
+    """
     head, _, content = zlib.decompress(record.numpy().tobytes()).partition(b"\0")
     found, at = {}, 0
-    for name, weight, digest, shards, names_size in json.loads(head):
+    for name, weight, digest, shards, names_size, *more in json.loads(head):
+        num_columns = more[0] if more else 3
         names = content[at : at + names_size].decode().split("\0")
         at += names_size
-        columns = np.frombuffer(content, np.uint8, 3 * 8 * shards, at).reshape(3, 8, shards)
+        columns = np.frombuffer(content, np.uint8, num_columns * 8 * shards, at).reshape(num_columns, 8, shards)
         at += columns.size
         numbers = np.ascontiguousarray(columns.transpose(2, 0, 1)).view("<i8")[..., 0].tolist()
-        rows = [[shard, *values] for shard, values in zip(names, numbers, strict=True)]
+        rows = [[shard, *(*values, 0)[:4]] for shard, values in zip(names, numbers, strict=True)]
         found[name] = {"weight": weight, "digest": digest, "shards": rows}
     return found
 
@@ -73,13 +77,33 @@ def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
     return lines
 
 
+def describe_rewritten(before: Mapping[str, Any], now: Mapping[str, Any], *, say: Callable[[str], object]) -> None:
+    """Say which shards of two equal orders were written anew, at the same size and layout.
+
+    What is compared is the time of writing, or the version that a remote tells: no content.
+    """
+    found = [
+        new[0]
+        for name in now
+        if name in before
+        for then, new in zip(before[name]["shards"], now[name]["shards"], strict=False)
+        if then[:4] == new[:4] and then[4] and new[4] and then[4] != new[4]
+    ]
+    if found:
+        say(
+            f"{len(found)} shard(s) of the same size were written anew since it was saved ({name_some(found)}), by "
+            "their time of writing, or the ETag of a remote; copies without it count, too: if samples changed, the run "
+            "is no longer the uninterrupted one"
+        )
+
+
 def write_weight(weight: float) -> str:
     """All digits, because any of them may change the order; without the point of a whole number."""
     return repr(float(weight)).removesuffix(".0")
 
 
 def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[str]:
-    then, new = ({shard: tuple(values) for shard, *values in part} for part in (before, now))
+    then, new = ({shard: tuple(values[:3]) for shard, *values in part} for part in (before, now))
     removed, added = [s for s in then if s not in new], [s for s in new if s not in then]
     changed = [s for s in new if s in then and then[s] != new[s]]
     for what, shards in (("added", added), ("removed", removed)):

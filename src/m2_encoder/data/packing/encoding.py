@@ -5,15 +5,23 @@ from __future__ import annotations
 import io
 from typing import Final, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from m2_encoder.data.images.limits import ImageLimits, load_pixels, open_pixels
+from m2_encoder.data.images.rgb import (
+    has_alpha,
+    is_deep,
+    read_orientation,
+    scale_levels,
+    transparency_stretch,
+    turn_image,
+    with_alpha,
+)
 from m2_encoder.data.samples.parse import SampleProblem
+from m2_encoder.errors import ImageError
 
 _EXTENSIONS: Final = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _DEFAULT_QUALITY: Final = 90
-_ALPHA_MODES: Final = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 class ImageOptions(NamedTuple):
@@ -45,9 +53,9 @@ class PreparedImage(NamedTuple):
 def prepare_image(content: bytes, options: ImageOptions) -> PreparedImage:
     """Check an image and, where asked for, reduce or encode it again.
 
-    The first frame of other formats (GIF, BMP, TIFF, AVIF, …) becomes PNG without loss. Grey levels of 16 bits become
-    8, because decoders would clip them to white. Encoding again applies the EXIF orientation, because the result has no
-    EXIF. Images with alpha are encoded as PNG.
+    The first frame of other formats (GIF, BMP, TIFF, AVIF, …) becomes PNG without loss. Grey levels of
+    16 and 32 bits become 8, by the rule of `rgb.scale_levels`. Encoding again applies the EXIF orientation, because the
+    result has no EXIF. Images with alpha are encoded as PNG.
 
     Raises:
         SampleProblem: as `read_image_facts`.
@@ -56,19 +64,22 @@ def prepare_image(content: bytes, options: ImageOptions) -> PreparedImage:
         extension = _EXTENSIONS.get(image.format or "")
         reduced = options.max_side_px is not None and max(image.size) > options.max_side_px
         is_lossy = reduced or options.quality is not None
-        if extension is not None and not is_lossy and not _is_deep(image):
+        if extension is not None and not is_lossy and not is_deep(image):
             if options.verify:
                 load_pixels(image)
             return PreparedImage(content, extension, *image.size, False)
-        load_pixels(image)
         try:
             return _encode(image, options if is_lossy else None)
+        except SampleProblem:
+            raise
+        except ImageError as error:
+            raise SampleProblem("undecodable_image", error.text) from error
         except (OSError, ValueError) as error:  # what Pillow raises for modes that it reads but cannot write
             raise SampleProblem("undecodable_image", f"{image.format} cannot be encoded again: {error}") from error
 
 
 def _encode(image: Image.Image, options: ImageOptions | None) -> PreparedImage:
-    picture = _to_eight_bits(ImageOps.exif_transpose(image))
+    picture = _to_eight_bits(image)
     if options is not None and options.max_side_px is not None and max(picture.size) > options.max_side_px:
         scale = options.max_side_px / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -81,16 +92,17 @@ def _encode(image: Image.Image, options: ImageOptions | None) -> PreparedImage:
     return PreparedImage(buffer.getvalue(), "jpg", *picture.size, True)
 
 
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith("I;16")
-
-
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """The image as L, RGB or RGBA, without the metadata of its source."""
-    if _is_deep(image):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
-    mode = "RGBA" if has_alpha else "L" if image.mode in ("1", "L") else "RGB"
-    picture = image.convert(mode) if image.mode != mode else image.copy()
+    """The image, decoded and upright, as L, RGB or RGBA, without the metadata of its source."""
+    orientation, stretch = read_orientation(image), transparency_stretch(image)
+    load_pixels(image)
+    if has_alpha(image):
+        picture = with_alpha(image, stretch=stretch)
+    elif is_deep(image):
+        picture = scale_levels(image)
+    else:
+        mode = "L" if image.mode in ("1", "L") else "RGB"
+        picture = image.convert(mode) if image.mode != mode else image.copy()
+    picture = turn_image(picture, orientation, of=image)
     picture.info.clear()
     return picture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -68,12 +69,19 @@ def slice_json_lines(
         UserError: if a file is empty, or its first lines are no JSON or lack images or captions.
     """
     for path in paths:
+        _refuse_utf16(path)
         with path.open("rb") as file:
             _check_start(path, file, columns)
             for offset, length, digest, first_line, lines in _slices(file, size):
                 yield JsonLinesSlice(
                     root or str(path.parent), str(path), offset, length, first_line, len(lines), digest, columns
                 )
+
+
+def _refuse_utf16(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path}: is UTF-16; convert it with iconv -f utf-16 -t utf-8")
 
 
 def _check_start(path: Path, file: BinaryIO, columns: Columns) -> None:
@@ -91,7 +99,8 @@ def _check_start(path: Path, file: BinaryIO, columns: Columns) -> None:
             first_problem = first_problem if problems > 1 else f"line {number}: {problem.reason}: {problem.detail}"
     file.seek(0)
     if not seen:
-        raise UserError(f"{path}: {first_problem}; each line must be a JSON object")
+        fix = "; convert the file, such as with iconv -f gb18030 -t utf-8" if "not_utf8" in first_problem else ""
+        raise UserError(f"{path}: {first_problem}; each line must be a JSON object{fix}")
     columns._replace(extra=()).check(list(seen), str(path))
 
 
@@ -129,7 +138,7 @@ class ChineseClipSlice:
             yield Failure(f"image {key}", "missing_image", f"texts name it, {file_name} does not have it")
 
     def _read_line(self, line: bytes, texts: tuple[str, ...] | None, name: str) -> Record | Failure:
-        key, tab, encoded = line.partition(b"\t")
+        key, tab, encoded = line.removeprefix(codecs.BOM_UTF8).partition(b"\t")
         if not tab:
             return Failure(name, "wrong_type", "no tab; a line is id<TAB>base64")
         shown = key.decode("utf-8", "backslashreplace")
@@ -161,6 +170,8 @@ def slice_chinese_clip(
 
     Source: the data format of github.com/OFA-Sys/Chinese-CLIP.
     """
+    _refuse_utf16(texts)
+    _refuse_utf16(images)
     by_image = _read_texts(texts)
     taken: set[str] = set()
     with images.open("rb") as file:
@@ -176,7 +187,7 @@ def slice_chinese_clip(
 
 
 def _take(line: bytes, by_image: Mapping[str, list[str]], taken: set[str]) -> tuple[str, ...] | None:
-    key = line.partition(b"\t")[0].decode("utf-8", "backslashreplace")
+    key = line.removeprefix(codecs.BOM_UTF8).partition(b"\t")[0].decode("utf-8", "backslashreplace")
     if key in taken:
         return None
     taken.add(key)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from m2_encoder.data.packing.csv_rows import read_rows
+from m2_encoder.data.packing.encodings import find_encoding, find_separator
 from m2_encoder.data.packing.records import Columns, Failure, Record, fail, read_row, stamp_files, stamp_images
 from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text
+from m2_encoder.data.shards.names import decode_names, is_clutter
 from m2_encoder.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 """Files of a folder that count as images, in lower or upper case."""
 
 _TEXT_SUFFIXES = (".json", ".txt")
+_MAX_LOOKED_AT = 100_000  # files, to say what a folder is
 
 Item = TypeVar("Item")
 
@@ -37,8 +43,9 @@ class FolderSlice:
 
     root: str
     images: tuple[str, ...]  # for each sample the path of its image in the folder, "" where there is only a text
-    stems: tuple[str, ...]  # for each sample its path without suffix
+    stems: tuple[str, ...]  # for each sample its path without suffix, as `names.decode_names` reads it
     repeated: tuple[bool, ...]  # for each sample whether another image of the same name came before it
+    texts: tuple[tuple[str, str], ...]  # for each sample where its `.json` and its `.txt` are, if it has them
     language: str | None  # of `.txt` captions; None detects it
     extra: tuple[str, ...]  # keys of a `.json` that are kept
 
@@ -51,29 +58,30 @@ class FolderSlice:
 
     def stamp(self) -> str:
         """Of images and captions."""
-        names = [*filter(None, self.images), *(stem + suffix for stem in self.stems for suffix in _TEXT_SUFFIXES)]
+        names = [*filter(None, self.images), *(name for names in self.texts for name in names)]
         return stamp_files(os.path.join(self.root, name) for name in names)
 
     def read(self) -> Iterator[Record | Failure]:
         """Read the captions; images are read later."""
-        for image, stem, repeated in zip(self.images, self.stems, self.repeated, strict=True):
+        for image, stem, repeated, texts in zip(self.images, self.stems, self.repeated, self.texts, strict=True):
+            name = stem + os.path.splitext(image)[1]
             if not image:
                 yield Failure(stem, "missing_image", f"a caption without one of {', '.join(IMAGE_SUFFIXES)}")
             elif repeated:
-                yield Failure(image, "duplicate_key", f"another image is called {stem}, too")
+                yield Failure(name, "duplicate_key", f"another image is called {stem}, too")
             else:
-                yield self._read_one(image, stem)
+                yield self._read_one(image, stem, name, texts)
 
-    def _read_one(self, image: str, stem: str) -> Record | Failure:
+    def _read_one(self, image: str, stem: str, name: str, texts: tuple[str, str]) -> Record | Failure:
         try:
-            found = [_read_if_there(os.path.join(self.root, stem + suffix)) for suffix in _TEXT_SUFFIXES]
+            found = [_read_if_there(os.path.join(self.root, text)) for text in texts]
             text = parse_sample_text(found[0], found[1], language=self.language)
             metadata = {} if found[0] is None or not self.extra else parse_json_object(found[0])
         except SampleProblem as problem:
-            return fail(image, problem)
+            return fail(name, problem)
         extra = {name: metadata[name] for name in self.extra if name in metadata}
         path = os.path.join(self.root, image)
-        return Record(image, path, text.captions, text.identity or stem, extra, text.left_out)
+        return Record(name, path, text.captions, text.identity or stem, extra, text.left_out)
 
 
 def slice_folder(
@@ -81,44 +89,100 @@ def slice_folder(
 ) -> Iterator[FolderSlice]:
     """Cut a folder, with all below it, into slices; samples are sorted by path.
 
-    Hidden files and folders are left out; links to folders are not followed.
+    Hidden files and folders, and what systems leave behind, are left out; links to folders are not followed.
 
     Raises:
         UserError: if it holds no image, or cannot be read.
     """
     samples = _list_samples(folder)
-    if not any(image for image, _, _ in samples):
+    if not any(sample.image for sample in samples):
         raise UserError(f"{folder}: no image in it; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
+    keys = iter(decode_names([os.fsencode(sample.stem) for sample in samples]))
     for group in batched(samples, size):
-        images, stems, repeated = zip(*group, strict=True)
-        yield FolderSlice(str(folder), images, stems, repeated, language, tuple(extra))
+        images, stems, repeated, texts = zip(*group, strict=True)
+        own = tuple(islice(keys, len(stems)))
+        yield FolderSlice(str(folder), images, own, repeated, texts, language, tuple(extra))
 
 
-def _list_samples(folder: Path) -> list[tuple[str, str, bool]]:
-    """Path of the image, or "", path without suffix, and whether the latter came before; sorted."""
-    images: list[tuple[str, str]] = []
-    texts: set[str] = set()
+def has_pair(folder: Path) -> bool:
+    """Whether an image with captions in a file of the same name is among the first 100,000 files below a folder."""
+    seen = 0
+    for _, names in _walk(folder):
+        stems: dict[str, set[bool]] = {}
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in (*IMAGE_SUFFIXES, *_TEXT_SUFFIXES):
+                stems.setdefault(stem, set()).add(suffix.lower() in IMAGE_SUFFIXES)
+        seen += len(names)
+        if any(len(kinds) == 2 for kinds in stems.values()):
+            return True
+        if seen > _MAX_LOOKED_AT:
+            return False
+    return False
+
+
+class _Listed(NamedTuple):
+    image: str  # path in the folder; "" for a text alone
+    stem: str  # path without suffix
+    repeated: bool  # whether another image of this stem came before
+    texts: tuple[str, str]  # paths of `.json` and `.txt`, whether they are there or not
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders with the names of their files, without hidden ones and what systems leave behind."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            stem, suffix = os.path.splitext(os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/"))
-            if name.startswith("."):
-                continue
+        folders[:] = [name for name in folders if not name.startswith(".") and not is_clutter(f"{name}/")]
+        yield parent, [name for name in files if not name.startswith(".") and not is_clutter(name)]
+
+
+def _list_samples(folder: Path) -> list[_Listed]:
+    """Images and lonely texts, sorted by stem."""
+    images: list[tuple[str, str]] = []
+    texts: dict[str, dict[str, str]] = {}
+    for parent, files in _walk(folder):
+        tables = {name.removesuffix(".parquet") for name in files if name.endswith(".parquet")}
+        for name in sorted(files):
+            path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
+            stem, suffix = os.path.splitext(path)
             if suffix.lower() in IMAGE_SUFFIXES:
                 images.append((stem, suffix))
-            elif suffix in _TEXT_SUFFIXES:
-                texts.add(stem)
+            elif suffix.lower() in _TEXT_SUFFIXES and name.removesuffix("_stats.json") not in tables:  # of img2dataset
+                own = texts.setdefault(stem, {})
+                own[suffix.lower()] = path if suffix.islower() else own.get(suffix.lower(), path)
+    _match_cases(texts, {stem for stem, _ in images})
     samples = []
     previous = None
     for stem, suffix in sorted(images):
-        samples.append((stem + suffix, stem, stem == previous))
+        samples.append(_Listed(stem + suffix, stem, stem == previous, _paths(stem, texts)))
         previous = stem
-    lonely = texts - {stem for stem, _ in images}
-    return sorted([*samples, *(("", stem, False) for stem in lonely)], key=lambda item: (item[1], item[0]))
+    lonely = texts.keys() - {stem for stem, _ in images}
+    samples += [_Listed("", stem, False, _paths(stem, texts)) for stem in lonely]
+    return sorted(samples, key=lambda sample: (sample.stem, sample.image))
+
+
+def _paths(stem: str, texts: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
+    own = texts.get(stem, {})
+    json_path, text_path = (own.get(suffix, stem + suffix) for suffix in _TEXT_SUFFIXES)
+    return json_path, text_path
+
+
+def _match_cases(texts: dict[str, dict[str, str]], images: Set[str]) -> None:
+    """Give texts that differ from an image's name in case alone to that image, where nothing else fits."""
+    lonely: dict[str, list[str]] = {}
+    for stem in texts.keys() - images:
+        lonely.setdefault(stem.casefold(), []).append(stem)
+    if not lonely:
+        return
+    bare: dict[str, list[str]] = {}
+    for stem in images - texts.keys():
+        bare.setdefault(stem.casefold(), []).append(stem)
+    for folded, stems in lonely.items():
+        if len(stems) == 1 and len(bare.get(folded, ())) == 1:
+            texts[bare[folded][0]] = texts.pop(stems[0])
 
 
 def _read_if_there(path: str) -> bytes | None:
@@ -156,38 +220,58 @@ class RowSlice:
         """Give the rows as records."""
         for number, row in enumerate(self.rows, start=self.first_row):
             name = f"{self.name}: row {number}"
-            if len(row) != len(self.header):
+            if any(map(_is_damaged, row)):
+                advice = "if the whole table is in another encoding, name it, such as encoding=gb18030"
+                yield Failure(name, "not_utf8", f"holds bytes that are not UTF-8; {advice}")
+            elif len(row) != len(self.header):
                 yield Failure(name, "wrong_type", f"{len(row)} fields, the header has {len(self.header)}")
             else:
                 yield read_row(dict(zip(self.header, row, strict=True)), self.columns, name, self.root)
 
 
-def slice_csv(paths: Sequence[Path], size: int, columns: Columns, *, root: str | None = None) -> Iterator[RowSlice]:
+def slice_csv(
+    paths: Sequence[Path], size: int, columns: Columns, *, root: str | None = None, encoding: str | None = None
+) -> Iterator[RowSlice]:
     """Cut CSV or TSV files with a header into slices, none of which spans two files.
 
-    `.tsv` is separated by tabs; quotation marks are those of RFC 4180, where they can be. Relative paths of images
-    count from `root`, by default the folder of each file.
+    `.csv` is separated by commas and `.tsv` by tabs, unless their header has other separators alone; quotation marks
+    are those of RFC 4180, where they can be. Relative paths of images count from `root`, by default the folder of each
+    file. Without an `encoding`, each file has that of `encodings.find_encoding`.
 
     Raises:
-        UserError: if a file is empty or lacks a column with images or captions.
+        UserError: if a file is empty, has no column with images or captions, or is not in the encoding.
     """
+    is_said = False
     for path in paths:
-        # surrogateescape: bytes that are not UTF-8 spoil one row, not the file.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = read_rows(file, "\t" if path.suffix.lower() == ".tsv" else ",")
-            header = next(rows, None)
-            if header is None:
-                raise UserError(f"{path}: is empty; its first row must name the columns")
-            if len(header) == 1 and (other := next((sign for sign in "\t;," if sign in header[0]), None)):
-                raise UserError(
-                    f"{path}: its only column is {header[0]!r}, with {other!r} in it: a .csv is separated by commas, "
-                    "a .tsv by tabs; rename or convert it"
-                )
-            columns.check(header, str(path))
-            first_row = 1
-            for group in batched(rows, size):
-                yield RowSlice(root or str(path.parent), path.name, first_row, header, group, columns)
-                first_row += len(group)
+        found = encoding or find_encoding(path)
+        if encoding is None and found != "utf-8-sig" and not is_said:
+            logger.warning("%s is read as %s, as are others like it; say encoding=NAME if that is wrong", path, found)
+            is_said = True
+        try:
+            yield from _slice_table(path, size, columns, root or str(path.parent), found)
+        except UnicodeError as error:
+            raise UserError(f"{path}: is not in this encoding ({error})", key="encoding", value=found) from error
+
+
+def _slice_table(path: Path, size: int, columns: Columns, root: str, encoding: str) -> Iterator[RowSlice]:
+    # surrogateescape: bytes that are not UTF-8 spoil one row, not the file.
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
+    with path.open(encoding=encoding, errors=errors, newline="") as file:
+        first = next((line for line in file if line.strip()), "").removeprefix("\ufeff")
+        separator = find_separator(first, "\t" if path.suffix.lower() == ".tsv" else ",")
+        rows = read_rows(chain([first], file), separator)
+        header = next(rows, None)
+        if header is None:
+            raise UserError(f"{path}: is empty; its first row must name the columns")
+        columns.check(header, str(path))
+        first_row = 1
+        for group in batched(rows, size):
+            yield RowSlice(root, path.name, first_row, header, group, columns)
+            first_row += len(group)
+
+
+def _is_damaged(field: str) -> bool:
+    return any("\udc80" <= sign <= "\udcff" for sign in field) if not field.isascii() else False
 
 
 def hash_json(value: Any) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from m2_encoder.data.packing.values import find_numbered, is_missing, plain_number
 from m2_encoder.data.samples.language import language_of_column, read_language
 from m2_encoder.data.samples.parse import (
     Captions,
@@ -134,10 +135,11 @@ class Columns(NamedTuple):
 
 def read_row(row: Mapping[str, Any], columns: Columns, name: str, root: str) -> Record | Failure:
     """A row of a table as a record, or as a failure; relative paths of images count from `root`."""
+    said = {name: value for name, value in row.items() if not is_missing(value)}
     try:
-        image = _image_of(columns.find(row, "image"))
-        captions, left_out = _captions_of(row, columns)
-        key = columns.find(row, "key")
+        image = _image_of(plain_number(columns.find(said, "image")), root)
+        captions, left_out = _captions_of(said, columns)
+        key = plain_number(columns.find(said, "key"))
         # The same file in two rows is the same picture, also where nobody gives it a key.
         identity = read_identity({"key": image if key is None and isinstance(image, str) else key})
         located = image_path(image, root) if isinstance(image, str) else image
@@ -188,11 +190,17 @@ def _describe_file(path: str) -> bytes:
     return f"{status.st_size},{status.st_mtime_ns};".encode()
 
 
-def _image_of(value: Any) -> bytes | str:
+def _image_of(value: Any, root: str) -> bytes | str:
     if isinstance(value, Mapping):  # as Hugging Face stores images
         value = value.get("bytes") or value.get("path")
     if value is None:
         raise SampleProblem("missing_image", "no path, URL or bytes")
+    if isinstance(value, str) and value.isdecimal():
+        return find_numbered(value, root) or value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if (found := find_numbered(str(value), root)) is None:
+            raise SampleProblem("missing_image", f"no image is called {value}.jpg, or so, where the table's images are")
+        return found
     if not isinstance(value, bytes | str):
         raise SampleProblem("wrong_type", f"the image is a {type(value).__name__}, not a path, a URL or bytes")
     return value

@@ -110,7 +110,7 @@ def _write_tar(task: ShardTask, path: Path, stamp: str) -> ShardResult:
     samples = changed = 0
     # A fixed time and owner make the bytes a function of the samples alone.
     with webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="", mode=0o644) as writer:
-        for number, (record, image) in enumerate(_fetch_images(task.records.read(), task), start=task.first):
+        for number, (record, image) in enumerate(fetch_images(task.records.read(), task.downloads), start=task.first):
             if isinstance(record, Failure) or isinstance(image, SampleProblem):
                 failures.append(_failure(record, image))
                 continue
@@ -148,18 +148,18 @@ def _failure(record: Record | Failure, image: bytes | SampleProblem) -> Failure:
     return Failure(record.name, image.reason, image.detail)
 
 
-def _fetch_images(
-    records: Iterable[Record | Failure], task: ShardTask
+def fetch_images(
+    records: Iterable[Record | Failure], downloads: DownloadOptions
 ) -> Iterator[tuple[Record | Failure, bytes | SampleProblem]]:
     """Records with their images, in order; downloads run ahead, a bounded number of them."""
     waiting: deque[tuple[Record | Failure, Future[bytes] | None]] = deque()
-    with ThreadPoolExecutor(task.downloads.threads) as pool, contextlib.ExitStack() as stack:
+    with ThreadPoolExecutor(downloads.threads) as pool, contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         for record in records:
             is_remote = isinstance(record, Record) and isinstance(record.image, str) and _is_url(record.image)
-            future = pool.submit(fetch, record.image, task.downloads) if is_remote else None  # type: ignore[union-attr, arg-type]
+            future = pool.submit(fetch, record.image, downloads) if is_remote else None  # type: ignore[union-attr, arg-type]
             waiting.append((record, future))
-            while len(waiting) > 2 * task.downloads.threads or (waiting and waiting[0][1] is None):
+            while len(waiting) > 2 * downloads.threads or (waiting and waiting[0][1] is None):
                 yield _with_image(*waiting.popleft())
         while waiting:
             yield _with_image(*waiting.popleft())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from m2_encoder.data.packing.lines import slice_chinese_clip, slice_json_lines
-from m2_encoder.data.packing.listed import IMAGE_SUFFIXES, slice_csv, slice_folder
+from m2_encoder.data.packing.listed import IMAGE_SUFFIXES, has_pair, slice_csv, slice_folder
 from m2_encoder.data.packing.records import Columns, Slice
 from m2_encoder.data.packing.tables import slice_parquet
 from m2_encoder.data.shards.paths import find_files
@@ -29,6 +29,8 @@ class Source(NamedTuple):
     texts: Path | None  # Chinese-CLIP's second file
     root: str | None  # where relative paths of images count from; None is the folder of each table
     columns: Columns  # what the columns of a table mean; also says languages, and what to keep, of the others
+    encoding: str | None = None  # of CSV tables; None detects it
+    left_out: tuple[Path, ...] = ()  # tables beside the images of a folder
 
     def slices(self, size: int) -> Iterator[Slice]:
         """Cut it into slices of `size` records; those of a table's last slice may be fewer.
@@ -44,8 +46,9 @@ class Source(NamedTuple):
             return slice_chinese_clip(self.paths[0], self.texts, size, language=language)
         if self.format == "parquet":
             return slice_parquet(self.paths, size, self.columns, root=self.root)
-        cut = slice_csv if self.format == "csv" else slice_json_lines
-        return cut(self.paths, size, self.columns, root=self.root)
+        if self.format == "csv":
+            return slice_csv(self.paths, size, self.columns, root=self.root, encoding=self.encoding)
+        return slice_json_lines(self.paths, size, self.columns, root=self.root)
 
 
 def find_source(
@@ -55,6 +58,7 @@ def find_source(
     format: str | None = None,
     texts: str | None = None,
     image_root: str | None = None,
+    encoding: str | None = None,
 ) -> Source:
     """Find the files of a source and say what kind it is.
 
@@ -65,6 +69,7 @@ def find_source(
         format: one of `FORMATS`; None decides by what is there.
         texts: Chinese-CLIP's JSON lines with texts; by default `…_texts.jsonl` beside `…_imgs.tsv`.
         image_root: where relative paths of images in a table count from; the table's folder by default.
+        encoding: of CSV tables, as Python names it; None detects it.
 
     Raises:
         UserError: if nothing is there, or it is of no known kind.
@@ -73,12 +78,14 @@ def find_source(
     if format in (None, "chinese_clip") and folder is not None and folder.is_dir():
         source = _find_pair(folder, str(source))
         folder = Path(source).expanduser()
-    if format is None and folder is not None and folder.is_dir() and _holds_tars_alone(folder):
-        raise UserError(
-            "holds tars already; m2-data check looks at them, m2-data curate chooses", key="source", value=source
-        )
-    if format in (None, "folder") and folder is not None and folder.is_dir() and _holds_images(folder, format):
-        return Source("folder", (folder,), None, None, columns)
+    if format in (None, "folder") and folder is not None and folder.is_dir():
+        if format is None and _holds_tars_alone(folder):
+            rule = "holds tars already; m2-data check looks at them, m2-data curate chooses"
+            raise UserError(rule, key="source", value=source)
+        tables = _tables(folder)
+        if format == "folder" or not tables or has_pair(folder):  # img2dataset puts its table beside the images
+            _refuse_encoding(encoding, "folder")
+            return Source("folder", (folder,), None, None, columns, left_out=tables)
     if format == "folder":
         raise UserError("no such folder", key="source", value=source)
     known = [suffix for name, suffixes in _SUFFIXES.items() if format in (None, name) for suffix in suffixes]
@@ -93,23 +100,36 @@ def find_source(
                 f"source={source}: Chinese-CLIP's format is one file of images and one of texts; "
                 "give source=…_imgs.tsv texts=…_texts.jsonl"
             )
+        _refuse_encoding(encoding, "chinese_clip")
         return Source("chinese_clip", paths, partner, None, columns)
-    if format is None and len(paths) == 1 and paths[0].name.endswith(_IMAGES_ENDING):
-        raise UserError(
-            f"source={source}: is called like images in Chinese-CLIP's format, and {_texts_name(paths[0])} is not "
-            "beside it; name the file of texts with texts=FILE, or say format=csv if its first row names columns"
-        )
+    if format is None:
+        _refuse_lonely_images(paths, source)
     if texts is not None:
         raise UserError(
             f"goes with one .tsv of images in Chinese-CLIP's format; source is {kind}", key="texts", value=texts
         )
-    return Source(kind, paths, None, image_root, columns)
+    if kind != "csv":
+        _refuse_encoding(encoding, kind)
+    return Source(kind, paths, None, image_root, columns, encoding)
 
 
-def _holds_images(folder: Path, format: str | None) -> bool:
-    """Whether a folder is one of images, not of tables."""
-    tables = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
-    return format == "folder" or not any(path.suffix.lower() in tables for path in folder.iterdir())
+def _refuse_lonely_images(paths: Sequence[Path], source: str | Sequence[str]) -> None:
+    if len(paths) == 1 and paths[0].name.endswith(_IMAGES_ENDING):
+        raise UserError(
+            f"source={source}: is called like images in Chinese-CLIP's format, and {_texts_name(paths[0])} is not "
+            "beside it; name the file of texts with texts=FILE, or say format=csv if its first row names columns"
+        )
+
+
+def _tables(folder: Path) -> tuple[Path, ...]:
+    known = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
+    return tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in known and path.name[0] != "."))
+
+
+def _refuse_encoding(encoding: str | None, kind: str) -> None:
+    if encoding is not None:
+        rule = f"goes with .csv and .tsv; source is {kind}, which is UTF-8: convert it, as with iconv"
+        raise UserError(rule, key="encoding", value=encoding)
 
 
 def _holds_tars_alone(folder: Path) -> bool:

@@ -14,6 +14,7 @@ or else of the source, or is told apart by its script. Captions that are neither
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -26,6 +27,8 @@ from m2_encoder.tokenizers.spaces import normalise_spaces
 from m2_encoder.types import LANGUAGES
 
 _TEXT_KEYS = {"text", "caption"}  # of an entry that is a caption with its role or language
+
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 PLAIN_CAPTION_KEYS = ("caption", "text")
 """Keys of a JSON, in any case, that hold captions without their languages."""
@@ -151,13 +154,13 @@ def parse_json_object(content: bytes) -> dict[str, Any]:
 
 
 def decode_text(content: bytes, what: str) -> str:
-    """UTF-8 as text, without a byte order mark.
+    """UTF-8 as text, without a byte order mark; with one of UTF-16, as Windows saves "Unicode", that.
 
     Raises:
         SampleProblem: not_utf8.
     """
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise SampleProblem("not_utf8", f"{what} is not UTF-8 at byte {error.start}") from error
 
@@ -219,7 +222,9 @@ def read_identity(metadata: Mapping[str, Any]) -> str | None:
     """
     for key in ("identity", "key"):
         value = metadata.get(key)
-        if value is not None:
+        if isinstance(value, float) and value.is_integer():  # what pandas makes of a whole number
+            value = int(value)
+        if value is not None and value != "nan" and value == value:  # NaN marks nothing
             if isinstance(value, bool) or not isinstance(value, str | int):
                 raise SampleProblem("wrong_type", f"{key} is a {type(value).__name__}, not a text or whole number")
             return _encodable(str(value))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from m2_encoder.data.shards.names import is_clutter
 from m2_encoder.errors import UserError
 
 _PATTERN = frozenset("*?[")
@@ -89,7 +90,7 @@ def _expand(part: str, suffixes: Sequence[str], what: str) -> list[str]:
         lists = (_list_folder(name, suffixes) if _is_folder(name, suffixes) else [name] for name in names)
         return [name for names in lists for name in names]
     matches = (match for name in names for match in sorted(glob.glob(name, recursive=True)))
-    found = [match for match in matches if _suffix(match) in suffixes or os.path.isfile(match)]
+    found = [each for each in matches if (_suffix(each) in suffixes or os.path.isfile(each)) and not is_clutter(each)]
     if not found:
         raise UserError(f"{part}: no file fits; give a file, a folder or a pattern with {what}s; {what_is_there(part)}")
     return found
@@ -98,7 +99,11 @@ def _expand(part: str, suffixes: Sequence[str], what: str) -> list[str]:
 def _list_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
     with os.scandir(folder) as entries:
         inside = {entry.name: entry.is_dir() for entry in entries}
-    found = sorted(name for name, is_folder in inside.items() if not is_folder and _suffix(name) in suffixes)
+    found = sorted(
+        name
+        for name, is_folder in inside.items()
+        if not is_folder and _suffix(name) in suffixes and not is_clutter(name)
+    )
     if not found:
         wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
         raise UserError(f"{folder}: no {wanted} there; it holds {_name_some(inside)}")

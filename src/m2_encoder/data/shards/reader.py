@@ -132,7 +132,9 @@ class ShardReader:
         return {**self.__dict__, "_open": OrderedDict(), "_failed": {}}
 
     def measure(self, shard: str) -> IndexHeader:
-        """Header of a shard's index. A remote shard without an `.index` beside it is downloaded.
+        """Header of a shard's index, of a remote shard with the tag of its version as time of writing.
+
+        A remote shard without an `.index` beside it is downloaded; a copy of another version is not used.
 
         Raises:
             OSError: if the shard cannot be read.
@@ -141,15 +143,15 @@ class ShardReader:
         if not is_remote(shard):
             return count_samples(_path(shard))
         remote = self._need_remote(shard)
-        size = remote.stat(shard)
+        size, tag = remote.stat(shard)
         head = parse_header(remote.read_head(f"{shard}{INDEX_SUFFIX}", 4096) or b"")
         if head is not None and head.size == size:
-            return head._replace(written=0)
+            return head._replace(written=tag)
         try:
-            counted = count_samples(remote.fetch(shard, size=size))
+            counted = count_samples(remote.fetch(shard, size=size, tag=tag))
         except SampleProblem as problem:
             raise OSError(str(problem)) from problem
-        return counted._replace(written=0)  # of the copy
+        return counted._replace(written=tag)  # not of the copy
 
     def faults(self, shard: str) -> tuple[ShardFault, ...]:
         """What is unusable in a shard, by its headers. A remote shard without an `.index` beside it is downloaded.
@@ -170,6 +172,8 @@ class ShardReader:
 
     def read(self, shard: str, number: int, *, size: int, written: int = 0) -> SampleBytes:
         """The files of a sample of a tar that had this size and time of writing (0: unknown) at the start of the run.
+
+        Of a remote shard, the time of writing is the tag of its version (`measure`).
 
         Raises:
             SampleProblem: shard_missing, shard_changed, remote_timeout or remote_incomplete.
@@ -203,7 +207,7 @@ class ShardReader:
         if failed is not None and time.monotonic() < failed[0]:
             raise failed[1]
         try:
-            opened = self._open_copy(shard, size) if is_remote(shard) else _open(_path(shard), size, written)
+            opened = self._open_copy(shard, size, written) if is_remote(shard) else _open(_path(shard), size, written)
         except SampleProblem as problem:
             if is_remote(shard):
                 self._failed[shard] = time.monotonic() + _RETRY_AFTER_S, problem
@@ -213,10 +217,10 @@ class ShardReader:
             self._open.popitem(last=False)[1].close()
         return opened
 
-    def _open_copy(self, shard: str, size: int) -> OpenShard:
+    def _open_copy(self, shard: str, size: int, tag: int) -> OpenShard:
         remote = self._need_remote(shard)
         for _ in range(_COPY_ATTEMPTS):
-            path = remote.fetch(shard, size=size)
+            path = remote.fetch(shard, size=size, tag=tag)
             with contextlib.suppress(_GoneError):  # another process has made room since
                 return _open(str(path), size, 0)
         raise UserError(

@@ -1,7 +1,8 @@
 """Downloads remote shards, by any transport of fsspec, into a folder of bounded size.
 
 Processes of a machine share the folder: one downloads, the others wait. A download that stalls or has the wrong size is
-tried again.
+tried again. Beside each copy, `.tag` says which version of the shard it is: a number made of what the remote tells of a
+file besides its size (ETag, or else checksums and the time of writing).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Gt
 
@@ -33,6 +34,20 @@ _PIECE_BYTES = 4 << 20
 _FIRST_PAUSE_S = 0.5  # before the second attempt; doubles
 _STALE_PARTIAL_S = 24 * 3600.0
 _TAR_SUFFIX = ".shard"
+_TAG_SUFFIX = ".tag"
+_VALIDATORS = (
+    ("etag",),
+    ("content-md5", "digest", "md5hash", "md5", "crc32c", "checksum", "last-modified", "lastmodified", "last_modified",
+     "updated", "mtime", "modified", "generation"),
+)  # fmt: skip
+"""What transports of fsspec tell of a file's version, in lower case; of the first of these lists that is there."""
+
+
+class RemoteFile(NamedTuple):
+    """What a remote says of a file."""
+
+    size: int | None  # bytes; None if it does not say
+    tag: int  # of its version, 63 bits; 0 if it says nothing
 
 
 class RemoteShards:
@@ -70,21 +85,21 @@ class RemoteShards:
         self.__dict__.update(state)
         self._wanted = queue.SimpleQueue()
 
-    def fetch(self, url: str, *, size: int | None = None) -> Path:
-        """The local copy of a shard, downloaded unless one of `size` bytes (None: any) is there.
+    def fetch(self, url: str, *, size: int | None = None, tag: int = 0) -> Path:
+        """The local copy of a shard, downloaded unless one of `size` bytes (None: any) and `tag` (0: any) is there.
 
         Raises:
             SampleProblem: shard_missing, shard_changed, remote_timeout or remote_incomplete.
             UserError: if the folder takes no copy.
         """
         path = self._path(url)
-        if self._is_there(path, size):
+        if self._is_there(path, size, tag):
             return path
         with self._own_errors():
             self._folder.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
-                if not self._is_there(path, size):  # another process was faster
-                    self._download(url, path, size)
+                if not self._is_there(path, size, tag):  # another process was faster
+                    self._download(url, path, size, tag)
                     self._evict(path)
         return path
 
@@ -99,16 +114,17 @@ class RemoteShards:
         for item in missing:
             self._wanted.put(item)
 
-    def stat(self, url: str) -> int | None:
-        """Size of a remote shard, bytes; None if the remote does not say.
+    def stat(self, url: str) -> RemoteFile:
+        """Size and version of a remote shard.
 
         Raises:
             OSError: if it is not there or the remote does not answer in time.
         """
         try:
-            return self._try(lambda: self._watch(lambda: _remote_size(url), url, lambda: 0), url)
+            found: RemoteFile = self._try(lambda: self._watch(lambda: _remote_file(url), url, lambda: 0), url)
         except SampleProblem as problem:
             raise OSError(problem.detail) from problem
+        return found
 
     def read_head(self, url: str, length: int) -> bytes | None:
         """The first bytes of a small remote file; None if there is none."""
@@ -138,10 +154,12 @@ class RemoteShards:
                 f"another folder, or a smaller data.cache.max_bytes (now {self.max_bytes:,.0f})"
             ) from error
 
-    def _is_there(self, path: Path, size: int | None, *, touch: bool = True) -> bool:
+    def _is_there(self, path: Path, size: int | None, tag: int = 0, *, touch: bool = True) -> bool:
         try:
             status = path.stat()
             if size is not None and status.st_size != size:
+                return False
+            if tag and _tag_of(path).read_text() != str(tag):
                 return False
             if touch:
                 os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # when it was last used, for `_evict`
@@ -157,40 +175,49 @@ class RemoteShards:
             except (SampleProblem, UserError, OSError) as error:
                 logger.info("%s was not fetched ahead: %s", url, error)
 
-    def _download(self, url: str, path: Path, size: int | None) -> None:
-        partial = self._try(lambda: self._copy(url, path), url)
+    def _download(self, url: str, path: Path, size: int | None, tag: int) -> None:
+        partial, now = self._try(lambda: self._copy(url, path, size), url)
         try:
+            if tag and now != tag:
+                raise SampleProblem("shard_changed", "was replaced on the remote since the run started")
             found = partial.stat().st_size
             if size is not None and found != size:
                 raise SampleProblem("shard_changed", f"has {found} bytes, {size} when the run started")
+            path.unlink(missing_ok=True)  # before the tag of another version stands beside it
+            _tag_of(path).write_text(str(now))
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
-    def _copy(self, url: str, path: Path) -> Path:
-        """One attempt, in a file of its own: an attempt that timed out may still be writing."""
+    def _copy(self, url: str, path: Path, wanted: int | None) -> tuple[Path, int]:
+        """One attempt, in a file of its own, and its tag: an attempt that timed out may still be writing."""
         import fsspec
 
         partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.partial")
         progress = [0]
 
-        def copy() -> int | None:
-            size = _remote_size(url)
+        def copy() -> RemoteFile:
+            found = _remote_file(url)
+            most = max(size for size in (found.size, wanted, 0) if size is not None) or self.max_bytes
             with fsspec.open(url, "rb") as source, self._own_errors_of(partial.open, "wb") as target:
                 while piece := source.read(_PIECE_BYTES):
                     self._own_errors_of(target.write, piece)
                     progress[0] += len(piece)
+                    if progress[0] > most:  # an endless body
+                        raise SampleProblem("remote_incomplete", f"gives more than {most:,} bytes")
                 self._own_errors_of(target.flush)
-            return size
+            if found.tag != _remote_file(url).tag:
+                raise SampleProblem("remote_incomplete", "was replaced on the remote while it was read")
+            return found
 
         try:
-            size = self._watch(copy, url, lambda: progress[0])
-            if size is not None and progress[0] != size:
-                raise SampleProblem("remote_incomplete", f"gave {progress[0]} of {size} bytes")
+            found: RemoteFile = self._watch(copy, url, lambda: progress[0])
+            if found.size is not None and progress[0] != found.size:
+                raise SampleProblem("remote_incomplete", f"gave {progress[0]} of {found.size} bytes")
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        return partial
+        return partial, found.tag
 
     def _own_errors_of(self, function: Any, *arguments: Any) -> Any:
         with self._own_errors():
@@ -251,15 +278,26 @@ class RemoteShards:
                 return
             path.unlink(missing_ok=True)
             path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
+            _tag_of(path).unlink(missing_ok=True)
             total -= size
 
 
-def _remote_size(url: str) -> int | None:
+def _tag_of(path: Path) -> Path:
+    return path.with_suffix(_TAG_SUFFIX)
+
+
+def _remote_file(url: str) -> RemoteFile:
     import fsspec
 
     system, path = fsspec.core.url_to_fs(url)
-    size = system.info(path).get("size")
-    return None if size is None else int(size)
+    system.invalidate_cache(path)
+    facts = {str(key).lower(): value for key, value in system.info(path).items()}
+    size = facts.get("size")
+    known = ([(name, str(facts[name])) for name in names if facts.get(name)] for names in _VALIDATORS)
+    validators = next(filter(None, known), None)
+    digest = hashlib.blake2b(repr(validators).encode(), digest_size=8).digest()
+    tag = 0 if validators is None else (int.from_bytes(digest, "big") >> 1) | 1
+    return RemoteFile(None if size is None else int(size), tag)
 
 
 def _translate(error: BaseException) -> UserError:

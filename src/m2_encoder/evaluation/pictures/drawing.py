@@ -6,6 +6,7 @@ is drawn larger and reduced.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import as_file, files
@@ -33,6 +34,9 @@ SOFT: Color = (104, 113, 126)
 GREEN: Color = (22, 151, 88)
 AMBER: Color = (176, 106, 12)
 BLUE: Color = (42, 98, 196)
+
+_INVISIBLE = ("Cc", "Cf", "Mn", "Me")  # categories of controls, joiners and accents of their own
+_UNKNOWN = "\U000f0000"  # a character that no font has
 
 LANGUAGE_NAMES = {"zh": "中文", "en": "English"}
 """Names of languages in pictures."""
@@ -94,6 +98,7 @@ class Canvas:
 
         Anchors are Pillow's: horizontally l, m or r, vertically s (baseline), m or a.
         """
+        content = drawable(content)
         self._draw.text(
             (x * SCALE, y * SCALE),
             content,
@@ -117,7 +122,35 @@ class Canvas:
 
 def text_width(content: str, size: float) -> float:
     """Width of one line, in points."""
-    return _font(size).getlength(content) / SCALE
+    return _font(size).getlength(drawable(content)) / SCALE
+
+
+def drawable(content: str) -> str:
+    """The text in characters that the font has, so that no empty box is drawn.
+
+    Others become their compatible form (① is 1), without accents if need be, or "?"; invisible ones are left out, and
+    line breaks are spaces.
+    """
+    return "".join(map(_drawable_character, content))
+
+
+@lru_cache(maxsize=4096)
+def _drawable_character(character: str) -> str:
+    if character.isspace():
+        return " "
+    if unicodedata.category(character) in _INVISIBLE:
+        return ""
+    for form in (character, *(unicodedata.normalize(kind, character) for kind in ("NFKC", "NFKD"))):
+        visible = [part for part in form if unicodedata.category(part) not in _INVISIBLE]
+        if visible and all(map(_has_glyph, visible)):
+            return "".join(visible)
+    return "?"
+
+
+@lru_cache(maxsize=4096)
+def _has_glyph(character: str) -> bool:
+    font = _font(12)
+    return bytes(font.getmask(character)) != bytes(font.getmask(_UNKNOWN))
 
 
 def wrap_text(content: str, size: float, width: float, *, max_lines: int) -> list[str]:
@@ -126,7 +159,7 @@ def wrap_text(content: str, size: float, width: float, *, max_lines: int) -> lis
     What does not fit into the lines becomes "…". `size` is that of the font; `width` is in points.
     """
     lines, current = [], ""
-    pieces = _breakable(content)
+    pieces = _breakable(drawable(content))
     for token in (part for piece in pieces for part in ([piece] if text_width(piece, size) <= width else piece)):
         if current and text_width((current + token).rstrip(), size) > width:
             lines.append(current.rstrip())

@@ -17,6 +17,7 @@ from m2_encoder.evaluation.protocol import describe_protocol, protocol_lines
 from m2_encoder.evaluation.retrieval import evaluate_features
 from m2_encoder.evaluation.tables import Results, format_percent, markdown_table, results_table, tabulate
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
+from m2_encoder.pictures import STANDARD
 
 PICTURE_FILE: Final = "retrieval.png"
 
@@ -103,7 +104,7 @@ def _enlarge(split: str, context: EvaluationContext) -> RetrievalSet:
     tars = None if folder is None else folder / dataset.split
     if tars is None or not dataset.split or dataset.images.shape[-1] >= _PICTURE_SIZE_PX or not tars.is_dir():
         return dataset
-    transform = EvalTransform(_PICTURE_SIZE_PX)
+    transform = EvalTransform(_PICTURE_SIZE_PX, pictures=STANDARD)
     larger = read_retrieval_set(tars, name=dataset.name, transform=transform, split=dataset.split)
     return larger if larger.keys == dataset.keys else dataset
 

@@ -226,6 +226,14 @@ def test_reported_splits(emoji_folder: Path) -> None:
     sets = make_datamodule(emoji_folder).retrieval_sets()
     assert list(sets) == ["val", *REPORTED_SPLITS]
     assert {name: s.name for name, s in sets.items()} == {name: f"emoji_{name}" for name in sets}
+    assert {name: s.split for name, s in sets.items()} == {name: name for name in sets}
+
+
+def test_the_watched_set_is_read_once(emoji_folder: Path) -> None:
+    datamodule = as_rank(make_datamodule(emoji_folder), 0, 1)
+    watched = datamodule.retrieval_set(datamodule.validation_name)
+    assert datamodule.retrieval_sets()["val"] is watched
+    assert datamodule.retrieval_set(datamodule.validation_name) is watched
 
 
 def test_preparation_unpacks_once(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from m2_encoder.data.images.decode import UnusableImageError, decode_image_uint8
 from m2_encoder.data.images.transforms import open_image
 from m2_encoder.data.samples.parse import SampleProblem
 from m2_encoder.errors import ImageError
+from m2_encoder.pictures import STANDARD
 
 
 def photo(height: int = 60, width: int = 80, seed: int = 0) -> Image.Image:
@@ -91,10 +92,12 @@ def test_pixels_are_pillows_and_detours_are_counted(name: str) -> None:
     detours: list[None] = []
     image = decode_image_uint8(data, on_fallback=lambda: detours.append(None))
     assert image.dtype == torch.uint8
-    assert np.array_equal(image.numpy(), levels(open_image(data)))
+    assert np.array_equal(image.numpy(), levels(open_image(data, pictures=STANDARD, honor_exif=False)))
     assert len(detours) == by_pillow
     image[:] = 0  # writable, and nobody else's
-    assert np.array_equal(decode_image_uint8(data).numpy(), levels(open_image(data)))
+    assert np.array_equal(
+        decode_image_uint8(data).numpy(), levels(open_image(data, pictures=STANDARD, honor_exif=False))
+    )
 
 
 def test_decoders_have_something_to_agree_on() -> None:
@@ -106,10 +109,10 @@ def test_decoders_have_something_to_agree_on() -> None:
 def test_exif_orientation_turns_the_image_upright(kind: str, orientation: int) -> None:
     data = oriented(kind, orientation)
     upright = decode_image_uint8(data)
-    assert np.array_equal(upright.numpy(), levels(open_image(data, honor_exif=True)))
+    assert np.array_equal(upright.numpy(), levels(open_image(data, pictures=STANDARD)))
     assert upright.shape == ((3, 80, 60) if orientation >= 5 else (3, 60, 80))
     stored = decode_image_uint8(data, honor_exif=False)
-    assert np.array_equal(stored.numpy(), levels(open_image(data)))
+    assert np.array_equal(stored.numpy(), levels(open_image(data, pictures=STANDARD, honor_exif=False)))
     assert np.array_equal(stored.numpy(), upright.numpy()) == (orientation in (0, 1))
 
 
@@ -193,7 +196,7 @@ def test_damaged_files_are_used_exactly_where_pillow_reads_them(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata: here, as the decoder does, and unlike in other tests
-            expected = open_image(data, max_pixels=40_000)
+            expected = open_image(data, pictures=STANDARD, honor_exif=False, max_pixels=40_000)
     except ImageError:
         expected = None
     try:

@@ -27,7 +27,7 @@ def _reason(content: bytes, limits: ImageLimits | None = None, *, decode: bool =
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_sound_images(kind: str) -> None:
-    assert read_image_facts(_image(30, 20, kind), ImageLimits(), decode=True) == (kind.lower(), 30, 20)
+    assert read_image_facts(_image(30, 20, kind), ImageLimits(), decode=True)[:3] == (kind.lower(), 30, 20)
 
 
 @pytest.mark.parametrize(

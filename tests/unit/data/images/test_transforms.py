@@ -22,6 +22,7 @@ from PIL import Image
 
 from m2_encoder.data.images.transforms import EvalTransform, TrainTransform, open_image
 from m2_encoder.errors import ImageError, UserError
+from m2_encoder.pictures import OLDER, PicturePolicy
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16", "I;16B")
 
@@ -143,12 +144,12 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     png, jpeg = encoded("PNG"), encoded("JPEG")
     return {
         "empty.png": (b"", "empty"),
-        "text.jpg": (b"this is no image", "not an image"),
-        "page.webp": (b"<!doctype html><html></html>", "not an image"),
-        "signature.png": (png[:8], "not an image|cannot be decoded"),
+        "text.jpg": (b"this is no image", "not an image that is read here"),
+        "page.webp": (b"<!doctype html><html></html>", "an HTML page"),
+        "signature.png": (png[:8], "a damaged PNG"),
         "truncated.png": (png[: len(png) // 2], "cannot be decoded.*truncated"),
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "cannot be decoded.*truncated"),
-        "no_pixels.png": (png_header(0, 5), "not an image|no pixels"),
+        "no_pixels.png": (png_header(0, 5), "a damaged PNG"),
         "bomb.png": (png_header(10_000, 10_000), "too large"),
         "larger_bomb.png": (png_header(60_000, 60_000), "too large"),
     }
@@ -264,10 +265,11 @@ def test_image_size_is_validated(make: Callable[..., Any], image_size: Any) -> N
 def test_transforms_pickle_and_describe_themselves() -> None:
     evaluate = pickle.loads(pickle.dumps(EvalTransform(24, honor_exif=True)))
     assert evaluate.image_size == 24
-    assert repr(evaluate) == "EvalTransform(image_size=24, honor_exif=True, max_pixels=89478485)"
+    assert repr(evaluate) == f"EvalTransform(image_size=24, pictures={OLDER!r}, max_pixels=89478485)"
     train = TrainTransform(np.int64(24), flip=0.25, color_jitter=[0.1, 0, 0, 0.5])
     twin = pickle.loads(pickle.dumps(train))
-    assert repr(twin) == repr(train) == repr(eval(repr(train), {"TrainTransform": TrainTransform}))
+    names = {"TrainTransform": TrainTransform, "PicturePolicy": PicturePolicy}
+    assert repr(twin) == repr(train) == repr(eval(repr(train), names))
     pixels = noise()
     for seed in range(5):
         expected = train(pixels, rng=np.random.default_rng(seed))

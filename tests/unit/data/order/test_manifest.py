@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from m2_encoder.data.order.manifest import (
     build_manifest,
     make_source,
 )
-from m2_encoder.data.order.manifest_record import describe_difference, read_record
+from m2_encoder.data.order.manifest_record import describe_difference, describe_rewritten, read_record
 from m2_encoder.data.shards.index import IndexHeader
 from m2_encoder.data.shards.reader import ShardReader
 from m2_encoder.errors import UserError
@@ -128,3 +129,22 @@ def test_a_shard_of_the_same_size_with_other_samples_is_another_one(tmp_path: Pa
     (line,) = difference(before, other)
     assert line.startswith(f"source main: 1 shard(s) changed ({tmp_path}/a.tar; ")
     assert line.endswith("of the same size, but its samples have other names, sizes or places)")
+
+
+def test_a_shard_that_was_written_anew_at_the_same_size_is_told(tmp_path: Path) -> None:
+    def measured(written: int) -> Any:
+        write_tar(tmp_path / "a.tar", make_sample("one", 1))
+        os.utime(tmp_path / "a.tar", ns=(written, written))
+        found = build_manifest([SourceSpec("main", str(tmp_path))], measure=ShardReader().measure)
+        return read_record(found.record())
+
+    said: list[str] = []
+    before, again, anew = measured(10), measured(10), measured(20)
+    describe_rewritten(before, again, say=said.append)
+    assert not said
+    describe_rewritten(before, anew, say=said.append)
+    (line,) = said
+    assert line.startswith(f"1 shard(s) of the same size were written anew since it was saved ({tmp_path}/a.tar)")
+    before["main"]["shards"][0][4] = 0  # of an earlier version, which did not know
+    describe_rewritten(before, anew, say=said.append)
+    assert said == [line]

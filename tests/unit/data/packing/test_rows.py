@@ -68,7 +68,10 @@ def test_named_columns() -> None:
     ("row", "reason", "detail"),
     [
         ({"caption": "cat"}, "missing_image", "no path, URL or bytes"),
-        ({"image": 3, "caption": "cat"}, "wrong_type", "int"),
+        ({"image": 3, "caption": "cat"}, "missing_image", "3.jpg"),
+        ({"image": True, "caption": "cat"}, "wrong_type", "bool"),
+        ({"image": float("nan"), "caption": "cat"}, "missing_image", "no path"),
+        ({"image": "a", "caption": "nan"}, "missing_caption", "caption"),
         ({"image": "a"}, "missing_caption", "caption"),
         ({"image": "a", "caption": "  "}, "missing_caption", "caption"),
         ({"image": "a", "caption": 3}, "wrong_type", "int"),

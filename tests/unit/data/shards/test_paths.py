@@ -7,6 +7,7 @@ import pytest
 
 from m2_encoder.data.shards.paths import find_files, list_shards
 from m2_encoder.errors import UserError
+from tests.support.shards import write_tar
 
 
 @pytest.fixture
@@ -97,3 +98,11 @@ def test_a_shard_twice_among_many_is_found_at_once() -> None:
     with pytest.raises(UserError, match=r"/data/59999\.tar comes twice"):
         list_shards([*shards, "/data/{59999..59999}.tar"])
     assert time.process_time() - started < 5
+
+
+def test_what_systems_leave_behind_is_no_shard(tmp_path: Path) -> None:
+    for name in ("0.tar", "._0.tar", "__MACOSX/0.tar"):
+        write_tar(tmp_path / name, [])
+    assert list_shards(str(tmp_path)) == [str(tmp_path / "0.tar")]
+    assert list_shards(f"{tmp_path}/*.tar") == [str(tmp_path / "0.tar")]
+    assert list_shards(f"{tmp_path}/**/*.tar") == [str(tmp_path / "0.tar")]

@@ -15,7 +15,7 @@ import pytest
 
 from m2_encoder.data.order.manifest import SourceSpec, build_manifest
 from m2_encoder.data.samples.parse import SampleProblem
-from m2_encoder.data.shards.index import INDEX_SUFFIX, open_index
+from m2_encoder.data.shards.index import INDEX_SUFFIX, IndexHeader, open_index
 from m2_encoder.data.shards.reader import ShardReader
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.errors import UserError
@@ -198,8 +198,8 @@ def test_a_copy_that_another_process_removes_is_fetched_again(
     remote = make_remote(tmp_path)
     fetch, removed = remote.fetch, []
 
-    def fetch_and_lose(url: str, *, size: int | None = None) -> Path:
-        path = fetch(url, size=size)
+    def fetch_and_lose(url: str, *, size: int | None = None, tag: int = 0) -> Path:
+        path = fetch(url, size=size, tag=tag)
         if len(removed) < 2:
             removed.append(path)
             path.unlink()
@@ -213,6 +213,7 @@ def test_a_copy_that_another_process_removes_is_fetched_again(
 
 
 def test_what_headers_of_remote_shards_tell_is_listed(tmp_path: Path, server: ShardServer) -> None:
+    server.tells_version = False
     write_tar(server.folder / "000000.tar", [("alone.png", make_image(1)), ("both.png", b""), ("both.txt", b"x")])
     reader = ShardReader(remote=make_remote(tmp_path))
     url = server.url("000000.tar")
@@ -223,3 +224,47 @@ def test_what_headers_of_remote_shards_tell_is_listed(tmp_path: Path, server: Sh
     asked = server.requests["000000.tar"]
     assert {(fault.key, fault.reason) for fault in reader.faults(url)} == faults
     assert server.requests["000000.tar"] == asked, "the index beside it says the same"
+
+
+def test_a_shard_that_was_replaced_by_one_of_equal_size(tmp_path: Path, server: ShardServer) -> None:
+    url, path = server.url("000000.tar"), server.folder / "000000.tar"
+    size, written = path.stat().st_size, path.read_bytes()
+
+    def start() -> tuple[ShardReader, IndexHeader]:
+        reader = ShardReader(remote=make_remote(tmp_path))
+        return reader, reader.measure(url)
+
+    reader, header = start()
+    old = reader.read(url, 0, size=size, written=header.written)
+    changed = written.replace(old.image[-20:], bytes(20), 1)
+    assert len(changed) == size
+    path.write_bytes(changed)
+    again, now = start()
+    assert (now.samples, now.size, now.layout) == (header.samples, header.size, header.layout)
+    assert now.written != header.written
+    assert again.read(url, 0, size=size, written=now.written).image == old.image[:-20] + bytes(20)
+    assert server.requests["000000.tar"] == 2
+    assert start()[1] == now
+    assert server.requests["000000.tar"] == 2, "what has not changed is not downloaded again"
+    with pytest.raises(SampleProblem, match="shard_changed: was replaced on the remote since the run started"):
+        ShardReader(remote=make_remote(tmp_path)).read(url, 0, size=size, written=header.written)
+
+
+def test_a_remote_that_tells_no_version_is_compared_by_size(tmp_path: Path, server: ShardServer) -> None:
+    server.tells_version = False
+    reader = ShardReader(remote=make_remote(tmp_path))
+    header = reader.measure(server.url("000000.tar"))
+    assert header.written == 0
+    assert reader.read(server.url("000000.tar"), 0, size=header.size).key == "000000"
+    assert server.requests["000000.tar"] == 1
+
+
+def test_a_body_without_an_end_is_cut(tmp_path: Path, server: ShardServer) -> None:
+    server.always["000000.tar"] = "endless"
+    remote = make_remote(tmp_path, max_bytes=1 << 20, timeout_s=5.0, attempts=1)
+    started = time.monotonic()
+    with pytest.raises((SampleProblem, UserError)) as caught:
+        remote.fetch(server.url("000000.tar"))
+    assert time.monotonic() - started < 5
+    assert "gives more than 1,048,576 bytes" in str(caught.value)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]

@@ -1,0 +1,67 @@
+"""Which policy of pictures a run has: that of its settings, or of the run that goes on, or of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m2_encoder.checkpoints.download import is_url
+from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
+from m2_encoder.checkpoints.weight_files import find_weights
+from m2_encoder.config.model_choice import build_model_config
+from m2_encoder.config.paths import anchor
+from m2_encoder.config.problems import show
+from m2_encoder.errors import Problem, UserError
+from m2_encoder.hub import choose_pictures
+from m2_encoder.pictures import STANDARD, PicturePolicy, read_policy
+from m2_encoder.runs.folder import CONFIG_FILE, read_config
+
+
+def settle_pictures(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> tuple[dict[str, Any], list[str]]:
+    """A run's configuration with `model.pictures` filled in, and a line on it where it starts from weights.
+
+    Raises:
+        UserError: if a run that goes on would see other pixels than before.
+    """
+    model = cfg["model"]
+    given = None if (setting := model.get("pictures")) is None else read_policy(setting)
+    begun = folder / CONFIG_FILE
+    if resumes and begun.is_file():
+        before = read_policy(read_config(begun)["model"]["pictures"] or STANDARD)
+        if given not in (None, before):
+            rule = f"must be {show(before.to_setting())}, as in the run that is continued: its pixels would change"
+            problem = Problem("model.pictures", setting, rule, "leave it out, or give another run.name")
+            raise UserError("the run that is continued does not fit", problems=[problem])
+        return _settle(cfg, before), []
+    if (weights := model.get("weights")) is None:
+        return _settle(cfg, given or STANDARD), []
+    trained = pictures_of_weights(model)
+    chosen = given or trained
+    source = f"the weights of model.weights={weights}"
+    if chosen == trained:
+        return _settle(cfg, chosen), [f"pictures: {chosen}, as with {source}"]
+    return _settle(cfg, chosen), [f"pictures: {chosen}, unlike {source}, whose were {trained}"]
+
+
+def pictures_of_weights(model: Mapping[str, Any]) -> PicturePolicy:
+    """What the pixels were that `model.weights` were trained with.
+
+    A checkpoint in a run's folder has that run's; an export its own; what is neither is taken for official weights, or
+    of `tiny` for trained here.
+
+    Raises:
+        UserError: if the configuration of that run, or that export, is damaged.
+    """
+    weights = model["weights"]
+    if is_url(weights):
+        return choose_pictures(build_model_config(model), weights)
+    path = find_weights(anchor(weights))
+    run = path.parent.parent / CONFIG_FILE
+    if path.parent.name == CHECKPOINT_FOLDER and run.is_file():
+        return read_policy(read_config(run)["model"]["pictures"] or STANDARD)
+    return choose_pictures(build_model_config(model), path)
+
+
+def _settle(cfg: Mapping[str, Any], policy: PicturePolicy) -> dict[str, Any]:
+    return {**cfg, "model": {**cfg["model"], "pictures": policy.to_setting()}}
