@@ -74,15 +74,8 @@ def export_model(
     card = card or CardInfo()
     folder = Path(folder)
     with atomic_folder(folder, overwrite=overwrite, error=CheckpointError) as temporary:
-        save_safetensors(
-            model,
-            temporary / WEIGHTS_FILE,
-            metadata={
-                "format": "pt",
-                CONFIG_METADATA_KEY: config_text(config),
-                DIGEST_METADATA_KEY: tokenizer.digest,
-            },
-        )
+        metadata = {"format": "pt", CONFIG_METADATA_KEY: config_text(config), DIGEST_METADATA_KEY: tokenizer.digest}
+        save_safetensors(model, temporary / WEIGHTS_FILE, metadata=metadata)
         tokenizer.save(temporary / TOKENIZER_FILE)
         content = _config_content(config, tokenizer, pictures, file_sha256(temporary / TOKENIZER_FILE))
         content["metrics"] = metrics or {}

@@ -86,7 +86,7 @@ def _check_tokenizer(known: Known) -> Iterator[Problem]:
         fix = f"for example model.vocab_size={tokenizer.vocab_size}, or give another tokenizer"
         yield Problem("model.vocab_size", vocab_size, rule, fix)
         return
-    if mapped := known("model.map_tokenizer", False):
+    if mapped := known("model.map_tokenizer", None):
         if known("model.weights", None) is None:
             yield Problem("model.map_tokenizer", mapped, "there are no weights to map", "add model.weights=FILE")
         if isinstance(mapped, str) and not anchor(mapped).is_file():

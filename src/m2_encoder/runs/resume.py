@@ -192,7 +192,7 @@ def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> It
         return
     configs = [
         dataclasses.asdict(build_model_config(each["model"]))
-        | {"weights": each["model"].get("weights"), "map_tokenizer": each["model"].get("map_tokenizer", False)}
+        | {"weights": each["model"].get("weights"), "map_tokenizer": each["model"].get("map_tokenizer")}
         for each in (before, cfg)
     ]
     for key in _INITIAL:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +60,14 @@ class TokenReport(NamedTuple):
                     f"{own.foreign / own.tokens:.1%} of the tokens of {language} captions are bytes or unknown to the "
                     f"tokenizer, in {own.with_foreign:,} of {own.captions:,} captions"
                 )
+
+
+def count_tokens(texts: Sequence[str], tokenizer: SentencePieceTokenizer) -> tuple[list[int], TokenSummary]:
+    """Tokens of each text, uncut and without start and end, and their summary."""
+    rows = tokenizer.encode_all(texts)
+    lengths, foreign = [len(ids) for ids in rows], [tokenizer.count_foreign(ids) for ids in rows]
+    cut = sum(length > tokenizer.context_length - TEMPLATE_LENGTH for length in lengths)
+    return lengths, TokenSummary(len(rows), cut, sum(lengths), sum(foreign), sum(map(bool, foreign)))
 
 
 def summarize_tokens(captions: npt.NDArray[np.void], tokenizer: SentencePieceTokenizer | None) -> TokenReport | None:
