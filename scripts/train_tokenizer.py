@@ -19,23 +19,17 @@ The choices, which differ from the official model for the sake of a small one:
 from __future__ import annotations
 
 import argparse
-import io
-import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
 
 from m2_encoder.data.emoji.dataset import load_emoji_concepts
+from m2_encoder.tokenizers.training import train_tokenizer
 from m2_encoder.types import LANGUAGES
 
 VOCAB_SIZE = 3500
 CHARACTER_COVERAGE = 0.998
-SYMBOLS = ("[CLS]", "[SEP]", "[MASK]", "[UNK]", "<|endoftext|>", *(f"<|blank_{n}|>" for n in range(2, 11)))
-
-BOUNDARY = "¦"  # where no piece may cross; it appears in no caption and is not learned
-HAN = re.compile(r"([\u3007\u3400-\u4dbf\u4e00-\u9fff])")
 
 
 def load_captions(split: str) -> dict[str, list[str]]:
@@ -45,35 +39,6 @@ def load_captions(split: str) -> dict[str, list[str]]:
         language: [text for concept in concepts for text in concept.captions[language].texts()]
         for language in LANGUAGES
     }
-
-
-def mark_characters(text: str) -> str:
-    """Puts a boundary on both sides of every Chinese character."""
-    marked = HAN.sub(rf"{BOUNDARY}\1{BOUNDARY}", text).replace(BOUNDARY * 2, BOUNDARY)
-    return marked.rstrip(BOUNDARY)
-
-
-def train(texts: Iterable[str]) -> bytes:
-    lines = [mark_characters(text) for text in texts]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=VOCAB_SIZE,
-        character_coverage=CHARACTER_COVERAGE,
-        byte_fallback=True,
-        normalization_rule_name="nmt_nfkc_cf",
-        add_dummy_prefix=True,
-        user_defined_symbols=list(SYMBOLS),
-        pretokenization_delimiter=BOUNDARY,
-        bos_id=-1,
-        eos_id=-1,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 def report(model: bytes) -> None:
@@ -99,7 +64,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=default, help="default: %(default)s")
     arguments = parser.parse_args()
     captions = load_captions("train")
-    model = train(text for language in LANGUAGES for text in captions[language])
+    texts = (text for language in LANGUAGES for text in captions[language])
+    model = train_tokenizer(texts, vocab_size=VOCAB_SIZE, coverage=CHARACTER_COVERAGE)
     arguments.output.write_bytes(model)
     report(model)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -14,16 +13,16 @@ import torch
 
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import ExportedFolder, find_pictures, read_exported
-from m2_encoder.checkpoints.io import load_model
+from m2_encoder.checkpoints.io import build_model, read_state
+from m2_encoder.checkpoints.vocabulary import fit_vocabulary
 from m2_encoder.checkpoints.weight_files import check_download, find_weights
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.pictures import OFFICIAL, STANDARD, PicturePolicy, read_policy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-
-_LOGGER = logging.getLogger(__name__)
 
 _OFFICIAL_FILES: Mapping[str, str] = {
     "m2-encoder-0.4b": "m2_encoder_0.4B.ckpt",
@@ -70,6 +69,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
+    map_tokenizer: bool | str | os.PathLike[str] = False,
 ) -> LoadedModel:
     """Load a model with everything needed to use it.
 
@@ -88,6 +88,9 @@ def load(
         device: of the model.
         dtype: of all parameters.
         trainable: whether parameters require gradients.
+        map_tokenizer: what to do with a tokenizer that is not the weights' own. False refuses it; True gives each of
+            its pieces the row of the same piece, and new ones the mean of the pieces they split into; a SentencePiece
+            file is the tokenizer of weights that do not hold it, as the official ones. Such a model wants training.
 
     Raises:
         UserError: for an unknown name, a missing or unusable file, or an impossible option. Weights are never
@@ -101,8 +104,16 @@ def load(
     device = _checked_device(device)
     if dtype not in _DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(map(str, _DTYPES))}")
+    if map_tokenizer and tokenizer is None:
+        raise UserError("map_tokenizer: there is no tokenizer to map the weights to; add tokenizer=FILE")
     text = _build_tokenizer(config, tokenizer, exported)
-    encoder = load_model(config, _weights_path(config, weights, exported), device=device, dtype=dtype)
+    path = _weights_path(config, weights, exported)
+    state = read_state(path)
+    if isinstance(text, SentencePieceTokenizer) and (weights is not None or tokenizer is not None):
+        fit_vocabulary(state, text, weights=path, mapped=map_tokenizer)
+        if map_tokenizer:
+            config = dataclasses.replace(config, vocab_size=text.vocab_size)
+    encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
     return LoadedModel(encoder, EvalTransform(config.image_size, pictures=policy), text)
 
@@ -129,6 +140,23 @@ def choose_pictures(
     if exported is not None:
         return exported.pictures
     return OFFICIAL if config.name in (*_OFFICIAL_FILES, "official") else STANDARD
+
+
+def read_tokenizer(exported: ExportedFolder, *, context_length: int | None = None) -> SentencePieceTokenizer:
+    """The tokenizer of an exported folder, with its context length or another one.
+
+    Exports that are older than `normalise` read texts as they were trained; the one that comes with the package never
+    saw a caption that `normalise` would change, so it takes it up.
+    """
+    normalise = exported.normalise
+    if normalise is None:
+        normalise = exported.tokenizer.read_bytes() == load_emoji_tokenizer_model()
+    return SentencePieceTokenizer(
+        exported.tokenizer,
+        context_length=context_length or exported.context_length,
+        truncation_side=exported.truncation_side,
+        normalise=normalise,
+    )
 
 
 def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
@@ -192,19 +220,9 @@ def _build_tokenizer(
     elif tokenizer is not None:
         built = SentencePieceTokenizer(tokenizer, context_length=config.context_length)
     elif exported is not None:
-        built = SentencePieceTokenizer(
-            exported.tokenizer, context_length=exported.context_length, truncation_side=exported.truncation_side
-        )
+        built = read_tokenizer(exported)
     else:
         return MissingTokenizer()
-    if built.vocab_size > config.vocab_size:
-        _LOGGER.warning(
-            "the tokenizer has %d pieces, the token table of %r has %d rows; texts that need the others will "
-            "be refused. Is it the tokenizer of another model?",
-            built.vocab_size,
-            config.name,
-            config.vocab_size,
-        )
     return built
 
 

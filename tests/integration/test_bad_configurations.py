@@ -130,6 +130,8 @@ ONE_FAULT = [
     ("model.name=huge", "tiny"),
     ("model.tokenizer=nowhere.model", "no such file"),
     ("model.weights=nowhere.ckpt", "no such file"),
+    ("model.map_tokenizer=true", "there are no weights to map; add model.weights=FILE"),
+    ("model.map_tokenizer=3", "must be"),
     # objectives
     ("objective=[]", "objective=[itc]"),
     ("objective=[itc,cmlmm]", "choose from"),

@@ -56,7 +56,7 @@ PHOTOS = {
 }
 OFFICIAL = {
     "beit_version": "base", "encoder_layers": 1, "encoder_embed_dim": 32, "encoder_attention_heads": 2,
-    "beit3_vl_layers": 1, "out_embed_dim": 24, "image_size": 224, "patch_size": 16, "vocab_size": 4000,
+    "beit3_vl_layers": 1, "out_embed_dim": 24, "image_size": 224, "patch_size": 16, "vocab_size": 3500,
     "max_text_len": 52,
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from m2_encoder.checkpoints.exported import (
 from m2_encoder.checkpoints.io import save_safetensors
 from m2_encoder.checkpoints.matching_head import CONFIG_KEY, MatchingHead, save_head
 from m2_encoder.checkpoints.tensors import find_non_finite
+from m2_encoder.checkpoints.vocabulary import DIGEST_METADATA_KEY
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import atomic_folder, file_sha256
 from m2_encoder.models.config import M2EncoderConfig
@@ -74,11 +75,8 @@ def export_model(
     _check_finite(model)
     card, folder = card or CardInfo(), Path(folder)
     with atomic_folder(folder, overwrite=overwrite, error=CheckpointError) as temporary:
-        save_safetensors(
-            model,
-            temporary / WEIGHTS_FILE,
-            metadata={"format": "pt", CONFIG_METADATA_KEY: config_text(config)},
-        )
+        metadata = {"format": "pt", CONFIG_METADATA_KEY: config_text(config), DIGEST_METADATA_KEY: tokenizer.digest}
+        save_safetensors(model, temporary / WEIGHTS_FILE, metadata=metadata)
         tokenizer.save(temporary / TOKENIZER_FILE)
         content = _config_content(config, tokenizer, pictures, file_sha256(temporary / TOKENIZER_FILE))
         content["metrics"] = metrics or {}
@@ -122,6 +120,7 @@ def _config_content(
             "context_length": tokenizer.context_length,
             "truncation_side": tokenizer.truncation_side,
             "vocab_size": tokenizer.vocab_size,
+            "normalise": tokenizer.normalise,
             "sha256": tokenizer_sha256,
         },
     }

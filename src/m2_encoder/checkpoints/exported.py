@@ -36,6 +36,7 @@ class ExportedFolder(NamedTuple):
     tokenizer: Path
     context_length: int  # most tokens of a text, template included
     truncation_side: Literal["left", "right"]  # where a longer text is cut
+    normalise: bool | None  # whether white space is tidied; None in older exports, which do not say
     pictures: PicturePolicy  # what the pixels of its training pictures were
 
 
@@ -82,6 +83,7 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
             tokenizer=folder / TOKENIZER_FILE,
             context_length=facts["context_length"],
             truncation_side=facts["truncation_side"],
+            normalise=facts.get("normalise"),
             pictures=_pictures_of(content),
         )
         tokenizer_sha256 = facts["sha256"]

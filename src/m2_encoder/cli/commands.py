@@ -183,6 +183,20 @@ DATA_SPLIT: Final = _command(
     ),
 )
 
+DATA_TOKENIZER: Final = _command(
+    "m2-data tokenizer",
+    summary="Train a SentencePiece tokenizer on captions, and say how long they become and how many are cut.",
+    examples=(
+        "m2-data tokenizer tars output=tokenizer.model vocab_size=8000",
+        "m2-data tokenizer captions.txt output=tokenizer.model vocab_size=3500 context_length=32",
+        "m2-train data=webdataset model.tokenizer=tokenizer.model model.vocab_size=8000 ...  # uses it",
+    ),
+    notes=(
+        "The same captions and options give the same bytes. Characters without a piece become bytes: none is unknown.",
+        "Weights that were trained with another tokenizer refuse it; model.map_tokenizer=true maps their pieces.",
+    ),
+)
+
 DATA_CURATE: Final = _command(
     "m2-data curate",
     summary="Drop what is not worth training on from WebDataset tars, and say what fell where and why.",

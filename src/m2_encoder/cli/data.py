@@ -39,7 +39,7 @@ def run_emoji(cfg: dict[str, Any]) -> int:
 
 _COMMANDS: Final = (
     commands.DATA_EMOJI, commands.DATA_PACK, commands.DATA_CHECK, commands.DATA_STATS, commands.DATA_CURATE,
-    commands.DATA_SPLIT,
+    commands.DATA_SPLIT, commands.DATA_TOKENIZER,
 )  # fmt: skip
 SUB_COMMANDS: Final = {command.name.removeprefix("m2-data "): command for command in _COMMANDS}
 

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from m2_encoder.bounds import Count, Fraction, Paths, Positive, Rule, Text
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.command import EXIT_USER_ERROR
-from m2_encoder.config.model_choice import output_problems
-from m2_encoder.config.problems import UNSET
+from m2_encoder.config.model_choice import output_problems, tokenizer_of
+from m2_encoder.config.problems import UNSET, find_problems
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import check_source, judge_for_training
@@ -44,6 +44,9 @@ class SurveySettings:
     samples_per_shard: Count
     batch_size: Annotated[int, Ge(2)]
     language: LanguageName | None
+    model: Text | None
+    tokenizer: Text | None
+    context_length: Annotated[int, Ge(2)] | None
     decode: bool
     pictures: Annotated[Any, Rule(is_policy, POLICY_RULE, "standard")]
     min_side: Count
@@ -67,7 +70,18 @@ class CheckSettings(SurveySettings):
 def check_check(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of m2-data check."""
     problems = check_settings(CheckSettings, cfg)
-    return [*problems, *output_problems(cfg), *source_problems(cfg, problems)]
+    return [*problems, *output_problems(cfg), *tokenizer_problems(cfg, problems), *source_problems(cfg, problems)]
+
+
+def tokenizer_problems(cfg: Mapping[str, Any], problems: Sequence[Problem]) -> list[Problem]:
+    """Whether `model`, `tokenizer` and `context_length` name a tokenizer, or none; empty if their form is wrong."""
+    if any(problem.key in ("model", "tokenizer", "context_length") for problem in problems):
+        return []
+    try:
+        tokenizer_of(cfg)
+    except UserError as error:
+        return find_problems(error)
+    return []
 
 
 def source_problems(cfg: Mapping[str, Any], problems: Sequence[Problem]) -> list[Problem]:
@@ -113,6 +127,7 @@ def survey(cfg: Mapping[str, Any], options: InspectionOptions) -> Survey:
         limits=ImageLimits(cfg["max_pixels"], cfg["min_side"], float(cfg["max_aspect"])),
         pictures=read_policy(cfg["pictures"]),
         language=cfg["language"] and read_language(cfg["language"]),
+        tokenizer=tokenizer_of(cfg) or options.tokenizer,
     )
     remote = None
     if cfg["cache"] is not None:

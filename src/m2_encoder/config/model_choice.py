@@ -12,12 +12,12 @@ from typing import Any, Final
 
 import torch
 
-from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT, read_format
+from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT, read_exported, read_format
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import Problem, UserError
-from m2_encoder.hub import LoadedModel, list_models, load
+from m2_encoder.hub import LoadedModel, list_models, load, read_tokenizer
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -90,6 +90,41 @@ def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig) -> Senten
         fix = f"give `{EMBEDDED_TOKENIZER}` or the path of a SentencePiece model, such as the official sp.model"
         raise UserError(f"no such file; {fix}", key="model.tokenizer", value=name)
     return SentencePieceTokenizer(path, context_length=config.context_length)
+
+
+def tokenizer_of(cfg: Mapping[str, Any]) -> SentencePieceTokenizer | None:
+    """The tokenizer that `model`, `tokenizer` and `context_length` name, cutting texts as that model does.
+
+    `model` is a folder that m2-export wrote, or a run's with such a folder in it, or a name; None if nothing is named.
+
+    Raises:
+        UserError: if there is none, or both are named.
+    """
+    model, tokenizer, length = cfg["model"], cfg["tokenizer"], cfg["context_length"]
+    if model is None and tokenizer is None:
+        return None
+    if model is not None and not is_model_name(model):
+        if tokenizer is not None:
+            raise UserError("model has a tokenizer of its own; give one of them", key="tokenizer", value=tokenizer)
+        folder = find_path(model)
+        inside = folder / "export"
+        try:
+            exported = read_exported(inside if not (folder / CONFIG_FILE).exists() and inside.is_dir() else folder)
+        except UserError as error:
+            raise UserError(str(error), key="model", value=model) from error
+        return read_tokenizer(exported, context_length=length)
+    config = M2EncoderConfig() if model is None else M2EncoderConfig.from_name(model)
+    if tokenizer is None:
+        raise UserError("has no tokenizer with it; add tokenizer=FILE, such as sp.model", key="model", value=model)
+    named = tokenizer == EMBEDDED_TOKENIZER or find_path(tokenizer).is_file()
+    if not named:
+        raise UserError("no such file", key="tokenizer", value=tokenizer)
+    path = tokenizer if tokenizer == EMBEDDED_TOKENIZER else str(find_path(tokenizer))
+    try:
+        config = dataclasses.replace(config, context_length=length or config.context_length)
+        return build_tokenizer({"tokenizer": path}, config)
+    except UserError as error:
+        raise UserError(str(error).removeprefix(f"{anchor(path)}: "), key="tokenizer", value=tokenizer) from error
 
 
 def load_from(cfg: dict[str, Any]) -> LoadedModel:

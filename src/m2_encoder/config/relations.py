@@ -85,6 +85,15 @@ def _check_tokenizer(known: Known) -> Iterator[Problem]:
         rule = f"must be at least {tokenizer.vocab_size}, the pieces of model.tokenizer={name}"
         fix = f"for example model.vocab_size={tokenizer.vocab_size}, or give another tokenizer"
         yield Problem("model.vocab_size", vocab_size, rule, fix)
+        return
+    if mapped := known("model.map_tokenizer", None):
+        if known("model.weights", None) is None:
+            yield Problem("model.map_tokenizer", mapped, "there are no weights to map", "add model.weights=FILE")
+        if isinstance(mapped, str) and not anchor(mapped).is_file():
+            yield Problem("model.map_tokenizer", mapped, "no such file", "give true, or the tokenizer of the weights")
+        if tokenizer.vocab_size != vocab_size:
+            rule = f"must be {tokenizer.vocab_size}, the pieces of model.tokenizer={name}, where pieces are mapped"
+            yield Problem("model.vocab_size", vocab_size, rule, f"use model.vocab_size={tokenizer.vocab_size}")
 
 
 def _check_steps(known: Known) -> Iterator[Problem]:

@@ -63,6 +63,8 @@ class Model:
     name: Annotated[str, _MODEL_RULE]  # a row of `NAME_TO_CONFIG`
     tokenizer: Annotated[Text, Example("emoji")]  # `emoji`, or the path of a SentencePiece model
     weights: Text | None = None  # a checkpoint to start from
+    # true: the weights' rows go to the same pieces of another tokenizer; or the file of the weights' own
+    map_tokenizer: bool | Text | None = None
     # what the pixels of its pictures are; None: as the weights were trained, `standard` from scratch
     pictures: Pictures = None
 

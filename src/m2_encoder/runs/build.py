@@ -19,6 +19,7 @@ from torch import Tensor
 
 from m2_encoder.bounds import refuse
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
+from m2_encoder.checkpoints.vocabulary import pack_tokenizer
 from m2_encoder.config.check import read_parameters
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, find_path, is_model_name
 from m2_encoder.config.paths import anchor
@@ -157,17 +158,24 @@ def build_module(cfg: Mapping[str, Any], objectives: Mapping[str, Objective], *,
     }
     if cfg.get("task") is not None:
         return instantiate(cfg["task"], image_size=model.image_size, patch_size=model.patch_size, **shared)
-    initial_state = _load_initial_state(cfg["model"].get("weights"), model)
+    tokenizer = build_tokenizer(cfg["model"], model)
+    initial_state = _load_initial_state(cfg["model"], model, tokenizer)
     shared |= {"adaptation": build_adaptation(cfg, model), "initial_state": initial_state}
+    shared |= {"tokenizer": pack_tokenizer(tokenizer.model_bytes, tokenizer.digest)}
     return PretrainModule(model=model, objectives=objectives, **shared)
 
 
-def _load_initial_state(weights: str | None, config: M2EncoderConfig) -> dict[str, Tensor] | None:
+def _load_initial_state(
+    model: Mapping[str, Any], config: M2EncoderConfig, tokenizer: SentencePieceTokenizer
+) -> dict[str, Tensor] | None:
     """Parameters to start from, or None to train from scratch."""
+    weights, mapped = model.get("weights"), model.get("map_tokenizer") or False
     if weights is None:
         return None
     source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
-    return dict(load(config, weights=source, trainable=True).model.state_dict())
+    mapped = mapped if isinstance(mapped, bool) else anchor(mapped)
+    loaded = load(config, weights=source, tokenizer=tokenizer, trainable=True, map_tokenizer=mapped)
+    return dict(loaded.model.state_dict())
 
 
 def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptation:

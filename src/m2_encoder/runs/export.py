@@ -13,6 +13,7 @@ from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import load_model
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
+from m2_encoder.checkpoints.vocabulary import check_stored, find_tokenizer
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.suite import SUMMARY_FILE
@@ -82,10 +83,12 @@ def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
     """The plain model of a run's checkpoint.
 
     Raises:
-        CheckpointError: if its parameters are not those of the run.
+        CheckpointError: if its parameters or its tokenizer are not those of the run.
     """
     config = build_model_config(cfg["model"])
     adaptation = build_adaptation(cfg, config)
+    tokenizer = build_tokenizer(cfg["model"], config)
+    check_stored(find_tokenizer(checkpoint).sha256, tokenizer, weights=checkpoint)
     model = load_model(config, checkpoint, prepare=adaptation.apply)
     return merge_adaptation(adaptation, model.requires_grad_(False))
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from m2_encoder.checkpoints.training_state import read_content
-from m2_encoder.config.model_choice import build_model_config
+from m2_encoder.checkpoints.vocabulary import CHECKPOINT_KEY, check_stored
+from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.config.problems import show
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -48,7 +49,7 @@ _FREE_OF_OBJECTIVES: Final = ("weight", "schedule")
 _REPORTING: Final = (*_FREE, "data.validation", "callbacks")
 """What may differ where all steps are done, and only the evaluation and the export are made again."""
 
-_INITIAL: Final = ("model.weights", "model.position_init_std", "model.initial_temperature")
+_INITIAL: Final = ("model.weights", "model.map_tokenizer", "model.position_init_std", "model.initial_temperature")
 """Settings that decide on values which the checkpoint holds: a run that goes on never reads them."""
 
 _EXACT_SCHEDULES: Final = ("m2_encoder.training.optim.warmup_cosine", "m2_encoder.training.optim.warmup_constant")
@@ -109,6 +110,12 @@ def check_resume(
     if problems := list(_check_sizes(before, cfg)):
         raise UserError("the run that is continued does not fit", problems=problems)
     content = read_content(checkpoint)
+    if isinstance(entry := content.get(CHECKPOINT_KEY), Mapping):
+        tokenizer = build_tokenizer(cfg["model"], build_model_config(cfg["model"]))
+        try:
+            check_stored(str(entry.get("sha256")), tokenizer, weights=checkpoint)
+        except UserError as error:
+            raise UserError(str(error), key="model.tokenizer", value=cfg["model"]["tokenizer"]) from error
     if problems := list(_find_idle(before, cfg, checkpoint, done=content["global_step"])):
         raise UserError("the run that is continued would not follow these settings", problems=problems)
     if (found := _find_misfit(module, content)) is not None:
@@ -183,8 +190,11 @@ def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> It
         yield "seed", before["seed"], cfg["seed"]
     if "model" not in before:
         return
-    configs = [dataclasses.asdict(build_model_config(each["model"])) | {"weights": each["model"].get("weights")}
-               for each in (before, cfg)]  # fmt: skip
+    configs = [
+        dataclasses.asdict(build_model_config(each["model"]))
+        | {"weights": each["model"].get("weights"), "map_tokenizer": each["model"].get("map_tokenizer")}
+        for each in (before, cfg)
+    ]
     for key in _INITIAL:
         was, value = (config[key.partition(".")[2]] for config in configs)
         if was != value:

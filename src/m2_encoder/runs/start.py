@@ -135,7 +135,8 @@ def describe_batch(cfg: Mapping[str, Any], *, world_size: int, ranks_per_node: i
 
 def _table(reports: Mapping[str, SourceReport]) -> Table:
     languages = [f"{name} (length)" for name in LANGUAGES]
-    table = make_table("source", "samples", "read", "usable", *languages, "pixels", "repeated", "false neg.")
+    tokens = ("cut", "bytes") if any(report.tokens for report in reports.values()) else ()
+    table = make_table("source", "samples", "read", "usable", *languages, *tokens, "pixels", "repeated", "false neg.")
     for name, report in reports.items():
         table.add_row(
             Text(name),
@@ -143,6 +144,7 @@ def _table(reports: Mapping[str, SourceReport]) -> Table:
             f"{report.inspected:,}",
             f"{report.usable_share:.1%}",
             *(_describe_captions(report, language) for language in LANGUAGES),
+            *(_describe_tokens(report) if tokens else ()),
             f"{report.width[2]:.0f}x{report.height[2]:.0f}" if report.usable else "-",
             f"{report.captions.share:.1%}",
             f"{report.false_negatives.share_of_rows:.1%}",
@@ -153,6 +155,17 @@ def _table(reports: Mapping[str, SourceReport]) -> Table:
 def _describe_captions(report: SourceReport, language: str) -> str:
     found = report.languages.get(language)
     return "-" if found is None else f"{found.samples / report.usable:.0%} ({found.characters[2]:.0f})"
+
+
+def _describe_tokens(report: SourceReport) -> tuple[str, str]:
+    """Share of captions that the context cuts, and of tokens that are bytes or unknown."""
+    found = [] if report.tokens is None else report.tokens.languages.values()
+    if not found:
+        return "-", "-"
+    cut, captions, foreign, tokens = (
+        sum(getattr(own, name) for own in found) for name in ("cut", "captions", "foreign", "tokens")
+    )
+    return f"{cut / captions:.1%}", f"{foreign / max(1, tokens):.1%}"
 
 
 def _print_warnings(console: Console, reports: Mapping[str, SourceReport]) -> None:

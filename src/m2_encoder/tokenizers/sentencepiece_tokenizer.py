@@ -2,6 +2,7 @@
 
 The recipe (parity tests compare its ids with the official ones):
 
+0. with `normalise`, which the official recipe lacks, white space and invisible characters are tidied (`spaces`);
 1. literal special pieces (`[CLS]`, `<|endoftext|>`, `[MASK]`, `[UNK]`) are cut out of the text and become
    their ids; the white space next to them is dropped;
 2. in what is left, runs of ASCII spaces become `<|blank_10|>` … `<|blank_2|>`, longest first;
@@ -14,6 +15,7 @@ Letters: B texts · T tokens of the longest text, template included.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
 import re
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.model_file import build_processor, find_piece, read_model
+from m2_encoder.tokenizers.spaces import normalise_spaces
 from m2_encoder.types import TextTokens
 
 TruncationSide = Literal["left", "right"]
@@ -39,6 +42,7 @@ REQUIRED_PIECES = (CLS_PIECE, END_PIECE, MASK_PIECE)
 
 TEMPLATE_LENGTH = 2  # [CLS] and <|endoftext|>
 OFFICIAL_CONTEXT_LENGTH = 52
+OFFICIAL_VOCAB_SIZE = 115_244
 
 _LONGEST_BLANK = 10  # the longest run of spaces that has a piece of its own
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -62,6 +66,9 @@ class SentencePieceTokenizer:
         context_length: most tokens of a text, template included; at least 2. The official models use 52.
         truncation_side: where a longer text loses pieces: "left" keeps its end, as the official models
             expect; "right" keeps its beginning.
+        normalise: whether texts go through `normalise_spaces` first, so that blanks and characters that nobody sees,
+            which captions for training do not teach, change nothing. None does so but for the official vocabulary,
+            whose ids must stay: there a run of blanks becomes blank pieces, which the official model knows.
 
     Attributes:
         cls_id: id of `[CLS]`, the first token of every text.
@@ -80,6 +87,7 @@ class SentencePieceTokenizer:
         path_or_bytes: str | os.PathLike[str] | bytes,
         context_length: int = OFFICIAL_CONTEXT_LENGTH,
         truncation_side: TruncationSide = "left",
+        normalise: bool | None = None,
     ) -> None:
         self.context_length = _checked_context_length(context_length)
         self.truncation_side = _checked_truncation_side(truncation_side)
@@ -98,12 +106,25 @@ class SentencePieceTokenizer:
         self.end_id = self._literal_ids[END_PIECE]
         self.mask_id = self._literal_ids[MASK_PIECE]
         blanks = [(" " * length, f"<|blank_{length}|>") for length in range(_LONGEST_BLANK, 1, -1)]
+        self.normalise = self.vocab_size != OFFICIAL_VOCAB_SIZE if normalise is None else normalise
         self._blanks = [(spaces, piece) for spaces, piece in blanks if find_piece(self._processor, piece) is not None]
 
     @property
     def vocab_size(self) -> int:
         """Number of pieces; every id is below it."""
         return int(self._processor.get_piece_size())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the SentencePiece file, in hexadecimal."""
+        return hashlib.sha256(self._model_bytes).hexdigest()
+
+    def count_foreign(self, ids: list[int]) -> int:
+        """How many ids stand for bytes or for what the vocabulary lacks."""
+        unknown = self.unknown_id
+        return sum(
+            is_byte or index == unknown for index, is_byte in zip(ids, self._processor.is_byte(ids), strict=True)
+        )
 
     @property
     def unknown_id(self) -> int:
@@ -234,8 +255,8 @@ class SentencePieceTokenizer:
         except OSError as error:
             raise UserError(f"cannot write the tokenizer to {os.fspath(path)}: {error.strerror}") from error
 
-    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes, int, TruncationSide]]:
-        return type(self), (self._model_bytes, self.context_length, self.truncation_side)
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes, int, TruncationSide, bool]]:
+        return type(self), (self._model_bytes, self.context_length, self.truncation_side, self.normalise)
 
     def __repr__(self) -> str:
         return (
@@ -250,6 +271,8 @@ class SentencePieceTokenizer:
         for text in texts:
             if not text.isascii() and _SURROGATE.search(text):
                 text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            if self.normalise:
+                text = normalise_spaces(text)
             if "[" in text or "<|" in text:
                 plans.append(self._cut_literals(text, segments))
             else:

@@ -14,17 +14,24 @@ _PICTURE = "\\u00a9\\u00ae\\u203c-\\u2bff\\u3030\\u303d\\u3297\\u3299\\ufe0f\\U0
 # A zero-width joiner makes one picture of two, as in 👩‍🚀; anywhere else it joins nothing that can be seen.
 _LONE_JOINER = f"(?<![{_PICTURE}])\\u200d|\\u200d(?![{_PICTURE}])"
 _DROPPED = re.compile(f"[{_INVISIBLE}]+|{_LONE_JOINER}")
+# Chinese characters and their punctuation, which are written without spaces.
+_HAN = (
+    "\\u3001-\\u301f\\u3400-\\u4dbf\\u4e00-\\u9fff\\uf900-\\ufaff\\uff01-\\uff0f\\uff1a-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65"
+    "\\U00020000-\\U000323af"
+)
+_BETWEEN_HAN = re.compile(f"(?<=[{_HAN}]) (?=[{_HAN}])")
 _BLANKS = re.compile(f"[{_SPACE}]+")
 
 
 def normalise_spaces(text: str) -> str:
-    r"""One space for every run of white space, none around the text, and no characters that nobody sees.
+    r"""One space for every run of white space, and no characters that nobody sees; joiners inside emoji stay.
 
-    Joiners inside emoji stay.
+    Around the text and between Chinese characters there is no space, as in BERT's tokenizers.
 
     >>> normalise_spaces(" a\u00a0 red\u200b\tcat\n")
     'a red cat'
     """
     if text.isascii() and text.isprintable() and "  " not in text:
         return text.strip(" ")
-    return _BLANKS.sub(" ", _DROPPED.sub("", text)).strip(" ")
+    text = _BLANKS.sub(" ", _DROPPED.sub("", text)).strip(" ")
+    return _BETWEEN_HAN.sub("", text) if " " in text else text

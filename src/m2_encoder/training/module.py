@@ -51,6 +51,8 @@ class PretrainModule(lightning.LightningModule):
         max_logit_scale: upper bound of exp(logit_scale), applied after every step (CLIP, arXiv:2103.00020, uses 100).
         max_skipped_in_a_row: steps with a non-finite gradient in a row after which training aborts.
         validation_name: name of the validation set in metric names.
+        tokenizer: what `pack_tokenizer` gives, for checkpoints to say which pieces the token table has; None says
+            nothing.
 
     Raises:
         UserError: if no objective has a weight, local ones differ in `text_expert`, or `max_logit_scale` is below 1.
@@ -68,6 +70,7 @@ class PretrainModule(lightning.LightningModule):
         max_logit_scale: float = 100.0,
         max_skipped_in_a_row: int = 20,
         validation_name: str = "val",
+        tokenizer: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not active(objectives):
@@ -84,6 +87,7 @@ class PretrainModule(lightning.LightningModule):
         self._initial_state = initial_state
         self._max_log_scale = math.log(max_logit_scale)
         self._validation_name = validation_name
+        self._tokenizer = tokenizer
         self._last_losses: dict[str, Tensor] = {}
         self._paused: list[nn.Parameter] = []  # trained only by objectives that are paused in this step
 
@@ -174,6 +178,8 @@ class PretrainModule(lightning.LightningModule):
                 fill_state(key_by_name(state), weights) for state in checkpoint["optimizer_states"]
             ]
         checkpoint["non_finite"] = self.non_finite.state_dict()
+        if self._tokenizer is not None:
+            checkpoint["tokenizer"] = dict(self._tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters of skipped steps."""

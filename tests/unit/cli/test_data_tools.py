@@ -169,7 +169,7 @@ def test_stats_with_numbers_and_picture(start: Start, tmp_path: Path, capsys: py
     write_numbers(tmp_path / "tars" / "more", [2])
     arguments = [f"source={tmp_path / 'tars'}", f"output={tmp_path / 's.json'}", f"plot={tmp_path / 's.png'}"]
     assert start("stats", *arguments, "context_length=3") == 0
-    assert "captions of more than 1 tokens, which are cut" in capsys.readouterr().out
+    assert "a context of 3 holds 1, longer captions lose their beginning" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))["statistics"]
     assert numbers["lengths"]["words"]["zh"] == {"lengths": [2, 5], "counts": [3, 3]}
     assert set(numbers["lengths"]) == {"characters", "words", "tokens"}

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -59,7 +60,7 @@ def train_model(user_defined_symbols: tuple[str, ...] = SPECIALS) -> bytes:
 
 
 MODEL = train_model()
-TOKENIZER = SentencePieceTokenizer(MODEL)
+TOKENIZER = SentencePieceTokenizer(MODEL, normalise=False)  # the official recipe
 
 
 def reference_ids(text: str) -> list[int]:
@@ -102,7 +103,7 @@ def test_template_padding_and_mask() -> None:
 
 def test_special_ids_come_from_the_model() -> None:
     shuffled = ("[MASK]", "[UNK]", "[CLS]", "<|endoftext|>")
-    tokenizer = SentencePieceTokenizer(train_model(shuffled))
+    tokenizer = SentencePieceTokenizer(train_model(shuffled), normalise=False)
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
     assert tokenizer.cls_id == processor.piece_to_id("[CLS]") != TOKENIZER.cls_id
     assert tokenizer.end_id == processor.piece_to_id("<|endoftext|>")
@@ -342,11 +343,33 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
         SentencePieceTokenizer(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["a  cat", " a cat", "a\u3000\tcat\n", "\ufeffa ca\u200bt", "a\u00a0ca\u00adt", "\u202aa cat\u202c"]
+)
+def test_blanks_and_invisible_characters_change_nothing(text: str) -> None:
+    tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model())
+    assert tokenizer.normalise
+    assert tokenizer.encode(text) == tokenizer.encode("a cat")
+    assert tokenizer.encode("[MASK]" + text)[1:] == tokenizer.encode("a cat")
+    assert tokenizer.encode("红色  的\u3000圆") == tokenizer.encode("红色的圆")
+    untidy = SentencePieceTokenizer(load_emoji_tokenizer_model(), normalise=False)
+    assert untidy.encode("a  cat") != untidy.encode("a cat")
+
+
+def test_pieces_that_are_bytes_or_unknown_are_counted() -> None:
+    tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model())
+    assert tokenizer.count_foreign(tokenizer.encode("a cat")) == 0
+    assert tokenizer.count_foreign(tokenizer.encode("a \U0001f9ff")) == 4
+    assert TOKENIZER.count_foreign(TOKENIZER.encode("a ∰")) == 1
+    assert TOKENIZER.count_foreign([]) == 0
+
+
 def test_copies_behave_alike() -> None:
-    tokenizer = SentencePieceTokenizer(MODEL, 7, "right")
+    tokenizer = SentencePieceTokenizer(MODEL, 7, "right", normalise=False)
     texts = ["a photo of a cat on a sofa", "一只猫"]
     for twin in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
         assert repr(twin) == repr(tokenizer)
+        assert not twin.normalise
         assert torch.equal(twin(texts).ids, tokenizer(texts).ids)
     assert "context_length=7" in repr(tokenizer)
 

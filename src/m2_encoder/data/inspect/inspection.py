@@ -36,14 +36,21 @@ SAMPLE_ROW = np.dtype([("width", "i4"), ("height", "i4"), ("num_bytes", "i8"), (
 """One usable sample: size as stored, bytes of the image file, hashes of the image and of what marks its content."""
 
 CAPTION_ROW = np.dtype(
-    [("row", "i8"), ("language", "i1"), ("text", "u8"), ("characters", "i4"), ("words", "i4"), ("tokens", "i4")]
+    [
+        ("row", "i8"),
+        ("language", "i1"),
+        ("text", "u8"),
+        ("characters", "i4"),
+        ("words", "i4"),
+        ("tokens", "i4"),
+        ("foreign", "i4"),
+    ]
 )
-"""One caption: its sample's row, index into `LANGUAGES`, hash, lengths; -1 for lengths that were not counted."""
+"""One caption: its sample's row, index into `LANGUAGES`, hash, lengths, and how many tokens are bytes or unknown; -1
+for what was not counted."""
 
 MAX_EXAMPLES = 3
 """Faults of one reason in one shard that are named; all are counted."""
-
-_CONTEXT_LENGTH = 1 << 16  # captions are counted whole, whatever a model would cut
 
 
 class InspectionOptions(NamedTuple):
@@ -56,7 +63,7 @@ class InspectionOptions(NamedTuple):
     pictures: PicturePolicy = STANDARD  # what the pixels of images are
     language: str | None = None  # of captions without one; None detects it by the script
     words: bool = False
-    tokenizer: bytes | None = None  # content of a SentencePiece file, to count tokens with; None does not
+    tokenizer: SentencePieceTokenizer | None = None  # to count tokens with, before it cuts them; None does not
 
 
 class ShardTask(NamedTuple):
@@ -251,10 +258,10 @@ class _Seen:
         if FLAT in facts.effects and len(self.flat) < MAX_EXAMPLES:
             self.flat.append(f"{Path(self._shard).name}:{raw.key}")
         for caption in said.captions:
-            words, tokens = counter.words(caption.text, caption.language), counter.tokens(caption.text)
+            words, (tokens, foreign) = counter.words(caption.text, caption.language), counter.tokens(caption.text)
             language = LANGUAGES.index(caption.language)
             text = hash_bytes(caption.text.encode())
-            self.captions.append((len(self.rows), language, text, len(caption.text), words, tokens))
+            self.captions.append((len(self.rows), language, text, len(caption.text), words, tokens, foreign))
         self.rows.append(
             (facts.width, facts.height, len(raw.image), hash_bytes(raw.image), hash_bytes(identity.encode()))
         )
@@ -265,15 +272,17 @@ class _Counter:
 
     def __init__(self, options: InspectionOptions) -> None:
         self._words = options.words
-        self._tokenizer: SentencePieceTokenizer | None = None
-        if options.tokenizer is not None:
-            self._tokenizer = SentencePieceTokenizer(options.tokenizer, context_length=_CONTEXT_LENGTH)
+        self._tokenizer = options.tokenizer
 
     def words(self, text: str, language: str) -> int:
         return count_words(text, language) if self._words else -1
 
-    def tokens(self, text: str) -> int:
-        return -1 if self._tokenizer is None else len(self._tokenizer.encode(text))
+    def tokens(self, text: str) -> tuple[int, int]:
+        """All, and those that are bytes or unknown."""
+        if self._tokenizer is None:
+            return -1, -1
+        ids = self._tokenizer.encode(text)
+        return len(ids), self._tokenizer.count_foreign(ids)
 
 
 def _open(path: str, remote: RemoteShards | None) -> OpenShard:

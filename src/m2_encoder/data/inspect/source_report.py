@@ -15,6 +15,7 @@ from m2_encoder.data.inspect.duplicates import FalseNegatives, class_sizes, expe
 from m2_encoder.data.inspect.inspection import Fault, ShardInspection, find_captions
 from m2_encoder.data.inspect.picture_advice import advise_pictures
 from m2_encoder.data.inspect.survey import Survey
+from m2_encoder.data.inspect.token_report import TokenReport, summarize_tokens
 from m2_encoder.data.samples.language import describe_languages
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
 from m2_encoder.errors import abridge
@@ -76,6 +77,7 @@ class SourceReport(NamedTuple):
         decoded: images that were decoded.
         effects: usable decoded ones by what the policy of pictures does to them, of `rgb.EFFECTS`.
         languages: captions by language, those that occur.
+        tokens: what the tokenizer makes of the captions; None if it was not asked.
         left_out: captions that are neither Chinese nor English, by language.
         width: `QUANTILES` of widths, pixels.
         height: `QUANTILES` of heights, pixels.
@@ -104,6 +106,7 @@ class SourceReport(NamedTuple):
     decoded: int
     effects: dict[str, int]
     languages: dict[str, CaptionSummary]
+    tokens: TokenReport | None
     left_out: dict[str, int]
     width: tuple[float, ...]
     height: tuple[float, ...]
@@ -119,7 +122,16 @@ class SourceReport(NamedTuple):
         named = {name: value._asdict() for name, value in self.languages.items()}
         nested = {name: getattr(self, name)._asdict() for name in ("captions", "images", "false_negatives")}
         examples = [fault._asdict() for fault in self.examples]
-        return self._asdict() | nested | {"languages": named, "examples": examples, "quantiles": QUANTILES}
+        return (
+            self._asdict()
+            | nested
+            | {
+                "languages": named,
+                "tokens": None if self.tokens is None else self.tokens.to_dict(),
+                "examples": examples,
+                "quantiles": QUANTILES,
+            }
+        )
 
 
 def check_source(
@@ -153,6 +165,7 @@ def check_source(
         decoded=sum(item.decoded for item in survey.shards),
         effects=_merge(item.effects for item in survey.shards),
         languages=_summarize_languages(captions),
+        tokens=summarize_tokens(captions, survey.options.tokenizer),
         left_out=_merge(item.left_out for item in survey.shards),
         width=_quantiles(rows["width"]),
         height=_quantiles(rows["height"]),
@@ -248,6 +261,7 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
         found.append(
             f"{report.usable:,} usable samples are fewer than a batch of {report.batch_size:,}: they repeat in it"
         )
+    found += [] if report.tokens is None else report.tokens.warnings()
     if report.left_out:
         found.append(f"left out: {describe_languages(report.left_out)}, which are neither Chinese nor English")
     if any(name not in report.languages for name in languages) and report.languages:

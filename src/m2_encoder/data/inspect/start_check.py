@@ -22,6 +22,7 @@ from m2_encoder.data.shards.paths import is_remote
 from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
 from m2_encoder.pictures import STANDARD, PicturePolicy
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.types import LANGUAGES
 
 _DECODED_SHARE = 8  # of 8 samples that are read, one image is decoded, which takes most of the time
@@ -52,6 +53,7 @@ class TrainingNeeds(NamedTuple):
     languages: tuple[str, ...]  # those with a weight; a sample needs a caption in one of them
     limits: ImageLimits  # images outside are not used
     max_bad_share: float  # of unusable samples, above which the run ends
+    tokenizer: SentencePieceTokenizer | None = None  # of the model; None counts no tokens
     pictures: PicturePolicy = STANDARD  # what the pixels of its images are
 
 
@@ -133,6 +135,7 @@ def _survey(source: Source, check: StartCheck, needs: TrainingNeeds, remote: Rem
         samples_per_shard=per_shard,
         num_decoded=max(1, per_shard // _DECODED_SHARE),
         limits=needs.limits,
+        tokenizer=needs.tokenizer,
         pictures=needs.pictures,
         language=languages[0] if len(languages) == 1 else None,
     )

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m2_encoder.data.inspect.source_report import QUANTILES, CaptionSummary, SourceReport
+from m2_encoder.data.inspect.token_report import TokenReport
 from m2_encoder.errors import abridge
 
 _QUANTILE_NAMES: Final = {0.0: "min", 0.5: "median", 1.0: "max"}
@@ -27,6 +28,13 @@ def print_report(console: Console, report: SourceReport, *, title: str) -> None:
     print_titled(console, title, _overview(report))
     if report.languages:
         print_titled(console, "Captions", length_table(report.languages))
+    if report.tokens is not None and report.tokens.languages:
+        tokens = report.tokens
+        title = (
+            f"Tokens of {tokens.vocab_size:,} pieces; a context of {tokens.context_length} holds {tokens.limit}, "
+            f"longer captions lose their {tokens.lost} (truncation_side={tokens.truncation_side})"
+        )
+        print_titled(console, title, _token_table(tokens))
     if report.usable:
         print_titled(console, "Images", _image_table(report))
         print_titled(console, "Exact duplicates in what was read", _duplicate_table(report))
@@ -65,6 +73,18 @@ def length_table(languages: Mapping[str, CaptionSummary]) -> Table:
             if values is not None:
                 table.add_row(*start, unit, *_numbers(values))
                 start = ["", "", ""]
+    return table
+
+
+def _token_table(report: TokenReport) -> Table:
+    table = make_table("language", "captions", "cut", "tokens", "bytes or unknown", "captions with such")
+    for language, own in report.languages.items():
+        shares = (
+            f"{count:,} ({count / max(1, total):.1%})"
+            for count, total in ((own.foreign, own.tokens), (own.with_foreign, own.captions))
+        )
+        cut = f"{own.cut:,} ({own.cut / own.captions:.1%})"
+        table.add_row(language, f"{own.captions:,}", cut, f"{own.tokens:,}", *shares)
     return table
 
 

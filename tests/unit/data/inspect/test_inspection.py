@@ -139,9 +139,8 @@ def test_headers_alone_overlook_cut_images(tmp_path: Path) -> None:
 def test_words_and_tokens(tmp_path: Path) -> None:
     text = {"captions": {"en": ["a red balloon"], "zh": ["我来到北京清华大学"]}}
     path = write_tar(tmp_path / "a.tar", make_sample("0", 0, metadata=text))
-    model = load_emoji_tokenizer_model()
-    found = _inspect(path, ALL._replace(words=True, tokenizer=model)).captions
-    tokenizer = SentencePieceTokenizer(model)
+    tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model())
+    found = _inspect(path, ALL._replace(words=True, tokenizer=tokenizer)).captions
     assert found["words"].tolist() == [3, 4]
     assert found["tokens"].tolist() == [len(tokenizer.encode(texts[0])) for texts in text["captions"].values()]
 

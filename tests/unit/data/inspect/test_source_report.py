@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.inspect.inspection import InspectionOptions
 from m2_encoder.data.inspect.source_report import SourceReport, check_source
 from m2_encoder.data.inspect.statistics import Histogram, measure_statistics
 from m2_encoder.data.inspect.survey import survey_source
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.shards import make_image, make_sample, write_numbers, write_tar
 
 ALL = InspectionOptions(samples_per_shard=None)
@@ -158,3 +160,24 @@ def test_captions_in_other_languages_are_counted_and_named(tmp_path: Path) -> No
     assert (report.left_out, report.faults) == ({"fr": 3, "de": 1}, {"missing_caption": 1})
     assert "left out: 3 captions in fr, 1 in de, which are neither Chinese nor English" in report.warnings
     assert {name: value.captions for name, value in report.languages.items()} == {"en": 2, "zh": 1}
+
+
+def test_captions_are_counted_for_the_tokenizer_and_the_context_of_the_model(tmp_path: Path) -> None:
+    shards = _write(tmp_path, ["a red cat on a red mat", "cat", "a \U0001f9ff", "猫"])
+    tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=6)
+    tokens = [tokenizer.encode(text) for text in ("a red cat on a red mat", "cat", "a \U0001f9ff")]
+    report = _check(shards, options=ALL._replace(tokenizer=tokenizer))
+    assert report.tokens is not None
+    cut = sum(len(ids) > 4 for ids in tokens)
+    assert report.tokens.languages["en"] == (3, cut, sum(map(len, tokens)), 4, 1)
+    assert report.tokens.languages["zh"].captions == 1
+    assert any(
+        line.startswith(f"{cut} of 3 en captions") and "lose their beginning (truncation_side=left)" in line
+        for line in report.warnings
+    )
+    assert any("of the tokens of en captions are bytes or unknown" in line for line in report.warnings)
+    other = SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=60, truncation_side="right")
+    longer = _check(shards, options=ALL._replace(tokenizer=other)).tokens
+    assert longer is not None
+    assert (longer.languages["en"].cut, longer.lost) == (0, "end")
+    assert json.loads(json.dumps(report.to_dict()))["tokens"]["context_length"] == 6
