@@ -55,8 +55,9 @@ def end_on_signals(end_ranks: Callable[[], None]) -> Iterator[None]:
         signal.set_wakeup_fd(old)
         for number, handler in before.items():
             signal.signal(number, handler)
-        wakes.close()  # which ends the thread
+        wakes.shutdown(socket.SHUT_RDWR)  # which ends the thread, whatever forked process holds a copy of it
         listener.join()
+        wakes.close()
         heard.close()
 
 

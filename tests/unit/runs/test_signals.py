@@ -109,3 +109,15 @@ def test_everything_is_as_before_afterwards() -> None:
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_forked_process_that_goes_on_keeps_nothing_waiting() -> None:
+    def fork_and_end() -> None:
+        if os.fork() == 0:  # with a copy of the socket that the thread listens to
+            time.sleep(2)
+            os._exit(0)
+
+    with process(fork_and_end) as pid:
+        started = time.monotonic()
+        assert code_of(pid) == 0
+        assert time.monotonic() - started < 1.5
