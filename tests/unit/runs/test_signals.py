@@ -40,6 +40,7 @@ def process(body: Callable[[], None], end: Callable[[], None] = lambda: None) ->
         finally:
             os._exit(code)
     assert os.read(read, 1) == b"x"
+    time.sleep(0.1)  # by then its body runs
     os.close(read)
     os.close(write)
     try:
