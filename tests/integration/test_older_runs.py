@@ -1,7 +1,8 @@
 """What an older version wrote goes on and repeats: its checkpoint, and its `config.yaml` with names that have moved.
 
 `tests/data/older_run` was written by revision 49ade2f: three steps, of which the checkpoint holds two. The fourth is of
-today: the learning rate of the third, the first after the checkpoint, follows the longer schedule now.
+today: the learning rate of the third, the first after the checkpoint, follows the longer schedule now. So are the
+recalls: a caption that several drawings share is one query, it was one per drawing.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_a_tokenizer_and_an_encoder_do_not_go_on_in_each_others_run(composer: Co
         folder = tmp_path / f"run{number}"
         (folder / "checkpoints").mkdir(parents=True)
         write_config(folder / "config.yaml", compose(composer, *first, *shared))
-        (folder / "checkpoints" / "last.ckpt").touch()
+        torch.save({"global_step": 1, "state_dict": {}}, folder / "checkpoints" / "last.ckpt")
         with pytest.raises(UserError) as caught:
             train(compose(composer, *then, *shared))
         assert caught.value.problems == (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,20 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mappin
     except safetensors.SafetensorError as error:  # an error of its own, in words, for a full disk
         code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(code, " ".join(str(error).split()), str(path)) from error
+    _sort_metadata(path)
     os.chmod(path, mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order of their names: safetensors writes them in another one each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(content) <= length, "the same characters in another order"
+        file.seek(8)
+        file.write(content.ljust(length))
 
 
 def find_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
