@@ -65,7 +65,8 @@ def run_stats(cfg: dict[str, Any]) -> int:
     if not report.usable:
         return EXIT_USER_ERROR
     assert report.tokens is not None, "a tokenizer was given"
-    print_titled(console, "\nDistributions in what was read", _distribution_table(statistics))
+    console.print()
+    print_titled(console, "Distributions in what was read", _distribution_table(statistics))
     if cfg["output"] is not None:
         numbers = {"report": report.to_dict(), "statistics": statistics.to_dict()}
         write_json(Path(cfg["output"]).expanduser(), numbers, key="output")
