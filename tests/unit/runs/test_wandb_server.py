@@ -14,6 +14,9 @@ from tests.support.wandb_server import serve_wandb
 
 @pytest.fixture
 def _account(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    wandb.teardown()  # a run of an earlier test leaves its service, which knows another server
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
