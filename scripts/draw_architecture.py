@@ -49,6 +49,7 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
         "config": "from the command line to a checked configuration",
     },
     {"runs": "the life of a training run"},
+    {"analysis": "runs as data, for notebooks"},
     {"cli": "m2-train, m2-evaluate, m2-export, m2-embed, m2-plan, m2-data"},
 )
 """From below: by layer, what is in it. A layer imports itself and layers of earlier lines, and what `BESIDE` adds."""

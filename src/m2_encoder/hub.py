@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from m2_encoder.checkpoints.download import download, is_url
-from m2_encoder.checkpoints.exported import ExportedFolder, find_pictures, read_exported
+from m2_encoder.checkpoints.exported import CONFIG_FILE, ExportedFolder, find_pictures, read_exported
 from m2_encoder.checkpoints.io import build_model, read_state
 from m2_encoder.checkpoints.vocabulary import fit_vocabulary
 from m2_encoder.checkpoints.weight_files import check_download, find_weights
@@ -62,6 +63,7 @@ def list_models() -> list[str]:
 def load(
     model: str | os.PathLike[str] | M2EncoderConfig,
     *,
+    checkpoint: str | int | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
     tokenizer: SentencePieceTokenizer | str | os.PathLike[str] | bytes | None = None,
     image_size: int | None = None,
@@ -75,8 +77,9 @@ def load(
 
     Args:
         model: a name of `list_models()` (underscores work, too), a configuration, or a folder written by
-            `m2-export`, which has its own weights and tokenizer. A name wins over a folder of that name;
-            write `./name` then.
+            `m2-export`, which has its own weights and tokenizer, or a run's folder with such an export in it. A name
+            wins over a folder of that name; write `./name` then.
+        checkpoint: of a run's folder, in place of its export: a step, a name such as `step=500`, `last`, or a path.
         weights: a checkpoint: any wrapper of the official format, safetensors, or one of our training
             checkpoints; a path or an http(s) URL. A URL is downloaded once to `~/.cache/m2_encoder` (or
             `M2_ENCODER_CACHE`) and may end in `#sha256=...`. The network is never used otherwise.
@@ -96,14 +99,22 @@ def load(
         UserError: for an unknown name, a missing or unusable file, or an impossible option. Weights are never
             random: `M2Encoder(config)` has random ones.
     """
+    if checkpoint is not None:
+        if weights is not None or tokenizer is not None or image_size is not None or map_tokenizer:
+            raise UserError(f"checkpoint={checkpoint!r} has weights and a tokenizer of its own; give no others")
+        # Runs are of a higher layer: only who asks for a checkpoint of one loads what that takes.
+        opening = importlib.import_module("m2_encoder.runs.opening")
+        places = {"device": _checked_device(device), "dtype": _checked_dtype(dtype)}
+        loaded: LoadedModel = opening.load_checkpoint(model, checkpoint, pictures=pictures, **places)
+        loaded.model.requires_grad_(trainable)
+        return loaded
     config, exported = _resolve(model)
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
     # Checks come first, because weights may be a long download.
     policy = read_policy(pictures) if pictures is not None else choose_pictures(config, weights, exported)
     device = _checked_device(device)
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(map(str, _DTYPES))}")
+    _checked_dtype(dtype)
     if map_tokenizer and tokenizer is None:
         raise UserError("map_tokenizer: there is no tokenizer to map the weights to; add tokenizer=FILE")
     text = _build_tokenizer(config, tokenizer, exported)
@@ -174,7 +185,8 @@ def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
         return known[_canonical(name)], None
     path = Path(name)
     if name and path.is_dir():  # the empty name would be the current folder
-        exported = read_exported(path)
+        inside = path / "export"
+        exported = read_exported(inside if not (path / CONFIG_FILE).exists() and inside.is_dir() else path)
         return exported.config, exported
     if path.is_file():
         raise UserError(
@@ -224,6 +236,12 @@ def _build_tokenizer(
     else:
         return MissingTokenizer()
     return built
+
+
+def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(map(str, _DTYPES))}")
+    return dtype
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

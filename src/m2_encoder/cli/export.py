@@ -9,7 +9,7 @@ from typing import Any
 
 from m2_encoder.bounds import Text
 from m2_encoder.checkpoints.matching_head import read_head
-from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, LAST_NAME, find_newest, read_step
+from m2_encoder.checkpoints.training_state import LAST_NAME, read_step
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
@@ -18,6 +18,7 @@ from m2_encoder.errors import CheckpointError, Problem
 from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head, read_trained
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
+from m2_encoder.runs.opening import find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,14 +72,9 @@ def check_export(cfg: dict[str, Any]) -> list[Problem]:
 
 
 def _checkpoint(cfg: Mapping[str, Any]) -> Path:
-    """`last`, which is the newest whole one, the name of a checkpoint in the run's folder, or a path."""
-    named = str(cfg["checkpoint"])
-    folder = default_run_folder(dict(cfg))
-    if named == "last":
-        newest = find_newest(folder / CHECKPOINT_FOLDER)
-        return folder / LAST_CHECKPOINT if newest is None else newest.path
-    inside = (folder / LAST_CHECKPOINT).parent / named
-    return inside if inside.is_file() else anchor(named)
+    """The checkpoint that is named, or where it would be."""
+    named, folder = str(cfg["checkpoint"]), default_run_folder(dict(cfg))
+    return find_checkpoint(folder, named) or (folder / LAST_CHECKPOINT if named == "last" else anchor(named))
 
 
 def _output(cfg: Mapping[str, Any]) -> Path:

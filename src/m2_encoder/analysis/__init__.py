@@ -1,0 +1,35 @@
+"""Runs as data, for notebooks: read what `m2-train` wrote, compare runs, load their models.
+
+>>> from m2_encoder.analysis import read_runs
+>>> runs = read_runs("outputs/lr-*")                          # doctest: +SKIP
+>>> runs.table("val/emoji_val_zh/mean_recall")                # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from m2_encoder.analysis.recorded import Curve, RecordedRun, read_run
+from m2_encoder.analysis.runs import Runs, read_runs
+from m2_encoder.analysis.table import Table
+from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.evaluation.encode import encode_images, encode_texts
+from m2_encoder.evaluation.retrieval import SetFeatures, encode_set, evaluate_features
+from m2_encoder.hub import load
+
+__all__ = [
+    "Curve",
+    "EvalTransform",
+    "RecordedRun",
+    "RetrievalSet",
+    "Runs",
+    "SetFeatures",
+    "Table",
+    "encode_images",
+    "encode_set",
+    "encode_texts",
+    "evaluate_features",
+    "load",
+    "read_retrieval_set",
+    "read_run",
+    "read_runs",
+]

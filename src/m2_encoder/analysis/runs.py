@@ -1,0 +1,115 @@
+"""Several runs side by side: what differs between them, and their metrics with spread over seeds."""
+
+from __future__ import annotations
+
+import glob
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+from m2_encoder.analysis.recorded import RecordedRun, read_run
+from m2_encoder.analysis.table import Table
+from m2_encoder.errors import UserError
+from m2_encoder.runs.folder import CONFIG_FILE
+
+_PLACE = ("run.name", "run.folder", "run.resume")
+_SEED = "seed"
+
+
+class Runs(Sequence[RecordedRun]):
+    """Runs in the order of their names."""
+
+    def __init__(self, runs: Sequence[RecordedRun]) -> None:
+        """Of runs that were read one by one."""
+        self._runs = tuple(runs)
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @overload
+    def __getitem__(self, place: int) -> RecordedRun: ...
+    @overload
+    def __getitem__(self, place: slice) -> Runs: ...
+    def __getitem__(self, place: int | slice) -> RecordedRun | Runs:
+        return Runs(self._runs[place]) if isinstance(place, slice) else self._runs[place]
+
+    def __iter__(self) -> Iterator[RecordedRun]:
+        return iter(self._runs)
+
+    def __repr__(self) -> str:
+        return f"Runs({len(self)}: {', '.join(run.name for run in self[:3])}{', …' if len(self) > 3 else ''})"
+
+    @cached_property
+    def varies(self) -> list[str]:
+        """The settings that are not the same in all runs, but for where a run lies."""
+        keys = dict.fromkeys(key for run in self for key in run.settings if key not in _PLACE)
+        return [key for key in keys if len({repr(run.settings.get(key)) for run in self}) > 1]
+
+    def settings(self) -> Table:
+        """A row per run: its name, and what varies."""
+        return Table(["run", *self.varies], [{"run": run.name, **run.settings} for run in self])
+
+    def table(self, *metrics: str, over: str | None = _SEED) -> Table:
+        """Final metrics by what varies: mean and standard deviation over the runs that differ in `over` alone.
+
+        Columns are the settings that vary, `runs` (how many), and per metric its name and `<name> ±` (the sample
+        standard deviation; None for one run). A run without the metric counts in neither.
+
+        Args:
+            metrics: names, such as `val/emoji_val_zh/mean_recall`; by default all mean recalls of the last evaluation.
+            over: the setting to average over; None for a row per run.
+
+        Raises:
+            UserError: if no run has such a metric.
+        """
+        names = metrics or self._recalls()
+        missing = [name for name in names if all(name not in run.metrics for run in self)]
+        if missing or not names:
+            self[0].final(missing[0] if missing else "mean_recall")  # says what there is
+        keys = [key for key in self.varies if key != over]
+        groups: dict[tuple[str, ...], list[RecordedRun]] = {}
+        for run in self:
+            own = () if over is not None else (run.name,)
+            groups.setdefault((*own, *(repr(run.settings.get(key)) for key in keys)), []).append(run)
+        rows = [self._row(group, keys, names, over) for group in groups.values()]
+        first = [] if over is not None else ["run"]
+        shown = [each for name in names for each in (name, f"{name} ±")] if over is not None else list(names)
+        return Table([*first, *keys, *(["runs"] if over is not None else []), *shown], rows)
+
+    def _row(self, group: Sequence[RecordedRun], keys: Sequence[str], names: Sequence[str], over: str | None) -> Any:
+        row: dict[str, Any] = {"run": group[0].name, "runs": len(group)}
+        row |= {key: group[0].settings.get(key) for key in keys}
+        for name in names:
+            values = [run.final(name) for run in group if name in run.metrics]
+            row[name] = statistics.fmean(values) if values else None
+            row[f"{name} ±"] = statistics.stdev(values) if len(values) > 1 else None
+        return row
+
+    def _recalls(self) -> list[str]:
+        found = (name for run in self for name in run.summary.get("metrics", {}) if name.endswith("/mean_recall"))
+        return list(dict.fromkeys(found))
+
+
+def read_runs(pattern: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Runs:
+    """Reads runs by a pattern such as `outputs/lr-*`, a folder of runs such as that of a sweep, or a list of folders.
+
+    Matches that are no run's folder are passed over.
+
+    Raises:
+        UserError: if there is no run, or a file of one is damaged.
+    """
+    if not isinstance(pattern, str | os.PathLike):
+        return Runs([read_run(folder) for folder in pattern])
+    text = os.path.expanduser(os.fspath(pattern))
+    given = Path(text)
+    if given.is_dir():
+        places = [given] if (given / CONFIG_FILE).is_file() else sorted(given.iterdir())
+    else:
+        places = [Path(path) for path in sorted(glob.glob(text, recursive=True))]
+    runs = [read_run(path) for path in places if (path / CONFIG_FILE).is_file()]
+    if not runs:
+        raise UserError(f"{text}: no run there; give a pattern of folders that m2-train wrote, such as 'outputs/lr-*'")
+    return Runs(runs)

@@ -1,0 +1,150 @@
+"""Runs as data: reading, comparing, loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import m2_encoder
+from m2_encoder.analysis import read_run, read_runs
+from m2_encoder.checkpoints.export import export_model
+from m2_encoder.checkpoints.io import load_model
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
+from m2_encoder.errors import UserError
+from m2_encoder.pictures import STANDARD
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from tests.support.models import random_model, small_config
+
+OLDER = Path(__file__).parents[2] / "data" / "older_run"
+RECALL = "val/set_zh/mean_recall"
+
+
+def write_run(folder: Path, *, lr: float = 0.1, seed: int = 0, recall: float | None = None, **more: Any) -> Path:
+    folder.mkdir(parents=True)
+    cfg = {"seed": seed, "run": {"name": folder.name, "folder": str(folder.parent)}, "optimizer": {"lr": lr}, **more}
+    (folder / "config.yaml").write_text(json.dumps(cfg), encoding="utf-8")  # JSON is YAML
+    lines = [{"step": n, "samples_seen": 8 * n, "train/loss/total": 1 / n} for n in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    if recall is not None:
+        summary = {"finished": True, "metrics": {RECALL: recall}}
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return folder
+
+
+def test_a_run_has_its_settings_curves_and_final_metrics(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "实验一", recall=12.5))
+    assert (run.name, run.is_finished, run.settings["optimizer.lr"]) == ("实验一", True, 0.1)
+    assert run.curve("train/loss/total") == ([1, 2, 3], [8, 16, 24], [1.0, 0.5, 1 / 3])
+    assert (run.final(RECALL), run.final("train/loss/total")) == (12.5, 1 / 3)
+    with pytest.raises(UserError, match="did you mean train/loss/total"):
+        run.curve("train/loss/totl")
+
+
+def test_half_a_line_of_a_run_at_work_is_passed_over(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "train/lo')
+    run = read_run(folder)
+    assert len(run.log) == 3
+    assert not run.is_finished
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("metrics.jsonl", "{}\nnone\n", "line 2 is damaged"),
+        ("summary.json", "[1]", "is damaged"),
+        ("config.yaml", "- 1", "must hold a mapping"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, file: str, content: str, said: str) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / file).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{file}: .*{said}"):
+        read_run(folder)
+
+
+def test_seeds_are_averaged_with_their_spread(tmp_path: Path) -> None:
+    values = {(lr, seed): 10 * lr + seed for lr in (0.1, 0.2) for seed in (0, 1, 2)}
+    for (lr, seed), recall in values.items():
+        write_run(tmp_path / f"lr={lr}-seed={seed}", lr=lr, seed=seed, recall=recall)
+    (tmp_path / "multirun").mkdir()  # no run
+    runs = read_runs(tmp_path)
+    assert runs.varies == ["seed", "optimizer.lr"]
+    table = runs.table()
+    assert table.columns == ("optimizer.lr", "runs", RECALL, f"{RECALL} ±")
+    assert [row["optimizer.lr"] for row in table] == [0.1, 0.2]
+    for row in table:
+        own = [value for (lr, _), value in values.items() if lr == row["optimizer.lr"]]
+        assert row == {
+            "optimizer.lr": row["optimizer.lr"],
+            "runs": 3,
+            RECALL: pytest.approx(statistics.fmean(own)),
+            f"{RECALL} ±": pytest.approx(1.0),
+        }
+    assert len(runs.table(RECALL, over=None)) == 6
+    assert len(read_runs(f"{tmp_path}/lr=0.1-*")) == 3
+
+
+def test_runs_without_the_metric_count_in_no_mean(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", seed=0, recall=4.0)
+    write_run(tmp_path / "b", seed=1)
+    (row,) = read_runs(tmp_path).table(RECALL)
+    assert (row["runs"], row[RECALL], row[f"{RECALL} ±"]) == (2, 4.0, None)
+
+
+def test_a_table_is_shown_and_written(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", lr=0.1, recall=4.123456)
+    write_run(tmp_path / "b<c>", lr=0.2, recall=5.0)
+    table = read_runs(tmp_path).table(RECALL, over=None)
+    assert str(table).splitlines() == [
+        "run   optimizer.lr  val/set_zh/mean_recall",
+        "----  ------------  ----------------------",
+        "a              0.1                   4.123",
+        "b<c>           0.2                       5",
+    ]
+    assert "b&lt;c&gt;" in table._repr_html_()
+    assert table.to_markdown().splitlines()[1] == "| --- | --: | --: |"
+    assert table.to_csv(tmp_path / "t.csv").read_text(encoding="utf-8").splitlines()[1] == "a,0.1,4.123456"
+
+
+def test_no_run_says_what_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run there"):
+        read_runs(f"{tmp_path}/x-*")
+    with pytest.raises(UserError, match=r"no run's folder: it has no config\.yaml"):
+        read_run(tmp_path)
+
+
+def test_a_checkpoint_of_a_run_is_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(OLDER, folder)
+    os.link(folder / "checkpoints/last.ckpt", folder / "checkpoints/step=2.ckpt")
+    run = read_run(folder)
+    model, preprocess, tokenizer = m2_encoder.load(folder, checkpoint="step=2")
+    by_number, last = run.load(2).model, run.load("last").model
+    expected = load_model(model.config, folder / "checkpoints/last.ckpt").encode_text(tokenizer(["猫"]))
+    assert torch.equal(model.encode_text(tokenizer(["猫"])), expected)
+    assert torch.equal(by_number.encode_text(tokenizer(["猫"])), last.encode_text(tokenizer(["猫"])))
+    assert preprocess.image_size == model.config.image_size
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(UserError, match="no checkpoint '7'; there is step=2"):
+        run.load(7)
+    with pytest.raises(UserError, match="needs the folder of a run"):
+        m2_encoder.load("tiny", checkpoint=3)
+    with pytest.raises(UserError, match="weights and a tokenizer of its own"):
+        run.load(2, tokenizer="sp.model")
+
+
+def test_the_folder_of_a_run_opens_its_export(tmp_path: Path) -> None:
+    tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=14)
+    model = random_model(small_config(vocab_size=tokenizer.vocab_size)).requires_grad_(False).eval()
+    export_model(tmp_path / "run" / "export", model=model, tokenizer=tokenizer, pictures=STANDARD)
+    loaded = m2_encoder.load(tmp_path / "run")
+    assert torch.equal(loaded.model.encode_text(tokenizer(["猫"])), model.encode_text(tokenizer(["猫"])))
