@@ -59,7 +59,7 @@ class RecordedRun:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration as flat columns, such as `optimizer.lr`; a list is one value."""
-        return dict(_flatten(self.config))
+        return flatten(self.config)
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -146,13 +146,17 @@ def _read_summary(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is damaged; evaluate again with m2-train ... run.resume=auto") from error
 
 
-def _flatten(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        name = f"{above}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{name}.")
-        else:
-            yield name, value
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as flat columns, such as `optimizer.lr`; a list is one value."""
+
+    def walk(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, f"{above}{key}.")
+            else:
+                yield f"{above}{key}", value
+
+    return dict(walk(config, ""))
 
 
 def _is_axis(name: str) -> bool:

@@ -48,6 +48,26 @@ class Runs(Sequence[RecordedRun]):
         keys = dict.fromkeys(key for run in self for key in run.settings if key not in _PLACE)
         return [key for key in keys if len({repr(run.settings.get(key)) for run in self}) > 1]
 
+    @cached_property
+    def factors(self) -> list[str]:
+        """What varies but the seed, one setting of those that always change together."""
+        seen: dict[tuple[int, ...], str] = {}
+        for key in self.varies:
+            values = [repr(run.settings.get(key)) for run in self]
+            seen.setdefault(tuple(values.index(value) for value in values), key)
+        return [key for key in seen.values() if key != _SEED]
+
+    @cached_property
+    def validation_recalls(self) -> list[str]:
+        """The mean recalls of sets that are measured during training, too; all where there are none."""
+        return [name for name in self.recalls if any(name in line for run in self for line in run.log)] or self.recalls
+
+    @cached_property
+    def recalls(self) -> list[str]:
+        """The mean recalls of the evaluations at the end, which `table` shows by default."""
+        found = (name for run in self for name in run.summary.get("metrics", {}) if name.endswith("/mean_recall"))
+        return list(dict.fromkeys(found))
+
     def settings(self) -> Table:
         """A row per run: its name, and what varies."""
         return Table(["run", *self.varies], [{"run": run.name, **run.settings} for run in self])
@@ -65,11 +85,12 @@ class Runs(Sequence[RecordedRun]):
         Raises:
             UserError: if no run has such a metric.
         """
-        names = metrics or self._recalls()
+        names = metrics or self.recalls
         missing = [name for name in names if all(name not in run.metrics for run in self)]
         if missing or not names:
             self[0].final(missing[0] if missing else "mean_recall")  # says what there is
-        keys = [key for key in self.varies if key != over]
+        keys = [key for key in self.factors if key != over]
+        keys += [_SEED] if over != _SEED and _SEED in self.varies else []
         groups: dict[tuple[str, ...], list[RecordedRun]] = {}
         for run in self:
             own = () if over is not None else (run.name,)
@@ -87,10 +108,6 @@ class Runs(Sequence[RecordedRun]):
             row[name] = statistics.fmean(values) if values else None
             row[f"{name} ±"] = statistics.stdev(values) if len(values) > 1 else None
         return row
-
-    def _recalls(self) -> list[str]:
-        found = (name for run in self for name in run.summary.get("metrics", {}) if name.endswith("/mean_recall"))
-        return list(dict.fromkeys(found))
 
 
 def read_runs(pattern: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Runs:

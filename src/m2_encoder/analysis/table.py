@@ -91,7 +91,7 @@ class Table(Sequence[Mapping[str, Any]]):
     def _cells(self) -> Iterator[list[str]]:
         yield list(self.columns)
         for row in self.rows:
-            yield [_show(row[name]) for name in self.columns]
+            yield [show_value(row[name]) for name in self.columns]
 
     def _numeric(self) -> list[bool]:
         return [any(_is_number(row[name]) for row in self.rows) for name in self.columns]
@@ -101,8 +101,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _show(value: object) -> str:
-    """A value for people; nothing for None and NaN."""
+def show_value(value: object) -> str:
+    """A value for people, of four significant digits; nothing for None and NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.{_DIGITS}g}" if isinstance(value, float) else str(value)

@@ -44,6 +44,8 @@ TRAIN: Final = Command(
     run="m2_encoder.cli.train:run_train",
     run_folder=default_run_folder,
     complete="m2_encoder.cli.train:name_repetition",
+    is_done="m2_encoder.cli.train:is_done",
+    end_sweep="m2_encoder.cli.sweep:report_sweep",
     notes=(
         "A run's folder must not exist; run.resume=auto continues one, run.resume=must insists on a checkpoint.",
         "One process at a time trains in a run's folder: a second start is refused while the first lives.",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import find_problems
 from m2_encoder.errors import Problem, UserError
+
+_MAY_DIFFER: Final = ("run.resume", "model.pictures")  # of what trains the same; null pictures are filled in
 
 
 def check_job(cfg: dict[str, Any]) -> list[Problem]:
@@ -29,6 +31,21 @@ def check_job(cfg: dict[str, Any]) -> list[Problem]:
     except UserError as error:
         return find_problems(error)
     return []
+
+
+def is_done(cfg: dict[str, Any]) -> bool:
+    """Whether a run has done all its steps with these settings, and was evaluated and exported."""
+    from m2_encoder.analysis.recorded import flatten, read_run
+    from m2_encoder.runs.export import EXPORT_FOLDER
+    from m2_encoder.runs.folder import CONFIG_FILE
+
+    folder = default_run_folder(cfg)
+    if cfg["run"]["resume"] == "never" or not (folder / CONFIG_FILE).is_file():
+        return False
+    run = read_run(folder)
+    exported = (folder / EXPORT_FOLDER).is_dir() or not cfg["run"]["export"]
+    before, now = ({k: v for k, v in flatten(each).items() if k not in _MAY_DIFFER} for each in (run.config, cfg))
+    return run.is_finished and exported and before == now
 
 
 def run_train(cfg: dict[str, Any]) -> None:

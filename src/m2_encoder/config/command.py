@@ -17,7 +17,9 @@ import errno
 import os
 import pkgutil
 import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -36,8 +38,17 @@ from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.problems import find_problems, format_problem, refuse_all
 from m2_encoder.config.run_folder import hold_run
+from m2_encoder.config.sweep_jobs import (
+    JobOutcome,
+    describe_crash,
+    describe_outcomes,
+    is_done,
+    read_outcomes,
+    write_outcome,
+)
 from m2_encoder.config.sweeps import (
     expand_sweep,
+    is_basic,
     is_sweep_line,
     job_name,
     name_globbed,
@@ -76,6 +87,8 @@ class Command:
         config_folder: the sub-folder of `conf/` with the primary configuration. Without groups in it, `model=PATH` is a
             plain value, although `conf/` has a group of that name.
         groups: of `conf/` that such a command has all the same.
+        is_done: whether the run of a configuration has ended, so that a sweep need not start it again.
+        end_sweep: tells what a sweep found; it gets its folder and all outcomes.
     """
 
     name: str
@@ -91,6 +104,8 @@ class Command:
     check_job: str = ""
     config_folder: str = ""
     groups: tuple[str, ...] = ()
+    is_done: Callable[[dict[str, Any]], bool] | str = ""
+    end_sweep: Callable[[Path, Sequence[JobOutcome]], None] | str = ""
 
     def __call__(self) -> int:
         """Runs the command with the arguments of this process; its exit code."""
@@ -103,6 +118,14 @@ class _Plan(NamedTuple):
     argv: list[str]  # overrides to start Hydra with
     constant_lines: list[str]  # those that a sweep does not vary
     run: dict[str, Any] | None = None  # the configuration of the one run that is to be started in a folder of its own
+    sweep: _Sweep | None = None  # of several runs
+
+
+class _Sweep(NamedTuple):
+    """Several runs of one command line."""
+
+    folder: Path
+    names: list[str] | None  # of its jobs; None where the sweeper decides them later
 
 
 def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
@@ -163,9 +186,22 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
     sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
     job = _Job(command, plan.constant_lines, folder)
+    started = time.time()
     with hold_run(plan.run) if plan.run is not None else contextlib.nullcontext():  # Hydra writes into its folder, too
         hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
-    return job.exit_code
+    return job.exit_code if plan.sweep is None else _end_sweep(command, plan.sweep, started)
+
+
+def _end_sweep(command: Command, sweep: _Sweep, started: float) -> int:
+    """Says what became of the jobs; 1 if any did not finish."""
+    outcomes = read_outcomes(sweep.folder, sweep.names, since=started)
+    if command.end_sweep and any(map(is_done, outcomes)):
+        _resolve(command.end_sweep)(sweep.folder, outcomes)
+    done = all(map(is_done, outcomes))
+    _say(*(f"{command.name}: {line}" for line in describe_outcomes(outcomes)))
+    if not done and command.run_folder is not None:
+        _say(f"{command.name}: the same command with run.resume=auto runs what is left")
+    return 0 if done else 1
 
 
 def _find_trusted(arguments: Arguments, config_name: str, fixed: Sequence[str]) -> frozenset[str] | None:
@@ -196,8 +232,10 @@ def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: f
     first = composer.compose(constant)
     mode = first.hydra.mode
     if arguments.multirun or mode == RunMode.MULTIRUN:
-        _check_sweep(command, composer, lines, constant, first, trusted)
-        return _Plan([*lines, *_quiet(lines), *_sweep_lines(lines)], constant)
+        names = _check_sweep(command, composer, lines, constant, first, trusted)
+        folder = _sweep_folder(lines, first)
+        more = [*_quiet(lines), _hydra_line("hydra.sweep.dir", str(folder))]
+        return _Plan([*lines, *more], constant, sweep=_Sweep(folder, names))
     composition = first if constant == lines else composer.compose(lines)
     if command.complete is not None and not composition.problems and is_only_rank():
         more = _resolve(command.complete)(composition.cfg, composer.folder, lines)
@@ -214,11 +252,11 @@ def _check_sweep(
     constant: list[str],
     first: Composition,
     trusted: frozenset[str] | None,
-) -> None:
-    """Validates every job of a sweep before the first one starts."""
+) -> list[str] | None:
+    """Validates every job of a sweep before the first one starts; gives their names, where they are known."""
     jobs = expand_sweep(lines, first.hydra)
     problems: list[Problem] = []
-    names: set[str] = set()
+    names: list[str] = []
     for job in jobs:
         composition = composer.compose(job)
         name = _rename(command, composition.cfg, job, constant)
@@ -227,11 +265,12 @@ def _check_sweep(
         if name is not None and name in names:
             rule = "two jobs of the sweep have this name"
             problems.append(Problem("run.name", name, rule, "sweep distinct values"))
-        names.add(name or "")
+        names.append(name or job_name(command.name, without_constant(job, constant)))
     problems += sweep_problems(first.cfg, first.hydra)
     # Hydra composes what is not swept alone, before any job.
     fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
     refuse_all(problems or [each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
+    return names if is_basic(first.hydra) else None
 
 
 def _find_problems(command: Command, composition: Composition, trusted: frozenset[str] | None) -> list[Problem]:
@@ -268,11 +307,17 @@ def _folder_lines(command: Command, cfg: dict[str, Any], lines: Sequence[str]) -
     return [_hydra_line("hydra.run.dir", str(command.run_folder(cfg)))]
 
 
-def _sweep_lines(lines: Sequence[str]) -> list[str]:
-    """Where Hydra keeps its records of a sweep, unless the user says."""
+def _sweep_folder(lines: Sequence[str], composition: Composition) -> Path:
+    """The user's, or `outputs/multirun/<run.name>`, which the same sweep finds again."""
     if any(line.startswith("hydra.sweep.dir=") for line in lines):
-        return []
-    return [_hydra_line("hydra.sweep.dir", f"{anchor('outputs')}/multirun/${{now:%Y-%m-%d_%H-%M-%S}}")]
+        return Path(composition.hydra.sweep.dir).absolute()
+    run = composition.cfg.get("run")
+    name = run.get("name") if isinstance(run, dict) else None
+    return (
+        anchor("outputs")
+        / "multirun"
+        / (name if isinstance(name, str) else datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    )
 
 
 def _hydra_line(key: str, value: str) -> str:
@@ -289,28 +334,48 @@ class _Job:
         self._constant = list(constant_lines)
         self.exit_code = 0
 
-    def __call__(self, cfg: DictConfig) -> None:
+    def __call__(self, cfg: DictConfig) -> float | None:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
         plain = update_names({str(key): value for key, value in values.items()})
         settings = HydraConfig.get()
         drop_unchosen(plain, self._folder, settings.searchpath)
-        held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if settings.mode == RunMode.MULTIRUN:
-            name = _rename(self._command, plain, list(settings.overrides.task), self._constant)
-            _say(abridge(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}"))
-            held = hold_run(plain) if self._command.run_folder is not None else held
+            return self._run_of_sweep(plain, settings)
         try:
-            with held:
-                code = _resolve(self._command.run)(plain)
+            self.exit_code = _resolve(self._command.run)(plain) or 0
         except Exception as error:
-            # Hydra wraps what a constructor raises; the user's mistake is inside.
-            mistake = _find_user_error(error)
-            if mistake is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if (mistake := _find_user_error(error)) is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             report_problems(self._command.name, mistake)
             raise SystemExit(EXIT_USER_ERROR) from error
-        self.exit_code = max(self.exit_code, code or 0)
+        return None
+
+    def _run_of_sweep(self, cfg: dict[str, Any], settings: Any) -> float | None:
+        """One job: whatever becomes of it, the others are run; only a signal ends them all."""
+        command, overrides = self._command, list(settings.overrides.task)
+        name = _rename(command, cfg, overrides, self._constant)
+        name = name or job_name(command.name, without_constant(overrides, self._constant))
+        folder = "" if command.run_folder is None else str(command.run_folder(cfg))
+        sweep = Path(settings.sweep.dir)
+        _say(abridge(f"{command.name}: job {settings.job.num}: {name}"))
+        try:
+            if command.is_done and _resolve(command.is_done)(cfg):
+                write_outcome(sweep, JobOutcome(name, "skipped", folder))
+                _say(f"{command.name}: it has finished before")
+            else:
+                with hold_run(cfg) if command.run_folder is not None else contextlib.nullcontext():
+                    code = _resolve(command.run)(cfg)
+                failed = f"exit code {code}" if code else ""
+                write_outcome(sweep, JobOutcome(name, "failed" if failed else "finished", folder, failed))
+        except Exception as error:
+            if (mistake := _find_user_error(error)) is None:
+                write_outcome(sweep, JobOutcome(name, "failed", folder, describe_crash(error)))
+            else:
+                report_problems(command.name, mistake)
+                reason = abridge(format_problem(find_problems(mistake)[0]))
+                write_outcome(sweep, JobOutcome(name, "refused", folder, reason))
+        return None
 
 
 def _resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
@@ -318,7 +383,7 @@ def _resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 def _find_user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake among the causes of an error; a full disk is one that can happen at any file."""
+    """The user's mistake among the causes of an error, as Hydra wraps what constructors raise; or a full disk."""
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, OSError) and error.errno in _FULL:
             where = f" for {error.filename}" if error.filename else ""

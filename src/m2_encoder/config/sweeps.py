@@ -32,6 +32,11 @@ def is_sweep_line(line: str) -> bool:
     return override is not None and override.is_sweep_override()
 
 
+def is_basic(hydra: DictConfig) -> bool:
+    """Whether Hydra's own sweeper runs all combinations, so that the jobs are known before the first."""
+    return str(hydra.sweeper._target_).endswith(".BasicSweeper")
+
+
 def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
     """All jobs of a sweep, as lists of overrides.
 
@@ -42,7 +47,7 @@ def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
     """
     params = dict(hydra.sweeper.get("params") or {})
     all_lines = [*(f"{key}={value}" for key, value in params.items()), *lines]
-    if not str(hydra.sweeper._target_).endswith(".BasicSweeper"):
+    if not is_basic(hydra):
         return [[line for line in all_lines if not is_sweep_line(line)]]
     readable, _ = parse_overrides(all_lines)
     for override in readable:

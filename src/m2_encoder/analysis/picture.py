@@ -1,0 +1,141 @@
+"""A picture of a sweep: the effect of each factor, and pairs of factors; needs the extra `plot`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from m2_encoder.analysis.runs import Runs
+from m2_encoder.analysis.table import show_value
+from m2_encoder.files import atomic_file
+
+_INK: Final = "#1f2933"
+_MUTED: Final = "#7b8794"
+_GRID: Final = "#e4e7eb"
+_COLORS: Final = ("#0b5394", "#c05621", "#4aa3df", "#6b8e23", "#8e5ea2", "#9aa5b1")
+_SEED: Final = "seed"
+_MOST_FACTORS: Final = 6
+_MOST_PAIRS: Final = 3
+
+
+def draw_effects(path: str | os.PathLike[str], runs: Runs, metrics: Sequence[str] | None = None) -> Path:
+    """Draws how a score changes with each factor, and with pairs of those that change it most.
+
+    The score of a run is the mean of its final `metrics`. A point is one run; the line goes through means of a level
+    over all runs that have it, which is fair where every combination was run. Bars are the standard deviation over
+    seeds, each averaged in the same way.
+
+    Args:
+        path: of the picture: png, svg or pdf.
+        runs: which vary in a setting at least.
+        metrics: by default the mean recalls of the validation sets.
+
+    Returns:
+        The path.
+    """
+    chosen = tuple(metrics or runs.validation_recalls)
+    scored = [
+        (run.settings, statistics.fmean(map(run.final, chosen))) for run in runs if set(chosen) <= set(run.metrics)
+    ]
+    factors = sorted(runs.factors, key=lambda key: -_effect(scored, key))[:_MOST_FACTORS]
+    pairs = list(itertools.combinations(factors[:3], 2))[:_MOST_PAIRS]
+    columns = max(len(factors), len(pairs), 2)
+    with matplotlib.rc_context({"font.size": 9, "axes.edgecolor": _MUTED, "svg.fonttype": "none"}):
+        rows = 2 if pairs else 1
+        figure = Figure(figsize=(3.1 * columns, 3.0 * rows + 0.7), dpi=150, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        for axes in grid.flat:
+            axes.set_visible(False)
+        for axes, key in zip(grid[0], factors, strict=False):
+            _draw_main(axes, scored, key)
+        for axes, (key, other) in zip(grid[-1], pairs, strict=False):
+            _draw_pair(axes, scored, key, other)
+        figure.suptitle(
+            f"{len(scored)} runs: what changes the mean recall", x=0.012, ha="left", fontsize=12, weight="bold"
+        )
+        figure.supxlabel(_caption(scored, chosen), x=0.012, ha="left", fontsize=7.5, color=_MUTED)
+        with atomic_file(Path(path)) as temporary:
+            figure.savefig(temporary, format=Path(path).suffix[1:])
+    return Path(path)
+
+
+_Scored = Sequence[tuple[dict[str, Any], float]]
+
+
+def _levels(scored: _Scored, key: str) -> list[Any]:
+    """The values of a setting, numbers in order."""
+    values = list({repr(settings.get(key)): settings.get(key) for settings, _ in scored}.values())
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return sorted(values) if numeric else values
+
+
+def _at(scored: _Scored, wanted: dict[str, Any]) -> list[float]:
+    return [score for settings, score in scored if all(repr(settings.get(k)) == repr(v) for k, v in wanted.items())]
+
+
+def _effect(scored: _Scored, key: str) -> float:
+    """How far the means of its levels are apart."""
+    means = [statistics.fmean(_at(scored, {key: level})) for level in _levels(scored, key)]
+    return max(means) - min(means)
+
+
+def _spread(scored: _Scored, wanted: dict[str, Any]) -> float | None:
+    """Standard deviation over seeds; None for one seed."""
+    by_seed = [_at(scored, {**wanted, _SEED: seed}) for seed in _levels(scored, _SEED)]
+    means = [statistics.fmean(scores) for scores in by_seed if scores]
+    return statistics.stdev(means) if len(means) > 1 else None
+
+
+def _draw_line(axes: Axes, scored: _Scored, key: str, wanted: dict[str, Any], color: str, label: str) -> None:
+    levels = [(place, {**wanted, key: level}) for place, level in enumerate(_levels(scored, key))]
+    at = [(place, each) for place, each in levels if _at(scored, each)]
+    means = [statistics.fmean(_at(scored, each)) for _, each in at]
+    bars = [_spread(scored, each) or 0.0 for _, each in at]
+    axes.errorbar(
+        [place for place, _ in at], means, bars, color=color, label=label, marker="o", markersize=4, lw=1.8, capsize=3
+    )
+
+
+def _finish(axes: Axes, scored: _Scored, key: str) -> None:
+    axes.set_visible(True)
+    levels = _levels(scored, key)
+    axes.set_xticks(range(len(levels)), [show_value(level) or "null" for level in levels])
+    axes.set_xlim(-0.4, len(levels) - 0.6)
+    axes.set_xlabel(key, color=_INK)
+    axes.tick_params(colors=_MUTED, length=0, labelleft=True)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def _draw_main(axes: Axes, scored: _Scored, key: str) -> None:
+    for place, level in enumerate(_levels(scored, key)):
+        scores = _at(scored, {key: level})
+        axes.plot([place] * len(scores), scores, "o", color="#9fb3c8", markersize=3.5, alpha=0.7, linewidth=0)
+    _draw_line(axes, scored, key, {}, _COLORS[0], "")
+    _finish(axes, scored, key)
+
+
+def _draw_pair(axes: Axes, scored: _Scored, key: str, other: str) -> None:
+    for color, level in zip(itertools.cycle(_COLORS), _levels(scored, other), strict=False):
+        _draw_line(axes, scored, key, {other: level}, color, show_value(level) or "null")
+    _finish(axes, scored, key)
+    axes.legend(title=other, fontsize=7.5, title_fontsize=7.5, frameon=False)
+
+
+def _caption(scored: _Scored, metrics: Sequence[str]) -> str:
+    seeds = len(_levels(scored, _SEED))
+    what = f"Mean of {', '.join(metrics)}, percent. Points: runs. Lines: means of a level over all runs that have it."
+    bars = f"Bars: standard deviation over {seeds} seeds." if seeds > 1 else "One seed: nothing is known about chance."
+    return f"{what}\n{bars}"

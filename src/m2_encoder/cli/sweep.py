@@ -1,0 +1,39 @@
+"""The end of a sweep of `m2-train`: a table, a CSV and a picture of what it found."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from m2_encoder.analysis.recorded import read_run
+from m2_encoder.analysis.runs import Runs
+from m2_encoder.config.sweep_jobs import JobOutcome, is_done
+from m2_encoder.evaluation.tables import open_console
+from m2_encoder.runs.report import short_path
+
+TABLE_FILE = "sweep.csv"
+PICTURE_FILE = "sweep.png"
+
+
+def report_sweep(folder: Path, outcomes: Sequence[JobOutcome]) -> None:
+    """Prints the final mean recalls by what varies, over seeds, and writes `sweep.csv` and `sweep.png`."""
+    runs = Runs([read_run(each.folder) for each in outcomes if is_done(each)])
+    if not runs.recalls:
+        print("m2-train: the jobs measured no recall, so there is no table of them", file=sys.stderr)
+        return
+    console = open_console()
+    table = runs.table()
+    console.print()
+    console.print(str(table), soft_wrap=True, highlight=False)
+    console.print()
+    places = [("table", runs.table(over=None).to_csv(folder / TABLE_FILE))]
+    if runs.varies and importlib.util.find_spec("matplotlib") is not None:
+        from m2_encoder.analysis.picture import draw_effects
+
+        places.append(("picture", draw_effects(folder / PICTURE_FILE, runs)))
+    elif runs.varies:
+        print("m2-train: no picture of the sweep without matplotlib: pip install 'm2-encoder[plot]'", file=sys.stderr)
+    for what, path in places:
+        console.print(f"  {what:<12} {short_path(path)}", soft_wrap=True, highlight=False)
