@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -63,7 +64,8 @@ def draw_effects(path: str | os.PathLike[str], runs: Runs, metrics: Sequence[str
         figure.suptitle(
             f"{len(scored)} runs: what changes the mean recall", x=0.012, ha="left", fontsize=12, weight="bold"
         )
-        figure.supxlabel(_caption(scored, chosen), x=0.012, ha="left", fontsize=7.5, color=_MUTED)
+        note = "\n".join(textwrap.wrap(_caption(scored, chosen), 50 * columns))
+        figure.supxlabel(note, x=0.012, ha="left", fontsize=7.5, color=_MUTED)
         with atomic_file(Path(path)) as temporary:
             figure.savefig(temporary, format=Path(path).suffix[1:])
     return Path(path)
@@ -96,8 +98,10 @@ def _spread(scored: _Scored, wanted: dict[str, Any]) -> float | None:
     return statistics.stdev(means) if len(means) > 1 else None
 
 
-def _draw_line(axes: Axes, scored: _Scored, key: str, wanted: dict[str, Any], color: str, label: str) -> None:
-    levels = [(place, {**wanted, key: level}) for place, level in enumerate(_levels(scored, key))]
+def _draw_line(
+    axes: Axes, scored: _Scored, key: str, wanted: dict[str, Any], color: str, *, label: str = "", shift: float = 0.0
+) -> None:
+    levels = [(place + shift, {**wanted, key: level}) for place, level in enumerate(_levels(scored, key))]
     at = [(place, each) for place, each in levels if _at(scored, each)]
     means = [statistics.fmean(_at(scored, each)) for _, each in at]
     bars = [_spread(scored, each) or 0.0 for _, each in at]
@@ -123,13 +127,15 @@ def _draw_main(axes: Axes, scored: _Scored, key: str) -> None:
     for place, level in enumerate(_levels(scored, key)):
         scores = _at(scored, {key: level})
         axes.plot([place] * len(scores), scores, "o", color="#9fb3c8", markersize=3.5, alpha=0.7, linewidth=0)
-    _draw_line(axes, scored, key, {}, _COLORS[0], "")
+    _draw_line(axes, scored, key, {}, _COLORS[0])
     _finish(axes, scored, key)
 
 
 def _draw_pair(axes: Axes, scored: _Scored, key: str, other: str) -> None:
-    for color, level in zip(itertools.cycle(_COLORS), _levels(scored, other), strict=False):
-        _draw_line(axes, scored, key, {other: level}, color, show_value(level) or "null")
+    levels = _levels(scored, other)
+    for number, (color, level) in enumerate(zip(itertools.cycle(_COLORS), levels, strict=False)):
+        shift = 0.06 * (number - (len(levels) - 1) / 2)  # equal lines would hide each other
+        _draw_line(axes, scored, key, {other: level}, color, label=show_value(level) or "null", shift=shift)
     _finish(axes, scored, key)
     axes.legend(title=other, fontsize=7.5, title_fontsize=7.5, frameon=False)
 
@@ -138,4 +144,4 @@ def _caption(scored: _Scored, metrics: Sequence[str]) -> str:
     seeds = len(_levels(scored, _SEED))
     what = f"Mean of {', '.join(metrics)}, percent. Points: runs. Lines: means of a level over all runs that have it."
     bars = f"Bars: standard deviation over {seeds} seeds." if seeds > 1 else "One seed: nothing is known about chance."
-    return f"{what}\n{bars}"
+    return f"{what} {bars}"

@@ -89,12 +89,17 @@ class Table(Sequence[Mapping[str, Any]]):
         )
 
     def _cells(self) -> Iterator[list[str]]:
-        yield list(self.columns)
+        """Headings and rows as shown: a column `x ±` stands behind the values of `x`."""
+        yield self._shown()
         for row in self.rows:
-            yield [show_value(row[name]) for name in self.columns]
+            spread = {name: show_value(row.get(f"{name} ±")) for name in self.columns}
+            yield [show_value(row[name]) + (f" ± {spread[name]}" if spread[name] else "") for name in self._shown()]
+
+    def _shown(self) -> list[str]:
+        return [name for name in self.columns if name.removesuffix(" ±") == name or name[:-2] not in self.columns]
 
     def _numeric(self) -> list[bool]:
-        return [any(_is_number(row[name]) for row in self.rows) for name in self.columns]
+        return [any(_is_number(row[name]) for row in self.rows) for name in self._shown()]
 
 
 def _is_number(value: object) -> bool:

@@ -18,15 +18,17 @@ PICTURE_FILE = "sweep.png"
 
 
 def report_sweep(folder: Path, outcomes: Sequence[JobOutcome]) -> None:
-    """Prints the final mean recalls by what varies, over seeds, and writes `sweep.csv` and `sweep.png`."""
+    """Prints the final mean recalls of validation by what varies, with their spread over seeds.
+
+    `sweep.csv` in the sweep's folder has all of them, a row per run, and `sweep.png` shows what changes them.
+    """
     runs = Runs([read_run(each.folder) for each in outcomes if is_done(each)])
     if not runs.recalls:
         print("m2-train: the jobs measured no recall, so there is no table of them", file=sys.stderr)
         return
     console = open_console()
-    table = runs.table()
     console.print()
-    console.print(str(table), soft_wrap=True, highlight=False)
+    console.print(str(runs.table(*runs.validation_recalls)), soft_wrap=True, highlight=False)
     console.print()
     places = [("table", runs.table(over=None).to_csv(folder / TABLE_FILE))]
     if runs.varies and importlib.util.find_spec("matplotlib") is not None:
