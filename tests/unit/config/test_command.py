@@ -37,7 +37,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(variable, raising=False)
 
-    def run(work: Run, *argv: str, has_folder: bool = False) -> int:
+    def run(work: Run, *argv: str, has_folder: bool = False, **more: Any) -> int:
         command = cli.Command(
             name="m2-tool",
             config_name="tool",
@@ -47,6 +47,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
             run=work,
             run_folder=default_run_folder if has_folder else None,
             notes=("A note.",),
+            **more,
         )
         monkeypatch.setattr(sys, "argv", ["m2-tool", *argv])
         return cli.run_command(command)
@@ -185,6 +186,53 @@ def test_records_of_a_sweep_go_where_they_are_wanted(start: Callable[..., int], 
     assert start(lambda _cfg: None, "-m", "size=1,2", f"hydra.sweep.dir={folder}", has_folder=True) == 0
     assert (folder / "multirun.yaml").is_file()
     assert not (tmp_path / "outputs" / "multirun").exists()
+
+
+def test_a_job_that_fails_does_not_end_the_others(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+
+    def work(cfg: dict[str, Any]) -> int | None:
+        seen.append(cfg["size"])
+        if cfg["size"] == 2:
+            raise UserError("the file is gone", key="data", value="x")
+        if cfg["size"] == 3:
+            raise RuntimeError("no more memory")
+        return int(cfg["size"] == 4)
+
+    ended: list[Any] = []
+    assert start(work, "-m", "size=1,2,3,4,5", has_folder=True, end_sweep=lambda _, jobs: ended.extend(jobs)) == 1
+    assert seen == [1, 2, 3, 4, 5]
+    assert [each.state for each in ended] == ["finished", "refused", "failed", "failed", "finished"]
+    err = capsys.readouterr().err
+    assert "RuntimeError: no more memory" in err
+    assert err.splitlines()[-5:] == [
+        "m2-tool: 5 jobs: 2 finished, 1 refused, 2 failed",
+        "m2-tool:   try-size=2: refused (data=x: the file is gone)",
+        "m2-tool:   try-size=3: failed (RuntimeError: no more memory)",
+        "m2-tool:   try-size=4: failed (exit code 1)",
+        "m2-tool: the same command with run.resume=auto runs what is left",
+    ]
+
+
+def test_jobs_that_are_done_are_passed_over(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[int] = []
+    again = {"has_folder": True, "is_done": lambda cfg: cfg["size"] == 2}
+    assert start(lambda cfg: seen.append(cfg["size"]), "-m", "size=1,2", **again) == 0
+    assert seen == [1]
+    assert capsys.readouterr().err.splitlines()[-1] == "m2-tool: 2 jobs: 1 finished, 1 finished before"
+
+
+def test_an_interrupted_sweep_ends(start: Callable[..., int]) -> None:
+    seen: list[int] = []
+
+    def work(cfg: dict[str, Any]) -> None:
+        seen.append(cfg["size"])
+        raise KeyboardInterrupt
+
+    assert start(work, "-m", "size=1,2", has_folder=True) == cli.EXIT_INTERRUPTED
+    assert seen == [1]
 
 
 def test_sweep_with_one_bad_job_starts_none(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
