@@ -45,6 +45,7 @@ TRAIN: Final = Command(
     run_folder=default_run_folder,
     complete="m2_encoder.cli.train:name_repetition",
     is_done="m2_encoder.cli.train:is_done",
+    module="m2_encoder.cli.train",
     end_sweep="m2_encoder.cli.sweep:report_sweep",
     notes=(
         "A run's folder must not exist; run.resume=auto continues one, run.resume=must insists on a checkpoint.",

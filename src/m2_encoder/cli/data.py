@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from m2_encoder.cli import commands
-from m2_encoder.config.command import EXIT_USER_ERROR, report_problems, run_command
+from m2_encoder.config.command import run_command
+from m2_encoder.config.job import EXIT_USER_ERROR, report_problems
 from m2_encoder.config.output import lasting_output
 from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import anchor

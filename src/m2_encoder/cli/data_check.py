@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from m2_encoder.bounds import Count, Fraction, Paths, Positive, Rule, Text
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.command import EXIT_USER_ERROR
+from m2_encoder.config.job import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import output_problems, tokenizer_of
 from m2_encoder.config.problems import UNSET, find_problems
 from m2_encoder.data.images.limits import ImageLimits

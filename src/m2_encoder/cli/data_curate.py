@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from m2_encoder.bounds import Fraction, NotNegative, Paths, Text
 from m2_encoder.config.check import check_settings, check_values, make_settings, read_parameters
-from m2_encoder.config.command import EXIT_USER_ERROR
+from m2_encoder.config.job import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import device_of, find_path, model_problems
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, find_problems

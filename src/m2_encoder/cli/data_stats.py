@@ -11,7 +11,7 @@ from rich.table import Table
 from m2_encoder.bounds import Text
 from m2_encoder.cli.data_check import SurveySettings, source_problems, survey, title_of, tokenizer_problems
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.command import EXIT_USER_ERROR
+from m2_encoder.config.job import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import find_path, output_problems
 from m2_encoder.config.problems import find_problems
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model

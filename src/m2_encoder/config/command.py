@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
-import pkgutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,27 +22,23 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.config.arguments import Arguments, parse_arguments
 from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
-from m2_encoder.config.groups import drop_unchosen, lend_groups
+from m2_encoder.config.groups import lend_groups
 from m2_encoder.config.help import read_values, render_help
-from m2_encoder.config.old_names import update_names
+from m2_encoder.config.job import EXIT_USER_ERROR, Job, hydra_line, rename, report_problems, resolve, runs_here, say
 from m2_encoder.config.output import lasting_output
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
-from m2_encoder.config.problems import find_problems, format_problem, refuse_all
+from m2_encoder.config.problems import refuse_all
 from m2_encoder.config.run_folder import hold_run
 from m2_encoder.config.sweep_jobs import (
     JobOutcome,
-    describe_crash,
     describe_outcomes,
     is_done,
     read_outcomes,
-    write_outcome,
 )
 from m2_encoder.config.sweeps import (
     expand_sweep,
@@ -52,16 +46,13 @@ from m2_encoder.config.sweeps import (
     is_sweep_line,
     job_name,
     name_globbed,
-    sweep_problems,
     without_constant,
 )
 from m2_encoder.config.trusted import check_values_only, find_foreign, read_folders, trusted_targets
-from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
-from m2_encoder.errors import Problem, UserError, abridge, abridge_list
+from m2_encoder.distributed.ranks import is_only_rank
+from m2_encoder.errors import Problem, UserError
 
-EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +79,7 @@ class Command:
             plain value, although `conf/` has a group of that name.
         groups: of `conf/` that such a command has all the same.
         is_done: whether the run of a configuration has ended, so that a sweep need not start it again.
+        module: what `python -m` runs the command by; each job of a sweep is then a process of its own.
         end_sweep: tells what a sweep found; it gets its folder and all outcomes.
     """
 
@@ -105,6 +97,7 @@ class Command:
     config_folder: str = ""
     groups: tuple[str, ...] = ()
     is_done: Callable[[dict[str, Any]], bool] | str = ""
+    module: str = ""
     end_sweep: Callable[[Path, Sequence[JobOutcome]], None] | str = ""
 
     def __call__(self) -> int:
@@ -140,7 +133,7 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         with lend_groups(command.groups):
             return _run(command, argv)
     except KeyboardInterrupt:
-        _say(f"\n{command.name}: interrupted")
+        say(f"\n{command.name}: interrupted")
         return EXIT_INTERRUPTED
     except UserError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -151,17 +144,6 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
         sys.argv = started_argv
-
-
-def report_problems(name: str, error: UserError) -> None:
-    """Prints a user error on stderr: one line, or a list; only the first of several ranks speaks."""
-    if not is_first_rank():
-        return
-    problems = list(dict.fromkeys(map(format_problem, find_problems(error))))
-    if len(problems) == 1:
-        _say(abridge(f"{name}: {problems[0]}"))
-    else:
-        _say(f"{name}: {len(problems)} problems:", *abridge_list([f"  {problem}" for problem in problems]))
 
 
 def _run(command: Command, argv: Sequence[str]) -> int:
@@ -185,7 +167,7 @@ def _run(command: Command, argv: Sequence[str]) -> int:
         plan = _plan(command, arguments, composer, trusted)
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
     sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
-    job = _Job(command, plan.constant_lines, folder)
+    job = Job(command, plan.constant_lines, folder, arguments.flags, fixed)
     started = time.time()
     with hold_run(plan.run) if plan.run is not None else contextlib.nullcontext():  # Hydra writes into its folder, too
         hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
@@ -196,11 +178,11 @@ def _end_sweep(command: Command, sweep: _Sweep, started: float) -> int:
     """Says what became of the jobs; 1 if any did not finish."""
     outcomes = read_outcomes(sweep.folder, sweep.names, since=started)
     if command.end_sweep and any(map(is_done, outcomes)):
-        _resolve(command.end_sweep)(sweep.folder, outcomes)
+        resolve(command.end_sweep)(sweep.folder, outcomes)
     done = all(map(is_done, outcomes))
-    _say(*(f"{command.name}: {line}" for line in describe_outcomes(outcomes)))
+    say(*(f"{command.name}: {line}" for line in describe_outcomes(outcomes)))
     if not done and command.run_folder is not None:
-        _say(f"{command.name}: the same command with run.resume=auto runs what is left")
+        say(f"{command.name}: the same command with run.resume=auto runs what is left")
     return 0 if done else 1
 
 
@@ -234,11 +216,12 @@ def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: f
     if arguments.multirun or mode == RunMode.MULTIRUN:
         names = _check_sweep(command, composer, lines, constant, first, trusted)
         folder = _sweep_folder(lines, first)
-        more = [*_quiet(lines), _hydra_line("hydra.sweep.dir", str(folder))]
-        return _Plan([*lines, *more], constant, sweep=_Sweep(folder, names))
+        more = [*_quiet(lines), hydra_line("hydra.sweep.dir", str(folder))]
+        sweep = _Sweep(folder, names) if runs_here(first.hydra) else None
+        return _Plan([*lines, *more], constant, sweep=sweep)
     composition = first if constant == lines else composer.compose(lines)
     if command.complete is not None and not composition.problems and is_only_rank():
-        more = _resolve(command.complete)(composition.cfg, composer.folder, lines)
+        more = resolve(command.complete)(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
     refuse_all(_find_problems(command, composition, trusted))
     run = None if command.run_folder is None else composition.cfg
@@ -259,14 +242,13 @@ def _check_sweep(
     names: list[str] = []
     for job in jobs:
         composition = composer.compose(job)
-        name = _rename(command, composition.cfg, job, constant)
+        name = rename(command, composition.cfg, job, constant)
         found = _find_problems(command, composition, trusted)
-        problems += found or (_resolve(command.check_job)(composition.cfg) if command.check_job else [])
+        problems += found or (resolve(command.check_job)(composition.cfg) if command.check_job else [])
         if name is not None and name in names:
             rule = "two jobs of the sweep have this name"
             problems.append(Problem("run.name", name, rule, "sweep distinct values"))
         names.append(name or job_name(command.name, without_constant(job, constant)))
-    problems += sweep_problems(first.cfg, first.hydra)
     # Hydra composes what is not swept alone, before any job.
     fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
     refuse_all(problems or [each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
@@ -277,19 +259,10 @@ def _find_problems(command: Command, composition: Composition, trusted: frozense
     if trusted is not None and (foreign := list(find_foreign(composition.cfg, trusted))):
         return foreign  # before anything imports them
     cfg, more = composition.cfg, {"changed": composition.changed} if command.check_late else {}
-    problems = [*composition.problems, *_resolve(command.check)(cfg, **more)]
+    problems = [*composition.problems, *resolve(command.check)(cfg, **more)]
     if command.check_late and not problems:
-        problems = _resolve(command.check_late)(cfg, **more)
+        problems = resolve(command.check_late)(cfg, **more)
     return composition.without_echoes(problems)
-
-
-def _rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:
-    """Gives one job of a sweep its own run name, derived from what is swept; returns it."""
-    run = cfg.get("run")
-    if command.run_folder is None or not isinstance(run, dict) or not isinstance(run.get("name"), str):
-        return None
-    run["name"] = job_name(run["name"], without_constant(job, constant))
-    return str(run["name"])
 
 
 def _quiet(lines: Sequence[str]) -> list[str]:
@@ -304,7 +277,7 @@ def _folder_lines(command: Command, cfg: dict[str, Any], lines: Sequence[str]) -
         return []
     if command.run_folder is None:
         return ["hydra.run.dir=.", "hydra.output_subdir=null"]
-    return [_hydra_line("hydra.run.dir", str(command.run_folder(cfg)))]
+    return [hydra_line("hydra.run.dir", str(command.run_folder(cfg)))]
 
 
 def _sweep_folder(lines: Sequence[str], composition: Composition) -> Path:
@@ -318,79 +291,3 @@ def _sweep_folder(lines: Sequence[str], composition: Composition) -> Path:
         / "multirun"
         / (name if isinstance(name, str) else datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     )
-
-
-def _hydra_line(key: str, value: str) -> str:
-    """An override whose value Hydra reads literally, whatever is in it."""
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}="{escaped}"'
-
-
-class _Job:
-    """What Hydra calls with the composed configuration of one job."""
-
-    def __init__(self, command: Command, constant_lines: Sequence[str], folder: Path) -> None:
-        self._command, self._folder = command, folder
-        self._constant = list(constant_lines)
-        self.exit_code = 0
-
-    def __call__(self, cfg: DictConfig) -> float | None:
-        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        assert isinstance(values, dict)
-        plain = update_names({str(key): value for key, value in values.items()})
-        settings = HydraConfig.get()
-        drop_unchosen(plain, self._folder, settings.searchpath)
-        if settings.mode == RunMode.MULTIRUN:
-            return self._run_of_sweep(plain, settings)
-        try:
-            self.exit_code = _resolve(self._command.run)(plain) or 0
-        except Exception as error:
-            if (mistake := _find_user_error(error)) is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            report_problems(self._command.name, mistake)
-            raise SystemExit(EXIT_USER_ERROR) from error
-        return None
-
-    def _run_of_sweep(self, cfg: dict[str, Any], settings: Any) -> float | None:
-        """One job: whatever becomes of it, the others are run; only a signal ends them all."""
-        command, overrides = self._command, list(settings.overrides.task)
-        name = _rename(command, cfg, overrides, self._constant)
-        name = name or job_name(command.name, without_constant(overrides, self._constant))
-        folder = "" if command.run_folder is None else str(command.run_folder(cfg))
-        sweep = Path(settings.sweep.dir)
-        _say(abridge(f"{command.name}: job {settings.job.num}: {name}"))
-        try:
-            if command.is_done and _resolve(command.is_done)(cfg):
-                write_outcome(sweep, JobOutcome(name, "skipped", folder))
-                _say(f"{command.name}: it has finished before")
-            else:
-                with hold_run(cfg) if command.run_folder is not None else contextlib.nullcontext():
-                    code = _resolve(command.run)(cfg)
-                failed = f"exit code {code}" if code else ""
-                write_outcome(sweep, JobOutcome(name, "failed" if failed else "finished", folder, failed))
-        except Exception as error:
-            if (mistake := _find_user_error(error)) is None:
-                write_outcome(sweep, JobOutcome(name, "failed", folder, describe_crash(error)))
-            else:
-                report_problems(command.name, mistake)
-                reason = abridge(format_problem(find_problems(mistake)[0]))
-                write_outcome(sweep, JobOutcome(name, "refused", folder, reason))
-        return None
-
-
-def _resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
-    return pkgutil.resolve_name(function) if isinstance(function, str) else function
-
-
-def _find_user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake among the causes of an error, as Hydra wraps what constructors raise; or a full disk."""
-    while error is not None and not isinstance(error, UserError):
-        if isinstance(error, OSError) and error.errno in _FULL:
-            where = f" for {error.filename}" if error.filename else ""
-            return UserError(f"{error.strerror}{where}: make room there and start again; what is finished is kept")
-        error = error.__cause__
-    return error
-
-
-def _say(*lines: str) -> None:
-    print(*lines, sep="\n", file=sys.stderr)

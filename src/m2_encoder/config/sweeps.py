@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Glob, ValueType
 from omegaconf import DictConfig
 
 from m2_encoder.config.overrides import parse_override, parse_overrides
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import UserError
 
 MAX_NAME_LENGTH: Final = 100
 MAX_NAME_BYTES: Final = 200
@@ -108,17 +108,6 @@ def job_name(name: str, swept: Sequence[str]) -> str:
     digest = hashlib.sha256(" ".join(swept).encode()).hexdigest()[:8]
     head = full[: MAX_NAME_LENGTH - 9].encode()[: MAX_NAME_BYTES - 9].decode("utf-8", "ignore")
     return f"{head}-{digest}"
-
-
-def sweep_problems(cfg: dict[str, Any], hydra: DictConfig) -> list[Problem]:
-    """What cannot be swept on this machine."""
-    trainer = cfg.get("trainer")
-    devices = trainer.get("devices") if isinstance(trainer, dict) else 1
-    local = str(hydra.launcher._target_).endswith(".BasicLauncher")
-    if local and devices not in (1, "1", None):
-        rule = "a sweep here runs one job after the other on one device; ranks of a job would start the sweep again"
-        return [Problem("trainer.devices", devices, rule, "sweep with trainer.devices=1 or cluster=slurm")]
-    return []
 
 
 def _split(line: str) -> tuple[str, str]:

@@ -14,7 +14,6 @@ from m2_encoder.config.sweeps import (
     expand_sweep,
     is_sweep_line,
     job_name,
-    sweep_problems,
     without_constant,
 )
 
@@ -107,9 +106,3 @@ def test_names_of_any_script_are_kept_and_fit_a_file_system() -> None:
 def test_names_of_runs(name: str, fits: bool) -> None:
     run = {"name": name, "folder": "outputs", "resume": "never", "checkpoint_every": 1, "export": True}
     assert [problem.key for problem in check_settings(Run, run, "run")] == ([] if fits else ["run.name"])
-
-
-def test_several_devices_need_another_launcher() -> None:
-    assert len(sweep_problems({"trainer": {"devices": 2}}, _hydra())) == 1
-    assert sweep_problems({"trainer": {"devices": 1}}, _hydra()) == []
-    assert sweep_problems({"trainer": {"devices": 8}}, _hydra(launcher="submitit.SlurmLauncher")) == []

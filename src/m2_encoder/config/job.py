@@ -1,0 +1,160 @@
+"""One job of a command: what Hydra calls with a composed configuration, alone or as one of a sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pkgutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from m2_encoder.config.groups import drop_unchosen
+from m2_encoder.config.job_process import Ended, run_process
+from m2_encoder.config.old_names import update_names
+from m2_encoder.config.problems import find_problems, format_problem
+from m2_encoder.config.run_folder import hold_run
+from m2_encoder.config.sweep_jobs import JobOutcome, describe_crash, write_outcome
+from m2_encoder.config.sweeps import job_name, without_constant
+from m2_encoder.distributed.ranks import is_first_rank
+from m2_encoder.errors import UserError, abridge, abridge_list
+
+if TYPE_CHECKING:
+    from m2_encoder.config.command import Command
+
+EXIT_USER_ERROR: Final = 2
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class Job:
+    """What Hydra calls with the composed configuration of one job."""
+
+    def __init__(
+        self, command: Command, constant_lines: Sequence[str], folder: Path, flags: Sequence[str], fixed: Sequence[str]
+    ) -> None:
+        self._command, self._folder = command, folder
+        self._constant, self._fixed = list(constant_lines), list(fixed)
+        self._flags = [flag for flag in flags if flag != "--multirun"]
+        self.exit_code = 0
+
+    def __call__(self, cfg: DictConfig) -> None:
+        """Does the work of one configuration, or of one job of a sweep."""
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        assert isinstance(values, dict)
+        plain = update_names({str(key): value for key, value in values.items()})
+        settings = HydraConfig.get()
+        drop_unchosen(plain, self._folder, settings.searchpath)
+        held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if settings.mode == RunMode.MULTIRUN:
+            overrides = list(settings.overrides.task)
+            name = rename(self._command, plain, overrides, self._constant)
+            name = name or job_name(self._command.name, without_constant(overrides, self._constant))
+            say(abridge(f"{self._command.name}: job {settings.job.num}: {name}"))
+            if runs_here(settings):
+                write_outcome(Path(settings.sweep.dir), self._run_of_sweep(plain, name, overrides))
+                return
+            held = hold_run(plain) if self._command.run_folder is not None else held
+        try:
+            with held:
+                self.exit_code = resolve(self._command.run)(plain) or 0
+        except Exception as error:
+            if (mistake := _find_user_error(error)) is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            report_problems(self._command.name, mistake)
+            raise SystemExit(EXIT_USER_ERROR) from error
+
+    def _run_of_sweep(self, cfg: dict[str, Any], name: str, overrides: Sequence[str]) -> JobOutcome:
+        """One job: whatever becomes of it, the others are run; only a signal ends them all."""
+        command = self._command
+        folder = "" if command.run_folder is None else str(command.run_folder(cfg))
+        if command.is_done and resolve(command.is_done)(cfg):
+            say(f"{command.name}: it has finished before")
+            return JobOutcome(name, "skipped", folder)
+        if not command.module:
+            return self._run_here(cfg, name, folder)
+        lines = [line for line in overrides if not line.startswith("run.name=")]
+        mode = [hydra_line("run.name", name), "hydra.mode=RUN"]
+        return _judge(name, folder, run_process(command.module, [*self._flags, *lines, *mode, *self._fixed]))
+
+    def _run_here(self, cfg: dict[str, Any], name: str, folder: str) -> JobOutcome:
+        command = self._command
+        try:
+            with hold_run(cfg) if command.run_folder is not None else contextlib.nullcontext():
+                code = resolve(command.run)(cfg)
+        except Exception as error:
+            if (mistake := _find_user_error(error)) is None:
+                return JobOutcome(name, "failed", folder, describe_crash(error))
+            report_problems(command.name, mistake)
+            return JobOutcome(name, "refused", folder, abridge(format_problem(find_problems(mistake)[0])))
+        return JobOutcome(name, "failed", folder, f"exit code {code}") if code else JobOutcome(name, "finished", folder)
+
+
+def runs_here(settings: Any) -> bool:
+    """Whether the jobs of a sweep run on this machine, one after the other or side by side.
+
+    A cluster starts jobs with their ranks, and again where they were interrupted, and knows what became of them.
+    """
+    return str(settings.launcher._target_).rpartition(".")[2] in ("BasicLauncher", "JoblibLauncher")
+
+
+def _judge(name: str, folder: str, ended: Ended) -> JobOutcome:
+    """What became of a job that was a process of its own."""
+    if ended.code == 0:
+        return JobOutcome(name, "finished", folder)
+    reason = abridge(ended.said) if ended.said else f"exit code {ended.code}"
+    if ended.code > 128:  # it could not say anything
+        reason = f"ended by {signal.Signals(ended.code - 128).name}"
+    return JobOutcome(name, "refused" if ended.code == EXIT_USER_ERROR else "failed", folder, reason)
+
+
+def rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:
+    """Gives one job of a sweep its own run name, derived from what is swept; returns it."""
+    run = cfg.get("run")
+    if command.run_folder is None or not isinstance(run, dict) or not isinstance(run.get("name"), str):
+        return None
+    run["name"] = job_name(run["name"], without_constant(job, constant))
+    return str(run["name"])
+
+
+def hydra_line(key: str, value: str) -> str:
+    """An override whose value Hydra reads literally, whatever is in it."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
+def report_problems(name: str, error: UserError) -> None:
+    """Prints a user error on stderr: one line, or a list; only the first of several ranks speaks."""
+    if not is_first_rank():
+        return
+    problems = list(dict.fromkeys(map(format_problem, find_problems(error))))
+    if len(problems) == 1:
+        say(abridge(f"{name}: {problems[0]}"))
+    else:
+        say(f"{name}: {len(problems)} problems:", *abridge_list([f"  {problem}" for problem in problems]))
+
+
+def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
+    """A function of a command, which may be named as `module:function`."""
+    return pkgutil.resolve_name(function) if isinstance(function, str) else function
+
+
+def _find_user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake among the causes of an error, as Hydra wraps what constructors raise; or a full disk."""
+    while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and error.errno in _FULL:
+            where = f" for {error.filename}" if error.filename else ""
+            return UserError(f"{error.strerror}{where}: make room there and start again; what is finished is kept")
+        error = error.__cause__
+    return error
+
+
+def say(*lines: str) -> None:
+    """Prints lines on stderr."""
+    print(*lines, sep="\n", file=sys.stderr)

@@ -1,0 +1,80 @@
+"""A job of a sweep as a process of its own.
+
+What one job does to its process, or what is done to it (a crash in a library, the kernel that wants its memory), does
+not reach the others, and a job may start ranks, which would otherwise start the sweep again.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import IO, Final, NamedTuple
+
+_LINES_KEPT: Final = 20
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int  # as a shell says it: 128 + the number of a signal
+    said: str  # the last line on stderr that is indented no deeper than its message, or nothing
+
+
+def run_process(module: str, arguments: Sequence[str]) -> Ended:
+    """Runs `python -m module arguments` to its end; what it says on stderr is passed on as it comes.
+
+    SIGTERM is passed on, too, so that the job can save. Ctrl-C reaches it from the terminal; its end is waited for.
+
+    Raises:
+        SystemExit: with 143, after SIGTERM.
+        KeyboardInterrupt: after Ctrl-C.
+    """
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stderr=subprocess.PIPE)
+    last: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
+    assert process.stderr is not None
+    reader = threading.Thread(target=_pass_on, args=(process.stderr, last), daemon=True)
+    reader.start()
+    with _passing_on_sigterm(process) as terminated:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    reader.join(timeout=5)  # a process that it left behind may hold the pipe
+    if terminated:
+        raise SystemExit(128 + signal.SIGTERM)
+    code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+    return Ended(code, next((line for line in reversed(last) if line.strip()), "").strip())
+
+
+def _pass_on(stream: IO[bytes], last: collections.deque[str]) -> None:
+    for line in stream:
+        text = line.decode("utf-8", "replace")
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        last.append(text)
+
+
+@contextlib.contextmanager
+def _passing_on_sigterm(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """While inside, SIGTERM goes to a process; gives the list that it is noted in."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # a launcher's thread: signals are not for it
+        yield noted
+        return
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        noted.append(number)
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
