@@ -23,7 +23,7 @@ class Ended(NamedTuple):
     """How a process ended."""
 
     code: int  # as a shell says it: 128 + the number of a signal
-    said: str  # the last line on stderr that is indented no deeper than its message, or nothing
+    said: str  # the last line on stderr, or nothing
 
 
 def run_process(module: str, arguments: Sequence[str]) -> Ended:
@@ -54,11 +54,12 @@ def run_process(module: str, arguments: Sequence[str]) -> Ended:
 
 
 def _pass_on(stream: IO[bytes], last: collections.deque[str]) -> None:
-    for line in stream:
-        text = line.decode("utf-8", "replace")
-        sys.stderr.write(text)
-        sys.stderr.flush()
-        last.append(text)
+    with stream:
+        for line in stream:
+            text = line.decode("utf-8", "replace")
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            last.append(text)
 
 
 @contextlib.contextmanager
