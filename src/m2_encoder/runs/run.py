@@ -26,7 +26,7 @@ from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_config, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
-from m2_encoder.runs.pictures import settle_pictures
+from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.ranks import StartedRanks, end_together, end_with_starter
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
@@ -66,6 +66,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
 
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     frozen = check_frozen(cfg, folder, resumes=resumes)
+    remarks += describe_other_pictures(cfg)
     objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
