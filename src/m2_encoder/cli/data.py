@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from m2_encoder.cli import commands
 from m2_encoder.config.command import EXIT_USER_ERROR, report_problems, run_command
-from m2_encoder.config.output import lasting_output
+from m2_encoder.config.output import lasting_output, say
 from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import anchor
 from m2_encoder.errors import Problem, UserError, abridge
@@ -30,10 +30,10 @@ def run_emoji(cfg: dict[str, Any]) -> int:
     folder = write_emoji_shards(
         anchor(cfg["folder"]), heldout_style=cfg["heldout_style"], samples_per_shard=cfg["samples_per_shard"]
     )
-    print(f"{folder}")
+    say(f"{folder}")
     for split in EMOJI_SPLITS:
         shards = sorted((folder / split).glob("*.tar"))
-        print(f"  {split:<17} {len(shards):>2} tars, {sum(path.stat().st_size for path in shards) / 1e6:5.1f} MB")
+        say(f"  {split:<17} {len(shards):>2} tars, {sum(path.stat().st_size for path in shards) / 1e6:5.1f} MB")
     return 0
 
 
@@ -86,7 +86,7 @@ def _main(arguments: list[str]) -> int:
     command = SUB_COMMANDS.get(arguments[0])
     if command is None:
         known = ", ".join(SUB_COMMANDS)
-        print(f"m2-data: {abridge(arguments[0], 100)}: no such sub-command; choose from {known}", file=sys.stderr)
+        say(f"m2-data: {abridge(arguments[0], 100)}: no such sub-command; choose from {known}", error=True)
         return EXIT_USER_ERROR
     argv = arguments[1:]
     if arguments[0] != "emoji":  # the others read something: `m2-data check tars`

@@ -16,6 +16,7 @@ from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.matching_head import has_head, read_head
 from m2_encoder.config.check import check_settings, check_targets
 from m2_encoder.config.model_choice import find_path, is_model_name, load_from, model_problems, output_problems
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import find_problems
 from m2_encoder.config.schema import Pictures, check_tasks
@@ -125,7 +126,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         results = run_tasks(tasks, context)
     print_results(console, results, context)
     for name in tasks.keys() - results.keys():
-        console.print(f"evaluation: {name} needs what this model does not have, and is left out", highlight=False)
+        say(f"evaluation: {name} needs what this model does not have, and is left out")
     if cfg["output"] is None:
         return
     report = {
@@ -144,7 +145,7 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # so that long work is not lost
         error.text += "; its content is printed above"
         raise
-    console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
+    say(f"numbers: {path}")
 
 
 def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, RetrievalSet]:

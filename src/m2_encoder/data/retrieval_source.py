@@ -37,8 +37,8 @@ class SetSample(NamedTuple):
 def read_samples(source: str | os.PathLike[str], *, images: bool = True) -> Iterator[SetSample]:
     """Every sample of the tars of a folder, sorted by name; without tars, those that `m2-data pack` would write.
 
-    Nothing is written, and images are the files themselves, whatever their format. `source` may also be a tar or a pattern of tars. Without `images`, those of a source to pack are
-    left out: b"".
+    Nothing is written, and images are the files themselves, whatever their format. `source` may also be a tar or a
+    pattern of tars. Without `images`, those of a source to pack are left out: b"".
 
     Raises:
         UserError: for a source without samples, and for anything unusable, by name.

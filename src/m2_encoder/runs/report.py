@@ -15,7 +15,7 @@ from m2_encoder.checkpoints.tensors import find_non_finite
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.suite import SUMMARY_FILE, TABLE_FILE, print_results, run_tasks, summarize, write_results
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, RunFacts
@@ -74,9 +74,9 @@ def report_run(
     console.print()
     if not end.is_finished:
         goes_on = "run.resume=auto goes on"
-        console.print(f"  [bold]{'steps':<12}[/bold] {end}; {goes_on}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble("  ", (f"{'steps':<12}", "bold"), f" {end}; {goes_on}"), soft_wrap=True)
     for what, path in _places(run_folder, pictures, cfg):
-        console.print(Text.assemble("  ", (f"{what:<12}", "bold"), f" {short_path(path)}"), soft_wrap=True)
+        console.print(Text.assemble("  ", (f"{what:<12}", "bold"), abridge(f" {short_path(path)}")), soft_wrap=True)
     minutes, seconds = divmod(round(wall_time_s), 60)
     console.print(Text.assemble("  ", (f"{'wall time':<12}", "bold"), f" {minutes} min {seconds:02d} s"))
     return dict(summary["metrics"])

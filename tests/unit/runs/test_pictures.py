@@ -79,9 +79,8 @@ def test_teachers_and_visual_tokenizers_of_other_pictures_are_said(exports: dict
     (tmp_path / "older" / "config.json").write_text(json.dumps(older))
 
     def said(policy: object, teacher: str, tokenizer: str, weights: str | None = None) -> list[str]:
-        distillation = {
-            "_target_": "m2_encoder.objectives.distillation.Distillation", "teacher": teacher, "teacher_weights": weights,
-        }  # fmt: skip
+        distillation = {"_target_": "m2_encoder.objectives.distillation.Distillation", "teacher": teacher}
+        distillation |= {} if weights is None else {"teacher_weights": weights}
         targets = {"_target_": "m2_encoder.objectives.patch_targets.VisualCodes", "tokenizer": tokenizer}
         cmim = {"_target_": "m2_encoder.objectives.masked_image.MaskedImage", "targets": targets}
         cfg = {"model": {"pictures": policy}, "objective": {"d": distillation, "c": cmim}}
@@ -91,7 +90,9 @@ def test_teachers_and_visual_tokenizers_of_other_pictures_are_said(exports: dict
     assert said({"background": "grey"}, grey, str(tmp_path / "grey")) == []
     assert said("older", str(exports["older"]), str(tmp_path / "older")) == []
     teacher, tokenizer = said("older", grey, standard)
-    assert teacher.startswith(f"pictures: objective.d.teacher={grey} was trained with orientation obeyed, alpha on grey")
+    assert teacher.startswith(
+        f"pictures: objective.d.teacher={grey} was trained with orientation obeyed, alpha on grey"
+    )
     assert "those of this run, older (" in teacher
     assert "'model.pictures={background: grey, orientation: obeyed, depth: scaled}'" in teacher
     assert tokenizer.startswith(f"pictures: objective.c.targets.tokenizer={standard} was trained with standard (")

@@ -167,7 +167,9 @@ def _list_samples(folder: Path) -> tuple[list[_Listed], list[str]]:
     samples = []
     previous = None
     for stem, suffix in sorted(images, key=lambda item: (item[0], RANKS[item[1].lower()], item[1])):
-        samples.append(_Listed(stem + suffix, stem, stem == previous, _paths(stem, texts), len(texts.get(stem, ())) == 2))
+        samples.append(
+            _Listed(stem + suffix, stem, stem == previous, _paths(stem, texts), len(texts.get(stem, ())) == 2)
+        )
         previous = stem
     lonely = texts.keys() - stems
     samples += [_Listed("", stem, False, _paths(stem, texts), False) for stem in lonely]

@@ -2,8 +2,8 @@
 
 A sample's name ends at the first dot of the file name, as in any WebDataset tar: `0001.jpg`, `0001.seg.png` and
 `0001.json` are one sample. Names with dots of their own (`photo.1.jpg` beside `photo.1.txt`) would all be one sample
-`photo`; where a picture and a caption share more than that, they are a sample named up to the last dot. A caption without
-picture belongs to the picture without caption whose name differs in case alone.
+`photo`; where a picture and a caption share more than that, they are a sample named up to the last dot. A
+caption without a picture belongs to the picture without a caption whose name differs in case alone.
 """
 
 from __future__ import annotations

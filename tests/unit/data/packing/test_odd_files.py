@@ -51,7 +51,9 @@ def test_suffixes_of_any_case(tmp_path: Path) -> None:
 
 
 def test_second_texts_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = fill(tmp_path, "a.jpg", "a.txt", "a.TXT", "b.jpg", "b.Txt", "b.TXT", "c.jpg", "c.txt", "c.caption", "d.tags")
+    folder = fill(
+        tmp_path, "a.jpg", "a.txt", "a.TXT", "b.jpg", "b.Txt", "b.TXT", "c.jpg", "c.txt", "c.caption", "d.tags"
+    )
     fill(tmp_path, "e.jpg", "e.txt")
     (folder / "e.json").write_text('{"caption": "json"}')
     assert said(read(folder)) == [
