@@ -20,11 +20,13 @@ def check_job(cfg: dict[str, Any]) -> list[Problem]:
         return []
     from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, find_newest
     from m2_encoder.runs.build import build_module, build_objectives
+    from m2_encoder.runs.pictures import settle_pictures
     from m2_encoder.runs.resume import check_resume
 
     try:
         newest = find_newest(folder / CHECKPOINT_FOLDER)
         if newest is not None:
+            cfg, _ = settle_pictures(cfg, folder, resumes=True)
             check_resume(build_module(cfg, build_objectives(cfg), validation_name=""), cfg, folder, newest.path)
     except UserError as error:
         return find_problems(error)
