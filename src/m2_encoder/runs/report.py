@@ -12,7 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from m2_encoder.checkpoints.tensors import find_non_finite
-from m2_encoder.config.paths import anchor
+from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.errors import UserError, abridge
@@ -60,7 +60,7 @@ def report_run(
             if isinstance(model, M2Encoder)
             else None,
             matching=trained_head(objectives),
-            run=_run_facts(cfg, run_folder, end),
+            run=_run_facts(cfg, run_folder, end, datamodule),
         )
         results = run_tasks(tasks, context)
     wall_time_s = round(time.time() - started, 3)
@@ -82,14 +82,14 @@ def report_run(
     return dict(summary["metrics"])
 
 
-def _run_facts(cfg: Mapping[str, Any], run_folder: Path, end: RunEnd) -> RunFacts:
+def _run_facts(cfg: Mapping[str, Any], run_folder: Path, end: RunEnd, datamodule: WebDatasetModule) -> RunFacts:
     data = _section(cfg, "data")
     return RunFacts(
         name=run_folder.name,
         model=str(_section(cfg, "model").get("name", "model")),
         steps=end.step,
         heldout_style=str(data.get("heldout_style", "")),
-        folder=anchor(str(data["folder"])) if data.get("folder") else None,
+        folder=datamodule.folder if isinstance(datamodule, EmojiDataModule) else None,
     )
 
 
