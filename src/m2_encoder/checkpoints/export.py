@@ -83,18 +83,22 @@ def export_model(
         content["provenance"] = provenance or {}
         if matching is not None:
             content[CONFIG_KEY] = save_head(temporary, matching)
-        metadata = {
-            "format": "pt",
-            CONFIG_METADATA_KEY: config_text(config),
-            READING_METADATA_KEY: reading_text(content),
-            DIGEST_METADATA_KEY: tokenizer.digest,
-        }
-        save_safetensors(model, temporary / WEIGHTS_FILE, metadata=metadata)
+        save_safetensors(model, temporary / WEIGHTS_FILE, metadata=_metadata(config, tokenizer, content))
         (temporary / CONFIG_FILE).write_text(_json_text(content), encoding="utf-8")
         (temporary / CARD_FILE).write_text(
             model_card(model, card=card, pictures=pictures, metrics=metrics or {}, provenance=provenance or {}), "utf-8"
         )
     return folder
+
+
+def _metadata(config: M2EncoderConfig, tokenizer: SentencePieceTokenizer, content: Mapping[str, Any]) -> dict[str, str]:
+    """Of the weights: what they belong with, so that other files beside them are noticed."""
+    return {
+        "format": "pt",
+        CONFIG_METADATA_KEY: config_text(config),
+        READING_METADATA_KEY: reading_text(content),
+        DIGEST_METADATA_KEY: tokenizer.digest,
+    }
 
 
 def _check_finite(model: M2Encoder) -> None:

@@ -295,8 +295,12 @@ class _Batches(Dataset[Any]):
             atexit.unregister(self._end)
 
     def heed_signals(self) -> None:
-        """In a worker: handle SIGTERM when it is needed no more, or a while later; leave Ctrl-C to the trainer."""
+        """In a worker: handle SIGTERM when it is needed no more, or a while later.
+
+        Ctrl-C and a closed terminal are left to the trainer.
+        """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _end(self) -> None:
