@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from m2_encoder.data.packing.values import find_numbered, is_missing, plain_number
@@ -30,13 +31,15 @@ _IMAGE_COLUMNS = "image image_path img_path filepath file_name filename file pat
 KNOWN_COLUMNS = {
     "image": tuple(_IMAGE_COLUMNS.split()),
     "caption": ("caption", "captions", "text", "title"),
-    "key": ("key", "id", "image_id", "sample_id"),
+    "key": ("key", "image_id", "id", "sample_id"),
+    "identity": ("identity",),
     "language": ("language", "lang"),
 }
 """Names under which columns are found by default, in any case; the first one that has a value counts."""
 
 URL_SCHEMES = ("http://", "https://")
 
+_NAMES_OF_ROWS = ("id", "sample_id")  # in other tables of a source they may begin again
 _PYTHON_LIST = re.compile(r"\s*[\[{]\s*'")
 _SHOWN_NAMES = 20
 _SHOWN_CHARACTERS = 40
@@ -51,6 +54,7 @@ class Record(NamedTuple):
     key: str | None  # what marks the same content; None if the source says nothing
     extra: Mapping[str, Any]  # other columns that go into the JSON
     left_out: tuple[CaptionText, ...] = ()  # captions that are neither Chinese nor English
+    identity: str | None = None  # what marks the same content in all sources; None if the source says nothing
 
 
 class Failure(NamedTuple):
@@ -78,13 +82,23 @@ class Slice(Protocol):
         """Read the records; called in a worker."""
 
 
+class Place(NamedTuple):
+    """Where a table lies."""
+
+    root: str = ""  # relative paths of images count from here
+    name: str = ""  # of its file, below the folder that all tables of the source share
+    folder: str = ""  # in front of relative paths of images, where those of other tables count from elsewhere
+    table: str = ""  # in front of ids, where there are other tables
+
+
 class Columns(NamedTuple):
     """Which columns of a table say what; None looks for `KNOWN_COLUMNS`.
 
     Attributes:
         image: path, URL or bytes.
         caption: a text, or a list of texts.
-        key: what marks the same content.
+        key: what marks the same content in the source.
+        identity: what marks the same content in all sources.
         language: of the caption.
         extra: columns that go into the JSON as they are.
         default_language: of captions without a language; None detects it by the script.
@@ -96,6 +110,7 @@ class Columns(NamedTuple):
     language: str | None = None
     extra: tuple[str, ...] = ()
     default_language: str | None = None
+    identity: str | None = None
 
     def names(self, role: str) -> tuple[str, ...]:
         """Columns that may have a role, such as "image"."""
@@ -113,10 +128,15 @@ class Columns(NamedTuple):
 
     def find(self, row: Mapping[str, Any], role: str) -> Any:
         """The value of a role in a row, or None."""
+        name = self.find_name(row, role)
+        return None if name is None else row[name]
+
+    def find_name(self, row: Mapping[str, Any], role: str) -> str | None:
+        """The column of a role that has a value in a row, or None."""
         chosen = getattr(self, role)
         if chosen is not None:
-            return row.get(chosen) if row.get(chosen) != "" else None
-        by_name = {_fold(name): value for name, value in row.items() if value not in (None, "")}
+            return chosen if row.get(chosen) not in (None, "") else None
+        by_name = {_fold(name): name for name, value in row.items() if value not in (None, "")}
         return next((by_name[name] for name in KNOWN_COLUMNS[role] if name in by_name), None)
 
     def check(self, present: Sequence[str], where: str) -> None:
@@ -133,18 +153,25 @@ class Columns(NamedTuple):
             raise UserError(f"{where}: no column {missing[0]!r} for columns.extra; it has {_show_names(present)}")
 
 
-def read_row(row: Mapping[str, Any], columns: Columns, name: str, root: str) -> Record | Failure:
-    """A row of a table as a record, or as a failure; relative paths of images count from `root`."""
+def locate_tables(paths: Sequence[Path], root: str | None) -> Iterator[tuple[Path, Place]]:
+    """Tables with their places; relative paths of images count from `root`, by default from the folder of each."""
+    shared = os.path.commonpath([os.path.abspath(path.parent) for path in paths]) if paths else ""
+    for path in paths:
+        name = os.path.relpath(os.path.abspath(path), shared)
+        folder = "" if root else os.path.dirname(name)
+        yield path, Place(root or str(path.parent), name, folder, name if len(paths) > 1 else "")
+
+
+def read_row(row: Mapping[str, Any], columns: Columns, name: str, place: Place) -> Record | Failure:
+    """A row of a table as a record, or as a failure."""
     said = {name: value for name, value in row.items() if not is_missing(value)}
     try:
-        image = _image_of(plain_number(columns.find(said, "image")), root)
+        image = _image_of(plain_number(columns.find(said, "image")), place.root)
         captions, left_out = _captions_of(said, columns)
-        key = plain_number(columns.find(said, "key"))
-        # The same file in two rows is the same picture, also where nobody gives it a key.
-        identity = read_identity({"key": image if key is None and isinstance(image, str) else key})
-        located = image_path(image, root) if isinstance(image, str) else image
+        located = image_path(image, place.root) if isinstance(image, str) else image
         extra = {item: row[item] for item in columns.extra if item in row}
-        return Record(name, located, captions, identity, extra, left_out)
+        identity = read_identity({"identity": plain_number(columns.find(said, "identity"))})
+        return Record(name, located, captions, _key_of(said, columns, image, place), extra, left_out, identity)
     except SampleProblem as problem:
         return fail(name, problem)
 
@@ -220,6 +247,18 @@ def _captions_of(row: Mapping[str, Any], columns: Columns) -> Captions:
         detail = describe_missing(found.left_out) or f"nothing in {', '.join(names)}"
         raise SampleProblem("missing_caption", detail, found.left_out)
     return found
+
+
+def _key_of(row: Mapping[str, Any], columns: Columns, image: bytes | str, place: Place) -> str | None:
+    """What marks the content of a row in its source. The same file in two rows is the same picture, without a key."""
+    column = columns.find_name(row, "key")
+    if column is not None:
+        key = read_identity({"key": plain_number(row[column])})
+        is_id = columns.key is None and _fold(column) in _NAMES_OF_ROWS
+        return f"{place.table}: {key}" if place.table and is_id else key
+    if not isinstance(image, str):
+        return None
+    return read_identity({"key": image if image.startswith(URL_SCHEMES) else os.path.join(place.folder, image)})
 
 
 def _language_of(row: Mapping[str, Any], columns: Columns) -> str | None:

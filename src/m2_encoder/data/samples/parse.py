@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.samples.language import describe_languages, detect_language, language_of_column, read_language
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.spaces import normalise_spaces
@@ -40,6 +42,7 @@ UNDECLARED = "?"
 """Given as the language of captions that do not name one, it stays theirs: the caller finds out later."""
 
 _KEPT = (*LANGUAGES, UNDECLARED)
+_MOST_DIGITS = 20  # of a number that a name may be
 _SHOWN = 10  # keys of a JSON in a message
 
 
@@ -111,14 +114,30 @@ def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, langu
 def name_content(text: SampleText, *, key: str, shard: str, source: str) -> str:
     """Name of what a sample shows: equal names mark the same content.
 
-    An `identity` is valid in all sources, a `key` in its own one. A `key` that equals the name of the sample's files is
-    no more than that name, which most tools count up from 0 in every shard: such a sample is unique.
+    An `identity` is valid in all sources, a `key` in its own one. A `key` that repeats the name of the sample's files
+    says no more than that name, which most tools count up from 0 in every shard: such a sample is unique.
     """
     if text.identity is not None and text.is_marked:
         return text.identity
-    if text.identity in (None, key, key.rpartition("/")[2]):
+    if text.identity is None or repeats_name(text.metadata.get("key", text.identity), key):
         return "\0".join((source, shard, key))
     return "\0".join((source, str(text.identity)))
+
+
+def repeats_name(mark: object, name: str) -> bool:
+    """Whether a mark is no more than the name of the sample's files, with or without folders and a picture's suffix.
+
+    A number says no more than the same number with zeros before it.
+
+    >>> [repeats_name(mark, "b/007") for mark in ("007", "007.jpg", "b/007", 7, "a/007", "7", 8)]
+    [True, True, True, True, False, False, False]
+    """
+    name = name.removeprefix("./")
+    file = name.rpartition("/")[2]
+    if isinstance(mark, int | float):
+        return file.isdecimal() and len(file) <= _MOST_DIGITS and int(file) == mark
+    stem, suffix = os.path.splitext(str(mark))
+    return (stem if suffix.lower() in PICTURE_SUFFIXES else str(mark)).removeprefix("./") in (name, file)
 
 
 def _describe_nothing(metadata: Mapping[str, Any], json_file: bytes | None, text_file: bytes | None) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from m2_encoder.data.packing.records import Columns, Failure, Record, read_row
+from m2_encoder.data.packing.records import Columns, Failure, Place, Record, locate_tables, read_row
 from m2_encoder.errors import UserError
 
 
 def _read(row: dict[str, Any], columns: Columns | None = None) -> Record:
-    record = read_row(row, columns or Columns(), "row 1", "")
+    record = read_row(row, columns or Columns(), "row 1", Place())
     assert isinstance(record, Record), record
     return record
 
@@ -46,6 +47,7 @@ def _read(row: dict[str, Any], columns: Columns | None = None) -> Record:
         ({"image": "a", "caption": "[1] cat"}, {"en": ["[1] cat"]}, "a"),
         ({"image": "a", "caption": "[1]"}, {"en": ["[1]"]}, "a"),
         ({"image": "a", "caption": "cat", "lang": "und"}, {"en": ["cat"]}, "a"),
+        ({"image": "a", "caption": "cat", "id": 9, "image_id": 5.0}, {"en": ["cat"]}, "5"),
     ],
 )
 def test_usual_columns(row: dict[str, Any], captions: dict[str, list[str]], key: str | None) -> None:
@@ -62,6 +64,36 @@ def test_named_columns() -> None:
     record = _read(row, columns)
     assert (record.image, record.captions[0][:2], record.key) == ("a", ("KFC", "zh"), "u")
     assert record.extra == {"license": "CC0"}
+
+
+@pytest.mark.parametrize(("value", "identity"), [(5, "5"), (5.0, "5"), ("5.0", "5"), ("x", "x"), ("nan", None)])
+def test_identity_is_valid_in_all_sources(value: object, identity: str | None) -> None:
+    record = _read({"image": "a", "caption": "cat", "Identity": value})
+    assert (record.key, record.identity) == ("a", identity)
+    assert _read({"image": "a", "caption": "cat", "who": value}, Columns(identity="who")).identity == identity
+
+
+def test_names_that_begin_again_in_every_table_mean_nothing() -> None:
+    places = [place for _, place in locate_tables([Path("x/a/t.csv"), Path("x/b/t.csv")], None)]
+    assert places == [Place("x/a", "a/t.csv", "a", "a/t.csv"), Place("x/b", "b/t.csv", "b", "b/t.csv")]
+    keys = {
+        name: [cast("Record", read_row({"caption": "cat", **row}, Columns(), "", place)).key for place in places]
+        for name, row in {
+            "path": {"image": "0.jpg"},
+            "url": {"image": "http://x/0.jpg"},
+            "id": {"image": b"?", "id": 0},
+            "key": {"image": b"?", "key": 0},
+        }.items()
+    }
+    assert keys == {
+        "path": ["a/0.jpg", "b/0.jpg"],
+        "url": ["http://x/0.jpg"] * 2,
+        "id": ["a/t.csv: 0", "b/t.csv: 0"],
+        "key": ["0", "0"],
+    }
+    assert [place for _, place in locate_tables([Path("x/t.csv")], None)] == [Place("x", "t.csv")]
+    shared = [place for _, place in locate_tables([Path("x/a/t.csv"), Path("x/b/t.csv")], "pictures")]
+    assert [(place.root, place.folder) for place in shared] == [("pictures", "")] * 2
 
 
 @pytest.mark.parametrize(
@@ -91,7 +123,7 @@ def test_named_columns() -> None:
     ],
 )
 def test_wrong_rows(row: dict[str, Any], reason: str, detail: str) -> None:
-    failure = read_row(row, Columns(), "row 1", "")
+    failure = read_row(row, Columns(), "row 1", Place())
     assert isinstance(failure, Failure)
     assert (failure.name, failure.reason) == ("row 1", reason)
     assert detail in failure.detail
@@ -116,6 +148,6 @@ def test_captions_in_other_languages_are_told() -> None:
     assert [(caption.language, caption.text) for caption in record.left_out] == [
         ("fr", "chat"), ("fr", "matou"), ("de", "Katze"),
     ]  # fmt: skip
-    failure = read_row({"image": "a", "caption": "chat", "lang": "fr"}, Columns(), "row 1", "")
+    failure = read_row({"image": "a", "caption": "chat", "lang": "fr"}, Columns(), "row 1", Place())
     assert isinstance(failure, Failure)
     assert failure.languages == ("fr",)
