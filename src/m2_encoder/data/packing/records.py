@@ -6,41 +6,45 @@ The main process cuts a source into slices of paths, offsets or names; workers r
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from m2_encoder.data.packing.values import find_numbered, is_missing, plain_number
 from m2_encoder.data.samples.language import language_of_column, read_language
 from m2_encoder.data.samples.parse import (
+    LANGUAGE_KEYS,
     Captions,
     CaptionText,
     SampleProblem,
     captions_by_column,
     describe_missing,
     gather,
+    is_caption_column,
+    open_text,
     read_identity,
 )
 from m2_encoder.errors import UserError
 
 _IMAGE_COLUMNS = "image image_path img_path filepath file_name filename file path image_url url"
 
+logger = logging.getLogger(__name__)
+
 KNOWN_COLUMNS = {
     "image": tuple(_IMAGE_COLUMNS.split()),
     "caption": ("caption", "captions", "text", "title"),
     "key": ("key", "image_id", "id", "sample_id"),
     "identity": ("identity",),
-    "language": ("language", "lang"),
+    "language": LANGUAGE_KEYS,
 }
 """Names under which columns are found by default, in any case; the first one that has a value counts."""
 
 URL_SCHEMES = ("http://", "https://")
 
 _NAMES_OF_ROWS = ("id", "sample_id")  # in other tables of a source they may begin again
-_PYTHON_LIST = re.compile(r"\s*[\[{]\s*'")
 _SHOWN_NAMES = 20
 _SHOWN_CHARACTERS = 40
 
@@ -122,9 +126,8 @@ class Columns(NamedTuple):
         return name == getattr(self, role) if getattr(self, role) is not None else _fold(name) in KNOWN_COLUMNS[role]
 
     def has_captions(self, name: str) -> bool:
-        """Whether a column may have captions; by default also one that is called by a language, such as `text_zh`."""
-        is_of_language = self.caption is None and language_of_column(name) is not None
-        return is_of_language or self.has_role(name, "caption")
+        """Whether a column may have captions; by default also one that `is_caption_column`, such as `text_zh`."""
+        return (self.caption is None and is_caption_column(name)) or self.has_role(name, "caption")
 
     def find(self, row: Mapping[str, Any], role: str) -> Any:
         """The value of a role in a row, or None."""
@@ -139,8 +142,16 @@ class Columns(NamedTuple):
         by_name = {_fold(name): name for name, value in row.items() if value not in (None, "")}
         return next((by_name[name] for name in KNOWN_COLUMNS[role] if name in by_name), None)
 
+    def reads(self, name: str) -> bool:
+        """Whether a column may be read."""
+        has_role = any(self.has_role(name, role) for role in ("image", "key", "identity", "language"))
+        return has_role or self.has_captions(name) or name in (*self.extra, "caption_roles")
+
     def check(self, present: Sequence[str], where: str) -> None:
-        """Raise a `UserError`, with the columns that are there, if a table lacks images or captions."""
+        """Raise a `UserError`, with the columns that are there, if a table lacks images or captions.
+
+        Warns of columns that are not read, once of the same ones.
+        """
         for role, is_one in (("image", lambda name: self.has_role(name, "image")), ("caption", self.has_captions)):
             if not any(map(is_one, present)):
                 more = ", or call it caption_zh or caption_en" if role == "caption" and self.caption is None else ""
@@ -148,9 +159,25 @@ class Columns(NamedTuple):
                     f"{where}: no column with the {role}: it has {_show_names(present)}, wanted "
                     f"{' or '.join(self.names(role))}; say which it is with columns.{role}=NAME{more}"
                 )
+        plain = [name for name in present if self.has_role(name, "caption")]
+        first = self.find_name(dict.fromkeys(plain, "?"), "caption") or ""
+        _warn_of_unread(
+            tuple(name for name in present if name and not self.reads(name)),
+            tuple(name for name in plain if name != first),
+            first,
+        )
         missing = [name for name in self.extra if name not in present]
         if missing:
             raise UserError(f"{where}: no column {missing[0]!r} for columns.extra; it has {_show_names(present)}")
+
+
+@lru_cache(maxsize=64)
+def _warn_of_unread(unread: tuple[str, ...], spare: tuple[str, ...], first: str) -> None:
+    """Once for tables with the same columns."""
+    if unread:
+        logger.warning("columns that are not read: %s; columns.extra keeps values", _show_names(unread, 8))
+    if spare:
+        logger.warning("read only where %s is empty: %s", _show_names([first]), _show_names(spare))
 
 
 def locate_tables(paths: Sequence[Path], root: str | None) -> Iterator[tuple[Path, Place]]:
@@ -202,11 +229,11 @@ def stamp_files(paths: Iterable[str]) -> str:
     return "" if is_empty else digest.hexdigest()
 
 
-def _show_names(names: Sequence[str]) -> str:
+def _show_names(names: Sequence[str], most: int = _SHOWN_NAMES) -> str:
     """Some names, shortened: a table without a header has anything in its first row, a whole image included."""
     shown = [repr(name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}…") for name in names]
-    more = [f"and {len(names) - _SHOWN_NAMES:,} more"] if len(names) > _SHOWN_NAMES else []
-    return ", ".join([*shown[:_SHOWN_NAMES], *more]) or "none"
+    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join([*shown[:most], *more]) or "none"
 
 
 def _describe_file(path: str) -> bytes:
@@ -238,9 +265,9 @@ def _captions_of(row: Mapping[str, Any], columns: Columns) -> Captions:
     items: list[tuple[object, str | None, object]] = []
     value = columns.find(row, "caption")
     if value is not None:
-        items.append((_open_cell(value), language, row.get("caption_roles")))
+        items.append((open_text(value), language, row.get("caption_roles")))
     if columns.caption is None:
-        items += [(_open_cell(text), named, None) for text, named, _ in captions_by_column(row)]
+        items += captions_by_column(row, language)
     found = gather(items, "the caption")
     if not found.kept:
         names = columns.names("caption") if columns.caption else (*columns.names("caption"), "caption_zh", "caption_en")
@@ -267,24 +294,6 @@ def _language_of(row: Mapping[str, Any], columns: Columns) -> str | None:
     if named is None and columns.caption is not None:
         named = language_of_column(columns.caption)
     return named or columns.default_language
-
-
-def _open_cell(value: Any) -> Any:
-    """A value of a table; what CSV holds as the text of a JSON list or object is read as that."""
-    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
-        return value
-    try:
-        opened = json.loads(value)
-    except (ValueError, RecursionError):
-        if _PYTHON_LIST.match(value):
-            rule = 'is a list of Python; write it as JSON, such as ["a cat", "a pet"]'
-            raise SampleProblem("wrong_type", f"the caption {value[:40]!r} {rule}") from None
-        return value
-    if isinstance(opened, Mapping):
-        is_meant = any(map(language_of_column, opened)) or "text" in opened
-    else:
-        is_meant = bool(opened) and all(isinstance(item, str | Mapping) for item in opened)
-    return opened if is_meant else value
 
 
 def _fold(name: str) -> str:

@@ -43,7 +43,9 @@ class ParquetSlice:
 
     def fingerprint(self) -> str:
         """Of the file's name and size, the rows, and what the columns mean; the rows are not read."""
-        return hash_json(["parquet", self.place[1:], self.file_bytes, self.first_row, self.num_rows, self.names, self.columns])
+        return hash_json(
+            ["parquet", self.place[1:], self.file_bytes, self.first_row, self.num_rows, self.names, self.columns]
+        )
 
     def stamp(self) -> str:
         """Of the file, whose rows the fingerprint leaves out, and of the images that rows name."""
@@ -100,19 +102,12 @@ def slice_parquet(
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a Parquet file: {' '.join(str(error).split())}") from error
         columns.check(schema.names, str(path))
-        names = tuple(name for name in schema.names if _is_read(name, columns))
+        names = tuple(name for name in schema.names if columns.reads(name))
         images = [name for name in names if columns.has_role(name, "image")]
         with_paths = tuple(name for name in images if pyarrow.types.is_string(schema.field(name).type))
         for first in range(0, num_rows, size):
             count = min(size, num_rows - first)
-            yield ParquetSlice(
-                place, str(path), path.stat().st_size, first, count, names, with_paths, columns
-            )
-
-
-def _is_read(name: str, columns: Columns) -> bool:
-    has_role = any(columns.has_role(name, role) for role in ("image", "key", "identity", "language"))
-    return has_role or columns.has_captions(name) or name in (*columns.extra, "caption_roles")
+            yield ParquetSlice(place, str(path), path.stat().st_size, first, count, names, with_paths, columns)
 
 
 def _rows_of_group(file: Any, group: int, names: Sequence[str], first: int, last: int) -> Iterator[dict[str, Any]]:

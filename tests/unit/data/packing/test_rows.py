@@ -73,6 +73,20 @@ def test_identity_is_valid_in_all_sources(value: object, identity: str | None) -
     assert _read({"image": "a", "caption": "cat", "who": value}, Columns(identity="who")).identity == identity
 
 
+def test_columns_that_are_not_read_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    Columns().check(["image", "text", "caption", "title_zh", "nsfw", "caption_1", "lang_code"], "t.csv")
+    Columns().check(["image", "text", "caption", "title_zh", "nsfw", "caption_1", "lang_code"], "u.csv")
+    assert caplog.messages == [
+        "columns that are not read: 'nsfw'; columns.extra keeps values",
+        "read only where 'caption' is empty: 'text'",
+    ]
+    caplog.clear()
+    Columns(extra=("w",)).check(["image", "w", *(f"{'x' * 99}{n}" for n in range(99)), "caption"], "t.csv")
+    assert len(caplog.messages[0]) < 500
+    Columns(caption="title").check(["image", "title"], "t.csv")
+    assert len(caplog.messages) == 1
+
+
 def test_names_that_begin_again_in_every_table_mean_nothing() -> None:
     places = [place for _, place in locate_tables([Path("x/a/t.csv"), Path("x/b/t.csv")], None)]
     assert places == [Place("x/a", "a/t.csv", "a", "a/t.csv"), Place("x/b", "b/t.csv", "b", "b/t.csv")]
@@ -104,6 +118,9 @@ def test_names_that_begin_again_in_every_table_mean_nothing() -> None:
         ({"image": True, "caption": "cat"}, "wrong_type", "bool"),
         ({"image": float("nan"), "caption": "cat"}, "missing_image", "no path"),
         ({"image": "a", "caption": "nan"}, "missing_caption", "caption"),
+        ({"image": "a", "caption": "None"}, "missing_caption", "caption"),
+        ({"image": "a", "caption": "#N/A"}, "missing_caption", "caption"),
+        ({"image": "a", "caption": "chat", "caption_language": "fr"}, "missing_caption", "in fr;"),
         ({"image": "a"}, "missing_caption", "caption"),
         ({"image": "a", "caption": "  "}, "missing_caption", "caption"),
         ({"image": "a", "caption": 3}, "wrong_type", "int"),
