@@ -264,8 +264,8 @@ def _finish(folder: Path, results: list[ShardResult], reused: int) -> PackSummar
     if not summary.samples:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in failed.most_common()) or "there are no records"
         first = next((item for result in results for item in result.failures), None)
-        said = "" if first is None else f"; the first is {first.name}: {first.detail}"
-        raise UserError(f"nothing could be packed: {reasons}{said}; see {folder / FAILURES_FILE}")
+        example = "" if first is None else f"; the first is {first.name}: {first.detail}"
+        raise UserError(f"nothing could be packed: {reasons}{example}; see {folder / FAILURES_FILE}")
     shards = [{"name": result.name, "samples": result.samples, "bytes": result.num_bytes} for result in written]
     totals = {key: value for key, value in summary._asdict().items() if key not in ("reused", "shards")}
     write_json(folder / SUMMARY_FILE, {**totals, "shards": shards})

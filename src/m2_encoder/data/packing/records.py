@@ -29,7 +29,11 @@ from m2_encoder.data.samples.parse import (
 )
 from m2_encoder.errors import UserError
 
-_IMAGE_COLUMNS = "image image_path img_path filepath file_name filename file path image_url url"
+_EMBEDDED = ("jpg", "jpeg", "png", "webp")  # columns of img2dataset, with bytes
+_IMAGE_COLUMNS = (
+    f"image img picture image_path img_path filepath file_name filename file path image_bytes {' '.join(_EMBEDDED)} "
+    "图片 图像 image_url img_url url"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +197,8 @@ def read_row(row: Mapping[str, Any], columns: Columns, name: str, place: Place) 
     """A row of a table as a record, or as a failure."""
     said = {name: value for name, value in row.items() if not is_missing(value)}
     try:
+        if columns.image is None and any(_fold(column) in _EMBEDDED for column in row):
+            said.pop("url", None)  # from where the bytes are; a row without them could not be fetched from there
         image = _image_of(plain_number(columns.find(said, "image")), place.root)
         captions, left_out = _captions_of(said, columns)
         located = image_path(image, place.root) if isinstance(image, str) else image

@@ -200,7 +200,7 @@ def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -
         SampleProblem: wrong_type for captions of another form, not_utf8 for characters that UTF-8 cannot hold.
     """
     language = _language_in(metadata) or language
-    folded = {key.lower(): value for key, value in reversed(metadata.items())}
+    folded = {key.lower(): value for key, value in reversed(list(metadata.items()))}
     found = gather([(open_text(folded.get("captions")), language, folded.get("caption_roles"))], "captions")
     if found.kept:
         return found

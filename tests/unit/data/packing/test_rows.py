@@ -47,6 +47,8 @@ def _read(row: dict[str, Any], columns: Columns | None = None) -> Record:
         ({"image": "a", "caption": "[1] cat"}, {"en": ["[1] cat"]}, "a"),
         ({"image": "a", "caption": "[1]"}, {"en": ["[1]"]}, "a"),
         ({"image": "a", "caption": "cat", "lang": "und"}, {"en": ["cat"]}, "a"),
+        ({"url": "http://x/a", "jpg": b"bytes", "caption": "cat", "key": "000"}, {"en": ["cat"]}, "000"),
+        ({"图片": "a", "中文描述": "KFC", "英文描述": "cat"}, {"en": ["cat"], "zh": ["KFC"]}, "a"),
         ({"image": "a", "caption": "cat", "id": 9, "image_id": 5.0}, {"en": ["cat"]}, "5"),
     ],
 )
@@ -119,6 +121,7 @@ def test_names_that_begin_again_in_every_table_mean_nothing() -> None:
         ({"image": float("nan"), "caption": "cat"}, "missing_image", "no path"),
         ({"image": "a", "caption": "nan"}, "missing_caption", "caption"),
         ({"image": "a", "caption": "None"}, "missing_caption", "caption"),
+        ({"url": "http://x/a", "jpg": None, "caption": "cat"}, "missing_image", "no path, URL or bytes"),
         ({"image": "a", "caption": "#N/A"}, "missing_caption", "caption"),
         ({"image": "a", "caption": "chat", "caption_language": "fr"}, "missing_caption", "in fr;"),
         ({"image": "a"}, "missing_caption", "caption"),
