@@ -191,6 +191,18 @@ def test_numbers_that_cannot_be_written_are_printed(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_evaluate_leaves_data_of_another_style_alone(
+    emoji_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in emoji_folder.rglob("*")}
+    words = ["model=nowhere", f"folder={emoji_folder}", "heldout_style=noto"]
+    monkeypatch.setattr(sys, "argv", ["m2-evaluate", *words])
+    assert commands.EVALUATE() == 2
+    err = capsys.readouterr().err
+    assert f"folder={emoji_folder}: holds the built-in set with heldout_style=twemoji, and heldout_style=noto is" in err
+    assert {path: path.stat().st_mtime_ns for path in emoji_folder.rglob("*")} == before
+
+
 def test_evaluate_finds_all_mistakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,21 @@ def test_tars_are_unpacked(start: Start, tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads((tmp_path / "emoji" / "emoji.json").read_text())["heldout_style"] == "noto"
     assert "heldout_families" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["emoji"], "Hydra left records behind"
+
+
+def test_without_a_folder_every_setting_has_its_own(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # outside of a checkout, where outputs/ counts from
+    assert start("emoji", "samples_per_shard=5000") == 0
+    (folder,) = (tmp_path / "outputs" / "data").iterdir()
+    assert re.fullmatch("emoji-twemoji-[0-9a-f]{8}", folder.name)
+    assert str(folder) in capsys.readouterr().out
+    assert start("emoji", f"folder={folder}") == 2
+    assert capsys.readouterr().err == (
+        f"m2-data emoji: folder={folder}: holds the built-in set with samples_per_shard=5000, and "
+        "samples_per_shard=500 is asked for; give another folder, or null: a folder for each setting\n"
+    )
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["emoji", "--help"]])

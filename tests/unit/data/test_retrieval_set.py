@@ -22,6 +22,7 @@ from m2_encoder.data.retrieval_set import RetrievalSet, SetReading, check_retrie
 from m2_encoder.data.shards import index as shard_index
 from m2_encoder.data.shards.index import INDEX_SUFFIX, build_index, open_index
 from m2_encoder.errors import UserError
+from m2_encoder.pictures import OFFICIAL, STANDARD, PicturePolicy
 
 CAPTIONS = {"en": ["a cat", "cat"], "zh": ["猫"]}
 
@@ -207,6 +208,31 @@ def test_equals_the_transform(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(stream, "PNG")
     write_tar(tmp_path / "a.tar", {**sample("a", 0), "a.png": stream.getvalue()})
     assert read(tmp_path).images[0].equal(EvalTransform(4).to_uint8(pixels))
+
+
+@pytest.mark.parametrize("policy", [STANDARD, OFFICIAL, PicturePolicy(background="grey")])
+def test_a_folder_has_the_pixels_of_its_files(tmp_path: Path, policy: PicturePolicy) -> None:
+    deep = Image.fromarray(np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8))
+    clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4), "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep.save(tmp_path / "a.png")
+    deep.save(tmp_path / "b.tif", tiffinfo={0x0112: 6})
+    clear.save(tmp_path / "c.tif")
+    clear.convert("RGB").save(tmp_path / "d.bmp")
+    clear.convert("RGB").save(tmp_path / "e.webp", lossless=True, exif=exif)
+    for name in "abcde":
+        (tmp_path / f"{name}.txt").write_text(f"a {name}")
+    transform = EvalTransform(8, pictures=policy)
+    found = read_retrieval_set(tmp_path, name="toy", transform=transform)
+    for image, name in zip(found.images, ("a.png", "b.tif", "c.tif", "d.bmp", "e.webp"), strict=True):
+        assert torch.equal(image, transform.to_uint8(tmp_path / name)), name
+
+
+def test_tars_that_systems_leave_behind_are_not_read(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", sample("a", 1))
+    (tmp_path / "._0.tar").write_bytes(b"mac")
+    assert len(read(tmp_path).keys) == 1
 
 
 def test_reading_leaves_the_folder_as_it_is(
