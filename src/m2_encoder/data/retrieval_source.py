@@ -118,7 +118,8 @@ def _unpacked_sample(where: str, record: Record | Failure, image: bytes | Sample
                 pass
     except SampleProblem as problem:
         raise SampleProblem(problem.reason, f"{record.name}: {problem.detail}") from problem
-    text = SampleText(record.captions, record.key, False, {}, record.left_out)
+    mark = record.key if record.identity is None else record.identity
+    text = SampleText(record.captions, mark, record.identity is not None, {}, record.left_out)
     return SetSample(f"{where}: {record.name}", where, record.name, image or b"", text)
 
 
