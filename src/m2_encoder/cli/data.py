@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -65,7 +66,9 @@ def name_sources(argv: Sequence[str], key: str) -> list[str]:
     plain = [
         i
         for i, argument in enumerate(argv)
-        if not argument.startswith(("-", "+", "~")) and "=" not in argument and not (i and argv[i - 1] in values)
+        if not argument.startswith(("-", "+", "~"))
+        and ("=" not in argument or os.path.exists(argument))
+        and not (i and argv[i - 1] in values)
     ]
     if not plain:
         return list(argv)

@@ -39,6 +39,7 @@ class ColumnSettings:
     image: Text | None
     caption: Text | None
     key: Text | None
+    identity: Text | None
     language: Text | None
     extra: Sequence[Text]
 

@@ -13,6 +13,7 @@ from annotated_types import Ge
 
 from m2_encoder.bounds import Count, Rule, Text
 from m2_encoder.checkpoints.exported import CONFIG_FILE
+from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.checkpoints.matching_head import has_head, read_head
 from m2_encoder.config.check import check_settings, check_targets
 from m2_encoder.config.emoji_folder import emoji_folder_problems, find_emoji_folder
@@ -108,6 +109,8 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     started = time.time()
     console = open_console()
     loaded = load_from(cfg)
+    if remark := _remark_on_style(cfg):
+        console.print(remark, style="yellow", soft_wrap=True, highlight=False, markup=False)
     if isinstance(loaded.tokenizer, MissingTokenizer):
         loaded.tokenizer()  # says what to give
     tasks = build_tasks(cfg["evaluation"])
@@ -135,6 +138,8 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         "model": cfg["model"],
         "data": cfg["data"],
         "rerank": cfg["rerank"],
+        **({"heldout_style": cfg["heldout_style"]} if cfg["data"] == EMBEDDED else {}),
+        **({"remark": remark} if remark else {}),
         "pictures": loaded.preprocess.pictures.to_dict(),
         **summarize(results),
         "seconds": round(time.time() - started, 3),
@@ -148,6 +153,20 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         error.text += "; its content is printed above"
         raise
     say(f"numbers: {path}")
+
+
+def _remark_on_style(cfg: Mapping[str, Any]) -> str | None:
+    """What to say if the model says that it was trained on drawings of `heldout_style`."""
+    if cfg["data"] != EMBEDDED or cfg["weights"] is not None or is_model_name(cfg["model"]):
+        return None
+    origin = read_small_json(find_path(cfg["model"]) / CONFIG_FILE).get("provenance")
+    trained = origin.get("heldout_style") if isinstance(origin, Mapping) else None
+    if trained in (None, cfg["heldout_style"]):
+        return None
+    return (
+        f"warning: no style is unseen here: {cfg['model']} was trained with heldout_style={trained}, "
+        f"on drawings of {cfg['heldout_style']}; evaluate it with heldout_style={trained}"
+    )
 
 
 def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, RetrievalSet]:

@@ -44,14 +44,14 @@ def read_samples(source: str | os.PathLike[str], *, images: bool = True) -> Iter
         UserError: for a source without samples, and for anything unusable, by name.
     """
     where = os.fspath(source)
-    shards = _list_tars(where)
+    shards = list_tars(where)
     return _read_tars(where, shards) if shards else _read_unpacked(where, images=images)
 
 
 def describe_source(source: str) -> str | None:
     """What is wrong with a source before any of its files is opened; None if `read_samples` may try it."""
     try:
-        if _list_tars(source):
+        if list_tars(source):
             return None
         found = find_source(source, columns=Columns())
     except UserError as error:
@@ -65,7 +65,8 @@ def _has_image(folder: Path) -> bool:
     return any(name.lower().endswith(PICTURE_SUFFIXES) for _, names in walk_files(folder) for name in names)
 
 
-def _list_tars(source: str) -> list[str]:
+def list_tars(source: str) -> list[str]:
+    """The tars of a source, sorted by name; none for one to pack."""
     if os.path.isdir(source):
         return sorted(str(path) for path in Path(source).glob("*.tar") if not is_clutter(path.name))
     return list_shards(source) if source.endswith(".tar") else []
@@ -117,7 +118,8 @@ def _unpacked_sample(where: str, record: Record | Failure, image: bytes | Sample
                 pass
     except SampleProblem as problem:
         raise SampleProblem(problem.reason, f"{record.name}: {problem.detail}") from problem
-    text = SampleText(record.captions, record.key, False, {}, record.left_out)
+    mark = record.key if record.identity is None else record.identity
+    text = SampleText(record.captions, mark, record.identity is not None, {}, record.left_out)
     return SetSample(f"{where}: {record.name}", where, record.name, image or b"", text)
 
 

@@ -109,7 +109,9 @@ def _pictures_of(cfg: Mapping[str, Any]) -> PicturePolicy:
 
 
 def _origin(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {"run": cfg["run"]["name"], "git_revision": facts["git_revision"], "command": facts["command"]}
+    origin = {"run": cfg["run"]["name"], "git_revision": facts["git_revision"], "command": facts["command"]}
+    style = cfg["data"].get("heldout_style")  # of the built-in set alone
+    return origin if style is None else {**origin, "heldout_style": style}
 
 
 def _card(cfg: Mapping[str, Any], end: RunEnd, matching: MatchingHead | None) -> CardInfo:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from m2_encoder.cli import data
 
@@ -68,6 +69,24 @@ def test_mistakes(start: Start, capsys: pytest.CaptureFixture[str], argv: list[s
     captured = capsys.readouterr()
     assert named in captured.err
     assert captured.out == ""
+
+
+def test_odd_names_of_a_source(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path that exists is one path; a value that is refused is not missing, too."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "a=b [c]"):
+        Path(name).mkdir()
+        Image.new("RGB", (9, 9)).save(Path(name) / "0.png")
+        (Path(name) / "0.txt").write_text("a cat")
+    assert start("pack", "a=b [c]", f"output={tmp_path}/tars", "workers=0") == 0
+    assert start("pack", "source=a,b", f"output={tmp_path}/others", "workers=0") == 0
+    capsys.readouterr()
+    assert start("check", "source=x,y") == 2
+    error = capsys.readouterr().err
+    assert "holds several values" in error
+    assert "must be given" not in error
 
 
 def test_without_a_task(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 
 from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.packing.pack import PackOptions, pack
+from m2_encoder.data.packing.records import Columns
+from m2_encoder.data.packing.sources import find_source
 from m2_encoder.data.retrieval_set import RetrievalSet, SetReading, check_retrieval_set, read_retrieval_set
 from m2_encoder.data.shards import index as shard_index
 from m2_encoder.data.shards.index import INDEX_SUFFIX, build_index, open_index
@@ -80,6 +83,35 @@ def test_names_that_begin_again_in_every_shard_mean_nothing(tmp_path: Path) -> N
     found = read(tmp_path)
     assert contents(found) == [[10], [20], [30], [40]]
     assert found.queries("en") == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
+
+
+@pytest.mark.parametrize(("first", "keys"), [("0", ("0.png", "1")), ("00007", (7, 7.0)), ("./x/0", ("x/0", "0"))])
+def test_keys_that_repeat_such_names_mean_nothing_either(tmp_path: Path, first: str, keys: tuple[object, ...]) -> None:
+    for shard, level in (("0", 10), ("1", 20)):
+        parts = [sample(first, level, key=keys[0], **caption("a")), sample("1", level + 5, key=keys[1], **caption("b"))]
+        write_tar(tmp_path / f"{shard}.tar", parts[0] | parts[1])
+    found = contents(read(tmp_path))
+    assert len([levels for levels in found if levels in ([10], [20])]) == 2
+
+
+def test_a_folder_is_the_set_that_it_is_in_tars(tmp_path: Path) -> None:
+    """Keys that repeat the name of the files say nothing, identities count, and keep equal pictures apart."""
+    for folder, level in (("a", 10), ("b", 30)):
+        parts = [
+            sample("0", level, key="0", **caption("zero")),
+            sample("1", level + 10, identity=5, **caption("one")),
+            sample("2", 50, identity=folder, **caption("two")),
+        ]
+        (tmp_path / "pictures" / folder).mkdir(parents=True)
+        for part in parts:
+            for name, content in part.items():
+                (tmp_path / "pictures" / folder / name).write_bytes(content)
+    source = find_source(str(tmp_path / "pictures"), columns=Columns())
+    pack(source, tmp_path / "tars", PackOptions(samples_per_shard=2), workers=0)
+    for place in ("pictures", "tars"):
+        found = read(tmp_path / place)
+        assert contents(found) == [[10], [20, 40], [50], [30], [50]]
+        assert found.reading == SetReading(samples=6, repeated_images=0, kept_apart=1)
 
 
 def test_marks_and_equal_pictures_are_one_content(tmp_path: Path) -> None:

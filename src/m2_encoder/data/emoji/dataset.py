@@ -41,7 +41,6 @@ from m2_encoder.data.emoji.folder import (
     EMOJI_MARKER,
     check_content,
     digest_files,
-    find_changes,
     partial_folder,
     publish,
     read_digests,
@@ -148,7 +147,7 @@ def write_emoji_shards(
     try:
         check_content(target, settings)
         made = read_digests(target)
-        if made is None or find_changes(target, made):
+        if made is None or made != digest_files(target):
             with partial_folder(target) as partial:
                 _write_splits(partial, settings)
                 publish(partial, target, is_named=target.name == default_emoji_folder(settings).name)

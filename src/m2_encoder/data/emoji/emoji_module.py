@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from m2_encoder.bounds import Count, Example, Index, Text
 from m2_encoder.data.emoji.dataset import EmojiStyle, default_emoji_folder, emoji_settings, write_emoji_shards
-from m2_encoder.data.emoji.folder import digest_files, find_changes
+from m2_encoder.data.emoji.folder import digest_files
+from m2_encoder.data.file_watch import refuse_changed
 from m2_encoder.data.images.transforms import TrainTransform, open_image
 from m2_encoder.data.loading.loader import PositionLoader
 from m2_encoder.data.masking.batch_masking import BatchMasking
@@ -17,6 +18,7 @@ from m2_encoder.data.samples.captions import CaptionSampler
 from m2_encoder.data.samples.sample import Column
 from m2_encoder.data.webdataset_module import BatchSize, WebDatasetModule
 from m2_encoder.errors import UserError
+from m2_encoder.files import describe_changes
 from m2_encoder.pictures import STANDARD
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -117,12 +119,9 @@ class EmojiDataModule(WebDatasetModule):
         return sets
 
     def _check_unchanged(self) -> None:
-        if self._digests is not None and (changes := find_changes(self.folder, self._digests)):
-            name, reason = next(iter(changes.items()))
-            more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
-            rule = f"while the run went on, its {name} {reason}{more}: nothing is reported, and the checkpoints stay"
-            fix = "restore the files and report with run.resume=auto, or train again if other data may have been read"
-            raise UserError(f"{rule}; {fix}", key="data.folder", value=str(self.folder))
+        if self._digests is not None:
+            changes = describe_changes(self._digests, digest_files(self.folder))
+            refuse_changed("data.folder", str(self.folder), changes)
 
     def _read_set(self, name: str) -> RetrievalSet:
         split = name.removeprefix("emoji_")

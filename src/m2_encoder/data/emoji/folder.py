@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from m2_encoder.errors import UserError
-from m2_encoder.files import file_sha256
+from m2_encoder.files import describe_changes, file_sha256
 
 Split: TypeAlias = Literal["train", "val", "val_style", "heldout_style", "heldout_families"]
 EMOJI_SPLITS = get_args(Split)
@@ -46,19 +46,6 @@ def digest_files(folder: Path) -> dict[str, str]:
         path for split in EMOJI_SPLITS for pattern in ("*.tar", "index.json") for path in (folder / split).glob(pattern)
     )
     return {f"{path.parent.name}/{path.name}": file_sha256(path) for path in found if path.is_file()}
-
-
-def find_changes(folder: Path, digests: Mapping[str, str]) -> dict[str, str]:
-    """What differs from `digest_files` of a whole folder: names of files -> what is wrong with them.
-
-    Raises:
-        OSError: if a file cannot be read.
-    """
-    now = digest_files(folder)
-    changes = {
-        name: "has changed" if name in now else "is missing" for name in digests if now.get(name) != digests[name]
-    }
-    return changes | {name: "was added" for name in now if name not in digests}
 
 
 def read_digests(folder: Path) -> Mapping[str, str] | None:
@@ -120,19 +107,16 @@ def publish(partial: Path, folder: Path, *, is_named: bool) -> None:
             raise
     marker = json.loads((partial / EMOJI_MARKER).read_bytes())
     check_content(folder, marker)
-    changes = find_changes(folder, marker["sha256"])
-    broken = [name for name in changes if name in marker["sha256"]]
-    if changes:
-        name, reason = next(iter(changes.items()))
-        more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
-        if not is_named or len(broken) < len(changes):
-            rule = f"its {name} {reason}{more}; remove the folder to have it made anew, or give another one"
+    made, now = marker["sha256"], digest_files(folder)
+    if changes := describe_changes(made, now):
+        if not is_named or now.keys() - made.keys():
+            rule = f"{changes}; remove the folder to have it made anew, or give another one"
             raise UserError(rule, key="folder", value=str(folder))
-        logger.warning("%s: its %s %s%s: made anew", folder, name, reason, more)
-    for name in broken:
+        logger.warning("%s: %s: made anew", folder, changes)
+    for name in (name for name in made if now.get(name) != made[name]):
         (folder / name).parent.mkdir(exist_ok=True)
         os.replace(partial / name, folder / name)
-    if read_digests(folder) != marker["sha256"]:
+    if read_digests(folder) != made:
         with contextlib.suppress(OSError):  # an earlier version's, on a read-only disk
             os.replace(partial / EMOJI_MARKER, folder / EMOJI_MARKER)
 

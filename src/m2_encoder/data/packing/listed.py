@@ -16,16 +16,25 @@ from typing import Any, NamedTuple, TypeVar
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES, RANKS
 from m2_encoder.data.packing.csv_rows import read_rows
 from m2_encoder.data.packing.encodings import find_encoding, find_separator
-from m2_encoder.data.packing.records import Columns, Failure, Record, fail, read_row, stamp_files, stamp_images
-from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text
+from m2_encoder.data.packing.records import (
+    Columns,
+    Failure,
+    Place,
+    Record,
+    fail,
+    locate_tables,
+    read_row,
+    stamp_files,
+    stamp_images,
+)
+from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text, repeats_name
 from m2_encoder.data.shards.names import decode_names, match_cases, walk_files
-from m2_encoder.errors import UserError, abridge
+from m2_encoder.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
 
 _TEXT_SUFFIXES = (".json", ".txt")
 _UNREAD_SUFFIXES = (".caption", ".captions", ".text", ".tags")  # that other tools write captions to
-_MAX_NAMED = 3  # texts in a message
 _MAX_LOOKED_AT = 100_000  # files, to say what a folder is
 
 Item = TypeVar("Item")
@@ -83,7 +92,10 @@ class FolderSlice:
             return fail(name, problem)
         extra = {name: metadata[name] for name in self.extra if name in metadata}
         path = os.path.join(self.root, image)
-        return Record(name, path, text.captions, text.identity or stem, extra, text.left_out)
+        identity = text.identity if text.is_marked else None
+        mark = text.metadata.get("key", text.identity)
+        key = stem if text.identity is None or repeats_name(mark, stem) else text.identity
+        return Record(name, path, text.captions, key, extra, text.left_out, identity)
 
 
 def slice_folder(
@@ -185,9 +197,7 @@ def _warn_of_second_texts(samples: Sequence[_Listed], unread: Sequence[str]) -> 
         (both, "count only where the .json of the same name has no captions"),
     ):
         if names:
-            some = ", ".join(abridge(name, 60) for name in names[:_MAX_NAMED])
-            more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
-            logger.warning("%d texts beside pictures %s: %s%s", len(names), rule, some, more)
+            logger.warning("%d texts beside pictures %s: %s", len(names), rule, name_some(names, 3, 60))
 
 
 def _paths(stem: str, texts: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
@@ -211,8 +221,7 @@ def _read_if_there(path: str) -> bytes | None:
 class RowSlice:
     """Rows of a CSV table."""
 
-    root: str  # relative paths of images count from here
-    name: str  # of the table's file
+    place: Place
     first_row: int  # number of the first row, for the list of failures; the header is 0
     header: tuple[str, ...]  # names of the columns
     rows: tuple[tuple[str, ...], ...]
@@ -223,7 +232,7 @@ class RowSlice:
 
     def fingerprint(self) -> str:
         """Of the values and what they mean."""
-        return hash_json(["csv", self.header, self.rows, self.columns])
+        return hash_json(["csv", self.place[1:], self.header, self.rows, self.columns])
 
     def stamp(self) -> str:
         """Of the images that rows name."""
@@ -232,14 +241,14 @@ class RowSlice:
     def read(self) -> Iterator[Record | Failure]:
         """Give the rows as records."""
         for number, row in enumerate(self.rows, start=self.first_row):
-            name = f"{self.name}: row {number}"
+            name = f"{self.place.name}: row {number}"
             if any(map(_is_damaged, row)):
                 advice = "if the whole table is in another encoding, name it, such as encoding=gb18030"
                 yield Failure(name, "not_utf8", f"holds bytes that are not UTF-8; {advice}")
             elif len(row) != len(self.header):
                 yield Failure(name, "wrong_type", f"{len(row)} fields, the header has {len(self.header)}")
             else:
-                yield read_row(dict(zip(self.header, row, strict=True)), self.columns, name, self.root)
+                yield read_row(dict(zip(self.header, row, strict=True)), self.columns, name, self.place)
 
 
 def slice_csv(
@@ -255,18 +264,18 @@ def slice_csv(
         UserError: if a file is empty, has no column with images or captions, or is not in the encoding.
     """
     is_said = False
-    for path in paths:
+    for path, place in locate_tables(paths, root):
         found = encoding or find_encoding(path)
         if encoding is None and found != "utf-8-sig" and not is_said:
             logger.warning("%s is read as %s, as are others like it; say encoding=NAME if that is wrong", path, found)
             is_said = True
         try:
-            yield from _slice_table(path, size, columns, root or str(path.parent), found)
+            yield from _slice_table(path, size, columns, place, found)
         except UnicodeError as error:
             raise UserError(f"{path}: is not in this encoding ({error})", key="encoding", value=found) from error
 
 
-def _slice_table(path: Path, size: int, columns: Columns, root: str, encoding: str) -> Iterator[RowSlice]:
+def _slice_table(path: Path, size: int, columns: Columns, place: Place, encoding: str) -> Iterator[RowSlice]:
     # surrogateescape: bytes that are not UTF-8 spoil one row, not the file.
     errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
     with path.open(encoding=encoding, errors=errors, newline="") as file:
@@ -279,7 +288,7 @@ def _slice_table(path: Path, size: int, columns: Columns, root: str, encoding: s
         columns.check(header, str(path))
         first_row = 1
         for group in batched(rows, size):
-            yield RowSlice(root, path.name, first_row, header, group, columns)
+            yield RowSlice(place, first_row, header, group, columns)
             first_row += len(group)
 
 
