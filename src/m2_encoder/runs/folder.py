@@ -86,7 +86,8 @@ def read_run(path: Path, *, needed: Collection[str] = ("run", "model", "trainer"
         UserError: see there; also for a part that is missing.
     """
     cfg = read_config(path)
-    _refuse_form([name for name in needed if not isinstance(cfg.get(name), dict)], path)
+    _refuse_form([name for name in needed if not cfg.get(name)], path)
+    _refuse_form([f"{name}.{key}" for name in needed for key in _NEEDED[name] if key not in cfg[name]], path)
     return cfg
 
 
@@ -97,7 +98,8 @@ def _check_form(cfg: Mapping[Any, Any], path: Path) -> None:
         parts |= {f"{name}.{key}": each for key, each in _mapping(cfg.get(name)).items()}
     wrong = [name for name, part in parts.items() if part is not None and not isinstance(part, dict)]
     for name, keys in _NEEDED.items():
-        wrong += [f"{name}.{key}" for key, kind in keys.items() if cfg.get(name) and not _has(cfg[name], key, kind)]
+        part = _mapping(cfg.get(name))
+        wrong += [f"{name}.{key}" for key, kind in keys.items() if key in part and not _has(part, key, kind)]
     wrong += [
         f"{name}.weight" for name, part in parts.items() if not _has({"weight": 1} | _mapping(part), "weight", float)
     ]

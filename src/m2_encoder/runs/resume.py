@@ -24,7 +24,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, read_config
+from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, read_config, read_run
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
@@ -108,7 +108,7 @@ def check_resume(
         CheckpointError: if the checkpoint is damaged.
         UserError: naming all settings that may not differ, or else the first parameter that does.
     """
-    before = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    before = read_run(folder / CONFIG_FILE, needed=("model",)) if (folder / CONFIG_FILE).is_file() else {}
     _refuse_strangers(before, cfg)
     if problems := list(_check_sizes(before, cfg)):
         raise UserError("the run that is continued does not fit", problems=problems)

@@ -25,8 +25,9 @@ _GRACE_S: Final = 5.0  # to end by itself, where no step has to be finished firs
 
 @contextlib.contextmanager
 def end_on_signals(end_ranks: Callable[[], None]) -> Iterator[None]:
-    """While inside, SIGTERM and SIGHUP (a closed terminal, unless it is ignored, as by nohup) raise `SystemExit`, as SIGINT
-    raises `KeyboardInterrupt`, and all are seen to.
+    """While inside, SIGTERM and SIGHUP raise `SystemExit`, as SIGINT raises `KeyboardInterrupt`, and all are seen to.
+
+    SIGHUP comes when a terminal is closed; where it is ignored, as by nohup, it stays so.
 
     Python runs its handlers between two of its own instructions, so that a process which waits in a collective call, or
     for another rank, hears nothing. A thread hears the same signals: it ends the process after a second SIGINT, and

@@ -45,7 +45,7 @@ def test_damaged_configuration(tmp_path: Path, content: bytes) -> None:
         ("objective: {itc: [a]}", "objective.itc"),
         ("objective: {itc: {weight: a}}", "objective.itc.weight"),
         ("callbacks: 1", "callbacks"),
-        ("model: {_target_: own.run}", "model.name"),
+        ("model: {name: [tiny]}", "model.name"),
         ("run: {name: a}\nmodel: {name: tiny, tokenizer: emoji}\ntrainer: {max_steps: x}", "trainer.max_steps"),
         ("? \n: a", None),
         ("a: !!set {b}", None),
@@ -58,10 +58,10 @@ def test_a_part_of_another_kind_is_named(tmp_path: Path, content: str, key: str 
         read_config(tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("content", ["", "a: 1", "run: {name: a}\nmodel: {name: tiny, tokenizer: emoji}"])
+@pytest.mark.parametrize("content", ["", "a: 1", "run: {name: a}\ntrainer: {max_steps: 1}\nmodel: {_target_: own.run}"])
 def test_a_part_that_every_run_has_is_asked_for(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match=r"is no configuration of a run: (run|trainer) is missing"):
+    with pytest.raises(UserError, match=r"is no configuration of a run: (run|trainer|model.name) is missing"):
         read_run(tmp_path / "config.yaml")
 
 
