@@ -109,7 +109,6 @@ def check_resume(
         UserError: naming all settings that may not differ, or else the first parameter that does.
     """
     before = read_run(folder / CONFIG_FILE, needed=("model",)) if (folder / CONFIG_FILE).is_file() else {}
-    _refuse_strangers(before, cfg)
     if problems := list(_check_sizes(before, cfg)):
         raise UserError("the run that is continued does not fit", problems=problems)
     content = read_content(checkpoint)
@@ -124,6 +123,7 @@ def check_resume(
     if (found := _find_misfit(module, content)) is not None:
         name, said = found
         raise UserError(f"its checkpoint does not fit: {said}", problems=[_explain(name, said, before, cfg)])
+    _refuse_strangers(before, cfg)
 
 
 def _refuse_strangers(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
