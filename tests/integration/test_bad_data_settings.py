@@ -90,7 +90,7 @@ ONE_FAULT = [
     ("data.cache={folder: c}", "add data.cache.max_bytes=2e11"),
     ("data.cache={folder: c, max_bytes: 0}", "above 0"),
     ("data.cache={folder: c, max_bytes: 1e9, size: 3}", "data.cache has folder, max_bytes"),
-    ("data.cache={folder: c, max_bytes: 1e9, attempts: 0}", "1 or more"),
+    ("data.cache={folder: c, max_bytes: 1e9, attempts: 0}", "in 1..100"),
     ("data.cache={folder: '', max_bytes: 1e9}", "a text"),
     # the look before training, unusable samples, validation
     ("data.check=true", "must be a mapping or null"),

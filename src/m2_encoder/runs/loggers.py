@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlparse
 
-from m2_encoder.bounds import Count, Positive, Text
+from m2_encoder.bounds import Count, Seconds, Text
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.record import describe_run
 
@@ -45,7 +45,7 @@ def build_wandb_logger(
     group: Text | None = None,
     tags: Sequence[str] = (),
     mode: Literal["auto", "online", "offline", "disabled"] = "auto",
-    finish_timeout_s: Positive = 60.0,
+    finish_timeout_s: Seconds = 60.0,
 ) -> WandbLogger | None:
     """Starts a W&B run with the run's name and an id made of it, so that a requeued job continues its curves.
 
