@@ -16,6 +16,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Le
 
 from m2_encoder.bounds import (
+    FAR,
     Count,
     Example,
     Fraction,
@@ -115,7 +116,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         decode: Callable[[bytes], Any],
         transform: Callable[[int], ImageTransform],
         lanes: Annotated[Count, Le(2**20)] = 64,
-        window: Count = 65_536,
+        window: Annotated[int, Ge(1), Le(2**40), FAR] = 65_536,
         keep_decoded: bool = False,
         check: Annotated[Mapping[str, Any] | None, KeysOf(StartCheck)] = None,
         validation: Annotated[Mapping[str, Text] | None, _FOLDERS] = None,

@@ -6,7 +6,8 @@ import json
 import math
 import os
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class JsonlLogger(Logger):
         """Write scalars of a step, beside those that its line has already."""
         step = 0 if step is None else step
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with _naming(self.path), self.path.open("ab") as file:
             if step != self._step:
                 self._step, self._record = step, {}
                 self._line_start = file.seek(0, os.SEEK_END)
@@ -116,6 +117,15 @@ class QuietWandbLogger(WandbLogger):
         except Exception as error:  # whatever breaks there, the training it reports on is worth more
             self._has_failed = True
             say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says which file it was that a disk did not take all of."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _step_of(line: str) -> int:
