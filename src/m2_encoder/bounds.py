@@ -74,7 +74,7 @@ class _Far:
 FAR: Final = _Far()
 Count = Annotated[int, Ge(1), Le(10**9), FAR]
 Index = Annotated[int, Ge(0), Le(10**9), FAR]
-Samples = Annotated[int, Ge(1), Le(10**12), FAR]
+Many = Annotated[int, Ge(1), Le(2**40), FAR]
 Rows = Annotated[int, Ge(1), Le(2**24), FAR]  # of a batch
 Tokens = Annotated[int, Ge(2), Le(2**20), FAR]  # of a text
 Pixels = Annotated[int, Ge(1), Le(2**16), FAR]  # of the side of an image

@@ -109,7 +109,7 @@ ONE_FAULT = [
     ("+data.validation.own=TMP/{0..", "its braces cannot be read"),
     ("+data.validation.own=[3]", "folders of tars by name"),
     # order and decoding
-    ("data.lanes=0", "1 or more"),
+    ("data.lanes=0", "in 1..1048576"),
     ("data.window=0", "1 or more"),
     ("data.num_workers=-1", "0 or more"),
     ("+data.decode.max_pixel=3", "did you mean max_pixels"),

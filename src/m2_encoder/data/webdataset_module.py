@@ -15,20 +15,8 @@ import torch
 import torch.distributed as dist
 from annotated_types import Ge, Le
 
-from m2_encoder.bounds import (
-    FAR,
-    Count,
-    Example,
-    Fraction,
-    Index,
-    KeysOf,
-    Rows,
-    Rule,
-    Seconds,
-    Text,
-    Workers,
-    check_bounds,
-)
+from m2_encoder.bounds import Example, Fraction, Index, KeysOf, Many, Rows, Rule, Seconds, Text, Workers, check_bounds
+from m2_encoder.data.file_watch import FileWatch
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.inspect.source_report import SourceReport
@@ -115,8 +103,8 @@ class WebDatasetModule(lightning.LightningDataModule):
         captions: CaptionSampler,
         decode: Callable[[bytes], Any],
         transform: Callable[[int], ImageTransform],
-        lanes: Annotated[Count, Le(2**20)] = 64,
-        window: Annotated[int, Ge(1), Le(2**40), FAR] = 65_536,
+        lanes: Annotated[Index, Ge(1), Le(2**20)] = 64,
+        window: Many = 65_536,
         keep_decoded: bool = False,
         check: Annotated[Mapping[str, Any] | None, KeysOf(StartCheck)] = None,
         validation: Annotated[Mapping[str, Text] | None, _FOLDERS] = None,
@@ -157,6 +145,7 @@ class WebDatasetModule(lightning.LightningDataModule):
                 rule = f"must be a subclass of {Column.__module__}.{Column.__name__}; derive it from that"
                 raise UserError(rule, key=f"data.columns.{name}._target_", value=type(column).__name__)
         self._is_fresh = False
+        self._watch = FileWatch({})  # of the validation sets; from `prepare_data` on
         self.fault_log = self._build_fault_log(None)
 
     @property
@@ -175,6 +164,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         if not self._is_fresh:
             self.__dict__.pop("manifest", None)  # what was there before may have changed
         self._is_fresh = False
+        self._watch = FileWatch(self._validation)
         logger.info("%d sources", len(self.manifest.sources))
 
     def check_sources(self) -> dict[str, SourceReport]:
@@ -290,8 +280,15 @@ class WebDatasetModule(lightning.LightningDataModule):
         return read_retrieval_set(self._validation[name], name=name, transform=self._eval_transform())
 
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
-        """The sets that a report shows, by name."""
-        return {name: self.retrieval_set(name) for name in self._validation}
+        """The sets that a report shows, by name.
+
+        Raises:
+            UserError: if a file of a set is not what it was in `prepare_data`, or as `read_retrieval_set`.
+        """
+        self._watch.check()
+        sets = {name: self.retrieval_set(name) for name in self._validation}
+        self._watch.check()
+        return sets
 
     def _eval_transform(self) -> EvalTransform:
         return EvalTransform(self._image_size, pictures=self._pictures)

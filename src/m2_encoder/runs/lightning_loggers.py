@@ -17,8 +17,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from m2_encoder.config.output import say
 from m2_encoder.files import write_text
-from m2_encoder.runs.loggers import first_line, say
+from m2_encoder.runs.loggers import first_line, forget_service
 
 _SERVICE = "wandb-core"
 _SERVICE_TIMEOUT_S = 15.0  # beyond what its server may take
@@ -108,30 +109,28 @@ class QuietWandbLogger(WandbLogger):
     def _finish(self, *, exit_code: int) -> None:
         run = self.experiment
         place = Path(run.dir).parent
+        later = f"with: wandb sync {place}"
         with _bounded_service(self._wandb_init["settings"].finish_timeout + _SERVICE_TIMEOUT_S) as ended:
             try:
                 run.finish(exit_code=exit_code)
             except TimeoutError:
-                say(f"W&B: its server did not take everything in time; upload the rest with: wandb sync {place}")
+                say(f"W&B: its server did not take everything in time; upload the rest {later}", error=True)
             except Exception:
                 if not ended.is_set():
                     raise
         if ended.is_set():
-            import wandb  # is there already; at the top, it would cost other runs a second
-
-            with suppress(Exception):  # of the lost connection; else it would come up when this process ends
-                wandb.teardown()
-            say(f"W&B: its process did not answer and was ended; upload what it wrote with: wandb sync {place}")
+            forget_service()
+            say(f"W&B: its process did not answer and was ended; upload what it wrote {later}", error=True)
 
     def _try(self, action: Callable[[], object]) -> None:
         if self._has_failed:
             return
         try:
-            with _bounded_service(_SERVICE_TIMEOUT_S + self._wandb_init["settings"].finish_timeout):
+            with _bounded_service(2 * _SERVICE_TIMEOUT_S + self._wandb_init["settings"].finish_timeout):
                 action()
         except Exception as error:  # whatever breaks there, the training it reports on is worth more
             self._has_failed = True
-            say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on")
+            say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on", error=True)
 
 
 @contextmanager
