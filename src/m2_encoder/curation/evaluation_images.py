@@ -23,6 +23,7 @@ from m2_encoder.curation.tables import HASH_BYTES
 from m2_encoder.data.images.opening import read_picture_file
 from m2_encoder.data.samples.parse import SampleProblem
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS, build_index
+from m2_encoder.data.shards.names import walk_files
 from m2_encoder.errors import ImageError, UserError
 from m2_encoder.files import atomic_file
 
@@ -118,7 +119,8 @@ def _list_files(place: Path) -> list[Path]:
         raise UserError(f"evaluation images {place}: no such file or folder")
     if not place.is_dir():
         return [place]
-    return sorted(path for path in place.rglob("*") if path.is_file() and (_is_image(path) or path.suffix == ".tar"))
+    found = (Path(parent, name) for parent, names in walk_files(place) for name in names)
+    return sorted(path for path in found if path.is_file() and (_is_image(path) or path.suffix == ".tar"))
 
 
 def _is_image(path: Path) -> bool:

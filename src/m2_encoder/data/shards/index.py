@@ -36,7 +36,7 @@ IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in PICTURE_SUFFIXES)
 INDEX_SUFFIX = ".index"
 """Appended to the name of a tar."""
 
-_MAGIC = b"M2INDEX3"  # another number when the same tar gives another index
+_MAGIC = b"M2INDEX4"  # another number when the same tar gives another index
 # By number, in the table; that of an extension stays, because it is part of what tells a shard from another.
 _EXTENSIONS = ("", "webp", "png", "jpg", "jpeg", "jpe", "jfif", "apng", "avif", "heic", "heif", "hif", "tif", "tiff",
                "bmp", "dib", "gif")  # fmt: skip
