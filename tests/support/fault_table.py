@@ -44,7 +44,7 @@ class Document(NamedTuple):
 
 def shorten(message: str, folder: Path, *, shown: int) -> str:
     """The beginning of a message without what is this machine's and this moment's."""
-    message = " ".join(message.split()).replace("`", "'").replace(f"{folder}/", "")
+    message = " ".join(message.split()).replace("`", "'").replace(f"{folder}/", "").replace(str(folder), ".")
     for pattern, text in (
         (r"http://127\.0\.0\.1:\d+", "http://host"),
         (r"pid\(s\) \d+", "pid(s) N"),
@@ -54,6 +54,7 @@ def shorten(message: str, folder: Path, *, shown: int) -> str:
         (r"(\.[\w=]+(?:\.ckpt)?)\.[0-9a-f]{8}(?=[./])", r"\1.N"),  # of a file that is not whole yet
         (r"\b[0-9a-f]{64}\b", "N"),
         (r"\bstep \d+ is saved", "step N is saved"),
+        (r"\bat step \d+(?=[:)])", "at step N"),
         (r"run-\d{8}_\d{6}", "run-TIME"),
     ):
         message = re.sub(pattern, text, message)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +61,7 @@ class RunFault(NamedTuple):
         code: the exit code it must have.
         kept: what must be left; `UNTOUCHED`, or a pattern.
         within_s: seconds that all of it may take.
-        is_slow: needs several processes, or waits.
+        is_slow: needs several processes, waits, or is much like another one.
     """
 
     name: str
@@ -155,16 +156,20 @@ class Place:
 
 
 def run_main(main: Callable[[], int], *lines: str) -> Ended:
-    """A console command in this process."""
+    """A console command in this process; what is logged goes to its stderr."""
     out, err = io.StringIO(), io.StringIO()
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(sys, "argv", ["m2", *lines]))
-        stack.enter_context(redirect_stdout(out))
-        stack.enter_context(redirect_stderr(err))
-        try:
+    handler, disabled = logging.StreamHandler(err), logging.root.manager.disable
+    handler.setLevel(logging.WARNING)
+    logging.root.addHandler(handler)
+    logging.disable(logging.NOTSET)
+    try:
+        with mock.patch.object(sys, "argv", ["m2", *lines]), redirect_stdout(out), redirect_stderr(err):
             code = main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        logging.root.removeHandler(handler)
+        logging.disable(disabled)
     return Ended(code, out.getvalue(), err.getvalue())
 
 

@@ -6,12 +6,17 @@ import contextlib
 import errno
 import json
 import os
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+from PIL import Image
+
 from m2_encoder.runs import loggers
+from tests.support.faults import EPS
 from tests.support.file_server import serve
 from tests.support.run_faults.case import Place, RunFault, Told
 from tests.support.shards import make_image
@@ -32,6 +37,22 @@ def files() -> tuple[RunFault, ...]:
         RunFault(
             "folder to embed without a picture", "no image", _embed(lambda _: None, sound=0), 2, "0 of 0 sound pictures"
         ),
+    )
+
+
+def people() -> tuple[RunFault, ...]:
+    """Of names and tables as other systems write them; all of it is packed."""
+    packed = "samples in"
+    return (
+        RunFault("names with dots that share their first part", packed, _pack_files(_dotted), 0, "3 samples"),
+        RunFault("names in GBK", packed, _pack_files(_gbk_names), 0, "2 samples"),
+        RunFault("what macOS and Windows leave behind", packed, _pack_files(_clutter), 0, "1 sample"),
+        RunFault("caption named .jpg.txt", "nothing could be packed", _pack_files(_double_suffix), 2, "0 samples"),
+        RunFault("suffixes in capitals", packed, _pack_files(_capitals), 0, "1 sample"),
+        RunFault("PNG of 16-bit grey", packed, _pack_files(_grey), 0, "1 sample"),
+        RunFault("table in GB18030", "is read as gb18030", _pack_files(_gbk_table, "t.csv"), 0, "2 samples"),
+        RunFault("table in UTF-16", packed, _pack_files(_utf16_table, "t.csv"), 0, "2 samples"),
+        RunFault("table in Latin-1", "encoding=", _pack_files(_latin_table, "t.csv"), 1, "1 sample"),
     )
 
 
@@ -84,12 +105,9 @@ def wandb() -> tuple[RunFault, ...]:
         RunFault(
             "W&B's server hangs at the end", "wandb sync", _wandb(at="end"), 0, f"{whole}, a copy to sync", 60, True
         ),
-        RunFault("W&B cannot start", "W&B: not available", _wandb_fails("init"), 0, whole),
-        RunFault("W&B stops in the run", "W&B: stopped", _wandb_fails("log"), 0, whole),
+        RunFault("W&B cannot start", "W&B: not available", _wandb_fails("init"), 0, whole, is_slow=True),
+        RunFault("W&B stops in the run", "W&B: stopped", _wandb_fails("log"), 0, whole, is_slow=True),
     )
-
-
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n0 0 20 20 rectfill\n%%EOF\n"
 
 
 def _pipe(folder: Path) -> None:
@@ -105,6 +123,73 @@ def _endless(folder: Path) -> None:
 def _eps(folder: Path) -> None:
     (folder / "eps.jpg").write_bytes(EPS)
     (folder / "eps.txt").write_text("a square")
+
+
+def _fill(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_picture = path.suffix.lower() in (".jpg", ".png")
+        path.write_bytes(make_image(number) if is_picture else f"text {name}".encode())
+
+
+def _dotted(folder: Path) -> None:
+    _fill(folder, *(f"shop.{name}.{kind}" for name in ("a", "b", "b.c") for kind in ("png", "txt")))
+
+
+def _gbk_names(folder: Path) -> None:
+    for animal in "猫狗":
+        for suffix, content in ((".png", make_image(ord(animal))), (".txt", animal.encode())):
+            with open(os.path.join(os.fsencode(folder), f"{animal}{suffix}".encode("gbk")), "wb") as file:
+                file.write(content)
+
+
+def _clutter(folder: Path) -> None:
+    _fill(folder, "a.jpg", "a.txt", "._a.jpg", "._a.txt", "__MACOSX/a.jpg", "__MACOSX/a.txt", "b/.DS_Store")
+    _fill(folder, "Thumbs.db", "desktop.ini")
+
+
+def _double_suffix(folder: Path) -> None:
+    _fill(folder, "a.jpg", "a.jpg.txt")
+
+
+def _capitals(folder: Path) -> None:
+    _fill(folder, "A.JPG", "A.TXT")
+
+
+def _grey(folder: Path) -> None:
+    Image.fromarray(np.full((8, 8), 4096, dtype=np.uint16)).save(folder / "a.png")
+    _fill(folder, "a.txt")
+
+
+def _table(encoding: str, caption: str) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        _fill(folder, "a.png", "b.png")
+        (folder / "t.csv").write_bytes(f"image,caption\r\na.png,{caption}\r\nb.png,two dogs\r\n".encode(encoding))
+
+    return write
+
+
+_gbk_table = _table("gb18030", "一只猫坐在草地上")
+_utf16_table = _table("utf-16", "一只猫坐在草地上")
+_latin_table = _table("cp1252", "caf\u00e9 \u2019")
+
+
+def _pack_files(write: Callable[[Path], object], name: str = "") -> Act:
+    def act(place: Place) -> Told:
+        source, target = place.folder / "pictures", place.folder / "tars"
+        source.mkdir()
+        write(source)
+        ended = place.data("pack", str(source / name), f"output={target}", "workers=0")
+        failures = target / "failures.jsonl"
+        listed = failures.read_text() if failures.is_file() else ""
+        keys = set()
+        for path in target.glob("*.tar"):
+            with tarfile.open(path) as tar:
+                keys.update(member.rpartition(".")[0] for member in tar.getnames() if member.endswith(".json"))
+        return Told(ended.code, f"{ended.err}\n{ended.out}\n{listed}", f"{len(keys)} sample{'s' * (len(keys) != 1)}")
+
+    return act
 
 
 def _pictures(place: Place, add: Callable[[Path], object], sound: int) -> Path:

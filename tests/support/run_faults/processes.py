@@ -26,8 +26,15 @@ def two() -> tuple[RunFault, ...]:
     return (
         RunFault("second start of a run while the first one lives", "a run of this name is at work", _second_start),
         RunFault("lock of a process that was killed", goes_on[0], _lock_of_a_dead_process, 0, goes_on[1]),
-        RunFault("lock of another machine", "its last start did not end by itself", _lock_of_a_machine, 0, goes_on[1]),
-        RunFault("lock file of garbage", goes_on[0], _garbage_as_lock, 0, goes_on[1]),
+        RunFault(
+            "lock of another machine",
+            "its last start did not end by itself",
+            _lock_of_a_machine,
+            0,
+            goes_on[1],
+            is_slow=True,
+        ),
+        RunFault("lock file of garbage", goes_on[0], _garbage_as_lock, 0, goes_on[1], is_slow=True),
     )
 
 
@@ -51,6 +58,16 @@ def ended() -> tuple[RunFault, ...]:
             True,
         ),
         RunFault("output closed, as by head", r"continuing at step", _closed_output, 0, "the run ends whole", 60, True),
+    )
+
+
+def ranks() -> tuple[RunFault, ...]:
+    """One of two ranks; `strategy.rank_timeout_s` is 5 s here."""
+    kept = "no rank is left, the run goes on from its last checkpoint"
+    return (
+        RunFault("rank that is killed in a step", r"m2-train: .*rank", _rank(signal.SIGKILL), 2, kept, 120, True),
+        RunFault("rank that is stopped in a step", r"m2-train: .*rank", _rank(signal.SIGSTOP), 2, kept, 120, True),
+        RunFault("SIGTERM to the first rank alone", "ended by SIGTERM", _rank(signal.SIGTERM, 0), 143, kept, 120, True),
     )
 
 
@@ -157,3 +174,35 @@ def _closed_output(place: Place) -> Told:
     again = _finish(_start(place, steps=4), place)
     is_whole = told.code == 0 and _last_step(place.folder / "new") == 4
     return again._replace(kept="the run ends whole" if is_whole else "NOTHING")
+
+
+def _rank(number: signal.Signals, rank: int = 1) -> Act:
+    def act(place: Place) -> Told:
+        two = ("strategy=ddp", "trainer.devices=2", "strategy.rank_timeout_s=5")
+        process = _start(place, *two, steps=100_000)
+        _wait_for_a_step(process, place)
+        (child,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+        os.kill(child if rank else process.pid, number)
+        code = process.wait(60)
+        is_left = _lives(child)
+        told = _finish(process, place)
+        step = _last_step(place.folder / "new")
+        again = _finish(_start(place, steps=step + 1), place)
+        goes_on = "the run goes on from its last checkpoint" if again.code == 0 and step >= 2 else again.said[-500:]
+        return told._replace(code=code, kept=f"{'A RANK IS' if is_left else 'no rank is'} left, {goes_on}")
+
+    return act
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is still there after some seconds; one that nobody waited for is not."""
+    for _ in range(100):
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return False
+        if "State:\tZ" in status:
+            return False
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    return True

@@ -18,7 +18,7 @@ def saved_configurations() -> tuple[RunFault, ...]:
     return (
         RunFault("configuration whose _target_ is foreign code, by --config-path", refused, _stranger("foreign")),
         RunFault("the same in a run that goes on", refused, _stranger_resumed),
-        RunFault("the same in a run that is exported", refused, _stranger_exported),
+        RunFault("the same in a run that is exported", refused, _stranger_exported, is_slow=True),
         RunFault("_target_ of a function that deletes folders", refused, _stranger("function")),
         RunFault("configuration with Hydra's own settings", "holds hydra", _stranger("hydra")),
         RunFault("configuration with a resolver", "a saved configuration has values only", _stranger("resolver")),
@@ -31,10 +31,10 @@ def resumed() -> tuple[RunFault, ...]:
     decides = "whose checkpoint decides"
     return (
         RunFault("resumed with another learning rate", decides, _resume("optimizer.lr=0.02")),
-        RunFault("resumed with another weight decay", decides, _resume("optimizer.weight_decay=0.0")),
-        RunFault("resumed with another seed", decides, _resume("seed=4")),
+        RunFault("resumed with another weight decay", decides, _resume("optimizer.weight_decay=0.0"), is_slow=True),
+        RunFault("resumed with another seed", decides, _resume("seed=4"), is_slow=True),
         RunFault("resumed with another optimizer", "must be", _resume("optimizer=muon")),
-        RunFault("resumed with another size of the model", "must be 32", _resume("model.embed_dim=64")),
+        RunFault("resumed with another size of the model", "must be 32", _resume("model.embed_dim=64"), is_slow=True),
         RunFault("resumed with other weights to start from", decides, _other_weights),
         RunFault(
             "resumed with another setting after the last step",
@@ -57,7 +57,9 @@ def settings() -> tuple[RunFault, ...]:
         ),
         RunFault("model of absurd width", "embed_dim", _train("model.embed_dim=1000000000000")),
         RunFault("model of absurd depth", "num_layers", _train("model.num_layers=1000000000")),
-        RunFault("batch of absurd size", "global_batch_size", _train("data.global_batch_size=1000000000000")),
+        RunFault(
+            "batch of absurd size", "global_batch_size", _train("data.global_batch_size=1000000000000"), is_slow=True
+        ),
         # NOTE TO THE HELPER runfaults, from the integrator: this row started 1,322 processes and ate all 24 GB of the
         # machine three times, killing other helpers' work. Put it back only after main refuses it (helper `limits`).
         RunFault("run name that leaves its folder", "run.name", _train("run.name=../x")),
