@@ -18,10 +18,11 @@ from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
 from m2_encoder.curation.split import FAILURES_FILE, SplitOptions, describe_largest, split
 from m2_encoder.curation.split_groups import By, GlueOptions
-from m2_encoder.data.samples.language import LanguageName, read_language
+from m2_encoder.data.samples.language import LanguageName, describe_languages, list_languages, read_language
 from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import Problem, UserError
+from m2_encoder.types import LANGUAGES
 
 _GIANT: Final = 0.2  # of all samples: a group of more is worth a warning
 _FolderName = Annotated[
@@ -111,8 +112,10 @@ def _print_record(record: dict[str, Any], output: Path) -> None:
         captions = ", ".join(
             f"{count:,} {language} on {side['samples_with'][language]:,} samples"
             for language, count in side["captions"].items()
+            if language in LANGUAGES
         )
-        say(f"    captions: {captions}")
+        others = {language: count for language, count in side["captions"].items() if language not in LANGUAGES}
+        say(f"    captions: {captions or 'none'}{f'; others: {describe_languages(others)}' if others else ''}")
     say(f"  {total:,} samples are {record['groups']:,} groups that stay together")
     for kind, count in record["glued"].items():
         say(f"    {count:>9,} samples share a {kind} with another one")
@@ -122,9 +125,10 @@ def _print_record(record: dict[str, Any], output: Path) -> None:
     if record["unusable"]:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in record["unusable"].items())
         say(f"  left out as unusable, listed in {output / FAILURES_FILE}: {counts}")
-    for language in record["sides"][train]["captions"]:
-        if language not in record["sides"][val]["captions"]:
-            _warn(f"{val} has no caption in {language}")
+    spoken = record["sides"][val]["captions"]
+    if missing := [language for language in record["sides"][train]["captions"] if language not in spoken]:
+        missing.sort(key=lambda language: language not in LANGUAGES)
+        _warn(f"{val} has no caption in {list_languages(missing)}")
     if record["largest_group"] > max(1, _GIANT * total):
         _warn(describe_largest(record["largest_group"], total, record["largest_group_shares"]))
     say(f"  use: data.sources.main.shards={output / train} +data.validation.{val}={output / val}")

@@ -14,7 +14,7 @@ from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import read_notes
 from m2_encoder.data.samples.language import describe_languages
 from m2_encoder.errors import abridge_list
-from m2_encoder.files import atomic_file
+from m2_encoder.files import write_text
 from m2_encoder.types import LANGUAGES
 
 KEPT = "kept"
@@ -84,10 +84,8 @@ def build_report(
 
 def write_report(folder: Path, report: Report) -> None:
     """Write `report.md`, then `report.json`, whose presence says that the curation is finished."""
-    with atomic_file(folder / "report.md") as partial:
-        partial.write_text("\n".join(format_report(report)) + "\n", encoding="utf-8")
-    with atomic_file(folder / REPORT) as partial:
-        partial.write_text(json.dumps(report.content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "report.md", "\n".join(format_report(report)) + "\n")
+    write_text(folder / REPORT, json.dumps(report.content, ensure_ascii=False, indent=1) + "\n")
 
 
 def format_report(report: Report, *, limit: int | None = None) -> list[str]:

@@ -139,6 +139,7 @@ def _table(reports: Mapping[str, SourceReport]) -> Table:
     languages = [f"{name} (length)" for name in LANGUAGES]
     tokens = ("cut", "bytes") if any(report.tokens for report in reports.values()) else ()
     table = make_table("source", "samples", "read", "usable", *languages, *tokens, "pixels", "repeated", "false neg.")
+    table.columns[0].overflow = "fold"
     shown = list(reports.items())
     if len(shown) > MAX_ENTRIES:
         shown = shown[: MAX_ENTRIES - 1]

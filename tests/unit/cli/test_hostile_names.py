@@ -189,3 +189,17 @@ class _Model(torch.nn.Module):
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         return torch.ones(len(images), 2)
+
+
+def test_a_split_of_many_languages_names_some(start: Start, tmp_path: Path, capsys: Capture) -> None:
+    def described(number: int) -> dict[str, object]:
+        return {"captions": {"en": [f"number {number}"], f"{ESCAPE}x{number}": [f"text {number}"]}}
+
+    members = [member for n in range(60) for member in make_sample(f"{n}", n, metadata=described(n))]
+    write_tar(tmp_path / "tars" / "0.tar", members)
+    assert start("split", "tars", "output=sides", "workers=0", "near_images=null", "val=0.05") == 0
+    text = printed(capsys)
+    assert "    captions: 57 en on 57 samples; others: 1 caption in" in text
+    assert text.count("val has no caption in") == 1
+    assert "47 others" in text
+    assert ESCAPE not in text

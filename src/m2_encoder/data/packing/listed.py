@@ -29,13 +29,12 @@ from m2_encoder.data.packing.records import (
 )
 from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text, repeats_name
 from m2_encoder.data.shards.names import decode_names, match_cases, walk_files
-from m2_encoder.errors import UserError, abridge
+from m2_encoder.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
 
 _TEXT_SUFFIXES = (".json", ".txt")
 _UNREAD_SUFFIXES = (".caption", ".captions", ".text", ".tags")  # that other tools write captions to
-_MAX_NAMED = 3  # texts in a message
 _MAX_LOOKED_AT = 100_000  # files, to say what a folder is
 
 Item = TypeVar("Item")
@@ -198,9 +197,7 @@ def _warn_of_second_texts(samples: Sequence[_Listed], unread: Sequence[str]) -> 
         (both, "count only where the .json of the same name has no captions"),
     ):
         if names:
-            some = ", ".join(abridge(name, 60) for name in names[:_MAX_NAMED])
-            more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
-            logger.warning("%d texts beside pictures %s: %s%s", len(names), rule, some, more)
+            logger.warning("%d texts beside pictures %s: %s", len(names), rule, name_some(names, 3, 60))
 
 
 def _paths(stem: str, texts: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
