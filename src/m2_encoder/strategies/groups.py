@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 
-from m2_encoder.bounds import Count, Positive, check_bounds
+from m2_encoder.bounds import Count, Seconds, check_bounds
 from m2_encoder.distributed.rank_watch import RankWatch, is_stopped_process
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -109,7 +109,7 @@ class GroupedStrategy(ParallelStrategy):
         micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
-        rank_timeout_s: Positive = 120.0,
+        rank_timeout_s: Seconds = 120.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
