@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import shutil
@@ -10,7 +9,6 @@ import struct
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 
 from m2_encoder import load
@@ -21,27 +19,13 @@ from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from tests.support.damage import train_other_tokenizer
 from tests.support.models import random_model, small_config
 
 OWN = SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=9)
 
 
-def _train(*, size: int) -> SentencePieceTokenizer:
-    content = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red cat", "a blue catfish", "the red fish", "一只猫", "红色的鱼"] * 9),
-        model_writer=content,
-        vocab_size=size,
-        hard_vocab_limit=False,
-        user_defined_symbols=["[CLS]", "[MASK]", "<|endoftext|>", "[UNK]", "redcat"],
-        bos_id=-1,
-        eos_id=-1,
-        minloglevel=2,
-    )
-    return SentencePieceTokenizer(content.getvalue(), context_length=9)
-
-
-OTHER = _train(size=60)
+OTHER = SentencePieceTokenizer(train_other_tokenizer(size=60), context_length=9)
 
 
 @pytest.fixture(scope="module")
