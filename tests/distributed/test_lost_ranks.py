@@ -1,4 +1,4 @@
-"""`m2-train` on two ranks, one of which is stopped, killed or fails: one line in time says who, where and how to go on."""
+"""`m2-train` on two ranks, one of which is stopped, killed or fails: a line says in time who, where and what now."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ _GONE: Final = (
     "recvValue failed",
 )
 _LOOK_S: Final = 0.5
+_LAST_WORDS_S: Final = 5.0  # for a rank to say why it ends
 _ALLOCATOR: Final = "DefaultCPUAllocator: "  # begins what torch says where memory of the CPU is short
 
 
@@ -111,6 +112,9 @@ def end_together(trainer: lightning.Trainer, error: Exception) -> UserError | No
     if is_elsewhere and trainer.is_global_zero and isinstance(strategy, GroupedStrategy):
         said = strategy.explain_loss()
     if isinstance(strategy.launcher, _SubprocessScriptLauncher):
+        end = time.monotonic() + _LAST_WORDS_S
+        while is_elsewhere and time.monotonic() < end and all(each.poll() is None for each in strategy.launcher.procs):
+            time.sleep(0.05)
         strategy.launcher.kill(signal.SIGKILL)  # softer ones do not reach a process that waits in a collective call
     if not is_elsewhere:
         is_own = trainer.train_dataloader is not None or isinstance(error, MemoryShortage)

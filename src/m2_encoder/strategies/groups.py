@@ -119,7 +119,7 @@ class GroupedStrategy(ParallelStrategy):
         self.rank_timeout_s = rank_timeout_s
         self.start_timeout_s = start_timeout_s
         self._watch: RankWatch | None = None
-        self._stage = ""
+        self._stage = self._resumed = ""  # what is done, and after it; "" at the start
         self._has_failed = self._is_kept = False
         self._started: dict[int, subprocess.Popen[Any]] = {}  # by this process, by their ranks
         self._groups = ContrastiveGroups(group_size=group_size, group_nodes=group_nodes)
@@ -158,6 +158,16 @@ class GroupedStrategy(ParallelStrategy):
         """From now on there are steps."""
         super().on_train_start()
         self._stage = "step"
+
+    def on_validation_start(self) -> None:
+        """From now on batches are validated."""
+        super().on_validation_start()
+        self._resumed, self._stage = self._stage, "validation, after step"
+
+    def on_validation_end(self) -> None:
+        """Go on with what was done before."""
+        super().on_validation_end()
+        self._stage = self._resumed
 
     def on_train_end(self) -> None:
         """From now on there are none."""
@@ -267,8 +277,4 @@ class GroupedStrategy(ParallelStrategy):
         trainer = getattr(self.lightning_module, "_trainer", None)
         if trainer is None or not self._stage:
             return "the start"
-        if self._stage != "step":
-            return f"{self._stage} {trainer.global_step}"
-        if trainer.validating or trainer.sanity_checking:
-            return f"validation, after step {trainer.global_step}"
-        return f"step {trainer.global_step + 1}"
+        return f"{self._stage} {trainer.global_step + (self._stage == 'step')}"
