@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -111,6 +111,20 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def describe_changes(before: Mapping[str, object], now: Mapping[str, object]) -> str | None:
+    """What differs between two records of files by name, such as digests; None if nothing does.
+
+    >>> describe_changes({"a.tar": 1, "b.tar": 2}, {"a.tar": 3})
+    'its a.tar has changed (and 1 more)'
+    """
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not names:
+        return None
+    first, more = names[0], f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    what = "is missing" if first not in now else "has changed" if first in before else "was added"
+    return f"its {first} {what}{more}"
 
 
 class Holder(NamedTuple):

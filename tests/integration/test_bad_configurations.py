@@ -247,6 +247,13 @@ def test_every_fault_has_its_line(
     assert len(outcome.problems) == count, outcome.text
 
 
+def test_data_of_another_style_take_one_line(m2_train: Command, emoji_folder: Path) -> None:
+    outcome = m2_train("+experiment=emoji", "data.heldout_style=noto", f"data.folder={emoji_folder}")
+    assert outcome.code == 2
+    said = f"data.folder={emoji_folder}: holds the built-in set with heldout_style=twemoji, and heldout_style=noto is "
+    assert [problem[: len(said)] for problem in outcome.problems] == [said]
+
+
 RANKS = [
     (["strategy=grouped_ddp", "trainer.devices=4", "strategy.group_size=3"], "use one of 1, 2, 4"),
     (["strategy=grouped_fsdp", "trainer.devices=4", "strategy.group_size=8"], "use one of 1, 2, 4"),

@@ -190,6 +190,12 @@ def test_a_sweep_refuses_a_job_before_the_first_one_starts(
     assert not (tmp_path / "r-seed=0").exists()
 
 
+def test_a_sweep_starts_again_where_jobs_are_finished(start: Start, tmp_path: Path) -> None:
+    assert start("run.name=r-seed=1", "seed=1") == 0
+    assert start("-m", "seed=0,1", "run.resume=auto", "evaluation=[]") == 0
+    assert (tmp_path / "r-seed=0" / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_a_finished_run_is_evaluated_again_and_nothing_else(
     start: Start, refuse: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,13 +97,15 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
 
 
 def find_pictures(weights: str | os.PathLike[str]) -> PicturePolicy | None:
-    """The policy of the export that is `weights`, or that this file lies in; None if there is no export.
+    """The policy of the export that is `weights`, or that this file lies in; None if there is none.
+
+    That may be an encoder's or a visual tokenizer's.
 
     Raises:
         CheckpointError: if its `config.json` is damaged.
     """
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    if read_format(folder) != FORMAT:
+    if read_format(folder) not in (FORMAT, VISUAL_TOKENIZER_FORMAT):
         return None
     try:
         return _pictures_of(read_small_json(folder / CONFIG_FILE))

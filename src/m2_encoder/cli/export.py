@@ -11,6 +11,7 @@ from m2_encoder.bounds import Text
 from m2_encoder.checkpoints.matching_head import read_head
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, LAST_NAME, find_newest, read_step
 from m2_encoder.config.check import check_settings
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.trusted import refuse_foreign
@@ -98,6 +99,6 @@ def run_export(cfg: dict[str, Any]) -> int:
     places = {"output": _output(cfg), "overwrite": cfg["overwrite"]}
     output = export_run(folder, model=model, cfg=trained, end=end, matching=head, **places)
     if checkpoint.name != LAST_NAME:
-        print(f"exported {checkpoint.name}, step {end}")
-    print(f"exported to {output}; use it with m2_encoder.load({str(output)!r})")
+        say(f"exported {checkpoint.name}, step {end}")
+    say(f"exported to {output}; use it with m2_encoder.load({str(output)!r})")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.cli.commands import TRAIN
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import find_problems
 from m2_encoder.errors import Problem, UserError
@@ -20,11 +21,13 @@ def check_job(cfg: dict[str, Any]) -> list[Problem]:
         return []
     from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, find_newest
     from m2_encoder.runs.build import build_module, build_objectives
+    from m2_encoder.runs.pictures import settle_pictures
     from m2_encoder.runs.resume import check_resume
 
     try:
         newest = find_newest(folder / CHECKPOINT_FOLDER)
         if newest is not None:
+            cfg, _ = settle_pictures(cfg, folder, resumes=True)
             check_resume(build_module(cfg, build_objectives(cfg), validation_name=""), cfg, folder, newest.path)
     except UserError as error:
         return find_problems(error)
@@ -50,7 +53,7 @@ def name_repetition(cfg: dict[str, Any], folder: Path, lines: Sequence[str]) -> 
     number = 2
     while (name := f"{original.name}-{number}") and (original.parent / name).exists():
         number += 1
-    print(f"m2-train: repeating {original.name} as {name}", file=sys.stderr)
+    say(f"m2-train: repeating {original.name} as {name}", error=True)
     return [f"run.name={name}"]
 
 

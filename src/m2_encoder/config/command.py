@@ -31,7 +31,7 @@ from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition,
 from m2_encoder.config.groups import drop_unchosen, lend_groups
 from m2_encoder.config.help import read_values, render_help
 from m2_encoder.config.old_names import update_names
-from m2_encoder.config.output import lasting_output
+from m2_encoder.config.output import lasting_output, say
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.problems import find_problems, format_problem, refuse_all
@@ -46,7 +46,7 @@ from m2_encoder.config.sweeps import (
 )
 from m2_encoder.config.trusted import check_values_only, find_foreign, read_folders, trusted_targets
 from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
-from m2_encoder.errors import Problem, UserError, abridge, abridge_list
+from m2_encoder.errors import Problem, UserError
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
@@ -117,12 +117,17 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         with lend_groups(command.groups):
             return _run(command, argv)
     except KeyboardInterrupt:
-        _say(f"\n{command.name}: interrupted")
+        say("", f"{command.name}: interrupted", error=True)
         return EXIT_INTERRUPTED
     except UserError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         report_problems(command.name, error)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        report_problems(command.name, UserError(f"{error.strerror}: {error.filename}"))
         return EXIT_USER_ERROR
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -136,9 +141,10 @@ def report_problems(name: str, error: UserError) -> None:
         return
     problems = list(dict.fromkeys(map(format_problem, find_problems(error))))
     if len(problems) == 1:
-        _say(abridge(f"{name}: {problems[0]}"))
+        say(f"{name}: {problems[0]}", error=True)
     else:
-        _say(f"{name}: {len(problems)} problems:", *abridge_list([f"  {problem}" for problem in problems]))
+        say(f"{name}: {len(problems)} problems:", error=True)
+        say(*(f"  {problem}" for problem in problems), error=True)
 
 
 def _run(command: Command, argv: Sequence[str]) -> int:
@@ -298,7 +304,9 @@ class _Job:
         held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if settings.mode == RunMode.MULTIRUN:
             name = _rename(self._command, plain, list(settings.overrides.task), self._constant)
-            _say(abridge(f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}"))
+            say(
+                f"{self._command.name}: job {settings.job.num}: {name or ' '.join(settings.overrides.task)}", error=True
+            )
             held = hold_run(plain) if self._command.run_folder is not None else held
         try:
             with held:
@@ -325,7 +333,3 @@ def _find_user_error(error: BaseException | None) -> UserError | None:
             return UserError(f"{error.strerror}{where}: make room there and start again; what is finished is kept")
         error = error.__cause__
     return error
-
-
-def _say(*lines: str) -> None:
-    print(*lines, sep="\n", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -23,6 +24,8 @@ _NAMED: Final = ("data.sources", "data.validation", "data.columns")  # their key
 def quote_unreadable(line: str, *, multirun: bool = False) -> str:
     """Puts the value of an override into quotes if Hydra cannot read it: paths with `=`, braces or Chinese.
 
+    A value that is a path that exists is one path, whatever is in its name.
+
     >>> quote_unreadable("images=a=b")
     'images="a=b"'
 
@@ -31,7 +34,9 @@ def quote_unreadable(line: str, *, multirun: bool = False) -> str:
         multirun: commas separate values; a value that has some stays.
     """
     key, equals, value = line.partition("=")
-    if not equals or value.startswith(_HYDRA_SYNTAX) or (multirun and "," in value) or parse_override(line) is not None:
+    if not equals or value.startswith(_HYDRA_SYNTAX) or (multirun and "," in value):
+        return line
+    if parse_override(line) is not None and not ("," in value and os.path.exists(os.path.expanduser(value))):
         return line
     quoted = f"{key}={quote_value(value)}"
     return line if parse_override(quoted) is None else quoted

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from annotated_types import Ge
 
 from m2_encoder.bounds import Count, Example, Fraction, Index, KeysOf, Positive, Rule, Text, check_bounds
+from m2_encoder.data.file_watch import FileWatch
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.inspect.source_report import SourceReport
@@ -144,6 +145,7 @@ class WebDatasetModule(lightning.LightningDataModule):
                 rule = f"must be a subclass of {Column.__module__}.{Column.__name__}; derive it from that"
                 raise UserError(rule, key=f"data.columns.{name}._target_", value=type(column).__name__)
         self._is_fresh = False
+        self._watch = FileWatch({})  # of the validation sets; from `prepare_data` on
         self.fault_log = self._build_fault_log(None)
 
     @property
@@ -162,6 +164,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         if not self._is_fresh:
             self.__dict__.pop("manifest", None)  # what was there before may have changed
         self._is_fresh = False
+        self._watch = FileWatch(self._validation)
         logger.info("%d sources", len(self.manifest.sources))
 
     def check_sources(self) -> dict[str, SourceReport]:
@@ -277,8 +280,15 @@ class WebDatasetModule(lightning.LightningDataModule):
         return read_retrieval_set(self._validation[name], name=name, transform=self._eval_transform())
 
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
-        """The sets that a report shows, by name."""
-        return {name: self.retrieval_set(name) for name in self._validation}
+        """The sets that a report shows, by name.
+
+        Raises:
+            UserError: if a file of a set is not what it was in `prepare_data`, or as `read_retrieval_set`.
+        """
+        self._watch.check()
+        sets = {name: self.retrieval_set(name) for name in self._validation}
+        self._watch.check()
+        return sets
 
     def _eval_transform(self) -> EvalTransform:
         return EvalTransform(self._image_size, pictures=self._pictures)

@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from m2_encoder.config.output import say
 from m2_encoder.files import write_text
-from m2_encoder.runs.loggers import first_line, say
+from m2_encoder.runs.loggers import first_line
 
 _NOT_METRICS = ("epoch",)  # Lightning adds it; steps decide here, so it is always 0
 
@@ -106,7 +107,9 @@ class QuietWandbLogger(WandbLogger):
             run.finish(exit_code=exit_code)
         except TimeoutError:
             place = Path(run.dir).parent
-            say(f"W&B: its server did not take everything in time; upload the rest with: wandb sync {place}")
+            say(
+                f"W&B: its server did not take everything in time; upload the rest with: wandb sync {place}", error=True
+            )
 
     def _try(self, action: Callable[[], object]) -> None:
         if self._has_failed:
@@ -115,7 +118,7 @@ class QuietWandbLogger(WandbLogger):
             action()
         except Exception as error:  # whatever breaks there, the training it reports on is worth more
             self._has_failed = True
-            say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on")
+            say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on", error=True)
 
 
 def _step_of(line: str) -> int:

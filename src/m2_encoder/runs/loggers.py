@@ -9,7 +9,6 @@ import hashlib
 import netrc
 import os
 import re
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlparse
 
 from m2_encoder.bounds import Count, Positive, Text
+from m2_encoder.config.output import say
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.record import describe_run
 
@@ -77,7 +77,7 @@ def build_wandb_logger(
         if resolved == "offline":
             _give_up(error)
             return None
-        say(f"W&B: its server cannot be used ({first_line(error)}); staying offline")
+        say(f"W&B: its server cannot be used ({first_line(error)}); staying offline", error=True)
         resolved = "offline"
         try:
             import wandb
@@ -88,7 +88,7 @@ def build_wandb_logger(
             _give_up(second)
             return None
     if resolved == "offline":
-        say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
+        say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*", error=True)
     return logger
 
 
@@ -128,7 +128,7 @@ def _start(mode: str, finish_timeout_s: float, cfg: Mapping[str, Any], **given: 
 
 
 def _give_up(error: Exception) -> None:
-    say(f"W&B: not available ({first_line(error)}); metrics.jsonl has all scalars")
+    say(f"W&B: not available ({first_line(error)}); metrics.jsonl has all scalars", error=True)
 
 
 def resolve_mode(mode: str) -> str:
@@ -143,7 +143,7 @@ def resolve_mode(mode: str) -> str:
     if has_wandb_key():
         return "online"
     if mode == "online":
-        say("W&B: no key found (WANDB_API_KEY, or `wandb login`); staying offline")
+        say("W&B: no key found (WANDB_API_KEY, or `wandb login`); staying offline", error=True)
     return "offline"
 
 
@@ -164,8 +164,3 @@ def first_line(error: BaseException) -> str:
     """The beginning of an error's message; its type where it has none."""
     lines = str(error).strip().splitlines()
     return textwrap.shorten(lines[0], _SHOWN) if lines else type(error).__name__
-
-
-def say(line: str) -> None:
-    """Print a remark where it does not mix with results."""
-    print(line, file=sys.stderr)

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.checkpoints.download import is_url
+from m2_encoder.checkpoints.exported import find_pictures
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.checkpoints.weight_files import find_weights
-from m2_encoder.config.model_choice import build_model_config
+from m2_encoder.config.model_choice import build_model_config, find_path, is_model_name
+from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import show
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.hub import choose_pictures
+from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.pictures import STANDARD, PicturePolicy, read_policy
 from m2_encoder.runs.folder import CONFIG_FILE, read_config
 
@@ -61,6 +64,31 @@ def pictures_of_weights(model: Mapping[str, Any]) -> PicturePolicy:
     if path.parent.name == CHECKPOINT_FOLDER and run.is_file():
         return read_policy(read_config(run)["model"]["pictures"] or STANDARD)
     return choose_pictures(build_model_config(model), path)
+
+
+def describe_other_pictures(cfg: Mapping[str, Any]) -> list[str]:
+    """A line for each teacher and visual tokenizer of a settled configuration that was trained on other pixels.
+
+    They see the pictures of the batch, whose pixels are the run's.
+
+    Raises:
+        UserError: if an export is damaged.
+    """
+    own = read_policy(cfg["model"]["pictures"])
+    lines = []
+    for file in find_files(cfg.get("objective") or {}):
+        if file.kind.content == "file":
+            continue
+        if is_model_name(file.value):
+            trained = choose_pictures(M2EncoderConfig.from_name(file.value), file.weights and find_path(file.weights))
+        else:
+            trained = find_pictures(find_path(file.value)) or own
+        if trained != own:
+            lines.append(
+                f"pictures: {file.key}={file.value} was trained with {trained}, and sees those of this run, {own}; "
+                f"'model.pictures={show(trained.to_setting())}' shows all models what it knows"
+            )
+    return lines
 
 
 def _settle(cfg: Mapping[str, Any], policy: PicturePolicy) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -26,7 +26,7 @@ from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_config, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
-from m2_encoder.runs.pictures import settle_pictures
+from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
@@ -69,6 +69,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
 
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     frozen = check_frozen(cfg, folder, resumes=resumes)
+    remarks += describe_other_pictures(cfg)
     objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
@@ -91,7 +92,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         if trainer.is_global_zero:
             _announce(cfg, folder, newest, run, changes=trained is cfg)
             for line in remarks:
-                print(f"run {cfg['run']['name']}: {line}")
+                say(f"run {cfg['run']['name']}: {line}")
         with watching(trainer):
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
@@ -135,7 +136,7 @@ def _finish(
         exported = export_run(
             folder, model=model, cfg=trained, end=end, matching=trained_head(objectives), overwrite=True
         )
-        print(f'  use it       m2_encoder.load("{short_path(exported)}")')
+        say(f'  use it       m2_encoder.load("{short_path(exported)}")')
     return metrics
 
 
@@ -159,20 +160,20 @@ def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run
     done = 0 if newest is None else newest.step
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
     if newest is None:
-        print(f"run {name}: {steps} steps, everything in {folder}")
+        say(f"run {name}: {steps} steps, everything in {folder}")
     else:
         if newest.passed:
             more = f"; and {len(newest.passed) - 1} more" if len(newest.passed) > 1 else ""
-            print(f"run {name}: {newest.path.name} is the newest whole checkpoint ({newest.passed[0][:300]}{more})")
+            say(f"run {name}: {newest.path.name} is the newest whole checkpoint ({newest.passed[0][:300]}{more})")
         left = f"continuing at step {done} of {steps}, in {folder}"
-        print(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
+        say(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
         if changes and (found := describe_changes(folder / CONFIG_FILE, cfg)):
-            print(f"run {name}: changed since its last start: {'; '.join(found)}")
+            say(f"run {name}: changed since its last start: {'; '.join(found)}")
     if done >= steps or isinstance(run.module, VisualTokenizerModule):
         return  # which has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}
     for line in describe_start(cfg, run.module.trained_objectives(), **ranks):
-        print(f"run {name}: {line}")
+        say(f"run {name}: {line}")
         logger.info(line)
 
 
@@ -182,7 +183,7 @@ def _fit(run: Run, checkpoint: Path | None, *, name: str) -> None:
     except SIGTERMException as end:
         if run.trainer.is_global_zero:
             step, name = run.trainer.global_step, signal.Signals(int(str(end.code)) - 128).name
-            print(f"m2-train: ended by {name}, step {step} is saved; run.resume=auto goes on", file=sys.stderr)
+            say(f"m2-train: ended by {name}, step {step} is saved; run.resume=auto goes on", error=True)
         raise
     except SystemExit as stop:
         if run.trainer.interrupted:
