@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from unittest.mock import Mock
 
 import pytest
-import torch
+from torch.utils.data import DataLoader
 
 from m2_encoder.data.loading.stream import Delivery
 from m2_encoder.errors import UserError
@@ -57,7 +57,7 @@ def test_a_lack_of_shared_memory_is_told_with_two_ways_out(numbers: Numbers) -> 
 
 def test_too_little_shared_memory_for_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(torch.multiprocessing, "Queue", Mock(side_effect=full))
+    monkeypatch.setattr(DataLoader, "__iter__", Mock(side_effect=full))
     with pytest.raises(UserError, match=r"/dev/shm, .* is full or too small"):
         list(number_loader(num_workers=1))
 
