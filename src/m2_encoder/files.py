@@ -14,9 +14,18 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from m2_encoder.errors import UserError
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def is_full(error: object) -> bool:
+    """Whether an error says that a disk takes no more; torch says so in words of its own."""
+    return getattr(error, "errno", None) in FULL or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("inline_container", "PytorchStream"))
+    )
 
 
 @contextmanager
@@ -37,6 +46,9 @@ def atomic_file(
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
     def refusal(reason: object) -> UserError:
+        if key is None and is_full(reason):
+            words = getattr(reason, "strerror", None) or "the disk did not take all of it"
+            return error(f"cannot write {path}: {words}; make room there and start again; what is finished is kept")
         if key is None:
             return error(f"cannot write {path}: {reason}")
         return error(f"cannot be written ({reason}); give another place", key=key, value=path)
@@ -87,7 +99,8 @@ def atomic_folder(
                 os.rename(previous, path)
             raise
     except OSError as problem:
-        raise error(f"cannot write the folder {path}: {problem}") from problem
+        more = "; make room there and start again; what is finished is kept" if is_full(problem) else ""
+        raise error(f"cannot write the folder {path}: {problem}{more}") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)

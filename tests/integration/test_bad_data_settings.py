@@ -90,7 +90,7 @@ ONE_FAULT = [
     ("data.cache={folder: c}", "add data.cache.max_bytes=2e11"),
     ("data.cache={folder: c, max_bytes: 0}", "above 0"),
     ("data.cache={folder: c, max_bytes: 1e9, size: 3}", "data.cache has folder, max_bytes"),
-    ("data.cache={folder: c, max_bytes: 1e9, attempts: 0}", "1 or more"),
+    ("data.cache={folder: c, max_bytes: 1e9, attempts: 0}", "in 1..100"),
     ("data.cache={folder: '', max_bytes: 1e9}", "a text"),
     # the look before training, unusable samples, validation
     ("data.check=true", "must be a mapping or null"),
@@ -109,7 +109,7 @@ ONE_FAULT = [
     ("+data.validation.own=TMP/{0..", "its braces cannot be read"),
     ("+data.validation.own=[3]", "folders of tars by name"),
     # order and decoding
-    ("data.lanes=0", "1 or more"),
+    ("data.lanes=0", "in 1..1048576"),
     ("data.window=0", "1 or more"),
     ("data.num_workers=-1", "0 or more"),
     ("+data.decode.max_pixel=3", "did you mean max_pixels"),

@@ -15,7 +15,7 @@ from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Fraction, NotNegative, Paths, Text
+from m2_encoder.bounds import Fraction, Paths, Text, Workers
 from m2_encoder.config.check import check_settings, check_values, make_settings, read_parameters
 from m2_encoder.config.command import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import device_of, find_path, model_problems
@@ -94,10 +94,10 @@ class CurateOptions:
     samples_per_shard: Any
     partition_rows: Any
     executor: Literal["local", "ray"]
-    workers: Annotated[int, Ge(0), Le(2**16)] | None
+    workers: Workers | None
     ray_address: Text | None
     ray_models: Annotated[int, Ge(1), Le(2**16)]
-    ray_gpus: NotNegative
+    ray_gpus: Annotated[float, Ge(0), Le(64)]
     write: bool
     keep_work: bool
     max_drop_share: Fraction

@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Count, Fraction, Paths, Positive, Text
+from m2_encoder.bounds import Aspect, Count, Fraction, Paths, Pixels, Seconds, Text, Workers
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
@@ -58,17 +58,17 @@ class PackSettings:
     language: LanguageName | None
     samples_per_shard: Annotated[int, Ge(1), Le(10**6)]
     pattern: Text
-    max_side: Count | None
+    max_side: Pixels | None
     quality: Annotated[int, Ge(1), Le(95)] | None
     verify: bool
-    min_side: Count
-    max_aspect: Annotated[float, Ge(1)]
+    min_side: Pixels
+    max_aspect: Aspect
     max_pixels: Count
     threads: Annotated[int, Ge(1), Le(1024)]
-    timeout_s: Positive
+    timeout_s: Seconds
     retries: Annotated[int, Ge(0), Le(100)]
     retry_remote: bool
-    workers: Annotated[int, Ge(0), Le(1024)] | None
+    workers: Workers | None
     max_failed_share: Fraction
     overwrite: bool
 

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Count, Paths, Rule, Seed, Text
+from m2_encoder.bounds import Count, Paths, Rule, Seed, Text, Workers
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
@@ -53,7 +53,7 @@ class SplitSettings:
     max_repeats: Count | None
     language: LanguageName | None
     max_pixels: Count
-    workers: Annotated[int, Ge(0), Le(1024)] | None
+    workers: Workers | None
     overwrite: bool
 
 

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from annotated_types import Ge
 
-from m2_encoder.bounds import Count, Paths, Text
+from m2_encoder.bounds import Count, Paths, Text, Tokens
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import output_problems
 from m2_encoder.config.output import say
@@ -43,7 +42,7 @@ class TokenizerSettings:
     chinese: Chinese
     max_captions: Count
     language: LanguageName | None
-    context_length: Annotated[int, Ge(2)]
+    context_length: Tokens
     overwrite: bool
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from m2_encoder.bounds import Count, Index
+from m2_encoder.bounds import Rows, Workers
 from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE
 from m2_encoder.checkpoints.weight_files import find_weights
@@ -43,8 +43,8 @@ class EmbedSettings:
     texts: Any
     output: Any
     overwrite: bool
-    batch_size: Count
-    num_workers: Index
+    batch_size: Rows
+    num_workers: Workers
     device: Any
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from m2_encoder.bounds import Count, Rule, Text
+from m2_encoder.bounds import Count, Rows, Rule, Text
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.checkpoints.matching_head import has_head, read_head
@@ -52,8 +52,8 @@ class EvaluateSettings:
     splits: Annotated[Sequence[Split], Rule(bool, f"a list of {', '.join(EMOJI_SPLITS)}", "[heldout_style]")]
     output: Any
     overwrite: bool
-    rerank: Annotated[int, Ge(2)] | None
-    batch_size: Count
+    rerank: Annotated[Count, Ge(2)] | None
+    batch_size: Rows
     device: Any
     evaluation: Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 import yaml
 from annotated_types import Ge, Le
 
-from m2_encoder.bounds import Count, Positive, Rule, Text
+from m2_encoder.bounds import Count, Pixels, Positive, Rule, Text, Tokens
 from m2_encoder.config.check import check_settings, check_values, make_optional, read_parameters
 from m2_encoder.config.model_choice import find_path, output_problems
 from m2_encoder.config.output import say
@@ -41,8 +41,8 @@ class PlanSettings:
     """The keys of m2-plan; `conf/commands/plan.yaml` says what they mean."""
 
     model: Annotated[str, Rule(_MODELS.__contains__, f"one of {', '.join(_MODELS)}", "m2_encoder_1b")]
-    image_size: Count | None
-    text_tokens: Annotated[int, Ge(2)] | None
+    image_size: Pixels | None
+    text_tokens: Tokens | None
     precision: Literal["bf16-mixed", "16-mixed", "32-true"]
     heads: Annotated[int, Ge(1), Le(2)]
     cluster: Any

@@ -17,7 +17,7 @@ import errno
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -47,10 +47,11 @@ from m2_encoder.config.sweeps import (
 from m2_encoder.config.trusted import check_values_only, find_foreign, read_folders, trusted_targets
 from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
 from m2_encoder.errors import Problem, UserError
+from m2_encoder.files import is_full
 
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_FULL_ERROR: Final = "HYDRA_FULL_ERROR"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         say("", f"{command.name}: interrupted", error=True)
         return EXIT_INTERRUPTED
     except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if os.environ.get(_FULL_ERROR) == "1":
             raise
         report_problems(command.name, error)
         return EXIT_USER_ERROR
@@ -169,7 +170,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
     sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
     job = _Job(command, plan.constant_lines, folder)
-    with hold_run(plan.run) if plan.run is not None else contextlib.nullcontext():  # Hydra writes into its folder, too
+    held = hold_run(plan.run) if plan.run is not None else contextlib.nullcontext()
+    with _named_place(command, plan.run), held, job.hydra_raises():  # Hydra writes into its folder, too
         hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
     return job.exit_code
 
@@ -294,8 +296,25 @@ class _Job:
         self._command, self._folder = command, folder
         self._constant = list(constant_lines)
         self.exit_code = 0
+        self._shown = os.environ.get(_FULL_ERROR)
+
+    @contextlib.contextmanager
+    def hydra_raises(self) -> Iterator[None]:
+        """What fails until the job is called, such as Hydra's records on a full disk, is ours to report."""
+        os.environ[_FULL_ERROR] = "1"
+        try:
+            yield
+        finally:
+            self._let_hydra_report()
+
+    def _let_hydra_report(self) -> None:
+        if self._shown is None:
+            os.environ.pop(_FULL_ERROR, None)
+        else:
+            os.environ[_FULL_ERROR] = self._shown
 
     def __call__(self, cfg: DictConfig) -> None:
+        self._let_hydra_report()
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
         plain = update_names({str(key): value for key, value in values.items()})
@@ -313,8 +332,8 @@ class _Job:
                 code = _resolve(self._command.run)(plain)
         except Exception as error:
             # Hydra wraps what a constructor raises; the user's mistake is inside.
-            mistake = _find_user_error(error)
-            if mistake is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            mistake = _find_user_error(error, _place_of(self._command, plain))
+            if mistake is None or os.environ.get(_FULL_ERROR) == "1":
                 raise
             report_problems(self._command.name, mistake)
             raise SystemExit(EXIT_USER_ERROR) from error
@@ -325,11 +344,26 @@ def _resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
     return pkgutil.resolve_name(function) if isinstance(function, str) else function
 
 
-def _find_user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake among the causes of an error; a full disk is one that can happen at any file."""
+@contextlib.contextmanager
+def _named_place(command: Command, cfg: dict[str, Any] | None) -> Iterator[None]:
+    """Makes a user's error of a full disk before the job."""
+    try:
+        yield
+    except OSError as error:
+        mistake = None if cfg is None else _find_user_error(error, _place_of(command, cfg))
+        raise mistake or error from error
+
+
+def _place_of(command: Command, cfg: dict[str, Any]) -> object:
+    """Where a command writes; None if its configuration does not say."""
+    return command.run_folder(cfg) if command.run_folder is not None else cfg.get("output")
+
+
+def _find_user_error(error: BaseException | None, place: object) -> UserError | None:
+    """The user's mistake among the causes of an error; a full disk is one that can happen at any file of `place`."""
     while error is not None and not isinstance(error, UserError):
-        if isinstance(error, OSError) and error.errno in _FULL:
-            where = f" for {error.filename}" if error.filename else ""
+        if isinstance(error, OSError) and is_full(error):
+            where = f" for {error.filename}" if error.filename else f" in {place}" if place else ""
             return UserError(f"{error.strerror}{where}: make room there and start again; what is finished is kept")
         error = error.__cause__
     return error

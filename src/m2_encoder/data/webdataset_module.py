@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import lightning
 import torch
 import torch.distributed as dist
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from m2_encoder.bounds import Count, Example, Fraction, Index, KeysOf, Positive, Rule, Text, check_bounds
+from m2_encoder.bounds import Example, Fraction, Index, KeysOf, Many, Rows, Rule, Seconds, Text, Workers, check_bounds
 from m2_encoder.data.file_watch import FileWatch
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.images.transforms import EvalTransform
@@ -46,7 +46,7 @@ BAD_SAMPLES_FILE = "bad_samples.jsonl"
 """List of unusable samples in the run's folder."""
 
 
-BatchSize = Annotated[int, Ge(2), Example("256")]
+BatchSize = Annotated[Rows, Ge(2), Example("256")]
 _SOURCES = Rule(
     lambda sources: any(values is not None for values in sources.values()),
     "sources by name, each a mapping of keys, or null to leave it out, and at least one not null",
@@ -99,22 +99,22 @@ class WebDatasetModule(lightning.LightningDataModule):
             Mapping[str, Mapping[str, Any] | None], _SOURCES, KeysOf(SourceSpec, each=True, given=("name",))
         ],
         global_batch_size: BatchSize,
-        num_workers: Annotated[Index, Example("0")],
+        num_workers: Annotated[Workers, Example("0")],
         captions: CaptionSampler,
         decode: Callable[[bytes], Any],
         transform: Callable[[int], ImageTransform],
-        lanes: Count = 64,
-        window: Count = 65_536,
+        lanes: Annotated[Index, Ge(1), Le(2**20)] = 64,
+        window: Many = 65_536,
         keep_decoded: bool = False,
         check: Annotated[Mapping[str, Any] | None, KeysOf(StartCheck)] = None,
         validation: Annotated[Mapping[str, Text] | None, _FOLDERS] = None,
-        eval_batch_size: Count = 256,
+        eval_batch_size: Rows = 256,
         masking: BatchMasking | None = None,
         cache: Annotated[Mapping[str, Any] | None, KeysOf(RemoteShards)] = None,
         max_bad_share: Fraction = 0.05,
         max_bad_samples: Index | None = None,
         new_segment: bool | None = False,
-        stall_timeout_s: Positive = STALL_TIMEOUT_S,
+        stall_timeout_s: Seconds = STALL_TIMEOUT_S,
         columns: Mapping[str, Column | None] | None = None,
         pictures: Any = STANDARD,
     ) -> None:

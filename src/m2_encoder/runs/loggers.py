@@ -5,6 +5,7 @@ Lightning and wandb are imported by the functions: checking their arguments need
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import netrc
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlparse
 
-from m2_encoder.bounds import Count, Positive, Text
+from m2_encoder.bounds import Count, Seconds, Text
 from m2_encoder.config.output import say
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.record import describe_run
@@ -45,7 +46,7 @@ def build_wandb_logger(
     group: Text | None = None,
     tags: Sequence[str] = (),
     mode: Literal["auto", "online", "offline", "disabled"] = "auto",
-    finish_timeout_s: Positive = 60.0,
+    finish_timeout_s: Seconds = 60.0,
 ) -> WandbLogger | None:
     """Starts a W&B run with the run's name and an id made of it, so that a requeued job continues its curves.
 
@@ -90,6 +91,14 @@ def build_wandb_logger(
     if resolved == "offline":
         say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*", error=True)
     return logger
+
+
+def forget_service() -> None:
+    """Drop the connection to a W&B process that is gone; else its error would come up when this process ends."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def wandb_id(run_name: str) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from m2_encoder.bounds import Count, Positive, check_bounds
+from m2_encoder.bounds import Count, Seconds, check_bounds
 from m2_encoder.distributed.rank_watch import GOES_ON, RankWatch, describe_exit, is_stopped_process
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -111,8 +111,8 @@ class GroupedStrategy(ParallelStrategy):
         micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
-        rank_timeout_s: Positive = 120.0,
-        start_timeout_s: Positive = 600.0,
+        rank_timeout_s: Seconds = 120.0,
+        start_timeout_s: Seconds = 600.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

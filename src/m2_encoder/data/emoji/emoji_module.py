@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from m2_encoder.bounds import Count, Example, Index, Text
+from m2_encoder.bounds import Example, Rows, Text, Workers
 from m2_encoder.data.emoji.dataset import EmojiStyle, default_emoji_folder, emoji_settings, write_emoji_shards
 from m2_encoder.data.emoji.folder import digest_files
 from m2_encoder.data.file_watch import refuse_changed
@@ -47,11 +47,11 @@ class EmojiDataModule(WebDatasetModule):
         max_steps: int,
         folder: Annotated[Text, Example("emoji-tars")] | None,
         global_batch_size: BatchSize,
-        num_workers: Annotated[Index, Example("0")],
+        num_workers: Annotated[Workers, Example("0")],
         heldout_style: EmojiStyle,
         captions: CaptionSampler,
         transform: Callable[[int], TrainTransform],
-        eval_batch_size: Count = 256,
+        eval_batch_size: Rows = 256,
         masking: BatchMasking | None = None,
         columns: Mapping[str, Column | None] | None = None,
         pictures: Any = STANDARD,

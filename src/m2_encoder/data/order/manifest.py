@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from m2_encoder.bounds import Count, NotNegative, Paths, Rule, check_fields
+from m2_encoder.bounds import Count, Many, NotNegative, Paths, Rule, check_fields
 from m2_encoder.data.order.manifest_record import RecordedSource, pack_record, write_weight
 from m2_encoder.data.samples.language import read_language
 from m2_encoder.data.shards.index import IndexHeader
@@ -57,7 +57,7 @@ class SourceSpec:
     shards: Paths
     languages: _Languages = LANGUAGES
     weight: NotNegative | None = None
-    max_samples: Count | None = None
+    max_samples: Many | None = None
     max_epochs: Count | None = None
 
     def __post_init__(self) -> None:
