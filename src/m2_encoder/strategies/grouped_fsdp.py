@@ -41,12 +41,8 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
         recompute: bool = True,
         activation_checkpointing: bool = False,
         reshard_after_forward: bool = True,
-<<<<<<< HEAD
-        rank_timeout_s: Positive = 120.0,
-        start_timeout_s: Seconds = 600.0,
-=======
         rank_timeout_s: Seconds = 120.0,
->>>>>>> main
+        start_timeout_s: Seconds = 600.0,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
