@@ -104,6 +104,8 @@ ONE_FAULT = [
     ("+data.validation.own=TMP/gone", "give tars, a folder of images"),
     ("data.validation.own=TMP/tars", "has none; add one of your own with a +, as in +data.validation.own=TMP/tars"),
     ("data.sources.more.shards=TMP/tars", "with a +, as in +data.sources.more.shards=TMP/tars"),
+    ("data.sources.mine.shards=TMP/tars", "(did you mean main?); it has main; add one of your own with a +"),
+    ("+data.validation.数据=TMP/tars", "names of keys are letters from a to z"),
     ("+data.validation.own=TMP/empty", "no *.tar there"),
     ("+data.validation.own=TMP/图=片", "no such file or folder"),
     ("+data.validation.own=TMP/{0..", "its braces cannot be read"),

@@ -76,9 +76,8 @@ def parse_overrides(
 ) -> tuple[list[Override], list[Problem]]:
     """The overrides that can be read, and a problem for each other line; `suggest` gives a hint for a lone word."""
     parsed = [(line, parse_override(line)) for line in lines]
-    quote = "write key=value, and quote special characters for both the shell and Hydra, as in 'key=\"a b\"'"
     problems = [
-        line_problem(line, "cannot be read", quote)
+        line_problem(line, "cannot be read", _how_to_write(line))
         if "=" in line
         else line_problem(line, f"has no value{suggest(line)}", "write key=value")
         for line, override in parsed
@@ -89,6 +88,13 @@ def parse_overrides(
     long = [override for override in found if len(override.key_or_group) > _MAX_KEY]
     problems += [line_problem(each.input_line, f"no key has more than {_MAX_KEY} characters") for each in long]
     return [override for override in found if override not in long], problems
+
+
+def _how_to_write(line: str) -> str:
+    key = line.partition("=")[0]
+    if not key.isascii():
+        return "names of keys are letters from a to z, digits and _; values may be anything"
+    return "write key=value, and quote special characters for both the shell and Hydra, as in 'key=\"a b\"'"
 
 
 def parse_override(line: str) -> Override | None:
@@ -183,7 +189,7 @@ def _unknown_inside(line: str | None, value: object, path: str, node: Any) -> Pr
 def _unknown_key(line: str | None, part: str, above: str, node: DictConfig) -> Problem:
     known = [name for name in _names(node) if not name.startswith("_") and (above or name != "hydra")]
     near, fix = nearest(part, known), f"it has {', '.join(known) or 'none'}"
-    if above in _NAMED and not near:
+    if above in _NAMED:
         fix += f"; add one of your own with a +, as in +{line}"
     elif "_target_" in node and not near:
         fix += f"; other arguments of {node['_target_']} take a +, as in +{line}"

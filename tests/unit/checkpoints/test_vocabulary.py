@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,20 @@ def test_same_size_is_not_the_same_tokenizer(model: M2Encoder, exported: Path) -
     assert other.vocab_size == OWN.vocab_size
     with pytest.raises(UserError, match="is not that of the weights"):
         load(model.config, weights=exported / "model.safetensors", tokenizer=other)
+
+
+def test_equal_pieces_that_cut_texts_otherwise_are_refused(model: M2Encoder, exported: Path) -> None:
+    again = SentencePieceTokenizer(OWN.model_bytes + b"\x12\x00")  # an empty message, merged with the one before
+    assert again.digest != OWN.digest
+    weights = exported / "model.safetensors"
+    assert load(model.config, weights=weights, tokenizer=again).model is not None
+    changed = bytearray(OWN.model_bytes)
+    score = changed.index("红".encode()) + 4
+    changed[score : score + 4] = struct.pack("<f", -99)
+    other = SentencePieceTokenizer(bytes(changed))
+    assert other.pieces(range(other.vocab_size)) == OWN.pieces(range(OWN.vocab_size))
+    with pytest.raises(UserError, match="is not that of the weights"):
+        load(model.config, weights=weights, tokenizer=other)
 
 
 def test_pieces_are_mapped_on_request(

@@ -20,6 +20,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -201,7 +202,9 @@ def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -
     """
     language = _language_in(metadata) or language
     folded = {key.lower(): value for key, value in reversed(list(metadata.items()))}
-    found = gather([(open_text(folded.get("captions")), language, folded.get("caption_roles"))], "captions")
+    found = Captions(())
+    if folded.get("captions") is not None:
+        found = gather([(open_text(folded["captions"]), language, folded.get("caption_roles"))], "captions")
     if found.kept:
         return found
     plain = (folded[name] for name in PLAIN_CAPTION_KEYS if not _is_blank(folded.get(name)))
@@ -222,6 +225,7 @@ def captions_by_column(
             yield open_text(value), language_of_column(name) or language, None
 
 
+@lru_cache(maxsize=4096)
 def is_caption_column(name: str) -> bool:
     """Whether the name of a column or key says a language, as `caption_zh`, `text_en`, `zh`, or a number: `caption_1`.
 

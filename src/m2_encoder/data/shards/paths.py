@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.shards.names import is_clutter
 from m2_encoder.errors import UserError, name_some
 
@@ -106,7 +107,9 @@ def _list_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
     )
     if not found:
         wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
-        raise UserError(f"{folder}: no {wanted} there; it holds {name_some(sorted(inside)) or 'nothing'}")
+        is_unpacked = any(_suffix(name) in PICTURE_SUFFIXES for name in inside) and ".tar" in suffixes
+        fix = f"; m2-data pack {folder} output=TARS packs pictures" if is_unpacked else ""
+        raise UserError(f"{folder}: no {wanted} there; it holds {name_some(sorted(inside)) or 'nothing'}{fix}")
     return [os.path.join(folder, name) for name in found]
 
 

@@ -177,11 +177,12 @@ class RunCheckpoint(Checkpoint):
         if step == self._saved_step or getattr(trainer, "fast_dev_run", False):  # which keeps nothing
             return
         path = self.folder / f"step={step}.ckpt"
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            with atomic_file(self.last, error=CheckpointError) as temporary:
-                _link_or_copy(path, temporary)
-        trainer.strategy.barrier("last.ckpt")
+        with getattr(trainer.strategy, "saving", contextlib.nullcontext)():  # ranks that wait say for what
+            trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                with atomic_file(self.last, error=CheckpointError) as temporary:
+                    _link_or_copy(path, temporary)
+            trainer.strategy.barrier("last.ckpt")
         self._saved_step = step
 
 
