@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -27,7 +27,7 @@ from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
-from m2_encoder.runs.ranks import StartedRanks, end_together, end_with_starter
+from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
@@ -38,6 +38,9 @@ from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
 
+Taken: TypeAlias = tuple[M2Encoder | VisualTokenizer | None, Mapping[str, Objective]]
+"""A model and what it was trained by; no model on ranks that have none of their own."""
+
 
 def train(cfg: dict[str, Any]) -> dict[str, float]:
     """Trains, evaluates and exports one run; its final metrics by name, on the first rank alone.
@@ -46,7 +49,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         UserError: for data, weights or a checkpoint that cannot be used.
     """
     ranks = StartedRanks()
-    end_with_starter()
+    end_with_starter(ranks)
     with end_on_signals(ranks.end):
         return _train(cfg, ranks)
 
@@ -90,9 +93,11 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
             _announce(cfg, folder, newest, run, changes=trained is cfg)
             for line in remarks:
                 say(f"run {cfg['run']['name']}: {line}")
-        _fit(run, newest and newest.path, name=cfg["run"]["name"])
-        first_step.pass_by(trainer)  # no step is left where all were done already
-        metrics_of_end = _finish(run, tasks, cfg, folder, trained=trained, started=started)
+        with watching(trainer):
+            _fit(run, newest and newest.path, name=cfg["run"]["name"])
+            first_step.pass_by(trainer)  # no step is left where all were done already
+            taken = _take_model(run.module)
+        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, started=started)
     finally:
         _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
     return metrics_of_end
@@ -100,6 +105,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
 
 def _finish(
     run: Run,
+    taken: Taken,
     tasks: Mapping[str, EvaluationTask],
     cfg: dict[str, Any],
     folder: Path,
@@ -108,10 +114,10 @@ def _finish(
     started: float,
 ) -> dict[str, float]:
     """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone."""
-    end = describe_end(run.trainer, trained["trainer"]["max_steps"])
-    model, objectives = _take_model(run.module)
+    model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
         return {}
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"])
     metrics = report_run(
         tasks,
         model=model,
@@ -134,7 +140,7 @@ def _finish(
     return metrics
 
 
-def _take_model(module: Module) -> tuple[M2Encoder | VisualTokenizer | None, Mapping[str, Objective]]:
+def _take_model(module: Module) -> Taken:
     """What was trained, whole, and by which objectives; where weights are split, every rank takes part."""
     if isinstance(module, VisualTokenizerModule):
         return module.tokenizer, {}
@@ -184,11 +190,10 @@ def _fit(run: Run, checkpoint: Path | None, *, name: str) -> None:
             raise KeyboardInterrupt from stop  # Lightning turns one into an exit code of its own
         raise
     except Exception as error:
-        cause = translate_load_error(error, name) or error
-        other = end_together(run.trainer, error) if run.trainer.world_size > 1 else None
-        if other is None and cause is error:
+        cause = translate_load_error(error, name)
+        if cause is None:
             raise
-        raise other or cause from error
+        raise cause from error
 
 
 def _quieten() -> None:

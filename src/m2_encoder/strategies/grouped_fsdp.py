@@ -42,6 +42,7 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
         activation_checkpointing: bool = False,
         reshard_after_forward: bool = True,
         rank_timeout_s: Seconds = 120.0,
+        start_timeout_s: Seconds = 600.0,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -52,6 +53,7 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
             recompute=recompute,
             activation_checkpointing=activation_checkpointing,
             rank_timeout_s=rank_timeout_s,
+            start_timeout_s=start_timeout_s,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,

@@ -62,6 +62,8 @@ def settings() -> tuple[RunFault, ...]:
         ),
         # NOTE TO THE HELPER runfaults, from the integrator: this row started 1,322 processes and ate all 24 GB of the
         # machine three times, killing other helpers' work. Put it back only after main refuses it (helper `limits`).
+        RunFault("absurd number of workers", "num_workers", _train("data.num_workers=1000000")),
+        RunFault("absurd number of devices", "devices", _train("trainer.devices=1000000")),
         RunFault("run name that leaves its folder", "run.name", _train("run.name=../x")),
         RunFault("run name of 300 letters", "run.name", _train(f"run.name={'n' * 300}")),
         RunFault("run name in Chinese", "实验一", _chinese, 0, "checkpoints, export and metrics"),

@@ -299,6 +299,7 @@ class _Batches(Dataset[Any]):
 
         Ctrl-C and a closed terminal are left to the trainer.
         """
+        signal.set_wakeup_fd(-1)  # that of the trainer, which hears signals of its own by it
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_signal)

@@ -181,11 +181,12 @@ class RunCheckpoint(Checkpoint):
         path = self.folder / f"step={step}.ckpt"
         if trainer.is_global_zero:
             _free(path)
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            with atomic_file(self.last, error=CheckpointError) as temporary:
-                _link_or_copy(path, temporary)
-        trainer.strategy.barrier("last.ckpt")
+        with getattr(trainer.strategy, "saving", contextlib.nullcontext)():  # ranks that wait say for what
+            trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                with atomic_file(self.last, error=CheckpointError) as temporary:
+                    _link_or_copy(path, temporary)
+            trainer.strategy.barrier("last.ckpt")
         self._saved_step = step
 
 
