@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, ParamSpec, TypeVar, cast
 
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen, Predicate
 
@@ -63,11 +63,28 @@ class KeysOf:
     given: tuple[str, ...] = ()
 
 
-Count = Annotated[int, Ge(1)]
-Index = Annotated[int, Ge(0)]
+_LARGE: Final = 100
+
+
+class _Far:
+    """Says that the ceiling before it is far above what exists: it is told to those alone who gave a large number."""
+
+
+# Such ceilings stop a slip of the keyboard before it costs memory, time or an overflow.
+FAR: Final = _Far()
+Count = Annotated[int, Ge(1), Le(10**9), FAR]
+Index = Annotated[int, Ge(0), Le(10**9), FAR]
+Many = Annotated[int, Ge(1), Le(2**40), FAR]
+Rows = Annotated[int, Ge(1), Le(2**24), FAR]  # of a batch
+Tokens = Annotated[int, Ge(2), Le(2**20), FAR]  # of a text
+Pixels = Annotated[int, Ge(1), Le(2**16), FAR]  # of the side of an image
+Workers = Annotated[int, Ge(0), Le(1024), FAR]  # processes or threads
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+Seconds = Annotated[float, Gt(0), Le(10**6), FAR]  # of a wait; the system's calls take no more than a few weeks
+Positive = Annotated[float, Gt(0), Le(10**9), FAR]
+Temperature = Annotated[float, Ge(1e-4), Le(10**4), FAR]  # its inverse is finite in every precision
+NotNegative = Annotated[float, Ge(0), Le(10**9), FAR]
+Aspect = Annotated[float, Ge(1), Le(10**6), FAR]  # longer side over shorter side
 Fraction = Annotated[float, Ge(0), Le(1)]
 Text = Annotated[str, Rule(lambda text: bool(text.strip()), "a text", "TEXT")]
 
@@ -122,7 +139,7 @@ def refuse(problems: Sequence[Problem]) -> None:
 def find_faults(bounds: Mapping[str, Any], values: Mapping[str, Any]) -> list[Problem]:
     """A problem for each value that its annotation does not allow."""
     return [
-        Problem(name, values[name], f"must be {describe(annotation)}")
+        Problem(name, values[name], f"must be {describe(annotation, values[name])}")
         for name, annotation in bounds.items()
         if name in values and not fits(values[name], annotation)
     ]
@@ -212,16 +229,20 @@ _WORDS: dict[Any, str] = {
 _PLURAL: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
-def describe(annotation: Any) -> str:
-    """What an annotation allows, in words: "a whole number, 1 or more, or null"."""
+def describe(annotation: Any, value: Any = None) -> str:
+    """What an annotation allows, in words: "a whole number, 1 or more, or null".
+
+    Args:
+        annotation: to describe.
+        value: what was given; ceilings that nobody comes near are only said of one that is large.
+    """
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         rules = [each.text for each in annotation.__metadata__ if isinstance(each, Rule)]
-        return (
-            rules[0] if rules else ", ".join(filter(None, (_describe_base(annotation), _describe_bounds(annotation))))
-        )
+        words = _describe_base(annotation, value), _describe_bounds(annotation, value)
+        return rules[0] if rules else ", ".join(filter(None, words))
     if origin in (typing.Union, types.UnionType):
-        parts = list(dict.fromkeys(describe(item) for item in inner))
+        parts = list(dict.fromkeys(describe(item, value) for item in inner))
         return f"{parts[0]}{',' if ',' in parts[0] else ''} or {' or '.join(parts[1:])}"
     if origin is Literal:
         return f"one of {', '.join(map(str, inner))}"
@@ -232,37 +253,48 @@ def describe(annotation: Any) -> str:
         if issubclass(container, Mapping) or dataclasses.is_dataclass(container):
             return "a mapping"
         if issubclass(container, Sequence):
-            return f"a list of {_PLURAL.get(_base(inner[0]), describe(inner[0]))}" if inner else "a list"
+            return f"a list of {_PLURAL.get(_base(inner[0]), describe(inner[0], value))}" if inner else "a list"
         return f"a {container.__name__}"
     return str(annotation)
+
+
+def _is_large(value: Any) -> bool:
+    """Whether a number is, or one inside of what was given."""
+    if isinstance(value, Mapping):
+        return any(_is_large(each) for each in value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return any(_is_large(each) for each in value)
+    return isinstance(value, int | float) and abs(value) > _LARGE
 
 
 def _base(annotation: Any) -> Any:
     return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
 
 
-def _describe_base(annotation: Any) -> str:
+def _describe_base(annotation: Any, value: Any) -> str:
     base = typing.get_args(annotation)[0]
     lengths = [each for each in annotation.__metadata__ if isinstance(each, Len)]
     if lengths and typing.get_args(base):
         item = typing.get_args(base)[0]
-        bounds = _describe_bounds(item) if typing.get_origin(item) is Annotated else ""
+        bounds = _describe_bounds(item, value) if typing.get_origin(item) is Annotated else ""
         return ", each ".join(filter(None, (f"{lengths[0].min_length} {_PLURAL.get(_base(item), 'items')}", bounds)))
-    return describe(base)
+    return describe(base, value)
 
 
-def _describe_bounds(annotation: Any) -> str:
+def _describe_bounds(annotation: Any, value: Any) -> str:
     least = most = ""
-    for bound in annotation.__metadata__:
-        match bound:
-            case Ge(ge=value):
-                least = f"{value} or more"
-            case Gt(gt=value):
-                least = f"above {value}"
-            case Le(le=value):
-                most = f"at most {value}"
-            case Lt(lt=value):
-                most = f"below {value}"
+    for each in annotation.__metadata__:
+        match each:
+            case Ge(ge=bound):
+                least = f"{bound} or more"
+            case Gt(gt=bound):
+                least = f"above {bound}"
+            case Le(le=bound):
+                most = f"at most {bound}"
+            case Lt(lt=bound):
+                most = f"below {bound}"
+            case _Far():
+                most = most if _is_large(value) else ""
     if typing.get_args(annotation)[0] is int and least.endswith(" or more") and most.startswith("at most "):
         return f"in {least.removesuffix(' or more')}..{most.removeprefix('at most ')}"
     return " and ".join(filter(None, (least, most)))

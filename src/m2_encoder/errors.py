@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -44,6 +45,16 @@ def abridge_list(lines: Sequence[str], limit: int = MAX_LINE) -> list[str]:
         return [abridge(line, limit) for line in lines]
     shown = [abridge(line, limit) for line in lines[: MAX_ENTRIES - 1]]
     return [*shown, f"… and {len(lines) - len(shown):,} more"]
+
+
+def name_some(names: Collection[str], most: int = 5, limit: int = 120) -> str:
+    """The first few names, each of at most `limit` characters, and the number of the others.
+
+    >>> name_some("abc", 2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(abridge(name, limit) for name in islice(names, most)) + more
 
 
 class Problem(NamedTuple):

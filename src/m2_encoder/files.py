@@ -11,12 +11,21 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from m2_encoder.errors import UserError
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def is_full(error: object) -> bool:
+    """Whether an error says that a disk takes no more; torch says so in words of its own."""
+    return getattr(error, "errno", None) in FULL or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("inline_container", "PytorchStream"))
+    )
 
 
 @contextmanager
@@ -37,6 +46,9 @@ def atomic_file(
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
     def refusal(reason: object) -> UserError:
+        if key is None and is_full(reason):
+            words = getattr(reason, "strerror", None) or "the disk did not take all of it"
+            return error(f"cannot write {path}: {words}; make room there and start again; what is finished is kept")
         if key is None:
             return error(f"cannot write {path}: {reason}")
         return error(f"cannot be written ({reason}); give another place", key=key, value=path)
@@ -87,7 +99,8 @@ def atomic_folder(
                 os.rename(previous, path)
             raise
     except OSError as problem:
-        raise error(f"cannot write the folder {path}: {problem}") from problem
+        more = "; make room there and start again; what is finished is kept" if is_full(problem) else ""
+        raise error(f"cannot write the folder {path}: {problem}{more}") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
@@ -111,6 +124,20 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def describe_changes(before: Mapping[str, object], now: Mapping[str, object]) -> str | None:
+    """What differs between two records of files by name, such as digests; None if nothing does.
+
+    >>> describe_changes({"a.tar": 1, "b.tar": 2}, {"a.tar": 3})
+    'its a.tar has changed (and 1 more)'
+    """
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not names:
+        return None
+    first, more = names[0], f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    what = "is missing" if first not in now else "has changed" if first in before else "was added"
+    return f"its {first} {what}{more}"
 
 
 class Holder(NamedTuple):

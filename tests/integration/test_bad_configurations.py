@@ -86,7 +86,7 @@ ONE_FAULT = [
     ("optimizer.lr=null", "a number"),
     ("optimizer.betas=[0.9]", "2 numbers, each 0 or more and below 1"),
     ("optimizer.betas=[0.9,1.0]", "[0.9, 0.98]"),
-    ("optimizer.eps=0", "above 0"),
+    ("optimizer.eps=0", "1e-16 or more"),
     ("optimizer.weight_decay=-0.1", "0 or more"),
     ("scheduler.warmup_steps=-1", "0 or more"),
     ("scheduler.warmup_steps=1.5", "whole number"),
@@ -178,10 +178,10 @@ ONE_FAULT = [
     ("strategy=fsdp", "single"),
     ("strategy=groupd_ddp", "did you mean grouped_ddp"),
     ("+trainer.accumulate_grad_batches=2", "strategy.micro_batches accumulates"),
+    ("+trainer.overfit_batches=1", "it changes nothing, as samples are drawn by step"),
     ("+trainer.gradient_clip_algorithm=value", "one of norm"),
     ("objective.itc.heads=[backbone_features]", "[features] or [features, backbone_features]"),
     ("strategy.micro_batches=0", "a whole number, 1 or more"),
-    ("strategy.micro_batches=1.5", "a whole number, 1 or more"),
     ("strategy.micro_batches=3", "must divide the 128 rows of a rank"),
     ("strategy.recompute=maybe", "true or false"),
     ("strategy.activation_checkpointing=1", "true or false"),
@@ -245,6 +245,13 @@ def test_every_fault_has_its_line(
     outcome = m2_train(*overrides)
     assert outcome.code == 2
     assert len(outcome.problems) == count, outcome.text
+
+
+def test_data_of_another_style_take_one_line(m2_train: Command, emoji_folder: Path) -> None:
+    outcome = m2_train("+experiment=emoji", "data.heldout_style=noto", f"data.folder={emoji_folder}")
+    assert outcome.code == 2
+    said = f"data.folder={emoji_folder}: holds the built-in set with heldout_style=twemoji, and heldout_style=noto is "
+    assert [problem[: len(said)] for problem in outcome.problems] == [said]
 
 
 RANKS = [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.data_fault_table import DOCUMENT, fatal_row, survivor_row
 from tests.support.fault_commands import RUN, Fatal, arguments, end, fatals, run_train
 from tests.support.fault_runs import (
     BATCH,
@@ -24,7 +25,7 @@ from tests.support.fault_runs import (
     run_ranks,
     settings,
 )
-from tests.support.fault_table import COMMAND, DOCUMENT, Row, fatal_row, read_rows, survivor_row
+from tests.support.fault_table import COMMAND, Row, read_rows
 from tests.support.faults import Fault, faults, write_set
 from tests.support.training import LIGHTNING_WARNINGS
 
@@ -33,7 +34,7 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNI
 
 @pytest.fixture(scope="module")
 def documented(repo_root: Path) -> dict[str, Row]:
-    return read_rows((repo_root / DOCUMENT).read_text(encoding="utf-8"))
+    return read_rows((repo_root / DOCUMENT.path).read_text(encoding="utf-8"))
 
 
 def test_the_document_has_every_fault_in_its_order(documented: dict[str, Row]) -> None:
@@ -70,7 +71,7 @@ def test_batches_stay_full_and_the_same_and_counts_are_exact(
         assert {entry["source"] for entry in run.listed} == {"a"}
         assert all("\n" not in entry["detail"] and entry["detail"] for entry in run.listed)
     row = survivor_row(fault, runs[0, 1], tmp_path / "0-1")
-    assert documented[fault.name].rest == row.rest, f"write {DOCUMENT} anew: {COMMAND}"
+    assert documented[fault.name].rest == row.rest, f"write {DOCUMENT.path} anew: {COMMAND}"
 
 
 @pytest.mark.parametrize("fatal", fatals(), ids=lambda fatal: fatal.name.replace(" ", "-"))

@@ -191,6 +191,35 @@ def test_numbers_that_cannot_be_written_are_printed(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_style_that_the_model_was_trained_on_is_said(
+    model: M2Encoder, tokenizer: SentencePieceTokenizer, emoji_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    said = "warning: no style is unseen here: export was trained with heldout_style=noto, on drawings of twemoji"
+    for trained, remark in (("noto", f"{said}; evaluate it with heldout_style=noto"), ("twemoji", None)):
+        origin = {"heldout_style": trained}
+        export_model(tmp_path / "export", model=model, tokenizer=tokenizer, provenance=origin, overwrite=True)
+        words = ["model=export", f"folder={emoji_folder}", "splits=[heldout_families]", "output=r.json"]
+        monkeypatch.setattr(sys, "argv", ["m2-evaluate", *words, "overwrite=true"])
+        assert commands.EVALUATE() == 0
+        report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+        assert (report["heldout_style"], report.get("remark")) == ("twemoji", remark)
+        assert (said in capsys.readouterr().out) == (remark is not None)
+
+
+def test_evaluate_leaves_data_of_another_style_alone(
+    emoji_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in emoji_folder.rglob("*")}
+    words = ["model=nowhere", f"folder={emoji_folder}", "heldout_style=noto"]
+    monkeypatch.setattr(sys, "argv", ["m2-evaluate", *words])
+    assert commands.EVALUATE() == 2
+    err = capsys.readouterr().err
+    assert f"folder={emoji_folder}: holds the built-in set with heldout_style=twemoji, and heldout_style=noto is" in err
+    assert {path: path.stat().st_mtime_ns for path in emoji_folder.rglob("*")} == before
+
+
 def test_evaluate_finds_all_mistakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ def test_tokenizer_trains_and_its_codes_are_learnt(
     assert "PSNR" in capsys.readouterr().out
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     exported = load_visual_tokenizer(run / "export")
+    assert json.loads((run / "export" / "config.json").read_text())["preprocess"]["pictures"]["background"] == "white"
     assert torch.equal(saved["tokenizer.codebook.vectors"], exported.codebook.vectors)
 
     cfg = compose(

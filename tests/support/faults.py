@@ -23,6 +23,7 @@ from PIL import Image
 
 from tests.support.shards import make_image, make_sample, write_tar
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n0 0 20 20 rectfill\n%%EOF\n"
 Members = list[tuple[str, bytes]]
 
 PER_SHARD = 12
@@ -132,6 +133,7 @@ def _incomplete_samples() -> list[Fault]:
         broken("sample without a caption", "missing_caption", _edit(json=None)),
         broken("sample without an image", "missing_image", _edit(png=None)),
         broken("caption named .png.txt", "missing_caption", _edit(json=None, **{"png.txt": b"a dog"})),
+        Fault("image that is a link to nowhere", ((VICTIM, "missing_image"),), tar=_dangling, in_headers=True),
         broken("image named .jpeg2", "missing_image", _edit(png=None, jpeg2=make_image(17))),
         broken(
             "the same key twice", "duplicate_key", lambda members: [*members, *make_sample(VICTIM, 99)], is_kept=True
@@ -155,6 +157,8 @@ def _bad_images() -> list[Fault]:
         bad("WebP cut in half", "undecodable_image", webp=half("WEBP")),
         Fault("flipped bits in twelve JPEGs", _undecodable(flip_bits), members=flip_bits),
         bad("HTML page named .jpg", "undecodable_image", jpg=b"<html>404</html>"),
+        bad("EPS named .jpg", "undecodable_image", jpg=EPS),
+        bad("progressive JPEG of 200 scans", "undecodable_image", jpg=make_scans(200)),
         bad("bomb: PNG of 30,000 x 30,000 pixels", "too_many_pixels", png=make_bomb()),
         bad("PNG header of 2,147,483,647 x 2,147,483,647", "too_many_pixels", png=_png(2**31 - 1, 2**31 - 1, b"")),
         bad("image of 1 x 1 pixels", "too_small", png=make_image(17, side=1)),
@@ -238,6 +242,26 @@ def _scribble(content: bytes) -> bytes:
     """Noise instead of the header of the victim's JSON."""
     cut = len(_cut(f"{VICTIM}.json", "offset", 0)(content))
     return content[:cut] + np.random.default_rng(2).bytes(tarfile.BLOCKSIZE) + content[cut + tarfile.BLOCKSIZE :]
+
+
+def _dangling(content: bytes) -> bytes:
+    """A link to an absolute path instead of the victim's image."""
+    changed = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(content)) as old, tarfile.open(fileobj=changed, mode="w") as new:
+        for info in old:
+            file = old.extractfile(info)
+            if info.name == f"{VICTIM}.png":
+                info.type, info.linkname, info.size, file = tarfile.SYMTYPE, "/data/17.png", 0, None
+            new.addfile(info, file)
+    return changed.getvalue()
+
+
+def make_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (10, 200, 30)).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    return content[:-2] + content[content.rfind(b"\xff\xda") : -2] * count + content[-2:]
 
 
 def _replace_alike(path: Path) -> None:

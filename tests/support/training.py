@@ -53,14 +53,14 @@ def make_captions(*, every_language: bool = False) -> CaptionSampler:
     )
 
 
-def make_datamodule(folder: Path, **overrides: Any) -> EmojiDataModule:
+def make_datamodule(folder: Path | None, **overrides: Any) -> EmojiDataModule:
     """The built-in set with flips, crops and both languages, so that every random choice shows."""
     values: dict[str, Any] = {
         "tokenizer": make_tokenizer(),
         "image_size": IMAGE_SIZE,
         "seed": 5,
         "max_steps": 12,
-        "folder": str(folder),
+        "folder": None if folder is None else str(folder),
         "global_batch_size": 32,
         "num_workers": 0,
         "heldout_style": "twemoji",

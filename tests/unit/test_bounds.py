@@ -51,6 +51,8 @@ def test_what_is_made_of_numbers_and_words(annotation: Any, good: list[object], 
 
 def test_annotations_in_words() -> None:
     assert describe(Count | None) == "a whole number, 1 or more, or null"
+    assert describe(Count | None, 10**23) == "a whole number, in 1..1000000000, or null"
+    assert describe(Annotated[Count, Le(9)]) == "a whole number, in 1..9"
     assert describe(Annotated[int, Ge(0), Le(9)]) == "a whole number, in 0..9"
     assert describe(Annotated[float, Gt(0), Le(10)]) == "a number, above 0 and at most 10"
     assert describe(Pair) == "2 numbers, each 0 or more and below 1"

@@ -53,9 +53,9 @@ def download(
 
     An interrupted download leaves a `.part` file, and the next call continues there if the server can. The final name
     appears only once the length, and the hash if one is given, are right. Two processes that want the same file wait
-    for each other. A fragment `#sha256=<64 hex digits>` of the url is verified; `timeout_s` is the longest silence of
-    the server. `check` raises a `CheckpointError` for a file that is no such file, as a page of an error served in its
-    place; that file is not kept.
+    for each other. A fragment `#sha256=<64 hex digits>` of the url is verified, of a copy in the cache, too;
+    `timeout_s` is the longest silence of the server. `check` raises a `CheckpointError` for a file that is no such
+    file, as a page of an error served in its place; that file is not kept.
 
     Raises:
         CheckpointError: if the download fails, the hash is another one, or the disk refuses.
@@ -71,6 +71,9 @@ def download(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(target.with_name(f"{target.name}.lock")):
+            if sha256 is not None and target.is_file() and file_sha256(target) != sha256:
+                _LOGGER.warning("%s: its copy %s has changed since; downloaded again", address, target)
+                target.unlink()  # whoever reads it keeps what was opened
             if not target.is_file():
                 _LOGGER.info("downloading %s to %s", address, target)
                 _fetch(address, target, sha256=sha256, timeout_s=timeout_s, check=check)

@@ -14,6 +14,7 @@ from m2_encoder.checkpoints.tensors import write_tensors
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import atomic_folder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
+from m2_encoder.pictures import STANDARD, PicturePolicy
 
 _VERSION = 1
 
@@ -22,10 +23,11 @@ def save_visual_tokenizer(
     folder: str | os.PathLike[str],
     tokenizer: VisualTokenizer,
     *,
+    pictures: PicturePolicy = STANDARD,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a tokenizer; the folder appears whole or not at all.
+    """Write a tokenizer; the folder appears whole or not at all. `pictures`: what the pixels of its training were.
 
     Raises:
         CheckpointError: if the folder exists, or the disk refuses.
@@ -37,6 +39,7 @@ def save_visual_tokenizer(
             "format": VISUAL_TOKENIZER_FORMAT,
             "format_version": _VERSION,
             "tokenizer": tokenizer.config.to_dict(),
+            "preprocess": {"pictures": pictures.to_dict()},
             "provenance": dict(provenance or {}),
         }
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -154,18 +154,14 @@ def _split(piece: str, old: SentencePieceTokenizer) -> list[int]:
 def _check(rows: int, stored: StoredTokenizer, tokenizer: SentencePieceTokenizer, weights: object) -> None:
     if stored.sha256 == tokenizer.digest:
         return
-    if stored.content is not None and _pieces(SentencePieceTokenizer(stored.content)) == _pieces(tokenizer):
-        return  # the same pieces in another file
+    if stored.content is not None and SentencePieceTokenizer(stored.content).cuts_like(tokenizer):
+        return  # the same one in another file
     check_stored(stored.sha256, tokenizer, weights=weights)
     special = (tokenizer.cls_id, tokenizer.end_id, tokenizer.mask_id)
     if rows != tokenizer.vocab_size:
         raise CheckpointError(_refuse(weights, tokenizer, f"their token table has {rows:,} rows"))
     if rows == OFFICIAL_VOCAB_SIZE and special != _OFFICIAL_IDS:
         raise CheckpointError(_refuse(weights, tokenizer, "the official special pieces have other ids"))
-
-
-def _pieces(tokenizer: SentencePieceTokenizer) -> list[str]:
-    return tokenizer.pieces(range(tokenizer.vocab_size))
 
 
 def _refuse(weights: object, tokenizer: SentencePieceTokenizer, said: str) -> str:

@@ -120,7 +120,7 @@ PLAN: Final = _command(
 DATA_EMOJI: Final = _command(
     "m2-data emoji",
     summary="Unpack the built-in bilingual emoji set to WebDataset tars, one folder per split.",
-    examples=("m2-data emoji", "m2-data emoji folder=emoji-tars heldout_style=noto"),
+    examples=("m2-data emoji", "m2-data emoji folder=emoji-tars"),
     module="data",
 )
 
@@ -145,7 +145,7 @@ DATA_CHECK: Final = _command(
     "m2-data check",
     summary="Look into shards before training: usable samples, captions, images, duplicates, false negatives.",
     examples=(
-        "m2-data check source=outputs/data/emoji/train",
+        "m2-data check source=emoji-tars/train",
         "m2-data check source='tars/{000..099}.tar' batch_size=32768 full=true json=true",
         "m2-data check source='s3://bucket/{000..099}.tar' cache=outputs/cache max_shards=2",
     ),
@@ -161,7 +161,7 @@ DATA_STATS: Final = _command(
     "m2-data stats",
     summary="Tables and a picture of shards: languages, lengths in words and tokens, sizes, duplicates.",
     examples=(
-        "m2-data stats source=outputs/data/emoji/train plot=emoji.png",
+        "m2-data stats source=emoji-tars/train plot=emoji.png",
         "m2-data stats source='tars/*.tar' tokenizer=sp.model full=true output=stats.json plot=stats.pdf",
     ),
     notes=(
@@ -207,7 +207,7 @@ DATA_CURATE: Final = _command(
         "m2-data curate shards=tars output=curated",
         "m2-data curate 'shards={laion: tars/laion, wukong: tars/wukong}' 'language={wukong: zh}' output=curated",
         "m2-data curate shards=tars output=curated score.model=outputs/emoji/export evaluation.images=[flickr30k_test]",
-        "m2-data curate shards=outputs/data/emoji/train output=outputs/data/emoji-curated images.min_side=32",
+        "m2-data curate shards=emoji-tars/train output=emoji-curated images.min_side=32",
     ),
     notes=(
         "decisions/ keeps every pair with all values, keep and reason, as Arrow files; report.json and report.md count",

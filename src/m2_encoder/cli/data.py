@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -9,33 +10,39 @@ from typing import Any, Final
 from m2_encoder.cli import commands
 from m2_encoder.config.command import run_command
 from m2_encoder.config.job import EXIT_USER_ERROR, report_problems
-from m2_encoder.config.output import lasting_output
+from m2_encoder.config.output import lasting_output, say
 from m2_encoder.config.overrides import quote_value
-from m2_encoder.config.paths import anchor
 from m2_encoder.errors import Problem, UserError, abridge
 
 
 def check_emoji(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of `m2-data emoji`."""
+    from m2_encoder.bounds import Text
     from m2_encoder.config.check import check_values, read_parameters
+    from m2_encoder.config.emoji_folder import emoji_folder_problems
     from m2_encoder.data.emoji.dataset import write_emoji_shards
 
     parameters = {name: item for name, item in read_parameters(write_emoji_shards).items() if name != "styles"}
-    return list(check_values("", cfg, parameters, name="m2-data emoji"))
+    parameters["folder"] = parameters["folder"].replace(annotation=Text | None)
+    problems = list(check_values("", cfg, parameters, name="m2-data emoji"))
+    return problems or list(emoji_folder_problems("folder", cfg["folder"], _settings(cfg)))
 
 
 def run_emoji(cfg: dict[str, Any]) -> int:
     """Writes the tars and says where they are."""
+    from m2_encoder.config.emoji_folder import find_emoji_folder
     from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, write_emoji_shards
 
-    folder = write_emoji_shards(
-        anchor(cfg["folder"]), heldout_style=cfg["heldout_style"], samples_per_shard=cfg["samples_per_shard"]
-    )
-    print(f"{folder}")
+    folder = write_emoji_shards(find_emoji_folder(cfg["folder"], _settings(cfg)), **_settings(cfg))
+    say(f"{folder}")
     for split in EMOJI_SPLITS:
         shards = sorted((folder / split).glob("*.tar"))
-        print(f"  {split:<17} {len(shards):>2} tars, {sum(path.stat().st_size for path in shards) / 1e6:5.1f} MB")
+        say(f"  {split:<17} {len(shards):>2} tars, {sum(path.stat().st_size for path in shards) / 1e6:5.1f} MB")
     return 0
+
+
+def _settings(cfg: dict[str, Any]) -> dict[str, Any]:
+    return {name: cfg[name] for name in ("heldout_style", "samples_per_shard")}
 
 
 _COMMANDS: Final = (
@@ -60,7 +67,9 @@ def name_sources(argv: Sequence[str], key: str) -> list[str]:
     plain = [
         i
         for i, argument in enumerate(argv)
-        if not argument.startswith(("-", "+", "~")) and "=" not in argument and not (i and argv[i - 1] in values)
+        if not argument.startswith(("-", "+", "~"))
+        and ("=" not in argument or os.path.exists(argument))
+        and not (i and argv[i - 1] in values)
     ]
     if not plain:
         return list(argv)
@@ -82,12 +91,12 @@ def _main(arguments: list[str]) -> int:
         width = max(map(len, SUB_COMMANDS))
         print("m2-data: prepare data\n\nSub-commands (each has its own --help):")
         print("\n".join(f"  {name:<{width}}  {command.summary}" for name, command in SUB_COMMANDS.items()))
-        print("\nExample:\n  m2-data emoji folder=outputs/data/emoji")
+        print("\nExample:\n  m2-data emoji folder=emoji-tars")
         return 0 if arguments else EXIT_USER_ERROR
     command = SUB_COMMANDS.get(arguments[0])
     if command is None:
         known = ", ".join(SUB_COMMANDS)
-        print(f"m2-data: {abridge(arguments[0], 100)}: no such sub-command; choose from {known}", file=sys.stderr)
+        say(f"m2-data: {abridge(arguments[0], 100)}: no such sub-command; choose from {known}", error=True)
         return EXIT_USER_ERROR
     argv = arguments[1:]
     if arguments[0] != "emoji":  # the others read something: `m2-data check tars`

@@ -8,11 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Count, Fraction, Paths, Positive, Rule, Text
+from m2_encoder.bounds import (
+    Aspect,
+    Count,
+    Fraction,
+    Paths,
+    Pixels,
+    Rows,
+    Rule,
+    Seconds,
+    Text,
+    Tokens,
+    Workers,
+)
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.job import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import output_problems, tokenizer_of
@@ -42,19 +54,19 @@ class SurveySettings:
     full: bool
     max_shards: Count
     samples_per_shard: Count
-    batch_size: Annotated[int, Ge(2)]
+    batch_size: Annotated[Rows, Ge(2)]
     language: LanguageName | None
     model: Text | None
     tokenizer: Text | None
-    context_length: Annotated[int, Ge(2)] | None
+    context_length: Tokens | None
     decode: bool
     pictures: Annotated[Any, Rule(is_policy, POLICY_RULE, "standard")]
-    min_side: Count
-    max_aspect: Annotated[float, Ge(1)]
+    min_side: Pixels
+    max_aspect: Aspect
     max_pixels: Count
-    workers: Annotated[int, Ge(0), Le(1024)] | None
+    workers: Workers | None
     cache: Text | None
-    timeout_s: Positive
+    timeout_s: Seconds
     output: Text | None
     overwrite: bool
 

@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -16,16 +15,17 @@ from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Fraction, NotNegative, Paths, Text
+from m2_encoder.bounds import Fraction, Paths, Text, Workers
 from m2_encoder.config.check import check_settings, check_values, make_settings, read_parameters
 from m2_encoder.config.job import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import device_of, find_path, model_problems
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, find_problems
 from m2_encoder.curation.settings import CurationSettings, LengthLimit, ScoreSettings
 from m2_encoder.data.samples.language import LanguageName, read_language
 from m2_encoder.data.worker_pool import default_workers
-from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.errors import MAX_ENTRIES, NOTHING, Problem, UserError, abridge
 from m2_encoder.types import LANGUAGES
 
 if TYPE_CHECKING:  # needs pyarrow, an extra: `check_curate` says so before it is imported
@@ -94,10 +94,10 @@ class CurateOptions:
     samples_per_shard: Any
     partition_rows: Any
     executor: Literal["local", "ray"]
-    workers: Annotated[int, Ge(0), Le(2**16)] | None
+    workers: Workers | None
     ray_address: Text | None
     ray_models: Annotated[int, Ge(1), Le(2**16)]
-    ray_gpus: NotNegative
+    ray_gpus: Annotated[float, Ge(0), Le(64)]
     write: bool
     keep_work: bool
     max_drop_share: Fraction
@@ -198,11 +198,11 @@ def run_curate(cfg: dict[str, Any]) -> int:
             )
     finally:
         executor.close()
-    print(f"{output}{'' if result.stages else ': was finished already; nothing to do'}")
-    print("\n".join(format_report(result.report)))
+    say(f"{output}{'' if result.stages else ': was finished already; nothing to do'}")
+    print("\n".join(map(abridge, format_report(result.report, limit=MAX_ENTRIES))))
     if result.stages:
         seconds, peak = sum(stage.seconds for stage in result.stages), max(stage.peak_bytes for stage in result.stages)
-        print(f"\n{seconds:,.1f} s, at most {peak / 2**20:,.0f} MiB in one process")
+        say("", f"{seconds:,.1f} s, at most {peak / 2**20:,.0f} MiB in one process")
     if not result.report.content["written"]:
         print("decided only; start again with write=true to write the shards, which decides nothing anew")
     return _warn_of_nothing(result.report.total)
@@ -235,7 +235,7 @@ def _warn_of_nothing(total: Mapping[str, Any]) -> int:
         reason, count = max(total["reasons"].items(), key=lambda item: item[1])
         share = f"{count:,} of {total['pairs']:,} pairs fell by {reason}"
         said = f"nothing was kept: {share}; see {_KEYS.get(reason, 'm2-data check')}"
-    print(f"m2-data curate: {said}", file=sys.stderr)
+    say(f"m2-data curate: {said}", error=True)
     return EXIT_USER_ERROR
 
 

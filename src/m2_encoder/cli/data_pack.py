@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -14,8 +13,9 @@ from annotated_types import Ge, Le
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Count, Fraction, Paths, Positive, Text
+from m2_encoder.bounds import Aspect, Count, Fraction, Paths, Pixels, Seconds, Text, Workers
 from m2_encoder.config.check import check_settings
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, find_problems, show
 from m2_encoder.data.images.limits import ImageLimits
@@ -27,7 +27,7 @@ from m2_encoder.data.packing.shards import ShardResult
 from m2_encoder.data.packing.sources import Format, Source, find_source
 from m2_encoder.data.samples.language import LanguageName, describe_languages, read_language
 from m2_encoder.data.worker_pool import default_workers
-from m2_encoder.errors import Problem, UserError, abridge
+from m2_encoder.errors import Problem, UserError
 
 EXIT_FAILURES: Final = 1
 
@@ -39,6 +39,7 @@ class ColumnSettings:
     image: Text | None
     caption: Text | None
     key: Text | None
+    identity: Text | None
     language: Text | None
     extra: Sequence[Text]
 
@@ -57,17 +58,17 @@ class PackSettings:
     language: LanguageName | None
     samples_per_shard: Annotated[int, Ge(1), Le(10**6)]
     pattern: Text
-    max_side: Count | None
+    max_side: Pixels | None
     quality: Annotated[int, Ge(1), Le(95)] | None
     verify: bool
-    min_side: Count
-    max_aspect: Annotated[float, Ge(1)]
+    min_side: Pixels
+    max_aspect: Aspect
     max_pixels: Count
     threads: Annotated[int, Ge(1), Le(1024)]
-    timeout_s: Positive
+    timeout_s: Seconds
     retries: Annotated[int, Ge(0), Le(100)]
     retry_remote: bool
-    workers: Annotated[int, Ge(0), Le(1024)] | None
+    workers: Workers | None
     max_failed_share: Fraction
     overwrite: bool
 
@@ -97,7 +98,7 @@ def run_pack(cfg: dict[str, Any]) -> int:
     if source.left_out:
         names = f"{source.left_out[0].name}{' and others' if len(source.left_out) > 1 else ''}"
         said = f"packing the images below {source.paths[0]}, not the rows of {names}: name a table to pack these"
-        print(abridge(f"m2-data pack: {said}"), file=sys.stderr)
+        say(f"m2-data pack: {said}", error=True)
     workers = default_workers() if cfg["workers"] is None else cfg["workers"]
     options = PackOptions(
         samples_per_shard=cfg["samples_per_shard"],
@@ -159,14 +160,14 @@ def _check_encoding(name: str) -> None:
 
 def _print_summary(summary: PackSummary, output: Path) -> None:
     reused = f", {summary.reused:,} of them from an earlier run" if summary.reused else ""
-    print(f"{output}")
-    print(f"  {summary.samples:,} samples in {summary.shards:,} tars, {summary.num_bytes / 1e6:,.1f} MB{reused}")
-    print(f"  captions: {', '.join(f'{count:,} {language}' for language, count in summary.captions.items())}")
+    say(f"{output}")
+    say(f"  {summary.samples:,} samples in {summary.shards:,} tars, {summary.num_bytes / 1e6:,.1f} MB{reused}")
+    say(f"  captions: {', '.join(f'{count:,} {language}' for language, count in summary.captions.items())}")
     if summary.left_out:
-        print(f"  left out: {describe_languages(summary.left_out)}, which are neither Chinese nor English")
+        say(f"  left out: {describe_languages(summary.left_out)}, which are neither Chinese nor English")
     if summary.changed_images:
-        print(f"  {summary.changed_images:,} images were reduced or encoded again")
+        say(f"  {summary.changed_images:,} images were reduced or encoded again")
     if summary.failed:
-        print(f"  {sum(summary.failed.values()):,} failed, listed in {output / FAILURES_FILE}:")
-        for reason, count in sorted(summary.failed.items(), key=lambda item: -item[1]):
-            print(f"    {count:>9,} {reason}")
+        say(f"  {sum(summary.failed.values()):,} failed, listed in {output / FAILURES_FILE}:")
+        ranked = sorted(summary.failed.items(), key=lambda item: -item[1])
+        say(*(f"    {count:>9,} {reason}" for reason, count in ranked))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -12,16 +11,18 @@ from annotated_types import Ge, Gt, Le, Lt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from m2_encoder.bounds import Count, Paths, Rule, Seed, Text
+from m2_encoder.bounds import Count, Paths, Rule, Seed, Text, Workers
 from m2_encoder.config.check import check_settings
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
 from m2_encoder.curation.split import FAILURES_FILE, SplitOptions, describe_largest, split
 from m2_encoder.curation.split_groups import By, GlueOptions
-from m2_encoder.data.samples.language import LanguageName, read_language
+from m2_encoder.data.samples.language import LanguageName, describe_languages, list_languages, read_language
 from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import Problem, UserError
+from m2_encoder.types import LANGUAGES
 
 _GIANT: Final = 0.2  # of all samples: a group of more is worth a warning
 _FolderName = Annotated[
@@ -52,7 +53,7 @@ class SplitSettings:
     max_repeats: Count | None
     language: LanguageName | None
     max_pixels: Count
-    workers: Annotated[int, Ge(0), Le(1024)] | None
+    workers: Workers | None
     overwrite: bool
 
 
@@ -93,7 +94,7 @@ def run_split(cfg: dict[str, Any]) -> int:
 
         workers = default_workers() if cfg["workers"] is None else cfg["workers"]
         result = split(_list_shards(cfg), output, options, workers=workers, overwrite=cfg["overwrite"], report=advance)
-    print(f"{output}{': was finished already; nothing to do' if result.was_finished else ''}")
+    say(f"{output}{': was finished already; nothing to do' if result.was_finished else ''}")
     _print_record(result.record, output)
     return 0
 
@@ -107,28 +108,31 @@ def _print_record(record: dict[str, Any], output: Path) -> None:
     train, val = record["names"]
     for name, side in record["sides"].items():
         wanted = f", {record['share']:.4g} wanted" if name == val else ""
-        print(f"  {name}: {side['samples']:,} samples ({side['share']:.4f}{wanted}) in {side['tars']:,} tars")
+        say(f"  {name}: {side['samples']:,} samples ({side['share']:.4f}{wanted}) in {side['tars']:,} tars")
         captions = ", ".join(
             f"{count:,} {language} on {side['samples_with'][language]:,} samples"
             for language, count in side["captions"].items()
+            if language in LANGUAGES
         )
-        print(f"    captions: {captions}")
-    print(f"  {total:,} samples are {record['groups']:,} groups that stay together")
+        others = {language: count for language, count in side["captions"].items() if language not in LANGUAGES}
+        say(f"    captions: {captions or 'none'}{f'; others: {describe_languages(others)}' if others else ''}")
+    say(f"  {total:,} samples are {record['groups']:,} groups that stay together")
     for kind, count in record["glued"].items():
-        print(f"    {count:>9,} samples share a {kind} with another one")
+        say(f"    {count:>9,} samples share a {kind} with another one")
     shared = record["on_both_sides"]
     why = f" (those of more than {record['max_repeats']:,} samples)" if shared["captions"] else ""
-    print(f"  on both sides: {', '.join(f'{count:,} {what}' for what, count in shared.items())}{why}")
+    say(f"  on both sides: {', '.join(f'{count:,} {what}' for what, count in shared.items())}{why}")
     if record["unusable"]:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in record["unusable"].items())
-        print(f"  left out as unusable, listed in {output / FAILURES_FILE}: {counts}")
-    for language in record["sides"][train]["captions"]:
-        if language not in record["sides"][val]["captions"]:
-            _warn(f"{val} has no caption in {language}")
+        say(f"  left out as unusable, listed in {output / FAILURES_FILE}: {counts}")
+    spoken = record["sides"][val]["captions"]
+    if missing := [language for language in record["sides"][train]["captions"] if language not in spoken]:
+        missing.sort(key=lambda language: language not in LANGUAGES)
+        _warn(f"{val} has no caption in {list_languages(missing)}")
     if record["largest_group"] > max(1, _GIANT * total):
         _warn(describe_largest(record["largest_group"], total, record["largest_group_shares"]))
-    print(f"  use: data.sources.main.shards={output / train} +data.validation.{val}={output / val}")
+    say(f"  use: data.sources.main.shards={output / train} +data.validation.{val}={output / val}")
 
 
 def _warn(text: str) -> None:
-    print(f"m2-data split: warning: {text}", file=sys.stderr)
+    say(f"m2-data split: warning: {text}", error=True)

@@ -13,6 +13,7 @@ from m2_encoder.cli.data_check import SurveySettings, source_problems, survey, t
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.job import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import find_path, output_problems
+from m2_encoder.config.output import say
 from m2_encoder.config.problems import find_problems
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.inspect.inspection import InspectionOptions
@@ -78,7 +79,7 @@ def run_stats(cfg: dict[str, Any]) -> int:
         font = None if cfg["font"] is None else find_path(cfg["font"])
         limit = report.tokens.limit
         draw_statistics(path, statistics, report, title=title_of(cfg["source"]), max_tokens=limit, font=font)
-        print(f"plot: {path}")
+        say(f"plot: {path}")
     return 0
 
 

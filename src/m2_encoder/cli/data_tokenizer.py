@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from annotated_types import Ge
 
-from m2_encoder.bounds import Count, Paths, Text
+from m2_encoder.bounds import Count, Paths, Text, Tokens
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import output_problems
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset, find_problems
 from m2_encoder.data.caption_source import CaptionSource
@@ -42,7 +42,7 @@ class TokenizerSettings:
     chinese: Chinese
     max_captions: Count
     language: LanguageName | None
-    context_length: Annotated[int, Ge(2)]
+    context_length: Tokens
     overwrite: bool
 
 
@@ -97,14 +97,14 @@ def _print_report(
         if texts:
             lengths[language], found[language] = count_tokens(texts, tokenizer)
     report = TokenReport(tokenizer.context_length, tokenizer.truncation_side, tokenizer.vocab_size, found)
-    print(f"{output}")
+    say(f"{output}")
     first = f" (the first ones; max_captions={cfg['max_captions']:,})" if is_cut else ""
-    print(f"  {tokenizer.vocab_size:,} pieces from {len(captions):,} captions{first}")
+    say(f"  {tokenizer.vocab_size:,} pieces from {len(captions):,} captions{first}")
     if source.left_out:
-        print(f"  left out: {describe_languages(source.left_out)}, which are neither Chinese nor English")
+        say(f"  left out: {describe_languages(source.left_out)}, which are neither Chinese nor English")
     if source.unusable:
         reasons = ", ".join(f"{count:,} {name}" for name, count in source.unusable.most_common(5))
-        print(f"  without a caption: {reasons}")
+        say(f"  without a caption: {reasons}")
     table = make_table("language", "captions", "median", "95%", "longest", "cut", "bytes or unknown")
     for language, own in found.items():
         numbers = [f"{value:.0f}" for value in np.quantile(lengths[language], (0.5, 0.95, 1.0))]
@@ -113,4 +113,4 @@ def _print_report(
         table.add_row(language, f"{own.captions:,}", *numbers, cut, foreign)
     held = f"a context of {report.context_length} holds {report.limit}, longer ones lose their {report.lost}"
     print_titled(open_console(), f"Tokens of a caption; {held}", table)
-    print(f"use it: m2-train model.tokenizer={cfg['output']} model.vocab_size={tokenizer.vocab_size}")
+    say(f"use it: m2-train model.tokenizer={cfg['output']} model.vocab_size={tokenizer.vocab_size}")

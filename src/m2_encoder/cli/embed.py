@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from m2_encoder.bounds import Count, Index
+from m2_encoder.bounds import Rows, Workers
 from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE
 from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
+from m2_encoder.config.output import say
 from m2_encoder.config.problems import Unset
 from m2_encoder.config.schema import Pictures
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
-from m2_encoder.errors import NOTHING, Problem, UserError, abridge, abridge_list
+from m2_encoder.errors import NOTHING, Problem, UserError, abridge
 from m2_encoder.evaluation.embedding import Item, Skipped, embed_images, embed_texts
 from m2_encoder.evaluation.feature_file import MAX_NAMES_BYTES, check_feature_path, open_feature_file
 from m2_encoder.evaluation.inputs import list_images, read_lines
@@ -43,8 +43,8 @@ class EmbedSettings:
     texts: Any
     output: Any
     overwrite: bool
-    batch_size: Count
-    num_workers: Index
+    batch_size: Rows
+    num_workers: Workers
     device: Any
 
 
@@ -117,11 +117,11 @@ def run_embed(cfg: dict[str, Any]) -> int:
             more = f"; and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
             key = "images" if cfg["images"] is not None else "texts"
             raise UserError(f"nothing could be used: {first}{more}", key=key, value=cfg[key])
-    print(f"{done:,} features of {model.config.feature_dim} numbers: {output}")
+    say(f"{done:,} features of {model.config.feature_dim} numbers: {output}")
     if not skipped:
         return 0
-    print(f"m2-embed: {len(skipped):,} skipped:", file=sys.stderr)
-    print(*abridge_list([f"  {item.name}: {item.reason}" for item in skipped]), sep="\n", file=sys.stderr)
+    say(f"m2-embed: {len(skipped):,} skipped:", error=True)
+    say(*(f"  {item.name}: {item.reason}" for item in skipped), error=True)
     return EXIT_SKIPPED
 
 

@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from m2_encoder.bounds import Count, Rule, Text
+from m2_encoder.bounds import Count, Rows, Rule, Text
 from m2_encoder.checkpoints.exported import CONFIG_FILE
+from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.checkpoints.matching_head import has_head, read_head
 from m2_encoder.config.check import check_settings, check_targets
+from m2_encoder.config.emoji_folder import emoji_folder_problems, find_emoji_folder
 from m2_encoder.config.model_choice import find_path, is_model_name, load_from, model_problems, output_problems
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.output import say
 from m2_encoder.config.problems import find_problems
 from m2_encoder.config.schema import Pictures, check_tasks
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EmojiStyle, Split, write_emoji_shards
@@ -45,13 +47,13 @@ class EvaluateSettings:
     tokenizer: Any
     pictures: Pictures
     data: Text
-    folder: Text
+    folder: Text | None
     heldout_style: EmojiStyle
     splits: Annotated[Sequence[Split], Rule(bool, f"a list of {', '.join(EMOJI_SPLITS)}", "[heldout_style]")]
     output: Any
     overwrite: bool
-    rerank: Annotated[int, Ge(2)] | None
-    batch_size: Count
+    rerank: Annotated[Count, Ge(2)] | None
+    batch_size: Rows
     device: Any
     evaluation: Mapping[str, Any]
 
@@ -68,6 +70,8 @@ def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
     if isinstance(cfg["rerank"], int) and all(problem.key != "rerank" for problem in problems):
         problems += rerank_problems(cfg)
     data = cfg["data"]
+    if data == EMBEDDED and all(problem.key not in ("folder", "heldout_style") for problem in problems):
+        problems += emoji_folder_problems("folder", cfg["folder"], {"heldout_style": cfg["heldout_style"]})
     if isinstance(data, str) and data != EMBEDDED:
         problem = describe_source(str(find_path(data)))
         problems += [Problem("data", data, problem, f"or {EMBEDDED}")] if problem else []
@@ -105,6 +109,8 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     started = time.time()
     console = open_console()
     loaded = load_from(cfg)
+    if remark := _remark_on_style(cfg):
+        console.print(remark, style="yellow", soft_wrap=True, highlight=False, markup=False)
     if isinstance(loaded.tokenizer, MissingTokenizer):
         loaded.tokenizer()  # says what to give
     tasks = build_tasks(cfg["evaluation"])
@@ -125,13 +131,15 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         results = run_tasks(tasks, context)
     print_results(console, results, context)
     for name in tasks.keys() - results.keys():
-        console.print(f"evaluation: {name} needs what this model does not have, and is left out", highlight=False)
+        say(f"evaluation: {name} needs what this model does not have, and is left out")
     if cfg["output"] is None:
         return
     report = {
         "model": cfg["model"],
         "data": cfg["data"],
         "rerank": cfg["rerank"],
+        **({"heldout_style": cfg["heldout_style"]} if cfg["data"] == EMBEDDED else {}),
+        **({"remark": remark} if remark else {}),
         "pictures": loaded.preprocess.pictures.to_dict(),
         **summarize(results),
         "seconds": round(time.time() - started, 3),
@@ -144,7 +152,21 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         print(json.dumps(report, ensure_ascii=False, indent=2), flush=True)  # so that long work is not lost
         error.text += "; its content is printed above"
         raise
-    console.print(f"numbers: {path}", soft_wrap=True, highlight=False)
+    say(f"numbers: {path}")
+
+
+def _remark_on_style(cfg: Mapping[str, Any]) -> str | None:
+    """What to say if the model says that it was trained on drawings of `heldout_style`."""
+    if cfg["data"] != EMBEDDED or cfg["weights"] is not None or is_model_name(cfg["model"]):
+        return None
+    origin = read_small_json(find_path(cfg["model"]) / CONFIG_FILE).get("provenance")
+    trained = origin.get("heldout_style") if isinstance(origin, Mapping) else None
+    if trained in (None, cfg["heldout_style"]):
+        return None
+    return (
+        f"warning: no style is unseen here: {cfg['model']} was trained with heldout_style={trained}, "
+        f"on drawings of {cfg['heldout_style']}; evaluate it with heldout_style={trained}"
+    )
 
 
 def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, RetrievalSet]:
@@ -152,7 +174,8 @@ def _read_sets(cfg: dict[str, Any], transform: EvalTransform) -> dict[str, Retri
         source = find_path(cfg["data"])
         name = source.resolve().name if source.is_dir() else source.stem
         return {name: read_retrieval_set(source, name=name, transform=transform)}
-    folder = write_emoji_shards(anchor(cfg["folder"]), heldout_style=cfg["heldout_style"])
+    settings = {"heldout_style": cfg["heldout_style"]}
+    folder = write_emoji_shards(find_emoji_folder(cfg["folder"], settings), **settings)
     return {
         split: read_retrieval_set(folder / split, name=f"{EMBEDDED}_{split}", transform=transform, split=split)
         for split in cfg["splits"]

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 import yaml
 from annotated_types import Ge, Le
 
-from m2_encoder.bounds import Count, Positive, Rule, Text
+from m2_encoder.bounds import Count, Pixels, Positive, Rule, Text, Tokens
 from m2_encoder.config.check import check_settings, check_values, make_optional, read_parameters
 from m2_encoder.config.model_choice import find_path, output_problems
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import find_problems
 from m2_encoder.errors import Problem, UserError
@@ -40,8 +41,8 @@ class PlanSettings:
     """The keys of m2-plan; `conf/commands/plan.yaml` says what they mean."""
 
     model: Annotated[str, Rule(_MODELS.__contains__, f"one of {', '.join(_MODELS)}", "m2_encoder_1b")]
-    image_size: Count | None
-    text_tokens: Annotated[int, Ge(2)] | None
+    image_size: Pixels | None
+    text_tokens: Tokens | None
     precision: Literal["bf16-mixed", "16-mixed", "32-true"]
     heads: Annotated[int, Ge(1), Le(2)]
     cluster: Any
@@ -162,11 +163,11 @@ def run_plan(cfg: dict[str, Any]) -> None:
     if cfg["output"] is not None:
         report = {**to_report(*plan), "train": train, "cluster": cfg["cluster"], "configuration": cfg, **describe_run()}
         write_json(Path(cfg["output"]).expanduser(), report, key="output")
-        print(f"numbers: {cfg['output']}")
+        say(f"numbers: {cfg['output']}")
     if cfg["plot"] is not None:
         # Here, because it loads matplotlib, which no other part of the command needs.
         from m2_encoder.planning.figure import draw_scaling
 
         planned, place = plan.best[0].setting, Path(cfg["plot"]).expanduser()
         draw_scaling(place, plan.scaling, plan.cost, plan.request, cluster=cfg["cluster"], planned=planned)
-        print(f"plot: {cfg['plot']}")
+        say(f"plot: {cfg['plot']}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from m2_encoder.cli.commands import TRAIN
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import find_problems
 from m2_encoder.errors import Problem, UserError
@@ -69,7 +70,7 @@ def name_repetition(cfg: dict[str, Any], folder: Path, lines: Sequence[str]) -> 
     number = 2
     while (name := f"{original.name}-{number}") and (original.parent / name).exists():
         number += 1
-    print(f"m2-train: repeating {original.name} as {name}", file=sys.stderr)
+    say(f"m2-train: repeating {original.name} as {name}", error=True)
     return [f"run.name={name}"]
 
 

@@ -124,7 +124,7 @@ def _check_value(key: str, value: Any, parameter: inspect.Parameter) -> Iterator
         options = _options(annotation)
         words = [value] if isinstance(value, str) else list(value) if isinstance(value, Mapping) else []
         hint = next((nearest(str(word), options) for word in words if word not in options), "")
-        yield Problem(key, value, f"must be {describe(annotation)}{hint}", _example(key, parameter))
+        yield Problem(key, value, f"must be {describe(annotation, value)}{hint}", _example(key, parameter))
     else:
         for keys in (each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, KeysOf)):
             nodes = {f"{key}.{name}": node for name, node in value.items()} if keys.each else {key: value}

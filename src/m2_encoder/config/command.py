@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import sys
 import time
@@ -28,18 +29,23 @@ from m2_encoder.config.arguments import Arguments, parse_arguments
 from m2_encoder.config.compose import HYDRA_VERSION_BASE, Composer, Composition, open_composer
 from m2_encoder.config.groups import lend_groups
 from m2_encoder.config.help import read_values, render_help
-from m2_encoder.config.job import EXIT_USER_ERROR, Job, hydra_line, rename, report_problems, resolve, runs_here, say
-from m2_encoder.config.output import lasting_output
+from m2_encoder.config.job import (
+    EXIT_USER_ERROR,
+    FULL_ERROR,
+    Job,
+    hydra_line,
+    named_place,
+    rename,
+    report_problems,
+    resolve,
+    runs_here,
+)
+from m2_encoder.config.output import lasting_output, say
 from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.problems import refuse_all
 from m2_encoder.config.run_folder import hold_run
-from m2_encoder.config.sweep_jobs import (
-    JobOutcome,
-    describe_outcomes,
-    is_done,
-    read_outcomes,
-)
+from m2_encoder.config.sweep_jobs import JobOutcome, describe_outcomes, is_done, read_outcomes
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_basic,
@@ -48,7 +54,7 @@ from m2_encoder.config.sweeps import (
     name_globbed,
     without_constant,
 )
-from m2_encoder.config.trusted import check_values_only, find_foreign, read_folders, trusted_targets
+from m2_encoder.config.trusted import check_choices, check_values_only, find_foreign, read_folders, trusted_targets
 from m2_encoder.distributed.ranks import is_only_rank
 from m2_encoder.errors import Problem, UserError
 
@@ -111,7 +117,7 @@ class _Plan(NamedTuple):
     argv: list[str]  # overrides to start Hydra with
     constant_lines: list[str]  # those that a sweep does not vary
     run: dict[str, Any] | None = None  # the configuration of the one run that is to be started in a folder of its own
-    sweep: _Sweep | None = None  # of several runs
+    sweep: _Sweep | None = None  # several runs on this machine
 
 
 class _Sweep(NamedTuple):
@@ -133,12 +139,17 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
         with lend_groups(command.groups):
             return _run(command, argv)
     except KeyboardInterrupt:
-        say(f"\n{command.name}: interrupted")
+        say("", f"{command.name}: interrupted", error=True)
         return EXIT_INTERRUPTED
     except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if os.environ.get(FULL_ERROR) == "1":
             raise
         report_problems(command.name, error)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        report_problems(command.name, UserError(f"{error.strerror}: {error.filename}"))
         return EXIT_USER_ERROR
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -169,7 +180,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
     job = Job(command, plan.constant_lines, folder, arguments.flags, fixed)
     started = time.time()
-    with hold_run(plan.run) if plan.run is not None else contextlib.nullcontext():  # Hydra writes into its folder, too
+    held = hold_run(plan.run) if plan.run is not None else contextlib.nullcontext()
+    with named_place(command, plan.run), held, job.hydra_raises():  # Hydra writes into its folder, too
         hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
     return job.exit_code if plan.sweep is None else _end_sweep(command, plan.sweep, started)
 
@@ -180,9 +192,10 @@ def _end_sweep(command: Command, sweep: _Sweep, started: float) -> int:
     if command.end_sweep and any(map(is_done, outcomes)):
         resolve(command.end_sweep)(sweep.folder, outcomes)
     done = all(map(is_done, outcomes))
-    say(*(f"{command.name}: {line}" for line in describe_outcomes(outcomes)))
+    first, *rest = describe_outcomes(outcomes)
+    say(f"{command.name}: {first}", *rest, error=True)
     if not done and command.run_folder is not None:
-        say(f"{command.name}: the same command with run.resume=auto runs what is left")
+        say(f"{command.name}: the same command with run.resume=auto runs what is left", error=True)
     return 0 if done else 1
 
 
@@ -223,7 +236,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: f
     if command.complete is not None and not composition.problems and is_only_rank():
         more = resolve(command.complete)(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
-    refuse_all(_find_problems(command, composition, trusted))
+    refuse_all(_find_problems(command, composition, composer.folder, trusted))
     run = None if command.run_folder is None else composition.cfg
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines, run)
 
@@ -243,7 +256,7 @@ def _check_sweep(
     for job in jobs:
         composition = composer.compose(job)
         name = rename(command, composition.cfg, job, constant)
-        found = _find_problems(command, composition, trusted)
+        found = _find_problems(command, composition, composer.folder, trusted)
         problems += found or (resolve(command.check_job)(composition.cfg) if command.check_job else [])
         if name is not None and name in names:
             rule = "two jobs of the sweep have this name"
@@ -255,9 +268,13 @@ def _check_sweep(
     return names if is_basic(first.hydra) else None
 
 
-def _find_problems(command: Command, composition: Composition, trusted: frozenset[str] | None) -> list[Problem]:
-    if trusted is not None and (foreign := list(find_foreign(composition.cfg, trusted))):
-        return foreign  # before anything imports them
+def _find_problems(
+    command: Command, composition: Composition, folder: Path, trusted: frozenset[str] | None
+) -> list[Problem]:
+    if trusted is not None:
+        check_choices(composition.hydra.runtime.choices, folder)
+        if foreign := list(find_foreign(composition.cfg, trusted)):
+            return foreign  # before anything imports them
     cfg, more = composition.cfg, {"changed": composition.changed} if command.check_late else {}
     problems = [*composition.problems, *resolve(command.check)(cfg, **more)]
     if command.check_late and not problems:
@@ -285,9 +302,5 @@ def _sweep_folder(lines: Sequence[str], composition: Composition) -> Path:
     if any(line.startswith("hydra.sweep.dir=") for line in lines):
         return Path(composition.hydra.sweep.dir).absolute()
     run = composition.cfg.get("run")
-    name = run.get("name") if isinstance(run, dict) else None
-    return (
-        anchor("outputs")
-        / "multirun"
-        / (name if isinstance(name, str) else datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    )
+    name = run.get("name") if isinstance(run, dict) else datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return anchor("outputs") / "multirun" / str(name)

@@ -141,6 +141,9 @@ class Composer:
             unchosen = self._drop_unchosen(cfg)
         problems += [reason for override in good if (reason := self._lost(override, unchosen, base))]
         plain, unresolved, references = to_plain(cfg)
+        # A value that was refused is not missing as well.
+        refused = {line.partition("=")[0] for line in lines} - {str(override.key_or_group) for override in good}
+        unresolved = [each for each in unresolved if each.value is not UNSET or each.key not in refused]
         is_shipped = not self._fixed and self.folder.is_relative_to(find_conf())
         changed = {str(override.key_or_group) for override in good} if is_shipped else None
         return Composition(plain, problems + unresolved, references, cfg.hydra, unchosen, problems, changed)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pkgutil
 import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,18 +17,20 @@ from omegaconf import DictConfig, OmegaConf
 from m2_encoder.config.groups import drop_unchosen
 from m2_encoder.config.job_process import Ended, run_process
 from m2_encoder.config.old_names import update_names
+from m2_encoder.config.output import say
 from m2_encoder.config.problems import find_problems, format_problem
 from m2_encoder.config.run_folder import hold_run
 from m2_encoder.config.sweep_jobs import JobOutcome, describe_crash, write_outcome
 from m2_encoder.config.sweeps import job_name, without_constant
 from m2_encoder.distributed.ranks import is_first_rank
-from m2_encoder.errors import UserError, abridge, abridge_list
+from m2_encoder.errors import UserError
+from m2_encoder.files import is_full
 
 if TYPE_CHECKING:
     from m2_encoder.config.command import Command
 
 EXIT_USER_ERROR: Final = 2
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+FULL_ERROR: Final = "HYDRA_FULL_ERROR"
 
 
 class Job:
@@ -43,9 +43,26 @@ class Job:
         self._constant, self._fixed = list(constant_lines), list(fixed)
         self._flags = [flag for flag in flags if flag != "--multirun"]
         self.exit_code = 0
+        self._shown = os.environ.get(FULL_ERROR)
+
+    @contextlib.contextmanager
+    def hydra_raises(self) -> Iterator[None]:
+        """What fails until the job is called, such as Hydra's records on a full disk, is ours to report."""
+        os.environ[FULL_ERROR] = "1"
+        try:
+            yield
+        finally:
+            self._let_hydra_report()
+
+    def _let_hydra_report(self) -> None:
+        if self._shown is None:
+            os.environ.pop(FULL_ERROR, None)
+        else:
+            os.environ[FULL_ERROR] = self._shown
 
     def __call__(self, cfg: DictConfig) -> None:
         """Does the work of one configuration, or of one job of a sweep."""
+        self._let_hydra_report()
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
         plain = update_names({str(key): value for key, value in values.items()})
@@ -56,7 +73,7 @@ class Job:
             overrides = list(settings.overrides.task)
             name = rename(self._command, plain, overrides, self._constant)
             name = name or job_name(self._command.name, without_constant(overrides, self._constant))
-            say(abridge(f"{self._command.name}: job {settings.job.num}: {name}"))
+            say(f"{self._command.name}: job {settings.job.num}: {name}", error=True)
             if runs_here(settings):
                 write_outcome(Path(settings.sweep.dir), self._run_of_sweep(plain, name, overrides))
                 return
@@ -65,7 +82,8 @@ class Job:
             with held:
                 self.exit_code = resolve(self._command.run)(plain) or 0
         except Exception as error:
-            if (mistake := _find_user_error(error)) is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            mistake = find_user_error(error, place_of(self._command, plain))
+            if mistake is None or os.environ.get(FULL_ERROR) == "1":
                 raise
             report_problems(self._command.name, mistake)
             raise SystemExit(EXIT_USER_ERROR) from error
@@ -75,7 +93,7 @@ class Job:
         command = self._command
         folder = "" if command.run_folder is None else str(command.run_folder(cfg))
         if command.is_done and resolve(command.is_done)(cfg):
-            say(f"{command.name}: it has finished before")
+            say(f"{command.name}: it has finished before", error=True)
             return JobOutcome(name, "skipped", folder)
         if not command.module:
             return self._run_here(cfg, name, folder)
@@ -89,10 +107,10 @@ class Job:
             with hold_run(cfg) if command.run_folder is not None else contextlib.nullcontext():
                 code = resolve(command.run)(cfg)
         except Exception as error:
-            if (mistake := _find_user_error(error)) is None:
+            if (mistake := find_user_error(error, place_of(command, cfg))) is None:
                 return JobOutcome(name, "failed", folder, describe_crash(error))
             report_problems(command.name, mistake)
-            return JobOutcome(name, "refused", folder, abridge(format_problem(find_problems(mistake)[0])))
+            return JobOutcome(name, "refused", folder, format_problem(find_problems(mistake)[0]))
         return JobOutcome(name, "failed", folder, f"exit code {code}") if code else JobOutcome(name, "finished", folder)
 
 
@@ -108,7 +126,7 @@ def _judge(name: str, folder: str, ended: Ended) -> JobOutcome:
     """What became of a job that was a process of its own."""
     if ended.code == 0:
         return JobOutcome(name, "finished", folder)
-    reason = abridge(ended.said) if ended.said else f"exit code {ended.code}"
+    reason = ended.said if ended.said else f"exit code {ended.code}"
     if ended.code > 128:  # it could not say anything
         reason = f"ended by {signal.Signals(ended.code - 128).name}"
     return JobOutcome(name, "refused" if ended.code == EXIT_USER_ERROR else "failed", folder, reason)
@@ -135,9 +153,10 @@ def report_problems(name: str, error: UserError) -> None:
         return
     problems = list(dict.fromkeys(map(format_problem, find_problems(error))))
     if len(problems) == 1:
-        say(abridge(f"{name}: {problems[0]}"))
+        say(f"{name}: {problems[0]}", error=True)
     else:
-        say(f"{name}: {len(problems)} problems:", *abridge_list([f"  {problem}" for problem in problems]))
+        say(f"{name}: {len(problems)} problems:", error=True)
+        say(*(f"  {problem}" for problem in problems), error=True)
 
 
 def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
@@ -145,16 +164,26 @@ def resolve(function: Callable[..., Any] | str) -> Callable[..., Any]:
     return pkgutil.resolve_name(function) if isinstance(function, str) else function
 
 
-def _find_user_error(error: BaseException | None) -> UserError | None:
-    """The user's mistake among the causes of an error, as Hydra wraps what constructors raise; or a full disk."""
+@contextlib.contextmanager
+def named_place(command: Command, cfg: dict[str, Any] | None) -> Iterator[None]:
+    """Makes a user's error of a full disk before the job."""
+    try:
+        yield
+    except OSError as error:
+        mistake = None if cfg is None else find_user_error(error, place_of(command, cfg))
+        raise mistake or error from error
+
+
+def place_of(command: Command, cfg: dict[str, Any]) -> object:
+    """Where a command writes; None if its configuration does not say."""
+    return command.run_folder(cfg) if command.run_folder is not None else cfg.get("output")
+
+
+def find_user_error(error: BaseException | None, place: object) -> UserError | None:
+    """The user's mistake among the causes of an error; a full disk is one that can happen at any file of `place`."""
     while error is not None and not isinstance(error, UserError):
-        if isinstance(error, OSError) and error.errno in _FULL:
-            where = f" for {error.filename}" if error.filename else ""
+        if isinstance(error, OSError) and is_full(error):
+            where = f" for {error.filename}" if error.filename else f" in {place}" if place else ""
             return UserError(f"{error.strerror}{where}: make room there and start again; what is finished is kept")
         error = error.__cause__
     return error
-
-
-def say(*lines: str) -> None:
-    """Prints lines on stderr."""
-    print(*lines, sep="\n", file=sys.stderr)

@@ -70,6 +70,9 @@ def check_files(known: Known) -> Iterator[Problem]:
 
 def _check_file(file: NamedFile) -> Iterator[Problem]:
     path = find_path(file.value)
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        yield Problem(file.key, file.value, "is no regular file (a folder, a pipe or a device)", file.kind.fix)
+        return
     try:
         with path.open("rb"):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -23,6 +24,8 @@ _NAMED: Final = ("data.sources", "data.validation", "data.columns")  # their key
 def quote_unreadable(line: str, *, multirun: bool = False) -> str:
     """Puts the value of an override into quotes if Hydra cannot read it: paths with `=`, braces or Chinese.
 
+    A value that is a path that exists is one path, whatever is in its name.
+
     >>> quote_unreadable("images=a=b")
     'images="a=b"'
 
@@ -31,7 +34,9 @@ def quote_unreadable(line: str, *, multirun: bool = False) -> str:
         multirun: commas separate values; a value that has some stays.
     """
     key, equals, value = line.partition("=")
-    if not equals or value.startswith(_HYDRA_SYNTAX) or (multirun and "," in value) or parse_override(line) is not None:
+    if not equals or value.startswith(_HYDRA_SYNTAX) or (multirun and "," in value):
+        return line
+    if parse_override(line) is not None and not ("," in value and os.path.exists(os.path.expanduser(value))):
         return line
     quoted = f"{key}={quote_value(value)}"
     return line if parse_override(quoted) is None else quoted
@@ -71,9 +76,8 @@ def parse_overrides(
 ) -> tuple[list[Override], list[Problem]]:
     """The overrides that can be read, and a problem for each other line; `suggest` gives a hint for a lone word."""
     parsed = [(line, parse_override(line)) for line in lines]
-    quote = "write key=value, and quote special characters for both the shell and Hydra, as in 'key=\"a b\"'"
     problems = [
-        line_problem(line, "cannot be read", quote)
+        line_problem(line, "cannot be read", _how_to_write(line))
         if "=" in line
         else line_problem(line, f"has no value{suggest(line)}", "write key=value")
         for line, override in parsed
@@ -84,6 +88,13 @@ def parse_overrides(
     long = [override for override in found if len(override.key_or_group) > _MAX_KEY]
     problems += [line_problem(each.input_line, f"no key has more than {_MAX_KEY} characters") for each in long]
     return [override for override in found if override not in long], problems
+
+
+def _how_to_write(line: str) -> str:
+    key = line.partition("=")[0]
+    if not key.isascii():
+        return "names of keys are letters from a to z, digits and _; values may be anything"
+    return "write key=value, and quote special characters for both the shell and Hydra, as in 'key=\"a b\"'"
 
 
 def parse_override(line: str) -> Override | None:
@@ -178,7 +189,7 @@ def _unknown_inside(line: str | None, value: object, path: str, node: Any) -> Pr
 def _unknown_key(line: str | None, part: str, above: str, node: DictConfig) -> Problem:
     known = [name for name in _names(node) if not name.startswith("_") and (above or name != "hydra")]
     near, fix = nearest(part, known), f"it has {', '.join(known) or 'none'}"
-    if above in _NAMED and not near:
+    if above in _NAMED:
         fix += f"; add one of your own with a +, as in +{line}"
     elif "_target_" in node and not near:
         fix += f"; other arguments of {node['_target_']} take a +, as in +{line}"

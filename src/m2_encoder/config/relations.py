@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from m2_encoder.config import data_relations, objective_relations
+from m2_encoder.config.emoji_folder import EMOJI_TARGET, emoji_folder_problems
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
 from m2_encoder.config.objective_files import check_files
@@ -28,7 +29,6 @@ from m2_encoder.files import find_holder
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 
 MAX_CPU_RANKS: Final = 8
-_EMOJI_TARGET: Final = "m2_encoder.data.emoji.emoji_module.EmojiDataModule"
 _FULL_TARGET: Final = "m2_encoder.training.adaptation.Full"
 _TOKENIZER_TARGET: Final = "m2_encoder.training.visual_tokenizer_module.VisualTokenizerModule"
 _SINGLE_TARGET: Final = "m2_encoder.strategies.single.LocalStrategy"
@@ -185,7 +185,7 @@ def _check_cluster(known: Known) -> Iterator[Problem]:
 
 def _check_training_set(known: Known) -> Iterator[Problem]:
     batch, heldout = known("data.global_batch_size"), known("data.heldout_style")
-    if known("data._target_", None) != _EMOJI_TARGET:
+    if known("data._target_", None) != EMOJI_TARGET:
         return
     concepts = [concept for concept in load_emoji_concepts() if concept.split == "train"]
     size = sum(style != heldout for concept in concepts for style in concept.styles)
@@ -249,6 +249,12 @@ def _check_folders(known: Known) -> Iterator[Problem]:
         yield Problem("run.resume", resume, f"there is no checkpoint in {(folder / LAST_CHECKPOINT).parent}", fix)
 
 
+def _check_emoji_folder(known: Known) -> Iterator[Problem]:
+    if known("data._target_", None) == EMOJI_TARGET:
+        settings = {"heldout_style": known("data.heldout_style")}
+        yield from emoji_folder_problems("data.folder", known("data.folder"), settings)
+
+
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_model,
     _check_weights,
@@ -276,6 +282,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_tokenizer_task,
     _check_task_heads,
     _check_folders,
+    _check_emoji_folder,
 )
 
 _MACHINE_CHECKS: Final = (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import RUN_LOCK, default_run_folder
 from m2_encoder.config.problems import refuse_all
 from m2_encoder.distributed.ranks import is_first_rank
@@ -36,7 +36,7 @@ def hold_run(cfg: Mapping[str, Any]) -> Iterator[None]:
                 if left is not None and left.host != socket.gethostname():
                     # A lock that is not shared between machines would look the same.
                     said = f"its last start did not end by itself ({left.describe()}); going on, end that if it lives"
-                    print(f"run {name}: {said}", file=sys.stderr)
+                    say(f"run {name}: {said}", error=True)
         yield
 
 

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from m2_encoder.bounds import Count, Example, Rule, Seed, Text
+from m2_encoder.bounds import Count, Example, Index, Positive, Rule, Seed, Text
 from m2_encoder.config.check import Parameters, check_values, make_optional, read_parameters
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.sweeps import MAX_NAME_BYTES
@@ -21,6 +21,7 @@ from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.pictures import POLICY_RULE, is_policy
 
+_MOST: Final = 10**9
 SAFE_NAME: Final = re.compile(r"[^\W_][\w.=+-]{0,99}")  # letters of any script
 RESERVED_NAMES: Final = ("data", "multirun")
 TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
@@ -87,7 +88,7 @@ class SlurmCluster(Cluster):
     cpus_per_task: Count | None = 8
     mem_gb: Count | None = None
     gpus_per_node: Any = None
-    max_requeues: Annotated[int, Ge(0)] = 10
+    max_requeues: Index = 10
 
 
 def _are_devices(value: Any) -> bool:
@@ -97,18 +98,19 @@ def _are_devices(value: Any) -> bool:
 
 
 def _is_share_or_count(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and value >= 0 and (type(value) is int or value <= 1))
+    return value is None or (0 <= value <= 1 if type(value) is float else type(value) is int and 0 <= value <= _MOST)
 
 
 def _is_interval(value: Any) -> bool:
-    return 0 < value <= 1 if type(value) is float else type(value) is int and value >= 1
+    return 0 < value <= 1 if type(value) is float else type(value) is int and 1 <= value <= _MOST
 
 
 _PRECISIONS: Final = (
     "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64", 32, 16, 64,
 )  # fmt: skip
 _ONE_PIECE: Final = "1: strategy.micro_batches accumulates, with one loss over all rows of a step"
-ShareOrCount = Annotated[Any, Rule(_is_share_or_count, "a number of batches, or a share in 0..1", "1.0")]
+_NO_SAME: Final = "0: it changes nothing, as samples are drawn by step; data.sources.NAME.max_samples takes a few"
+ShareOrCount = Annotated[Any, Rule(_is_share_or_count, f"a number of batches in 0..{_MOST}, or a share in 0..1", "1.0")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,18 +131,20 @@ class Trainer:
         ),
     ] = "32-true"
     max_steps: Annotated[Count, Example("1000")] = 1000
-    max_epochs: Annotated[int, Ge(-1)] | None = -1
-    gradient_clip_val: Annotated[float, Rule(lambda value: value > 0, "a number, above 0", "1.0")] | None = 1.0
+    max_epochs: Annotated[int, Ge(-1), Le(10**9)] | None = -1
+    gradient_clip_val: Annotated[Positive, Example("1.0")] | None = 1.0
     gradient_clip_algorithm: Literal["norm"] = "norm"
     val_check_interval: Annotated[
-        Any, Rule(_is_interval, "a number of steps, 1 or more, or a share in (0, 1]", "500")
+        Any, Rule(_is_interval, f"a number of steps, 1 or more and at most {_MOST}, or a share in (0, 1]", "500")
     ] = 500
     check_val_every_n_epoch: Count | None = None
     limit_val_batches: ShareOrCount = 1.0
     limit_train_batches: ShareOrCount = 1.0
     log_every_n_steps: Count = 10
     accumulate_grad_batches: Annotated[Any, Rule(lambda value: type(value) is int and value == 1, _ONE_PIECE, "1")] = 1
-    num_sanity_val_steps: Annotated[int, Ge(-1)] = 0
+    num_sanity_val_steps: Annotated[int, Ge(-1), Le(10**9)] = 0
+    overfit_batches: Annotated[Any, Rule(lambda value: type(value) in (int, float) and value == 0, _NO_SAME, "0")] = 0
+    barebones: Literal[False] = False
 
 
 def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from m2_encoder.errors import abridge, abridge_list
 from m2_encoder.files import write_json
 
 _FOLDER: Final = "jobs"
@@ -49,15 +48,15 @@ def read_outcomes(sweep: Path, names: Sequence[str] | None, *, since: float) -> 
 def describe_crash(error: BaseException) -> str:
     """An unexpected error in one line; its traceback goes to stderr."""
     traceback.print_exception(error, file=sys.stderr)
-    return abridge(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def describe_outcomes(outcomes: Sequence[JobOutcome]) -> list[str]:
-    """A line on all jobs, and one for each that did not finish, at most twenty."""
+    """A line on all jobs, and one for each that did not finish."""
     words = [{"skipped": "finished before"}.get(each.state, each.state) for each in outcomes]
     line = f"{len(outcomes)} jobs: " + ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     rest = [f"  {each.name}: {each.state} ({each.reason})" for each in outcomes if not is_done(each)]
-    return [line, *map(abridge, abridge_list(rest))]
+    return [line, *rest]
 
 
 def is_done(outcome: JobOutcome) -> bool:

@@ -23,8 +23,9 @@ from m2_encoder.curation.tables import HASH_BYTES
 from m2_encoder.data.images.opening import read_picture_file
 from m2_encoder.data.samples.parse import SampleProblem
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS, build_index
+from m2_encoder.data.shards.names import walk_files
 from m2_encoder.errors import ImageError, UserError
-from m2_encoder.files import atomic_file
+from m2_encoder.files import write_text
 
 _IMAGES_PER_TASK = 256
 _LINE = re.compile(r"(?P<sha>[0-9a-fA-F]{64})(?:\s+(?P<hash>[0-9a-fA-F]{16}|-)\s+(?P<color>[0-9a-fA-F]{6}))?(?:\s.*)?")
@@ -93,8 +94,7 @@ def join_hashes(tasks: Iterable[HashTask]) -> list[str]:
 def write_hash_list(path: Path, lines: Iterable[str]) -> None:
     """Write a hash list that `read_hash_list` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial:
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_hash_list(path: Path) -> EvaluationImages:
@@ -118,7 +118,8 @@ def _list_files(place: Path) -> list[Path]:
         raise UserError(f"evaluation images {place}: no such file or folder")
     if not place.is_dir():
         return [place]
-    return sorted(path for path in place.rglob("*") if path.is_file() and (_is_image(path) or path.suffix == ".tar"))
+    found = (Path(parent, name) for parent, names in walk_files(place) for name in names)
+    return sorted(path for path in found if path.is_file() and (_is_image(path) or path.suffix == ".tar"))
 
 
 def _is_image(path: Path) -> bool:

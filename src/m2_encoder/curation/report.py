@@ -13,7 +13,8 @@ from m2_encoder.curation.output_folder import REPORT
 from m2_encoder.curation.sources import Shard
 from m2_encoder.curation.tables import read_notes
 from m2_encoder.data.samples.language import describe_languages
-from m2_encoder.files import atomic_file
+from m2_encoder.errors import abridge_list
+from m2_encoder.files import write_text
 from m2_encoder.types import LANGUAGES
 
 KEPT = "kept"
@@ -83,14 +84,12 @@ def build_report(
 
 def write_report(folder: Path, report: Report) -> None:
     """Write `report.md`, then `report.json`, whose presence says that the curation is finished."""
-    with atomic_file(folder / "report.md") as partial:
-        partial.write_text("\n".join(format_report(report)) + "\n", encoding="utf-8")
-    with atomic_file(folder / REPORT) as partial:
-        partial.write_text(json.dumps(report.content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "report.md", "\n".join(format_report(report)) + "\n")
+    write_text(folder / REPORT, json.dumps(report.content, ensure_ascii=False, indent=1) + "\n")
 
 
-def format_report(report: Report) -> list[str]:
-    """The report as lines of Markdown that are readable as they are."""
+def format_report(report: Report, *, limit: int | None = None) -> list[str]:
+    """The report as lines of Markdown that are readable as they are; with a `limit`, at most so many of a kind."""
     total = report.total
     lines = [
         f"kept {total['kept_pairs']:,} of {total['pairs']:,} pairs ({_share(total['kept_pairs'], total['pairs'])}), "
@@ -98,14 +97,18 @@ def format_report(report: Report) -> list[str]:
     ]
     if total["rewrite"]:
         lines.append(f"{total['rewrite']:,} of the kept captions score low and are flagged for rewriting")
-    for name, source in report.content["sources"].items():
-        lines += ["", f"### {name}", "", *_table(_merge_others(source["languages"]))]
+    sources = report.content["sources"]
+    for name, source in list(sources.items())[:limit]:
+        lines += ["", f"### {name}", "", *_table(_merge_others(source["languages"]), limit)]
         others = {
             language: sum(words.values()) for language, words in source["languages"].items() if _is_other(language)
         }
         if others:
             lines += ["", f"left out: {describe_languages(others)}, which are neither Chinese nor English", ""]
-        lines += [f"- {fault['reason']}: {fault['shard']}" for fault in source["faults"]]
+        faults = [f"- {fault['reason']}: {fault['shard']}" for fault in source["faults"]]
+        lines += faults if limit is None else abridge_list(faults)
+    if limit is not None and len(sources) > limit:
+        lines += ["", f"… and {len(sources) - limit:,} more sources in report.md"]
     return lines
 
 
@@ -120,12 +123,20 @@ def _merge_others(languages: Mapping[str, Mapping[str, int]]) -> dict[str, Mappi
     return {**known, "others": _sum(others)} if others else known
 
 
-def _table(languages: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _table(languages: Mapping[str, Mapping[str, int]], limit: int | None) -> list[str]:
     """Reasons by language, the most frequent first; kept ones on top, the sum at the bottom."""
     sums = _sum(languages.values())
     flagged = sums.pop(REWRITE, 0)
     rejected = sorted((word for word in sums if word != KEPT), key=lambda word: (-sums[word], word))
     pairs = sum(sums.values())
+    if limit is not None and len(rejected) > limit - 3:
+        rest, rejected = rejected[limit - 4 :], rejected[: limit - 4]
+        more = f"{len(rest):,} more reasons"
+        languages = {
+            language: {**own, more: sum(own.get(word, 0) for word in rest)} for language, own in languages.items()
+        }
+        sums[more] = sum(sums.pop(word) for word in rest)
+        rejected.append(more)
     header = ["pairs", *languages, "all", "share"]
     rows = []
     for word in [KEPT, *([REWRITE] if flagged else []), *rejected]:
@@ -133,7 +144,8 @@ def _table(languages: Mapping[str, Mapping[str, int]]) -> list[str]:
         rows.append(
             [word, *(f"{own.get(word, 0):,}" for own in languages.values()), f"{count:,}", _share(count, pairs)]
         )
-    per_language = [sum(n for word, n in counts.items() if word != REWRITE) for counts in languages.values()]
+    shown = (KEPT, *rejected)
+    per_language = [sum(counts.get(word, 0) for word in shown) for counts in languages.values()]
     rows.append(["*all*", *(f"{count:,}" for count in per_language), f"{pairs:,}", _share(pairs, pairs)])
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
 

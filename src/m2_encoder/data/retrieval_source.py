@@ -8,20 +8,20 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from m2_encoder.data.images.limits import ImageLimits, open_pixels
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.packing.download import DownloadOptions
-from m2_encoder.data.packing.encoding import ImageOptions, prepare_image
 from m2_encoder.data.packing.records import Columns, Failure, Record
 from m2_encoder.data.packing.shards import fetch_images
 from m2_encoder.data.packing.sources import find_source
 from m2_encoder.data.samples.parse import SampleProblem, SampleText, parse_sample_text
+from m2_encoder.data.shards.names import is_clutter, walk_files
 from m2_encoder.data.shards.paths import list_shards
 from m2_encoder.data.shards.reader import OpenShard
 from m2_encoder.errors import UserError
 
 _RECORDS = 1000  # that are read at a time
 _WANTED = "give tars, a folder of images with .txt or .json of the same name beside them, or a table"
-_AS_THEY_ARE = ImageOptions(verify=False)  # reading the set decodes them
 
 
 class SetSample(NamedTuple):
@@ -37,21 +37,21 @@ class SetSample(NamedTuple):
 def read_samples(source: str | os.PathLike[str], *, images: bool = True) -> Iterator[SetSample]:
     """Every sample of the tars of a folder, sorted by name; without tars, those that `m2-data pack` would write.
 
-    Nothing is written. `source` may also be a tar or a pattern of tars. Without `images`, those of a source to pack are
-    left out: b"".
+    Nothing is written, and images are the files themselves, whatever their format. `source` may also be a tar or a
+    pattern of tars. Without `images`, those of a source to pack are left out: b"".
 
     Raises:
         UserError: for a source without samples, and for anything unusable, by name.
     """
     where = os.fspath(source)
-    shards = _list_tars(where)
+    shards = list_tars(where)
     return _read_tars(where, shards) if shards else _read_unpacked(where, images=images)
 
 
 def describe_source(source: str) -> str | None:
     """What is wrong with a source before any of its files is opened; None if `read_samples` may try it."""
     try:
-        if _list_tars(source):
+        if list_tars(source):
             return None
         found = find_source(source, columns=Columns())
     except UserError as error:
@@ -62,12 +62,13 @@ def describe_source(source: str) -> str | None:
 
 
 def _has_image(folder: Path) -> bool:
-    return any(name.lower().endswith(PICTURE_SUFFIXES) for _, _, names in os.walk(folder) for name in names)
+    return any(name.lower().endswith(PICTURE_SUFFIXES) for _, names in walk_files(folder) for name in names)
 
 
-def _list_tars(source: str) -> list[str]:
+def list_tars(source: str) -> list[str]:
+    """The tars of a source, sorted by name; none for one to pack."""
     if os.path.isdir(source):
-        return sorted(map(str, Path(source).glob("*.tar")))
+        return sorted(str(path) for path in Path(source).glob("*.tar") if not is_clutter(path.name))
     return list_shards(source) if source.endswith(".tar") else []
 
 
@@ -112,11 +113,14 @@ def _unpacked_sample(where: str, record: Record | Failure, image: bytes | Sample
     try:
         if isinstance(image, SampleProblem):
             raise image
-        content = b"" if image is None else prepare_image(image, _AS_THEY_ARE).content
+        if image is not None:
+            with open_pixels(image, ImageLimits()):  # its header; the set decodes it, as the model's policy says
+                pass
     except SampleProblem as problem:
         raise SampleProblem(problem.reason, f"{record.name}: {problem.detail}") from problem
-    text = SampleText(record.captions, record.key, False, {}, record.left_out)
-    return SetSample(f"{where}: {record.name}", where, record.name, content, text)
+    mark = record.key if record.identity is None else record.identity
+    text = SampleText(record.captions, mark, record.identity is not None, {}, record.left_out)
+    return SetSample(f"{where}: {record.name}", where, record.name, image or b"", text)
 
 
 def _open(shard: str) -> OpenShard:

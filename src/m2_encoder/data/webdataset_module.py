@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import lightning
 import torch
 import torch.distributed as dist
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from m2_encoder.bounds import Count, Example, Fraction, Index, KeysOf, Positive, Rule, Text, check_bounds
+from m2_encoder.bounds import Example, Fraction, Index, KeysOf, Many, Rows, Rule, Seconds, Text, Workers, check_bounds
+from m2_encoder.data.file_watch import FileWatch
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.inspect.source_report import SourceReport
@@ -45,7 +46,7 @@ BAD_SAMPLES_FILE = "bad_samples.jsonl"
 """List of unusable samples in the run's folder."""
 
 
-BatchSize = Annotated[int, Ge(2), Example("256")]
+BatchSize = Annotated[Rows, Ge(2), Example("256")]
 _SOURCES = Rule(
     lambda sources: any(values is not None for values in sources.values()),
     "sources by name, each a mapping of keys, or null to leave it out, and at least one not null",
@@ -98,22 +99,22 @@ class WebDatasetModule(lightning.LightningDataModule):
             Mapping[str, Mapping[str, Any] | None], _SOURCES, KeysOf(SourceSpec, each=True, given=("name",))
         ],
         global_batch_size: BatchSize,
-        num_workers: Annotated[Index, Example("0")],
+        num_workers: Annotated[Workers, Example("0")],
         captions: CaptionSampler,
         decode: Callable[[bytes], Any],
         transform: Callable[[int], ImageTransform],
-        lanes: Count = 64,
-        window: Count = 65_536,
+        lanes: Annotated[Index, Ge(1), Le(2**20)] = 64,
+        window: Many = 65_536,
         keep_decoded: bool = False,
         check: Annotated[Mapping[str, Any] | None, KeysOf(StartCheck)] = None,
         validation: Annotated[Mapping[str, Text] | None, _FOLDERS] = None,
-        eval_batch_size: Count = 256,
+        eval_batch_size: Rows = 256,
         masking: BatchMasking | None = None,
         cache: Annotated[Mapping[str, Any] | None, KeysOf(RemoteShards)] = None,
         max_bad_share: Fraction = 0.05,
         max_bad_samples: Index | None = None,
         new_segment: bool | None = False,
-        stall_timeout_s: Positive = STALL_TIMEOUT_S,
+        stall_timeout_s: Seconds = STALL_TIMEOUT_S,
         columns: Mapping[str, Column | None] | None = None,
         pictures: Any = STANDARD,
     ) -> None:
@@ -144,6 +145,7 @@ class WebDatasetModule(lightning.LightningDataModule):
                 rule = f"must be a subclass of {Column.__module__}.{Column.__name__}; derive it from that"
                 raise UserError(rule, key=f"data.columns.{name}._target_", value=type(column).__name__)
         self._is_fresh = False
+        self._watch = FileWatch({})  # of the validation sets; from `prepare_data` on
         self.fault_log = self._build_fault_log(None)
 
     @property
@@ -162,6 +164,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         if not self._is_fresh:
             self.__dict__.pop("manifest", None)  # what was there before may have changed
         self._is_fresh = False
+        self._watch = FileWatch(self._validation)
         logger.info("%d sources", len(self.manifest.sources))
 
     def check_sources(self) -> dict[str, SourceReport]:
@@ -277,8 +280,15 @@ class WebDatasetModule(lightning.LightningDataModule):
         return read_retrieval_set(self._validation[name], name=name, transform=self._eval_transform())
 
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
-        """The sets that a report shows, by name."""
-        return {name: self.retrieval_set(name) for name in self._validation}
+        """The sets that a report shows, by name.
+
+        Raises:
+            UserError: if a file of a set is not what it was in `prepare_data`, or as `read_retrieval_set`.
+        """
+        self._watch.check()
+        sets = {name: self.retrieval_set(name) for name in self._validation}
+        self._watch.check()
+        return sets
 
     def _eval_transform(self) -> EvalTransform:
         return EvalTransform(self._image_size, pictures=self._pictures)

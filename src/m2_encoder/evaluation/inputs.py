@@ -8,7 +8,7 @@ from pathlib import Path
 
 from m2_encoder.data.images.opening import FORMATS, name_format
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
-from m2_encoder.data.shards.names import is_clutter
+from m2_encoder.data.shards.names import walk_files
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.embedding import Item
 
@@ -28,7 +28,7 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 
 def list_images(folder: Path) -> list[Item]:
-    """All image files below a folder, sorted by relative path, without hidden files and folders.
+    """All image files below a folder, sorted by relative path, as `names.walk_files` gives them.
 
     Links to files are followed, links to folders are not. Files and folders that cannot be opened carry the reason, and
     so do files that are not read for their names; what usually lies beside pictures, such as `.txt`, is left out.
@@ -38,11 +38,10 @@ def list_images(folder: Path) -> list[Item]:
     def note_unreadable(error: OSError) -> None:
         found.append((str(error.filename), f"the folder cannot be read: {error.strerror}"))
 
-    for parent, folders, files in os.walk(folder, onerror=note_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".") and not is_clutter(f"{name}/")]
+    for parent, files in walk_files(folder, onerror=note_unreadable):
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith(".") or suffix in _BESIDE or is_clutter(name):
+            if suffix in _BESIDE:
                 continue
             path, why = os.path.join(parent, name), ""
             if not os.path.isfile(path):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.tables import print_table
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.files import write_json, write_text
@@ -64,7 +64,7 @@ def print_results(console: Console, results: Mapping[str, TaskResult], context: 
     for result in results.values():
         for row in result.rows:
             if isinstance(row, str):
-                console.print(row, soft_wrap=True, highlight=False)
+                console.print(abridge(row), soft_wrap=True, highlight=False)
             else:
                 console.print()
                 print_table(console, row, num_images=num_images, titles=context.titles)

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from m2_encoder.errors import MAX_ENTRIES, abridge
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,6 +30,7 @@ SPLIT_TITLES: Mapping[str, str] = {
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Set -> language -> what `retrieval_metrics` returns."""
 
+_MAX_TITLE = 80  # characters of a set's title on the terminal
 _TITLE_WIDTH = 18  # of a split's title, so that the table fits 80 columns
 _WIDTH_WITHOUT_TERMINAL = 110
 
@@ -86,13 +89,15 @@ def print_table(
         shown.add_column(
             heading if "\n" in heading else f"\n{heading}", justify="left" if number < table.num_labels else "right"
         )
-    for split, group in itertools.groupby(table.rows, key=lambda row: row.split):
-        rows = list(group)
-        lines = textwrap.wrap(titles[split], _TITLE_WIDTH)
+    groups = [(split, list(rows)) for split, rows in itertools.groupby(table.rows, key=lambda row: row.split)]
+    for split, rows in groups if len(groups) <= MAX_ENTRIES else groups[: MAX_ENTRIES - 1]:
+        lines = textwrap.wrap(abridge(titles[split], _MAX_TITLE), _TITLE_WIDTH)
         notes = [*(Text(line, style="bold") for line in lines), Text(f"{num_images[split]:,} images", style="dim")]
         for note, row in itertools.zip_longest(notes, rows):
             shown.add_row(note, *([Text(cell, style="dim" if row.is_dim else "") for cell in row.cells] if row else []))
         shown.add_section()
+    if len(groups) > MAX_ENTRIES:
+        shown.add_row(f"… and {len(groups) - MAX_ENTRIES + 1:,} more")
     console.print(shown)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le, Lt
 
 from m2_encoder.bounds import Count, Positive, check_fields, refuse
 from m2_encoder.errors import Problem, UserError
@@ -64,7 +64,7 @@ class M2EncoderConfig:
     num_text_positions: Annotated[Count, Le(2**20)] = 1024
     ffn_ratio: Annotated[Count, Le(2**6)] = 4
     drop_path_rate: Annotated[float, Ge(0), Lt(1)] = 0.0
-    layer_norm_eps: Annotated[float, Gt(0), Lt(1)] = 1e-5
+    layer_norm_eps: Annotated[float, Ge(1e-12), Lt(1)] = 1e-5
     position_init_std: Positive = 1.0
     initial_temperature: Annotated[float, Ge(0.01), Le(1)] = 0.07
 

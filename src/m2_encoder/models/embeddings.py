@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
+
+_OVERSHOOT = 0.1
+"""What a bicubic resize may leave beyond 0..1."""
 
 
 class ImageEmbedding(nn.Module):
@@ -48,6 +53,11 @@ class ImageEmbedding(nn.Module):
                 f"images are {type(images).__name__}, expected a tensor (B, 3, {side}, {side}): "
                 "encode_image(torch.stack([preprocess(image) for image in images]))"
             )
+        if images.dim() == 4 and images.shape[1:] == (side, side, 3):
+            raise UserError(
+                f"images have shape {tuple(images.shape)}, with the channels last; expected (B, 3, {side}, {side}): "
+                "images.permute(0, 3, 1, 2)"
+            )
         if images.dim() != 4 or images.shape[1:] != (3, side, side):
             raise UserError(
                 f"images have shape {tuple(images.shape)}, expected (B, 3, {side}, {side}); use the preprocess "
@@ -55,6 +65,24 @@ class ImageEmbedding(nn.Module):
             )
         if not (images.is_floating_point() or images.dtype == torch.uint8):
             raise UserError(f"images are {images.dtype}, expected uint8 in 0..255 or floating point in 0..1")
+
+
+def check_pixels(images: Tensor) -> None:
+    """Refuse floating pixels that are no images in 0..1, within a little; on an accelerator it waits for them.
+
+    Raises:
+        UserError: for values in 0..255 or -1..1, NaN, or infinite ones.
+    """
+    if not images.is_floating_point() or not images.numel():
+        return
+    if images.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    least, most = torch.stack(images.detach().aminmax()).tolist()
+    if not math.isfinite(least + most):
+        raise UserError("images hold NaN or infinite values; expected floating point in 0..1, or uint8 in 0..255")
+    if least < -_OVERSHOOT or most > 1 + _OVERSHOOT:
+        fix = "images / 255, or images.to(torch.uint8)" if least >= 0 else "give them before any normalisation"
+        raise UserError(f"images reach from {least:.4g} to {most:.4g}, expected floating point in 0..1: {fix}")
 
 
 class TextEmbedding(nn.Module):

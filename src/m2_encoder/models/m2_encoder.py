@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
-from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding
+from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding, check_pixels
 from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
 from m2_encoder.models.multiway import MultiwayEncoder
 from m2_encoder.models.selected_tokens import SelectedTokens
@@ -100,8 +100,9 @@ class M2Encoder(nn.Module):
             images: (B, 3, S, S), floating in 0..1 or uint8 in 0..255; normalisation happens here.
 
         Raises:
-            UserError: for another shape or dtype.
+            UserError: for another shape or dtype, and in evaluation mode for floating pixels that are not in 0..1.
         """
+        self._check_pixels(images)
         return self._image_heads(images, backbone=False).features
 
     def encode_text(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> Tensor:
@@ -118,6 +119,7 @@ class M2Encoder(nn.Module):
 
     def encode_image_heads(self, images: Tensor) -> HeadFeatures:
         """Features of images from both heads; arguments and errors as in `encode_image`."""
+        self._check_pixels(images)
         return self._image_heads(images, backbone=True)
 
     def encode_text_heads(self, text: TextTokens | Tensor, mask: Tensor | None = None) -> HeadFeatures:
@@ -138,6 +140,7 @@ class M2Encoder(nn.Module):
 
     def forward_image(self, images: Tensor, *, patch_mask: Tensor | None = None) -> EncoderOutput:
         """Both feature pairs and all hidden states of images; `patch_mask` as in `ImageEmbedding`."""
+        self._check_pixels(images)
         tokens = self.image_embed(images, patch_mask=patch_mask)
         length = tokens.shape[1]
         backbone_hidden = self.backbone(tokens, num_image_tokens=length)
@@ -206,6 +209,7 @@ class M2Encoder(nn.Module):
         Raises:
             UserError: if the number of images is no multiple of the number of texts.
         """
+        self._check_pixels(images)
         tokens = self.trim_text(text, mask)
         image = self.image_embed(images, patch_mask=patch_mask)
         if tokens.ids.shape[0] == 0 or image.shape[0] % tokens.ids.shape[0]:
@@ -327,6 +331,11 @@ class M2Encoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy against the token table, or another one; see `token_prediction.token_cross_entropy`."""
         return token_cross_entropy(states, self.text_embed.tokens.weight if table is None else table, bias, targets)
+
+    def _check_pixels(self, images: Tensor) -> None:
+        """Not in training, where images come from the loader and the device would have to wait."""
+        if not self.training and isinstance(images, Tensor):
+            check_pixels(images)
 
     def _image_heads(self, images: Tensor, *, backbone: bool) -> HeadFeatures:
         tokens = self.image_embed(images)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from m2_encoder.bounds import Count, NotNegative, Positive, Text, check_bounds
+from m2_encoder.bounds import NotNegative, Rows, Temperature, Text, check_bounds
 from m2_encoder.distributed.collectives import gather_constant
 from m2_encoder.errors import NotGivenError, UserError
 from m2_encoder.models.config import M2EncoderConfig
@@ -88,9 +88,9 @@ class Distillation(Objective):
         teacher_weights: Text | None = None,
         feature_weight: NotNegative = 1.0,
         similarity_weight: NotNegative = 1.0,
-        temperature: Positive | None = None,
+        temperature: Temperature | None = None,
         teacher_language: Literal["en", "zh"] | None = None,
-        chunk_size: Count = 256,
+        chunk_size: Rows = 256,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)
         if feature_weight + similarity_weight == 0:
@@ -187,7 +187,9 @@ class Distillation(Objective):
         teacher.to(batch.images.device)
         size = teacher.config.image_size
         images = [
-            teacher.encode_image(part if part.shape[-1] == size else _resize(part, size))
+            teacher.finish_image(
+                teacher.encode_image_backbone(part if part.shape[-1] == size else _resize(part, size))
+            ).features
             for part in batch.images.split(self._chunk_size)
         ]
         ids, mask = batch.text.ids, batch.text.mask

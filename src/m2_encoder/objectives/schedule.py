@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeAlias, TypeGuard
+from typing import Annotated, Any, Final, TypeAlias, TypeGuard
 
 from m2_encoder.bounds import Rule
 from m2_encoder.errors import UserError
+
+_STEP_DIGITS: Final = 9
+_MOST: Final = 10**9
 
 Schedule: TypeAlias = Annotated[
     Sequence[Sequence[float]] | Mapping[Any, float],
@@ -31,13 +33,13 @@ def check_points(schedule: Any, *, key: str) -> dict[int, float]:
     """A schedule with its steps in order.
 
     Raises:
-        UserError: if it has no pairs, a step twice, or a step or number that is negative or not finite.
+        UserError: if it has no pairs, a step twice, or a step or number that is negative or beyond 10^9.
     """
     pairs = list(schedule.items()) if isinstance(schedule, Mapping) else schedule
     points: dict[int, float] = {}
     for pair in pairs if pairs and _is_sequence(pairs) else [None]:
         if not _is_point(pair) or int(pair[0]) in points:
-            rule = f"must be pairs of a step and a number, 0 or more each, as in {key}=[[0,0],[1000,1]]"
+            rule = f"must be pairs of a step and a number, each in 0..{_MOST}, as in {key}=[[0,0],[1000,1]]"
             raise UserError(rule, key=key, value=schedule)
         points[int(pair[0])] = float(pair[1])
     return dict(sorted(points.items()))
@@ -51,7 +53,8 @@ def _is_point(pair: Any) -> TypeGuard[Sequence[Any]]:
     if not _is_sequence(pair) or len(pair) != 2:
         return False
     is_number = isinstance(pair[1], int | float) and not isinstance(pair[1], bool)
-    return is_number and 0 <= pair[1] < math.inf and str(pair[0]).isdecimal()
+    is_step = str(pair[0]).isdecimal() and len(str(pair[0])) <= _STEP_DIGITS
+    return is_step and is_number and 0 <= pair[1] <= _MOST
 
 
 def find_pause(schedules: Iterable[Mapping[int, float] | None]) -> int | None:

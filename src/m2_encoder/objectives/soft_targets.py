@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m2_encoder.bounds import NotNegative, Positive, check_bounds
+from m2_encoder.bounds import Fraction, NotNegative, Temperature, check_bounds
 from m2_encoder.distributed.collectives import gather_constant
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.alignment import mean_alignment
@@ -55,9 +55,9 @@ class SoftTargetContrastive(Objective):
         *,
         weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        softness: float | Schedule = 0.2,
+        softness: Fraction | Schedule = 0.2,
         source: Literal["image", "text", "both", "uniform"] = "both",
-        temperature: Positive = 0.07,
+        temperature: Temperature = 0.07,
         multi_positive: bool = True,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from m2_encoder.bounds import Count, NotNegative, Positive, check_bounds
+from m2_encoder.bounds import Count, NotNegative, Temperature, check_bounds
 from m2_encoder.distributed.collectives import gather_constant, gather_rows
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
@@ -54,7 +54,7 @@ class TextContrast(Objective):
         *,
         weight: NotNegative = 1.0,
         schedule: Schedule | None = None,
-        temperature: Positive = 0.07,
+        temperature: Temperature = 0.07,
         hard_negatives: Count | None = None,
         max_similarity: Annotated[float, Gt(-1), Le(1)] = 0.95,
     ) -> None:

@@ -21,6 +21,7 @@ from m2_encoder.bounds import refuse
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import pack_tokenizer
 from m2_encoder.config.check import read_parameters
+from m2_encoder.config.emoji_folder import EMOJI_TARGET, find_emoji_folder
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, find_path, is_model_name
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
@@ -125,8 +126,10 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> W
     """Builds the data module of a configuration, which reads nothing yet; objectives say what is hidden of a batch."""
     model = build_model_config(cfg["model"])
     data = dict(cfg["data"])
-    if "folder" in data:
+    if data.get("folder") is not None:
         data["folder"] = str(anchor(data["folder"]))
+    elif data["_target_"] == EMOJI_TARGET:
+        data["folder"] = str(find_emoji_folder(None, {"heldout_style": data["heldout_style"]}))
     tokenizer = build_tokenizer(cfg["model"], model)
     pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
     if "pictures" in read_parameters(pkgutil.resolve_name(data["_target_"])):

@@ -21,7 +21,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.matching import Matching
-from m2_encoder.pictures import STANDARD, read_policy
+from m2_encoder.pictures import STANDARD, PicturePolicy, read_policy
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_adaptation
 from m2_encoder.runs.ending import RunEnd
@@ -70,7 +70,7 @@ def export_run(
         output or run_folder / EXPORT_FOLDER,
         model=model,
         tokenizer=build_tokenizer(cfg["model"], model.config),
-        pictures=read_policy(cfg["model"].get("pictures") or STANDARD),
+        pictures=_pictures_of(cfg),
         metrics=read_metrics(run_folder / SUMMARY_FILE, step=end.step),
         provenance=_origin(cfg, facts) | {"versions": ", ".join(map(" ".join, facts["versions"].items()))},
         card=_card(cfg, end, matching),
@@ -98,11 +98,20 @@ def export_visual_tokenizer(
 ) -> Path:
     """Exports a visual tokenizer to its run's folder; returns the folder written."""
     origin = {**_origin(cfg, describe_run()), "steps": str(end), **metrics}
-    return save_visual_tokenizer(run_folder / EXPORT_FOLDER, tokenizer, provenance=origin, overwrite=True)
+    pictures = _pictures_of(cfg)
+    return save_visual_tokenizer(
+        run_folder / EXPORT_FOLDER, tokenizer, pictures=pictures, provenance=origin, overwrite=True
+    )
+
+
+def _pictures_of(cfg: Mapping[str, Any]) -> PicturePolicy:
+    return read_policy(cfg["model"].get("pictures") or STANDARD)
 
 
 def _origin(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {"run": cfg["run"]["name"], "git_revision": facts["git_revision"], "command": facts["command"]}
+    origin = {"run": cfg["run"]["name"], "git_revision": facts["git_revision"], "command": facts["command"]}
+    style = cfg["data"].get("heldout_style")  # of the built-in set alone
+    return origin if style is None else {**origin, "heldout_style": style}
 
 
 def _card(cfg: Mapping[str, Any], end: RunEnd, matching: MatchingHead | None) -> CardInfo:

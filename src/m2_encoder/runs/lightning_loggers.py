@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from m2_encoder.config.output import say
 from m2_encoder.files import write_text
-from m2_encoder.runs.loggers import first_line, say
+from m2_encoder.runs.loggers import first_line, forget_service
 
+_SERVICE = "wandb-core"
+_SERVICE_TIMEOUT_S = 15.0  # beyond what its server may take
 _NOT_METRICS = ("epoch",)  # Lightning adds it; steps decide here, so it is always 0
 
 
@@ -54,7 +60,7 @@ class JsonlLogger(Logger):
         """Write scalars of a step, beside those that its line has already."""
         step = 0 if step is None else step
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with _naming(self.path), self.path.open("ab") as file:
             if step != self._step:
                 self._step, self._record = step, {}
                 self._line_start = file.seek(0, os.SEEK_END)
@@ -102,27 +108,80 @@ class QuietWandbLogger(WandbLogger):
 
     def _finish(self, *, exit_code: int) -> None:
         run = self.experiment
-        try:
-            run.finish(exit_code=exit_code)
-        except TimeoutError:
-            place = Path(run.dir).parent
-            say(f"W&B: its server did not take everything in time; upload the rest with: wandb sync {place}")
+        place = Path(run.dir).parent
+        later = f"with: wandb sync {place}"
+        with _bounded_service(self._wandb_init["settings"].finish_timeout + _SERVICE_TIMEOUT_S) as ended:
+            try:
+                run.finish(exit_code=exit_code)
+            except TimeoutError:
+                say(f"W&B: its server did not take everything in time; upload the rest {later}", error=True)
+            except Exception:
+                if not ended.is_set():
+                    raise
+        if ended.is_set():
+            forget_service()
+            say(f"W&B: its process did not answer and was ended; upload what it wrote {later}", error=True)
 
     def _try(self, action: Callable[[], object]) -> None:
         if self._has_failed:
             return
         try:
-            action()
+            with _bounded_service(2 * _SERVICE_TIMEOUT_S + self._wandb_init["settings"].finish_timeout):
+                action()
         except Exception as error:  # whatever breaks there, the training it reports on is worth more
             self._has_failed = True
-            say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on")
+            say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on", error=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says which file it was that a disk did not take all of."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _bounded_service(limit_s: float) -> Iterator[threading.Event]:
+    """Ends W&B's own process if an action takes longer, because one that is stopped would keep the run for ever.
+
+    The event that it yields says that this has happened.
+    """
+    ended = threading.Event()
+
+    def end() -> None:
+        for pid in find_services():
+            ended.set()
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield ended
+    finally:
+        timer.cancel()
+
+
+def find_services() -> list[int]:
+    """Process ids of W&B's service, where this process has started one; empty where there is no /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, IndexError):
+            pid, _, rest = path.read_text(encoding="utf-8", errors="replace").partition(" (")
+            name, _, fields = rest.rpartition(") ")
+            if name.startswith(_SERVICE) and int(fields.split()[1]) == os.getpid():
+                found.append(int(pid))
+    return found
 
 
 def _step_of(line: str) -> int:
     """Step of a written line, -1 for one that a crash cut in half."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return -1
 
 

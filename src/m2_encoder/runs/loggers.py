@@ -5,18 +5,19 @@ Lightning and wandb are imported by the functions: checking their arguments need
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import netrc
 import os
 import re
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlparse
 
-from m2_encoder.bounds import Count, Positive, Text
+from m2_encoder.bounds import Count, Seconds, Text
+from m2_encoder.config.output import say
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.record import describe_run
 
@@ -45,7 +46,7 @@ def build_wandb_logger(
     group: Text | None = None,
     tags: Sequence[str] = (),
     mode: Literal["auto", "online", "offline", "disabled"] = "auto",
-    finish_timeout_s: Positive = 60.0,
+    finish_timeout_s: Seconds = 60.0,
 ) -> WandbLogger | None:
     """Starts a W&B run with the run's name and an id made of it, so that a requeued job continues its curves.
 
@@ -77,7 +78,7 @@ def build_wandb_logger(
         if resolved == "offline":
             _give_up(error)
             return None
-        say(f"W&B: its server cannot be used ({first_line(error)}); staying offline")
+        say(f"W&B: its server cannot be used ({first_line(error)}); staying offline", error=True)
         resolved = "offline"
         try:
             import wandb
@@ -88,8 +89,16 @@ def build_wandb_logger(
             _give_up(second)
             return None
     if resolved == "offline":
-        say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*")
+        say(f"W&B: offline, upload later with: wandb sync {folder}/wandb/offline-run-*", error=True)
     return logger
+
+
+def forget_service() -> None:
+    """Drop the connection to a W&B process that is gone; else its error would come up when this process ends."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def wandb_id(run_name: str) -> str:
@@ -128,7 +137,7 @@ def _start(mode: str, finish_timeout_s: float, cfg: Mapping[str, Any], **given: 
 
 
 def _give_up(error: Exception) -> None:
-    say(f"W&B: not available ({first_line(error)}); metrics.jsonl has all scalars")
+    say(f"W&B: not available ({first_line(error)}); metrics.jsonl has all scalars", error=True)
 
 
 def resolve_mode(mode: str) -> str:
@@ -143,7 +152,7 @@ def resolve_mode(mode: str) -> str:
     if has_wandb_key():
         return "online"
     if mode == "online":
-        say("W&B: no key found (WANDB_API_KEY, or `wandb login`); staying offline")
+        say("W&B: no key found (WANDB_API_KEY, or `wandb login`); staying offline", error=True)
     return "offline"
 
 
@@ -164,8 +173,3 @@ def first_line(error: BaseException) -> str:
     """The beginning of an error's message; its type where it has none."""
     lines = str(error).strip().splitlines()
     return textwrap.shorten(lines[0], _SHOWN) if lines else type(error).__name__
-
-
-def say(line: str) -> None:
-    """Print a remark where it does not mix with results."""
-    print(line, file=sys.stderr)

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.checkpoints.download import is_url
+from m2_encoder.checkpoints.exported import find_pictures
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.checkpoints.weight_files import find_weights
-from m2_encoder.config.model_choice import build_model_config
+from m2_encoder.config.model_choice import build_model_config, find_path, is_model_name
+from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import show
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.hub import choose_pictures
+from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.pictures import STANDARD, PicturePolicy, read_policy
-from m2_encoder.runs.folder import CONFIG_FILE, read_config
+from m2_encoder.runs.folder import CONFIG_FILE, read_run
 
 
 def settle_pictures(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> tuple[dict[str, Any], list[str]]:
@@ -28,7 +31,7 @@ def settle_pictures(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> t
     given = None if (setting := model.get("pictures")) is None else read_policy(setting)
     begun = folder / CONFIG_FILE
     if resumes and begun.is_file():
-        before = read_policy(read_config(begun)["model"]["pictures"] or STANDARD)
+        before = read_policy(read_run(begun, needed=("model",))["model"].get("pictures") or STANDARD)
         if given not in (None, before):
             rule = f"must be {show(before.to_setting())}, as in the run that is continued: its pixels would change"
             problem = Problem("model.pictures", setting, rule, "leave it out, or give another run.name")
@@ -59,8 +62,33 @@ def pictures_of_weights(model: Mapping[str, Any]) -> PicturePolicy:
     path = find_weights(anchor(weights))
     run = path.parent.parent / CONFIG_FILE
     if path.parent.name == CHECKPOINT_FOLDER and run.is_file():
-        return read_policy(read_config(run)["model"]["pictures"] or STANDARD)
+        return read_policy(read_run(run, needed=("model",))["model"].get("pictures") or STANDARD)
     return choose_pictures(build_model_config(model), path)
+
+
+def describe_other_pictures(cfg: Mapping[str, Any]) -> list[str]:
+    """A line for each teacher and visual tokenizer of a settled configuration that was trained on other pixels.
+
+    They see the pictures of the batch, whose pixels are the run's.
+
+    Raises:
+        UserError: if an export is damaged.
+    """
+    own = read_policy(cfg["model"]["pictures"])
+    lines = []
+    for file in find_files(cfg.get("objective") or {}):
+        if file.kind.content == "file":
+            continue
+        if is_model_name(file.value):
+            trained = choose_pictures(M2EncoderConfig.from_name(file.value), file.weights and find_path(file.weights))
+        else:
+            trained = find_pictures(find_path(file.value)) or own
+        if trained != own:
+            lines.append(
+                f"pictures: {file.key}={file.value} was trained with {trained}, and sees those of this run, {own}; "
+                f"'model.pictures={show(trained.to_setting())}' shows all models what it knows"
+            )
+    return lines
 
 
 def _settle(cfg: Mapping[str, Any], policy: PicturePolicy) -> dict[str, Any]:

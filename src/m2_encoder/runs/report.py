@@ -12,10 +12,10 @@ from typing import Any
 from rich.text import Text
 
 from m2_encoder.checkpoints.tensors import find_non_finite
-from m2_encoder.config.paths import anchor
+from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.suite import SUMMARY_FILE, TABLE_FILE, print_results, run_tasks, summarize, write_results
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, RunFacts
@@ -60,7 +60,7 @@ def report_run(
             if isinstance(model, M2Encoder)
             else None,
             matching=trained_head(objectives),
-            run=_run_facts(cfg, run_folder, end),
+            run=_run_facts(cfg, run_folder, end, datamodule),
         )
         results = run_tasks(tasks, context)
     wall_time_s = round(time.time() - started, 3)
@@ -74,22 +74,22 @@ def report_run(
     console.print()
     if not end.is_finished:
         goes_on = "run.resume=auto goes on"
-        console.print(f"  [bold]{'steps':<12}[/bold] {end}; {goes_on}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble("  ", (f"{'steps':<12}", "bold"), f" {end}; {goes_on}"), soft_wrap=True)
     for what, path in _places(run_folder, pictures, cfg):
-        console.print(Text.assemble("  ", (f"{what:<12}", "bold"), f" {short_path(path)}"), soft_wrap=True)
+        console.print(Text.assemble("  ", (f"{what:<12}", "bold"), abridge(f" {short_path(path)}")), soft_wrap=True)
     minutes, seconds = divmod(round(wall_time_s), 60)
     console.print(Text.assemble("  ", (f"{'wall time':<12}", "bold"), f" {minutes} min {seconds:02d} s"))
     return dict(summary["metrics"])
 
 
-def _run_facts(cfg: Mapping[str, Any], run_folder: Path, end: RunEnd) -> RunFacts:
+def _run_facts(cfg: Mapping[str, Any], run_folder: Path, end: RunEnd, datamodule: WebDatasetModule) -> RunFacts:
     data = _section(cfg, "data")
     return RunFacts(
         name=run_folder.name,
         model=str(_section(cfg, "model").get("name", "model")),
         steps=end.step,
         heldout_style=str(data.get("heldout_style", "")),
-        folder=anchor(str(data["folder"])) if data.get("folder") else None,
+        folder=datamodule.folder if isinstance(datamodule, EmojiDataModule) else None,
     )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -24,10 +24,10 @@ from m2_encoder.objectives.base import Objective
 from m2_encoder.runs.build import Module, Run, build_data, build_module, build_objectives, build_tasks, build_trainer
 from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
-from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_config, write_config, write_frozen
+from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
-from m2_encoder.runs.pictures import settle_pictures
-from m2_encoder.runs.ranks import StartedRanks, end_together, end_with_starter
+from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
+from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
@@ -38,6 +38,9 @@ from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
 
+Taken: TypeAlias = tuple[M2Encoder | VisualTokenizer | None, Mapping[str, Objective]]
+"""A model and what it was trained by; no model on ranks that have none of their own."""
+
 
 def train(cfg: dict[str, Any]) -> dict[str, float]:
     """Trains, evaluates and exports one run; its final metrics by name, on the first rank alone.
@@ -46,7 +49,7 @@ def train(cfg: dict[str, Any]) -> dict[str, float]:
         UserError: for data, weights or a checkpoint that cannot be used.
     """
     ranks = StartedRanks()
-    end_with_starter()
+    end_with_starter(ranks)
     with end_on_signals(ranks.end):
         return _train(cfg, ranks)
 
@@ -60,12 +63,13 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     resumes = newest is not None
     cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
     if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
-        trained = read_config(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
+        trained = read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
     else:
         trained = cfg
 
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     frozen = check_frozen(cfg, folder, resumes=resumes)
+    remarks += describe_other_pictures(cfg)
     objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
@@ -88,10 +92,12 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         if trainer.is_global_zero:
             _announce(cfg, folder, newest, run, changes=trained is cfg)
             for line in remarks:
-                print(f"run {cfg['run']['name']}: {line}")
-        _fit(run, newest and newest.path, name=cfg["run"]["name"])
-        first_step.pass_by(trainer)  # no step is left where all were done already
-        metrics_of_end = _finish(run, tasks, cfg, folder, trained=trained, started=started)
+                say(f"run {cfg['run']['name']}: {line}")
+        with watching(trainer):
+            _fit(run, newest and newest.path, name=cfg["run"]["name"])
+            first_step.pass_by(trainer)  # no step is left where all were done already
+            taken = _take_model(run.module)
+        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, started=started)
     finally:
         _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
     return metrics_of_end
@@ -99,6 +105,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
 
 def _finish(
     run: Run,
+    taken: Taken,
     tasks: Mapping[str, EvaluationTask],
     cfg: dict[str, Any],
     folder: Path,
@@ -107,10 +114,10 @@ def _finish(
     started: float,
 ) -> dict[str, float]:
     """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone."""
-    end = describe_end(run.trainer, trained["trainer"]["max_steps"])
-    model, objectives = _take_model(run.module)
+    model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
         return {}
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"])
     metrics = report_run(
         tasks,
         model=model,
@@ -129,11 +136,11 @@ def _finish(
         exported = export_run(
             folder, model=model, cfg=trained, end=end, matching=trained_head(objectives), overwrite=True
         )
-        print(f'  use it       m2_encoder.load("{short_path(exported)}")')
+        say(f'  use it       m2_encoder.load("{short_path(exported)}")')
     return metrics
 
 
-def _take_model(module: Module) -> tuple[M2Encoder | VisualTokenizer | None, Mapping[str, Objective]]:
+def _take_model(module: Module) -> Taken:
     """What was trained, whole, and by which objectives; where weights are split, every rank takes part."""
     if isinstance(module, VisualTokenizerModule):
         return module.tokenizer, {}
@@ -153,20 +160,20 @@ def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run
     done = 0 if newest is None else newest.step
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
     if newest is None:
-        print(f"run {name}: {steps} steps, everything in {folder}")
+        say(f"run {name}: {steps} steps, everything in {folder}")
     else:
         if newest.passed:
             more = f"; and {len(newest.passed) - 1} more" if len(newest.passed) > 1 else ""
-            print(f"run {name}: {newest.path.name} is the newest whole checkpoint ({newest.passed[0][:300]}{more})")
+            say(f"run {name}: {newest.path.name} is the newest whole checkpoint ({newest.passed[0][:300]}{more})")
         left = f"continuing at step {done} of {steps}, in {folder}"
-        print(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
+        say(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
         if changes and (found := describe_changes(folder / CONFIG_FILE, cfg)):
-            print(f"run {name}: changed since its last start: {'; '.join(found)}")
+            say(f"run {name}: changed since its last start: {'; '.join(found)}")
     if done >= steps or isinstance(run.module, VisualTokenizerModule):
         return  # which has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}
     for line in describe_start(cfg, run.module.trained_objectives(), **ranks):
-        print(f"run {name}: {line}")
+        say(f"run {name}: {line}")
         logger.info(line)
 
 
@@ -176,18 +183,17 @@ def _fit(run: Run, checkpoint: Path | None, *, name: str) -> None:
     except SIGTERMException as end:
         if run.trainer.is_global_zero:
             step, name = run.trainer.global_step, signal.Signals(int(str(end.code)) - 128).name
-            print(f"m2-train: ended by {name}, step {step} is saved; run.resume=auto goes on", file=sys.stderr)
+            say(f"m2-train: ended by {name}, step {step} is saved; run.resume=auto goes on", error=True)
         raise
     except SystemExit as stop:
         if run.trainer.interrupted:
             raise KeyboardInterrupt from stop  # Lightning turns one into an exit code of its own
         raise
     except Exception as error:
-        cause = translate_load_error(error, name) or error
-        other = end_together(run.trainer, error) if run.trainer.world_size > 1 else None
-        if other is None and cause is error:
+        cause = translate_load_error(error, name)
+        if cause is None:
             raise
-        raise other or cause from error
+        raise cause from error
 
 
 def _quieten() -> None:

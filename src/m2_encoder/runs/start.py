@@ -19,7 +19,7 @@ from m2_encoder.data.inspect.tables import make_table
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import GroupTopology, describe_contrastive_batch, resolve_group_size
-from m2_encoder.errors import NOTHING, Problem
+from m2_encoder.errors import MAX_ENTRIES, NOTHING, Problem, abridge, abridge_list
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
 from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
@@ -29,6 +29,8 @@ from m2_encoder.types import LANGUAGES
 
 CHECK_FILE: Final = "data_check.json"
 """In the run's folder: what was found in its sources, and in which."""
+
+_MAX_NAME: Final = 40  # characters of a source in a table
 
 
 def check_data(datamodule: lightning.LightningDataModule, folder: Path, *, resumes: bool) -> dict[str, Any] | None:
@@ -137,9 +139,13 @@ def _table(reports: Mapping[str, SourceReport]) -> Table:
     languages = [f"{name} (length)" for name in LANGUAGES]
     tokens = ("cut", "bytes") if any(report.tokens for report in reports.values()) else ()
     table = make_table("source", "samples", "read", "usable", *languages, *tokens, "pixels", "repeated", "false neg.")
-    for name, report in reports.items():
+    table.columns[0].overflow = "fold"
+    shown = list(reports.items())
+    if len(shown) > MAX_ENTRIES:
+        shown = shown[: MAX_ENTRIES - 1]
+    for name, report in shown:
         table.add_row(
-            Text(name),
+            Text(abridge(name, _MAX_NAME)),
             f"{'' if report.is_whole else 'about '}{report.samples:,}",
             f"{report.inspected:,}",
             f"{report.usable_share:.1%}",
@@ -149,6 +155,8 @@ def _table(reports: Mapping[str, SourceReport]) -> Table:
             f"{report.captions.share:.1%}",
             f"{report.false_negatives.share_of_rows:.1%}",
         )
+    if len(shown) < len(reports):
+        table.add_row(f"… and {len(reports) - len(shown):,} more")
     return table
 
 
@@ -169,9 +177,11 @@ def _describe_tokens(report: SourceReport) -> tuple[str, str]:
 
 
 def _print_warnings(console: Console, reports: Mapping[str, SourceReport]) -> None:
-    for name, report in reports.items():
-        for warning in report.warnings:
-            console.print(Text(f"data.sources.{name}: warning: {warning}", style="yellow"), soft_wrap=True)
+    lines = [
+        f"data.sources.{name}: warning: {warning}" for name, report in reports.items() for warning in report.warnings
+    ]
+    for line in abridge_list(lines):
+        console.print(Text(line, style="yellow"), soft_wrap=True)
 
 
 def _find_pauses(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> Iterator[str]:

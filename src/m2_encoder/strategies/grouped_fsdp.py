@@ -12,7 +12,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from m2_encoder.bounds import Count, Positive, check_bounds
+from m2_encoder.bounds import Count, Seconds, check_bounds
 from m2_encoder.distributed.gradients import average_over_ranks
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import shard_model
@@ -41,7 +41,8 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
         recompute: bool = True,
         activation_checkpointing: bool = False,
         reshard_after_forward: bool = True,
-        rank_timeout_s: Positive = 120.0,
+        rank_timeout_s: Seconds = 120.0,
+        start_timeout_s: Seconds = 600.0,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -52,6 +53,7 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
             recompute=recompute,
             activation_checkpointing=activation_checkpointing,
             rank_timeout_s=rank_timeout_s,
+            start_timeout_s=start_timeout_s,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,17 +12,16 @@ from typing import Any, Final
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from m2_encoder.bounds import Count, Positive, check_bounds
-from m2_encoder.distributed.rank_watch import RankWatch, is_stopped_process
+from m2_encoder.bounds import Count, Seconds, check_bounds
+from m2_encoder.distributed.rank_watch import GOES_ON, RankWatch, describe_exit, is_stopped_process
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
-from m2_encoder.strategies.meeting import STARTER_VARIABLE, end_process, find_place, meet, open_store
+from m2_encoder.strategies.meeting import STARTER_VARIABLE, QuietLauncher, end_process, find_place, meet, open_store
 
-_SAVING: Final = ("Trainer.save_checkpoint", "last.ckpt")  # barriers
 _START_S: Final = 60.0  # that a process of this machine may take to import everything
-_JOB_START_S: Final = 1800.0
 
 
 class ContrastiveGroups:
@@ -96,6 +97,7 @@ class GroupedStrategy(ParallelStrategy):
         recompute: encode a micro-batch again in backward instead of keeping its activations.
         activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
         rank_timeout_s: a rank that gives no sign of life for so long, stopped or dead, ends the run on all ranks.
+        start_timeout_s: the same for one that has not come yet, where torchrun or a cluster starts the ranks.
         **kwargs: what Lightning's strategy takes.
     """
 
@@ -109,14 +111,17 @@ class GroupedStrategy(ParallelStrategy):
         micro_batches: Count = 1,
         recompute: bool = True,
         activation_checkpointing: bool = False,
-        rank_timeout_s: Positive = 120.0,
+        rank_timeout_s: Seconds = 120.0,
+        start_timeout_s: Seconds = 600.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.rank_timeout_s = rank_timeout_s
+        self.start_timeout_s = start_timeout_s
         self._watch: RankWatch | None = None
-        self._stage = ""
-        self._has_failed = False
+        self._stage = self._resumed = ""  # what is done, and after it; "" at the start
+        self._has_failed = self._is_kept = False
+        self._started: dict[int, subprocess.Popen[Any]] = {}  # by this process, by their ranks
         self._groups = ContrastiveGroups(group_size=group_size, group_nodes=group_nodes)
         self.micro_batches = micro_batches
         self.recompute = recompute
@@ -154,15 +159,50 @@ class GroupedStrategy(ParallelStrategy):
         super().on_train_start()
         self._stage = "step"
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save, which takes long for a large model on a slow disk."""
-        with self._at("saving, after step"):
-            super().save_checkpoint(*args, **kwargs)
+    def on_validation_start(self) -> None:
+        """From now on batches are validated."""
+        super().on_validation_start()
+        self._resumed, self._stage = self._stage, "validation, after step"
 
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks, such as for the one that saves."""
-        with self._at("saving, after step" if name in _SAVING else self._stage):
-            super().barrier(name)  # type: ignore[safe-super]
+    def on_validation_end(self) -> None:
+        """Go on with what was done before."""
+        super().on_validation_end()
+        self._stage = self._resumed
+
+    def on_train_end(self) -> None:
+        """From now on there are none."""
+        super().on_train_end()
+        self._stage = "the end, after step"
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """While inside, all ranks save, which takes long for a large model on a slow disk."""
+        before, self._stage = self._stage, "saving, after step"
+        yield
+        self._stage = before
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While inside, the ranks go on watching each other after the training, such as while weights are gathered."""
+        self._is_kept = True
+        try:
+            yield
+        except BaseException:
+            self._has_failed = True
+            raise
+        finally:
+            self._is_kept = False
+            self._leave()
+
+    def explain_loss(self) -> str | None:
+        """Which rank must have ended, now that a connection is closed, how and when; None if that does not show."""
+        return None if self._watch is None else self._watch.explain_loss()
+
+    def end_without_first(self) -> None:
+        """End this process, whose first rank has ended; say so where that was in the middle of the run."""
+        if self._watch is not None:
+            text = f"at {self._where()}: rank 0, which had started this one, has ended. {GOES_ON}"
+            end_process(text, [], speaks=self.local_rank <= 1)
 
     def on_exception(self, exception: BaseException) -> None:
         """Do not say that this rank leaves as it should."""
@@ -171,14 +211,29 @@ class GroupedStrategy(ParallelStrategy):
 
     def teardown(self) -> None:
         """Free the groups, then what Lightning made; the first rank waits for the others to get there."""
-        if self._watch is not None:
-            if self._has_failed:
-                self._watch.stop()
-            else:
-                self._watch.leave(wait=self.is_global_zero)
-            self._watch = None
+        if not self._is_kept:
+            self._leave()
         self._groups.destroy()
         super().teardown()
+
+    def _leave(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return
+        if self._has_failed:
+            watch.stop()
+            return
+        for text in watch.leave(wait=self.is_global_zero):
+            print(f"m2-train: {text}", file=sys.stderr, flush=True)
+        for process in self._started.values():
+            if is_stopped_process(process.pid):
+                process.kill()
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if isinstance(self._launcher, _SubprocessScriptLauncher):
+            own = self._launcher
+            self._launcher = QuietLauncher(own.cluster_environment, own.num_processes, own.num_nodes)
 
     def _meet(self) -> None:
         """Make the process group, as Lightning does, through a store that the watch uses, too."""
@@ -187,13 +242,18 @@ class GroupedStrategy(ParallelStrategy):
         self.set_world_ranks()  # type: ignore[attr-defined]
         self.accelerator.setup_device(self.root_device)
         rank, place = self.global_rank, find_place(self.cluster_environment)
-        started = [process.pid for process in getattr(self.launcher, "procs", [])]
+        processes = getattr(self.launcher, "procs", [])
+        self._started = {rank + number: process for number, process in enumerate(processes, start=1)}
+        started = [process.pid for process in processes]
         # Where a launcher has started the ranks, the first one may still look at data, and machines come one by one.
         is_prompt = (
             bool(started) or (rank == 0 and getattr(self, "num_nodes", 1) == 1) or STARTER_VARIABLE in os.environ
         )
-        arrive_s = max(self.rank_timeout_s, _START_S if is_prompt else _JOB_START_S)
-        store = open_store(place, rank=rank, world_size=self.world_size, timeout_s=arrive_s)
+        prompt_s = min(_START_S, self.start_timeout_s)
+        arrive_s = max(self.rank_timeout_s, prompt_s if is_prompt else self.start_timeout_s)
+        store = open_store(
+            place, rank=rank, world_size=self.world_size, timeout_s=arrive_s, stopped_s=self.rank_timeout_s
+        )
         self._watch = RankWatch(
             place,
             rank=rank,
@@ -201,28 +261,20 @@ class GroupedStrategy(ParallelStrategy):
             timeout_s=self.rank_timeout_s,
             arrive_s=arrive_s,
             where=self._where,
-            is_stopped=lambda other: other <= len(started) and is_stopped_process(started[other - 1]),
+            is_stopped=lambda other: other in self._started and is_stopped_process(self._started[other].pid),
+            find_end=self._find_end,
             end=lambda text: end_process(text, started, speaks=self.local_rank <= 1),
         )
         self._watch.start()
         backend = self._get_process_group_backend()  # type: ignore[attr-defined]
         meet(store, self.root_device, backend, rank=rank, world_size=self.world_size, timeout=self._timeout)
 
-    @contextmanager
-    def _at(self, stage: str) -> Iterator[None]:
-        before, self._stage = self._stage, stage
-        try:
-            yield
-        finally:
-            self._stage = before
+    def _find_end(self, other: int) -> str | None:
+        return describe_exit(self._started[other].poll()) if other in self._started else None
 
     def _where(self) -> str:
         """What this rank is doing; asked by another thread."""
         trainer = getattr(self.lightning_module, "_trainer", None)
         if trainer is None or not self._stage:
             return "the start"
-        if self._stage != "step":
-            return f"{self._stage} {trainer.global_step}"
-        if trainer.validating or trainer.sanity_checking:
-            return f"validation, after step {trainer.global_step}"
-        return f"step {trainer.global_step + 1}"
+        return f"{self._stage} {trainer.global_step + (self._stage == 'step')}"

@@ -6,25 +6,45 @@ import atexit
 import contextlib
 import os
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _destroy_dist_connection
+from lightning.fabric.utilities.distributed import _destroy_dist_connection, _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.distributed import Store  # type: ignore[attr-defined,unused-ignore]
 
-from m2_encoder.distributed.rank_watch import Place, connect, serve
+from m2_encoder.distributed.rank_watch import GOES_ON, Place, connect, is_stopped_process, serve
 from m2_encoder.errors import UserError
 
 STARTER_VARIABLE: Final = "M2_ENCODER_STARTER"
 """Environment variable for the processes that a first rank starts: its own process."""
 
 _EXIT_CODE: Final = 2  # the user can mend it
+_KNOCK_S: Final = 5.0  # of a try to reach the store
+_PAUSE_S: Final = 0.2  # between two tries
 _STORE_TIMEOUT: Final = timedelta(minutes=30)  # of a wait through the store; ranks that are gone are noticed before
+
+
+class QuietLauncher(_SubprocessScriptLauncher):
+    """Lightning's, which starts the later ranks of this machine, without its thread that looks whether they end.
+
+    That thread kills this process without a word; `RankWatch` says which rank has ended, and how.
+    """
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the processes, then call the function in this one."""
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
 
 
 def find_place(environment: ClusterEnvironment) -> Place:
@@ -36,8 +56,15 @@ def find_place(environment: ClusterEnvironment) -> Place:
     return Place(environment.main_address, environment.main_port, is_served, f"m2_encoder/{attempt}")
 
 
-def open_store(place: Place, *, rank: int, world_size: int, timeout_s: float) -> Store:
+def open_store(place: Place, *, rank: int, world_size: int, timeout_s: float, stopped_s: float) -> Store:
     """Serve the store, on the first rank of a run that no agent serves, or connect to it.
+
+    Args:
+        place: where it is.
+        rank: this one.
+        world_size: ranks.
+        timeout_s: in which somebody has to serve it.
+        stopped_s: the same if the process that has started this one is stopped; it is then ended with this one.
 
     Raises:
         UserError: if the port is taken, or nobody serves the store in time.
@@ -46,18 +73,39 @@ def open_store(place: Place, *, rank: int, world_size: int, timeout_s: float) ->
         if rank == 0 and not place.is_served:
             store = serve(place, world_size=world_size)
         else:
-            store = connect(place, timeout_s=timeout_s)
+            store = _knock(place, timeout_s=timeout_s, stopped_s=stopped_s)
     except RuntimeError as error:
         if rank == 0 and not place.is_served:
             rule = f"ranks cannot meet there ({_reason(error)})"
             fix = "end what uses that port, give another in MASTER_PORT, or unset that for a free one"
             raise UserError(f"{rule}; {fix}", key="MASTER_PORT", value=place.port) from error
         where = f"{place.host}:{place.port}"
+        if _is_starter_stopped():
+            end_process(f"at the start: rank 0 (pid {os.getppid()}) is stopped. {GOES_ON}", [], speaks=True)
         said = f"rank {rank}: nobody let it in at {where} within {timeout_s:g} s, where the first rank should be"
+        said += "; look at that process and its machine, or give strategy.start_timeout_s more time"
         print(f"m2-train: {said}", file=sys.stderr, flush=True)  # the first rank alone speaks for a command
-        raise UserError(f"{said}; look at that process and its machine") from error
+        raise UserError(said) from error
     store.set_timeout(_STORE_TIMEOUT)
     return store
+
+
+def _knock(place: Place, *, timeout_s: float, stopped_s: float) -> Store:
+    started = time.monotonic()
+    while True:
+        try:
+            # First by a socket of our own: torch prints a stack of calls for each try in which nobody answers.
+            socket.create_connection((place.host, place.port), timeout=_KNOCK_S).close()
+            return connect(place, timeout_s=min(_KNOCK_S, timeout_s))
+        except (OSError, RuntimeError) as error:  # noqa: PERF203 - once per try
+            waited = time.monotonic() - started
+            if waited >= timeout_s or (waited >= stopped_s and _is_starter_stopped()):
+                raise RuntimeError(f"no answer within {waited:.0f} s") from error
+            time.sleep(_PAUSE_S)
+
+
+def _is_starter_stopped() -> bool:
+    return os.environ.get(STARTER_VARIABLE) == str(os.getppid()) and is_stopped_process(os.getppid())
 
 
 def meet(

@@ -41,6 +41,8 @@ def read_user_words(path: str | os.PathLike[str]) -> list[UserWord]:
         ValueError: if it is no such dictionary; the message names the line, what is wrong and what to write.
     """
     words = []
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{os.fspath(path)} is no regular file (a folder, a pipe or a device)")
     for number, content in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         try:
             line = content.decode("utf-8").lstrip("\ufeff").strip(" \t\r\v\f")

@@ -25,7 +25,7 @@ _NO_DECAY_SUFFIXES = ("bias", "positions.weight", "cls_token", "mask_token", *_S
 
 LearningRate: TypeAlias = Annotated[float, Gt(0), Le(10), Example("1e-3")]
 Betas: TypeAlias = Annotated[Sequence[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)]
-Epsilon: TypeAlias = Annotated[float, Gt(0), Le(1)]
+Epsilon: TypeAlias = Annotated[float, Ge(1e-16), Le(1)]
 Ratio: TypeAlias = Annotated[float, Gt(0), Le(1000)]
 
 

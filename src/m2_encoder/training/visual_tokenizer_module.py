@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import lightning
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional
@@ -38,12 +38,12 @@ class VisualTokenizerModule(lightning.LightningModule):
         patch_size: int,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory,
-        num_codes: Annotated[int, Ge(2)] = 8192,
-        code_dim: Count = 32,
-        embed_dim: Count = 128,
-        num_heads: Count = 4,
-        num_layers: Count = 2,
-        num_decoder_layers: Count = 2,
+        num_codes: Annotated[int, Ge(2), Le(2**24)] = 8192,
+        code_dim: Annotated[Count, Le(2**16)] = 32,
+        embed_dim: Annotated[Count, Le(2**16)] = 128,
+        num_heads: Annotated[Count, Le(2**12)] = 4,
+        num_layers: Annotated[Count, Le(2**10)] = 2,
+        num_decoder_layers: Annotated[Count, Le(2**10)] = 2,
         commitment_weight: NotNegative = 1.0,
         decay: Annotated[float, Ge(0), Lt(1)] = 0.99,
         restart_below: Annotated[float, Ge(0), Lt(1)] = 0.03,

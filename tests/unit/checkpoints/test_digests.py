@@ -16,6 +16,7 @@ from m2_encoder.checkpoints.digests import DIGEST_KEY, check_zip, digest_tensors
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import load_model
 from m2_encoder.errors import UserError
+from tests.support.damage import flip
 from tests.support.models import random_model, small_config
 from tests.support.training import make_tokenizer, tiny_config
 
@@ -26,13 +27,6 @@ CONFIG = small_config(num_layers=1, num_vl_layers=1)
 def model() -> M2Encoder:
     torch.manual_seed(8)
     return random_model(CONFIG)
-
-
-def flip(path: Path, where: float) -> None:
-    """The lowest bit of one byte, at a share of the file."""
-    content = bytearray(path.read_bytes())
-    content[int(len(content) * where)] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("where", [0.4, 0.7, 0.999])

@@ -85,6 +85,16 @@ def test_hash(server: FileServer, tmp_path: Path) -> None:
     assert path.read_bytes() == CONTENT
 
 
+def test_a_copy_that_lost_its_hash_is_fetched_again(
+    server: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"{server.url()}#sha256={SHA256}"
+    path = download(url, folder=tmp_path)
+    path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
+    assert download(url, folder=tmp_path).read_bytes() == CONTENT
+    assert f"its copy {path} has changed since; downloaded again" in caplog.text
+
+
 def test_wrong_hash_is_refused_and_leaves_nothing(server: FileServer, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"its sha256 is {SHA256}, expected {'0' * 64}"):
         download(f"{server.url()}#sha256={'0' * 64}", folder=tmp_path)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import pickle
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from PIL import Image
 from m2_encoder import CheckpointError
 from m2_encoder.checkpoints.formats import file_kind, read_safetensors
 from m2_encoder.checkpoints.io import load_model, read_state
+from tests.support.damage import Attack, hostile_safetensors, safetensors_entry
 from tests.support.models import random_model, small_config
 
 CONFIG = small_config()
@@ -120,25 +118,16 @@ def test_truncated(good: dict[str, bytes], tmp_path: Path, kind: str, share: flo
     assert "damaged" in refuse(path)
 
 
-def _safetensors(header: bytes, data: bytes = b"", size: int | None = None) -> bytes:
-    return struct.pack("<Q", len(header) if size is None else size) + header + data
-
-
-def _entry(**changes: Any) -> bytes:
-    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}
-    return json.dumps({"logit_scale": entry}).encode()
-
-
 BROKEN_SAFETENSORS = {
-    "huge header": _safetensors(_entry(), bytes(8), size=2**62),
-    "header beyond the file": _safetensors(_entry(), size=10_000),
-    "no JSON": _safetensors(b"{" + b"x" * 20),
-    "offsets beyond the file": _safetensors(_entry(data_offsets=[0, 4000], shape=[1000]), bytes(8)),
-    "offsets and shape differ": _safetensors(_entry(shape=[3]), bytes(8)),
-    "negative offsets": _safetensors(_entry(data_offsets=[-8, 0]), bytes(8)),
-    "overflowing shape": _safetensors(_entry(shape=[2**62, 2**62]), bytes(8)),
-    "trailing bytes": _safetensors(_entry(), bytes(80)),
-    "unknown dtype": _safetensors(_entry(dtype="F7"), bytes(8)),
+    "huge header": hostile_safetensors(safetensors_entry(), bytes(8), size=2**62),
+    "header beyond the file": hostile_safetensors(safetensors_entry(), size=10_000),
+    "no JSON": hostile_safetensors(b"{" + b"x" * 20),
+    "offsets beyond the file": hostile_safetensors(safetensors_entry(data_offsets=[0, 4000], shape=[1000]), bytes(8)),
+    "offsets and shape differ": hostile_safetensors(safetensors_entry(shape=[3]), bytes(8)),
+    "negative offsets": hostile_safetensors(safetensors_entry(data_offsets=[-8, 0]), bytes(8)),
+    "overflowing shape": hostile_safetensors(safetensors_entry(shape=[2**62, 2**62]), bytes(8)),
+    "trailing bytes": hostile_safetensors(safetensors_entry(), bytes(80)),
+    "unknown dtype": hostile_safetensors(safetensors_entry(dtype="F7"), bytes(8)),
 }
 
 
@@ -186,16 +175,6 @@ def test_any_damage_is_one_error_or_a_model(
 
 
 # ---------------------------------------------------------------------------------------------------- hostile
-
-
-class Attack:
-    """Unpickling this would create a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.target}",)
 
 
 def _save(content: object, path: Path, how: str) -> None:

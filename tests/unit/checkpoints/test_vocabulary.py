@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 
 from m2_encoder import load
@@ -20,27 +19,13 @@ from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from tests.support.damage import train_other_tokenizer
 from tests.support.models import random_model, small_config
 
 OWN = SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=9)
 
 
-def _train(*, size: int) -> SentencePieceTokenizer:
-    content = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red cat", "a blue catfish", "the red fish", "一只猫", "红色的鱼"] * 9),
-        model_writer=content,
-        vocab_size=size,
-        hard_vocab_limit=False,
-        user_defined_symbols=["[CLS]", "[MASK]", "<|endoftext|>", "[UNK]", "redcat"],
-        bos_id=-1,
-        eos_id=-1,
-        minloglevel=2,
-    )
-    return SentencePieceTokenizer(content.getvalue(), context_length=9)
-
-
-OTHER = _train(size=60)
+OTHER = SentencePieceTokenizer(train_other_tokenizer(size=60), context_length=9)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +84,20 @@ def test_same_size_is_not_the_same_tokenizer(model: M2Encoder, exported: Path) -
         load(model.config, weights=exported / "model.safetensors", tokenizer=other)
 
 
+def test_equal_pieces_that_cut_texts_otherwise_are_refused(model: M2Encoder, exported: Path) -> None:
+    again = SentencePieceTokenizer(OWN.model_bytes + b"\x12\x00")  # an empty message, merged with the one before
+    assert again.digest != OWN.digest
+    weights = exported / "model.safetensors"
+    assert load(model.config, weights=weights, tokenizer=again).model is not None
+    changed = bytearray(OWN.model_bytes)
+    score = changed.index("红".encode()) + 4
+    changed[score : score + 4] = struct.pack("<f", -99)
+    other = SentencePieceTokenizer(bytes(changed))
+    assert other.pieces(range(other.vocab_size)) == OWN.pieces(range(OWN.vocab_size))
+    with pytest.raises(UserError, match="is not that of the weights"):
+        load(model.config, weights=weights, tokenizer=other)
+
+
 def test_pieces_are_mapped_on_request(
     weights: Path, model: M2Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,7 +135,12 @@ def test_exports_say_whether_blanks_are_tidied(exported: Path, tmp_path: Path) -
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
     content = json.loads((copy / "config.json").read_text("utf-8"))
     assert content["tokenizer"]["normalise"] is True
-    for said, expected in ((False, False), (None, True)):
-        content["tokenizer"]["normalise"] = said
-        (copy / "config.json").write_text(json.dumps(content), encoding="utf-8")
-        assert load(copy).tokenizer.normalise is expected  # type: ignore[union-attr]
+    content["tokenizer"]["normalise"] = None
+    (copy / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    assert load(copy).tokenizer.normalise is True  # type: ignore[union-attr]
+    model, _, tokenizer = load(exported)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    length = tokenizer.context_length
+    plain = SentencePieceTokenizer(exported / "tokenizer.model", context_length=length, normalise=False)
+    export_model(tmp_path / "plain", model=model, tokenizer=plain)
+    assert load(tmp_path / "plain").tokenizer.normalise is False  # type: ignore[union-attr]

@@ -173,6 +173,7 @@ def test_stats_of_remote_shards(start: Start, tmp_path: Path, capsys: pytest.Cap
         (["source=[tars,./tars/000000.tar]"], "tars/000000.tar comes twice"),
         (["source=[]"], "source=[]: must be"),
         (["source=empty"], "no *.tar there; it holds nothing"),
+        (["source=photos"], "it holds 0.JPG; m2-data pack photos output=TARS packs pictures"),
         (["source=tars", "output=empty"], "output=empty: is a folder"),
         (["source=tars", "batchsize=3"], "did you mean batch_size"),
         (["source=tars", "batch_size=many"], "batch_size=many: must be a whole number"),
@@ -183,6 +184,8 @@ def test_mistakes_take_one_line(
 ) -> None:
     write_numbers(tmp_path / "tars", [3])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.JPG").touch()
     assert start("check", *argv) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -67,6 +67,7 @@ def test_card_says_data_licences_metrics_and_origin(start: Start, run_folder: Pa
     for part in ("Noto Emoji", "CC BY-SA 4.0", "Unicode-3.0", "12.5", "heldout_style", "chance", "m2-export"):
         assert part in card
     assert "Twemoji" not in card, "the held-out style is no training data"
+    assert json.loads((run_folder / "export" / "config.json").read_text())["provenance"]["heldout_style"] == "twemoji"
 
 
 @pytest.mark.parametrize("named", ["step=3.ckpt", "{folder}/checkpoints/step=3.ckpt"])

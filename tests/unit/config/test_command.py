@@ -124,6 +124,19 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(
     assert capsys.readouterr().err == f"m2-tool: {said}\n"
 
 
+def test_a_full_disk_at_the_start_names_the_run_folder(
+    start: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hydra.core.utils._save_config", save)
+    assert start(_never, has_folder=True) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    place = tmp_path / "outputs" / "try"
+    assert line.startswith(f"m2-tool: No space left on device in {place}: make room there and start again")
+
+
 def test_bug_keeps_its_traceback(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     def work(_cfg: dict[str, Any]) -> None:
         raise RuntimeError("a bug")
@@ -209,9 +222,9 @@ def test_a_job_that_fails_does_not_end_the_others(
     assert "RuntimeError: no more memory" in err
     assert err.splitlines()[-5:] == [
         "m2-tool: 5 jobs: 2 finished, 1 refused, 2 failed",
-        "m2-tool:   try-size=2: refused (data=x: the file is gone)",
-        "m2-tool:   try-size=3: failed (RuntimeError: no more memory)",
-        "m2-tool:   try-size=4: failed (exit code 1)",
+        "  try-size=2: refused (data=x: the file is gone)",
+        "  try-size=3: failed (RuntimeError: no more memory)",
+        "  try-size=4: failed (exit code 1)",
         "m2-tool: the same command with run.resume=auto runs what is left",
     ]
 

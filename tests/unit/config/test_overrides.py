@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,9 @@ def test_any_path_survives_hydra(path: str) -> None:
     override = parse_override(quote_unreadable(f"images={path}"))
     assert override is not None
     value = override.value()
-    assert value == path.strip(" ") if isinstance(value, str) else parse_override(f"images={path}") is not None
+    # What Hydra reads itself loses spaces at its ends; what is put into quotes keeps them.
+    whole = (path, path.strip(" "))
+    assert value in whole if isinstance(value, str) else parse_override(f"images={path}") is not None
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,12 @@ def test_other_values_get_quotes(line: str, quoted: str) -> None:
 def test_commas_separate_values_of_a_sweep() -> None:
     assert quote_unreadable("x=a=b,c", multirun=True) == "x=a=b,c"
     assert quote_unreadable("x=a=b", multirun=True) == 'x="a=b"'
+
+
+def test_a_path_that_exists_is_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert quote_unreadable("source=a,b") == 'source="a,b"'
+    assert quote_unreadable(f"source={tmp_path}/a,b") == f'source="{tmp_path}/a,b"'
+    assert quote_unreadable("source=a,c") == "source=a,c"
+    assert quote_unreadable("source=a,b", multirun=True) == "source=a,b"

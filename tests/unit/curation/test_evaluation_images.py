@@ -61,6 +61,9 @@ def test_output_of_sha256sum_is_a_list(tmp_path: Path, mark: str) -> None:
 
 
 def test_damaged_evaluation_images_count_by_their_bytes(tmp_path: Path) -> None:
+    for name in ("._a.jpg", "__MACOSX/a.jpg", ".hidden/b.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"left behind")
     (tmp_path / "a.jpg").write_bytes(b"no image")
     assert collect_hashes(tmp_path) == [hashlib.sha256(b"no image").hexdigest()]
 

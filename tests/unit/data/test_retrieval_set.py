@@ -15,10 +15,14 @@ import torch
 from PIL import Image
 
 from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.packing.pack import PackOptions, pack
+from m2_encoder.data.packing.records import Columns
+from m2_encoder.data.packing.sources import find_source
 from m2_encoder.data.retrieval_set import RetrievalSet, SetReading, check_retrieval_set, read_retrieval_set
 from m2_encoder.data.shards import index as shard_index
 from m2_encoder.data.shards.index import INDEX_SUFFIX, build_index, open_index
 from m2_encoder.errors import UserError
+from m2_encoder.pictures import OFFICIAL, STANDARD, PicturePolicy
 
 CAPTIONS = {"en": ["a cat", "cat"], "zh": ["猫"]}
 
@@ -79,6 +83,35 @@ def test_names_that_begin_again_in_every_shard_mean_nothing(tmp_path: Path) -> N
     found = read(tmp_path)
     assert contents(found) == [[10], [20], [30], [40]]
     assert found.queries("en") == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
+
+
+@pytest.mark.parametrize(("first", "keys"), [("0", ("0.png", "1")), ("00007", (7, 7.0)), ("./x/0", ("x/0", "0"))])
+def test_keys_that_repeat_such_names_mean_nothing_either(tmp_path: Path, first: str, keys: tuple[object, ...]) -> None:
+    for shard, level in (("0", 10), ("1", 20)):
+        parts = [sample(first, level, key=keys[0], **caption("a")), sample("1", level + 5, key=keys[1], **caption("b"))]
+        write_tar(tmp_path / f"{shard}.tar", parts[0] | parts[1])
+    found = contents(read(tmp_path))
+    assert len([levels for levels in found if levels in ([10], [20])]) == 2
+
+
+def test_a_folder_is_the_set_that_it_is_in_tars(tmp_path: Path) -> None:
+    """Keys that repeat the name of the files say nothing, identities count, and keep equal pictures apart."""
+    for folder, level in (("a", 10), ("b", 30)):
+        parts = [
+            sample("0", level, key="0", **caption("zero")),
+            sample("1", level + 10, identity=5, **caption("one")),
+            sample("2", 50, identity=folder, **caption("two")),
+        ]
+        (tmp_path / "pictures" / folder).mkdir(parents=True)
+        for part in parts:
+            for name, content in part.items():
+                (tmp_path / "pictures" / folder / name).write_bytes(content)
+    source = find_source(str(tmp_path / "pictures"), columns=Columns())
+    pack(source, tmp_path / "tars", PackOptions(samples_per_shard=2), workers=0)
+    for place in ("pictures", "tars"):
+        found = read(tmp_path / place)
+        assert contents(found) == [[10], [20, 40], [50], [30], [50]]
+        assert found.reading == SetReading(samples=6, repeated_images=0, kept_apart=1)
 
 
 def test_marks_and_equal_pictures_are_one_content(tmp_path: Path) -> None:
@@ -175,6 +208,31 @@ def test_equals_the_transform(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(stream, "PNG")
     write_tar(tmp_path / "a.tar", {**sample("a", 0), "a.png": stream.getvalue()})
     assert read(tmp_path).images[0].equal(EvalTransform(4).to_uint8(pixels))
+
+
+@pytest.mark.parametrize("policy", [STANDARD, OFFICIAL, PicturePolicy(background="grey")])
+def test_a_folder_has_the_pixels_of_its_files(tmp_path: Path, policy: PicturePolicy) -> None:
+    deep = Image.fromarray(np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8))
+    clear = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4), "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep.save(tmp_path / "a.png")
+    deep.save(tmp_path / "b.tif", tiffinfo={0x0112: 6})
+    clear.save(tmp_path / "c.tif")
+    clear.convert("RGB").save(tmp_path / "d.bmp")
+    clear.convert("RGB").save(tmp_path / "e.webp", lossless=True, exif=exif)
+    for name in "abcde":
+        (tmp_path / f"{name}.txt").write_text(f"a {name}")
+    transform = EvalTransform(8, pictures=policy)
+    found = read_retrieval_set(tmp_path, name="toy", transform=transform)
+    for image, name in zip(found.images, ("a.png", "b.tif", "c.tif", "d.bmp", "e.webp"), strict=True):
+        assert torch.equal(image, transform.to_uint8(tmp_path / name)), name
+
+
+def test_tars_that_systems_leave_behind_are_not_read(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", sample("a", 1))
+    (tmp_path / "._0.tar").write_bytes(b"mac")
+    assert len(read(tmp_path).keys) == 1
 
 
 def test_reading_leaves_the_folder_as_it_is(

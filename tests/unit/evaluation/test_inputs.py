@@ -24,6 +24,13 @@ def test_images_below_a_folder_sorted(tmp_path: Path) -> None:
     assert not any(item.problem for item in items)
 
 
+def test_what_systems_leave_behind_is_no_picture(tmp_path: Path) -> None:
+    for name in ("a.jpg", "._a.jpg", "__MACOSX/a.jpg", "b/__macosx/c/a.jpg", "b/.DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"\xff\xd8\xff")
+    assert [item.name for item in list_images(tmp_path)] == ["a.jpg"]
+
+
 def test_what_cannot_be_opened_carries_its_problem(tmp_path: Path) -> None:
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path)

@@ -47,7 +47,7 @@ OFFICIAL: dict[str, Any] = {
         ("context_length", 1, r"context_length=1: must be in 2\.\.18"),
         ("drop_path_rate", 1.0, r"drop_path_rate=1\.0: must be a number, 0 or more and below 1"),
         ("drop_path_rate", "a lot", "drop_path_rate=a lot: must be"),
-        ("layer_norm_eps", 0, r"layer_norm_eps=0: must be a number, above 0 and below 1"),
+        ("layer_norm_eps", 0, r"layer_norm_eps=0: must be a number, 1e-12 or more and below 1"),
     ],
 )
 def test_impossible_value(field: str, value: object, message: str) -> None:

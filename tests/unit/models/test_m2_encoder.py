@@ -165,6 +165,12 @@ def test_builds_on_meta_and_initialises_later() -> None:
         (torch.rand(3, 16, 16), r"expected \(B, 3, 16, 16\)"),
         (torch.zeros(2, 3, 16, 16, dtype=torch.int64), "torch.int64, expected uint8"),
         (torch.zeros(2, 3, 16, 16, dtype=torch.bool), "torch.bool, expected uint8"),
+        (torch.rand(2, 16, 16, 3), r"the channels last; .*permute\(0, 3, 1, 2\)"),
+        (torch.rand(2, 3, 16, 16) * 255, "expected floating point in 0..1: images / 255, or"),
+        (torch.rand(2, 3, 16, 16).half() * 255, "expected floating point in 0..1: images / 255, or"),
+        (torch.rand(2, 3, 16, 16) * 2 - 1, "expected floating point in 0..1: give them before any normalisation"),
+        (torch.full((2, 3, 16, 16), float("nan")), "NaN or infinite"),
+        (torch.full((2, 3, 16, 16), float("inf")), "NaN or infinite"),
     ],
 )
 def test_wrong_images(model: M2Encoder, images: torch.Tensor, message: str) -> None:

@@ -143,7 +143,7 @@ def test_a_teacher_of_one_language_and_another_size() -> None:
             "feature_weight=0.0: must be above 0",
         ),
         ({"feature_weight": -1.0}, "feature_weight=-1.0"),
-        ({"temperature": 0.0}, "temperature=0.0: must be a number, above 0, or null"),
+        ({"temperature": 0.0}, "temperature=0.0: must be a number, 0.0001 or more, or null"),
         ({"teacher_language": "fr"}, "teacher_language=fr: must be one of en, zh, or null"),
         ({"chunk_size": 0}, "chunk_size=0"),
     ],

@@ -105,7 +105,7 @@ def test_a_tile_is_made_once_and_never_all_of_them(monkeypatch: pytest.MonkeyPat
         ({"softness": [[0, -0.1]]}, "softness="),
         ({"softness": [["x", 0.1]]}, "softness="),
         ({"source": "teacher"}, "source=teacher: must be one of image, text, both, uniform"),
-        ({"temperature": 0.0}, "temperature=0.0: must be a number, above 0"),
+        ({"temperature": 0.0}, "temperature=0.0: must be a number, 0.0001 or more"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +88,29 @@ def test_resuming_drops_later_lines_and_what_a_crash_cut(path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("rest", ['{"step": 3', "5", "null", "[]", '{"a": 1}', "\x00\x00", "", "猫"])
+@pytest.mark.parametrize(
+    "rest", ['{"step": 3', "5", "null", "[]", '{"a": 1}', '{"step": 1e999}\n', "[" * 100_000, "\x00\x00", "", "猫"]
+)
 def test_a_last_line_of_any_kind_is_survived(path: Path, rest: str) -> None:
     path.parent.mkdir()
     path.write_bytes(b'{"step": 1, "a": 1}\n' + rest.encode()[: max(1, len(rest.encode()) - 1)])
     JsonlLogger(path).resume_at(10)
     assert records(path) == [{"step": 1, "a": 1}]
+
+
+def test_a_full_disk_names_the_file(path: Path) -> None:
+    logger = JsonlLogger(path)
+    logger.log_metrics({"loss": 1.0}, step=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            logger.log_metrics({"loss": 2.0}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    JsonlLogger(path).resume_at(2)
+    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [1]
 
 
 def test_resuming_without_a_file_is_fine(path: Path) -> None:

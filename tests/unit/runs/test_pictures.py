@@ -10,6 +10,7 @@ import pytest
 
 from m2_encoder import load
 from m2_encoder.checkpoints.export import export_model
+from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
 from m2_encoder.config.compose import open_composer
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import find_problems, format_problem
@@ -17,10 +18,11 @@ from m2_encoder.config.validate import validate_train
 from m2_encoder.errors import UserError
 from m2_encoder.hub import choose_pictures
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.pictures import OFFICIAL, OLDER, STANDARD, PicturePolicy
 from m2_encoder.runs.build import build_data
 from m2_encoder.runs.folder import write_config
-from m2_encoder.runs.pictures import settle_pictures
+from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.models import random_model, small_config
 
@@ -65,6 +67,37 @@ def test_a_damaged_policy_is_named(exports: dict[str, Path], tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"config\.json: damaged or edited .*must be one of standard"):
         load(tmp_path)
+
+
+def test_teachers_and_visual_tokenizers_of_other_pictures_are_said(exports: dict[str, Path], tmp_path: Path) -> None:
+    codes = VisualTokenizer(VisualTokenizerConfig(image_size=8, patch_size=8, num_codes=2, embed_dim=4))
+    for name, policy in (("grey", GREY), ("standard", STANDARD)):
+        save_visual_tokenizer(tmp_path / name, codes, pictures=policy)
+    older = json.loads((tmp_path / "standard" / "config.json").read_text())
+    assert older.pop("preprocess") == {"pictures": STANDARD.to_dict()}
+    save_visual_tokenizer(tmp_path / "older", codes)
+    (tmp_path / "older" / "config.json").write_text(json.dumps(older))
+
+    def said(policy: object, teacher: str, tokenizer: str, weights: str | None = None) -> list[str]:
+        distillation = {"_target_": "m2_encoder.objectives.distillation.Distillation", "teacher": teacher}
+        distillation |= {} if weights is None else {"teacher_weights": weights}
+        targets = {"_target_": "m2_encoder.objectives.patch_targets.VisualCodes", "tokenizer": tokenizer}
+        cmim = {"_target_": "m2_encoder.objectives.masked_image.MaskedImage", "targets": targets}
+        cfg = {"model": {"pictures": policy}, "objective": {"d": distillation, "c": cmim}}
+        return describe_other_pictures(cfg)
+
+    grey, standard = str(exports["grey"]), str(tmp_path / "standard")
+    assert said({"background": "grey"}, grey, str(tmp_path / "grey")) == []
+    assert said("older", str(exports["older"]), str(tmp_path / "older")) == []
+    teacher, tokenizer = said("older", grey, standard)
+    assert teacher.startswith(
+        f"pictures: objective.d.teacher={grey} was trained with orientation obeyed, alpha on grey"
+    )
+    assert "those of this run, older (" in teacher
+    assert "'model.pictures={background: grey, orientation: obeyed, depth: scaled}'" in teacher
+    assert tokenizer.startswith(f"pictures: objective.c.targets.tokenizer={standard} was trained with standard (")
+    (official,) = said("standard", "m2-encoder-0.4b", standard, "m2_encoder_0.4B.ckpt")
+    assert "'model.pictures=official'" in official
 
 
 def test_official_models_have_the_official_policy() -> None:

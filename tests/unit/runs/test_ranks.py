@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from m2_encoder.errors import UserError
-from m2_encoder.runs.ranks import end_together
+from m2_encoder.runs.ranks import end_together, translate_memory_error, watching
 
 GONE = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:38795. GLHF!")
 
@@ -47,13 +48,36 @@ def test_a_rank_that_ended_first_may_say_why(capsys: pytest.CaptureFixture[str])
     other = end_together(trainer, GONE)
     assert time.monotonic() - started < 4
     assert returncodes(trainer) == [0, -9]
-    assert str(other) == "rank 0: another rank has ended; what it said stands above or in its own log"
+    said = "another rank has ended; what it said stands above or in its own log. The run ends; run.resume=auto goes on"
+    assert str(other).startswith(said)
 
 
 @pytest.mark.parametrize(("reads", "said"), [(True, "m2-train: rank 3: bad data, twice\n"), (False, "")])
 def test_a_later_rank_speaks_of_its_own_data_only(reads: bool, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert end_together(make_trainer(rank=3, reads=reads), UserError("bad data,\ntwice")) is None
     assert capsys.readouterr().err == said
+
+
+def test_a_lack_of_memory_is_told_by_whichever_rank_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(rank=1, reads=False)
+    trainer.world_size = 2
+    said = r"^there is not enough memory \(cannot allocate 8 GB\); give a smaller data\."
+    with pytest.raises(UserError, match=said), watching(trainer):
+        raise MemoryError("Caught MemoryError\n  in a worker\ncannot allocate 8 GB")
+    assert capsys.readouterr().err.startswith("m2-train: rank 1: there is not enough memory (cannot allocate 8 GB)")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_lack_of_memory_by_its_names(error: Exception) -> None:
+    assert "strategy.micro_batches" in str(translate_memory_error(error))
+    assert translate_memory_error(RuntimeError("shapes do not fit")) is None
 
 
 def test_other_errors_stay_what_they_are() -> None:

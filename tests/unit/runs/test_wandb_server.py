@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from m2_encoder.runs import loggers
+from m2_encoder.runs import lightning_loggers, loggers
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 from tests.support.wandb_server import serve_wandb
 
@@ -44,6 +46,30 @@ def test_a_server_that_hangs_in_the_run_does_not_keep_it_from_ending(
     line = f"W&B: its server did not take everything in time; upload the rest with: wandb sync {folder}\n"
     assert said.endswith(line)
     assert next(folder.glob("*.wandb")).stat().st_size > 1000
+
+
+def test_a_stopped_process_of_its_own_does_not_keep_the_run_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setattr(lightning_loggers, "_SERVICE_TIMEOUT_S", 1.0)
+    logger = loggers.build_wandb_logger(run_name="x", folder=tmp_path, cfg={}, mode="offline", finish_timeout_s=1)
+    assert isinstance(logger, QuietWandbLogger)
+    logger.log_metrics({"a": 1.0}, 1)
+    (service,) = lightning_loggers.find_services()
+    process = wandb.setup()._connection._proc
+    os.kill(service, signal.SIGSTOP)
+    started = time.monotonic()
+    logger.close({"b": 2.0})
+    wandb.teardown()  # as at the end of the process
+    assert time.monotonic() - started < 15
+    process.join()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*-x")
+    assert (
+        capsys.readouterr().err.splitlines()[-1].endswith(f"was ended; upload what it wrote with: wandb sync {folder}")
+    )
 
 
 @pytest.mark.usefixtures("_account")

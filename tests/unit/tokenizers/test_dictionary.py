@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -70,6 +71,12 @@ def test_files_that_are_no_dictionary_are_named(tmp_path: Path, content: bytes, 
     path.write_bytes(content)
     with pytest.raises(ValueError, match=fault):
         read_user_words(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "words.txt")
+    with pytest.raises(UserError, match=r"words\.txt is no regular file"):
+        read_user_words(tmp_path / "words.txt")
 
 
 def test_what_is_legal_is_read_as_by_jieba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

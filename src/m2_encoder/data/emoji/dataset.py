@@ -26,20 +26,27 @@ aliases, keywords) and `caption_roles` (parallel to it). Training samples come i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
 import struct
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from m2_encoder.bounds import Count, check_bounds
+from m2_encoder.data.emoji.folder import (
+    EMOJI_MARKER,
+    check_content,
+    digest_files,
+    partial_folder,
+    publish,
+    read_digests,
+)
+from m2_encoder.data.emoji.folder import EMOJI_SPLITS as EMOJI_SPLITS
+from m2_encoder.data.emoji.folder import Split as Split
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
 
@@ -47,18 +54,10 @@ EmojiStyle: TypeAlias = Literal["noto", "twemoji", "fluent", "openmoji"]
 EMOJI_STYLES = get_args(EmojiStyle)
 """Every drawing style of the package, in the order of `EmojiConcept.styles`."""
 
-Split: TypeAlias = Literal["train", "val", "val_style", "heldout_style", "heldout_families"]
-EMOJI_SPLITS = get_args(Split)
-"""Folders that `write_emoji_shards` writes; see the table above."""
-
-EMOJI_MARKER = "emoji.json"
-"""File that marks a completely unpacked folder, and has its fingerprint."""
-
 IMAGE_SIZE_PX = 64
 """Side of every shipped drawing."""
 
 _LAYOUT_VERSION = 3  # part of the fingerprint: raise it when the written files change for the same assets
-_STALE_PARTIAL_S = 3600.0  # an unpack takes seconds; an older partial folder belongs to a process that died
 
 
 class EmojiCaptions(NamedTuple):
@@ -135,38 +134,65 @@ def write_emoji_shards(
 ) -> Path:
     """Unpack the built-in set to `folder`, unless it is there, and return `folder`.
 
-    The bytes depend on the package and the arguments alone. The folder appears by one rename; one of another version or
-    other arguments, or a damaged one, is replaced. `heldout_style`, one of `styles`, is kept from `train` and `val`.
+    The bytes depend on the package and the arguments alone, and are compared with their SHA-256 if they are there. The
+    folder appears by one rename. One of other arguments or another version is never replaced; a damaged one is, if it
+    has the name of `default_emoji_folder`. `heldout_style`, one of `styles`, is kept from `train` and `val`.
 
     Raises:
-        UserError: for an unknown style, too few styles, or a folder that holds other files or cannot be written.
+        UserError: for an unknown style, too few styles, or a folder that holds anything else, is damaged, or cannot be
+            written; the key of these is "folder".
     """
-    styles = tuple(style for style in EMOJI_STYLES if style in _check_styles(styles))
-    if heldout_style not in styles or len(styles) < 2:
-        raise UserError(
-            f"heldout_style={heldout_style!r} must be one of styles={styles}, with another left to train on"
-        )
-    wanted = _fingerprint(styles, heldout_style, samples_per_shard)
+    settings = emoji_settings(heldout_style=heldout_style, styles=styles, samples_per_shard=samples_per_shard)
     target = Path(folder).resolve()
-    if not _is_complete(target, wanted):
-        try:
-            _check_replaceable(target)
-            with _partial_folder(target) as partial:
-                _write_splits(partial, wanted, styles, heldout_style, samples_per_shard)
-                _publish(partial, target, wanted)
-        except OSError as error:
-            raise UserError(f"cannot unpack to {folder}: {error}; give a folder that can be written") from error
+    try:
+        check_content(target, settings)
+        made = read_digests(target)
+        if made is None or made != digest_files(target):
+            with partial_folder(target) as partial:
+                _write_splits(partial, settings)
+                publish(partial, target, is_named=target.name == default_emoji_folder(settings).name)
+    except OSError as error:
+        rule = f"cannot unpack to it: {error}; give a folder that can be written"
+        raise UserError(rule, key="folder", value=str(folder)) from error
     return Path(folder)
 
 
-def _write_splits(
-    target: Path, fingerprint: str, styles: Sequence[str], heldout_style: str, samples_per_shard: int
-) -> None:
+def emoji_settings(
+    *, heldout_style: EmojiStyle = "twemoji", styles: Sequence[str] = EMOJI_STYLES, samples_per_shard: Count = 500
+) -> dict[str, Any]:
+    """All that decides the content of an unpacked folder, and the hash of that as `fingerprint`.
+
+    Raises:
+        UserError: for an unknown style, or too few styles.
+    """
+    ordered = [style for style in EMOJI_STYLES if style in _check_styles(styles)]
+    if heldout_style not in ordered or len(ordered) < 2:
+        raise UserError(
+            f"heldout_style={heldout_style!r} must be one of styles={tuple(ordered)}, with another left to train on"
+        )
+    return {
+        "fingerprint": _fingerprint(ordered, heldout_style, samples_per_shard),
+        "heldout_style": heldout_style,
+        "styles": ordered,
+        "samples_per_shard": samples_per_shard,
+    }
+
+
+def default_emoji_folder(settings: Mapping[str, Any]) -> Path:
+    """Where the set of `emoji_settings` belongs: `outputs/data/emoji-<held-out style>-<8 digits of a hash>`.
+
+    The hash is over all that decides the content, so that other settings, or other drawings, have another name.
+    """
+    return Path(f"outputs/data/emoji-{settings['heldout_style']}-{settings['fingerprint'][:8]}")
+
+
+def _write_splits(target: Path, settings: Mapping[str, Any]) -> None:
+    styles, heldout_style = settings["styles"], settings["heldout_style"]
     images = {style: load_emoji_images(style) for style in styles}
     splits = {}
     for split, samples in _select_samples(styles, heldout_style).items():
         (target / split).mkdir()
-        shards = _write_tars(target / split, samples, images, samples_per_shard)
+        shards = _write_tars(target / split, samples, images, settings["samples_per_shard"])
         splits[split] = {
             "split": split,
             "samples": len(samples),
@@ -175,17 +201,10 @@ def _write_splits(
             "styles": sorted({sample.style for sample in samples}, key=EMOJI_STYLES.index),
             "languages": list(LANGUAGES),
             "shards": shards,
-            "fingerprint": fingerprint,
+            "fingerprint": settings["fingerprint"],
         }
         _write_json(target / split / "index.json", splits[split])
-    marker = {
-        "fingerprint": fingerprint,
-        "heldout_style": heldout_style,
-        "styles": list(styles),
-        "samples_per_shard": samples_per_shard,
-        "splits": splits,
-    }
-    _write_json(target / EMOJI_MARKER, marker)
+    _write_json(target / EMOJI_MARKER, {**settings, "splits": splits, "sha256": digest_files(target)})
 
 
 def _select_samples(styles: Sequence[str], heldout_style: str) -> dict[str, list[_Sample]]:
@@ -245,69 +264,18 @@ def _describe(sample: _Sample) -> dict[str, Any]:
     }
 
 
-def _is_complete(folder: Path, fingerprint: str) -> bool:
-    try:
-        marker = json.loads((folder / EMOJI_MARKER).read_bytes())
-        if marker["fingerprint"] != fingerprint:
-            return False
-        return all(
-            (folder / split / shard["name"]).stat().st_size == shard["bytes"]
-            for split, index in marker["splits"].items()
-            for shard in index["shards"]
-        ) and all((folder / split / "index.json").is_file() for split in marker["splits"])
-    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or another program's marker
-        return False
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuse a folder with files that this module does not write."""
-    if folder.is_dir():
-        foreign = sorted({entry.name for entry in folder.iterdir()} - {EMOJI_MARKER, *EMOJI_SPLITS})
-        if not foreign:
-            return
-        raise UserError(f"{folder} holds other files ({', '.join(foreign[:5])}); give an empty or new folder")
-    if folder.exists():
-        raise UserError(f"{folder} is not a folder; give an empty or new folder")
-
-
-def _publish(partial: Path, folder: Path, fingerprint: str) -> None:
-    """Replace `folder` by `partial`, unless another process, such as a rank, was faster."""
-    if _is_complete(folder, fingerprint):
-        return
-    with contextlib.suppress(FileNotFoundError), _partial_folder(folder) as aside:
-        # Renaming over a folder works only when that is empty, so the old one steps aside and is removed.
-        folder.rename(aside / "replaced")
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not _is_complete(folder, fingerprint):
-            raise
-
-
-@contextlib.contextmanager
-def _partial_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, on the same disk; removes those that dead processes left."""
-    prefix = f".{folder.name}.partial-"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for path in folder.parent.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if path.name.startswith(prefix) and time.time() - path.stat().st_mtime > _STALE_PARTIAL_S:
-                shutil.rmtree(path, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp makes folders private; shared data is not
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _fingerprint(styles: Sequence[str], heldout_style: str, samples_per_shard: int) -> str:
     digest = hashlib.sha256()
     for name in ("concepts.jsonl", *(f"{style}.webps" for style in styles)):
-        digest.update(hashlib.sha256(_read_asset(name)).digest())
+        digest.update(_digest_asset(name))
     arguments = [_LAYOUT_VERSION, list(styles), heldout_style, samples_per_shard]
     digest.update(_dump_json(arguments).encode())
     return digest.hexdigest()
+
+
+@cache
+def _digest_asset(name: str) -> bytes:
+    return hashlib.sha256(_read_asset(name)).digest()
 
 
 def _check_styles(styles: Sequence[str]) -> Sequence[str]:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from m2_encoder.bounds import Count, Example, Index, Text
-from m2_encoder.data.emoji.dataset import EmojiStyle, write_emoji_shards
+from m2_encoder.bounds import Example, Rows, Text, Workers
+from m2_encoder.data.emoji.dataset import EmojiStyle, default_emoji_folder, emoji_settings, write_emoji_shards
+from m2_encoder.data.emoji.folder import digest_files
+from m2_encoder.data.file_watch import refuse_changed
 from m2_encoder.data.images.transforms import TrainTransform, open_image
 from m2_encoder.data.loading.loader import PositionLoader
 from m2_encoder.data.masking.batch_masking import BatchMasking
@@ -16,6 +18,7 @@ from m2_encoder.data.samples.captions import CaptionSampler
 from m2_encoder.data.samples.sample import Column
 from m2_encoder.data.webdataset_module import BatchSize, WebDatasetModule
 from m2_encoder.errors import UserError
+from m2_encoder.files import describe_changes
 from m2_encoder.pictures import STANDARD
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -31,8 +34,8 @@ class EmojiDataModule(WebDatasetModule):
     """The built-in bilingual set: training batches, a validation split, two splits for reporting.
 
     It is small: one lane and one window shuffle all of it, and images are decoded once. An unusable sample ends the
-    run. The tars are unpacked to `folder`; `heldout_style` is never trained on. The other arguments are the base
-    class's.
+    run. The tars are unpacked to `folder`, None for `default_emoji_folder`, which no other settings share;
+    `heldout_style` is never trained on. The other arguments are the base class's.
     """
 
     def __init__(
@@ -42,23 +45,24 @@ class EmojiDataModule(WebDatasetModule):
         image_size: int,
         seed: int,
         max_steps: int,
-        folder: Annotated[Text, Example("outputs/data/emoji")],
+        folder: Annotated[Text, Example("emoji-tars")] | None,
         global_batch_size: BatchSize,
-        num_workers: Annotated[Index, Example("0")],
+        num_workers: Annotated[Workers, Example("0")],
         heldout_style: EmojiStyle,
         captions: CaptionSampler,
         transform: Callable[[int], TrainTransform],
-        eval_batch_size: Count = 256,
+        eval_batch_size: Rows = 256,
         masking: BatchMasking | None = None,
         columns: Mapping[str, Column | None] | None = None,
         pictures: Any = STANDARD,
     ) -> None:
+        unpacked = Path(folder or default_emoji_folder(emoji_settings(heldout_style=heldout_style)))
         super().__init__(
             tokenizer=tokenizer,
             image_size=image_size,
             seed=seed,
             max_steps=max_steps,
-            sources={"emoji": {"shards": str(Path(folder) / "train" / "*.tar")}},
+            sources={"emoji": {"shards": str(unpacked / "train" / "*.tar")}},
             global_batch_size=global_batch_size,
             num_workers=num_workers,
             captions=captions,
@@ -67,7 +71,7 @@ class EmojiDataModule(WebDatasetModule):
             lanes=1,
             window=_WHOLE_EPOCH,
             keep_decoded=True,
-            validation={f"emoji_{VALIDATION_SPLIT}": str(Path(folder) / VALIDATION_SPLIT)},
+            validation={f"emoji_{VALIDATION_SPLIT}": str(unpacked / VALIDATION_SPLIT)},
             eval_batch_size=eval_batch_size,
             masking=masking,
             columns=columns,
@@ -75,12 +79,21 @@ class EmojiDataModule(WebDatasetModule):
             max_bad_share=0.0,
             new_segment=None,
         )
-        self._folder = Path(folder)
+        self.folder = unpacked
         self._heldout_style = heldout_style
+        self._digests: dict[str, str] | None = None  # of all files, when they were prepared
 
     def prepare_data(self) -> None:
-        """Unpack the tars and index them (one process per machine; does nothing when they are there)."""
-        write_emoji_shards(self._folder, heldout_style=self._heldout_style)
+        """Unpack the tars and index them (one process per machine; does nothing when they are there).
+
+        Raises:
+            UserError: as `write_emoji_shards`.
+        """
+        try:
+            write_emoji_shards(self.folder, heldout_style=self._heldout_style)
+        except UserError as error:
+            raise error.under("data") from error
+        self._digests = digest_files(self.folder)
         super().prepare_data()
 
     def train_dataloader(self) -> PositionLoader:
@@ -95,9 +108,21 @@ class EmojiDataModule(WebDatasetModule):
         return super().train_dataloader()
 
     def retrieval_sets(self) -> dict[str, RetrievalSet]:
-        """The splits that a report shows, by name."""
-        return {split: self.retrieval_set(f"emoji_{split}") for split in (VALIDATION_SPLIT, *REPORTED_SPLITS)}
+        """The splits that a report shows, by name.
+
+        Raises:
+            UserError: if any file of the set, also of `train`, is not what it was in `prepare_data`.
+        """
+        self._check_unchanged()
+        sets = {split: self.retrieval_set(f"emoji_{split}") for split in (VALIDATION_SPLIT, *REPORTED_SPLITS)}
+        self._check_unchanged()
+        return sets
+
+    def _check_unchanged(self) -> None:
+        if self._digests is not None:
+            changes = describe_changes(self._digests, digest_files(self.folder))
+            refuse_changed("data.folder", str(self.folder), changes)
 
     def _read_set(self, name: str) -> RetrievalSet:
         split = name.removeprefix("emoji_")
-        return read_retrieval_set(self._folder / split, name=name, transform=self._eval_transform(), split=split)
+        return read_retrieval_set(self.folder / split, name=name, transform=self._eval_transform(), split=split)

@@ -14,16 +14,14 @@ Letters: H, W height and width in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from annotated_types import Ge
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
-from m2_encoder.bounds import Count
+from m2_encoder.bounds import Aspect, Count, Pixels
 from m2_encoder.data.images.jpeg_header import read_jpeg_size
 from m2_encoder.data.images.limits import ImageLimits, check_size, load_rgb, open_pixels
 from m2_encoder.data.images.rgb import read_orientation, turn
@@ -44,8 +42,8 @@ def decode_image_uint8(
     data: bytes,
     *,
     max_pixels: Count = _DEFAULT_LIMITS.max_pixels,
-    min_side_px: Count = _DEFAULT_LIMITS.min_side_px,
-    max_aspect: Annotated[float, Ge(1)] = _DEFAULT_LIMITS.max_aspect,
+    min_side_px: Pixels = _DEFAULT_LIMITS.min_side_px,
+    max_aspect: Aspect = _DEFAULT_LIMITS.max_aspect,
     pictures: PicturePolicy = STANDARD,
     honor_exif: bool | None = None,
     on_fallback: Callable[[], None] | None = None,

@@ -34,7 +34,8 @@ _TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_IFD_KINDS: Final = {1: "B", 3: "H", 4: "I"}
+_IFD_KINDS: Final = {1: "B", 3: "H", 4: "I", 8: "h", 9: "i"}
+_WHITE_IS_ZERO: Final = 262  # the TIFF tag that says what 0 is
 _XMP_ORIENTATION: Final = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
@@ -107,6 +108,9 @@ def scale_levels(image: Image.Image) -> Image.Image:
         ImageError: for levels without a scale.
     """
     levels = np.asarray(image)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode.startswith("I;16"):
+        is_inverted = image.tag_v2.get(_WHITE_IS_ZERO) == 0  # Pillow obeys it for 8 bits alone
+        levels = 65_535 - levels if is_inverted else levels
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # where Pillow stretches 16 bits to 32
         return Image.fromarray((levels >> 8).astype(np.uint8))
     low, high = float(levels.min()), float(levels.max())

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Len
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from m2_encoder.bounds import Count, Fraction, Index, NotNegative, Positive, Rule, check_bounds
+from m2_encoder.bounds import Count, Fraction, Index, NotNegative, Pixels, Positive, Rule, check_bounds
 from m2_encoder.data.images.augmentation import (
     OFFICIAL_OPERATIONS,
     OPERATIONS,
@@ -89,7 +89,7 @@ class EvalTransform:
     @check_bounds
     def __init__(
         self,
-        image_size: Count,
+        image_size: Pixels,
         *,
         pictures: PicturePolicy = OFFICIAL,
         honor_exif: bool | None = None,
@@ -167,12 +167,12 @@ class TrainTransform:
     @check_bounds
     def __init__(
         self,
-        image_size: Count,
+        image_size: Pixels,
         *,
         scale: Annotated[Sequence[Annotated[float, Gt(0), Le(1)]], Len(2, 2), _ASCENDING] = (0.8, 1.0),
         ratio: Annotated[Sequence[Positive], Len(2, 2), _ASCENDING] = (3 / 4, 4 / 3),
         flip: Fraction = 0.5,
-        num_ops: Index = 2,
+        num_ops: Annotated[Index, Le(100)] = 2,
         op_probability: Fraction = 0.5,
         magnitude: Annotated[float, Ge(0), Le(_MAX_MAGNITUDE)] = 7,
         operations: Annotated[Sequence[str], _OPERATIONS] = OFFICIAL_OPERATIONS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from m2_encoder.data.inspect.survey import Survey
 from m2_encoder.data.inspect.token_report import TokenReport, summarize_tokens
 from m2_encoder.data.samples.language import describe_languages
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
-from m2_encoder.errors import abridge
+from m2_encoder.errors import abridge, name_some
 from m2_encoder.types import LANGUAGES
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -220,8 +220,8 @@ def _problems(report: SourceReport) -> list[str]:
         return ["it has no shards"]
     first = f", such as {_show_fault(report.examples[0])}" if report.examples else ""
     if report.usable == 0:
-        members = _name_some(report.extensions) or "none"
-        keys = f"; keys of its JSON: {_name_some(report.json_keys)}" if report.json_keys else ""
+        members = name_some(report.extensions, _MAX_NAMES, 40) or "none"
+        keys = f"; keys of its JSON: {name_some(report.json_keys, _MAX_NAMES, 40)}" if report.json_keys else ""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.faults.items()) or "it is empty"
         if set(report.faults) and set(report.faults) <= _UNREACHED:
             return [f"no usable sample ({reasons}{first}): bring the shards back, or correct their names or address"]
@@ -340,11 +340,6 @@ def _examples(shards: Iterable[ShardInspection]) -> tuple[Fault, ...]:
 def _show_fault(fault: Fault) -> str:
     place = Path(fault.shard).name if fault.key is None else f"{Path(fault.shard).name}:{fault.key}"
     return f"{abridge(place, _MAX_SHOWN)}: {abridge(fault.detail, _MAX_SHOWN)}"
-
-
-def _name_some(names: Collection[str]) -> str:
-    more = [f"{len(names) - _MAX_NAMES:,} more"] if len(names) > _MAX_NAMES else []
-    return ", ".join([*(abridge(name, 40) for name in list(names)[:_MAX_NAMES]), *more])
 
 
 def _summarize_languages(captions: npt.NDArray[np.void]) -> dict[str, CaptionSummary]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -22,6 +25,10 @@ POLL_S = 5.0
 """Time-out for a loader with workers: the interval at which it checks that they live."""
 
 _RAISED = "Caught "  # how torch's message begins for what a worker raised
+SHARED_MEMORY = "/dev/shm"
+"""Where the operating system keeps memory that processes share."""
+
+_TORCH_FILE = "</torch_"  # names torch's memory that processes share
 _DIED = ("exited unexpectedly", "is killed by signal")
 
 
@@ -48,21 +55,15 @@ def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, tim
                 loaded = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 if wait.stall is not None:
                     raise UserError(wait.stall) from error
                 if str(error).startswith(_TIMED_OUT):
                     continue
-                if not any(words in str(error) for words in _DIED):
+                cause = _translate(error, board, wait.processes)
+                if cause is None:
                     raise
-                raise _death(board, workers, error) from error
-            except (OSError, EOFError) as error:
-                if wait.stall is not None:
-                    raise UserError(wait.stall) from error
-                if str(error).startswith(_RAISED):
-                    raise
-                # It died between announcing a batch and handing over the memory that holds it.
-                raise _death(board, workers, error) from error
+                raise cause from error
             wait.pause()
             yield loaded
             wait.begin()
@@ -79,7 +80,7 @@ class _Wait:
 
     def __init__(self, iterator: Iterator[Any], board: StageBoard, workers: int, timeout_s: float) -> None:
         self.stall: str | None = None  # what stands still
-        self._processes = tuple(getattr(iterator, "_workers", ()))
+        self.processes: tuple[BaseProcess, ...] = tuple(getattr(iterator, "_workers", ()))
         self._board, self._workers, self._timeout_s = board, workers, timeout_s
         self._asked: float | None = time.monotonic()  # None while nothing is waited for
         self._is_over = threading.Event()
@@ -106,9 +107,22 @@ class _Wait:
                 self._asked = self._asked and time.monotonic()
                 continue
             self.stall = _describe_stall(self._board, self._workers, self._timeout_s)
-            for process in self._processes:
+            for process in self.processes:
                 process.kill()
             return
+
+
+def _translate(error: Exception, board: StageBoard, processes: Sequence[BaseProcess]) -> UserError | None:
+    """Why there is no batch; None for what a worker raised."""
+    workers = len(processes)
+    # A bus error is how a process ends that writes to shared memory which was promised and is not there.
+    if _TORCH_FILE in str(error) or any(process.exitcode == -signal.SIGBUS for process in processes):
+        return _lack_of_shared_memory()
+    if isinstance(error, RuntimeError):
+        return _death(board, workers, error) if any(words in str(error) for words in _DIED) else None
+    if str(error).startswith(_RAISED):
+        return None
+    return _death(board, workers, error)  # between announcing a batch and handing over the memory that holds it
 
 
 def _death(board: StageBoard, workers: int, error: Exception) -> UserError:
@@ -119,12 +133,29 @@ def _death(board: StageBoard, workers: int, error: Exception) -> UserError:
     )
 
 
+def _lack_of_shared_memory() -> UserError:
+    """What to say when workers cannot hand over batches."""
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+        room = f"{usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MiB free"
+    except OSError:  # not there, as on other systems
+        room = "unknown"
+    return UserError(
+        f"{SHARED_MEMORY}, through which the workers of the data loader hand over batches, is full or too small "
+        f"({room}); give data.num_workers=0, or make it larger, as by docker run --shm-size=8g"
+    )
+
+
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Start the workers without torch's SIGCHLD handler, which raises in the middle of a step when a worker dies."""
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if is_main else None
+    try:
+        iterator = iter(loader)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # for the semaphores of queues
+            raise _lack_of_shared_memory() from error
+        raise
     if before is not None:  # None: set by something else than Python
         signal.signal(signal.SIGCHLD, before)
     return iterator

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from m2_encoder.bounds import Count, NotNegative, Paths, Rule, check_fields
-from m2_encoder.data.order.manifest_record import RecordedSource, name_some, pack_record, write_weight
+from m2_encoder.bounds import Count, Many, NotNegative, Paths, Rule, check_fields
+from m2_encoder.data.order.manifest_record import RecordedSource, pack_record, write_weight
 from m2_encoder.data.samples.language import read_language
 from m2_encoder.data.shards.index import IndexHeader
 from m2_encoder.data.shards.paths import is_remote, list_shards
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S, map_watched
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, name_some
 from m2_encoder.types import LANGUAGES
 
 _COUNTING_THREADS = 16  # they wait for disks; the first scan of a tar is the only work
@@ -57,7 +57,7 @@ class SourceSpec:
     shards: Paths
     languages: _Languages = LANGUAGES
     weight: NotNegative | None = None
-    max_samples: Count | None = None
+    max_samples: Many | None = None
     max_epochs: Count | None = None
 
     def __post_init__(self) -> None:

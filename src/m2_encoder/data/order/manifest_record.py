@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_NAMED = 5  # shards that a message names
+from m2_encoder.errors import name_some
 
 
 class RecordedSource(NamedTuple):
@@ -117,9 +117,3 @@ def _describe_shards(before: list[list[Any]], now: list[list[Any]]) -> Iterator[
         yield f"{len(changed)} shard(s) changed ({name_some(changed)}; {first}: {what})"
     if not (removed or added or changed):
         yield "the same shards in another order"
-
-
-def name_some(shards: Sequence[str]) -> str:
-    """The first few names, and the number of the others."""
-    rest = len(shards) - _NAMED
-    return ", ".join(shards[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from m2_encoder.data.packing.listed import batched, hash_json
-from m2_encoder.data.packing.records import Columns, Failure, Record, fail, read_row, stamp_images
+from m2_encoder.data.packing.records import (
+    Columns,
+    Failure,
+    Place,
+    Record,
+    fail,
+    locate_tables,
+    read_row,
+    stamp_images,
+)
 from m2_encoder.data.samples.parse import SampleProblem, describe_missing, gather, parse_json_object
 from m2_encoder.errors import UserError
 
@@ -26,7 +35,7 @@ _LINES_LOOKED_AT = 100  # of a file, for the keys of its objects
 class JsonLinesSlice:
     """Consecutive lines of a JSON lines file."""
 
-    root: str  # relative paths of images count from here
+    place: Place
     path: str
     offset: int  # where the first line starts, bytes
     size: int
@@ -40,7 +49,7 @@ class JsonLinesSlice:
 
     def fingerprint(self) -> str:
         """Of the lines and what their keys mean."""
-        return hash_json(["jsonl", self.digest, self.num_lines, self.columns])
+        return hash_json(["jsonl", self.place[1:], self.digest, self.num_lines, self.columns])
 
     def stamp(self) -> str:
         """Of the images that lines name."""
@@ -51,9 +60,9 @@ class JsonLinesSlice:
         for number, line in enumerate(_read_lines(self.path, self.offset, self.size), start=self.first_line):
             if not line.strip():
                 continue
-            name = f"{Path(self.path).name}: line {number}"
+            name = f"{self.place.name}: line {number}"
             try:
-                yield read_row(parse_json_object(line), self.columns, name, self.root)
+                yield read_row(parse_json_object(line), self.columns, name, self.place)
             except SampleProblem as problem:
                 yield fail(name, problem)
 
@@ -68,14 +77,12 @@ def slice_json_lines(
     Raises:
         UserError: if a file is empty, or its first lines are no JSON or lack images or captions.
     """
-    for path in paths:
+    for path, place in locate_tables(paths, root):
         _refuse_utf16(path)
         with path.open("rb") as file:
             _check_start(path, file, columns)
             for offset, length, digest, first_line, lines in _slices(file, size):
-                yield JsonLinesSlice(
-                    root or str(path.parent), str(path), offset, length, first_line, len(lines), digest, columns
-                )
+                yield JsonLinesSlice(place, str(path), offset, length, first_line, len(lines), digest, columns)
 
 
 def _refuse_utf16(path: Path) -> None:

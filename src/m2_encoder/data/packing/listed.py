@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,14 +16,25 @@ from typing import Any, NamedTuple, TypeVar
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES, RANKS
 from m2_encoder.data.packing.csv_rows import read_rows
 from m2_encoder.data.packing.encodings import find_encoding, find_separator
-from m2_encoder.data.packing.records import Columns, Failure, Record, fail, read_row, stamp_files, stamp_images
-from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text
-from m2_encoder.data.shards.names import decode_names, is_clutter
-from m2_encoder.errors import UserError
+from m2_encoder.data.packing.records import (
+    Columns,
+    Failure,
+    Place,
+    Record,
+    fail,
+    locate_tables,
+    read_row,
+    stamp_files,
+    stamp_images,
+)
+from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text, repeats_name
+from m2_encoder.data.shards.names import decode_names, match_cases, walk_files
+from m2_encoder.errors import UserError, name_some
 
 logger = logging.getLogger(__name__)
 
 _TEXT_SUFFIXES = (".json", ".txt")
+_UNREAD_SUFFIXES = (".caption", ".captions", ".text", ".tags")  # that other tools write captions to
 _MAX_LOOKED_AT = 100_000  # files, to say what a folder is
 
 Item = TypeVar("Item")
@@ -81,7 +92,10 @@ class FolderSlice:
             return fail(name, problem)
         extra = {name: metadata[name] for name in self.extra if name in metadata}
         path = os.path.join(self.root, image)
-        return Record(name, path, text.captions, text.identity or stem, extra, text.left_out)
+        identity = text.identity if text.is_marked else None
+        mark = text.metadata.get("key", text.identity)
+        key = stem if text.identity is None or repeats_name(mark, stem) else text.identity
+        return Record(name, path, text.captions, key, extra, text.left_out, identity)
 
 
 def slice_folder(
@@ -94,12 +108,13 @@ def slice_folder(
     Raises:
         UserError: if it holds no image, or cannot be read.
     """
-    samples = _list_samples(folder)
+    samples, unread = _list_samples(folder)
     if not any(sample.image for sample in samples):
         raise UserError(f"{folder}: no image in it; known suffixes: {', '.join(PICTURE_SUFFIXES)}")
+    _warn_of_second_texts(samples, unread)
     keys = iter(decode_names([os.fsencode(sample.stem) for sample in samples]))
     for group in batched(samples, size):
-        images, stems, repeated, texts = zip(*group, strict=True)
+        images, stems, repeated, texts, _ = zip(*group, strict=True)
         own = tuple(islice(keys, len(stems)))
         yield FolderSlice(str(folder), images, own, repeated, texts, language, tuple(extra))
 
@@ -126,6 +141,7 @@ class _Listed(NamedTuple):
     stem: str  # path without suffix
     repeated: bool  # whether another image of this stem came before
     texts: tuple[str, str]  # paths of `.json` and `.txt`, whether they are there or not
+    has_both: bool  # whether both are there
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -134,55 +150,60 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and not is_clutter(f"{name}/")]
-        yield parent, [name for name in files if not name.startswith(".") and not is_clutter(name)]
+    yield from walk_files(folder, onerror=refuse)
 
 
-def _list_samples(folder: Path) -> list[_Listed]:
-    """Images and lonely texts, sorted by stem."""
+def _list_samples(folder: Path) -> tuple[list[_Listed], list[str]]:
+    """Images and lonely texts, sorted by stem, and the texts of images that are not read."""
     images: list[tuple[str, str]] = []
     texts: dict[str, dict[str, str]] = {}
+    second: list[tuple[str, str]] = []
     for parent, files in _walk(folder):
         tables = {name.removesuffix(".parquet") for name in files if name.endswith(".parquet")}
-        for name in sorted(files):
+        for name in files:
             path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
             stem, suffix = os.path.splitext(path)
             if suffix.lower() in PICTURE_SUFFIXES:
                 images.append((stem, suffix))
             elif suffix.lower() in _TEXT_SUFFIXES and name.removesuffix("_stats.json") not in tables:  # of img2dataset
                 own = texts.setdefault(stem, {})
-                own[suffix.lower()] = path if suffix.islower() else own.get(suffix.lower(), path)
-    _match_cases(texts, {stem for stem, _ in images})
+                used = path if suffix.islower() else own.get(suffix.lower(), path)
+                if suffix.lower() in own:
+                    second.append((stem, own[suffix.lower()] if used == path else path))
+                own[suffix.lower()] = used
+            elif suffix.lower() in _UNREAD_SUFFIXES:
+                second.append((stem, path))
+    stems = {stem for stem, _ in images}
+    for text, image in match_cases(texts.keys() - stems, stems - texts.keys()).items():
+        texts[image] = texts.pop(text)
     samples = []
     previous = None
     for stem, suffix in sorted(images, key=lambda item: (item[0], RANKS[item[1].lower()], item[1])):
-        samples.append(_Listed(stem + suffix, stem, stem == previous, _paths(stem, texts)))
+        samples.append(
+            _Listed(stem + suffix, stem, stem == previous, _paths(stem, texts), len(texts.get(stem, ())) == 2)
+        )
         previous = stem
-    lonely = texts.keys() - {stem for stem, _ in images}
-    samples += [_Listed("", stem, False, _paths(stem, texts)) for stem in lonely]
-    return sorted(samples, key=lambda sample: sample.stem)
+    lonely = texts.keys() - stems
+    samples += [_Listed("", stem, False, _paths(stem, texts), False) for stem in lonely]
+    unread = [path for stem, path in second if stem in stems or stem in texts]
+    return sorted(samples, key=lambda sample: sample.stem), unread
+
+
+def _warn_of_second_texts(samples: Sequence[_Listed], unread: Sequence[str]) -> None:
+    """Say which captions are not read because their picture has others, or for their suffix."""
+    both = [sample.texts[1] for sample in samples if sample.has_both]
+    for names, rule in (
+        (unread, "are not read: captions stand in one .txt or .json of the picture's name"),
+        (both, "count only where the .json of the same name has no captions"),
+    ):
+        if names:
+            logger.warning("%d texts beside pictures %s: %s", len(names), rule, name_some(names, 3, 60))
 
 
 def _paths(stem: str, texts: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
     own = texts.get(stem, {})
     json_path, text_path = (own.get(suffix, stem + suffix) for suffix in _TEXT_SUFFIXES)
     return json_path, text_path
-
-
-def _match_cases(texts: dict[str, dict[str, str]], images: Set[str]) -> None:
-    """Give texts that differ from an image's name in case alone to that image, where nothing else fits."""
-    lonely: dict[str, list[str]] = {}
-    for stem in texts.keys() - images:
-        lonely.setdefault(stem.casefold(), []).append(stem)
-    if not lonely:
-        return
-    bare: dict[str, list[str]] = {}
-    for stem in images - texts.keys():
-        bare.setdefault(stem.casefold(), []).append(stem)
-    for folded, stems in lonely.items():
-        if len(stems) == 1 and len(bare.get(folded, ())) == 1:
-            texts[bare[folded][0]] = texts.pop(stems[0])
 
 
 def _read_if_there(path: str) -> bytes | None:
@@ -200,8 +221,7 @@ def _read_if_there(path: str) -> bytes | None:
 class RowSlice:
     """Rows of a CSV table."""
 
-    root: str  # relative paths of images count from here
-    name: str  # of the table's file
+    place: Place
     first_row: int  # number of the first row, for the list of failures; the header is 0
     header: tuple[str, ...]  # names of the columns
     rows: tuple[tuple[str, ...], ...]
@@ -212,7 +232,7 @@ class RowSlice:
 
     def fingerprint(self) -> str:
         """Of the values and what they mean."""
-        return hash_json(["csv", self.header, self.rows, self.columns])
+        return hash_json(["csv", self.place[1:], self.header, self.rows, self.columns])
 
     def stamp(self) -> str:
         """Of the images that rows name."""
@@ -221,14 +241,14 @@ class RowSlice:
     def read(self) -> Iterator[Record | Failure]:
         """Give the rows as records."""
         for number, row in enumerate(self.rows, start=self.first_row):
-            name = f"{self.name}: row {number}"
+            name = f"{self.place.name}: row {number}"
             if any(map(_is_damaged, row)):
                 advice = "if the whole table is in another encoding, name it, such as encoding=gb18030"
                 yield Failure(name, "not_utf8", f"holds bytes that are not UTF-8; {advice}")
             elif len(row) != len(self.header):
                 yield Failure(name, "wrong_type", f"{len(row)} fields, the header has {len(self.header)}")
             else:
-                yield read_row(dict(zip(self.header, row, strict=True)), self.columns, name, self.root)
+                yield read_row(dict(zip(self.header, row, strict=True)), self.columns, name, self.place)
 
 
 def slice_csv(
@@ -244,18 +264,18 @@ def slice_csv(
         UserError: if a file is empty, has no column with images or captions, or is not in the encoding.
     """
     is_said = False
-    for path in paths:
+    for path, place in locate_tables(paths, root):
         found = encoding or find_encoding(path)
         if encoding is None and found != "utf-8-sig" and not is_said:
             logger.warning("%s is read as %s, as are others like it; say encoding=NAME if that is wrong", path, found)
             is_said = True
         try:
-            yield from _slice_table(path, size, columns, root or str(path.parent), found)
+            yield from _slice_table(path, size, columns, place, found)
         except UnicodeError as error:
             raise UserError(f"{path}: is not in this encoding ({error})", key="encoding", value=found) from error
 
 
-def _slice_table(path: Path, size: int, columns: Columns, root: str, encoding: str) -> Iterator[RowSlice]:
+def _slice_table(path: Path, size: int, columns: Columns, place: Place, encoding: str) -> Iterator[RowSlice]:
     # surrogateescape: bytes that are not UTF-8 spoil one row, not the file.
     errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
     with path.open(encoding=encoding, errors=errors, newline="") as file:
@@ -268,7 +288,7 @@ def _slice_table(path: Path, size: int, columns: Columns, root: str, encoding: s
         columns.check(header, str(path))
         first_row = 1
         for group in batched(rows, size):
-            yield RowSlice(root, path.name, first_row, header, group, columns)
+            yield RowSlice(place, first_row, header, group, columns)
             first_row += len(group)
 
 

@@ -26,7 +26,7 @@ SUMMARY_FILE = "pack.json"
 FAILURES_FILE = "failures.jsonl"
 """One line for each record that is missing from a finished output: name, reason, detail."""
 
-_LAYOUT_VERSION = 3  # raise it when the same records give other bytes
+_LAYOUT_VERSION = 4  # raise it when the same records give other bytes
 _PATTERN = re.compile(r"[^/%]*%0[1-9]d[^/%]*\.tar")
 _REMOTE_REASONS = frozenset({"remote_timeout", "remote_incomplete"})
 
@@ -263,7 +263,9 @@ def _finish(folder: Path, results: list[ShardResult], reused: int) -> PackSummar
     )
     if not summary.samples:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in failed.most_common()) or "there are no records"
-        raise UserError(f"nothing could be packed: {reasons}; see {folder / FAILURES_FILE}")
+        first = next((item for result in results for item in result.failures), None)
+        example = "" if first is None else f"; the first is {first.name}: {first.detail}"
+        raise UserError(f"nothing could be packed: {reasons}{example}; see {folder / FAILURES_FILE}")
     shards = [{"name": result.name, "samples": result.samples, "bytes": result.num_bytes} for result in written]
     totals = {key: value for key, value in summary._asdict().items() if key not in ("reused", "shards")}
     write_json(folder / SUMMARY_FILE, {**totals, "shards": shards})

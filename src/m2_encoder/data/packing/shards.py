@@ -197,6 +197,7 @@ def _describe(record: Record, image: PreparedImage, tar_key: str) -> bytes:
     value: Mapping[str, Any] = {
         **record.extra,
         "key": tar_key if record.key is None else record.key,
+        **({} if record.identity is None else {"identity": record.identity}),
         "captions": captions,
         "width": image.width,
         "height": image.height,

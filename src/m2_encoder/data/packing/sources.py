@@ -134,7 +134,7 @@ def _refuse_encoding(encoding: str | None, kind: str) -> None:
 
 
 def _holds_tars_alone(folder: Path) -> bool:
-    suffixes = {path.suffix.lower() for path in folder.iterdir()}
+    suffixes = {path.suffix.lower() for path in folder.iterdir() if path.name[0] != "."}
     return ".tar" in suffixes and not suffixes & set(PICTURE_SUFFIXES)
 
 

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.data.packing.listed import hash_json
-from m2_encoder.data.packing.records import URL_SCHEMES, Columns, Failure, Record, image_path, read_row, stamp_files
+from m2_encoder.data.packing.records import (
+    URL_SCHEMES,
+    Columns,
+    Failure,
+    Place,
+    Record,
+    image_path,
+    locate_tables,
+    read_row,
+    stamp_files,
+)
 from m2_encoder.errors import UserError
 
 _ROWS_AT_A_TIME = 64  # rows with images in them are large
@@ -19,7 +29,7 @@ _ROWS_AT_A_TIME = 64  # rows with images in them are large
 class ParquetSlice:
     """Consecutive rows of a Parquet file."""
 
-    root: str  # relative paths of images count from here
+    place: Place
     path: str
     file_bytes: int  # its size; another size is another file
     first_row: int  # from 0
@@ -33,8 +43,9 @@ class ParquetSlice:
 
     def fingerprint(self) -> str:
         """Of the file's name and size, the rows, and what the columns mean; the rows are not read."""
-        name = Path(self.path).name
-        return hash_json(["parquet", name, self.file_bytes, self.first_row, self.num_rows, self.names, self.columns])
+        return hash_json(
+            ["parquet", self.place[1:], self.file_bytes, self.first_row, self.num_rows, self.names, self.columns]
+        )
 
     def stamp(self) -> str:
         """Of the file, whose rows the fingerprint leaves out, and of the images that rows name."""
@@ -42,13 +53,13 @@ class ParquetSlice:
             return stamp_files([self.path])
         rows = self._rows(self.path_names)
         found = (self.columns.find(row, "image") for row in rows)
-        paths = (image_path(image, self.root) for image in found if isinstance(image, str))
+        paths = (image_path(image, self.place.root) for image in found if isinstance(image, str))
         return stamp_files(chain([self.path], (path for path in paths if not path.startswith(URL_SCHEMES))))
 
     def read(self) -> Iterator[Record | Failure]:
         """Read the rows, a few at a time."""
         for number, row in enumerate(self._rows(self.names), start=self.first_row):
-            yield read_row(row, self.columns, f"{Path(self.path).name}: row {number}", self.root)
+            yield read_row(row, self.columns, f"{self.place.name}: row {number}", self.place)
 
     def _rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         import pyarrow
@@ -84,26 +95,19 @@ def slice_parquet(
         import pyarrow.parquet
     except ImportError as error:
         raise UserError("Parquet needs an extra; install it with pip install 'm2-encoder[parquet]'") from error
-    for path in paths:
+    for path, place in locate_tables(paths, root):
         try:
             schema = pyarrow.parquet.read_schema(path)
             num_rows = pyarrow.parquet.read_metadata(path).num_rows
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a Parquet file: {' '.join(str(error).split())}") from error
         columns.check(schema.names, str(path))
-        names = tuple(name for name in schema.names if _is_read(name, columns))
+        names = tuple(name for name in schema.names if columns.reads(name))
         images = [name for name in names if columns.has_role(name, "image")]
         with_paths = tuple(name for name in images if pyarrow.types.is_string(schema.field(name).type))
         for first in range(0, num_rows, size):
             count = min(size, num_rows - first)
-            yield ParquetSlice(
-                root or str(path.parent), str(path), path.stat().st_size, first, count, names, with_paths, columns
-            )
-
-
-def _is_read(name: str, columns: Columns) -> bool:
-    has_role = any(columns.has_role(name, role) for role in ("image", "key", "language"))
-    return has_role or columns.has_captions(name) or name in (*columns.extra, "caption_roles")
+            yield ParquetSlice(place, str(path), path.stat().st_size, first, count, names, with_paths, columns)
 
 
 def _rows_of_group(file: Any, group: int, names: Sequence[str], first: int, last: int) -> Iterator[dict[str, Any]]:

@@ -9,15 +9,16 @@ from typing import Any
 
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS
 
-_NOTHING = frozenset({"", "nan"})
+# As pandas and databases write it; "null" and "None" could be captions, but are not.
+_NOTHING = frozenset({"", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "N/A", "n/a", "#N/A", "NaT", "\\N"})
 _WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for nothing: null, an empty text, NaN, and "nan", as which pandas writes it.
+    """Whether a value stands for nothing: null, an empty text, NaN, and what pandas and databases write for it.
 
-    >>> [is_missing(value) for value in (None, "", float("nan"), "nan", "Nan bread", 0)]
-    [True, True, True, True, False, False]
+    >>> [is_missing(value) for value in (None, "", float("nan"), "nan", "None", "Nan bread", 0)]
+    [True, True, True, True, True, False, False]
     """
     if isinstance(value, float):
         return math.isnan(value)

@@ -19,9 +19,11 @@ _NAMES = {
 }
 _LANGUAGE_OF = {name: language for language, names in _NAMES.items() for name in names.split()}
 _QUALITIES = {"simplified", "traditional", "american", "british", "standard", "modern", "label", "lang", "language"}
-_UNSAID = frozenset(
-    re.findall(r"\w+", "und unk unknown nan none null nil na auto mul multi mixed nolang default undefined")
+_UNSAID_NAMES = (
+    "und unk unknown nan none null nil na n/a ? auto mul multi multilingual mixed nolang zxx mis default undefined "
+    "bilingual 双语 雙語 中英 中英文"
 )
+_UNSAID = frozenset(_UNSAID_NAMES.split())
 # Codes that the name of a column may end in; `id`, which mostly is a number, is left out.
 _OTHER_CODES = frozenset(
     re.findall(
@@ -33,8 +35,15 @@ _OTHER_CODES = frozenset(
 _MOST_CHARACTERS = 20  # of a name that is neither, in messages
 _MOST_NAMED = 10
 
-_CAPTION_WORD = "(?:captions?|texts?|titles?|alt|alttext|prompts?|descriptions?|desc)"
-_COLUMN = re.compile(f"{_CAPTION_WORD}[ _.:-]+(?P<after>.+)|(?P<before>.+?)[ _.:-]+{_CAPTION_WORD}|(?P<bare>.+)")
+_CAPTION_WORD = (
+    "(?:(?:raw|orig|original|short|long|image)[ _.:-]+)?"
+    "(?:captions?|cap|texts?|titles?|alt|alttext|prompts?|descriptions?|desc|sentences?)"
+)
+_CHINESE_WORD = "(?:描述|标题|標題|文本|说明|說明|文案)"
+_COLUMN = re.compile(
+    f"{_CAPTION_WORD}[ _.:-]+(?P<after>.+)|(?P<before>.+?)(?:[ _.:-]+{_CAPTION_WORD}|[ _.:-]*{_CHINESE_WORD})"
+    "|(?P<bare>.+)"
+)
 _TAG = re.compile(r"([^\W\d_]+)(?:[_-](?:hans|hant|latn|cn|tw|hk|mo|sg|us|gb|uk|au|ca))*(?:[ _.-]?\d+)?")
 
 # Unified ideographs with extensions A to I and compatibility ideographs, 々 and 〇, and the signs of Bopomofo.
@@ -50,16 +59,19 @@ NO_LETTERS = "none"
 def read_language(name: object) -> str | None:
     """The language that a name means: "en" or "zh", another as it is written, None for one that is not said.
 
-    Codes of ISO 639, tags with script or region, and names, in any case.
+    Codes of ISO 639, tags with script or region, and names, in any case. A name of both says neither.
 
-    >>> [read_language(name) for name in ("zh-CN", "zh_Hant", "CHS", "zho", "中文", "en-US", "English", "fr-FR", "und")]
-    ['zh', 'zh', 'zh', 'zh', 'zh', 'en', 'en', 'fr', None]
+    >>> [read_language(name) for name in ("zh-CN", "CHS", "zho", "中文", "en-US", "English", "fr-FR", "und", "zh-en")]
+    ['zh', 'zh', 'zh', 'zh', 'en', 'en', 'fr', None, None]
     """
     written = " ".join(str(name).casefold().split())
     words = [word for word in re.split(r"[\s_.:()（）-]+", written) if word]
     while len(words) > 1 and words[0] in _QUALITIES:
         del words[0]
-    if not words or words[0] in _UNSAID:
+    if not words or words[0] in _UNSAID or written in _UNSAID:
+        return None
+    named = {_LANGUAGE_OF[word] for word in re.findall(r"[^\W_]+", written) if word in _LANGUAGE_OF}
+    if len(named) > 1 and words[1:] != ["cn"]:  # en-CN is English
         return None
     is_list = re.search("[,;/|+&]", written) is not None
     return written[:_MOST_CHARACTERS] if is_list else _LANGUAGE_OF.get(words[0], words[0][:_MOST_CHARACTERS])

@@ -16,11 +16,15 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.samples.language import describe_languages, detect_language, language_of_column, read_language
 from m2_encoder.errors import UserError
 from m2_encoder.tokenizers.spaces import normalise_spaces
@@ -33,13 +37,19 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 PLAIN_CAPTION_KEYS = ("caption", "text")
 """Keys of a JSON, in any case, that hold captions without their languages."""
 
-LANGUAGE_KEYS = ("language", "lang")
+LANGUAGE_KEYS = (
+    "language", "lang", "caption_language", "caption_lang", "text_language", "text_lang", "language_code", "lang_code",
+    "语言", "语种",
+)  # fmt: skip
 """Keys of a JSON, in any case, that say the language of those captions."""
 
 UNDECLARED = "?"
 """Given as the language of captions that do not name one, it stays theirs: the caller finds out later."""
 
 _KEPT = (*LANGUAGES, UNDECLARED)
+_PYTHON_LIST = re.compile(r"\s*[\[{]\s*'.*'\s*[\]}]\s*", re.DOTALL)
+_NUMBERED = re.compile(r"(?:captions?|texts?|sentences?)[ _.-]?\d{1,3}", re.IGNORECASE)
+_MOST_DIGITS = 20  # of a number that a name may be
 _SHOWN = 10  # keys of a JSON in a message
 
 
@@ -95,8 +105,9 @@ def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, langu
     metadata = {} if json_file is None else parse_json_object(json_file)
     kept, left_out = read_captions(metadata, language=language)
     if not kept and text_file:
+        opened = open_text(decode_text(text_file, "its .txt"))
         # Each line is a caption of the picture, as in the data sets of CLIP_benchmark.
-        lines = re.split("\r\n|\r|\n", decode_text(text_file, "its .txt"))
+        lines = re.split("\r\n|\r|\n", opened) if isinstance(opened, str) else opened
         kept, others = gather([(lines, _language_in(metadata) or language, None)], "its .txt")
         left_out = tuple(dict.fromkeys((*left_out, *others)))
     if not kept and json_file is None and text_file is not None and not text_file:
@@ -111,14 +122,30 @@ def parse_sample_text(json_file: bytes | None, text_file: bytes | None, *, langu
 def name_content(text: SampleText, *, key: str, shard: str, source: str) -> str:
     """Name of what a sample shows: equal names mark the same content.
 
-    An `identity` is valid in all sources, a `key` in its own one. A `key` that equals the name of the sample's files is
-    no more than that name, which most tools count up from 0 in every shard: such a sample is unique.
+    An `identity` is valid in all sources, a `key` in its own one. A `key` that repeats the name of the sample's files
+    says no more than that name, which most tools count up from 0 in every shard: such a sample is unique.
     """
     if text.identity is not None and text.is_marked:
         return text.identity
-    if text.identity in (None, key, key.rpartition("/")[2]):
+    if text.identity is None or repeats_name(text.metadata.get("key", text.identity), key):
         return "\0".join((source, shard, key))
     return "\0".join((source, str(text.identity)))
+
+
+def repeats_name(mark: object, name: str) -> bool:
+    """Whether a mark is no more than the name of the sample's files, with or without folders and a picture's suffix.
+
+    A number says no more than the same number with zeros before it.
+
+    >>> [repeats_name(mark, "b/007") for mark in ("007", "007.jpg", "b/007", 7, "a/007", "7", 8)]
+    [True, True, True, True, False, False, False]
+    """
+    name = name.removeprefix("./")
+    file = name.rpartition("/")[2]
+    if isinstance(mark, int | float):
+        return file.isdecimal() and len(file) <= _MOST_DIGITS and int(file) == mark
+    stem, suffix = os.path.splitext(str(mark))
+    return (stem if suffix.lower() in PICTURE_SUFFIXES else str(mark)).removeprefix("./") in (name, file)
 
 
 def _describe_nothing(metadata: Mapping[str, Any], json_file: bytes | None, text_file: bytes | None) -> str:
@@ -162,7 +189,9 @@ def decode_text(content: bytes, what: str) -> str:
     try:
         return content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SampleProblem("not_utf8", f"{what} is not UTF-8 at byte {error.start}") from error
+        raise SampleProblem(
+            "not_utf8", f"{what} is not UTF-8 at byte {error.start}; convert it, as with iconv -f gb18030 -t utf-8"
+        ) from error
 
 
 def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -> Captions:
@@ -172,28 +201,60 @@ def read_captions(metadata: Mapping[str, Any], *, language: str | None = None) -
         SampleProblem: wrong_type for captions of another form, not_utf8 for characters that UTF-8 cannot hold.
     """
     language = _language_in(metadata) or language
-    found = gather([(metadata.get("captions"), language, metadata.get("caption_roles"))], "captions")
+    folded = {key.lower(): value for key, value in reversed(list(metadata.items()))}
+    found = Captions(())
+    if folded.get("captions") is not None:
+        found = gather([(open_text(folded["captions"]), language, folded.get("caption_roles"))], "captions")
     if found.kept:
         return found
-    items: list[tuple[object, str | None, object]] = []
-    for wanted in PLAIN_CAPTION_KEYS:
-        values = [value for key, value in metadata.items() if key.lower() == wanted and value not in (None, "")]
-        if values:
-            items.append((values[0], language, None))
-            break
-    items += captions_by_column(metadata)
-    others = gather(items, "caption")
+    plain = (folded[name] for name in PLAIN_CAPTION_KEYS if not _is_blank(folded.get(name)))
+    items = [(open_text(value), language, None) for value in islice(plain, 1)]
+    others = gather([*items, *captions_by_column(metadata, language)], "caption")
     return Captions(others.kept, (*found.left_out, *others.left_out))
 
 
-def captions_by_column(row: Mapping[str, Any]) -> Iterator[tuple[object, str | None, object]]:
-    """What `gather` takes, of the columns or keys whose names say a language: `caption_zh`, `text_en`, `zh`.
+def captions_by_column(
+    row: Mapping[str, Any], language: str | None = None
+) -> Iterator[tuple[object, str | None, object]]:
+    """What `gather` takes, of columns or keys that hold captions by their names, see `is_caption_column`.
 
-    Numbers, lengths and scores of captions, are no captions.
+    Numbers, lengths and scores of captions, are no captions. `language` is that of captions that do not name one.
     """
     for name, value in row.items():
-        if (language := language_of_column(name)) is not None and _is_text(value):
-            yield value, language, None
+        if is_caption_column(name) and _is_text(value):
+            yield open_text(value), language_of_column(name) or language, None
+
+
+@lru_cache(maxsize=4096)
+def is_caption_column(name: str) -> bool:
+    """Whether the name of a column or key says a language, as `caption_zh`, `text_en`, `zh`, or a number: `caption_1`.
+
+    >>> [is_caption_column(name) for name in ("caption_zh", "en", "caption_1", "text2", "caption", "caption_id")]
+    [True, True, True, True, False, False]
+    """
+    return language_of_column(name) is not None or _NUMBERED.fullmatch(name.strip()) is not None
+
+
+def open_text(value: Any) -> Any:
+    """A value that may hold captions; the text of a JSON list or object of them is read as that.
+
+    Raises:
+        SampleProblem: wrong_type for such a text in Python's own form.
+    """
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    try:
+        opened = json.loads(value)
+    except (ValueError, RecursionError):
+        if _PYTHON_LIST.fullmatch(value):
+            rule = 'is a list of Python; write it as JSON, such as ["a cat", "a pet"]'
+            raise SampleProblem("wrong_type", f"the caption {value[:40]!r} {rule}") from None
+        return value
+    if isinstance(opened, Mapping):
+        is_meant = any(map(language_of_column, opened)) or bool(_TEXT_KEYS & opened.keys())
+    else:
+        is_meant = bool(opened) and isinstance(opened, list) and all(isinstance(item, str | Mapping) for item in opened)
+    return opened if is_meant else value
 
 
 def gather(items: Iterable[tuple[object, str | None, object]], where: str) -> Captions:
@@ -291,6 +352,10 @@ def _language_in(metadata: Mapping[str, Any]) -> str | None:
         if isinstance(value, str) and key.lower() in LANGUAGE_KEYS:
             return read_language(value)
     return None
+
+
+def _is_blank(value: object) -> bool:
+    return not value or (isinstance(value, str) and not value.strip())
 
 
 def _is_text(value: object) -> bool:

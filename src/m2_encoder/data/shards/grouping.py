@@ -2,18 +2,21 @@
 
 A sample's name ends at the first dot of the file name, as in any WebDataset tar: `0001.jpg`, `0001.seg.png` and
 `0001.json` are one sample. Names with dots of their own (`photo.1.jpg` beside `photo.1.txt`) would all be one sample
-`photo`; where a picture and a caption share more than that, they are a sample named up to the last dot.
+`photo`; where a picture and a caption share more than that, they are a sample named up to the last dot. A
+caption without a picture belongs to the picture without a caption whose name differs in case alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from m2_encoder.data.shards.names import is_clutter
+from m2_encoder.data.shards.names import is_clutter, match_cases
 from m2_encoder.data.shards.tar_scan import TarMember
 
 TEXT_EXTENSIONS = ("json", "txt")
 """Extensions of the members that hold captions."""
+
+_TEXTS = frozenset(TEXT_EXTENSIONS)
 
 
 def group_members(
@@ -48,12 +51,22 @@ def group_members(
     for key, own in found.items():
         dotted = _dotted_stems(own, pictures) if any("." in extension for extension in own) else ()
         grouped |= _divide(key, own, dotted) if dotted else {key: own}
+    _join_cases(grouped, frozenset(pictures))
     return grouped, {key: max(counts.values()) for key, counts in again.items()}
 
 
 def has_dotted_name(key: str) -> bool:
     """Whether a sample is named up to the last dot: other readers of WebDataset tars take the name up to the first."""
     return "." in key.rpartition("/")[2]
+
+
+def _join_cases(grouped: dict[str, dict[str, TarMember]], pictures: frozenset[str]) -> None:
+    """Give lonely texts to the picture whose name differs in case alone: `a.txt` to `A.jpg`."""
+    lonely = [key for key, own in grouped.items() if pictures.isdisjoint(own) and not _TEXTS.isdisjoint(own)]
+    if lonely:
+        bare = [key for key, own in grouped.items() if _TEXTS.isdisjoint(own) and not pictures.isdisjoint(own)]
+        for text, picture in match_cases(lonely, bare).items():
+            grouped[picture] = grouped.pop(text) | grouped[picture]
 
 
 def _dotted_stems(own: Mapping[str, TarMember], pictures: Collection[str]) -> list[str]:

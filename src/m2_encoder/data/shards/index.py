@@ -25,7 +25,7 @@ import numpy.typing as npt
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.shards.grouping import group_members
 from m2_encoder.data.shards.tar_scan import UNREADABLE, TarMember, padded, scan_tar
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, name_some
 from m2_encoder.files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in PICTURE_SUFFIXES)
 INDEX_SUFFIX = ".index"
 """Appended to the name of a tar."""
 
-_MAGIC = b"M2INDEX3"  # another number when the same tar gives another index
+_MAGIC = b"M2INDEX4"  # another number when the same tar gives another index
 # By number, in the table; that of an extension stays, because it is part of what tells a shard from another.
 _EXTENSIONS = ("", "webp", "png", "jpg", "jpeg", "jpe", "jfif", "apng", "avif", "heic", "heif", "hif", "tif", "tiff",
                "bmp", "dib", "gif")  # fmt: skip
@@ -340,4 +340,4 @@ def _check_sample(
 
 def _list(members: Mapping[str, TarMember]) -> str:
     names = [extension[:_MAX_NAME] or "a file with no extension" for extension in sorted(members)]
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else "")
+    return name_some(names, _MAX_NAMES, _MAX_NAME)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 _CLUTTER: Final = frozenset({".ds_store", "thumbs.db", "desktop.ini"})
@@ -20,6 +21,34 @@ def is_clutter(name: str) -> bool:
     if file.startswith("._") or file.lower() in _CLUTTER:
         return True
     return _CLUTTER_FOLDER in name.lower() and _CLUTTER_FOLDER in name.lower().split("/")[:-1]
+
+
+def walk_files(
+    folder: str | os.PathLike[str], *, onerror: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """A folder and all below it, each with the names of its files, sorted: the files of people, not of systems.
+
+    Hidden files and folders and clutter (`is_clutter`) are left out; links to folders are not followed. `onerror` gets
+    the errors of folders that cannot be read.
+    """
+    for parent, folders, files in os.walk(folder, onerror=onerror):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not is_clutter(f"{name}/"))
+        yield parent, sorted(name for name in files if not name.startswith(".") and not is_clutter(name))
+
+
+def match_cases(texts: Collection[str], pictures: Collection[str]) -> dict[str, str]:
+    """Which picture without a text a text without a picture belongs to: names that differ in case alone.
+
+    Where several could be meant, none is.
+
+    >>> match_cases({"dsc_1", "b", "B"}, {"DSC_1", "b"})
+    {'dsc_1': 'DSC_1'}
+    """
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    for side, names in enumerate((texts, pictures) if texts else ()):
+        for name in names:
+            found.setdefault(name.casefold(), ([], []))[side].append(name)
+    return {own[0]: other[0] for own, other in found.values() if len(own) == len(other) == 1}
 
 
 def decode_names(names: Sequence[bytes]) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.shards.names import is_clutter
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, name_some
 
 _PATTERN = frozenset("*?[")
 
@@ -106,7 +107,9 @@ def _list_folder(folder: str, suffixes: Sequence[str]) -> list[str]:
     )
     if not found:
         wanted = " or ".join(f"*{suffix}" for suffix in suffixes)
-        raise UserError(f"{folder}: no {wanted} there; it holds {_name_some(inside)}")
+        is_unpacked = any(_suffix(name) in PICTURE_SUFFIXES for name in inside) and ".tar" in suffixes
+        fix = f"; m2-data pack {folder} output=TARS packs pictures" if is_unpacked else ""
+        raise UserError(f"{folder}: no {wanted} there; it holds {name_some(sorted(inside)) or 'nothing'}{fix}")
     return [os.path.join(folder, name) for name in found]
 
 
@@ -142,12 +145,7 @@ def what_is_there(path: str) -> str:
     folder = path
     while folder and not os.path.isdir(folder):
         folder = os.path.dirname(folder.rstrip("/")) if folder.strip("/") else "/"
-    return f"{folder or 'the working directory'} holds {_name_some(os.listdir(folder or '.'))}"
-
-
-def _name_some(names: Iterable[str]) -> str:
-    some = sorted(names)
-    return ", ".join(some[:5]) + (", …" if len(some) > 5 else "") if some else "nothing"
+    return f"{folder or 'the working directory'} holds {name_some(sorted(os.listdir(folder or '.'))) or 'nothing'}"
 
 
 def _is_folder(name: str, suffixes: Sequence[str]) -> bool:

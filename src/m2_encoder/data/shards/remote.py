@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from annotated_types import Gt
+from annotated_types import Gt, Le
 
-from m2_encoder.bounds import Count, Example, Positive, Text, check_bounds
+from m2_encoder.bounds import Count, Example, Seconds, Text, check_bounds
 from m2_encoder.data.samples.parse import SampleProblem
 from m2_encoder.data.shards.index import INDEX_SUFFIX
 from m2_encoder.errors import UserError
@@ -66,9 +66,9 @@ class RemoteShards:
         self,
         folder: Annotated[Text, Example("cache")],
         *,
-        max_bytes: Annotated[float, Gt(0), Example("2e11")],
-        timeout_s: Positive = 60.0,
-        attempts: Count = 4,
+        max_bytes: Annotated[float, Gt(0), Le(1e18), Example("2e11")],
+        timeout_s: Seconds = 60.0,
+        attempts: Annotated[Count, Le(100)] = 4,
     ) -> None:
         self._folder = Path(folder)
         self.max_bytes = int(max_bytes)

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 from annotated_types import Ge
 
-from m2_encoder.bounds import check_bounds
+from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.evaluation.rerank import rerank_set
 from m2_encoder.evaluation.retrieval import evaluate_features
 from m2_encoder.evaluation.tasks.base import EvaluationContext, TaskResult
@@ -26,7 +26,7 @@ class Rerank(Retrieval):
     """
 
     @check_bounds
-    def __init__(self, *, candidates: Annotated[int, Ge(2)] = 16) -> None:
+    def __init__(self, *, candidates: Annotated[Count, Ge(2)] = 16) -> None:
         self._candidates = candidates
 
     def measure(self, context: EvaluationContext) -> TaskResult:

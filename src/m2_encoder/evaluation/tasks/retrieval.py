@@ -11,6 +11,7 @@ from typing import Final
 
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
+from m2_encoder.errors import abridge_list
 from m2_encoder.evaluation.pictures.drawing import LANGUAGE_NAMES
 from m2_encoder.evaluation.pictures.gallery import GallerySection, draw_gallery, find_concepts, find_freely
 from m2_encoder.evaluation.protocol import describe_protocol, protocol_lines
@@ -67,7 +68,7 @@ def report_recalls(
         return TaskResult(metrics, record=record)
     return TaskResult(
         metrics,
-        rows=(results_table(results), *protocol_lines(context.sets), *lines),
+        rows=(results_table(results), *abridge_list(list(protocol_lines(context.sets))), *lines),
         record=record,
         markdown=markdown_table(results, context.titles),
         pictures={PICTURE_FILE: lambda path: draw_queries(path, context, results)},

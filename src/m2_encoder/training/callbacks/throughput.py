@@ -10,7 +10,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from m2_encoder.bounds import Count, Fraction, Positive, check_bounds
+from m2_encoder.bounds import Count, Fraction, Seconds, check_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Throughput(Callback):
     """
 
     @check_bounds
-    def __init__(self, *, window_steps: Count = 10, warn_share: Fraction = 0.2, warn_after_s: Positive = 60.0) -> None:
+    def __init__(self, *, window_steps: Count = 10, warn_share: Fraction = 0.2, warn_after_s: Seconds = 60.0) -> None:
         self._window_steps = window_steps
         self._warn_share = warn_share
         self._watch_s = warn_after_s

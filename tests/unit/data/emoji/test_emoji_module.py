@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2_encoder.data.emoji.dataset import load_emoji_concepts
+from m2_encoder.data.emoji.dataset import load_emoji_concepts, write_emoji_shards
 from m2_encoder.data.emoji.emoji_module import REPORTED_SPLITS, EmojiDataModule
 from m2_encoder.data.images.transforms import EvalTransform, TrainTransform
 from m2_encoder.data.loading.stream import content_identity
@@ -27,7 +28,7 @@ from tests.support.training import IMAGE_SIZE, make_captions, make_datamodule, m
 def as_rank(datamodule: EmojiDataModule, rank: int, world_size: int, **settings: Any) -> EmojiDataModule:
     """The datamodule as one of several ranks sees it."""
     values = {"global_rank": rank, "world_size": world_size, "accumulate_grad_batches": 1, "max_steps": 12}
-    values["default_root_dir"] = str(datamodule._folder)
+    values["default_root_dir"] = str(datamodule.folder)
     datamodule.trainer = SimpleNamespace(**{**values, **settings})  # type: ignore[assignment]
     return datamodule
 
@@ -242,6 +243,36 @@ def test_preparation_unpacks_once(tmp_path: Path) -> None:
     written = (tmp_path / "emoji" / "emoji.json").stat().st_mtime_ns
     datamodule.prepare_data()
     assert (tmp_path / "emoji" / "emoji.json").stat().st_mtime_ns == written
+
+
+def test_a_set_that_changed_under_the_run_is_not_reported(emoji_folder: Path, tmp_path: Path) -> None:
+    datamodule = make_datamodule(Path(shutil.copytree(emoji_folder, tmp_path / "emoji")))
+    datamodule.prepare_data()
+    assert len(datamodule.retrieval_sets()) == 3
+    for name in ("train/000000.tar", "heldout_style/000000.tar", "val/index.json"):
+        whole = (emoji_folder / name).read_bytes()
+        (tmp_path / "emoji" / name).write_bytes((emoji_folder / "val_style" / "000000.tar").read_bytes())
+        with pytest.raises(UserError, match=rf"its {name} has changed: nothing is reported, and the checkpoints stay;"):
+            datamodule.retrieval_sets()
+        (tmp_path / "emoji" / name).write_bytes(whole)
+    shutil.rmtree(tmp_path / "emoji")
+    write_emoji_shards(tmp_path / "emoji", heldout_style="openmoji")
+    with pytest.raises(UserError, match=r"data\.folder=.*emoji: while the run went on, its .* has changed"):
+        datamodule.retrieval_sets()
+
+
+def test_data_of_another_setting_is_refused(emoji_folder: Path) -> None:
+    datamodule = make_datamodule(emoji_folder, heldout_style="noto")
+    with pytest.raises(UserError, match=r"data\.folder=.*heldout_style=twemoji, and heldout_style=noto is asked for"):
+        datamodule.prepare_data()
+
+
+def test_without_a_folder_it_is_that_of_the_setting() -> None:
+    folders = [str(make_datamodule(None, heldout_style=style).folder) for style in ("noto", "twemoji")]
+    assert [folder.rpartition("-")[0] for folder in folders] == [
+        "outputs/data/emoji-noto",
+        "outputs/data/emoji-twemoji",
+    ]
 
 
 @pytest.mark.parametrize(

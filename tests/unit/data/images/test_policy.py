@@ -252,3 +252,20 @@ def test_settings(setting: Any, policy: PicturePolicy) -> None:
 def test_other_settings_are_refused(setting: Any) -> None:
     with pytest.raises(UserError, match=r"pictures=.*one of standard, official, older, or a mapping"):
         read_policy(setting)
+
+
+def test_grey_tiffs_whose_white_is_zero() -> None:
+    """Pillow inverts those of 8 bits, and leaves it to its users for 16."""
+    content = bytearray(encoded(Image.fromarray(np.full((2, 2), 0x3001, np.uint16)), "TIFF"))
+    assert first(bytes(content), STANDARD) == (0x30, 0x30, 0x30)
+    entry = content.index(struct.pack("<HHIH", 262, 3, 1, 1))
+    content[entry + 8] = 0
+    assert first(bytes(content), STANDARD) == (0xCF, 0xCF, 0xCF)
+
+
+@pytest.mark.parametrize(("kind", "code"), [(8, "h"), (9, "i"), (4, "I"), (1, "B")])
+def test_orientation_of_every_kind_of_number(kind: int, code: str) -> None:
+    value = struct.pack(f"<{code}", 6).ljust(4, b"\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 1, 0x112, kind, 1) + value + bytes(4)
+    content = encoded(Image.new("RGB", (4, 2)), exif=exif)
+    assert open_image(content, pictures=STANDARD).size == (2, 4)

@@ -50,6 +50,26 @@ def test_suffixes_of_any_case(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_second_texts_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = fill(
+        tmp_path, "a.jpg", "a.txt", "a.TXT", "b.jpg", "b.Txt", "b.TXT", "c.jpg", "c.txt", "c.caption", "d.tags"
+    )
+    fill(tmp_path, "e.jpg", "e.txt")
+    (folder / "e.json").write_text('{"caption": "json"}')
+    assert said(read(folder)) == [
+        ("a", "text a.txt"), ("b", "text b.TXT"), ("c", "text c.txt"), ("e", "json"),
+    ]  # fmt: skip
+    unread, both = caplog.messages
+    assert unread.startswith("3 texts beside pictures are not read")
+    assert unread.endswith(": a.TXT, b.Txt, c.caption")
+    assert (both[:22], both[-6:]) == ("1 texts beside picture", " e.txt")
+    caplog.clear()
+    fill(tmp_path, *(f"{'x' * 200}{n}{suffix}" for n in range(50) for suffix in (".jpg", ".txt", ".TXT")))
+    read(folder)
+    assert all(len(line) < 400 for line in caplog.messages)
+    assert "and 50 more" in caplog.messages[0]
+
+
 def test_a_caption_that_is_written_again_changes_the_stamp(tmp_path: Path) -> None:
     folder = fill(tmp_path, "A.JPG", "A.TXT")
     part = next(find_source(str(folder), columns=Columns()).slices(9))

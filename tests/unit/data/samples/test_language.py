@@ -39,7 +39,15 @@ def test_names(name: str, language: str) -> None:
         ("__label__zh", "zh"),
         ("American English", "en"),
         ("non-English", "non"),
-        ("zh,en", "zh,en"),
+        ("zh,fr", "zh,fr"),
+        ("zh,en", None),
+        ("zh-en", None),
+        ("en_zh", None),
+        ("Chinese/English", None),
+        ("中英", None),
+        ("en-CN", "en"),
+        ("zh-cmn-Hans-CN", "zh"),
+        ("N/A", None),
         ("", None),
         ("und", None),
         ("unknown", None),
@@ -58,8 +66,10 @@ def test_unusual_names(name: object, language: str | None) -> None:
             (name, "zh")
             for name in ("zh", "zh-CN", "caption_zh", "caption_cn", "TEXT_ZH", "chinese_caption", "text.zh")
         ),
+        *((name, "zh") for name in ("raw_caption_zh", "zh_short_caption", "sentence_zh", "中文描述", "中文_标题")),
         *((name, "en") for name in ("en", "English", "caption_en", "title en", "captionEn", "caption_en_1", "en-text")),
         *((name, "fr") for name in ("caption_fr", "fr_caption")),
+        ("英文描述", "en"),
         *(
             (name, None)
             for name in ("fr", "caption", "caption_id", "text_len", "en_score", "caption_zh_url", "lang", "")

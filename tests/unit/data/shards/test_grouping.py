@@ -75,6 +75,22 @@ def test_what_systems_leave_behind_is_no_sample(tmp_path: Path) -> None:
     assert not is_clutter("a/my_thumbs.db.jpg")
 
 
+def test_a_lonely_caption_goes_to_the_name_in_another_case(tmp_path: Path) -> None:
+    names = ["A.jpg", "a.txt", "B.jpg", "c.txt", "C.TXT", "D.jpg", "d.jpg", "D.txt", "E.jpg", "e.JPG", "E.x", "e.txt"]
+    tar = write(tmp_path / "t.tar", *names, "X/f.PNG", "x/F.Json", "x/F.cls")
+    assert keys(tar) == ["A", "D", "e", "X/f"]
+    assert sorted(faults(tar)) == [
+        ("B", "missing_caption"), ("C", "missing_image"), ("E", "missing_caption"), ("c", "missing_image"),
+        ("d", "missing_caption"),
+    ]  # fmt: skip
+    index = build_index(tar)
+    descriptor = os.open(tar, os.O_RDONLY)
+    try:
+        assert list(find_files(descriptor, index, 3, ["cls"])) == ["cls"]
+    finally:
+        os.close(descriptor)
+
+
 @pytest.mark.parametrize("encoding", ["gbk", "utf-8"])
 def test_names_are_read_in_the_encoding_of_all(tmp_path: Path, encoding: str) -> None:
     animals = "狗鸟猫鱼马牛羊鸡"
