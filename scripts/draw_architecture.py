@@ -21,10 +21,10 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
     {
         "types": "batches, features, languages",
         "errors": "what a user can mend",
-        "bounds": "annotations that say what an argument may be",
-        "files": "files that appear whole or not at all",
-        "record": "what ran: revision, versions, machine",
-        "pictures": "the policy of pixels: orientation, alpha, depth",
+        "bounds": "what an argument may be",
+        "files": "files, whole or not at all",
+        "record": "revision, versions, machine",
+        "pictures": "what the pixels of a picture are",
         "assets": "drawings, captions, font",
     },
     {
@@ -148,7 +148,7 @@ def draw(path: Path, root: Path) -> None:
     from matplotlib import pyplot as plt
 
     edges, sizes = count_edges(root), count_lines(root)
-    figure, axes = plt.subplots(figsize=(12.5, 10.5), dpi=110)
+    figure, axes = plt.subplots(figsize=(12.5, 1.55 * len(LEVELS)), dpi=110)
     places: dict[str, tuple[float, float]] = {}
     for level, layers in enumerate(LEVELS):
         for index, layer in enumerate(layers):

@@ -15,9 +15,11 @@ from m2_encoder.checkpoints.exported import (
     CONFIG_METADATA_KEY,
     FORMAT,
     FORMAT_VERSION,
+    READING_METADATA_KEY,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     config_text,
+    reading_text,
 )
 from m2_encoder.checkpoints.io import save_safetensors
 from m2_encoder.checkpoints.matching_head import CONFIG_KEY, MatchingHead, save_head
@@ -75,19 +77,28 @@ def export_model(
     _check_finite(model)
     card, folder = card or CardInfo(), Path(folder)
     with atomic_folder(folder, overwrite=overwrite, error=CheckpointError) as temporary:
-        metadata = {"format": "pt", CONFIG_METADATA_KEY: config_text(config), DIGEST_METADATA_KEY: tokenizer.digest}
-        save_safetensors(model, temporary / WEIGHTS_FILE, metadata=metadata)
         tokenizer.save(temporary / TOKENIZER_FILE)
         content = _config_content(config, tokenizer, pictures, file_sha256(temporary / TOKENIZER_FILE))
         content["metrics"] = metrics or {}
         content["provenance"] = provenance or {}
         if matching is not None:
             content[CONFIG_KEY] = save_head(temporary, matching)
+        save_safetensors(model, temporary / WEIGHTS_FILE, metadata=_metadata(config, tokenizer, content))
         (temporary / CONFIG_FILE).write_text(_json_text(content), encoding="utf-8")
         (temporary / CARD_FILE).write_text(
             model_card(model, card=card, pictures=pictures, metrics=metrics or {}, provenance=provenance or {}), "utf-8"
         )
     return folder
+
+
+def _metadata(config: M2EncoderConfig, tokenizer: SentencePieceTokenizer, content: Mapping[str, Any]) -> dict[str, str]:
+    """Of the weights: what they belong with, so that other files beside them are noticed."""
+    return {
+        "format": "pt",
+        CONFIG_METADATA_KEY: config_text(config),
+        READING_METADATA_KEY: reading_text(content),
+        DIGEST_METADATA_KEY: tokenizer.digest,
+    }
 
 
 def _check_finite(model: M2Encoder) -> None:

@@ -28,6 +28,13 @@ CONFIG_METADATA_KEY = "m2_encoder_config"
 """The weights carry the architecture, too, so that an edit of `config.json` that fits all shapes is noticed."""
 
 
+READING_METADATA_KEY = "m2_encoder_reading"
+"""Of the weights, the same for how texts and pictures are read (`reading_text`); older exports lack it."""
+
+_FREE = ("metrics", "provenance")
+"""Entries of `config.json` that decide on nothing."""
+
+
 class ExportedFolder(NamedTuple):
     """What an exported folder holds, checked but not loaded."""
 
@@ -43,6 +50,11 @@ class ExportedFolder(NamedTuple):
 def config_text(config: M2EncoderConfig) -> str:
     """The architecture as canonical JSON."""
     return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def reading_text(content: Mapping[str, Any]) -> str:
+    """What decides of a `config.json`, as canonical JSON."""
+    return json.dumps({key: value for key, value in content.items() if key not in _FREE}, sort_keys=True)
 
 
 def read_format(folder: str | os.PathLike[str]) -> str | None:
@@ -92,7 +104,7 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: damaged or edited ({reason}); export the model again"
         ) from error
-    _check_consistent(exported, tokenizer_sha256)
+    _check_consistent(exported, tokenizer_sha256, content)
     return exported
 
 
@@ -119,10 +131,10 @@ def _pictures_of(content: Mapping[str, Any]) -> PicturePolicy:
     return read_policy(facts["pictures"]) if isinstance(facts, Mapping) and "pictures" in facts else OLDER
 
 
-def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:
+def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str, content: Mapping[str, Any]) -> None:
     folder = exported.weights.parent
-    stored = read_safetensors_metadata(exported.weights).get(CONFIG_METADATA_KEY)
-    if stored != config_text(exported.config):
+    metadata = read_safetensors_metadata(exported.weights)
+    if metadata.get(CONFIG_METADATA_KEY) != config_text(exported.config):
         raise CheckpointError(
             f"{folder}: {CONFIG_FILE} describes another architecture than {WEIGHTS_FILE} was exported with; "
             "restore it or export the model again (load takes image_size as an argument)"
@@ -131,3 +143,24 @@ def _check_consistent(exported: ExportedFolder, tokenizer_sha256: str) -> None:
         raise CheckpointError(
             f"{folder}: {TOKENIZER_FILE} is not the file that was exported; restore it or export the model again"
         )
+    try:
+        before = dict(json.loads(metadata.get(READING_METADATA_KEY, "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{exported.weights}: its metadata is damaged; export the model again") from error
+    if (change := _find_change(before, content)) is not None:
+        raise CheckpointError(
+            f"{folder}: {CONFIG_FILE} says {change[:200]} than {WEIGHTS_FILE} was exported with; restore it or export "
+            "the model again (load takes pictures as an argument)"
+        )
+
+
+def _find_change(before: Mapping[str, Any], content: Mapping[str, Any], above: str = "") -> str | None:
+    """The first entry that is not as it was; one that is missing or null is as in older exports."""
+    for key, value in content.items() if before else ():
+        name, was = f"{above}{key}", before.get(key)
+        if isinstance(value, dict) and isinstance(was, dict):
+            if (inside := _find_change(was, value, f"{name}.")) is not None:
+                return inside
+        elif value is not None and value != was and (above or key not in _FREE):
+            return f"another {name} ({value!r})"
+    return None

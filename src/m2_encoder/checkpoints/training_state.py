@@ -56,6 +56,8 @@ def find_newest(folder: Path) -> Newest | None:
     Raises:
         CheckpointError: if there are checkpoints, but no whole one.
     """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no folder; move it away, or give another run.name")
     found, unread = _candidates(folder)
     damaged: list[str] = []
     for step, path in sorted(found, key=lambda each: (each[0], each[1].name == LAST_NAME), reverse=True):

@@ -18,7 +18,7 @@ from m2_encoder.config.trusted import refuse_foreign
 from m2_encoder.errors import CheckpointError, Problem
 from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head, read_trained
-from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config
+from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def check_export(cfg: dict[str, Any]) -> list[Problem]:
         names = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
         known = f"; there is: {', '.join(names)}" if names else ""
         problems.append(Problem("run.name", name, f"no run in {folder}{known}", "train it first with m2-train"))
-    elif read_config(folder / CONFIG_FILE).get("task") is not None:
+    elif read_run(folder / CONFIG_FILE).get("task") is not None:
         rule = "trained no encoder but what task= names"
         fix = f"m2-train exports that itself, to {folder / EXPORT_FOLDER}, unless run.export=false"
         return [Problem("run.name", name, rule, fix)]
@@ -89,7 +89,7 @@ def _output(cfg: Mapping[str, Any]) -> Path:
 def run_export(cfg: dict[str, Any]) -> int:
     """Exports and says where."""
     folder = default_run_folder(cfg)
-    trained = read_config(folder / CONFIG_FILE)
+    trained = read_run(folder / CONFIG_FILE)
     refuse_foreign({"adaptation": trained.get("adaptation")})
     checkpoint = _checkpoint(cfg)
     model = read_trained(trained, checkpoint)

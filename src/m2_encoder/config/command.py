@@ -44,7 +44,7 @@ from m2_encoder.config.sweeps import (
     sweep_problems,
     without_constant,
 )
-from m2_encoder.config.trusted import check_values_only, find_foreign, read_folders, trusted_targets
+from m2_encoder.config.trusted import check_choices, check_values_only, find_foreign, read_folders, trusted_targets
 from m2_encoder.distributed.ranks import is_first_rank, is_only_rank
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.files import is_full
@@ -210,7 +210,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: f
     if command.complete is not None and not composition.problems and is_only_rank():
         more = _resolve(command.complete)(composition.cfg, composer.folder, lines)
         lines, composition = (lines + more, composer.compose(lines + more)) if more else (lines, composition)
-    refuse_all(_find_problems(command, composition, trusted))
+    refuse_all(_find_problems(command, composition, composer.folder, trusted))
     run = None if command.run_folder is None else composition.cfg
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines, run)
 
@@ -230,7 +230,7 @@ def _check_sweep(
     for job in jobs:
         composition = composer.compose(job)
         name = _rename(command, composition.cfg, job, constant)
-        found = _find_problems(command, composition, trusted)
+        found = _find_problems(command, composition, composer.folder, trusted)
         problems += found or (_resolve(command.check_job)(composition.cfg) if command.check_job else [])
         if name is not None and name in names:
             rule = "two jobs of the sweep have this name"
@@ -242,9 +242,13 @@ def _check_sweep(
     refuse_all(problems or [each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
 
 
-def _find_problems(command: Command, composition: Composition, trusted: frozenset[str] | None) -> list[Problem]:
-    if trusted is not None and (foreign := list(find_foreign(composition.cfg, trusted))):
-        return foreign  # before anything imports them
+def _find_problems(
+    command: Command, composition: Composition, folder: Path, trusted: frozenset[str] | None
+) -> list[Problem]:
+    if trusted is not None:
+        check_choices(composition.hydra.runtime.choices, folder)
+        if foreign := list(find_foreign(composition.cfg, trusted)):
+            return foreign  # before anything imports them
     cfg, more = composition.cfg, {"changed": composition.changed} if command.check_late else {}
     problems = [*composition.problems, *_resolve(command.check)(cfg, **more)]
     if command.check_late and not problems:

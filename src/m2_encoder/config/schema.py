@@ -109,6 +109,7 @@ _PRECISIONS: Final = (
     "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64", 32, 16, 64,
 )  # fmt: skip
 _ONE_PIECE: Final = "1: strategy.micro_batches accumulates, with one loss over all rows of a step"
+_NO_SAME: Final = "0: it changes nothing, as samples are drawn by step; data.sources.NAME.max_samples takes a few"
 ShareOrCount = Annotated[Any, Rule(_is_share_or_count, f"a number of batches in 0..{_MOST}, or a share in 0..1", "1.0")]
 
 
@@ -142,6 +143,8 @@ class Trainer:
     log_every_n_steps: Count = 10
     accumulate_grad_batches: Annotated[Any, Rule(lambda value: type(value) is int and value == 1, _ONE_PIECE, "1")] = 1
     num_sanity_val_steps: Annotated[int, Ge(-1), Le(10**9)] = 0
+    overfit_batches: Annotated[Any, Rule(lambda value: type(value) in (int, float) and value == 0, _NO_SAME, "0")] = 0
+    barebones: Literal[False] = False
 
 
 def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:

@@ -64,48 +64,82 @@ def find_targets(cfg: Any) -> set[str]:
     return {problem.value for problem in find_foreign(cfg, ())}
 
 
-def refuse_foreign(cfg: Any) -> None:
-    """Refuse a part of a saved configuration before it is built; `--config-dir` of this command allows its targets.
+def refuse_foreign(cfg: Any, *, named: Collection[str] = ()) -> None:
+    """Refuse a saved configuration, or a part of one; `--config-dir` of this command allows its targets.
+
+    Args:
+        cfg: the configuration.
+        named: more targets that the user's own configuration names.
 
     Raises:
         UserError: naming every target that is not trusted.
     """
     places = HydraConfig.get().searchpath if HydraConfig.initialized() else ()
     folders = [folder for place in places or () for folder in read_folders(str(place))]
-    refuse_all(list(find_foreign(cfg, trusted_targets(folders=folders), takes_keys=False)))
+    refuse_all(list(find_foreign(cfg, {*trusted_targets(folders=folders), *named}, takes_keys=False)))
 
 
 def check_values_only(path: Path) -> None:
     """Refuse a saved configuration that holds more than values: Hydra's settings, other files, resolvers.
 
-    A file that is missing or no YAML is left to whoever composes it.
+    A file that is missing is left to whoever composes it.
 
     Raises:
-        UserError: naming file and key.
+        UserError: naming file and key; also for what is no YAML.
     """
+    if not path.is_file():
+        return
     try:
-        if not path.is_file():
-            return
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise UserError(f"{path}: is larger than {_MAX_BYTES >> 20} MiB; no configuration is")
         text = content.decode("utf-8")
-        loaded = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        return
-    trust = f"if you trust it, name its folder as --config-dir, too: --config-dir {path.parent}"
+        # Hydra's reader takes more, such as paths by !!python/object: what this one does not know is no value.
+        _check_loaded(yaml.safe_load(text), text, path)
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deeply; no configuration is") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())[:300]})") from error
+
+
+def check_choices(choices: Mapping[Any, Any], folder: Path) -> None:
+    """Refuse options that a saved configuration's folder brings along: their files may hold more than values.
+
+    Args:
+        choices: of Hydra, by group.
+        folder: of the configuration.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    for group, chosen in choices.items():
+        for name in chosen if isinstance(chosen, list) else [chosen]:
+            if (path := folder / str(group) / f"{name}.yaml").is_file():
+                rule = f"{path} lies beside a saved configuration, and an option may run any code"
+                raise UserError(f"{rule}; {_trust(folder)}", key=str(group), value=name)
+
+
+def _trust(folder: Path) -> str:
+    return f"if you trust it, name its folder as --config-dir, too: --config-dir {folder}"
+
+
+def _check_loaded(loaded: Any, text: str, path: Path) -> None:
     keys = [key for key in ("hydra", "defaults") if isinstance(loaded, dict) and key in loaded]
     if "@package" in text:
         keys.append("@package")
     if keys:
-        raise UserError(f"{path}: holds {keys[0]}, which a saved configuration does not, and which runs code; {trust}")
+        rule = f"holds {keys[0]}, which a saved configuration does not, and which runs code"
+        raise UserError(f"{path}: {rule}; {_trust(path.parent)}")
     for count, value in enumerate(_strings(loaded)):
         if count > _MAX_NODES:
             raise UserError(f"{path}: holds more than {_MAX_NODES:,} values; no configuration does")
         if _RESOLVER.search(value):
             shown = " ".join(value.split())[:80]
-            raise UserError(f"{path}: holds {shown}, but a saved configuration has values only; {trust}")
+            rule = f"holds {shown}, but a saved configuration has values only"
+            raise UserError(f"{path}: {rule}; {_trust(path.parent)}")
 
 
 def _strings(node: Any) -> Iterator[str]:

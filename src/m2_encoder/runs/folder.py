@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER
 from m2_encoder.config.objective_files import find_files
@@ -38,6 +39,13 @@ _HEADER: Final = """\
 # Resolved configuration of a run. To repeat it, in a folder of its own:
 #   m2-train --config-path {folder} --config-name config
 """
+_NEEDED: Final[Mapping[str, Mapping[str, type]]] = {
+    "run": {"name": str}, "model": {"name": str, "tokenizer": str}, "trainer": {"max_steps": int},
+}  # fmt: skip
+_PARTS: Final = (
+    "data", "objective", "adaptation", "optimizer", "scheduler", "strategy", "cluster", "logger", "callbacks",
+    "evaluation", "task",
+)  # fmt: skip
 UNSAID: Final = {"adaptation": {"_target_": "m2_encoder.training.adaptation.Full"}}
 """What configurations of earlier versions leave out."""
 
@@ -63,11 +71,54 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         # OmegaConf's reader, because YAML's own takes 1e-05 for a text.
         cfg = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from error
+    except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid YAML ({' '.join(str(error).split())[:300]})") from error
     if not isinstance(cfg, dict):
         raise UserError(f"{path}: must hold a mapping")
+    _check_form(cfg, path)
     return update_names({str(key): value for key, value in cfg.items()})
+
+
+def read_run(path: Path, *, needed: Collection[str] = ("run", "model", "trainer")) -> dict[str, Any]:
+    """As `read_config`, of a run: the parts that are `needed` are there.
+
+    Raises:
+        UserError: see there; also for a part that is missing.
+    """
+    cfg = read_config(path)
+    _refuse_form([name for name in needed if not cfg.get(name)], path)
+    _refuse_form([f"{name}.{key}" for name in needed for key in _NEEDED[name] if key not in cfg[name]], path)
+    return cfg
+
+
+def _check_form(cfg: Mapping[Any, Any], path: Path) -> None:
+    """Refuse parts that no run has written, as far as they are read without being built."""
+    parts = {name: cfg.get(name) for name in (*_NEEDED, *_PARTS)}
+    for name in ("objective", "callbacks", "evaluation"):
+        parts |= {f"{name}.{key}": each for key, each in _mapping(cfg.get(name)).items()}
+    wrong = [name for name, part in parts.items() if part is not None and not isinstance(part, dict)]
+    for name, keys in _NEEDED.items():
+        part = _mapping(cfg.get(name))
+        wrong += [f"{name}.{key}" for key, kind in keys.items() if key in part and not _has(part, key, kind)]
+    wrong += [
+        f"{name}.weight" for name, part in parts.items() if not _has({"weight": 1} | _mapping(part), "weight", float)
+    ]
+    _refuse_form(wrong, path)
+
+
+def _refuse_form(wrong: list[str], path: Path) -> None:
+    if wrong:
+        rule = f"is no configuration of a run: {wrong[0][:120]} is missing, or of another kind"
+        raise UserError(f"{path}: {rule}; restore the file, or give another run.name")
+
+
+def _has(part: Any, key: str, kind: type) -> bool:
+    value = _mapping(part).get(key)
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 class Frozen(NamedTuple):

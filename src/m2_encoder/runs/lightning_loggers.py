@@ -181,7 +181,7 @@ def _step_of(line: str) -> int:
     """Step of a written line, -1 for one that a crash cut in half."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return -1
 
 

@@ -18,7 +18,7 @@ from m2_encoder.errors import Problem, UserError
 from m2_encoder.hub import choose_pictures
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.pictures import STANDARD, PicturePolicy, read_policy
-from m2_encoder.runs.folder import CONFIG_FILE, read_config
+from m2_encoder.runs.folder import CONFIG_FILE, read_run
 
 
 def settle_pictures(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> tuple[dict[str, Any], list[str]]:
@@ -31,7 +31,7 @@ def settle_pictures(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> t
     given = None if (setting := model.get("pictures")) is None else read_policy(setting)
     begun = folder / CONFIG_FILE
     if resumes and begun.is_file():
-        before = read_policy(read_config(begun)["model"]["pictures"] or STANDARD)
+        before = read_policy(read_run(begun, needed=("model",))["model"].get("pictures") or STANDARD)
         if given not in (None, before):
             rule = f"must be {show(before.to_setting())}, as in the run that is continued: its pixels would change"
             problem = Problem("model.pictures", setting, rule, "leave it out, or give another run.name")
@@ -62,7 +62,7 @@ def pictures_of_weights(model: Mapping[str, Any]) -> PicturePolicy:
     path = find_weights(anchor(weights))
     run = path.parent.parent / CONFIG_FILE
     if path.parent.name == CHECKPOINT_FOLDER and run.is_file():
-        return read_policy(read_config(run)["model"]["pictures"] or STANDARD)
+        return read_policy(read_run(run, needed=("model",))["model"].get("pictures") or STANDARD)
     return choose_pictures(build_model_config(model), path)
 
 

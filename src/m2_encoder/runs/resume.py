@@ -18,12 +18,13 @@ from m2_encoder.checkpoints.training_state import read_content
 from m2_encoder.checkpoints.vocabulary import CHECKPOINT_KEY, check_stored
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.config.problems import show
+from m2_encoder.config.trusted import find_targets, refuse_foreign
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, read_config
+from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, read_config, read_run
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
@@ -57,6 +58,7 @@ _EXACT_SCHEDULES: Final = ("m2_encoder.training.optim.warmup_cosine", "m2_encode
 
 _HYDRA_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
 
+_PACKAGE: Final = "m2_encoder."
 _AS_BEFORE: Final = "as in the run that is continued"
 _NEW_NAME: Final = "give another run.name"
 _LOAD_ERROR: Final = "Error(s) in loading state_dict"
@@ -80,7 +82,7 @@ def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     """
     if not path.is_file():
         return []
-    changes = _compare("", UNSAID | read_config(path), UNSAID | dict(cfg))
+    changes = _compare("", _in_effect(UNSAID | read_config(path)), _in_effect(UNSAID | dict(cfg)))
     return [f"{key}: {before!r} then, {now!r} now" for key, before, now in changes]
 
 
@@ -106,7 +108,7 @@ def check_resume(
         CheckpointError: if the checkpoint is damaged.
         UserError: naming all settings that may not differ, or else the first parameter that does.
     """
-    before = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    before = read_run(folder / CONFIG_FILE, needed=("model",)) if (folder / CONFIG_FILE).is_file() else {}
     if problems := list(_check_sizes(before, cfg)):
         raise UserError("the run that is continued does not fit", problems=problems)
     content = read_content(checkpoint)
@@ -121,6 +123,17 @@ def check_resume(
     if (found := _find_misfit(module, content)) is not None:
         name, said = found
         raise UserError(f"its checkpoint does not fit: {said}", problems=[_explain(name, said, before, cfg)])
+    _refuse_strangers(before, cfg)
+
+
+def _refuse_strangers(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
+    """Nothing of `before` is built; but a run of what this command does not name is not this command's to go on with.
+
+    Raises:
+        UserError: naming every target that neither the package has nor the command names.
+    """
+    own = {target for target in find_targets(before) if target.startswith(_PACKAGE)}
+    refuse_foreign(before, named={*find_targets(cfg), *own})
 
 
 def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[Problem]:
@@ -159,9 +172,10 @@ def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Pa
         yield Problem(key, now, rule, fix)
     if done < cfg["trainer"]["max_steps"]:
         return
-    for key, was, now in _compare("", before, cfg, _REPORTING):
+    echo = ("scheduler.max_steps", *(each["trainer"]["max_steps"] for each in (before, cfg)))
+    for key, was, now in _compare("", _in_effect(before), _in_effect(cfg), _REPORTING):
         # What earlier versions did not know is not recorded either.
-        if key not in reported and _has(before, key):
+        if key not in reported and _has(before, key) and (key, was, now) != echo:
             rule = f"changes nothing, as all {done} steps are done; it was {show(was)}"
             fix = f"leave it out, or train on with trainer.max_steps above {done}"
             yield Problem(key, now, rule, fix)
@@ -199,6 +213,12 @@ def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> It
         was, value = (config[key.partition(".")[2]] for config in configs)
         if was != value:
             yield key, was, value
+
+
+def _in_effect(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration with the sizes that its model has, where it leaves them to the model's name."""
+    model = _node(cfg, "model")
+    return {**cfg, "model": {**model, **build_model_config(model).to_dict()}} if "name" in model else cfg
 
 
 def _node(cfg: Mapping[str, Any], path: str) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ from m2_encoder.objectives.base import Objective
 from m2_encoder.runs.build import Module, Run, build_data, build_module, build_objectives, build_tasks, build_trainer
 from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
-from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_config, write_config, write_frozen
+from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
@@ -63,7 +63,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     resumes = newest is not None
     cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
     if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
-        trained = read_config(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
+        trained = read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
     else:
         trained = cfg
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run, whatever it is doing: what does not end by itself is ended."""
+"""SIGINT, SIGTERM and SIGHUP end a run, whatever it is doing: what does not end by itself is ended."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_TERMINATED: Final = 128 + signal.SIGTERM
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_TERMINATED: Final = {128 + number: number for number in (signal.SIGTERM, signal.SIGHUP)}
 _GRACE_S: Final = 5.0  # to end by itself, where no step has to be finished first
 
 
 @contextlib.contextmanager
 def end_on_signals(end_ranks: Callable[[], None]) -> Iterator[None]:
-    """While inside, SIGTERM raises `SystemExit`, as SIGINT raises `KeyboardInterrupt`, and both are seen to.
+    """While inside, SIGTERM and SIGHUP raise `SystemExit`, as SIGINT raises `KeyboardInterrupt`, and all are seen to.
+
+    SIGHUP comes when a terminal is closed; where it is ignored, as by nohup, it stays so.
 
     Python runs its handlers between two of its own instructions, so that a process which waits in a collective call, or
     for another rank, hears nothing. A thread hears the same signals: it ends the process after a second SIGINT, and
@@ -42,19 +44,21 @@ def end_on_signals(end_ranks: Callable[[], None]) -> Iterator[None]:
     heard, wakes = socket.socketpair()
     wakes.setblocking(False)
     listener = threading.Thread(target=_listen, args=(heard, end_ranks), name="signals", daemon=True)
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _terminate)}
+    numbers = [n for n in _TERMINATED.values() if signal.getsignal(n) != signal.SIG_IGN or n != signal.SIGHUP]
+    before = {number: signal.signal(number, _terminate) for number in numbers}
     old = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     listener.start()
     try:
         yield
     except SystemExit as end:
-        if end.code == _TERMINATED and not isinstance(end, SIGTERMException) and is_first_rank():
-            print(_describe(signal.SIGTERM), file=sys.stderr)
+        number = _TERMINATED.get(end.code) if isinstance(end.code, int) else None
+        if number is not None and not isinstance(end, SIGTERMException) and is_first_rank():
+            print(_describe(number), file=sys.stderr)
         raise
     finally:
         signal.set_wakeup_fd(old)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
         wakes.shutdown(socket.SHUT_RDWR)  # which ends the thread, whatever forked process holds a copy of it
         listener.join()
         wakes.close()

@@ -224,8 +224,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "impossible value": (_edit(lambda c: c["model"].update(num_heads=5)), "must be a multiple of num_heads=5"),
     "shape edited": (_edit(lambda c: c["model"].update(num_layers=1)), "describes another architecture"),
     "heads edited": (_edit(lambda c: c["model"].update(num_heads=4)), "describes another architecture"),
-    "side edited": (_edit(lambda c: c["tokenizer"].update(truncation_side="up")), "truncation_side must be one of"),
-    "length edited": (_edit(lambda c: c["tokenizer"].update(context_length="x")), "context_length must be"),
+    "side edited": (
+        _edit(lambda c: c["tokenizer"].update(truncation_side="left")),
+        "another tokenizer.truncation_side",
+    ),
+    "length edited": (_edit(lambda c: c["tokenizer"].update(context_length=5)), "another tokenizer.context_length (5)"),
+    "blanks edited": (_edit(lambda c: c["tokenizer"].update(normalise=False)), "another tokenizer.normalise"),
+    "policy edited": (
+        _edit(lambda c: c["preprocess"]["pictures"].update(background="black")),
+        "another preprocess.pictures.background ('black')",
+    ),
+    "name of a key flipped": (
+        _edit(lambda c: c["preprocess"].update(qictures=c["preprocess"].pop("pictures"))),
+        "another preprocess.qictures",
+    ),
+    "config of another export": (
+        _edit(lambda c: c["tokenizer"].update(context_length=c["tokenizer"]["context_length"] - 1)),
+        "than model.safetensors was exported with",
+    ),
     "weights truncated": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
         "damaged or not a safetensors file",

@@ -74,3 +74,9 @@ def test_none_is_whole(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"no whole checkpoint \(.*, and 2 more\); give another run\.name"):
         find_newest(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("x")
+    with pytest.raises(CheckpointError, match="checkpoints: is no folder; move it away"):
+        find_newest(tmp_path / "checkpoints")

@@ -128,6 +128,47 @@ def test_more_than_values_is_refused(saved: Path, train: Run, trap: Path, text: 
         read_config(saved)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "own: !!python/object/apply:pathlib.PosixPath [a]\nhydra: {callbacks: {own: {_target_: trap_of_stranger.run}}}",
+        "own: 2020-99-99\nhydra: {callbacks: {own: {_target_: trap_of_stranger.run}}}",
+        "own: !!int x",
+        "own: &own [*own]",
+        f"own: {'[' * 3000}{']' * 3000}",
+        "own: \xff",
+    ],
+)
+def test_what_cannot_be_looked_through_is_refused(saved: Path, train: Run, trap: Path, text: str) -> None:
+    """OmegaConf reads some of these."""
+    saved.write_bytes(f"{text}\n{saved.read_text()}".encode("latin-1"))
+    said = train()
+    assert str(saved) in said
+    assert "is not valid YAML" in said or "is nested too deeply" in said
+    assert not trap.exists()
+    with pytest.raises(UserError, match=r"is not valid YAML|is nested too deeply"):
+        read_config(saved)
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments"),
+    [
+        ("experiment/smoke.yaml", ["+experiment=smoke"]),
+        ("hydra/launcher/joblib.yaml", ["hydra/launcher=joblib"]),
+        ("hydra/env/default.yaml", []),
+    ],
+)
+def test_options_beside_a_saved_configuration_are_refused(
+    saved: Path, train: Run, trap: Path, file: str, arguments: list[str]
+) -> None:
+    (saved.parent / file).parent.mkdir(parents=True)
+    (saved.parent / file).write_text("# @package hydra\ncallbacks: {own: {_target_: trap_of_stranger.run}}\n")
+    said = train(*arguments)
+    assert f"{saved.parent / file} lies beside a saved configuration" in said
+    assert f"--config-dir {saved.parent}" in said
+    assert not trap.exists()
+
+
 def test_export_builds_nothing_that_a_run_names(
     saved: Path, trap: Path, repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from m2_encoder.checkpoints.training_state import read_step
 from m2_encoder.errors import CheckpointError, UserError
-from m2_encoder.runs.folder import read_config, write_config
+from m2_encoder.runs.folder import read_config, read_run, write_config
 
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("ab 1.e-:#'\"中\n", max_size=8)
@@ -36,6 +36,33 @@ def test_damaged_configuration(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.yaml"):
         read_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ("optimizer: [{_target_: own.run}]", "optimizer"),
+        ("objective: {itc: [a]}", "objective.itc"),
+        ("objective: {itc: {weight: a}}", "objective.itc.weight"),
+        ("callbacks: 1", "callbacks"),
+        ("model: {name: [tiny]}", "model.name"),
+        ("run: {name: a}\nmodel: {name: tiny, tokenizer: emoji}\ntrainer: {max_steps: x}", "trainer.max_steps"),
+        ("? \n: a", None),
+        ("a: !!set {b}", None),
+    ],
+)
+def test_a_part_of_another_kind_is_named(tmp_path: Path, content: str, key: str | None) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    named = "is not valid YAML" if key is None else f"is no configuration of a run: {key} is missing, or of another"
+    with pytest.raises(UserError, match=named):
+        read_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "a: 1", "run: {name: a}\ntrainer: {max_steps: 1}\nmodel: {_target_: own.run}"])
+def test_a_part_that_every_run_has_is_asked_for(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"is no configuration of a run: (run|trainer|model.name) is missing"):
+        read_run(tmp_path / "config.yaml")
 
 
 def test_missing_configuration(tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def test_resuming_drops_later_lines_and_what_a_crash_cut(path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("rest", ['{"step": 3', "5", "null", "[]", '{"a": 1}', "\x00\x00", "", "猫"])
+@pytest.mark.parametrize(
+    "rest", ['{"step": 3', "5", "null", "[]", '{"a": 1}', '{"step": 1e999}\n', "[" * 100_000, "\x00\x00", "", "猫"]
+)
 def test_a_last_line_of_any_kind_is_survived(path: Path, rest: str) -> None:
     path.parent.mkdir()
     path.write_bytes(b'{"step": 1, "a": 1}\n' + rest.encode()[: max(1, len(rest.encode()) - 1)])

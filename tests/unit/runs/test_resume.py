@@ -111,6 +111,26 @@ def resume(composer: Composer, tmp_path: Path) -> Resume:
     return find
 
 
+def test_a_size_that_is_written_out_is_no_change(tmp_path: Path, composer: Composer) -> None:
+    cfgs = [composer.compose(["+experiment=smoke", *lines]).cfg for lines in ((), ("model.patch_size=8",))]
+    write_config(tmp_path / CONFIG_FILE, cfgs[0])
+    assert describe_changes(tmp_path / CONFIG_FILE, cfgs[1]) == []
+
+
+def test_a_run_that_names_a_strangers_code_is_not_gone_on_with(resume: Resume) -> None:
+    own = "+callbacks.own={_target_: lightning.pytorch.callbacks.Timer}"
+    assert resume((*SMALL, own), (*SMALL, own)) == []
+    (problem,) = resume((*SMALL, own), SMALL)
+    assert problem.startswith("callbacks.own._target_=lightning.pytorch.callbacks.Timer: is named by a saved config")
+    assert "--config-dir FOLDER" in problem
+
+
+def test_steps_that_are_done_are_said_once(resume: Resume) -> None:
+    few = (*SMALL, "scheduler.warmup_steps=1")
+    (problem,) = resume((*few, "trainer.max_steps=9"), (*few, "trainer.max_steps=2"))
+    assert problem.startswith("trainer.max_steps=2: changes nothing, as all 2 steps are done; it was 9")
+
+
 @pytest.mark.parametrize(
     ("now", "key", "before"),
     [

@@ -61,13 +61,23 @@ def deaf() -> None:
             time.sleep(60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_what_hears_it(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
     with process(lambda: time.sleep(60)) as pid:
         os.kill(pid, number)
         assert code_of(pid) == 128 + number
-    said = "m2-train: ended by SIGTERM; run.resume=auto goes on from the last checkpoint\n"
-    assert capfd.readouterr().err == (said if number == signal.SIGTERM else ""), "the command says the other"
+    said = f"m2-train: ended by {number.name}; run.resume=auto goes on from the last checkpoint\n"
+    assert capfd.readouterr().err == (said if number != signal.SIGINT else ""), "the command says the other"
+
+
+def test_a_closed_terminal_is_ignored_where_nohup_wants_it() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with process(lambda: time.sleep(0.3)) as pid:
+            os.kill(pid, signal.SIGHUP)
+            assert code_of(pid) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -295,9 +295,13 @@ class _Batches(Dataset[Any]):
             atexit.unregister(self._end)
 
     def heed_signals(self) -> None:
-        """In a worker: handle SIGTERM when it is needed no more, or a while later; leave Ctrl-C to the trainer."""
+        """In a worker: handle SIGTERM when it is needed no more, or a while later.
+
+        Ctrl-C and a closed terminal are left to the trainer.
+        """
         signal.set_wakeup_fd(-1)  # that of the trainer, which hears signals of its own by it
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def _end(self) -> None:

@@ -30,7 +30,7 @@ from m2_encoder.training.optim import follow_schedule
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SAVING = b"m2-train: this step will be saved, then the run ends; once more Ctrl-C ends it at once\n"
 
 _RANDOM_STATES = "random_states"
@@ -63,10 +63,10 @@ class RunCheckpoint(Checkpoint):
     Besides what Lightning saves (weights, optimizer, schedule, loops, the place in the data) a checkpoint holds the
     random state of every rank, so that stochastic depth goes on as in an uninterrupted run.
 
-    After SIGTERM or SIGINT (Ctrl-C) to any rank, all ranks finish the step, run a validation that is due, save, and end
-    by `SIGTERMException`, whose code on the first rank is that of a shell: 128 + the signal. This replaces Lightning's
-    handlers, which do not save, and of which one communicates in the middle of a step. A second SIGINT is a
-    `KeyboardInterrupt`.
+    After SIGTERM, SIGINT (Ctrl-C) or SIGHUP (a closed terminal) to any rank, all ranks finish the step, run a
+    validation that is due, save, and end by `SIGTERMException`, whose code on the first rank is that of a shell:
+    128 + the signal. This replaces Lightning's handlers, which do not save, and of which one communicates in the middle
+    of a step. A second SIGINT is a `KeyboardInterrupt`.
     """
 
     @check_bounds
@@ -122,6 +122,8 @@ class RunCheckpoint(Checkpoint):
         self._signal, self._leaves = None, False
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             for number in _SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # as nohup wants it
                 signal.signal(number, self._note_signal)  # Lightning restores the old handlers in the end
         if len(self._random_states) == trainer.world_size:
             _restore_random_state(self._random_states[trainer.global_rank])
@@ -177,6 +179,8 @@ class RunCheckpoint(Checkpoint):
         if step == self._saved_step or getattr(trainer, "fast_dev_run", False):  # which keeps nothing
             return
         path = self.folder / f"step={step}.ckpt"
+        if trainer.is_global_zero:
+            _free(path)
         with getattr(trainer.strategy, "saving", contextlib.nullcontext)():  # ranks that wait say for what
             trainer.save_checkpoint(path)
             if trainer.is_global_zero:
@@ -191,7 +195,7 @@ def _free(path: Path) -> None:
     if path.is_dir():
         aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.aside")
         path.rename(aside)
-        logger.warning("%s is a folder, where the newest checkpoint will be written; it is %s now", path, aside.name)
+        logger.warning("%s is a folder, where a checkpoint will be written; it is %s now", path, aside.name)
 
 
 def _link_or_copy(path: Path, other: Path) -> None:
