@@ -18,6 +18,8 @@ from m2_encoder.checkpoints.training_state import find_newest
 START_S = 240  # for two processes to import everything, on a busy machine
 TIMEOUT_S = 5
 EVERY = 2  # steps between checkpoints
+GONE_S = 5.0  # what the kernel takes for a process that was killed
+NOBODY = 9  # a rank that there is not
 
 
 class Run:
@@ -41,6 +43,9 @@ class Run:
         """Exit code, what was printed, and what was said on stderr; no process is left."""
         try:
             out, said = self.process.communicate(timeout=START_S)
+            deadline = time.monotonic() + GONE_S
+            while self.living() and time.monotonic() < deadline:
+                time.sleep(0.05)
             assert not self.living(), "a process is left behind"
         finally:
             if self.living():
@@ -139,7 +144,7 @@ def test_a_first_rank_that_is_lost_and_the_run_that_goes_on(
     newest = find_newest(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert newest.step == left
-    code, out, said = Run(tmp_path, emoji_folder).end()
+    code, out, said = Run(tmp_path, emoji_folder, *fault(moment, act, rank=NOBODY)).end()
     assert code == 0, said[-3000:]
     assert f"continuing at step {left} of 6" in out
 
