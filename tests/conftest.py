@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,14 @@ def parity_dir() -> Path:
 def emoji_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in set, unpacked once for all tests; read-only by agreement."""
     return build_once(tmp_path_factory, "emoji", write_emoji_shards)
+
+
+@pytest.fixture
+def hangups_heard() -> Iterator[None]:
+    """SIGHUP as a process of a terminal gets it, also where the tests themselves are run by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(autouse=True)

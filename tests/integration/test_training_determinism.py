@@ -251,8 +251,10 @@ def test_a_kill_at_any_time_while_training_leaves_a_whole_checkpoint(emoji_folde
     assert state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["position"] == 32 * state["global_step"]
 
 
-def test_a_full_disk_is_one_clear_line(emoji_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "step=2.ckpt").mkdir()
-    with pytest.raises(ValueError, match=r"cannot write .*step=2\.ckpt"):
-        run(emoji_folder, tmp_path, max_steps=3, every_n_steps=2)
+def test_a_folder_where_a_checkpoint_belongs_is_moved_aside(emoji_folder: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "checkpoints" / "step=2.ckpt"
+    (taken / "mine").mkdir(parents=True)
+    run(emoji_folder, tmp_path, max_steps=3, every_n_steps=2)
+    assert taken.is_file()
+    (aside,) = taken.parent.glob("step=2.ckpt.*.aside")
+    assert (aside / "mine").is_dir()

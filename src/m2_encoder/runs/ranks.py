@@ -14,6 +14,7 @@ from typing import Final
 import lightning
 import torch
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from m2_encoder.distributed.rank_watch import GOES_ON
 from m2_encoder.distributed.ranks import is_first_rank
@@ -82,6 +83,10 @@ def watching(trainer: lightning.Trainer) -> Iterator[None]:
     with strategy.watching() if isinstance(strategy, GroupedStrategy) else contextlib.nullcontext():
         try:
             yield
+        except SystemExit as end:
+            if not isinstance(end, SIGTERMException) and isinstance(strategy.launcher, _SubprocessScriptLauncher):
+                strategy.launcher.kill(signal.SIGKILL)  # before they notice that this one has ended, and say so
+            raise
         except Exception as error:
             cause = translate_memory_error(error)
             other = end_together(trainer, cause or error) if trainer.world_size > 1 else None

@@ -186,8 +186,8 @@ def _fit(run: Run, checkpoint: Path | None, *, name: str) -> None:
             say(f"m2-train: ended by {name}, step {step} is saved; run.resume=auto goes on", error=True)
         raise
     except SystemExit as stop:
-        if run.trainer.interrupted:
-            raise KeyboardInterrupt from stop  # Lightning turns one into an exit code of its own
+        if run.trainer.interrupted and stop.code == 1:
+            raise KeyboardInterrupt from stop  # Lightning turns one into that exit code
         raise
     except Exception as error:
         cause = translate_load_error(error, name)

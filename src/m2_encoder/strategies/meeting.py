@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import queue
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -91,16 +93,27 @@ def open_store(place: Place, *, rank: int, world_size: int, timeout_s: float, st
 
 
 def _knock(place: Place, *, timeout_s: float, stopped_s: float) -> Store:
+    """Connect; in a thread, as a call to a store whose process is stopped may not come back, whatever its time-out."""
+    stores: queue.SimpleQueue[Store] = queue.SimpleQueue()
     started = time.monotonic()
+    threading.Thread(target=_try_to_connect, args=(place, stores, started + timeout_s), daemon=True).start()
     while True:
+        try:
+            return stores.get(timeout=_PAUSE_S)
+        except queue.Empty:  # noqa: PERF203 - once per try
+            waited = time.monotonic() - started
+            if waited >= timeout_s or (waited >= stopped_s and _is_starter_stopped()):
+                raise RuntimeError(f"no answer within {waited:.0f} s") from None
+
+
+def _try_to_connect(place: Place, stores: queue.SimpleQueue[Store], deadline: float) -> None:
+    while time.monotonic() < deadline:
         try:
             # First by a socket of our own: torch prints a stack of calls for each try in which nobody answers.
             socket.create_connection((place.host, place.port), timeout=_KNOCK_S).close()
-            return connect(place, timeout_s=min(_KNOCK_S, timeout_s))
-        except (OSError, RuntimeError) as error:  # noqa: PERF203 - once per try
-            waited = time.monotonic() - started
-            if waited >= timeout_s or (waited >= stopped_s and _is_starter_stopped()):
-                raise RuntimeError(f"no answer within {waited:.0f} s") from error
+            stores.put(connect(place, timeout_s=_KNOCK_S))
+            return
+        except (OSError, RuntimeError):  # noqa: PERF203 - once per try
             time.sleep(_PAUSE_S)
 
 

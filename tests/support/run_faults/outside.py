@@ -85,7 +85,7 @@ def servers() -> tuple[RunFault, ...]:
             _download(b"x" * 99, fragment=f"#sha256={'0' * 64}"),
             kept=kept,
         ),
-        RunFault("server that does not answer", "refused", _nobody, kept=kept),
+        RunFault("address where nobody listens", "refused", _nobody, kept=kept),
     )
 
 

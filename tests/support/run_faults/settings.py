@@ -60,8 +60,6 @@ def settings() -> tuple[RunFault, ...]:
         RunFault(
             "batch of absurd size", "global_batch_size", _train("data.global_batch_size=1000000000000"), is_slow=True
         ),
-        # NOTE TO THE HELPER runfaults, from the integrator: this row started 1,322 processes and ate all 24 GB of the
-        # machine three times, killing other helpers' work. Put it back only after main refuses it (helper `limits`).
         RunFault("absurd number of workers", "num_workers", _train("data.num_workers=1000000")),
         RunFault("absurd number of devices", "devices", _train("trainer.devices=1000000")),
         RunFault("run name that leaves its folder", "run.name", _train("run.name=../x")),

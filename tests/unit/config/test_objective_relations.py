@@ -84,7 +84,7 @@ def test_dictionaries_are_read_before_a_run_starts(problems: Problems, tmp_path:
     words.write_text("表情符号 100 n\n", encoding="utf-8")
     assert problems("objective=[cmlm]", f"{key}={words}") == []
     (problem,) = problems("objective=[cmlm]", f"{key}={tmp_path}")
-    assert "Is a directory" in problem
+    assert "is no regular file (a folder, a pipe or a device)" in problem
 
 
 @pytest.mark.parametrize(

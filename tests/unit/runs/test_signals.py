@@ -61,6 +61,7 @@ def deaf() -> None:
             time.sleep(60)
 
 
+@pytest.mark.usefixtures("hangups_heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_what_hears_it(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
     with process(lambda: time.sleep(60)) as pid:

@@ -37,6 +37,7 @@ class StageBoard:
 
     def __init__(self, workers: int) -> None:
         self._memory = RawArray("c", max(1, workers) * _SLOT_BYTES)
+        self._made = time.monotonic()
 
     def write(self, worker: int, stage: str, detail: str) -> None:
         """Write a worker's stage, cut to fit its slot."""
@@ -49,7 +50,7 @@ class StageBoard:
         slot = bytes(self._memory[worker * _SLOT_BYTES : (worker + 1) * _SLOT_BYTES])
         since, length = _HEAD.unpack_from(slot)
         stage, _, detail = slot[_HEAD.size : _HEAD.size + length].decode(errors="replace").partition(" ")
-        return StageNow(stage or "starting", detail, time.monotonic() - since if since else 0.0)
+        return StageNow(stage or "starting", detail, time.monotonic() - (since or self._made))
 
 
 class StageClock:

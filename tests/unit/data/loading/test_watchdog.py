@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 from torch.utils.data import DataLoader
 
+from m2_encoder.data.loading.stages import StageBoard
 from m2_encoder.data.loading.stream import Delivery
 from m2_encoder.errors import UserError
 from tests.unit.data.loading.test_loader import Numbers, number_loader
@@ -75,3 +76,11 @@ def test_a_worker_that_is_stopped_is_told_in_time_and_ended(workers: int) -> Non
     assert time.monotonic() - started < 10
     stopped.join(10)
     assert stopped.exitcode == -signal.SIGKILL
+
+
+def test_a_worker_that_never_enters_a_stage_does_not_pass_for_one_that_moves() -> None:
+    board = StageBoard(1)
+    time.sleep(0.05)
+    now = board.read(0)
+    assert (now.stage, now.detail) == ("starting", "")
+    assert now.seconds >= 0.05

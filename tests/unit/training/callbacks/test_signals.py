@@ -35,6 +35,7 @@ def fit(emoji_folder: Path, checkpoint: RunCheckpoint, interrupt: Interrupt, *, 
     trainer.fit(make_module(), datamodule=make_datamodule(emoji_folder, global_batch_size=4, num_workers=workers))
 
 
+@pytest.mark.usefixtures("hangups_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_the_step_it_comes_in(emoji_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
