@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.hub import LoadedModel, load
 from m2_encoder.runs.folder import CONFIG_FILE, read_config
+from m2_encoder.runs.folder import flatten as flatten
 
 METRICS_FILE = "metrics.jsonl"
 _AXES = ("step", "samples_seen")
@@ -144,19 +145,6 @@ def _read_summary(folder: Path) -> dict[str, Any]:
         return {**content, "metrics": dict(content.get("metrics", {}))}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged; evaluate again with m2-train ... run.resume=auto") from error
-
-
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as flat columns, such as `optimizer.lr`; a list is one value."""
-
-    def walk(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, Mapping) and value:
-                yield from walk(value, f"{above}{key}.")
-            else:
-                yield f"{above}{key}", value
-
-    return dict(walk(config, ""))
 
 
 def _is_axis(name: str) -> bool:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from m2_encoder.config.check import check_targets, read_parameters
 from m2_encoder.config.compose import open_composer
+from m2_encoder.config.loggers import fill_folders, given_to_loggers
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import format_problem
 from m2_encoder.config.relations import check_relations
@@ -25,12 +26,11 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "optimizer": ("module",),
     "scheduler": ("optimizer",),
     "trainer": ("strategy", "logger", "callbacks", "plugins", "default_root_dir"),
-    "logger": ("run_name", "folder", "cfg"),
     "callbacks.checkpoint": ("folder",),
 }
-"""By node, what the command passes itself when it builds the object."""
+"""By node, what the command passes itself when it builds the object; `given_to_loggers` has the rest."""
 
-_NODES_OF_LIGHTNING: Final = ("callbacks", "data", "evaluation", "strategy", "task", "trainer")
+_NODES_OF_LIGHTNING: Final = ("callbacks", "data", "evaluation", "logger", "strategy", "task", "trainer")
 
 
 def validate_train(
@@ -46,7 +46,7 @@ def validate_train(
     trusted = _find_trusted(changed)
     compared = {key: node for key, node in cfg.items() if key not in trusted}
     found: dict[str, Problem] = {}
-    for problem in (*check_shape(cfg), *check_targets(compared, given=GIVEN_ARGUMENTS)):
+    for problem in (*check_shape(cfg), *_check_targets(compared)):
         found.setdefault(problem.key, problem)
     return [*found.values(), *check_relations(cfg, set(found), on_this_machine=on_this_machine)]
 
@@ -54,7 +54,13 @@ def validate_train(
 def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> list[Problem]:
     """What is wrong with nodes that `validate_train` trusted."""
     trusted = _find_trusted(changed)
-    return list(check_targets({key: node for key, node in cfg.items() if key in trusted}, given=GIVEN_ARGUMENTS))
+    return list(_check_targets({key: node for key, node in cfg.items() if key in trusted}))
+
+
+def _check_targets(cfg: dict[str, Any]) -> Iterator[Problem]:
+    loggers = cfg.get("logger")
+    filled = {"logger": fill_folders(loggers, "outputs")} if isinstance(loggers, Mapping) else {}
+    return check_targets({**cfg, **filled}, given={**GIVEN_ARGUMENTS, **given_to_loggers(loggers)})
 
 
 def _find_trusted(changed: Collection[str] | None) -> set[str]:

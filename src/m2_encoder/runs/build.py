@@ -14,10 +14,8 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from m2_encoder.bounds import refuse
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import pack_tokenizer
 from m2_encoder.config.check import read_parameters
@@ -26,7 +24,7 @@ from m2_encoder.config.model_choice import build_model_config, build_tokenizer, 
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.evaluation.tasks.masked import Masked
 from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture
@@ -41,6 +39,7 @@ from m2_encoder.objectives.files import Resources
 from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.runs.folder import LAST_CHECKPOINT, UNSAID
 from m2_encoder.runs.lightning_loggers import JsonlLogger
+from m2_encoder.runs.sinks import build_loggers, check_kind
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.adaptation import Adaptation, check_adaptation
 from m2_encoder.training.module import PretrainModule
@@ -202,15 +201,19 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptati
 
 
 def build_trainer(
-    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = ()
+    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = (), *, resumes: bool = False
 ) -> tuple[lightning.Trainer, JsonlLogger]:
-    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last."""
+    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last.
+
+    Raises:
+        UserError: for a callback or a logger that is none, or cannot start.
+    """
     own = _build_callbacks(cfg, folder)  # which may be refused, before a logger starts
     metrics = JsonlLogger(folder / METRICS_FILE)
     trainer = instantiate(
         cfg["trainer"],
         strategy=instantiate(cfg["strategy"]),
-        logger=[metrics, *_build_logger(cfg, folder)],
+        logger=[metrics, *build_loggers(cfg, folder, resumes=resumes)],
         callbacks=[*callbacks, *own],
         plugins=_build_plugins(cfg["cluster"]["name"]),
         default_root_dir=str(folder),
@@ -218,18 +221,10 @@ def build_trainer(
     return trainer, metrics
 
 
-def _build_logger(cfg: Mapping[str, Any], folder: Path) -> list[Logger]:
-    given: dict[str, Any] = {"folder": folder}
-    if cfg["logger"]["_target_"].endswith(".build_wandb_logger"):
-        given |= {"run_name": cfg["run"]["name"], "cfg": cfg}
-    built = instantiate(cfg["logger"], _recursive_=False, **given)  # the configuration in it is a value
-    return [] if built is None else [built]
-
-
 def _build_callbacks(cfg: Mapping[str, Any], folder: Path) -> list[lightning.Callback]:
     given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
     made = {name: instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()}
-    _check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
+    check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
     return list(made.values())
 
 
@@ -252,17 +247,5 @@ def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
         tasks = {"retrieval": Retrieval(), "masked": Masked(), "masked_picture": MaskedPicture()}
         return {**tasks, "reconstruction": Reconstruction()}
     made = {name: instantiate(node) for name, node in nodes.items()}
-    _check_kind("evaluation", nodes, made, EvaluationTask)
+    check_kind("evaluation", nodes, made, EvaluationTask)
     return made
-
-
-def _check_kind(group: str, nodes: Mapping[str, Any], made: Mapping[str, Any], kind: type) -> None:
-    """Refuses objects of another kind than a group holds."""
-    rule = f"must be a subclass of {kind.__module__}.{kind.__name__}"
-    refuse(
-        [
-            Problem(f"{group}.{name}._target_", nodes[name]["_target_"], rule, "derive it from that")
-            for name, each in made.items()
-            if not isinstance(each, kind)
-        ]
-    )

@@ -22,15 +22,15 @@ from m2_encoder.models.parallelize import gather_model
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.runs.build import Module, Run, build_data, build_module, build_objectives, build_tasks, build_trainer
-from m2_encoder.runs.ending import describe_end
+from m2_encoder.runs.ending import Results, describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
-from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
+from m2_encoder.runs.sinks import close_loggers, replay
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.callbacks.first_validation import FirstValidation
@@ -84,10 +84,10 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_check(folder, checked)
 
     first_step = FirstStep(write_records)
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step, FirstValidation()])
+    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step, FirstValidation()], resumes=resumes)
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
-    metrics_of_end: dict[str, float] | None = None
+    results: Results | None = None
     try:
         if trainer.is_global_zero:
             _announce(cfg, folder, newest, run, changes=trained is cfg)
@@ -97,10 +97,10 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
             taken = _take_model(run.module)
-        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, started=started)
+        results = _finish(run, taken, tasks, cfg, folder, trained=trained, started=started)
     finally:
-        _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
-    return metrics_of_end
+        close_loggers(trainer, results)  # last: a server may keep it waiting
+    return dict(results.metrics)
 
 
 def _finish(
@@ -112,13 +112,13 @@ def _finish(
     *,
     trained: dict[str, Any],
     started: float,
-) -> dict[str, float]:
-    """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone."""
+) -> Results:
+    """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first."""
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
-        return {}
+        return Results({}, (), folder, 0)
     end = describe_end(run.trainer, trained["trainer"]["max_steps"])
-    metrics = report_run(
+    results = report_run(
         tasks,
         model=model,
         objectives=objectives,
@@ -129,15 +129,15 @@ def _finish(
         started=started,
     )
     if not cfg["run"]["export"]:
-        return metrics
+        return results
     if isinstance(model, VisualTokenizer):
-        export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=metrics, end=end)
+        export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=results.metrics, end=end)
     else:
         exported = export_run(
             folder, model=model, cfg=trained, end=end, matching=trained_head(objectives), overwrite=True
         )
         say(f'  use it       m2_encoder.load("{short_path(exported)}")')
-    return metrics
+    return results
 
 
 def _take_model(module: Module) -> Taken:
@@ -149,16 +149,11 @@ def _take_model(module: Module) -> Taken:
     return merged, module.trained_objectives()
 
 
-def _close_loggers(run: Run, metrics: dict[str, float] | None) -> None:
-    for sink in run.trainer.loggers:
-        if isinstance(sink, QuietWandbLogger):
-            sink.close(metrics)
-
-
 def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, *, changes: bool) -> None:
     name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
     done = 0 if newest is None else newest.step
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
+    replay(run.trainer, run.metrics.path)
     if newest is None:
         say(f"run {name}: {steps} steps, everything in {folder}")
     else:
