@@ -103,6 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
         if "RunResumeStatus" in query:
             return 200, {"data": {"model": {**_PROJECT, "bucket": self.server.bucket(name)}}}
+        if "query Viewer" in query:
+            viewer = {"id": "v", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
+            return 200, {"data": {"viewer": viewer}}
         if "createRunFiles" in query:
             files = [{"name": each, "uploadUrl": f"{self.server.url}/file/{each}"} for each in given["files"]]
             return 200, {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}

@@ -139,8 +139,9 @@ def forget_service() -> None:
     """Drop the connection to a W&B process that is gone; else its error would come up when this process ends."""
     import wandb
 
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, SystemExit):  # W&B ends the process with the code of its own one
         wandb.teardown()
+    wandb.run = None  # else Lightning's logger would take the next run for a part of it
 
 
 def _start(mode: str, *, finish_timeout_s: float, cfg: Mapping[str, Any], **given: Any) -> WandbLogger:

@@ -6,7 +6,8 @@ missing there is sent from `metrics.jsonl`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,6 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from m2_encoder.config.output import say
-from m2_encoder.errors import UserError
 from m2_encoder.runs.ending import Results
 from m2_encoder.runs.lightning_loggers import NOT_METRICS, read_rows
 from m2_encoder.runs.loggers import first_line, forget_service
@@ -95,19 +95,30 @@ class QuietWandbLogger(WandbLogger):
         self._best[name] = choose(self._best.get(name, value), value)
 
     def _report(self, results: Results) -> None:
-        run = self.experiment
-        media = make_media(results)
-        if self._last is not None and run.step <= self._last:
-            run.log(media, step=self._last, commit=True)
-        else:  # nothing new was logged: W&B has the last step already
-            run.summary.update(media)
+        """Hands over what a finished run has; a table and an artifact ask the server, which may be gone."""
+        run, media = self.experiment, make_media(results)
+        # Where nothing new was logged, W&B has the last step already, and takes no more of it.
+        step = self._last if self._last is not None and run.step <= self._last else None
+        for name, value in media.items():
+            with self._saying(f"{name} was not taken"):
+                if step is None:
+                    run.summary.update({name: value})
+                else:
+                    run.log({name: value}, step=step)
+        if step is not None:
+            run.log({_AXIS: step}, step=step, commit=True)  # before the summary, which its values would replace
         best = {f"best/{name}": value for name, value in self._best.items()}
         run.summary.update({**best, **results.metrics})
         if self._artifact is not None:
-            try:
+            with self._saying(f"the {self._artifact} was not taken"):
                 upload(run, self._artifact, results.folder)
-            except (OSError, ValueError, UserError) as error:
-                say(f"W&B: the {self._artifact} was not uploaded ({first_line(error)})", error=True)
+
+    @contextmanager
+    def _saying(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # its client raises what it likes
+            say(f"W&B: {what} ({first_line(error)})", error=True)
 
     def _finish(self, *, exit_code: int) -> None:
         run = self.experiment
