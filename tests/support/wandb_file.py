@@ -52,8 +52,9 @@ def read_page(folder: Path) -> WandbPage:
         elif kind == "summary":
             _set(page.summary, record.summary.update)
         elif kind == "metric" and record.metric.name:
-            found = [word for word in ("max", "min") if getattr(record.metric.summary, word)]
-            page.goals.update({record.metric.name: word for word in found})
+            for word in ("max", "min"):
+                if getattr(record.metric.summary, word):
+                    page.goals[record.metric.name] = word
         elif kind == "artifact":
             page.artifacts[record.artifact.name] = [item.path for item in record.artifact.manifest.contents]
     for name, value in page.summary.items():
