@@ -2,8 +2,7 @@
 
 Each job of `m2-train -m optimizer.lr=1e-3,2e-3 +experiment=smoke` is a run of its own. Its name is `run.name`
 with what is swept behind it (`smoke-lr=0.001`, `smoke-lr=0.002`), so the folders never collide, and the same
-sweep started again with `run.resume=auto` continues every job where it was. Hydra's records of the sweep go
-to `outputs/multirun/`.
+sweep started again goes on where it was. `outputs/multirun/<run.name>` holds what belongs to the sweep as a whole.
 """
 
 from __future__ import annotations
@@ -37,6 +36,13 @@ def is_basic(hydra: DictConfig) -> bool:
     return str(hydra.sweeper._target_).endswith(".BasicSweeper")
 
 
+def preset_lines(hydra: DictConfig, lines: Sequence[str]) -> list[str]:
+    """What `hydra.sweeper.params` adds to the overrides `lines`, which count where both say something of a key."""
+    keys = [line.partition("=")[0] for line in lines]
+    params = dict(hydra.sweeper.get("params") or {})
+    return [f"{key}={value}" for key, value in params.items() if key not in keys]
+
+
 def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
     """All jobs of a sweep, as lists of overrides.
 
@@ -45,8 +51,7 @@ def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
     Raises:
         UserError: for an interval, of which every value would be a job.
     """
-    params = dict(hydra.sweeper.get("params") or {})
-    all_lines = [*(f"{key}={value}" for key, value in params.items()), *lines]
+    all_lines = [*preset_lines(hydra, lines), *lines]
     if not is_basic(hydra):
         return [[line for line in all_lines if not is_sweep_line(line)]]
     readable, _ = parse_overrides(all_lines)
