@@ -49,7 +49,7 @@ def read_outcomes(sweep: Path, names: Sequence[str] | None, *, since: float) -> 
     `since` is in seconds since the epoch.
     """
     contents = [each for each in _read_all(sweep) if each.get("written", 0) >= since]
-    found = {each["name"]: _outcome(each) for each in sorted(contents, key=lambda each: float(each["written"]))}
+    found = {each["name"]: _outcome(each) for each in sorted(contents, key=lambda each: float(each.get("written", 0)))}
     if names is None:
         return list(found.values())
     return [found.get(name) or JobOutcome(name, "not run", reason="it was not started") for name in names]

@@ -95,6 +95,22 @@ def without_constant(job: Sequence[str], constant: Sequence[str]) -> list[str]:
     return [line for line in job if line not in written and line not in constant]
 
 
+def swept_values(swept: Sequence[str]) -> dict[str, Any]:
+    """What the overrides of a job say, by key; a choice of several options as in the job's name.
+
+    >>> swept_values(["optimizer=muon", "optimizer.lr=1e-3", "objective=[itc,cmlm]", "+seed=null"])
+    {'optimizer': 'muon', 'optimizer.lr': 0.001, 'objective': 'itc+cmlm', 'seed': None}
+    """
+    found = {}
+    for line in swept:
+        override = parse_override(line)
+        if override is not None and override.key_or_group != "run.name":
+            value = override.value()
+            plain = value is None or isinstance(value, bool | int | float)
+            found[override.key_or_group] = value if plain else _split(line)[1]
+    return found
+
+
 def job_name(name: str, swept: Sequence[str]) -> str:
     """Name of one job: what is swept behind the common name.
 
