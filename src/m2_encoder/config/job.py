@@ -128,7 +128,7 @@ class Job:
                 return JobOutcome(name, "failed", folder, describe_crash(error))
             report_problems(command.name, mistake)
             return JobOutcome(name, "refused", folder, format_problem(find_problems(mistake)[0]))
-        return JobOutcome(name, "failed", folder, f"exit code {code}") if code else JobOutcome(name, "finished", folder)
+        return _judge(name, folder, Ended(code or 0, ""))
 
 
 def runs_here(settings: Any) -> bool:
@@ -140,7 +140,7 @@ def runs_here(settings: Any) -> bool:
 
 
 def _judge(name: str, folder: str, ended: Ended) -> JobOutcome:
-    """What became of a job that was a process of its own."""
+    """What became of a job, by its exit code."""
     if ended.code in (0, EXIT_PRUNED):
         return JobOutcome(name, "finished" if ended.code == 0 else "pruned", folder)
     reason = ended.said if ended.said else f"exit code {ended.code}"

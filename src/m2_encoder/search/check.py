@@ -40,28 +40,18 @@ def check_search(
         rule = "a search runs its trials one after the other on this machine"
         return [Problem("hydra/launcher", hydra.runtime.choices.get("hydra/launcher"), rule, "leave it out")]
     settings = read_settings(hydra)
-    from m2_encoder.search.study import build_pruner, build_sampler
-
-    build_sampler(settings.sampler, settings.seed)
-    build_pruner(settings.pruner)
     all_lines = add_params(lines, settings.params)
     constant = [line for line in all_lines if not is_sweep_line(line)]
     if any(is_sweep_line(line) for line in all_lines):
         space = read_space(all_lines)
-        tried = list(_find_useless(space, constant, find))
-        return list(dict.fromkeys(map(_hashable, tried)))
+        from m2_encoder.search.study import rehearse
+
+        rehearse(settings, space)
+        return _find_useless(space, constant, find)
     found = list(find(constant))
     if not found:
         read_space(all_lines)
     return found
-
-
-def _hashable(problem: Problem) -> Problem:
-    try:
-        hash(problem)
-    except TypeError:
-        return problem._replace(value=str(problem.value))
-    return problem
 
 
 def read_settings(hydra: DictConfig) -> Any:
@@ -92,8 +82,8 @@ def add_params(lines: Sequence[str], params: Mapping[str, Any] | None) -> list[s
 
 def _find_useless(
     space: Sequence[Dimension], constant: Sequence[str], find: Callable[[list[str]], Sequence[Problem]]
-) -> Iterator[Problem]:
-    """The problems of values that fail in every combination that was tried; a first one that works is enough."""
+) -> list[Problem]:
+    """The problems of the first value that fails in every combination tried; one that works is enough."""
     fine: set[str] = set()
     for place, dimension in enumerate(space):
         others = [each.examples() for each in (*space[:place], *space[place + 1 :])]
@@ -108,7 +98,8 @@ def _find_useless(
                     break
                 first = first or problems
             else:
-                yield from first
+                return list(first)
+    return []
 
 
 def _combine(others: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:

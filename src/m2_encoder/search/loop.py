@@ -72,7 +72,7 @@ class _Search:
     def _check_journal(self) -> None:
         metric = OmegaConf.select(self._config, "run.metric")
         made_of = {"run.metric": metric, "hydra.sweeper.direction": self._settings.direction}
-        made_of |= {dimension.key: dimension.describe() for dimension in self._space}
+        made_of |= {dimension.key: str(dimension) for dimension in self._space}
         for line in self._lines:
             key, _, value = line.partition("=")
             if not is_sweep_line(line) and not key.lstrip("+").startswith(_NO_PART):

@@ -65,9 +65,11 @@ class Dimension(NamedTuple):
         """Overrides that stand for all of its values: each choice, or both ends."""
         return list(dict.fromkeys(map(self.write, self.choices or (self.low, self.high))))
 
-    def describe(self) -> list[Any]:
-        """What it chooses from, as JSON can hold it."""
-        return [*self.texts] if self.choices else [self.low, self.high, self.step, self.log]
+    def __str__(self) -> str:
+        if self.choices:
+            return ",".join(self.texts)
+        step = "" if self.step is None else f" by {self.step}"
+        return f"{self.low}..{self.high}{step}{' (log)' if self.log else ''}"
 
 
 def read_space(lines: Sequence[str]) -> list[Dimension]:

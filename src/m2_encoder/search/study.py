@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from m2_encoder.bounds import Count, Seed
-from m2_encoder.config.problems import show
+from m2_encoder.config.problems import flatten
 from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.search.space import Dimension
 
@@ -30,6 +30,7 @@ STUDY_NAME: Final = "search"  # some pruners make random numbers of it
 PRUNED_AT: Final = "pruned_at"  # the step at which a trial's own process ended it
 PRUNER: Final = "pruner"
 _MADE_OF: Final = "made_of"
+_REHEARSED: Final = 3
 _EXHAUSTED: Final = "exhausted"
 _NAME: Final = "name"
 
@@ -83,9 +84,10 @@ class Study:
             return
         for key in dict.fromkeys((*before, *made_of)):
             if before.get(key) != made_of.get(key):
-                rule = f"is {show(before[key])} in the search that is there" if key in before else "is not part of it"
+                is_now = key if key not in made_of else f"{key}={made_of[key]}"
+                rule = f"the search that is there has {f'{key}={before[key]}' if key in before else 'nothing of it'}"
                 fix = "go on with its command line, or give another run.name for another search"
-                yield Problem(key, made_of.get(key, NOTHING), rule, fix)
+                yield Problem(is_now, NOTHING, rule, fix)
 
     def keep(self, key: str, value: Any) -> bool:
         """Keeps a setting in the journal; whether it was another one before."""
@@ -166,6 +168,28 @@ def build_sampler(node: Mapping[str, Any], seed: int | None) -> BaseSampler:
     return _build("hydra.sweeper.sampler", node, BaseSampler, given)
 
 
+def rehearse(settings: SearchSettings, space: Sequence[Dimension]) -> None:
+    """Has the sampler choose values of some trials that are kept nowhere.
+
+    Raises:
+        UserError: if sampler or pruner cannot be made, or cannot choose from this space.
+    """
+    sampler = build_sampler(settings.sampler, settings.seed)
+    pruner = build_pruner(settings.pruner)
+    with _quiet():
+        study = optuna.create_study(direction=settings.direction, sampler=sampler, pruner=pruner)
+        study.stop = lambda: None  # type: ignore[method-assign]
+        try:
+            for _ in range(_REHEARSED):
+                trial = study.ask()
+                for dimension in space:
+                    dimension.suggest(trial)
+                study.tell(trial, 0.0)
+        except Exception as error:  # of a package that is missing, of values that it does not know
+            key, value = "hydra.sweeper.sampler", settings.sampler.get("_target_")
+            raise UserError(f"cannot choose values: {flatten(error)}", key=key, value=value) from error
+
+
 def build_pruner(node: Mapping[str, Any] | None) -> BasePruner:
     """The pruner that a setting names; one that ends nothing for None.
 
@@ -180,8 +204,9 @@ def _build(key: str, node: Mapping[str, Any], kind: type[Any], given: Mapping[st
         with _quiet():
             made = instantiate(dict(node), **given)
     except Exception as error:  # what a constructor raises
-        cause = error.__cause__ or error
-        raise UserError(f"cannot be made: {cause}", key=key, value=node.get("_target_")) from error
+        raise UserError(
+            f"cannot be made: {flatten(error.__cause__ or error)}", key=key, value=node.get("_target_")
+        ) from error
     if not isinstance(made, kind):
         raise UserError(f"must be a subclass of {kind.__module__}.{kind.__name__}", key=key, value=node.get("_target_"))
     return made
