@@ -57,6 +57,7 @@ from m2_encoder.config.sweep_life import await_run, end_with_sweep, hold_sweep, 
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_basic,
+    is_search,
     is_sweep_line,
     job_name,
     name_globbed,
@@ -96,6 +97,7 @@ class Command:
         is_done: whether the run of a configuration has ended, so that a sweep need not start it again.
         module: what `python -m` runs the command by; each job of a sweep is then a process of its own.
         end_sweep: tells what a sweep found; it gets its folder and all outcomes.
+        measure: the number of a run that has ended, which sweepers get.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Command:
     is_done: Callable[[dict[str, Any]], bool] | str = ""
     module: str = ""
     end_sweep: Callable[[Path, Sequence[JobOutcome]], None] | str = ""
+    measure: Callable[[dict[str, Any]], float | None] | str = ""
 
     def __call__(self) -> int:
         """Runs the command with the arguments of this process; its exit code."""
@@ -271,14 +274,23 @@ def _plan_sweep(
     command: Command, composer: Composer, lines: list[str], first: Composition, trusted: frozenset[str] | None
 ) -> _Plan:
     """Validates every job before the first one starts, and names them as they were named before."""
-    goes_on = "resume" in (first.cfg.get("run") or {}) and not any("run.resume=" in line for line in lines)
-    lines = [*lines, "run.resume=auto"] if goes_on else lines
-    preset = preset_lines(first.hydra, lines)
-    constant = [line for line in (*preset, *lines) if not is_sweep_line(line)]
+    constant = [line for line in lines if not is_sweep_line(line)]
     folder = _sweep_folder(lines, first)
     is_here = runs_here(first.hydra)
     if is_here:
         refuse_second(folder)
+    if is_search(first.hydra):
+        check = resolve("m2_encoder.search.check:check_search")
+
+        def find(job: list[str]) -> Sequence[Problem]:
+            return _find_problems(command, composer.compose(job), composer.folder, trusted)
+
+        refuse_all(check(lines, first.hydra, find))
+        return _sweep_plan(folder, lines, constant, None, is_here=is_here)
+    goes_on = "resume" in (first.cfg.get("run") or {}) and not any("run.resume=" in line for line in lines)
+    lines = [*lines, "run.resume=auto"] if goes_on else lines
+    preset = preset_lines(first.hydra, lines)
+    constant = [line for line in (*preset, *lines) if not is_sweep_line(line)]
     known = {each.settings: each for each in read_jobs(folder) if each.settings}
     problems: list[Problem] = []
     names: list[str] = []
@@ -300,9 +312,14 @@ def _plan_sweep(
     # Hydra composes what is not swept alone, before any job.
     fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
     refuse_all(problems or [each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
+    return _sweep_plan(folder, lines, constant, names if is_basic(first.hydra) else None, is_here=is_here)
+
+
+def _sweep_plan(
+    folder: Path, lines: list[str], constant: list[str], names: list[str] | None, *, is_here: bool
+) -> _Plan:
     more = [*_quiet(lines), hydra_line("hydra.sweep.dir", str(folder))]
-    sweep = _Sweep(folder, names if is_basic(first.hydra) else None, is_here)
-    return _Plan([*lines, *more], constant, sweep=sweep)
+    return _Plan([*lines, *more], constant, sweep=_Sweep(folder, names, is_here))
 
 
 def _find_problems(
@@ -335,9 +352,10 @@ def _folder_lines(command: Command, cfg: dict[str, Any], lines: Sequence[str]) -
 
 
 def _sweep_folder(lines: Sequence[str], composition: Composition) -> Path:
-    """The user's, or `outputs/multirun/<run.name>`, which the same sweep finds again."""
+    """The user's, or `<run.folder>/multirun/<run.name>`, which the same sweep finds again."""
     if any(line.startswith("hydra.sweep.dir=") for line in lines):
         return Path(composition.hydra.sweep.dir).absolute()
     run = composition.cfg.get("run")
-    name = run.get("name") if isinstance(run, dict) else datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return anchor("outputs") / "multirun" / str(name)
+    if isinstance(run, dict) and isinstance(run.get("folder"), str):
+        return anchor(run["folder"]) / "multirun" / str(run.get("name"))
+    return anchor("outputs") / "multirun" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pkgutil
 import signal
@@ -22,11 +23,11 @@ from m2_encoder.config.output import say
 from m2_encoder.config.problems import find_problems, format_problem
 from m2_encoder.config.run_folder import hold_run
 from m2_encoder.config.sweep_jobs import (
+    EXIT_PRUNED,
     JOBS_FOLDER,
     JobOutcome,
     describe_crash,
     describe_rest,
-    is_done,
     read_outcomes,
     settings_digest,
     write_outcome,
@@ -81,8 +82,11 @@ class Job:
         else:
             os.environ[FULL_ERROR] = self._shown
 
-    def __call__(self, cfg: DictConfig) -> None:
-        """Does the work of one configuration, or of one job of a sweep."""
+    def __call__(self, cfg: DictConfig) -> float | None:
+        """Does the work of one configuration, or of one job of a sweep; what is returned is the sweeper's.
+
+        That is the number of the run; NaN for a job that did not finish; None for a command that measures nothing.
+        """
         self._let_hydra_report()
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
@@ -93,14 +97,16 @@ class Job:
         if settings.mode == RunMode.MULTIRUN:
             job = self._name(plain, settings)
             if runs_here(settings):
-                self._run_of_sweep(plain, job, settings)
-                return
+                outcome = self._run_of_sweep(plain, job, settings)
+                return math.nan if self._command.measure and outcome.value is None else outcome.value
             say(f"{self._command.name}: job {settings.job.num}: {job.name}", error=True)
             os.environ.setdefault(GROUP_VARIABLE, Path(settings.sweep.dir).name)
             held = hold_run(plain) if self._command.run_folder is not None else held
         try:
             with held:
                 self.exit_code = resolve(self._command.run)(plain) or 0
+            measures = self._command.measure and settings.mode == RunMode.MULTIRUN and is_first_rank()
+            return resolve(self._command.measure)(plain) if measures else None
         except Exception as error:
             mistake = find_user_error(error, place_of(self._command, plain))
             if mistake is None or os.environ.get(FULL_ERROR) == "1":
@@ -117,7 +123,7 @@ class Job:
         folder = "" if command.run_folder is None else str(command.run_folder(cfg))
         return JobOutcome(name, "at work", folder, swept=swept, settings=settings_known)
 
-    def _run_of_sweep(self, cfg: dict[str, Any], job: JobOutcome, settings: Any) -> None:
+    def _run_of_sweep(self, cfg: dict[str, Any], job: JobOutcome, settings: Any) -> JobOutcome:
         """One job: whatever becomes of it, the others are run; only a signal ends them all."""
         if not sweep_lives():
             raise SystemExit(128 + signal.SIGTERM)
@@ -125,9 +131,10 @@ class Job:
         total = "" if self._names is None else f"/{len(self._names)}"
         title = f"{command.name}: {settings.job.num + 1}{total} {job.name}"
         if command.is_done and resolve(command.is_done)(cfg):
-            write_outcome(sweep, job._replace(state="skipped"))
+            outcome = self._measure(cfg, job._replace(state="skipped"))
+            write_outcome(sweep, outcome)
             say(f"{title}: has finished before", error=True)
-            return
+            return outcome
         write_outcome(sweep, job)
         say(title, error=True)
         begun = time.monotonic()
@@ -136,12 +143,23 @@ class Job:
             outcome = self._run_process(job, settings, log)
         else:
             outcome = self._run_here(cfg, job)
-        outcome = outcome._replace(seconds=round(time.monotonic() - begun, 1))
+        outcome = self._measure(cfg, outcome._replace(seconds=round(time.monotonic() - begun, 1)))
         write_outcome(sweep, outcome)
-        said = [outcome.state if is_done(outcome) else f"{outcome.state} ({outcome.reason})"]
+        said = [f"{outcome.state} ({outcome.reason})" if outcome.reason else outcome.state]
         if self._names is not None:
             said.append(describe_rest(read_outcomes(sweep, self._names, since=self._started), since=self._started))
         say(f"{title}: {'; '.join(said)}", error=True)
+        return outcome
+
+    def _measure(self, cfg: dict[str, Any], outcome: JobOutcome) -> JobOutcome:
+        """An outcome with the number of the run."""
+        if outcome.state not in ("finished", "skipped") or not self._command.measure:
+            return outcome
+        try:
+            return outcome._replace(value=resolve(self._command.measure)(cfg))
+        except UserError as error:
+            report_problems(self._command.name, error)
+            return outcome._replace(state="refused", reason=format_problem(find_problems(error)[0]))
 
     def _run_process(self, job: JobOutcome, settings: Any, log: Path | None) -> JobOutcome:
         lines = [line for line in settings.overrides.task if not line.startswith("run.name=")]
@@ -162,7 +180,7 @@ class Job:
                 return job._replace(state="failed", reason=describe_crash(error))
             report_problems(command.name, mistake)
             return job._replace(state="refused", reason=format_problem(find_problems(mistake)[0]))
-        return job._replace(state="failed", reason=f"exit code {code}") if code else job._replace(state="finished")
+        return _judge(job, Ended(code or 0, ""))
 
 
 def runs_here(settings: Any) -> bool:
@@ -183,11 +201,11 @@ def _launcher(settings: Any) -> str:
 
 
 def _judge(job: JobOutcome, ended: Ended) -> JobOutcome:
-    """What became of a job that was a process of its own."""
-    if ended.code == 0:
-        return job._replace(state="finished")
-    reason = ended.said if ended.said else f"exit code {ended.code}"
-    if ended.code > 128:  # it could not say anything
+    """What became of a job, by its exit code."""
+    if ended.code in (0, EXIT_PRUNED):
+        return job._replace(state="finished" if ended.code == 0 else "pruned")
+    reason = ended.said.removeprefix("m2-train: ") if ended.said else f"exit code {ended.code}"
+    if ended.code - 128 in set(signal.Signals):  # it could not say anything
         reason = f"ended by {signal.Signals(ended.code - 128).name}"
     return job._replace(state="refused" if ended.code == EXIT_USER_ERROR else "failed", reason=reason)
 

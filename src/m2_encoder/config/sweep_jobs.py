@@ -17,19 +17,25 @@ from typing import Any, Final, Literal, NamedTuple
 from m2_encoder.files import write_json
 
 JOBS_FOLDER: Final = "jobs"
-State = Literal["at work", "finished", "skipped", "refused", "failed", "not run"]
+State = Literal["at work", "finished", "skipped", "pruned", "refused", "failed", "not run"]
+
+_NO_PART: Final = ("name", "resume", "metric")  # settings of a run that change nothing of it
+EXIT_PRUNED: Final = 3
+"""The exit code of a trial that its search has ended early."""
 
 
 class JobOutcome(NamedTuple):
     """What became of one job."""
 
     name: str
-    state: State  # skipped: it was finished before; refused: the user can mend it; failed: anything else
+    # skipped: it was finished before; pruned: ended early by a search; refused: the user can mend it; failed: the rest
+    state: State
     folder: str = ""  # of its run, if it has one
     reason: str = ""  # of a job that did not finish, one line
     swept: Sequence[str] = ()  # the overrides that tell it from the other jobs
     settings: str = ""  # `settings_digest` of its configuration
     seconds: float = 0.0  # that its process took
+    value: float | None = None  # of `run.metric`
 
 
 def write_outcome(sweep: Path, outcome: JobOutcome) -> None:
@@ -81,7 +87,7 @@ def _outcome(content: Mapping[str, Any]) -> JobOutcome:
 def settings_digest(cfg: Mapping[str, Any]) -> str:
     """What a job is known by, however its overrides are written: its configuration, but for the name of its run."""
     run = cfg.get("run")
-    kept = {key: value for key, value in run.items() if key not in ("name", "resume")} if isinstance(run, dict) else run
+    kept = {key: value for key, value in run.items() if key not in _NO_PART} if isinstance(run, dict) else run
     text = json.dumps({**cfg, "run": kept}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -114,4 +120,4 @@ def describe_outcomes(outcomes: Sequence[JobOutcome]) -> list[str]:
 
 def is_done(outcome: JobOutcome) -> bool:
     """Whether there is nothing left to do."""
-    return outcome.state in ("finished", "skipped")
+    return outcome.state in ("finished", "skipped", "pruned")

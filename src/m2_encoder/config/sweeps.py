@@ -36,6 +36,11 @@ def is_basic(hydra: DictConfig) -> bool:
     return str(hydra.sweeper._target_).endswith(".BasicSweeper")
 
 
+def is_search(hydra: DictConfig) -> bool:
+    """Whether the sweeper is that of `hydra/sweeper=search`."""
+    return str(hydra.sweeper._target_).endswith(".SearchSweeper")
+
+
 def preset_lines(hydra: DictConfig, lines: Sequence[str]) -> list[str]:
     """What `hydra.sweeper.params` adds to the overrides `lines`, which count where both say something of a key."""
     keys = [line.partition("=")[0] for line in lines]
@@ -118,7 +123,9 @@ def job_name(name: str, swept: Sequence[str]) -> str:
     'smoke-lr=1e-3-cmlm.weight=2-objective=itc+cmlm'
     """
     pairs = [_split(line) for line in swept]
-    pairs = [(key, value) for key, value in pairs if key != "run.name" and not key.startswith("hydra.")]
+    pairs = [
+        (key, value) for key, value in pairs if key not in ("run.name", "run.resume") and not key.startswith("hydra.")
+    ]
     if not pairs:
         return name
     labels = _label([key for key, _ in pairs])

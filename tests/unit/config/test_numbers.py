@@ -24,6 +24,6 @@ def test_whole_numbers() -> None:
     ],
 )
 def test_anything_else_is_refused(values: tuple[object, ...], said: str) -> None:
-    with pytest.raises(ValueError, match="whole number|multiple") as refused:
+    with pytest.raises(ValueError, match=r"whole number|multiple") as refused:
         divide(*values)
     assert str(refused.value) == said
