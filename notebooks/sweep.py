@@ -109,7 +109,7 @@ print(f"{len(ranked) - 1 - len(worse)} of the {len(ranked) - 1} others cannot be
 for each in differences:
     if each.interval:
         print(
-            f"{each.title:<40} lost in chance below {each.interval:5.2f} points; one point: {each.seeds_for(1.0)} seeds"
+            f"{each.title:<40} below {each.interval:5.2f} points lost in chance; 1 point: {each.seeds_for(1.0)} seeds"
         )
 if len(seeds) == 1:
     print("With one seed nothing can be told apart: add seeds, for example seed=0,1,2,3,4.")
