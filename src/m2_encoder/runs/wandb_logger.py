@@ -72,7 +72,7 @@ class QuietWandbLogger(WandbLogger):
         """
         if results is not None:
             self._try(lambda: self._report(results))
-        self._try(lambda: self._finish(exit_code=int(results is None)))
+        self._try(lambda: self._finish(exit_code=int(results is None)), patience=1)
 
     def _log(self, metrics: Mapping[str, float], step: int, at: int | None = None) -> None:
         """Hands over what was logged of a step; `at` is W&B's own step, if that is known."""
@@ -121,29 +121,30 @@ class QuietWandbLogger(WandbLogger):
             say(f"W&B: {what} ({first_line(error)})", error=True)
 
     def _finish(self, *, exit_code: int) -> None:
-        run = self.experiment
-        place = Path(run.dir).parent
-        later = f"with: wandb sync {place}"
-        if run.resumed:  # the file holds only what is new, and W&B may have a part of that
-            later = "with run.resume=auto"
-        with bounded_service(self._wandb_init["settings"].finish_timeout + _SERVICE_TIMEOUT_S) as ended:
-            try:
-                run.finish(exit_code=exit_code)
-            except TimeoutError:
-                say(f"W&B: its server did not take everything in time; upload the rest {later}", error=True)
-            except Exception:
-                if not ended.is_set():
-                    raise
-        if ended.is_set():
-            forget_service()
-            say(f"W&B: its process did not answer and was ended; upload what it wrote {later}", error=True)
+        try:
+            self.experiment.finish(exit_code=exit_code)
+        except TimeoutError:
+            say(f"W&B: its server did not take everything in time; upload the rest {self._later()}", error=True)
 
-    def _try(self, action: Callable[[], object]) -> None:
+    def _later(self) -> str:
+        """How what W&B lacks gets there."""
+        if self.experiment.resumed:  # its files hold only what is new, and W&B may have a part of that
+            return "with run.resume=auto"
+        return f"with: wandb sync {Path(self.experiment.dir).parent}"
+
+    def _try(self, action: Callable[[], object], *, patience: int = 2) -> None:
+        """Does something with W&B, whose process gets `patience` times 15 s beyond what its server may take."""
         if self._has_failed:
             return
-        try:
-            with bounded_service(2 * _SERVICE_TIMEOUT_S + self._wandb_init["settings"].finish_timeout):
+        limit_s = patience * _SERVICE_TIMEOUT_S + self._wandb_init["settings"].finish_timeout
+        with bounded_service(limit_s) as ended:
+            try:
                 action()
-        except Exception as error:  # whatever breaks there, the training it reports on is worth more
+            except Exception as error:  # whatever breaks there, the training it reports on is worth more
+                self._has_failed = True
+                if not ended.is_set():
+                    say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on", error=True)
+        if ended.is_set():
             self._has_failed = True
-            say(f"W&B: stopped ({first_line(error)}); metrics.jsonl goes on", error=True)
+            forget_service()
+            say(f"W&B: its process did not answer and was ended; upload what it wrote {self._later()}", error=True)

@@ -96,7 +96,7 @@ def test_failure_later_stops_only_itself(
 ) -> None:
     calls = []
 
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_more: object) -> None:
         calls.append(1)
         raise OSError("no space left")
 
