@@ -11,6 +11,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from m2_encoder.bounds import NotNegative, Rule, check_bounds
+from m2_encoder.distributed.averaging import expect_averages
 from m2_encoder.distributed.collectives import exchange_counts
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
@@ -145,6 +146,7 @@ def contrastive_losses(
         loss, rows, *_ = contrastive_forward(
             *stacked, scales_of_heads, identity, group_name, equal_rows, label_smoothing
         )
+    expect_averages(loss, [*images, *texts, *scales])
     return ContrastiveLosses(loss, rows.detach())
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.bounds import NotNegative, check_bounds
+from m2_encoder.distributed.averaging import expect_averages
 from m2_encoder.distributed.collectives import gather_constant, scatter_sums
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
@@ -115,6 +116,7 @@ def sigmoid_losses(
             identity,
             group,
         )
+    expect_averages(loss, [image_features, text_features, logit_scale])
     return ObjectiveOutput(loss=loss, per_sample=rows)
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from m2_encoder.bounds import Count, Seconds, check_bounds
+from m2_encoder.distributed.groups import open_groups
 from m2_encoder.distributed.rank_watch import GOES_ON, RankWatch, describe_exit, is_stopped_process
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -62,7 +63,7 @@ class ContrastiveGroups:
         Raises:
             UserError: if the ranks cannot be grouped as requested.
         """
-        world_size, rank = dist.get_world_size(), dist.get_rank()
+        world_size = dist.get_world_size()
         group_size = resolve_group_size(
             world_size=world_size,
             ranks_per_node=ranks_per_node,
@@ -71,13 +72,9 @@ class ContrastiveGroups:
         )
         self.destroy()
         topology = GroupTopology(world_size, group_size)
-        if group_size == world_size:
-            self._group = dist.group.WORLD
-        elif group_size > 1:
-            groups = [dist.new_group(list(members), timeout=timeout) for members in topology.groups()]
-            own = groups[topology.group_index(rank)]
-            assert isinstance(own, dist.ProcessGroup), f"rank {rank} is not in its own group"
-            self._group, self._owns_group = own, True
+        if group_size > 1:
+            self._group = open_groups(topology, timeout=timeout)
+            self._owns_group = group_size < world_size
         self._topology = topology
 
     def destroy(self) -> None:
