@@ -26,8 +26,9 @@ from m2_encoder.errors import UserError
 
 _Wrappers: TypeAlias = tuple["weakref.ref[DistributedDataParallel]", ...]
 
-_KNOWN: Final = WeakIdKeyDictionary()
-"""Wrappers of the parameters that were met; a memory of what is true anyway."""
+_OF_PARAMETER: Final = WeakIdKeyDictionary()
+_WRAPPERS: Final = weakref.WeakSet[DistributedDataParallel]()
+"""Wrappers of the parameters that were met, and all that were seen: what looking for them again would find."""
 
 _ADVICE: Final = (
     "call the DistributedDataParallel module itself; for micro-batches "
@@ -50,7 +51,7 @@ def expect_averages(loss: Tensor, inputs: Sequence[Tensor]) -> None:
     """
     if not loss.requires_grad or not _has_ranks():
         return
-    for leaf in {id(leaf): leaf for leaf in map(_find_parameter, inputs) if leaf is not None}.values():
+    for leaf in _find_parameters(inputs):
         if wrappers := _find_wrappers(leaf):
             loss.register_hook(partial(_watch, leaf, wrappers))
 
@@ -64,9 +65,8 @@ def refuse_outside_wrapper(tensors: Sequence[Tensor]) -> None:
     if not _has_ranks():
         return
     active = DistributedDataParallel._get_active_ddp_module()
-    for leaf in filter(None, map(_find_parameter, tensors)):
-        wrappers = _find_wrappers(leaf)
-        if wrappers and not any(wrapper() is active for wrapper in wrappers):
+    for leaf in _find_parameters(tensors):
+        if not (active is not None and _holds(active, leaf)) and _find_wrappers(leaf) and _find_again(leaf):
             raise UserError(
                 "pieces are encoded and recomputed outside of the forward of DistributedDataParallel, which would not "
                 f"average their gradients over ranks: {_ADVICE}"
@@ -80,6 +80,11 @@ def _has_ranks() -> bool:
         and dist.get_world_size() > 1
         and not torch.compiler.is_compiling()
     )
+
+
+def _find_parameters(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A parameter behind each tensor, once."""
+    return list({id(leaf): leaf for leaf in map(_find_parameter, tensors) if leaf is not None}.values())
 
 
 def _find_parameter(tensor: Tensor) -> Tensor | None:
@@ -100,16 +105,34 @@ def _find_parameter(tensor: Tensor) -> Tensor | None:
 
 def _find_wrappers(parameter: Tensor) -> _Wrappers:
     """The DDPs that average the gradient of a parameter."""
-    if parameter not in _KNOWN:
+    if parameter not in _OF_PARAMETER:
         active = DistributedDataParallel._get_active_ddp_module()
-        found = [active] if active is not None and _holds(active, parameter) else []
-        if not found:
-            # By type(), because isinstance() may run code of objects that stand for others.
-            modules = (each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel))
-            found = [wrapper for wrapper in modules if _holds(wrapper, parameter)]
-        _KNOWN[parameter] = tuple(map(weakref.ref, found))
-    wrappers: _Wrappers = _KNOWN[parameter]
+        near = [*_WRAPPERS, *([] if active is None else [active])]
+        found = {wrapper for wrapper in near if _holds(wrapper, parameter)}
+        _OF_PARAMETER[parameter] = tuple(map(weakref.ref, found)) if found else _look_for(parameter)
+        _WRAPPERS.update(found)
+    wrappers: _Wrappers = _OF_PARAMETER[parameter]
     return wrappers
+
+
+def _find_again(parameter: Tensor) -> _Wrappers:
+    """The same without those that are garbage, and with any that have come since."""
+    gc.collect()
+    return _look_for(parameter)
+
+
+def _look_for(parameter: Tensor) -> _Wrappers:
+    """The same among all objects of the process, in about 0.1 s."""
+    kinds = _subclasses(DistributedDataParallel)  # and type(), because isinstance() may run code of stand-ins
+    found = [each for each in gc.get_objects() if type(each) in kinds]
+    _WRAPPERS.update(found)
+    wrappers: _Wrappers = tuple(weakref.ref(wrapper) for wrapper in found if _holds(wrapper, parameter))
+    _OF_PARAMETER[parameter] = wrappers
+    return wrappers
+
+
+def _subclasses(kind: type) -> set[type]:
+    return {kind}.union(*map(_subclasses, kind.__subclasses__()))
 
 
 def _holds(wrapper: DistributedDataParallel, parameter: Tensor) -> bool:
@@ -123,22 +146,29 @@ def _holds(wrapper: DistributedDataParallel, parameter: Tensor) -> bool:
 def _watch(leaf: Tensor, wrappers: _Wrappers, grad: Tensor) -> None:
     """At the start of backward: look again at its end."""
     before = leaf.grad, None if leaf.grad is None else leaf.grad._version
-    seen = [(wrapper, wrapper.reducer.get_backward_stats()) for ref in wrappers if (wrapper := ref()) is not None]
-    torch.autograd.Variable._execution_engine.queue_callback(partial(_check, leaf, before, seen))
+    times = {ref: wrapper.reducer.get_backward_stats() for ref in wrappers if (wrapper := ref()) is not None}
+    torch.autograd.Variable._execution_engine.queue_callback(partial(_check, leaf, before, times))
 
 
 def _check(
-    leaf: Tensor, before: tuple[Tensor | None, int | None], seen: list[tuple[DistributedDataParallel, list[int]]]
+    leaf: Tensor,
+    before: tuple[Tensor | None, int | None],
+    times: dict[weakref.ref[DistributedDataParallel], list[int]],
 ) -> None:
     grad, version = before
     if leaf.grad is None or (leaf.grad is grad and leaf.grad._version == version):
         return  # nothing was accumulated: torch.autograd.grad
-    for wrapper, times in seen:
-        is_first = wrapper.static_graph and wrapper._static_graph_delay_allreduce_enqueued and not any(times)
-        if is_first or not wrapper.require_backward_grad_sync or wrapper.reducer.get_backward_stats() != times:
-            return
-    if seen:
+    if any(_averages(wrapper, past) for ref, past in times.items() if (wrapper := ref()) is not None):
+        return
+    left = _find_again(leaf)
+    if left and times.keys() >= set(left):
         raise UserError(
             "gradients were not averaged over ranks: features or scale come from the module inside "
             f"DistributedDataParallel, or from its forward in no_sync() that ended before backward; {_ADVICE}"
         )
+
+
+def _averages(wrapper: DistributedDataParallel, past: list[int]) -> bool:
+    """Whether it has seen gradients since, as the times of its reducer tell, or is not meant to."""
+    is_first = wrapper.static_graph and wrapper._static_graph_delay_allreduce_enqueued and not any(past)
+    return is_first or not wrapper.require_backward_grad_sync or wrapper.reducer.get_backward_stats() != past

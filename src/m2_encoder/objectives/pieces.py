@@ -50,6 +50,7 @@ def in_pieces(model: Model, micro_batches: int, *, recompute: bool = True) -> Mo
     """Let the forward of a model encode its rows in pieces, for one loss over all of them; wrap the result by DDP.
 
     Parameters, names, and all methods but forward stay as they are. Without gradients forward takes all rows at once.
+    Another call sets another number.
 
     Args:
         model: a module whose forward maps rows to rows. All its tensor arguments are cut along the first dimension,
@@ -63,8 +64,8 @@ def in_pieces(model: Model, micro_batches: int, *, recompute: bool = True) -> Mo
         The model itself.
 
     Raises:
-        UserError: for a model that is wrapped or in pieces already, or a number below 1; in forward, for rows that
-            cannot be cut, or for pieces that are recomputed outside of the forward of DistributedDataParallel.
+        UserError: for a model that is wrapped already, or a number below 1; in forward, for rows that cannot be cut, or
+            for pieces that are recomputed outside of the forward of DistributedDataParallel.
     """
     if type(micro_batches) is not int or micro_batches < 1:
         raise UserError("must be a whole number, 1 or more", key="micro_batches", value=micro_batches)
@@ -73,8 +74,6 @@ def in_pieces(model: Model, micro_batches: int, *, recompute: bool = True) -> Mo
             "in_pieces takes the model inside: its pieces would not pass DistributedDataParallel, and gradients not be "
             "averaged; use DistributedDataParallel(in_pieces(model, k))"
         )
-    if hasattr(model, "_encode_piece"):
-        raise UserError("the model is in pieces already; call in_pieces once")
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if micro_batches == 1 or not torch.is_grad_enabled():
@@ -82,11 +81,12 @@ def in_pieces(model: Model, micro_batches: int, *, recompute: bool = True) -> Mo
         pieces = _cut((args, kwargs), micro_batches)
         return _join(_encode_each(lambda piece: self._encode_piece(*piece[0], **piece[1]), pieces, recompute=recompute))
 
-    signature = inspect.signature(model.forward)
+    whole = getattr(model, "_encode_piece", model.forward)
+    signature = inspect.signature(whole)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     # Trainers read the names of arguments here.
     forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
-    model._encode_piece = model.forward  # type: ignore[assignment]
+    model._encode_piece = whole
     model.forward = MethodType(forward, model)
     return model
 

@@ -98,8 +98,8 @@ def sigmoid_losses(
         weigh its loss equally: the gradients of others' images are exchanged before backward.
 
     Raises:
-        UserError: for shapes that do not fit, a scale that was exponentiated already, derivatives in forward mode or
-            of second order.
+        UserError: for shapes that do not fit, a scale that was exponentiated already or is not finite, derivatives in
+            forward mode or of second order; from `backward` as `image_text_contrastive`.
     """
     images, texts = tuple(image_features.shape), tuple(text_features.shape)
     if len(images) != 2 or not images[0] or len(texts) != 2 or texts[0] % images[0] or texts[1] != images[1]:

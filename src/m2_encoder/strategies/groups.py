@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
 
+import lightning
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -21,6 +22,7 @@ from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
 from m2_encoder.strategies.meeting import STARTER_VARIABLE, QuietLauncher, end_process, find_place, meet, open_store
+from m2_encoder.strategies.micro_batches import check_micro_batches
 
 _START_S: Final = 60.0  # that a process of this machine may take to import everything
 
@@ -90,7 +92,8 @@ class GroupedStrategy(ParallelStrategy):
     Args:
         group_size: consecutive ranks per group; it divides the world and respects nodes. None: see `group_nodes`.
         group_nodes: whole nodes per group. With both None the world is one group: ordinary ITC.
-        micro_batches: number of pieces in which a rank's rows are encoded, with one loss over all of them.
+        micro_batches: number of pieces in which a rank's rows are encoded, with one loss over all of them; above 1 only
+            for a module that reads it here and says so, by `reads_micro_batches`.
         recompute: encode a micro-batch again in backward instead of keeping its activations.
         activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
         rank_timeout_s: a rank that gives no sign of life for so long, stopped or dead, ends the run on all ranks.
@@ -133,6 +136,15 @@ class GroupedStrategy(ParallelStrategy):
     def topology(self) -> GroupTopology:
         """The division of ranks into groups."""
         return self._groups.topology
+
+    def connect(self, model: lightning.LightningModule) -> None:
+        """Take the module, before anything is started.
+
+        Raises:
+            UserError: if it would ignore `micro_batches`.
+        """
+        check_micro_batches(self.micro_batches, model)
+        super().connect(model)
 
     def setup_environment(self) -> None:
         """Let the processes meet and watch each other, then group them.
