@@ -300,7 +300,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size), "NODE_RANK": "0",
-        "ELSEWHERE_FOLDER": str(folder),
+        "ELSEWHERE_FOLDER": str(folder), "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     _import_all(cases)
 

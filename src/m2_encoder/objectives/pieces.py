@@ -86,7 +86,7 @@ def in_pieces(model: Model, micro_batches: int, *, recompute: bool = True) -> Mo
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     # Trainers read the names of arguments here.
     forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
-    model._encode_piece = whole
+    model._encode_piece = whole  # type: ignore[assignment]
     model.forward = MethodType(forward, model)
     return model
 
