@@ -73,10 +73,9 @@ def image_text_contrastive(
 
     Raises:
         UserError: for shapes, dtypes or devices that do not fit, no rows, a smoothing outside [0, 1), a group that does
-            not hold this rank, a `logit_scale` that was exponentiated already (above log(20,000)) or is not finite,
-            derivatives in forward mode (jvp, jacfwd), or (in debug) features that are not normalised and rows that are
-            not equal. From `backward`: if DistributedDataParallel holds the parameters, but has not averaged their
-            gradients, because features come from the module inside it.
+            not hold this rank, a `logit_scale` that is an exponential (above log(20,000)) or not finite, derivatives in
+            forward mode, or (in debug) features that are not normalised and rows that are not equal; from `backward`,
+            if DistributedDataParallel does not average the gradients behind it (`distributed.averaging`).
 
     Reference: M2-Encoder (arXiv:2401.15896), grouped aggregation (the formulas are derived here, see
         `contrastive_op`); CLIP (arXiv:2103.00020), Fig. 3; several positives: UniCL (arXiv:2204.03610), Eq. 3-5.
