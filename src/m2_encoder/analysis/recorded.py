@@ -9,7 +9,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,12 +50,15 @@ class RecordedRun:
         config: the resolved configuration, nested, as in `config.yaml`.
         log: the lines of `metrics.jsonl`, in order of steps.
         summary: `summary.json`; empty for a run that has not ended.
+        swept: what a sweep varied, with the values of this run: keys such as `optimizer.lr`, and groups such as
+            `optimizer`; empty for a run on its own.
     """
 
     folder: Path
     config: Mapping[str, Any]
     log: Sequence[Mapping[str, float]]
     summary: Mapping[str, Any]
+    swept: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -101,8 +104,8 @@ class RecordedRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration as flat columns, such as `optimizer.lr`; a list is one value."""
-        return flatten(self.config)
+        """The configuration as flat columns, such as `optimizer.lr`, and what a sweep chose; a list is one value."""
+        return {**self.swept, **flatten(self.config)}
 
     @cached_property
     def metrics(self) -> dict[str, float]:

@@ -53,8 +53,14 @@ class Runs(Sequence[RecordedRun]):
 
     @cached_property
     def varies(self) -> list[str]:
-        """The settings that are not the same in all runs, but for where a run lies."""
-        keys = dict.fromkeys(key for run in self for key in run.settings if key not in _PLACE)
+        """The settings that are not the same in all runs, but for where a run lies.
+
+        Of the runs of a sweep, only what was swept: `optimizer`, and not what an optimizer brings along.
+        """
+        is_sweep = all(run.swept for run in self)
+        keys = dict.fromkeys(key for run in self for key in (run.swept if is_sweep else run.settings))
+        for key in _PLACE:
+            keys.pop(key, None)
         return [key for key in keys if len({repr(run.settings.get(key)) for run in self}) > 1]
 
     @cached_property
