@@ -59,8 +59,7 @@ def image_text_contrastive(
             of each other, with equal shares. None: only an image and its own captions match. On all ranks or none.
         captions_per_image: k, the same on all ranks.
         label_smoothing: share of the target spread evenly over all rows of the group, in [0, 1).
-        equal_rows: promise that all ranks of the group have the same B. Otherwise they exchange it first, through the
-            key-value store: no collective, but half a millisecond.
+        equal_rows: promise that all ranks of the group have the same B; else they tell each other first, in 0.5 ms.
         one_sided: gather the texts alone and let backward send: four matrix products instead of six, faster where
             arithmetic is slower than the network (`contrastive_one_sided`). Needs `equal_rows`.
         debug: refuse features that are not normalised (costs a synchronisation), and ranks that break `equal_rows`
