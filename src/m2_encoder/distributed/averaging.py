@@ -64,13 +64,18 @@ def refuse_outside_wrapper(tensors: Sequence[Tensor]) -> None:
     """
     if not _has_ranks():
         return
-    active = DistributedDataParallel._get_active_ddp_module()
     for leaf in _find_parameters(tensors):
-        if not (active is not None and _holds(active, leaf)) and _find_wrappers(leaf) and _find_again(leaf):
+        if _is_outside(_find_wrappers(leaf)) and _is_outside(_find_again(leaf)):
             raise UserError(
                 "pieces are encoded and recomputed outside of the forward of DistributedDataParallel, which would not "
                 f"average their gradients over ranks: {_ADVICE}"
             )
+
+
+def _is_outside(wrappers: _Wrappers) -> bool:
+    """Whether there are wrappers, but the forward of none of them is what runs now."""
+    active = DistributedDataParallel._get_active_ddp_module()
+    return bool(wrappers) and not any(wrapper is active for ref in wrappers if (wrapper := ref()) is not None)
 
 
 def _has_ranks() -> bool:
