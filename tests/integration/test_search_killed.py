@@ -19,11 +19,11 @@ optuna = pytest.importorskip("optuna")
 SMALL = (
     "+experiment=smoke", "run.name=s", "run.export=false", "run.checkpoint_every=2", "evaluation=[retrieval]",
     "trainer.max_steps=8", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "scheduler.warmup_steps=1",
-    "+callbacks.fail={_target_: tests.support.failing.FailAt, step: 0}",
+    "+callbacks.fail._target_=tests.support.failing.FailAt",
 )  # fmt: skip
 SEARCH = (
     "-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=8", "optimizer.lr=tag(log,interval(1e-4,1e-1))",
-    "callbacks.fail.step=choice(0,9,5)", "hydra.sweeper.sampler._target_=optuna.samplers.RandomSampler",
+    "+callbacks.fail.step=choice(0,9,5)", "hydra.sweeper.sampler._target_=optuna.samplers.RandomSampler",
 )  # fmt: skip
 
 
@@ -38,10 +38,10 @@ class Search:
     def start(self) -> subprocess.Popen[str]:
         paths = [str(self._root), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        log = (self.folder.parent / f"{self.folder.name}.log").open("a")
-        return subprocess.Popen(
-            self._line, cwd=self._root, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
-        )
+        with (self.folder.parent / f"{self.folder.name}.log").open("a") as log:
+            return subprocess.Popen(
+                self._line, cwd=self._root, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
+            )
 
     def saved(self) -> int:
         """How many checkpoints its runs have."""
