@@ -43,6 +43,7 @@ class QuietWandbLogger(WandbLogger):
         self._has_failed = False
         self._best: dict[str, float] = {}
         self._last: int | None = None
+        self._newest: tuple[int, set[str]] = (-1, set())  # the newest step that was replayed, and its metrics
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -53,6 +54,8 @@ class QuietWandbLogger(WandbLogger):
     def replay(self, path: Path) -> None:
         """Hand over all steps of a `metrics.jsonl` that W&B does not have."""
         rows = list(read_rows(path))
+        if rows:
+            self._newest = (rows[-1][0], set(rows[-1][1]))
 
         def send(start: int) -> None:
             for step, row in rows[start : start + _ROWS]:
@@ -81,8 +84,11 @@ class QuietWandbLogger(WandbLogger):
             if name.startswith("val/"):
                 self._note_best(name, float(value))
         run = self.experiment
-        if step < run.starting_step:
-            return  # W&B has it
+        if step < run.starting_step:  # W&B has it, but for a validation that the last start did not get to
+            late = {k: v for k, v in row.items() if step == self._newest[0] and k not in self._newest[1]}
+            if at is None and late:
+                run.log({**late, _AXIS: step})
+            return
         at = run.step if at is None else at
         # Who logs without a step, as a callback may, moves W&B's own step on: the axis is right all the same.
         run.log({**row, _AXIS: step}, step=step if at <= step else None)

@@ -176,6 +176,26 @@ def test_a_broken_connection_leaves_no_gap(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("_account")
+def test_a_validation_that_was_broken_off_comes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_wandb() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        run = Run(tmp_path / "r")
+        run.log(10)
+        run.wandb.log_metrics({"train/loss/itc": 0.5}, 20)
+        run.metrics.log_metrics({"train/loss/itc": 0.5}, 20)
+        run.close()
+        run = Run(tmp_path / "r", resumes_at=20)
+        for sink in (run.metrics, run.wandb):
+            sink.log_metrics({"train/loss/itc": 0.5, "val/x_zh/i2t_r@1": 30.0}, 20)
+        run.log(30)
+        run.close()
+        rows = server.rows(str(find_id(tmp_path / "r")))
+    assert rows[20] == {"train/loss/itc": 0.5, "trainer/global_step": 20}
+    assert rows[21] == {"val/x_zh/i2t_r@1": 30, "trainer/global_step": 20}
+    assert {step: rows[step] for step in (10, 30)} == {s: r for s, r in expected(tmp_path / "r").items() if s != 20}
+
+
+@pytest.mark.usefixtures("_account")
 def test_a_run_that_was_deleted_at_wandb_begins_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
