@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import re
@@ -15,7 +16,8 @@ from m2_encoder.analysis.recorded import RecordedRun, read_run
 from m2_encoder.analysis.table import Table
 from m2_encoder.config.model_choice import find_path
 from m2_encoder.config.paths import anchor
-from m2_encoder.config.sweep_jobs import read_outcomes
+from m2_encoder.config.sweep_jobs import read_jobs
+from m2_encoder.config.sweeps import swept_values
 from m2_encoder.errors import UserError
 from m2_encoder.runs.folder import CONFIG_FILE
 
@@ -140,10 +142,10 @@ def read_runs(pattern: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
         return Runs([read_run(folder) for folder in pattern])
     given = find_path(os.fspath(pattern))
     if given.is_dir():
-        places = [given] if (given / CONFIG_FILE).is_file() else _inside(given)
+        places = [given] if (given / CONFIG_FILE).is_file() else [*given.iterdir()]
     else:
         places = _match(os.path.expanduser(os.fspath(pattern)))
-    runs = [read_run(path) for path in places if (path / CONFIG_FILE).is_file()]
+    runs = [read_run(path) for path in places if (path / CONFIG_FILE).is_file()] + _of_sweep(given)
     if not runs:
         what = "no run there" if given.exists() or given.parent.exists() else "no such folder"
         fix = "give a pattern of folders that m2-train wrote, such as 'outputs/lr-*', or the folder of a sweep"
@@ -151,11 +153,15 @@ def read_runs(pattern: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     return Runs(sorted(runs, key=lambda run: _in_order(run.name)))
 
 
-def _inside(folder: Path) -> list[Path]:
-    """Runs in a folder, and those that a sweep has written down there."""
-    noted = [Path(each.folder) for each in read_outcomes(folder, None, since=0) if each.folder]
-    moved = [folder.parent.parent / path.name for path in noted]  # outputs/multirun/NAME, copied with its runs
-    return [*folder.iterdir(), *(path if path.is_dir() else other for path, other in zip(noted, moved, strict=True))]
+def _of_sweep(folder: Path) -> list[RecordedRun]:
+    """Runs that a sweep has written down in its folder, with what it varied; none for another folder."""
+    runs = []
+    for job in read_jobs(folder):
+        noted, moved = Path(job.folder), folder.parent.parent / Path(job.folder).name  # copied with its runs
+        place = noted if noted.is_dir() else moved
+        if job.folder and (place / CONFIG_FILE).is_file():
+            runs.append(dataclasses.replace(read_run(place), swept=swept_values(job.swept)))
+    return runs
 
 
 def _match(pattern: str) -> list[Path]:
