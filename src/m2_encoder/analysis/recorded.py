@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from m2_encoder.analysis.table import Table
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.config.model_choice import find_path
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.hub import LoadedModel, load
 from m2_encoder.runs.folder import CHECK_FILE, CONFIG_FILE, read_config
@@ -98,7 +98,7 @@ class RecordedRun:
             "wall time": said.get("wall_time_s") and f"{said['wall_time_s']:,.0f} s",
             "machine": threads and f"{threads} threads, {len(said['machine'].get('gpus', ()))} GPUs",
             "revision": said.get("git_revision") and str(said["git_revision"])[:12],
-            "command": said.get("command"),
+            "command": said.get("command") and abridge(str(said["command"]), 120),
         }
         return Table(["what", "value"], [{"what": key, "value": value} for key, value in lines.items() if value])
 
@@ -167,6 +167,8 @@ class RecordedRun:
         if "training_s" not in times:
             return {**found, "rest": max(0.0, wall - trained)}
         own, _ = _train_seconds(self.log, after=int(times["from_step"]))
+        if trained == 0:  # too short a run to measure its speed
+            found["steps"] = own = float(times["training_s"])
         start, training, validation, evaluation = (
             float(times.get(f"{part}_s", 0.0)) for part in ("start", "training", "validation", "evaluation")
         )
