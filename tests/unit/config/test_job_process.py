@@ -16,6 +16,7 @@ _JOB = """\
 import os, signal, sys, time
 what = sys.argv[1]
 print("m2-tool: said", what, file=sys.stderr, flush=True)
+print("\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", file=sys.stderr, flush=True)
 if what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 elif what == "wait":
