@@ -1,4 +1,4 @@
-"""Arithmetic in configurations: `${div:24000,${data.global_batch_size}}` steps see 24,000 samples."""
+"""Arithmetic in configurations: `${div:24000,${data.global_batch_size}}` is how many batches 24,000 samples fill."""
 
 from __future__ import annotations
 
@@ -14,22 +14,16 @@ def register_resolvers() -> None:
 
 
 def divide(total: object, *parts: object) -> int:
-    """A whole number divided by others without a remainder.
+    """A whole number divided by others, rounded down.
 
-    >>> divide(24000, 128, 4)
-    Traceback (most recent call last):
-    ValueError: ${div:24000,128,4}: 24000 is no multiple of 512; the nearest ones are 23552 and 24064
+    >>> divide(24000, 128)
+    187
 
     Raises:
-        ValueError: if it leaves one, or a value is no whole number above 0.
+        ValueError: if a value is no whole number above 0.
     """
     numbers = _whole("div", total, *parts)
-    whole, divisor = numbers[0], math.prod(numbers[1:])
-    if whole % divisor:
-        below = whole // divisor * divisor
-        near = f"the nearest ones are {below} and {below + divisor}" if below else f"the nearest one is {divisor}"
-        raise ValueError(f"{_text('div', numbers)}: {whole} is no multiple of {divisor}; {near}")
-    return whole // divisor
+    return numbers[0] // math.prod(numbers[1:])
 
 
 def multiply(*factors: object) -> int:

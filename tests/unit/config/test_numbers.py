@@ -7,14 +7,13 @@ from m2_encoder.config.numbers import divide, multiply
 
 def test_whole_numbers() -> None:
     assert divide(24000, 16, 5) == 300
+    assert divide(1600, 256) == 6
     assert multiply(64, 4) == 256
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ((100, 7), "${div:100,7}: 100 is no multiple of 7; the nearest ones are 98 and 105"),
-        ((3, 7), "${div:3,7}: 3 is no multiple of 7; the nearest one is 7"),
         ((100, 0), "${div:100,0}: 0 is no whole number above 0"),
         (("x", 2), "${div:x,2}: 'x' is no whole number above 0"),
         ((1.5, 2), "${div:1.5,2}: 1.5 is no whole number above 0"),
@@ -24,6 +23,6 @@ def test_whole_numbers() -> None:
     ],
 )
 def test_anything_else_is_refused(values: tuple[object, ...], said: str) -> None:
-    with pytest.raises(ValueError, match=r"whole number|multiple") as refused:
+    with pytest.raises(ValueError, match="whole number") as refused:
         divide(*values)
     assert str(refused.value) == said
