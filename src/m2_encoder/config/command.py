@@ -227,7 +227,7 @@ def _end_sweep(command: Command, sweep: _Sweep, started: float) -> int:
     done = all(map(is_done, outcomes))
     first, *rest = describe_outcomes(outcomes)
     say(f"{command.name}: {first}", *rest, error=True)
-    if not done and command.run_folder is not None:
+    if not done and command.run_folder is not None and sweep.names is not None:
         say(f"{command.name}: the same command runs what is left", error=True)
     return 0 if done else 1
 
@@ -274,11 +274,14 @@ def _plan_sweep(
     command: Command, composer: Composer, lines: list[str], first: Composition, trusted: frozenset[str] | None
 ) -> _Plan:
     """Validates every job before the first one starts, and names them as they were named before."""
-    constant = [line for line in lines if not is_sweep_line(line)]
     folder = _sweep_folder(lines, first)
     is_here = runs_here(first.hydra)
     if is_here:
         refuse_second(folder)
+    goes_on = "resume" in (first.cfg.get("run") or {}) and not any("run.resume=" in line for line in lines)
+    lines = [*lines, "run.resume=auto"] if goes_on else lines
+    preset = preset_lines(first.hydra, lines)
+    constant = [line for line in (*preset, *lines) if not is_sweep_line(line)]
     if is_search(first.hydra):
         check = resolve("m2_encoder.search.check:check_search")
 
@@ -287,10 +290,6 @@ def _plan_sweep(
 
         refuse_all(check(lines, first.hydra, find))
         return _sweep_plan(folder, lines, constant, None, is_here=is_here)
-    goes_on = "resume" in (first.cfg.get("run") or {}) and not any("run.resume=" in line for line in lines)
-    lines = [*lines, "run.resume=auto"] if goes_on else lines
-    preset = preset_lines(first.hydra, lines)
-    constant = [line for line in (*preset, *lines) if not is_sweep_line(line)]
     known = {each.settings: each for each in read_jobs(folder) if each.settings}
     problems: list[Problem] = []
     names: list[str] = []
