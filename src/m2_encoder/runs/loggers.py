@@ -78,16 +78,10 @@ def build_wandb_logger(
         return None
     os.environ.setdefault("WANDB_SILENT", "true")  # its own remarks come before its settings are read
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else its own telemetry waits for the server at the end
-    given = {"project": project, "entity": entity, "group": group, "job_type": job_type, "tags": tags}
-    start = partial(
-        _start,
-        finish_timeout_s=finish_timeout_s,
-        cfg=cfg,
-        save_dir=str(folder),
-        name=run_name,
-        artifact=artifact,
-        **_with_keys_of_run(given, cfg.get("run") or {}),
-    )
+    given: dict[str, Any] = {"project": project, "entity": entity, "group": group, "job_type": job_type, "tags": tags}
+    given = _with_keys_of_run(given, cfg.get("run") or {})
+    given |= {"cfg": cfg, "save_dir": str(folder), "name": run_name, "artifact": artifact}
+    start = partial(_start, finish_timeout_s=finish_timeout_s, **given)
     started = _start_somewhere(start, resolved, find_id(folder), resumes=resumes)
     if started is None:
         return None
