@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import pkgutil
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from m2_encoder.bounds import Example, KeysOf, Rule, describe, evaluate, find_names
-from m2_encoder.config.problems import UNSET, find_problems, flatten, nearest, show
+from m2_encoder.config.problems import UNSET, find_problems, nearest, show
+from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.errors import NOTHING, Problem, UserError
 
 T = TypeVar("T")
@@ -55,9 +55,9 @@ def _check_target(path: str, node: Mapping[str, Any], given: Sequence[str]) -> I
     if target is UNSET:
         return
     try:
-        called = pkgutil.resolve_name(target) if isinstance(target, str) else None
-    except Exception as error:  # importing a module can raise anything
-        yield Problem(key, target, f"cannot be imported ({flatten(error)})", "check the dotted name")
+        called = find_target(target) if isinstance(target, str) else None
+    except TargetError as error:
+        yield Problem(key, target, error.rule, error.fix)
         return
     if not callable(called):
         yield Problem(key, target, "must be the dotted name of a class or function")
@@ -190,7 +190,7 @@ def read_parameters(called: Any) -> Parameters:
             return found
         for module, name, further in _PASSED_ON:
             if (owner.__module__, owner.__name__) == (module, name):
-                options = read_parameters(pkgutil.resolve_name(further)).items()
+                options = read_parameters(find_target(further)).items()
                 found = {**{key: item for key, item in options if item.default is not item.empty}, **found}
     found["kwargs"] = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
     return found

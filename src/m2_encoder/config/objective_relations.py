@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from m2_encoder.config.known import Known
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.config.problems import find_problems, show
 from m2_encoder.config.schema import MODEL_FIELDS
+from m2_encoder.config.targets import find_target
 from m2_encoder.errors import NotGivenError, Problem, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import Objective, active
@@ -32,7 +32,7 @@ def check_kinds(known: Known) -> Iterator[Problem]:
     """Targets that are classes are subclasses of `Objective` without abstract methods."""
     for name in known("objective"):
         target = known(key := f"objective.{name}._target_", None)
-        found = None if target is None else pkgutil.resolve_name(target)  # signatures have been checked
+        found = None if target is None else find_target(target)  # signatures have been checked
         if not inspect.isclass(found):
             continue  # a function may make one
         if not issubclass(found, Objective):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from m2_encoder.config.check import read_parameters
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, find_emoji_folder
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, find_path, is_model_name
 from m2_encoder.config.paths import anchor
+from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.errors import Problem, UserError
@@ -132,7 +132,7 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> W
         data["folder"] = str(find_emoji_folder(None, {"heldout_style": data["heldout_style"]}))
     tokenizer = build_tokenizer(cfg["model"], model)
     pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
-    if "pictures" in read_parameters(pkgutil.resolve_name(data["_target_"])):
+    if "pictures" in read_parameters(find_target(data["_target_"])):
         data["pictures"] = pictures.to_setting()  # Hydra would make a mapping of the policy
     elif pictures != STANDARD:
         rule = f"does not take `pictures`, so it cannot obey model.pictures={pictures.to_setting()}; let it take that"
@@ -189,10 +189,9 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptati
     """
     node = (UNSAID | dict(cfg))["adaptation"]
     try:
-        pkgutil.resolve_name(node["_target_"])
-    except Exception as error:  # importing a module can raise anything
-        rule = f"cannot be imported ({error}); make its module importable, as it was when the run was trained"
-        raise UserError(rule, key="adaptation._target_", value=node["_target_"]) from error
+        find_target(node["_target_"])
+    except TargetError as error:  # of a run that was trained elsewhere
+        raise UserError(error.text, key="adaptation._target_", value=node["_target_"]) from error
     adaptation = instantiate(node)
     if not isinstance(adaptation, Adaptation):
         rule = "must be a subclass of m2_encoder.training.adaptation.Adaptation; derive it from that"

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import inspect
 import logging
-import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ from m2_encoder.checkpoints.training_state import read_content
 from m2_encoder.checkpoints.vocabulary import CHECKPOINT_KEY, check_stored
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.config.problems import show
+from m2_encoder.config.targets import find_target
 from m2_encoder.config.trusted import find_targets, refuse_foreign
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -235,7 +235,7 @@ def _has(cfg: Mapping[str, Any], key: str) -> bool:
 
 def _defaults(target: str) -> dict[str, Any]:
     """Default values of what a `_target_` names; sequences as lists, as configurations have them."""
-    parameters = inspect.signature(pkgutil.resolve_name(target)).parameters.values()
+    parameters = inspect.signature(find_target(target)).parameters.values()
     found = {each.name: each.default for each in parameters if each.default is not each.empty}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
