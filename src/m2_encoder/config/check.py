@@ -27,6 +27,7 @@ T = TypeVar("T")
 Parameters = Mapping[str, inspect.Parameter]
 
 _STRICT: Final = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+_PACKAGE: Final = "m2_encoder."
 _SPECIAL_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
 # Classes whose **kwargs go to something other than their parent.
 _PASSED_ON: Final = (("lightning.pytorch.strategies.ddp", "DDPStrategy", "torch.nn.parallel.DistributedDataParallel"),)
@@ -97,6 +98,8 @@ def check_values(
         elif argument not in parameters:
             if not open_ended:
                 takes = f"{name or path or 'the configuration'} has {', '.join(known) or 'no arguments'}"
+                if name and not name.startswith(_PACKAGE):  # an experiment may set what ours has
+                    takes += f"; ~{key} leaves it out"
                 yield Problem(key, value, f"unknown argument{nearest(str(argument), known)}", takes)
         else:
             yield from _check_value(key, value, parameters[argument])

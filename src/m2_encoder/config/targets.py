@@ -138,4 +138,4 @@ def _names(owner: object) -> list[str]:
 
 
 def _place(owner: object) -> str:
-    return getattr(owner, "__file__", None) or getattr(owner, "__name__", "it")
+    return str(getattr(owner, "__file__", None) or getattr(owner, "__name__", "it"))

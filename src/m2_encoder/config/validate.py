@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from m2_encoder.config.check import check_targets, read_parameters
 from m2_encoder.config.compose import open_composer
+from m2_encoder.config.foreign_model import check_model
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import format_problem
 from m2_encoder.config.relations import check_relations
@@ -21,8 +22,8 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "data": ("tokenizer", "image_size", "seed", "max_steps", "pictures"),
     "data.decode": ("data", "pictures"),
     "data.transform": ("image_size", "pictures"),
-    "task": ("image_size", "patch_size", "optimizer", "scheduler", "validation_name"),
-    "optimizer": ("module",),
+    "task": ("image_size", "patch_size", "tokenizer", "optimizer", "scheduler", "validation_name"),
+    "optimizer": ("module", "params", "model", "model_or_params"),
     "scheduler": ("optimizer",),
     "trainer": ("strategy", "logger", "callbacks", "plugins", "default_root_dir"),
     "logger": ("run_name", "folder", "cfg"),
@@ -44,9 +45,10 @@ def validate_train(
         on_this_machine: also ask whether this machine has what the run needs.
     """
     trusted = _find_trusted(changed)
-    compared = {key: node for key, node in cfg.items() if key not in trusted}
+    compared = {key: node for key, node in cfg.items() if key not in trusted and key != "model"}
     found: dict[str, Problem] = {}
-    for problem in (*check_shape(cfg), *check_targets(compared, given=GIVEN_ARGUMENTS)):
+    targets = (*check_model(cfg.get("model")), *check_targets(compared, given=_given(cfg)))
+    for problem in (*check_shape(cfg), *targets):
         found.setdefault(problem.key, problem)
     return [*found.values(), *check_relations(cfg, set(found), on_this_machine=on_this_machine)]
 
@@ -54,7 +56,17 @@ def validate_train(
 def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> list[Problem]:
     """What is wrong with nodes that `validate_train` trusted."""
     trusted = _find_trusted(changed)
-    return list(check_targets({key: node for key, node in cfg.items() if key in trusted}, given=GIVEN_ARGUMENTS))
+    return list(check_targets({key: node for key, node in cfg.items() if key in trusted}, given=_given(cfg)))
+
+
+def _given(cfg: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
+    """`GIVEN_ARGUMENTS`, but what other people's tasks and data are given by their own files is theirs."""
+    given = dict(GIVEN_ARGUMENTS)
+    for key in ("task", "data"):
+        node = cfg.get(key)
+        if isinstance(node, Mapping) and not str(node.get("_target_")).startswith("m2_encoder."):
+            given[key] = [name for name in given[key] if name not in node]
+    return given
 
 
 def _find_trusted(changed: Collection[str] | None) -> set[str]:
