@@ -94,7 +94,7 @@ def test_a_model_and_what_trains_it(train: Train, own: Path, tmp_path: Path, cap
 
 def test_a_column_a_transform_and_a_logger(train: Train, tmp_path: Path) -> None:
     write_numbers(tmp_path / "tars", [24])
-    lines = ["data=webdataset", f"data.sources.main.shards={tmp_path / 'tars'}", "data.check=null", "data.global_batch_size=8"]
+    lines = ["data=webdataset", f"data.sources.main.shards={tmp_path / 'tars'}", "data.check=null", "data.lanes=8", "data.global_batch_size=8"]
     lines += [f"+data.columns.length._target_={MODULE}.Length", f"data.transform._target_={MODULE}.Plain"]
     lines += [f"~data.transform.{name}" for name in ("scale", "flip", "num_ops")]
     assert train("run.name=columns", *lines, "logger=lines", "objective=[itc,pull]") == 0

@@ -62,7 +62,7 @@ def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> li
 def _given(cfg: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
     """`GIVEN_ARGUMENTS`, but what other people's tasks and data are given by their own files is theirs."""
     given = dict(GIVEN_ARGUMENTS)
-    for key in ("task", "data"):
+    for key in ("task", "data", "logger"):
         node = cfg.get(key)
         if isinstance(node, Mapping) and not str(node.get("_target_")).startswith("m2_encoder."):
             given[key] = [name for name in given[key] if name not in node]

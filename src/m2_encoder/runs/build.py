@@ -242,10 +242,11 @@ def build_trainer(
 
 
 def _build_logger(cfg: Mapping[str, Any], folder: Path) -> list[Logger]:
-    given: dict[str, Any] = {"folder": folder}
-    if cfg["logger"]["_target_"].endswith(".build_wandb_logger"):
-        given |= {"run_name": cfg["run"]["name"], "cfg": cfg}
-    built = instantiate(cfg["logger"], _recursive_=False, **given)  # the configuration in it is a value
+    target = cfg["logger"]["_target_"]
+    values = {"folder": folder, "run_name": cfg["run"]["name"], "cfg": cfg}
+    is_ours = target.startswith("m2_encoder.")
+    given = choose_taken(target, values, node=cfg["logger"]) if is_ours else {}
+    built = instantiate(cfg["logger"], _recursive_=not is_ours, **given)  # the configuration in ours is a value
     return [] if built is None else [built]
 
 
