@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -54,10 +53,25 @@ PAIRS = ("data=pairs", "data.global_batch_size=8", f"data.train._target_={MODULE
 VAL = f"data.validation={{own: {{_target_: {MODULE}.Pairs, size: 9}}}}"
 
 
-def test_a_model_and_what_trains_it(train: Train, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_and_what_trains_it(
+    train: Train, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Model, tokenizer, objective, adaptation, callback, evaluation, dataset, optimizer and scheduler in one run."""
-    parts = ["model=towers", "objective=[itc,pull]", "adaptation=freeze_words", f"+callbacks.own._target_={MODULE}.CountBatches"]
-    parts += ["evaluation=[retrieval,spread]", "optimizer=sgd", "+model.num_layers=3", "scheduler=steps", *PAIRS, VAL, "strategy.micro_batches=2"]
+    parts = [
+        "model=towers",
+        "objective=[itc,pull]",
+        "adaptation=freeze_words",
+        f"+callbacks.own._target_={MODULE}.CountBatches",
+    ]
+    parts += [
+        "evaluation=[retrieval,spread]",
+        "optimizer=sgd",
+        "+model.num_layers=3",
+        "scheduler=steps",
+        *PAIRS,
+        VAL,
+        "strategy.micro_batches=2",
+    ]
     assert train("run.name=own", *parts) == 0
     assert used() >= {"objective", "adaptation", "callback", "evaluation", "dataset"}
     said = capsys.readouterr().out
@@ -94,7 +108,13 @@ def test_a_model_and_what_trains_it(train: Train, own: Path, tmp_path: Path, cap
 
 def test_a_column_a_transform_and_a_logger(train: Train, tmp_path: Path) -> None:
     write_numbers(tmp_path / "tars", [24])
-    lines = ["data=webdataset", f"data.sources.main.shards={tmp_path / 'tars'}", "data.check=null", "data.lanes=8", "data.global_batch_size=8"]
+    lines = [
+        "data=webdataset",
+        f"data.sources.main.shards={tmp_path / 'tars'}",
+        "data.check=null",
+        "data.lanes=8",
+        "data.global_batch_size=8",
+    ]
     lines += [f"+data.columns.length._target_={MODULE}.Length", f"data.transform._target_={MODULE}.Plain"]
     lines += [f"~data.transform.{name}" for name in ("scale", "flip", "num_ops")]
     assert train("run.name=columns", *lines, "logger=lines", "objective=[itc,pull]") == 0
@@ -133,7 +153,10 @@ def test_batches_of_another_kind(train: Train, capsys: pytest.CaptureFixture[str
 
 
 REFUSED = [
-    (["model=towers", "objective=[itc,cmlm,itm]"], "objective.cmlm: predicts from hidden states; my_parts_of_mine.Towers"),
+    (
+        ["model=towers", "objective=[itc,cmlm,itm]"],
+        "objective.cmlm: predicts from hidden states; my_parts_of_mine.Towers",
+    ),
     (["model=towers", "objective=[itc,itm]"], "objective.itm: needs image and text encoded together"),
     (["model=towers", "objective.itc.heads=[features,backbone_features]"], "trains backbone_features"),
     (["model=towers", "strategy.activation_checkpointing=true"], "the layers of my_parts_of_mine.Towers are not known"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from m2_encoder.analysis.recorded import Curve, RecordedRun, read_run
 from m2_encoder.analysis.runs import Runs, read_runs
+from m2_encoder.analysis.style import INK, LANGUAGE_COLORS, MUTED, use_font, use_style
 from m2_encoder.analysis.table import Table
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
@@ -17,6 +18,9 @@ from m2_encoder.evaluation.retrieval import SetFeatures, encode_set, evaluate_fe
 from m2_encoder.hub import load
 
 __all__ = [
+    "INK",
+    "LANGUAGE_COLORS",
+    "MUTED",
     "Curve",
     "EvalTransform",
     "RecordedRun",
@@ -32,4 +36,6 @@ __all__ = [
     "read_retrieval_set",
     "read_run",
     "read_runs",
+    "use_font",
+    "use_style",
 ]

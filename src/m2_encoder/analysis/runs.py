@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -12,6 +13,9 @@ from typing import Any, overload
 
 from m2_encoder.analysis.recorded import RecordedRun, read_run
 from m2_encoder.analysis.table import Table
+from m2_encoder.config.model_choice import find_path
+from m2_encoder.config.paths import anchor
+from m2_encoder.config.sweep_jobs import read_outcomes
 from m2_encoder.errors import UserError
 from m2_encoder.runs.folder import CONFIG_FILE
 
@@ -42,6 +46,11 @@ class Runs(Sequence[RecordedRun]):
     def __repr__(self) -> str:
         return f"Runs({len(self)}: {', '.join(run.name for run in self[:3])}{', …' if len(self) > 3 else ''})"
 
+    @property
+    def finished(self) -> Runs:
+        """Those that did all their steps and were evaluated; others are at work, or were interrupted."""
+        return Runs([run for run in self if run.is_finished])
+
     @cached_property
     def varies(self) -> list[str]:
         """The settings that are not the same in all runs, but for where a run lies."""
@@ -64,9 +73,11 @@ class Runs(Sequence[RecordedRun]):
 
     @cached_property
     def recalls(self) -> list[str]:
-        """The mean recalls of the evaluations at the end, which `table` shows by default."""
-        found = (name for run in self for name in run.summary.get("metrics", {}) if name.endswith("/mean_recall"))
-        return list(dict.fromkeys(found))
+        """The mean recalls of the evaluations at the end, or of validation where nothing was evaluated."""
+        ended = (name for run in self for name in run.summary.get("metrics", {}))
+        logged = (name for run in self for line in run.log for name in line)
+        found = (list(dict.fromkeys(filter(_is_recall, names))) for names in (ended, logged))
+        return next(filter(None, found), [])
 
     def settings(self) -> Table:
         """A row per run: its name, and what varies."""
@@ -111,22 +122,46 @@ class Runs(Sequence[RecordedRun]):
 
 
 def read_runs(pattern: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Runs:
-    """Reads runs by a pattern such as `outputs/lr-*`, a folder of runs such as that of a sweep, or a list of folders.
+    """Reads runs by a pattern such as `outputs/lr-*`, a folder of runs, that of a sweep, or a list of folders.
 
-    Matches that are no run's folder are passed over.
+    Matches that are no run's folder are passed over. A relative path counts from the working directory, or from the
+    checkout's root if nothing is there.
 
     Raises:
         UserError: if there is no run, or a file of one is damaged.
     """
     if not isinstance(pattern, str | os.PathLike):
         return Runs([read_run(folder) for folder in pattern])
-    text = os.path.expanduser(os.fspath(pattern))
-    given = Path(text)
+    given = find_path(os.fspath(pattern))
     if given.is_dir():
-        places = [given] if (given / CONFIG_FILE).is_file() else sorted(given.iterdir())
+        places = [given] if (given / CONFIG_FILE).is_file() else _inside(given)
     else:
-        places = [Path(path) for path in sorted(glob.glob(text, recursive=True))]
+        places = _match(os.path.expanduser(os.fspath(pattern)))
     runs = [read_run(path) for path in places if (path / CONFIG_FILE).is_file()]
     if not runs:
-        raise UserError(f"{text}: no run there; give a pattern of folders that m2-train wrote, such as 'outputs/lr-*'")
-    return Runs(runs)
+        what = "no run there" if given.exists() or given.parent.exists() else "no such folder"
+        fix = "give a pattern of folders that m2-train wrote, such as 'outputs/lr-*', or the folder of a sweep"
+        raise UserError(f"{os.fspath(pattern)}: {what}; {fix}")
+    return Runs(sorted(runs, key=lambda run: _in_order(run.name)))
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Runs in a folder, and those that a sweep has written down there."""
+    noted = [Path(each.folder) for each in read_outcomes(folder, None, since=0) if each.folder]
+    moved = [folder.parent.parent / path.name for path in noted]  # outputs/multirun/NAME, copied with its runs
+    return [*folder.iterdir(), *(path if path.is_dir() else other for path, other in zip(noted, moved, strict=True))]
+
+
+def _match(pattern: str) -> list[Path]:
+    """What a pattern stands for here, or else in the checkout's root."""
+    found = glob.glob(pattern, recursive=True) or glob.glob(str(anchor(pattern)), recursive=True)
+    return [Path(path) for path in found]
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names as numbers: lr=2 comes before lr=10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _is_recall(name: str) -> bool:
+    return name.endswith("/mean_recall")

@@ -1,4 +1,4 @@
-"""Somebody else's model as a folder: its weights under its own names, what pictures and texts it wants, and how to use it."""
+"""Somebody else's model as a folder: its weights under its own names, and what pictures and texts it wants."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ model.load_state_dict(load_file("{weights}"))
 ```
 
 Images: {size} x {size} pixels in 0..1, minus {mean}, divided by {std}. Texts: {texts}. To train on from it:
-`m2-train ... model.weights={weights}`; other parts of m2-train's folder (checkpoints, config.yaml) are as for every run.
+`m2-train ... model.weights={weights}`. The run's checkpoints and config.yaml are as of every run.
 """
 
 

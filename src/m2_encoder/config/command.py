@@ -49,6 +49,7 @@ from m2_encoder.config.sweep_jobs import JobOutcome, describe_outcomes, is_done,
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_basic,
+    is_search,
     is_sweep_line,
     job_name,
     name_globbed,
@@ -88,6 +89,7 @@ class Command:
         is_done: whether the run of a configuration has ended, so that a sweep need not start it again.
         module: what `python -m` runs the command by; each job of a sweep is then a process of its own.
         end_sweep: tells what a sweep found; it gets its folder and all outcomes.
+        measure: the number of a run that has ended, which sweepers get.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Command:
     is_done: Callable[[dict[str, Any]], bool] | str = ""
     module: str = ""
     end_sweep: Callable[[Path, Sequence[JobOutcome]], None] | str = ""
+    measure: Callable[[dict[str, Any]], float | None] | str = ""
 
     def __call__(self) -> int:
         """Runs the command with the arguments of this process; its exit code."""
@@ -253,6 +256,14 @@ def _check_sweep(
     trusted: frozenset[str] | None,
 ) -> list[str] | None:
     """Validates every job of a sweep before the first one starts; gives their names, where they are known."""
+    if is_search(first.hydra):
+        check = resolve("m2_encoder.search.check:check_search")
+        refuse_all(
+            check(
+                lines, first.hydra, lambda job: _find_problems(command, composer.compose(job), composer.folder, trusted)
+            )
+        )
+        return None
     jobs = expand_sweep(lines, first.hydra)
     problems: list[Problem] = []
     names: list[str] = []

@@ -23,6 +23,7 @@ _PASSED: Final = ("image_size", "context_length", "vocab_size")
 _SIZES: Final = tuple(field.name for field in dataclasses.fields(M2EncoderConfig))
 """Of M2-Encoder; an experiment may set them, whichever model is chosen."""
 
+
 def check_model(model: Any) -> Iterator[Problem]:
     """What is wrong with such a node; nothing is said of another one."""
     if not is_foreign(model) or model["_target_"] is UNSET:
@@ -64,7 +65,9 @@ def constructor_node(model: Mapping[str, Any], *, vocab_size: int | None) -> dic
     node |= {key: value for key, value in given.items() if key in parameters and key not in node and value is not None}
     lacks = "vocab_size" in parameters and "vocab_size" not in node
     if lacks and parameters["vocab_size"].default is inspect.Parameter.empty:
-        raise UserError("is missing, and the tokenizer does not say it; add +model.vocab_size=N", key="model.vocab_size")
+        raise UserError(
+            "is missing, and the tokenizer does not say it; add +model.vocab_size=N", key="model.vocab_size"
+        )
     return node
 
 

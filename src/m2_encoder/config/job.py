@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pkgutil
 import signal
@@ -20,7 +21,7 @@ from m2_encoder.config.old_names import update_names
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import find_problems, format_problem
 from m2_encoder.config.run_folder import hold_run
-from m2_encoder.config.sweep_jobs import JobOutcome, describe_crash, write_outcome
+from m2_encoder.config.sweep_jobs import EXIT_PRUNED, JobOutcome, describe_crash, write_outcome
 from m2_encoder.config.sweeps import job_name, without_constant
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import UserError
@@ -60,8 +61,11 @@ class Job:
         else:
             os.environ[FULL_ERROR] = self._shown
 
-    def __call__(self, cfg: DictConfig) -> None:
-        """Does the work of one configuration, or of one job of a sweep."""
+    def __call__(self, cfg: DictConfig) -> float | None:
+        """Does the work of one configuration, or of one job of a sweep; what is returned is the sweeper's.
+
+        That is the number of the run; NaN for a job that did not finish; None for a command that measures nothing.
+        """
         self._let_hydra_report()
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
@@ -75,18 +79,31 @@ class Job:
             name = name or job_name(self._command.name, without_constant(overrides, self._constant))
             say(f"{self._command.name}: job {settings.job.num}: {name}", error=True)
             if runs_here(settings):
-                write_outcome(Path(settings.sweep.dir), self._run_of_sweep(plain, name, overrides))
-                return
+                outcome = self._measure(plain, self._run_of_sweep(plain, name, overrides))
+                write_outcome(Path(settings.sweep.dir), outcome)
+                return math.nan if self._command.measure and outcome.value is None else outcome.value
             held = hold_run(plain) if self._command.run_folder is not None else held
         try:
             with held:
                 self.exit_code = resolve(self._command.run)(plain) or 0
+            measures = self._command.measure and settings.mode == RunMode.MULTIRUN and is_first_rank()
+            return resolve(self._command.measure)(plain) if measures else None
         except Exception as error:
             mistake = find_user_error(error, place_of(self._command, plain))
             if mistake is None or os.environ.get(FULL_ERROR) == "1":
                 raise
             report_problems(self._command.name, mistake)
             raise SystemExit(EXIT_USER_ERROR) from error
+
+    def _measure(self, cfg: dict[str, Any], outcome: JobOutcome) -> JobOutcome:
+        """An outcome with the number of the run."""
+        if outcome.state not in ("finished", "skipped") or not self._command.measure:
+            return outcome
+        try:
+            return outcome._replace(value=resolve(self._command.measure)(cfg))
+        except UserError as error:
+            report_problems(self._command.name, error)
+            return outcome._replace(state="refused", reason=format_problem(find_problems(error)[0]))
 
     def _run_of_sweep(self, cfg: dict[str, Any], name: str, overrides: Sequence[str]) -> JobOutcome:
         """One job: whatever becomes of it, the others are run; only a signal ends them all."""
@@ -111,7 +128,7 @@ class Job:
                 return JobOutcome(name, "failed", folder, describe_crash(error))
             report_problems(command.name, mistake)
             return JobOutcome(name, "refused", folder, format_problem(find_problems(mistake)[0]))
-        return JobOutcome(name, "failed", folder, f"exit code {code}") if code else JobOutcome(name, "finished", folder)
+        return _judge(name, folder, Ended(code or 0, ""))
 
 
 def runs_here(settings: Any) -> bool:
@@ -123,9 +140,9 @@ def runs_here(settings: Any) -> bool:
 
 
 def _judge(name: str, folder: str, ended: Ended) -> JobOutcome:
-    """What became of a job that was a process of its own."""
-    if ended.code == 0:
-        return JobOutcome(name, "finished", folder)
+    """What became of a job, by its exit code."""
+    if ended.code in (0, EXIT_PRUNED):
+        return JobOutcome(name, "finished" if ended.code == 0 else "pruned", folder)
     reason = ended.said if ended.said else f"exit code {ended.code}"
     if ended.code > 128:  # it could not say anything
         reason = f"ended by {signal.Signals(ended.code - 128).name}"

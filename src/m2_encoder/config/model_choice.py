@@ -138,7 +138,9 @@ def _load_weights(towers: TwoTowers, name: str) -> None:
         towers.towers.load_state_dict({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
     except Exception as error:  # torch and safetensors raise a dozen unrelated types
         said = " ".join(str(error).split())[:300]
-        raise UserError(f"is no state dict of {towers.config.name} ({said})", key="model.weights", value=name) from error
+        raise UserError(
+            f"is no state dict of {towers.config.name} ({said})", key="model.weights", value=name
+        ) from error
 
 
 def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig | TowersConfig) -> SentencePieceTokenizer:

@@ -25,7 +25,6 @@ from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.patch_targets import PatchTargets
 from m2_encoder.objectives.schedule import check_schedule, find_pause
 
-
 _ANY_WIDTH: Final = 8
 """Of features of somebody else's model, which is not built yet."""
 

@@ -55,6 +55,7 @@ class Run:
     resume: Literal["never", "auto", "must"]  # whether a run that exists goes on
     checkpoint_every: Annotated[Count, Example("500")]  # steps
     export: bool  # write the trained model at the end
+    metric: Text | None = None  # what sweeps compare
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

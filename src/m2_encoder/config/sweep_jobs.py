@@ -12,16 +12,21 @@ from typing import Any, Final, Literal, NamedTuple
 from m2_encoder.files import write_json
 
 _FOLDER: Final = "jobs"
-State = Literal["finished", "skipped", "refused", "failed", "not run"]
+State = Literal["finished", "skipped", "pruned", "refused", "failed", "not run"]
+
+EXIT_PRUNED: Final = 3
+"""The exit code of a trial that its search has ended early."""
 
 
 class JobOutcome(NamedTuple):
     """What became of one job."""
 
     name: str
-    state: State  # skipped: it was finished before; refused: the user can mend it; failed: anything else
+    # skipped: it was finished before; pruned: ended early by a search; refused: the user can mend it; failed: the rest
+    state: State
     folder: str = ""  # of its run, if it has one
     reason: str = ""  # of a job that did not finish, one line
+    value: float | None = None  # of `run.metric`
 
 
 def write_outcome(sweep: Path, outcome: JobOutcome) -> None:
@@ -61,4 +66,4 @@ def describe_outcomes(outcomes: Sequence[JobOutcome]) -> list[str]:
 
 def is_done(outcome: JobOutcome) -> bool:
     """Whether there is nothing left to do."""
-    return outcome.state in ("finished", "skipped")
+    return outcome.state in ("finished", "skipped", "pruned")

@@ -37,6 +37,11 @@ def is_basic(hydra: DictConfig) -> bool:
     return str(hydra.sweeper._target_).endswith(".BasicSweeper")
 
 
+def is_search(hydra: DictConfig) -> bool:
+    """Whether the sweeper is that of `hydra/sweeper=search`."""
+    return str(hydra.sweeper._target_).endswith(".SearchSweeper")
+
+
 def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
     """All jobs of a sweep, as lists of overrides.
 
@@ -97,7 +102,9 @@ def job_name(name: str, swept: Sequence[str]) -> str:
     'smoke-lr=1e-3-cmlm.weight=2-objective=itc+cmlm'
     """
     pairs = [_split(line) for line in swept]
-    pairs = [(key, value) for key, value in pairs if key != "run.name" and not key.startswith("hydra.")]
+    pairs = [
+        (key, value) for key, value in pairs if key not in ("run.name", "run.resume") and not key.startswith("hydra.")
+    ]
     if not pairs:
         return name
     labels = _label([key for key, _ in pairs])

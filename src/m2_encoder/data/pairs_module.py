@@ -40,7 +40,7 @@ class PairsModule(lightning.LightningDataModule):
     """Training batches and validation sets of map-style datasets, which have `len()` and items by number.
 
     An item is (image, caption), with a list in place of the caption where there are several, of which each step draws
-    one. The image is a PIL image, an array, a path, or a tensor, (3, S, S), uint8 or floating in 0..1, which stays as it
+    one. The image is a PIL image, an array, a path, or a tensor, (3, S, S), uint8 or floating in 0..1, that stays as it
     is: augmentation is the dataset's own. Every epoch is a shuffle of its own, and the same for all numbers of ranks.
 
     Args:
@@ -77,7 +77,9 @@ class PairsModule(lightning.LightningDataModule):
         self._eval_batch_size = eval_batch_size
         transform = EvalTransform(image_size, pictures=read_policy(pictures))
         self._train = _Pairs("train", train, transform)
-        self._validation = {name: _Pairs(f"validation.{name}", each, transform) for name, each in (validation or {}).items()}
+        self._validation = {
+            name: _Pairs(f"validation.{name}", each, transform) for name, each in (validation or {}).items()
+        }
         self._sets: dict[str, RetrievalSet] = {}
 
     @property

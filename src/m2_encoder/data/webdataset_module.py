@@ -132,7 +132,12 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._lanes, self._window, self._keep_decoded = lanes, window, keep_decoded
         self._check = None if check is None else StartCheck(**check)
         self._needs = TrainingNeeds(
-            global_batch_size, captions.languages, _limits_of(decode), max_bad_share, _counted(tokenizer), self._pictures
+            global_batch_size,
+            captions.languages,
+            _limits_of(decode),
+            max_bad_share,
+            _counted(tokenizer),
+            self._pictures,
         )
         self._validation = dict(validation or {})
         self._remote = None if cache is None else RemoteShards(**cache)

@@ -52,7 +52,8 @@ def shard_model(
 ) -> None:
     """Split the weights over the ranks of a mesh with FSDP2: every layer alone, the rest with the model itself.
 
-    Somebody else's model has no layers that are known: all of its weights are gathered at a time. All ranks start from the weights of the first. Parameters of one number (logit scales) cannot be split:
+    Somebody else's model has no layers that are known: all of its weights are gathered at a time. All ranks start from
+    the weights of the first. Parameters of one number (logit scales) cannot be split:
     they stay whole, and the strategy averages their gradients (`distributed.gradients.average_over_ranks`).
 
     Args:

@@ -48,6 +48,7 @@ from m2_encoder.training.module import PretrainModule
 
 METRICS_FILE: Final = "metrics.jsonl"
 
+
 class Run(NamedTuple):
     """The objects of one run."""
 

@@ -30,6 +30,8 @@ from m2_encoder.files import file_sha256, write_json, write_text
 
 CONFIG_FILE: Final = "config.yaml"
 FROZEN_FILE: Final = "frozen.json"
+CHECK_FILE: Final = "data_check.json"
+"""What was found in the sources of the run before its first step, and in which."""
 
 WHOLE_BYTES: Final = 1 << 24
 """Files up to this size are digested whole."""
@@ -100,7 +102,9 @@ def _check_form(cfg: Mapping[Any, Any], path: Path) -> None:
     wrong = [name for name, part in parts.items() if part is not None and not isinstance(part, dict)]
     for name in _NEEDED:
         part = _mapping(cfg.get(name))
-        wrong += [f"{name}.{key}" for key, kind in _needed(cfg, name).items() if key in part and not _has(part, key, kind)]
+        wrong += [
+            f"{name}.{key}" for key, kind in _needed(cfg, name).items() if key in part and not _has(part, key, kind)
+        ]
     wrong += [
         f"{name}.weight" for name, part in parts.items() if not _has({"weight": 1} | _mapping(part), "weight", float)
     ]

@@ -98,6 +98,11 @@ def _describe_task(cfg: Mapping[str, Any], module: lightning.LightningModule) ->
     return lines
 
 
+def is_ours(module: lightning.LightningModule) -> bool:
+    """Whether what is trained is one of our tasks."""
+    return isinstance(module, PretrainModule | VisualTokenizerModule)
+
+
 def gives_features(module: nn.Module) -> bool:
     """Whether evaluation can encode images and texts with it."""
     return all(callable(getattr(module, name, None)) for name in FEATURE_METHODS)

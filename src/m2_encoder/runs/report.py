@@ -26,6 +26,7 @@ from m2_encoder.objectives.base import Objective
 from m2_encoder.record import describe_run
 from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.export import trained_head
+from m2_encoder.runs.times import FitTimes
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
@@ -39,7 +40,7 @@ def report_run(
     run_folder: Path,
     cfg: Mapping[str, Any],
     end: RunEnd,
-    started: float,
+    times: FitTimes,
 ) -> dict[str, float]:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
 
@@ -53,7 +54,7 @@ def report_run(
         advice = "nothing is reported or exported; go on from an earlier checkpoint, or train with a lower optimizer.lr"
         raise UserError(f"the trained model is broken: {broken} holds values that are NaN or infinite; {advice}")
     console = open_console()
-    with console.status("evaluating"):
+    with console.status("evaluating"), times.measuring("evaluation_s"):
         context = EvaluationContext(
             model=model,
             tokenizer=tokenizer,
@@ -66,9 +67,13 @@ def report_run(
             run=_run_facts(cfg, run_folder, end, datamodule),
         )
         results = run_tasks(tasks, context)
-    wall_time_s = round(time.time() - started, 3)
+    wall_time_s = round(time.time() - times.started, 3)
     summary = summarize(results)
-    training = {"throughput": _throughput(run_folder / "metrics.jsonl"), "wall_time_s": wall_time_s}
+    training = {
+        "throughput": _throughput(run_folder / "metrics.jsonl"),
+        "wall_time_s": wall_time_s,
+        "timing": times.to_plain(),
+    }
     progress: dict[str, Any] = {"finished": end.is_finished, "steps": end.step, "planned_steps": end.planned}
     if end.reason:
         progress["ended_by"] = end.reason

@@ -100,9 +100,7 @@ def _compare(key: str, before: Any, now: Any, free: Sequence[str] = _FREE) -> It
         yield key, before, now
 
 
-def check_resume(
-    module: lightning.LightningModule, cfg: Mapping[str, Any], folder: Path, checkpoint: Path
-) -> None:
+def check_resume(module: lightning.LightningModule, cfg: Mapping[str, Any], folder: Path, checkpoint: Path) -> None:
     """Refuse a checkpoint that does not fit what is to be trained, before anything is written or started.
 
     Settings that would change nothing are refused, too. The module is not built yet, and left so. `config.yaml` in the

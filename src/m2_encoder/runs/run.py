@@ -8,16 +8,17 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
-from m2_encoder.config.output import say
 from m2_encoder.config.model_choice import build_any_tokenizer
+from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
+from m2_encoder.config.sweep_jobs import EXIT_PRUNED
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
@@ -37,13 +38,15 @@ from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
-from m2_encoder.runs.parts import describe_foreign, gives_features
+from m2_encoder.runs.parts import describe_foreign, gives_features, is_ours
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
+from m2_encoder.runs.pruning import find_pruning
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
+from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.callbacks.first_validation import FirstValidation
 from m2_encoder.training.callbacks.step_numbers import StepNumbers
@@ -57,7 +60,7 @@ Taken: TypeAlias = tuple[nn.Module | None, Mapping[str, Objective]]
 
 
 def train(cfg: dict[str, Any]) -> dict[str, float]:
-    """Trains, evaluates and exports one run; its final metrics by name, on the first rank alone.
+    """Trains, evaluates and exports one run; its last metrics by name, those of the end on the first rank alone.
 
     Raises:
         UserError: for data, weights or a checkpoint that cannot be used.
@@ -83,11 +86,10 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
 
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     frozen = check_frozen(cfg, folder, resumes=resumes)
-    remarks += describe_other_pictures(cfg)
     objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
-    remarks += describe_foreign(cfg, module)
+    remarks += [*describe_other_pictures(cfg), *describe_foreign(cfg, module)]
     if newest is not None:
         check_resume(module, cfg, folder, newest.path)
     checked = check_data(datamodule, folder, resumes=resumes)
@@ -98,9 +100,10 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_frozen(folder, frozen, resumes=resumes)
         write_check(folder, checked)
 
-    first_step = FirstStep(write_records)
-    steps = [] if isinstance(module, PretrainModule | VisualTokenizerModule) else [StepNumbers()]
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step, FirstValidation(), *steps])
+    first_step, times = FirstStep(write_records), FitTimes(started)
+    pruning = find_pruning(cfg)
+    own = [first_step, FirstValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
+    trainer, metrics = build_trainer(cfg, folder, callbacks=[*own, *pruning])
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
     metrics_of_end: dict[str, float] | None = None
@@ -113,10 +116,25 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
             taken = _take_model(run.module)
-        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, started=started)
+        if any(each.is_over for each in pruning):
+            metrics_of_end = {}
+            _end_pruned(run, cfg)
+        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, times=times)
     finally:
         _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
-    return metrics_of_end
+    return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **metrics_of_end}
+
+
+def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
+    """Ends a trial that its search has given up: its checkpoints stay, it is not evaluated nor exported.
+
+    Raises:
+        SystemExit: always; with a code that says so on the first rank.
+    """
+    if run.trainer.is_global_zero:
+        step, steps = run.trainer.global_step, cfg["trainer"]["max_steps"]
+        say(f"run {cfg['run']['name']}: pruned at step {step} of {steps}: other trials were better by then", error=True)
+    raise SystemExit(EXIT_PRUNED if run.trainer.is_global_zero else 0)
 
 
 def _finish(
@@ -127,7 +145,7 @@ def _finish(
     folder: Path,
     *,
     trained: dict[str, Any],
-    started: float,
+    times: FitTimes,
 ) -> dict[str, float]:
     """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone."""
     model, objectives = taken
@@ -144,7 +162,7 @@ def _finish(
         run_folder=folder,
         cfg=cfg,
         end=end,
-        started=started,
+        times=times,
     )
     if not cfg["run"]["export"]:
         return metrics
