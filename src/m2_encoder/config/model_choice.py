@@ -131,7 +131,11 @@ def build_towers(model: Mapping[str, Any], tokenizer: SentencePieceTokenizer | F
 def _load_weights(towers: TwoTowers, name: str) -> None:
     path = anchor(name)
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu")
+        state: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
         state = state.get("state_dict", state)
         if any(key.startswith("model.towers.") for key in state):  # of a checkpoint of a run
             state = {key.removeprefix("model.towers."): value for key, value in state.items()}

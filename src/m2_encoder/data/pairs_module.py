@@ -31,7 +31,7 @@ _ORDER, _CAPTION = 1, 2  # streams of random numbers
 class Pair(NamedTuple):
     """One item of a dataset, ready for a batch."""
 
-    index: int  # in the dataset
+    number: int  # in the dataset
     image: Tensor  # (3, S, S) uint8, or floating in 0..1
     captions: tuple[str, ...]  # at least one
 
@@ -201,8 +201,8 @@ def _collate(pairs: Sequence[Pair], *, tokenizer: Any) -> ImageTextBatch:
         images=stack_images([pair.image for pair in pairs]),
         text=tokenizer(captions),
         language=torch.tensor([LANGUAGES.index(_language(caption)) for caption in captions]),
-        identity=torch.tensor([pair.index for pair in pairs]),
-        keys=tuple(str(pair.index) for pair in pairs),
+        identity=torch.tensor([pair.number for pair in pairs]),
+        keys=tuple(str(pair.number) for pair in pairs),
         sources=("train",) * len(pairs),
     )
 
@@ -216,7 +216,7 @@ def _read_set(name: str, pairs: _Pairs) -> RetrievalSet:
         for language in LANGUAGES
     }
     found = {language: rows for language, rows in captions.items() if any(rows)}
-    return RetrievalSet(name, tuple(str(pair.index) for pair in items), torch.stack(levels), found)
+    return RetrievalSet(name, tuple(str(pair.number) for pair in items), torch.stack(levels), found)
 
 
 def _language(caption: str) -> str:

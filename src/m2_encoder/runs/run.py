@@ -100,8 +100,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_frozen(folder, frozen, resumes=resumes)
         write_check(folder, checked)
 
-    first_step, times = FirstStep(write_records), FitTimes(started)
-    pruning = find_pruning(cfg)
+    first_step, times, pruning = FirstStep(write_records), FitTimes(started), find_pruning(cfg)
     own = [first_step, FirstValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
     trainer, metrics = build_trainer(cfg, folder, callbacks=[*own, *pruning])
     ranks.trainer = trainer

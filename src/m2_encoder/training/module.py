@@ -129,9 +129,10 @@ class PretrainModule(lightning.LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the objectives on one batch."""
-        if not isinstance(batch, ImageTextBatch):
+        made: Any = batch  # by whichever data module
+        if not isinstance(made, ImageTextBatch):
             data = type(getattr(self.trainer, "datamodule", None))
-            rule = f"gives batches of {type(batch).__name__}; it must give m2_encoder.types.ImageTextBatch"
+            rule = f"gives batches of {type(made).__name__}; it must give m2_encoder.types.ImageTextBatch"
             raise UserError(rule, key="data._target_", value=f"{data.__module__}.{data.__qualname__}")
         objectives = self.trained_objectives()
         weights = {name: objective.weight_at(self.global_step) for name, objective in objectives.items()}
