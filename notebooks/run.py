@@ -96,7 +96,7 @@ run.results
 # ## How fast was it?
 #
 # Pairs per second over all devices, without validations and checkpoints; the share of that time in which training
-# waited for data; and what a sample costs in each stage of loading.
+# waited for data; and what a sample costs in each stage of loading. A run of a few steps is too short to be measured.
 
 # %%
 figure, (speed, wait, load) = plt.subplots(1, 3, figsize=(12, 3.2))
@@ -104,12 +104,13 @@ for axes, metric, title, factor in (
     (speed, "perf/samples_per_s", "Pairs per second", 1),
     (wait, "perf/data_wait", "Waiting for data, % of the time", 100),
 ):
+    axes.set(title=f"{title}: not measured", xlabel="pairs seen")
     for curve in run.curves(metric).values():
         axes.plot(curve.samples, [factor * value for value in curve.values], linewidth=1)
         middle = factor * statistics.median(curve.values)
         axes.axhline(middle, color=MUTED, linestyle="--", linewidth=1)
         axes.set_title(f"{title}: median {middle:,.0f}")
-    axes.set(ylim=(0, None), xlabel="pairs seen")
+    axes.set_ylim(0)
     axes.xaxis.set_major_locator(plt.MaxNLocator(4))
     axes.xaxis.set_major_formatter("{x:,.0f}")
 stages = {name.rpartition("/")[2]: curve.values for name, curve in run.curves("perf/load_ms/*").items()}

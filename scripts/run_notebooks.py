@@ -30,6 +30,7 @@ OUTPUT: Final = REPO_ROOT / "outputs" / "notebooks"
 _BRIEF: Final = (
     "+experiment=smoke", "trainer.max_steps=6", "scheduler.warmup_steps=1", "trainer.val_check_interval=3",
     "run.checkpoint_every=3", "objective=[itc,cmlm,cmim]", "evaluation=[retrieval]",
+    "callbacks.throughput.window_steps=2",
 )  # fmt: skip
 SMALL: Final = {"run_folder": "run", "runs_pattern": "sweep-*"}
 """Where in the folder of small runs lies what a parameter names."""

@@ -9,7 +9,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from m2_encoder.analysis.table import Table
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.config.model_choice import find_path
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.hub import LoadedModel, load
 from m2_encoder.runs.folder import CHECK_FILE, CONFIG_FILE, read_config
@@ -50,12 +50,15 @@ class RecordedRun:
         config: the resolved configuration, nested, as in `config.yaml`.
         log: the lines of `metrics.jsonl`, in order of steps.
         summary: `summary.json`; empty for a run that has not ended.
+        swept: what a sweep varied, with the values of this run: keys such as `optimizer.lr`, and groups such as
+            `optimizer`; empty for a run on its own.
     """
 
     folder: Path
     config: Mapping[str, Any]
     log: Sequence[Mapping[str, float]]
     summary: Mapping[str, Any]
+    swept: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -95,14 +98,14 @@ class RecordedRun:
             "wall time": said.get("wall_time_s") and f"{said['wall_time_s']:,.0f} s",
             "machine": threads and f"{threads} threads, {len(said['machine'].get('gpus', ()))} GPUs",
             "revision": said.get("git_revision") and str(said["git_revision"])[:12],
-            "command": said.get("command"),
+            "command": said.get("command") and abridge(str(said["command"]), 120),
         }
         return Table(["what", "value"], [{"what": key, "value": value} for key, value in lines.items() if value])
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration as flat columns, such as `optimizer.lr`; a list is one value."""
-        return flatten(self.config)
+        """The configuration as flat columns, such as `optimizer.lr`, and what a sweep chose; a list is one value."""
+        return {**self.swept, **flatten(self.config)}
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -164,6 +167,8 @@ class RecordedRun:
         if "training_s" not in times:
             return {**found, "rest": max(0.0, wall - trained)}
         own, _ = _train_seconds(self.log, after=int(times["from_step"]))
+        if trained == 0:  # too short a run to measure its speed
+            found["steps"] = own = float(times["training_s"])
         start, training, validation, evaluation = (
             float(times.get(f"{part}_s", 0.0)) for part in ("start", "training", "validation", "evaluation")
         )

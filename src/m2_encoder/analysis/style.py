@@ -45,8 +45,10 @@ def use_style() -> None:
     """
     use_font()
     import matplotlib
+    from matplotlib import pyplot
     from matplotlib.rcsetup import cycler
 
+    pyplot.switch_backend(matplotlib.get_backend())  # a notebook then shows figures that pyplot has not made, too
     matplotlib.rcParams.update(
         {
             "figure.figsize": (9.0, 3.6),

@@ -12,7 +12,7 @@ from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import find_problems
 from m2_encoder.distributed.ranks import is_first_rank
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import Problem, UserError, abridge
 
 _MAY_DIFFER: Final = (
     "run.resume",
@@ -21,24 +21,32 @@ _MAY_DIFFER: Final = (
 )  # of what trains the same; null pictures are filled in
 
 
-def check_job(cfg: dict[str, Any]) -> list[Problem]:
-    """Why the checkpoint that a sweep's job continues does not fit it; a single run finds out when it starts."""
+def check_job(cfg: dict[str, Any], *, as_before: bool) -> list[Problem]:
+    """Why a sweep's job cannot go on with the run that is there; a single run finds out when it starts.
+
+    With `as_before`, nobody has asked to go on with a run that has other settings.
+    """
     folder = default_run_folder(cfg)
-    if cfg["run"]["resume"] == "never":
+    if cfg["run"]["resume"] == "never" or is_done(cfg):
         return []
     from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, find_newest
     from m2_encoder.runs.build import build_module, build_objectives
+    from m2_encoder.runs.folder import CONFIG_FILE
     from m2_encoder.runs.pictures import settle_pictures
-    from m2_encoder.runs.resume import check_resume
+    from m2_encoder.runs.resume import check_resume, describe_changes
 
     try:
         newest = find_newest(folder / CHECKPOINT_FOLDER)
         if newest is not None:
             cfg, _ = settle_pictures(cfg, folder, resumes=True)
             check_resume(build_module(cfg, build_objectives(cfg), validation_name=""), cfg, folder, newest.path)
+        changes = describe_changes(folder / CONFIG_FILE, cfg) if as_before else []
     except UserError as error:
         return find_problems(error)
-    return []
+    if not changes:
+        return []
+    rule = f"{folder} holds a run with other settings: {abridge(', '.join(changes), 200)}"
+    return [Problem("run.name", cfg["run"]["name"], rule, "give another run.name, or run.resume=auto to go on with it")]
 
 
 def is_done(cfg: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import math
 import os
 import pkgutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +22,17 @@ from m2_encoder.config.old_names import update_names
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import find_problems, format_problem
 from m2_encoder.config.run_folder import hold_run
-from m2_encoder.config.sweep_jobs import EXIT_PRUNED, JobOutcome, describe_crash, write_outcome
+from m2_encoder.config.sweep_jobs import (
+    EXIT_PRUNED,
+    JOBS_FOLDER,
+    JobOutcome,
+    describe_crash,
+    describe_rest,
+    read_outcomes,
+    settings_digest,
+    write_outcome,
+)
+from m2_encoder.config.sweep_life import environment_of_job, sweep_lives
 from m2_encoder.config.sweeps import job_name, without_constant
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import UserError
@@ -32,17 +43,27 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR: Final = 2
 FULL_ERROR: Final = "HYDRA_FULL_ERROR"
+GROUP_VARIABLE: Final = "WANDB_RUN_GROUP"
+"""W&B's own: the runs of a sweep are one group there, unless the user names another."""
 
 
 class Job:
     """What Hydra calls with the composed configuration of one job."""
 
     def __init__(
-        self, command: Command, constant_lines: Sequence[str], folder: Path, flags: Sequence[str], fixed: Sequence[str]
+        self,
+        command: Command,
+        constant_lines: Sequence[str],
+        folder: Path,
+        flags: Sequence[str],
+        fixed: Sequence[str],
+        names: Sequence[str] | None = None,
     ) -> None:
+        """Of a sweep, `names` are those of all jobs; None if they are not known beforehand."""
         self._command, self._folder = command, folder
-        self._constant, self._fixed = list(constant_lines), list(fixed)
+        self._constant, self._fixed, self._names = list(constant_lines), list(fixed), names
         self._flags = [flag for flag in flags if flag != "--multirun"]
+        self._started = time.time()
         self.exit_code = 0
         self._shown = os.environ.get(FULL_ERROR)
 
@@ -74,14 +95,12 @@ class Job:
         drop_unchosen(plain, self._folder, settings.searchpath)
         held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if settings.mode == RunMode.MULTIRUN:
-            overrides = list(settings.overrides.task)
-            name = rename(self._command, plain, overrides, self._constant)
-            name = name or job_name(self._command.name, without_constant(overrides, self._constant))
-            say(f"{self._command.name}: job {settings.job.num}: {name}", error=True)
+            job = self._name(plain, settings)
             if runs_here(settings):
-                outcome = self._measure(plain, self._run_of_sweep(plain, name, overrides))
-                write_outcome(Path(settings.sweep.dir), outcome)
+                outcome = self._run_of_sweep(plain, job, settings)
                 return math.nan if self._command.measure and outcome.value is None else outcome.value
+            say(f"{self._command.name}: job {settings.job.num}: {job.name}", error=True)
+            os.environ.setdefault(GROUP_VARIABLE, Path(settings.sweep.dir).name)
             held = hold_run(plain) if self._command.run_folder is not None else held
         try:
             with held:
@@ -95,6 +114,43 @@ class Job:
             report_problems(self._command.name, mistake)
             raise SystemExit(EXIT_USER_ERROR) from error
 
+    def _name(self, cfg: dict[str, Any], settings: Any) -> JobOutcome:
+        """What a job of a sweep is called, which its configuration then has as the name of its run, and known by."""
+        command, settings_known = self._command, settings_digest(cfg)
+        swept = without_constant(list(settings.overrides.task), self._constant)
+        name = rename(command, cfg, swept, None if self._names is None else self._names[settings.job.num])
+        name = name or job_name(command.name, swept)
+        folder = "" if command.run_folder is None else str(command.run_folder(cfg))
+        return JobOutcome(name, "at work", folder, swept=swept, settings=settings_known)
+
+    def _run_of_sweep(self, cfg: dict[str, Any], job: JobOutcome, settings: Any) -> JobOutcome:
+        """One job: whatever becomes of it, the others are run; only a signal ends them all."""
+        if not sweep_lives():
+            raise SystemExit(128 + signal.SIGTERM)
+        sweep, command = Path(settings.sweep.dir), self._command
+        total = "" if self._names is None else f"/{len(self._names)}"
+        title = f"{command.name}: {settings.job.num + 1}{total} {job.name}"
+        if command.is_done and resolve(command.is_done)(cfg):
+            outcome = self._measure(cfg, job._replace(state="skipped"))
+            write_outcome(sweep, outcome)
+            say(f"{title}: has finished before", error=True)
+            return outcome
+        write_outcome(sweep, job)
+        say(title, error=True)
+        begun = time.monotonic()
+        if command.module:
+            log = None if is_alone(settings) else sweep / JOBS_FOLDER / f"{job.name}.log"
+            outcome = self._run_process(job, settings, log)
+        else:
+            outcome = self._run_here(cfg, job)
+        outcome = self._measure(cfg, outcome._replace(seconds=round(time.monotonic() - begun, 1)))
+        write_outcome(sweep, outcome)
+        said = [f"{outcome.state} ({outcome.reason})" if outcome.reason else outcome.state]
+        if self._names is not None:
+            said.append(describe_rest(read_outcomes(sweep, self._names, since=self._started), since=self._started))
+        say(f"{title}: {'; '.join(said)}", error=True)
+        return outcome
+
     def _measure(self, cfg: dict[str, Any], outcome: JobOutcome) -> JobOutcome:
         """An outcome with the number of the run."""
         if outcome.state not in ("finished", "skipped") or not self._command.measure:
@@ -105,30 +161,26 @@ class Job:
             report_problems(self._command.name, error)
             return outcome._replace(state="refused", reason=format_problem(find_problems(error)[0]))
 
-    def _run_of_sweep(self, cfg: dict[str, Any], name: str, overrides: Sequence[str]) -> JobOutcome:
-        """One job: whatever becomes of it, the others are run; only a signal ends them all."""
-        command = self._command
-        folder = "" if command.run_folder is None else str(command.run_folder(cfg))
-        if command.is_done and resolve(command.is_done)(cfg):
-            say(f"{command.name}: it has finished before", error=True)
-            return JobOutcome(name, "skipped", folder)
-        if not command.module:
-            return self._run_here(cfg, name, folder)
-        lines = [line for line in overrides if not line.startswith("run.name=")]
-        mode = [hydra_line("run.name", name), "hydra.mode=RUN"]
-        return _judge(name, folder, run_process(command.module, [*self._flags, *lines, *mode, *self._fixed]))
+    def _run_process(self, job: JobOutcome, settings: Any, log: Path | None) -> JobOutcome:
+        lines = [line for line in settings.overrides.task if not line.startswith("run.name=")]
+        lines += [hydra_line("run.name", job.name), "hydra.mode=RUN"]
+        environment = environment_of_job()
+        if GROUP_VARIABLE not in os.environ:
+            environment[GROUP_VARIABLE] = Path(settings.sweep.dir).name
+        arguments = [*self._flags, *lines, *self._fixed]
+        return _judge(job, run_process(self._command.module, arguments, environment=environment, log=log))
 
-    def _run_here(self, cfg: dict[str, Any], name: str, folder: str) -> JobOutcome:
+    def _run_here(self, cfg: dict[str, Any], job: JobOutcome) -> JobOutcome:
         command = self._command
         try:
             with hold_run(cfg) if command.run_folder is not None else contextlib.nullcontext():
                 code = resolve(command.run)(cfg)
         except Exception as error:
             if (mistake := find_user_error(error, place_of(command, cfg))) is None:
-                return JobOutcome(name, "failed", folder, describe_crash(error))
+                return job._replace(state="failed", reason=describe_crash(error))
             report_problems(command.name, mistake)
-            return JobOutcome(name, "refused", folder, format_problem(find_problems(mistake)[0]))
-        return _judge(name, folder, Ended(code or 0, ""))
+            return job._replace(state="refused", reason=format_problem(find_problems(mistake)[0]))
+        return _judge(job, Ended(code or 0, ""))
 
 
 def runs_here(settings: Any) -> bool:
@@ -136,25 +188,34 @@ def runs_here(settings: Any) -> bool:
 
     A cluster starts jobs with their ranks, and again where they were interrupted, and knows what became of them.
     """
-    return str(settings.launcher._target_).rpartition(".")[2] in ("BasicLauncher", "JoblibLauncher")
+    return _launcher(settings) in ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 
 
-def _judge(name: str, folder: str, ended: Ended) -> JobOutcome:
+def is_alone(settings: Any) -> bool:
+    """Whether the jobs of a sweep run one after the other, so that each may have the terminal."""
+    return _launcher(settings) == "BasicLauncher"
+
+
+def _launcher(settings: Any) -> str:
+    return str(settings.launcher._target_).rpartition(".")[2]
+
+
+def _judge(job: JobOutcome, ended: Ended) -> JobOutcome:
     """What became of a job, by its exit code."""
     if ended.code in (0, EXIT_PRUNED):
-        return JobOutcome(name, "finished" if ended.code == 0 else "pruned", folder)
-    reason = ended.said if ended.said else f"exit code {ended.code}"
-    if ended.code > 128:  # it could not say anything
+        return job._replace(state="finished" if ended.code == 0 else "pruned")
+    reason = ended.said.removeprefix("m2-train: ") if ended.said else f"exit code {ended.code}"
+    if ended.code - 128 in set(signal.Signals):  # it could not say anything
         reason = f"ended by {signal.Signals(ended.code - 128).name}"
-    return JobOutcome(name, "refused" if ended.code == EXIT_USER_ERROR else "failed", folder, reason)
+    return job._replace(state="refused" if ended.code == EXIT_USER_ERROR else "failed", reason=reason)
 
 
-def rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:
-    """Gives one job of a sweep its own run name, derived from what is swept; returns it."""
+def rename(command: Command, cfg: dict[str, Any], swept: Sequence[str], name: str | None = None) -> str | None:
+    """Gives one job of a sweep its own run name, by default derived from what is swept; returns it."""
     run = cfg.get("run")
     if command.run_folder is None or not isinstance(run, dict) or not isinstance(run.get("name"), str):
         return None
-    run["name"] = job_name(run["name"], without_constant(job, constant))
+    run["name"] = name or job_name(run["name"], swept)
     return str(run["name"])
 
 
