@@ -112,6 +112,7 @@ def test_a_column_a_transform_and_a_logger(train: Train, tmp_path: Path) -> None
         "data=webdataset",
         f"data.sources.main.shards={tmp_path / 'tars'}",
         "data.check=null",
+        "data.num_workers=0",
         "data.lanes=8",
         "data.global_batch_size=8",
     ]
@@ -149,6 +150,8 @@ def test_batches_of_another_kind(train: Train, capsys: pytest.CaptureFixture[str
     lines = ["run.name=vectors", "data=vectors", "+task=regression", "objective=[]"]
     assert train(*lines) == 2
     assert "trainer.gradient_clip_val=1.0: must be null" in capsys.readouterr().err
+    assert train(*lines, "trainer.gradient_clip_val=null", "+data.shift=1") == 2
+    assert "data._target_=my_parts_of_mine.Vectors: saves size as its settings, and so does" in capsys.readouterr().err
     assert train(*lines, "trainer.gradient_clip_val=null") == 0
 
 

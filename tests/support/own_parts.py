@@ -110,8 +110,9 @@ class Plain:
 
     def __call__(self, source, *, rng):
         USED.append("transform")
-        pixels = torch.from_numpy(source.copy() if hasattr(source, "copy") else source)
-        return nn.functional.interpolate(pixels.permute(2, 0, 1)[None].float(), self.side)[0].to(torch.uint8)
+        pixels = torch.as_tensor(source)
+        assert pixels.shape[0] == 3
+        return nn.functional.interpolate(pixels[None].float(), self.side)[0].to(torch.uint8)
 
 
 class Pairs(Dataset):
@@ -170,15 +171,22 @@ class Task(lightning.LightningModule):
 
 
 class Vectors(lightning.LightningDataModule):
+    def __init__(self, size=64, shift=0):
+        super().__init__()
+        self.size = size
+        if shift:
+            self.save_hyperparameters()
+
     def train_dataloader(self):
-        return DataLoader(TensorDataset(torch.randn(64, 5), torch.randn(64, 1)), batch_size=8)
+        return DataLoader(TensorDataset(torch.randn(self.size, 5), torch.randn(self.size, 1)), batch_size=8)
 
 
 class Regression(lightning.LightningModule):
     """Optimizes by hand, and takes batches of plain tensors."""
 
-    def __init__(self, optimizer=None):
+    def __init__(self, optimizer=None, size=5):
         super().__init__()
+        self.save_hyperparameters("size")
         self.automatic_optimization = False
         self.make, self.net = optimizer, nn.Linear(5, 1)
 

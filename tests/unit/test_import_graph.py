@@ -22,7 +22,14 @@ LEVEL_OF = {**LEVEL_OF_LAYER, FACADE: LEVEL_OF_LAYER["hub"]}
 # third party -> where it may be imported; what is not listed may be imported nowhere.
 EVERYWHERE = {"torch", "numpy", "PIL", "safetensors", "annotated_types"}
 THIRD_PARTY: dict[str, set[str]] = {
-    "lightning": {"training", "strategies", "data.webdataset_module", "data.emoji.emoji_module", "runs"},
+    "lightning": {
+        "training",
+        "strategies",
+        "data.webdataset_module",
+        "data.pairs_module",
+        "data.emoji.emoji_module",
+        "runs",
+    },
     "hydra": {"config", "runs", "search"},
     "omegaconf": {"config", "runs", "search"},
     "optuna": {"search"},

@@ -7,17 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
-import yaml
 from annotated_types import Ge, Le
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from m2_encoder.bounds import Count, Pixels, Positive, Rule, Text, Tokens
 from m2_encoder.config.check import check_settings, check_values, make_optional, read_parameters
-from m2_encoder.config.model_choice import find_path, output_problems
+from m2_encoder.config.hardware_files import find_constants, read_constants
+from m2_encoder.config.model_choice import output_problems
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import find_conf
-from m2_encoder.config.problems import find_problems, flatten, nearest, show
+from m2_encoder.config.problems import find_problems
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
@@ -132,46 +129,13 @@ def read_hardware(cluster: str, overrides: Mapping[str, Any]) -> Hardware:
         UserError: for an unknown cluster, a damaged file, or an impossible constant.
     """
     try:
-        values = _read_constants(_find_constants(str(cluster)))
+        values = read_constants(find_constants(str(cluster)))
     except UserError as error:
         raise UserError(str(error), key="cluster", value=cluster) from error
     try:
         return Hardware.from_dict(values | {name: value for name, value in overrides.items() if value is not None})
     except UserError as error:
         raise UserError(f"hardware: {error}", key="cluster", value=cluster) from error
-
-
-def _find_constants(name: str, *, beside: Path | None = None) -> Path:
-    """The file of a cluster: a shipped one, or a path; that of a `base` counts from the file that names it, too."""
-    folder = find_conf() / "cluster" / "hardware"
-    places = [folder / f"{name}.yaml", *([] if beside is None else [beside.parent / name]), find_path(name)]
-    if (found := next((place for place in places if place.is_file()), None)) is not None:
-        return found
-    known = sorted(option.stem for option in folder.glob("*.yaml"))
-    fix = f"choose from {', '.join(known)}, or give a YAML file like theirs"
-    where = "" if beside is None else f"{beside}: base={name}: "
-    raise UserError(f"{where}no such cluster; {fix}{nearest(name, known)}")
-
-
-def _read_constants(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    try:
-        content = OmegaConf.load(path)  # YAML's own reader takes 1e-1 for a text
-        values = OmegaConf.to_container(content, resolve=True) if content else content
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is not valid YAML: {flatten(error)[:300]}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold constants as `name: number`")
-    if "defaults" in values:
-        raise UserError(f"{path}: defaults belong to Hydra's own files; name the file to start from as `base: NAME`")
-    base, chain = values.pop("base", None), (*above, path.resolve())
-    if base is None:
-        return {str(name): value for name, value in values.items()}
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base={show(base)}: must be the name of a cluster, or of a file")
-    found = _find_constants(base, beside=path)
-    if found.resolve() in chain:
-        raise UserError(f"{path}: base={base}: is its own base, by way of {path}")
-    return _read_constants(found, chain) | {str(name): value for name, value in values.items()}
 
 
 def run_plan(cfg: dict[str, Any]) -> None:

@@ -132,12 +132,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._lanes, self._window, self._keep_decoded = lanes, window, keep_decoded
         self._check = None if check is None else StartCheck(**check)
         self._needs = TrainingNeeds(
-            global_batch_size,
-            captions.languages,
-            _limits_of(decode),
-            max_bad_share,
-            _counted(tokenizer),
-            self._pictures,
+            global_batch_size, captions.languages, _limits_of(decode), max_bad_share, tokenizer, self._pictures
         )
         self._validation = dict(validation or {})
         self._remote = None if cache is None else RemoteShards(**cache)
@@ -392,11 +387,6 @@ def _check_ranks(own: dict[str, str]) -> None:
 def bind_pictures(function: Callable[..., Any], pictures: PicturePolicy) -> Callable[..., Any]:
     """The function with the argument `pictures`, if it takes one."""
     return partial(function, pictures=pictures) if "pictures" in inspect.signature(function).parameters else function
-
-
-def _counted(tokenizer: Any) -> SentencePieceTokenizer | None:
-    """The tokenizer, if its tokens can be counted before a text is cut."""
-    return tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else None
 
 
 def _limits_of(decode: Callable[[bytes], Any]) -> ImageLimits:

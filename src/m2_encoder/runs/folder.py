@@ -112,8 +112,9 @@ def _check_form(cfg: Mapping[Any, Any], path: Path) -> None:
 
 
 def _needed(cfg: Mapping[Any, Any], name: str) -> Mapping[str, type]:
-    """Kinds of the keys that a part has; somebody else's model need not have a name, nor a SentencePiece file."""
-    return {} if name == "model" and is_foreign(cfg.get(name)) else _NEEDED[name]
+    """Kinds of the keys that a part has; somebody else's model need not have a name."""
+    is_own = name == "model" and is_foreign(cfg.get(name))
+    return {"tokenizer": object, "image_size": int} if is_own else _NEEDED[name]
 
 
 def _refuse_form(wrong: list[str], path: Path) -> None:

@@ -66,8 +66,19 @@ def build_task(node: Mapping[str, Any], values: Mapping[str, Any], *, clip: floa
     return made
 
 
-def describe_foreign(cfg: Mapping[str, Any], module: lightning.LightningModule) -> list[str]:
-    """What of a configuration somebody else's model or task does not use, a line each."""
+def describe_foreign(
+    cfg: Mapping[str, Any], module: lightning.LightningModule, datamodule: lightning.LightningDataModule
+) -> list[str]:
+    """What of a configuration somebody else's model or task does not use, a line each.
+
+    Raises:
+        UserError: if task and data both save a setting of one name (`save_hyperparameters`), which Lightning refuses.
+    """
+    shared = module.hparams_initial.keys() & datamodule.hparams_initial.keys()
+    if odd := sorted(name for name in shared if module.hparams_initial[name] != datamodule.hparams_initial[name]):
+        rule = f"saves {name_some(odd)} as its settings, and so does the task, with other values"
+        fix = f"use save_hyperparameters(ignore=[{odd[0]!r}]) in one of them"
+        raise UserError(f"{rule}; {fix}", key="data._target_", value=cfg["data"]["_target_"])
     if cfg.get("task") is not None:
         return [] if isinstance(module, VisualTokenizerModule) else _describe_task(cfg, module)
     if not is_foreign(cfg["model"]) or not isinstance(module, PretrainModule):

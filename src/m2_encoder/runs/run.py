@@ -89,7 +89,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
-    remarks += [*describe_other_pictures(cfg), *describe_foreign(cfg, module)]
+    remarks += [*describe_other_pictures(cfg), *describe_foreign(cfg, module, datamodule)]
     if newest is not None:
         check_resume(module, cfg, folder, newest.path)
     checked = check_data(datamodule, folder, resumes=resumes)
