@@ -28,8 +28,10 @@ def check_task(known: Known) -> Iterator[Problem]:
         yield Problem("objective", given, "must be empty: the task has a loss of its own", "use objective=[]")
     if target.startswith(_PACKAGE):
         return
+    called = find_target(target)
     for key, neutral in _NEUTRAL:
-        if (value := known(f"strategy.{key}", neutral)) != neutral:
+        is_read = key == "micro_batches" and getattr(called, "reads_micro_batches", False)
+        if not is_read and (value := known(f"strategy.{key}", neutral)) != neutral:
             rule = f"would change nothing: {target} has a step of its own"
             yield Problem(f"strategy.{key}", value, rule, f"use strategy.{key}={show(neutral)}")
     if (adaptation := known("adaptation._target_", _FULL_TARGET)) != _FULL_TARGET:
@@ -37,7 +39,6 @@ def check_task(known: Known) -> Iterator[Problem]:
     if (weights := known("model.weights", None)) is not None:
         fix = "use model.weights=null, and load them in the task"
         yield Problem("model.weights", weights, f"would change nothing in {target}", fix)
-    called = find_target(target)
     if not inspect.isclass(called):
         return  # a function may make one
     # By its name: whoever has it has imported Lightning, which takes seconds.

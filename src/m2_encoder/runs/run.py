@@ -38,6 +38,7 @@ from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
+from m2_encoder.runs.missed_validation import MissedValidation
 from m2_encoder.runs.parts import describe_foreign, gives_features, is_ours
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.pruning import find_pruning
@@ -101,7 +102,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_check(folder, checked)
 
     first_step, times, pruning = FirstStep(write_records), FitTimes(started), find_pruning(cfg)
-    own = [first_step, FirstValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
+    own = [first_step, FirstValidation(), MissedValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
     trainer, metrics = build_trainer(cfg, folder, callbacks=[*own, *pruning])
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
