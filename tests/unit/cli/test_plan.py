@@ -11,7 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from m2_encoder.cli import commands, plan
+from m2_encoder.cli import commands
+from m2_encoder.config import plan
 from m2_encoder.errors import UserError
 
 CONSTANTS = Path("conf") / "cluster" / "hardware"
