@@ -187,7 +187,7 @@ ONE_FAULT = [
     ("strategy.activation_checkpointing=1", "true or false"),
     ("+strategy.group_size=2", "unknown argument"),
     ("strategy.micro_batch=2", "did you mean micro_batches"),
-    ("logger=tensorboard", "wandb"),
+    ("logger=tensorbord", "tensorboard"),
     # syntax and references
     ("optimizer.lr", "key=value"),
     ("optimizer.lr=[1", "key=value"),

@@ -118,7 +118,7 @@ def test_a_column_a_transform_and_a_logger(train: Train, tmp_path: Path) -> None
     ]
     lines += [f"+data.columns.length._target_={MODULE}.Length", f"data.transform._target_={MODULE}.Plain"]
     lines += [f"~data.transform.{name}" for name in ("scale", "flip", "num_ops")]
-    assert train("run.name=columns", *lines, "logger=lines", "objective=[itc,pull]") == 0
+    assert train("run.name=columns", *lines, "logger=[csv,lines]", "objective=[itc,pull]") == 0
     assert used() >= {"column", "transform", "logger", "objective"}
     assert "train/loss/pull" in json.loads((tmp_path / "lines.json").read_text())
 

@@ -230,7 +230,7 @@ pixel_mean: [0.5, 0.5, 0.5]
     "objective/pull.yaml": "pull: { _target_: my_parts_of_mine.Pull, weight: 0.5, schedule: null }\n",
     "adaptation/freeze_words.yaml": "_target_: my_parts_of_mine.FreezeWords\n",
     "evaluation/spread.yaml": "spread: { _target_: my_parts_of_mine.Spread }\n",
-    "logger/lines.yaml": "_target_: my_parts_of_mine.Lines\npath: ${run.folder}/lines.json\n",
+    "logger/lines.yaml": "lines: { _target_: my_parts_of_mine.Lines, path: '${run.folder}/lines.json' }\n",
     "optimizer/sgd.yaml": "_target_: torch.optim.SGD\nlr: 0.05\nmomentum: 0.9\n",
     "scheduler/steps.yaml": "_target_: torch.optim.lr_scheduler.StepLR\nstep_size: 1\ngamma: 0.5\n",
     "data/own.yaml": "_target_: my_parts_of_mine.Batches\nrows: 8\n",

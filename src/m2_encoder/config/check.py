@@ -30,9 +30,13 @@ _STRICT: Final = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf
 _PACKAGE: Final = "m2_encoder."
 _SPECIAL_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
 # Classes whose **kwargs go to something other than their parent.
-_PASSED_ON: Final = (("lightning.pytorch.strategies.ddp", "DDPStrategy", "torch.nn.parallel.DistributedDataParallel"),)
+_PASSED_ON: Final = (
+    ("lightning.pytorch.strategies.ddp", "DDPStrategy", "torch.nn.parallel.DistributedDataParallel"),
+    ("lightning.pytorch.loggers.tensorboard", "TensorBoardLogger", None),  # a class of a package that may be missing
+)
 # Takes *args and **kwargs, and refuses any.
 _TAKES_NOTHING: Final = (("torch.nn.modules.module", "Module"),)
+_ANY: Final = {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 _VARIADIC: Final = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -192,11 +196,13 @@ def read_parameters(called: Any) -> Parameters:
         if inspect.Parameter.VAR_KEYWORD not in [item.kind for item in own]:
             return found
         for module, name, further in _PASSED_ON:
-            if (owner.__module__, owner.__name__) == (module, name):
-                options = read_parameters(find_target(further)).items()
-                found = {**{key: item for key, item in options if item.default is not item.empty}, **found}
-    found["kwargs"] = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    return found
+            if (owner.__module__, owner.__name__) != (module, name):
+                continue
+            if further is None:
+                return found | _ANY
+            options = read_parameters(find_target(further)).items()
+            found = {**{key: item for key, item in options if item.default is not item.empty}, **found}
+    return found | _ANY
 
 
 def make_optional(parameters: Parameters) -> Parameters:

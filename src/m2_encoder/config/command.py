@@ -264,7 +264,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: f
     Raises:
         UserError: with everything that is wrong.
     """
-    lines = name_globbed([*arguments.overrides], composer.options)
+    lines = composer.update(name_globbed([*arguments.overrides], composer.options))
     if arguments.shows_only:
         composition = composer.compose(lines)
         refuse_all(composition.problems)

@@ -15,6 +15,7 @@ from typing import Any, Final
 from m2_encoder.config import data_relations, foreign_relations, objective_relations
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, emoji_folder_problems
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
+from m2_encoder.config.loggers import check_loggers
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
 from m2_encoder.config.objective_files import check_files
 from m2_encoder.config.paths import LAST_CHECKPOINT, RUN_LOCK, anchor, default_run_folder, has_checkpoint
@@ -284,10 +285,12 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_task_heads,
     _check_folders,
     _check_emoji_folder,
+    check_loggers,
 )
 
 _MACHINE_CHECKS: Final = (
     _check_devices, _check_cluster, check_files, data_relations.check_shards, data_relations.check_validation,
+    check_loggers,
 )  # fmt: skip
 
 

@@ -24,8 +24,8 @@ from m2_encoder.pictures import POLICY_RULE, is_policy
 _MOST: Final = 10**9
 SAFE_NAME: Final = re.compile(r"[^\W_][\w.=+-]{0,99}")  # letters of any script
 RESERVED_NAMES: Final = ("data", "multirun")
-TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
-KEYED_GROUPS: Final = ("objective", "callbacks")
+TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy")
+KEYED_GROUPS: Final = ("objective", "callbacks", "logger")
 OPTIONAL_KEYS: Final = ("task", "evaluation", "adaptation")
 ROOT_KEYS: Final = ("seed", "run", "model", *TARGET_GROUPS, *KEYED_GROUPS, "cluster")
 MODEL_FIELDS: Final = tuple(field.name for field in dataclasses.fields(M2EncoderConfig) if field.name != "name")
@@ -203,8 +203,9 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
         elif group == "trainer":
             bounds = read_parameters(Trainer)
             problems += check_values(group, {key: value for key, value in node.items() if key in bounds}, bounds)
-    for name, value in _entries(cfg.get("callbacks")):
-        problems += _check_entry("callbacks", name, value)
+    for group in ("callbacks", "logger"):
+        for name, value in _entries(cfg.get(group)):
+            problems += _check_entry(group, name, value)
     return [*problems, *_check_objectives(cfg.get("objective")), *check_tasks(cfg.get("evaluation"))]
 
 

@@ -13,10 +13,8 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from m2_encoder.bounds import refuse
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import pack_tokenizer
 from m2_encoder.config.check import read_parameters
@@ -25,7 +23,7 @@ from m2_encoder.config.model_choice import build_any_tokenizer, build_towers, fi
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.data.masking.batch_masking import build_masking
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.evaluation.tasks.masked import Masked
 from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture
@@ -42,6 +40,7 @@ from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.runs.folder import LAST_CHECKPOINT, UNSAID
 from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.runs.parts import build_optimizer_factory, build_task, choose_taken
+from m2_encoder.runs.sinks import build_loggers, check_kind
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.adaptation import Adaptation, check_adaptation
 from m2_encoder.training.module import PretrainModule
@@ -226,15 +225,19 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig | None) -> A
 
 
 def build_trainer(
-    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = ()
+    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = (), *, resumes: bool = False
 ) -> tuple[lightning.Trainer, JsonlLogger]:
-    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last."""
+    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last.
+
+    Raises:
+        UserError: for a callback or a logger that is none, or cannot start.
+    """
     own = _build_callbacks(cfg, folder)  # which may be refused, before a logger starts
     metrics = JsonlLogger(folder / METRICS_FILE)
     trainer = instantiate(
         cfg["trainer"],
         strategy=instantiate(cfg["strategy"]),
-        logger=[metrics, *_build_logger(cfg, folder)],
+        logger=[metrics, *build_loggers(cfg, folder, resumes=resumes)],
         callbacks=[*callbacks, *own],
         plugins=_build_plugins(cfg["cluster"]["name"]),
         default_root_dir=str(folder),
@@ -242,19 +245,10 @@ def build_trainer(
     return trainer, metrics
 
 
-def _build_logger(cfg: Mapping[str, Any], folder: Path) -> list[Logger]:
-    target = cfg["logger"]["_target_"]
-    values = {"folder": folder, "run_name": cfg["run"]["name"], "cfg": cfg}
-    is_ours = target.startswith("m2_encoder.")
-    given = choose_taken(target, values, node=cfg["logger"]) if is_ours else {}
-    built = instantiate(cfg["logger"], _recursive_=not is_ours, **given)  # the configuration in ours is a value
-    return [] if built is None else [built]
-
-
 def _build_callbacks(cfg: Mapping[str, Any], folder: Path) -> list[lightning.Callback]:
     given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
     made = {name: instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()}
-    _check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
+    check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
     return list(made.values())
 
 
@@ -277,17 +271,5 @@ def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
         tasks = {"retrieval": Retrieval(), "masked": Masked(), "masked_picture": MaskedPicture()}
         return {**tasks, "reconstruction": Reconstruction()}
     made = {name: instantiate(node) for name, node in nodes.items()}
-    _check_kind("evaluation", nodes, made, EvaluationTask)
+    check_kind("evaluation", nodes, made, EvaluationTask)
     return made
-
-
-def _check_kind(group: str, nodes: Mapping[str, Any], made: Mapping[str, Any], kind: type) -> None:
-    """Refuses objects of another kind than a group holds."""
-    rule = f"must be a subclass of {kind.__module__}.{kind.__name__}"
-    refuse(
-        [
-            Problem(f"{group}.{name}._target_", nodes[name]["_target_"], rule, "derive it from that")
-            for name, each in made.items()
-            if not isinstance(each, kind)
-        ]
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -94,10 +94,24 @@ def read_run(path: Path, *, needed: Collection[str] = ("run", "model", "trainer"
     return cfg
 
 
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as flat columns, such as `optimizer.lr`; a list is one value."""
+
+    def walk(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, f"{above}{key}.")
+            else:
+                yield f"{above}{key}", value
+
+    return dict(walk(config, ""))
+
+
 def _check_form(cfg: Mapping[Any, Any], path: Path) -> None:
     """Refuse parts that no run has written, as far as they are read without being built."""
     parts = {name: cfg.get(name) for name in (*_NEEDED, *_PARTS)}
-    for name in ("objective", "callbacks", "evaluation"):
+    loggers = _mapping(cfg.get("logger"))
+    for name in ("objective", "callbacks", "evaluation", *(() if "_target_" in loggers else ("logger",))):
         parts |= {f"{name}.{key}": each for key, each in _mapping(cfg.get(name)).items()}
     wrong = [name for name, part in parts.items() if part is not None and not isinstance(part, dict)]
     for name in _NEEDED:

@@ -24,7 +24,7 @@ from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, 
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.objectives.base import Objective
 from m2_encoder.record import describe_run
-from m2_encoder.runs.ending import RunEnd
+from m2_encoder.runs.ending import Results, RunEnd
 from m2_encoder.runs.export import trained_head
 from m2_encoder.runs.times import FitTimes
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -41,11 +41,11 @@ def report_run(
     cfg: Mapping[str, Any],
     end: RunEnd,
     times: FitTimes,
-) -> dict[str, float]:
+) -> Results:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
 
     `summary.json`, `results.md` and pictures in the run's folder are replaced. Returns the final metrics by the
-    names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`.
+    names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`, and the pictures.
 
     Raises:
         UserError: if a parameter of the model is not finite, or its features.
@@ -87,7 +87,7 @@ def report_run(
         console.print(Text.assemble("  ", (f"{what:<12}", "bold"), abridge(f" {short_path(path)}")), soft_wrap=True)
     minutes, seconds = divmod(round(wall_time_s), 60)
     console.print(Text.assemble("  ", (f"{'wall time':<12}", "bold"), f" {minutes} min {seconds:02d} s"))
-    return dict(summary["metrics"])
+    return Results(dict(summary["metrics"]), pictures, run_folder, end.step)
 
 
 def _run_facts(

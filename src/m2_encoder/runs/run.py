@@ -34,10 +34,9 @@ from m2_encoder.runs.build import (
     build_trainer,
     validation_name_of,
 )
-from m2_encoder.runs.ending import describe_end
+from m2_encoder.runs.ending import Results, describe_end
 from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
-from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 from m2_encoder.runs.missed_validation import MissedValidation
 from m2_encoder.runs.parts import describe_foreign, gives_features, is_ours
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
@@ -46,6 +45,7 @@ from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
+from m2_encoder.runs.sinks import close_loggers, replay
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
@@ -103,10 +103,10 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
 
     first_step, times, pruning = FirstStep(write_records), FitTimes(started), find_pruning(cfg)
     own = [first_step, FirstValidation(), MissedValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[*own, *pruning])
+    trainer, metrics = build_trainer(cfg, folder, callbacks=[*own, *pruning], resumes=resumes)
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
-    metrics_of_end: dict[str, float] | None = None
+    results: Results | None = None
     try:
         if trainer.is_global_zero:
             _announce(cfg, folder, newest, run, changes=trained is cfg)
@@ -117,12 +117,12 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
             first_step.pass_by(trainer)  # no step is left where all were done already
             taken = _take_model(run.module)
         if any(each.is_over for each in pruning):
-            metrics_of_end = {}
+            results = Results({}, (), folder, trainer.global_step)
             _end_pruned(run, cfg)
-        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, times=times)
+        results = _finish(run, taken, tasks, cfg, folder, trained=trained, times=times)
     finally:
-        _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
-    return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **metrics_of_end}
+        close_loggers(trainer, results)  # last: a server may keep it waiting
+    return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **results.metrics}
 
 
 def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
@@ -146,14 +146,14 @@ def _finish(
     *,
     trained: dict[str, Any],
     times: FitTimes,
-) -> dict[str, float]:
-    """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone."""
+) -> Results:
+    """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first."""
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
-        return {}
+        return Results({}, (), folder, 0)
     end = describe_end(run.trainer, trained["trainer"]["max_steps"])
     is_measured = isinstance(model, VisualTokenizer) or gives_features(model)
-    metrics = report_run(
+    results = report_run(
         tasks if is_measured else {},
         model=model,
         objectives=objectives,
@@ -165,9 +165,9 @@ def _finish(
         times=times,
     )
     if not cfg["run"]["export"]:
-        return metrics
+        return results
     if isinstance(model, VisualTokenizer):
-        export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=metrics, end=end)
+        export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=results.metrics, end=end)
     elif isinstance(model, TwoTowers):
         written = export_foreign(folder, model=model, cfg=trained, end=end, overwrite=True)
         say(f"  use it       {short_path(written / 'README.md')} says how to load the weights")
@@ -176,7 +176,7 @@ def _finish(
             folder, model=model, cfg=trained, end=end, matching=trained_head(objectives), overwrite=True
         )
         say(f'  use it       m2_encoder.load("{short_path(exported)}")')
-    return metrics
+    return results
 
 
 def _take_model(module: lightning.LightningModule) -> Taken:
@@ -190,16 +190,11 @@ def _take_model(module: lightning.LightningModule) -> Taken:
     return merged, module.trained_objectives()
 
 
-def _close_loggers(run: Run, metrics: dict[str, float] | None) -> None:
-    for sink in run.trainer.loggers:
-        if isinstance(sink, QuietWandbLogger):
-            sink.close(metrics)
-
-
 def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, *, changes: bool) -> None:
     name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
     done = 0 if newest is None else newest.step
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
+    replay(run.trainer, run.metrics.path)
     if newest is None:
         say(f"run {name}: {steps} steps, everything in {folder}")
     else:
