@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from m2_encoder.config.check import read_parameters
 from m2_encoder.config.known import Known
+from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.errors import Problem
 
 WANDB_TARGET: Final = "m2_encoder.runs.loggers.build_wandb_logger"
@@ -46,8 +46,8 @@ def _lacks_folder(node: Any) -> bool:
     if not isinstance(node, Mapping) or node.get("save_dir") is not None or node.get("_target_") in _GIVEN:
         return False
     try:
-        return "save_dir" in read_parameters(pkgutil.resolve_name(str(node.get("_target_"))))
-    except Exception:  # importing a module can raise anything; whoever checks the target says it
+        return "save_dir" in read_parameters(find_target(str(node.get("_target_"))))
+    except TargetError:  # whoever checks the target says it
         return False
 
 
