@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import lightning
@@ -24,6 +26,15 @@ class RunEnd(NamedTuple):
         if self.is_finished:
             return f"{self.step:,}"
         return f"{self.step:,} of {self.planned:,}, ended early{f' ({self.reason})' if self.reason else ''}"
+
+
+class Results(NamedTuple):
+    """What a finished run has; empty on all ranks but the first."""
+
+    metrics: Mapping[str, float]  # final ones, by name for loggers
+    pictures: Sequence[Path]  # files that the evaluation drew
+    folder: Path  # the run's
+    step: int  # optimizer steps that it has done
 
 
 def describe_end(trainer: lightning.Trainer, planned: int) -> RunEnd:
