@@ -26,7 +26,7 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "scheduler": ("optimizer",),
     "trainer": ("strategy", "logger", "callbacks", "plugins", "default_root_dir"),
     "logger": ("run_name", "folder", "cfg"),
-    "callbacks.checkpoint": ("folder",),
+    "callbacks.checkpoint": ("folder", "keep_last", "keep_every"),
 }
 """By node, what the command passes itself when it builds the object."""
 

@@ -17,7 +17,6 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from m2_encoder.bounds import refuse
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import pack_tokenizer
 from m2_encoder.config.check import read_parameters
@@ -26,7 +25,7 @@ from m2_encoder.config.model_choice import build_model_config, build_tokenizer, 
 from m2_encoder.config.paths import anchor
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.evaluation.tasks.masked import Masked
 from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture
@@ -39,7 +38,8 @@ from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.files import Resources
 from m2_encoder.pictures import STANDARD, read_policy
-from m2_encoder.runs.folder import LAST_CHECKPOINT, UNSAID
+from m2_encoder.runs.callbacks import build_callbacks, check_kind
+from m2_encoder.runs.folder import UNSAID
 from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.adaptation import Adaptation, check_adaptation
@@ -70,7 +70,7 @@ def build_run(cfg: dict[str, Any], folder: Path) -> Run:
     objectives = build_objectives(cfg)
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
-    trainer, metrics = build_trainer(cfg, folder)
+    trainer, metrics = build_trainer(cfg, folder, build_callbacks(cfg, folder, module))
     return Run(module, datamodule, trainer, metrics)
 
 
@@ -202,16 +202,15 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptati
 
 
 def build_trainer(
-    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = ()
+    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback]
 ) -> tuple[lightning.Trainer, JsonlLogger]:
-    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last."""
-    own = _build_callbacks(cfg, folder)  # which may be refused, before a logger starts
+    """Builds the trainer with its loggers, which start here: W&B, too."""
     metrics = JsonlLogger(folder / METRICS_FILE)
     trainer = instantiate(
         cfg["trainer"],
         strategy=instantiate(cfg["strategy"]),
         logger=[metrics, *_build_logger(cfg, folder)],
-        callbacks=[*callbacks, *own],
+        callbacks=list(callbacks),
         plugins=_build_plugins(cfg["cluster"]["name"]),
         default_root_dir=str(folder),
     )
@@ -224,13 +223,6 @@ def _build_logger(cfg: Mapping[str, Any], folder: Path) -> list[Logger]:
         given |= {"run_name": cfg["run"]["name"], "cfg": cfg}
     built = instantiate(cfg["logger"], _recursive_=False, **given)  # the configuration in it is a value
     return [] if built is None else [built]
-
-
-def _build_callbacks(cfg: Mapping[str, Any], folder: Path) -> list[lightning.Callback]:
-    given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
-    made = {name: instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()}
-    _check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
-    return list(made.values())
 
 
 def _build_plugins(cluster: str) -> list[ClusterEnvironment]:
@@ -252,17 +244,5 @@ def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
         tasks = {"retrieval": Retrieval(), "masked": Masked(), "masked_picture": MaskedPicture()}
         return {**tasks, "reconstruction": Reconstruction()}
     made = {name: instantiate(node) for name, node in nodes.items()}
-    _check_kind("evaluation", nodes, made, EvaluationTask)
+    check_kind("evaluation", nodes, made, EvaluationTask)
     return made
-
-
-def _check_kind(group: str, nodes: Mapping[str, Any], made: Mapping[str, Any], kind: type) -> None:
-    """Refuses objects of another kind than a group holds."""
-    rule = f"must be a subclass of {kind.__module__}.{kind.__name__}"
-    refuse(
-        [
-            Problem(f"{group}.{name}._target_", nodes[name]["_target_"], rule, "derive it from that")
-            for name, each in made.items()
-            if not isinstance(each, kind)
-        ]
-    )

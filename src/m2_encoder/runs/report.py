@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
+from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.checkpoints.tensors import find_non_finite
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.masking.batch_masking import build_masking
@@ -25,6 +26,8 @@ from m2_encoder.objectives.base import Objective
 from m2_encoder.record import describe_run
 from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.export import trained_head
+from m2_encoder.training.callbacks.checkpoint import BEST_NAME
+from m2_encoder.training.callbacks.monitors import BestCheckpoint
 
 
 def report_run(
@@ -36,6 +39,7 @@ def report_run(
     run_folder: Path,
     cfg: Mapping[str, Any],
     end: RunEnd,
+    best: BestCheckpoint | None,
     started: float,
 ) -> dict[str, float]:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
@@ -69,12 +73,15 @@ def report_run(
     progress: dict[str, Any] = {"finished": end.is_finished, "steps": end.step, "planned_steps": end.planned}
     if end.reason:
         progress["ended_by"] = end.reason
+    if best is not None:
+        own = {"file": f"{CHECKPOINT_FOLDER}/{BEST_NAME}", "step": best.step}
+        progress["best_checkpoint"] = {**own, "metric": best.monitor, "value": best.value}
+        progress["evaluated_step"] = end.taken_step
     pictures = write_results(run_folder, results, summary | progress | training | describe_run())
     print_results(console, results, context)
     console.print()
-    if not end.is_finished:
-        goes_on = "run.resume=auto goes on"
-        console.print(Text.assemble("  ", (f"{'steps':<12}", "bold"), f" {end}; {goes_on}"), soft_wrap=True)
+    for what, text in _progress(end, best):
+        console.print(Text.assemble("  ", (f"{what:<12}", "bold"), f" {text}"), soft_wrap=True)
     for what, path in _places(run_folder, pictures, cfg):
         console.print(Text.assemble("  ", (f"{what:<12}", "bold"), abridge(f" {short_path(path)}")), soft_wrap=True)
     minutes, seconds = divmod(round(wall_time_s), 60)
@@ -82,12 +89,23 @@ def report_run(
     return dict(summary["metrics"])
 
 
+def _progress(end: RunEnd, best: BestCheckpoint | None) -> list[tuple[str, str]]:
+    """How far the training got, where that is not as planned, and which step was measured."""
+    lines = []
+    if end.step < end.planned:
+        lines.append(("steps", f"{end}" if end.is_finished else f"{end}; run.resume=auto goes on"))
+    if best is not None:
+        taken = "evaluated here" if end.taken is not None else "run.final=best evaluates and exports it"
+        lines.append(("best", f"step {best.step:,}: {best.monitor} {best.value:.4g}; {taken}"))
+    return lines
+
+
 def _run_facts(cfg: Mapping[str, Any], run_folder: Path, end: RunEnd, datamodule: WebDatasetModule) -> RunFacts:
     data = _section(cfg, "data")
     return RunFacts(
         name=run_folder.name,
         model=str(_section(cfg, "model").get("name", "model")),
-        steps=end.step,
+        steps=end.taken_step,
         heldout_style=str(data.get("heldout_style", "")),
         folder=datamodule.folder if isinstance(datamodule, EmojiDataModule) else None,
     )

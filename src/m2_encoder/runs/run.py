@@ -22,6 +22,7 @@ from m2_encoder.models.parallelize import gather_model
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.runs.build import Module, Run, build_data, build_module, build_objectives, build_tasks, build_trainer
+from m2_encoder.runs.callbacks import build_callbacks, find_best, find_stop, take_best
 from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
@@ -62,10 +63,6 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     newest = None if cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
     resumes = newest is not None
     cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
-    if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
-        trained = read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
-    else:
-        trained = cfg
 
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     frozen = check_frozen(cfg, folder, resumes=resumes)
@@ -73,8 +70,14 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
+    callbacks = build_callbacks(cfg, folder, module)
+    stopped = find_stop(newest, callbacks)
+    trained = cfg
     if newest is not None:
-        check_resume(module, cfg, folder, newest.path)
+        is_over = bool(stopped) or newest.step >= cfg["trainer"]["max_steps"]
+        check_resume(module, cfg, folder, newest.path, is_over=is_over)
+        if is_over and (folder / CONFIG_FILE).is_file():
+            trained = read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
     checked = check_data(datamodule, folder, resumes=resumes)
 
     def write_records() -> None:
@@ -84,20 +87,21 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_check(folder, checked)
 
     first_step = FirstStep(write_records)
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[first_step, FirstValidation()])
+    trainer, metrics = build_trainer(cfg, folder, [first_step, FirstValidation(), *callbacks])
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
     metrics_of_end: dict[str, float] | None = None
     try:
         if trainer.is_global_zero:
-            _announce(cfg, folder, newest, run, changes=trained is cfg)
+            _announce(cfg, folder, newest, run, changes=trained is cfg, stopped=stopped)
             for line in remarks:
                 say(f"run {cfg['run']['name']}: {line}")
         with watching(trainer):
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
+            best = take_best(run.module, callbacks, folder) if cfg["run"].get("final") == "best" else None
             taken = _take_model(run.module)
-        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, started=started)
+        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, best=best, started=started)
     finally:
         _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
     return metrics_of_end
@@ -111,13 +115,17 @@ def _finish(
     folder: Path,
     *,
     trained: dict[str, Any],
+    best: int | None,
     started: float,
 ) -> dict[str, float]:
-    """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone."""
+    """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone.
+
+    `best` is the step whose weights were taken in place of the last ones.
+    """
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
         return {}
-    end = describe_end(run.trainer, trained["trainer"]["max_steps"])
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"])._replace(taken=best)
     metrics = report_run(
         tasks,
         model=model,
@@ -126,6 +134,7 @@ def _finish(
         run_folder=folder,
         cfg=cfg,
         end=end,
+        best=find_best(run.trainer.callbacks),  # type: ignore[attr-defined]
         started=started,
     )
     if not cfg["run"]["export"]:
@@ -155,7 +164,9 @@ def _close_loggers(run: Run, metrics: dict[str, float] | None) -> None:
             sink.close(metrics)
 
 
-def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, *, changes: bool) -> None:
+def _announce(
+    cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, *, changes: bool, stopped: str
+) -> None:
     name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
     done = 0 if newest is None else newest.step
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
@@ -165,11 +176,16 @@ def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run
         if newest.passed:
             more = f"; and {len(newest.passed) - 1} more" if len(newest.passed) > 1 else ""
             say(f"run {name}: {newest.path.name} is the newest whole checkpoint ({newest.passed[0][:300]}{more})")
-        left = f"continuing at step {done} of {steps}, in {folder}"
-        say(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
+        if stopped:
+            said = f"ended at step {done} of {steps} by {stopped}; evaluating again"
+        elif done < steps:
+            said = f"continuing at step {done} of {steps}, in {folder}"
+        else:
+            said = f"all {done} steps are done already; evaluating again"
+        say(f"run {name}: {said}")
         if changes and (found := describe_changes(folder / CONFIG_FILE, cfg)):
             say(f"run {name}: changed since its last start: {'; '.join(found)}")
-    if done >= steps or isinstance(run.module, VisualTokenizerModule):
+    if done >= steps or stopped or isinstance(run.module, VisualTokenizerModule):
         return  # which has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}
     for line in describe_start(cfg, run.module.trained_objectives(), **ranks):
