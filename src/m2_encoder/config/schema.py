@@ -47,7 +47,9 @@ Pictures = Annotated[Any, Rule(lambda value: value is None or is_policy(value), 
 _MODEL_RULE: Final = Rule(NAME_TO_CONFIG.__contains__, f"one of {', '.join(NAME_TO_CONFIG)}", "tiny")
 
 
-Word = Annotated[str, Rule(lambda word: 0 < len(word.strip()) <= _MOST_LETTERS, f"a word of 1..{_MOST_LETTERS} letters", "a")]
+Word = Annotated[
+    str, Rule(lambda word: 0 < len(word.strip()) <= _MOST_LETTERS, f"a word of 1..{_MOST_LETTERS} letters", "a")
+]
 """A tag; W&B takes no longer ones."""
 
 

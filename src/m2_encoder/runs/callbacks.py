@@ -11,7 +11,6 @@ import lightning
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from m2_encoder.bounds import refuse
@@ -26,7 +25,9 @@ from m2_encoder.training.callbacks.monitors import BestCheckpoint, Monitoring, S
 _KNOWN_MODULES = ("m2_encoder.", "lightning.")
 
 
-def build_callbacks(cfg: Mapping[str, Any], folder: Path, module: lightning.LightningModule) -> list[lightning.Callback]:
+def build_callbacks(
+    cfg: Mapping[str, Any], folder: Path, module: lightning.LightningModule
+) -> list[lightning.Callback]:
     """The callbacks of a configuration, in its order.
 
     Raises:

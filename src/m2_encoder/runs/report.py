@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.text import Text
 
-from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.checkpoints.tensors import find_non_finite
+from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.webdataset_module import WebDatasetModule

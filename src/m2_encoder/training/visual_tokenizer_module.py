@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from m2_encoder.bounds import Count, NotNegative, check_bounds
-from m2_encoder.evaluation.reconstruction import ReconstructionMeter, perplexity, psnr
+from m2_encoder.evaluation.reconstruction import Reconstruction, ReconstructionMeter, perplexity, psnr
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory
 from m2_encoder.types import ImageTextBatch, RetrievalBatch

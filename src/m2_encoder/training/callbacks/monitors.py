@@ -95,7 +95,6 @@ class StopEarly(Monitoring, EarlyStopping):
         stopping_threshold: float | None = None,
         divergence_threshold: float | None = None,
     ) -> None:
-        thresholds = {"stopping_threshold": stopping_threshold, "divergence_threshold": divergence_threshold}
         EarlyStopping.__init__(
             self,
             monitor or "",
@@ -103,10 +102,17 @@ class StopEarly(Monitoring, EarlyStopping):
             patience=patience,
             min_delta=min_delta,
             check_finite=check_finite,
+            stopping_threshold=stopping_threshold,
+            divergence_threshold=divergence_threshold,
             check_on_train_epoch_end=False,
-            **thresholds,
         )
-        self._settings = {"patience": patience, "min_delta": min_delta, "check_finite": check_finite, **thresholds}
+        self._settings = {
+            "patience": patience,
+            "min_delta": min_delta,
+            "check_finite": check_finite,
+            "stopping_threshold": stopping_threshold,
+            "divergence_threshold": divergence_threshold,
+        }
         self._best_step = 0
         self.stopped = ""
 

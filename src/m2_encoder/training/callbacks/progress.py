@@ -29,8 +29,8 @@ _PLAIN_LINES = 20  # lines over a whole run where there is no terminal
 class TrainingProgress(ProgressBar):
     """A live bar with its numbers below in a terminal; about twenty plain lines over the run in a log file.
 
-    Shows the step, elapsed and remaining time, samples per second, the loss per language, the learning rate and the last
-    validation recalls (text to image, R@10, percent).
+    Shows the step, elapsed and remaining time, samples per second, the loss per language, the learning rate and the
+    last validation recalls (text to image, R@10, percent).
     """
 
     def __init__(self, *, console: Console | None = None) -> None:
