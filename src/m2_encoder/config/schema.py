@@ -61,7 +61,7 @@ class Run:
     folder: Annotated[Text, Example("outputs")]  # where runs lie
     resume: Literal["never", "auto", "must"]  # whether a run that exists goes on
     checkpoint_every: Annotated[Count, Example("500")]  # steps
-    keep_last: Annotated[Count | None, Example("3")] = None  # checkpoints; None: all
+    keep_last: Annotated[Count | None, Example("3")] = 3  # checkpoints; None, as in older configurations: all
     keep_every: Annotated[Count | None, Example("5000")] = None  # steps
     final: Literal["last", "best"] = "last"  # the checkpoint that is evaluated and exported
     export: bool  # write the trained model at the end

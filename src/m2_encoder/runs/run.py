@@ -34,6 +34,7 @@ from m2_encoder.runs.resume import check_resume, describe_changes, translate_loa
 from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.training.adaptation import merge_adaptation
+from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.first_validation import FirstValidation
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
@@ -185,6 +186,8 @@ def _announce(
         say(f"run {name}: {said}")
         if changes and (found := describe_changes(folder / CONFIG_FILE, cfg)):
             say(f"run {name}: changed since its last start: {'; '.join(found)}")
+    if not any(isinstance(each, RunCheckpoint) for each in run.trainer.callbacks):  # type: ignore[attr-defined]
+        say(f"run {name}: saves no checkpoint to go on from; callbacks=[default,...] has the callback that does")
     if done >= steps or stopped or isinstance(run.module, VisualTokenizerModule):
         return  # which has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}

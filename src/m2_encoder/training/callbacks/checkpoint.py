@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -28,6 +29,7 @@ from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError
 from m2_encoder.files import atomic_file
 from m2_encoder.training.callbacks.monitors import BestCheckpoint
+from m2_encoder.training.callbacks.plain_state import drop_objects, find_fault
 from m2_encoder.training.callbacks.retention import KeptCheckpoints, delete
 from m2_encoder.training.optim import follow_schedule
 
@@ -44,9 +46,15 @@ BEST_NAME = "best.ckpt"
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a temporary file in the same folder and renames it, so that a checkpoint is always complete.
 
+    What no checkpoint can hold is left out, and said (`drop_objects`).
+
     Lightning writes to the machine's temporary folder and moves the file. On another disk that is a copy, and a process
     that ends meanwhile leaves a broken `last.ckpt`.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -59,7 +67,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         assert storage_options is None, f"nothing gives storage_options, got {storage_options!r}"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, error=CheckpointError) as temporary:
-            torch.save(checkpoint, temporary)
+            if not _can_be_opened(checkpoint, temporary):
+                kept, lines = drop_objects(checkpoint)
+                torch.save(kept, temporary)
+                for line in lines:
+                    if line not in self._said:
+                        logger.warning(line)
+                self._said.update(lines)
+
+
+def _can_be_opened(checkpoint: dict[str, Any], path: Path) -> bool:
+    """Writes it; whether it can be opened again."""
+    try:
+        torch.save(checkpoint, path)
+    except (AttributeError, TypeError, pickle.PicklingError):  # an object that cannot be written at all
+        return False
+    return find_fault(path) is None
 
 
 class RunCheckpoint(Checkpoint):

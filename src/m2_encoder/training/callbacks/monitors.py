@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -217,8 +218,8 @@ class BestCheckpoint(Monitoring):
 
 
 def unknown_metric(key: str, monitor: str, there: Sequence[str]) -> UserError:
-    """That a metric does not exist, and which do; those of validation come first, as they are meant mostly."""
-    names = [name for name in sorted(there) if "/" in name]
-    names.sort(key=lambda name: not name.startswith("val/"))
+    """That a metric does not exist, and which do, the likest ones first."""
+    names = sorted(name for name in there if "/" in name)
+    names.sort(key=lambda name: -difflib.SequenceMatcher(None, monitor[:200], name).ratio())
     fix = f"the metrics are {name_some(names, 12, 60)}" if names else "it has logged none at all"
     return UserError(f"is no metric of this run; {fix}", key=f"{key}.monitor", value=monitor)
