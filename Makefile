@@ -36,6 +36,12 @@ train: install ## unpack the built-in zh/en data, train on it, evaluate, show th
 test: install ## all tests that need neither a GPU, the network nor much patience, in THREADS processes
 	$(PYTEST)
 
+##@ Look
+
+.PHONY: notebooks
+notebooks: install ## execute all notebooks on small runs: outputs/notebooks/*.ipynb, with pictures
+	$(BIN)/python scripts/run_notebooks.py --small
+
 ##@ Develop
 
 .PHONY: check

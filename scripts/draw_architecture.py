@@ -48,6 +48,7 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
         "curation": "what is dropped before training",
         "config": "from the command line to a checked configuration",
     },
+    {"search": "trials of a search for good values"},
     {"runs": "the life of a training run"},
     {"analysis": "runs as data, for notebooks"},
     {"cli": "m2-train, m2-evaluate, m2-export, m2-embed, m2-plan, m2-data"},

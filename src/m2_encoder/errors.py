@@ -105,6 +105,10 @@ class UserError(ValueError):
         given = self.key if self.value is NOTHING else f"{self.key}={self.value}"
         return f"{given}: {self.text}"
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and Jupyter show in place of a traceback, as commands do."""
+        return [f"{type(self).__name__}: {self}"]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self)._restore, (self.text, dict(self.__dict__))
 

@@ -102,19 +102,12 @@ def load(
     if checkpoint is not None:
         if weights is not None or tokenizer is not None or image_size is not None or map_tokenizer:
             raise UserError(f"checkpoint={checkpoint!r} has weights and a tokenizer of its own; give no others")
-        # Runs are of a higher layer: only who asks for a checkpoint of one loads what that takes.
-        opening = importlib.import_module("m2_encoder.runs.opening")
-        places = {"device": _checked_device(device), "dtype": _checked_dtype(dtype)}
-        loaded: LoadedModel = opening.load_checkpoint(model, checkpoint, pictures=pictures, **places)
-        loaded.model.requires_grad_(trainable)
-        return loaded
+        return _load_checkpoint(model, checkpoint, pictures, _checked_device(device), _checked_dtype(dtype), trainable)
     config, exported = _resolve(model)
-    if image_size is not None:
-        config = dataclasses.replace(config, image_size=image_size)
+    config = config if image_size is None else dataclasses.replace(config, image_size=image_size)
     # Checks come first, because weights may be a long download.
     policy = read_policy(pictures) if pictures is not None else choose_pictures(config, weights, exported)
-    device = _checked_device(device)
-    _checked_dtype(dtype)
+    device, dtype = _checked_device(device), _checked_dtype(dtype)
     if map_tokenizer and tokenizer is None:
         raise UserError("map_tokenizer: there is no tokenizer to map the weights to; add tokenizer=FILE")
     text = _build_tokenizer(config, tokenizer, exported)
@@ -127,6 +120,15 @@ def load(
     encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
     return LoadedModel(encoder, EvalTransform(config.image_size, pictures=policy), text)
+
+
+def _load_checkpoint(folder: object, checkpoint: object, pictures: object, *places: object) -> LoadedModel:
+    # Runs are of a higher layer: only who asks for a checkpoint of one loads what that takes.
+    opening = importlib.import_module("m2_encoder.runs.opening")
+    device, dtype, trainable = places
+    loaded: LoadedModel = opening.load_checkpoint(folder, checkpoint, pictures=pictures, device=device, dtype=dtype)
+    loaded.model.requires_grad_(bool(trainable))
+    return loaded
 
 
 def choose_pictures(

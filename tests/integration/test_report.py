@@ -23,6 +23,7 @@ from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.runs.build import build_tasks
 from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.report import report_run
+from m2_encoder.runs.times import FitTimes
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 SPLITS = ("val", "heldout_style", "heldout_families")
@@ -98,7 +99,7 @@ def test_report_of_a_run(
         run_folder=tmp_path,
         cfg=cfg,
         end=RunEnd(30, 40, "trainer.max_time"),
-        started=time.time() - 5,
+        times=FitTimes(time.time() - 5),
     )
     assert model.training, "the report leaves the model as it was"
     names = {f"{d}_r@{k}" for d in ("i2t", "t2i") for k in (1, 5, 10)} | {"mean_recall"}
@@ -109,6 +110,7 @@ def test_report_of_a_run(
     assert summary["metrics"] == metrics
     assert summary["throughput"] == {"step": 30, "samples_seen": 960, "samples_per_s": 102.0}
     assert summary["wall_time_s"] >= 5
+    assert summary["timing"].keys() == {"from_step", "evaluation_s"}
     ending = {"finished": False, "steps": 30, "planned_steps": 40, "ended_by": "trainer.max_time"}
     assert {key: summary[key] for key in ending} == ending
     assert summary["peak_memory_bytes"]["process"] > 10 * 2**20
@@ -139,7 +141,7 @@ def test_report_refuses_a_broken_model(
     with pytest.raises(ValueError, match=r"vl_image_proj\.weight holds values that are NaN or infinite"):
         report_run(
             build_tasks(None), model=broken, objectives={}, datamodule=Data(folder, tokenizer), run_folder=tmp_path,
-            cfg={}, end=RunEnd(1, 1), started=time.time(),
+            cfg={}, end=RunEnd(1, 1), times=FitTimes(time.time()),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 

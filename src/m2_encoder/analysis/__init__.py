@@ -7,8 +7,13 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
+from m2_encoder.analysis.effects import Difference
 from m2_encoder.analysis.recorded import Curve, RecordedRun, read_run
 from m2_encoder.analysis.runs import Runs, read_runs
+from m2_encoder.analysis.style import INK, LANGUAGE_COLORS, MUTED, use_font, use_style
 from m2_encoder.analysis.table import Table
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
@@ -16,8 +21,20 @@ from m2_encoder.evaluation.encode import encode_images, encode_texts
 from m2_encoder.evaluation.retrieval import SetFeatures, encode_set, evaluate_features
 from m2_encoder.hub import load
 
+
+def __getattr__(name: str) -> Any:
+    """`plot_effects`, which loads matplotlib, when it is asked for."""
+    if name == "plot_effects":
+        return importlib.import_module("m2_encoder.analysis.picture").plot_effects
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "INK",
+    "LANGUAGE_COLORS",
+    "MUTED",
     "Curve",
+    "Difference",
     "EvalTransform",
     "RecordedRun",
     "RetrievalSet",
@@ -29,7 +46,10 @@ __all__ = [
     "encode_texts",
     "evaluate_features",
     "load",
+    "plot_effects",
     "read_retrieval_set",
     "read_run",
     "read_runs",
+    "use_font",
+    "use_style",
 ]

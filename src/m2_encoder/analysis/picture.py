@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from m2_encoder.analysis.effects import Scored
 from m2_encoder.analysis.runs import Runs
 from m2_encoder.analysis.table import show_value
 from m2_encoder.files import atomic_file
@@ -29,28 +30,30 @@ _MOST_PAIRS: Final = 3
 
 
 def draw_effects(path: str | os.PathLike[str], runs: Runs, metrics: Sequence[str] | None = None) -> Path:
-    """Draws how a score changes with each factor, and with pairs of those that change it most.
+    """Writes `plot_effects` to a file: png, svg or pdf; returns the path."""
+    figure = plot_effects(runs, metrics)
+    with matplotlib.rc_context({"svg.fonttype": "none"}), atomic_file(Path(path)) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:])
+    return Path(path)
+
+
+def plot_effects(runs: Runs, metrics: Sequence[str] | None = None) -> Figure:
+    """A picture of how a score changes with each factor, and with pairs of those that change it most.
 
     The score of a run is the mean of its final `metrics`. A point is one run; the line goes through means of a level
     over all runs that have it, which is fair where every combination was run. Bars are the standard deviation over
     seeds, each averaged in the same way.
 
     Args:
-        path: of the picture: png, svg or pdf.
         runs: which vary in a setting at least.
         metrics: by default the mean recalls of the validation sets.
-
-    Returns:
-        The path.
     """
     chosen = tuple(metrics or runs.validation_recalls)
-    scored = [
-        (run.settings, statistics.fmean(map(run.final, chosen))) for run in runs if set(chosen) <= set(run.metrics)
-    ]
+    scored = runs.scored(*chosen)
     factors = sorted(runs.factors, key=lambda key: -_effect(scored, key))[:_MOST_FACTORS]
     pairs = list(itertools.combinations(factors[:3], 2))[:_MOST_PAIRS]
     columns = max(len(factors), len(pairs), 2)
-    with matplotlib.rc_context({"font.size": 9, "axes.edgecolor": _MUTED, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"font.size": 9, "axes.edgecolor": _MUTED}):
         rows = 2 if pairs else 1
         figure = Figure(figsize=(3.1 * columns, 3.0 * rows + 0.7), dpi=150, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
@@ -62,16 +65,14 @@ def draw_effects(path: str | os.PathLike[str], runs: Runs, metrics: Sequence[str
         for axes, (key, other) in zip(grid[-1], pairs, strict=False):
             _draw_pair(axes, scored, key, other)
         figure.suptitle(
-            f"{len(scored)} runs: what changes the mean recall", x=0.012, ha="left", fontsize=12, weight="bold"
+            f"{len(scored)} runs: what changes the mean recall", x=0.012, ha="left", fontsize=13, color=_INK
         )
         note = "\n".join(textwrap.wrap(_caption(scored, chosen), 50 * columns))
         figure.supxlabel(note, x=0.012, ha="left", fontsize=7.5, color=_MUTED)
-        with atomic_file(Path(path)) as temporary:
-            figure.savefig(temporary, format=Path(path).suffix[1:])
-    return Path(path)
+    return figure
 
 
-_Scored = Sequence[tuple[dict[str, Any], float]]
+_Scored = Sequence[Scored]
 
 
 def _levels(scored: _Scored, key: str) -> list[Any]:

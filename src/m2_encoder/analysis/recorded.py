@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import os
 import re
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m2_encoder.analysis.table import Table
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
-from m2_encoder.errors import UserError
+from m2_encoder.config.model_choice import find_path
+from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.hub import LoadedModel, load
-from m2_encoder.runs.folder import CONFIG_FILE, read_config
+from m2_encoder.runs.folder import CHECK_FILE, CONFIG_FILE, read_config
 
 METRICS_FILE = "metrics.jsonl"
 _AXES = ("step", "samples_seen")
@@ -29,6 +33,13 @@ class Curve(NamedTuple):
     samples: list[int]  # pairs seen by then, of all ranks
     values: list[float]
 
+    def smoothed(self, window: int = 9) -> Curve:
+        """Each value as the mean of `window` values around it, of fewer near the ends."""
+        half, last = window // 2, len(self.values)
+        reach = [min(half, place, last - 1 - place) for place in range(last)]
+        means = [statistics.fmean(self.values[at - far : at + far + 1]) for at, far in enumerate(reach)]
+        return self._replace(values=means)
+
 
 @dataclass(frozen=True)
 class RecordedRun:
@@ -39,12 +50,15 @@ class RecordedRun:
         config: the resolved configuration, nested, as in `config.yaml`.
         log: the lines of `metrics.jsonl`, in order of steps.
         summary: `summary.json`; empty for a run that has not ended.
+        swept: what a sweep varied, with the values of this run: keys such as `optimizer.lr`, and groups such as
+            `optimizer`; empty for a run on its own.
     """
 
     folder: Path
     config: Mapping[str, Any]
     log: Sequence[Mapping[str, float]]
     summary: Mapping[str, Any]
+    swept: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,10 +70,42 @@ class RecordedRun:
         """Whether all planned steps are done and evaluated."""
         return bool(self.summary) and bool(self.summary.get("finished", True))  # early versions did not write it
 
+    @property
+    def steps(self) -> int:
+        """The last step that was logged."""
+        return int(self.log[-1].get("step", 0)) if self.log else 0
+
+    @property
+    def samples_seen(self) -> int:
+        """Pairs seen by the last step that was logged, of all ranks."""
+        return int(max((line.get("samples_seen", 0) for line in self.log), default=0))
+
+    @cached_property
+    def facts(self) -> Table:
+        """What this run is, in a few lines for people."""
+        found, said = self.settings, self.summary
+        state = "finished" if self.is_finished else str(said.get("ended_by") or "at work, or interrupted")
+        threads = said.get("machine", {}).get("threads")
+        lines = {
+            "run": self.name,
+            "state": state,
+            "trained": f"{self.steps:,} steps of {found.get('data.global_batch_size', '?')} pairs, "
+            f"{self.samples_seen:,} pairs",
+            "model": found.get("model.name"),
+            "data": str(self.config.get("data", {}).get("_target_", "")).rpartition(".")[2],
+            "objectives": ", ".join(self.config.get("objective") or {}),
+            "seed": found.get("seed"),
+            "wall time": said.get("wall_time_s") and f"{said['wall_time_s']:,.0f} s",
+            "machine": threads and f"{threads} threads, {len(said['machine'].get('gpus', ()))} GPUs",
+            "revision": said.get("git_revision") and str(said["git_revision"])[:12],
+            "command": said.get("command") and abridge(str(said["command"]), 120),
+        }
+        return Table(["what", "value"], [{"what": key, "value": value} for key, value in lines.items() if value])
+
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration as flat columns, such as `optimizer.lr`; a list is one value."""
-        return flatten(self.config)
+        """The configuration as flat columns, such as `optimizer.lr`, and what a sweep chose; a list is one value."""
+        return {**self.swept, **flatten(self.config)}
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -80,6 +126,11 @@ class RecordedRun:
         steps, samples = ([int(line.get(axis, 0)) for line in lines] for axis in _AXES)
         return Curve(steps, samples, [line[metric] for line in lines])
 
+    def curves(self, pattern: str) -> dict[str, Curve]:
+        """The logged metrics whose names match, such as `val/*/mean_recall`; empty where none does."""
+        names = dict.fromkeys(name for line in self.log for name in line if not _is_axis(name))
+        return {name: self.curve(name) for name in fnmatch.filter(names, pattern)}
+
     def final(self, metric: str) -> float:
         """The last value of a metric.
 
@@ -89,6 +140,49 @@ class RecordedRun:
         if metric not in self.metrics:
             raise UserError(f"{self.name}: has no metric {metric!r}{_among(metric, list(self.metrics))}")
         return float(self.metrics[metric])
+
+    @cached_property
+    def results(self) -> Table:
+        """Recalls of the evaluation at the end, percent: a row per split and language, and one for chance."""
+        rows = [
+            {"split": split, "language": language, **values}
+            for split, by_language in self.summary.get("table", {}).items()
+            for language, values in by_language.items()
+        ]
+        return Table(list(dict.fromkeys(["split", "language", *(name for row in rows for name in row)])), rows)
+
+    @cached_property
+    def timing(self) -> dict[str, float]:
+        """Seconds by what they went to, in the order in which they come.
+
+        `steps` and `waiting for data` are of all logged steps. `start`, `validation`, `saving, logging`, `evaluation`
+        and `export, rest` are of the process that ended the run, which may have gone on from an earlier step. For a run
+        of an early version, which did not write them down, `rest` is all of them; a run at work has none of them.
+        """
+        times, wall = dict(self.summary.get("timing", {})), self.summary.get("wall_time_s")
+        trained, waited = _train_seconds(self.log, after=0)
+        found = {"waiting for data": waited, "steps": trained - waited}
+        if wall is None:
+            return found
+        if "training_s" not in times:
+            return {**found, "rest": max(0.0, wall - trained)}
+        own, _ = _train_seconds(self.log, after=int(times["from_step"]))
+        if trained == 0:  # too short a run to measure its speed
+            found["steps"] = own = float(times["training_s"])
+        start, training, validation, evaluation = (
+            float(times.get(f"{part}_s", 0.0)) for part in ("start", "training", "validation", "evaluation")
+        )
+        between = max(0.0, training - own)
+        rest = max(0.0, wall - start - training - validation - evaluation)
+        after = {"validation": validation, "saving, logging": between, "evaluation": evaluation, "export, rest": rest}
+        return {"start": start, **found, **after}
+
+    @cached_property
+    def sources(self) -> Table:
+        """What was found in its shards before the first step; empty where they were not looked into (`data=emoji`)."""
+        check = _read_json(self.folder / CHECK_FILE, "start the run again with run.resume=auto")
+        rows = [{"source": name, **flatten(found)} for name, found in check.get("sources", {}).items()]
+        return Table(list(dict.fromkeys(name for row in rows for name in row)), rows)
 
     @cached_property
     def checkpoints(self) -> dict[int, Path]:
@@ -102,20 +196,22 @@ class RecordedRun:
         return load(self.folder, checkpoint=checkpoint, **options)
 
     def __repr__(self) -> str:
-        steps = self.log[-1].get("step", 0) if self.log else 0
-        return f"RecordedRun({self.name!r}, {steps:,} steps, {'finished' if self.is_finished else 'not finished'})"
+        return f"RecordedRun({self.name!r}, {self.steps:,} steps, {'finished' if self.is_finished else 'not finished'})"
 
 
 def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
     """Reads the folder of a run, which may still be at work.
 
+    Args:
+        folder: a relative one counts from the working directory, or from the checkout's root if it is not there.
+
     Raises:
         UserError: if it is no run's folder, or a file in it is damaged.
     """
-    folder = Path(folder).expanduser()
+    folder = find_path(os.fspath(folder))
     if not (folder / CONFIG_FILE).is_file():
         what = "no such folder" if not folder.exists() else f"no run's folder: it has no {CONFIG_FILE}"
-        raise UserError(f"{folder}: {what}; m2-train writes one to outputs/<run.name>")
+        raise UserError(f"{folder}: {what}; m2-train writes one to outputs/<run.name>, `make train` to outputs/emoji")
     return RecordedRun(folder, read_config(folder / CONFIG_FILE), _read_log(folder), _read_summary(folder))
 
 
@@ -136,14 +232,31 @@ def _read_line(path: Path, number: int, line: str) -> dict[str, float]:
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:
-    path = folder / SUMMARY_FILE
+    content = _read_json(folder / SUMMARY_FILE, "evaluate again with m2-train ... run.resume=auto")
+    return {**content, "metrics": dict(content.get("metrics", {}))} if content else {}
+
+
+def _read_json(path: Path, fix: str) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {**content, "metrics": dict(content.get("metrics", {}))}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged; evaluate again with m2-train ... run.resume=auto") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged; {fix}") from error
+
+
+def _train_seconds(log: Sequence[Mapping[str, float]], *, after: int) -> tuple[float, float]:
+    """Seconds that the steps after a step took, and how many of them went to waiting for data."""
+    spent = waited = 0.0
+    before = max((line.get("samples_seen", 0) for line in log if line.get("step", 0) <= after), default=0)
+    for line in log:
+        speed = line.get("perf/samples_per_s", 0.0)
+        if line.get("step", 0) > after and speed > 0:
+            seconds = max(0.0, line.get("samples_seen", 0) - before) / speed
+            spent, waited = spent + seconds, waited + seconds * line.get("perf/data_wait", 0.0)
+            before = line.get("samples_seen", 0)
+    return spent, waited
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

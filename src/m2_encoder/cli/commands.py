@@ -47,6 +47,7 @@ TRAIN: Final = Command(
     is_done="m2_encoder.cli.train:is_done",
     module="m2_encoder.cli.train",
     end_sweep="m2_encoder.cli.sweep:report_sweep",
+    measure="m2_encoder.cli.train:measure_run",
     notes=(
         "A run's folder must not exist; run.resume=auto continues one, run.resume=must insists on a checkpoint.",
         "One process at a time trains in a run's folder: a second start is refused while the first lives.",

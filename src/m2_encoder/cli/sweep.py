@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from m2_encoder.analysis.recorded import read_run
 from m2_encoder.analysis.runs import Runs
 from m2_encoder.config.sweep_jobs import JobOutcome, is_done
+from m2_encoder.config.sweeps import swept_values
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.runs.report import short_path
 
@@ -22,7 +24,8 @@ def report_sweep(folder: Path, outcomes: Sequence[JobOutcome]) -> None:
 
     `sweep.csv` in the sweep's folder has all of them, a row per run, and `sweep.png` shows what changes them.
     """
-    runs = Runs([read_run(each.folder) for each in outcomes if is_done(each)])
+    done = [each for each in outcomes if is_done(each)]
+    runs = Runs([dataclasses.replace(read_run(each.folder), swept=swept_values(each.swept)) for each in done])
     if not runs.recalls:
         print("m2-train: the jobs measured no recall, so there is no table of them", file=sys.stderr)
         return

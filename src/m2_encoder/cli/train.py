@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,29 +11,42 @@ from m2_encoder.cli.commands import TRAIN
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import find_problems
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.distributed.ranks import is_first_rank
+from m2_encoder.errors import Problem, UserError, abridge
 
-_MAY_DIFFER: Final = ("run.resume", "model.pictures")  # of what trains the same; null pictures are filled in
+_MAY_DIFFER: Final = (
+    "run.resume",
+    "run.metric",
+    "model.pictures",
+)  # of what trains the same; null pictures are filled in
 
 
-def check_job(cfg: dict[str, Any]) -> list[Problem]:
-    """Why the checkpoint that a sweep's job continues does not fit it; a single run finds out when it starts."""
+def check_job(cfg: dict[str, Any], *, as_before: bool) -> list[Problem]:
+    """Why a sweep's job cannot go on with the run that is there; a single run finds out when it starts.
+
+    With `as_before`, nobody has asked to go on with a run that has other settings.
+    """
     folder = default_run_folder(cfg)
-    if cfg["run"]["resume"] == "never":
+    if cfg["run"]["resume"] == "never" or is_done(cfg):
         return []
     from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, find_newest
     from m2_encoder.runs.build import build_module, build_objectives
+    from m2_encoder.runs.folder import CONFIG_FILE
     from m2_encoder.runs.pictures import settle_pictures
-    from m2_encoder.runs.resume import check_resume
+    from m2_encoder.runs.resume import check_resume, describe_changes
 
     try:
         newest = find_newest(folder / CHECKPOINT_FOLDER)
         if newest is not None:
             cfg, _ = settle_pictures(cfg, folder, resumes=True)
             check_resume(build_module(cfg, build_objectives(cfg), validation_name=""), cfg, folder, newest.path)
+        changes = describe_changes(folder / CONFIG_FILE, cfg) if as_before else []
     except UserError as error:
         return find_problems(error)
-    return []
+    if not changes:
+        return []
+    rule = f"{folder} holds a run with other settings: {abridge(', '.join(changes), 200)}"
+    return [Problem("run.name", cfg["run"]["name"], rule, "give another run.name, or run.resume=auto to go on with it")]
 
 
 def is_done(cfg: dict[str, Any]) -> bool:
@@ -52,10 +65,34 @@ def is_done(cfg: dict[str, Any]) -> bool:
 
 
 def run_train(cfg: dict[str, Any]) -> None:
-    """Trains; Lightning is imported only now, when the configuration is known to be fine."""
+    """Trains; Lightning is imported only now, when the configuration is known to be fine.
+
+    Raises:
+        UserError: for what cannot be used; if there is no `run.metric` at the end, or it is not finite.
+    """
     from m2_encoder.runs.run import train
 
-    train(cfg)
+    metrics = train(cfg)
+    if is_first_rank() and cfg["run"].get("metric") is not None:
+        _measure(cfg, metrics)
+
+
+def measure_run(cfg: dict[str, Any]) -> float | None:
+    """The value of `run.metric` in a run's folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    return _measure(cfg, {})
+
+
+def _measure(cfg: dict[str, Any], last: Mapping[str, float]) -> float | None:
+    from m2_encoder.analysis.recorded import read_run
+    from m2_encoder.runs.metric import find_metric
+
+    run = read_run(default_run_folder(cfg))
+    validated = {name for line in run.log for name in line}
+    return find_metric(cfg["run"].get("metric"), {**run.metrics, **last}, validated)
 
 
 def name_repetition(cfg: dict[str, Any], folder: Path, lines: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -45,13 +45,23 @@ from m2_encoder.config.overrides import quote_unreadable
 from m2_encoder.config.paths import anchor, find_conf
 from m2_encoder.config.problems import refuse_all
 from m2_encoder.config.run_folder import hold_run
-from m2_encoder.config.sweep_jobs import JobOutcome, describe_outcomes, is_done, read_outcomes
+from m2_encoder.config.sweep_jobs import (
+    JobOutcome,
+    describe_outcomes,
+    is_done,
+    read_jobs,
+    read_outcomes,
+    settings_digest,
+)
+from m2_encoder.config.sweep_life import await_run, end_with_sweep, hold_sweep, refuse_second
 from m2_encoder.config.sweeps import (
     expand_sweep,
     is_basic,
+    is_search,
     is_sweep_line,
     job_name,
     name_globbed,
+    preset_lines,
     without_constant,
 )
 from m2_encoder.config.trusted import check_choices, check_values_only, find_foreign, read_folders, trusted_targets
@@ -87,6 +97,7 @@ class Command:
         is_done: whether the run of a configuration has ended, so that a sweep need not start it again.
         module: what `python -m` runs the command by; each job of a sweep is then a process of its own.
         end_sweep: tells what a sweep found; it gets its folder and all outcomes.
+        measure: the number of a run that has ended, which sweepers get.
     """
 
     name: str
@@ -105,6 +116,7 @@ class Command:
     is_done: Callable[[dict[str, Any]], bool] | str = ""
     module: str = ""
     end_sweep: Callable[[Path, Sequence[JobOutcome]], None] | str = ""
+    measure: Callable[[dict[str, Any]], float | None] | str = ""
 
     def __call__(self) -> int:
         """Runs the command with the arguments of this process; its exit code."""
@@ -117,7 +129,7 @@ class _Plan(NamedTuple):
     argv: list[str]  # overrides to start Hydra with
     constant_lines: list[str]  # those that a sweep does not vary
     run: dict[str, Any] | None = None  # the configuration of the one run that is to be started in a folder of its own
-    sweep: _Sweep | None = None  # several runs on this machine
+    sweep: _Sweep | None = None  # several runs
 
 
 class _Sweep(NamedTuple):
@@ -125,6 +137,7 @@ class _Sweep(NamedTuple):
 
     folder: Path
     names: list[str] | None  # of its jobs; None where the sweeper decides them later
+    is_here: bool  # they run on this machine
 
 
 def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
@@ -135,6 +148,7 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
 
 def _run_command(command: Command, argv: Sequence[str]) -> int:
     started_argv = sys.argv
+    end_with_sweep()
     try:
         with lend_groups(command.groups):
             return _run(command, argv)
@@ -178,12 +192,31 @@ def _run(command: Command, argv: Sequence[str]) -> int:
         plan = _plan(command, arguments, composer, trusted)
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
     sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
-    job = Job(command, plan.constant_lines, folder, arguments.flags, fixed)
+    sweep = plan.sweep
+    names = None if sweep is None else sweep.names
+    job = Job(command, plan.constant_lines, folder, arguments.flags, fixed, names)
     started = time.time()
-    held = hold_run(plan.run) if plan.run is not None else contextlib.nullcontext()
-    with named_place(command, plan.run), held, job.hydra_raises():  # Hydra writes into its folder, too
-        hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
-    return job.exit_code if plan.sweep is None else _end_sweep(command, plan.sweep, started)
+    held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if plan.run is not None:
+        held = hold_run(plan.run)
+    elif sweep is not None and sweep.is_here:
+        held = _running(command, sweep, started)
+    with held:
+        with named_place(command, plan.run), job.hydra_raises():  # Hydra writes into its folder, too
+            hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
+        return job.exit_code if sweep is None or not sweep.is_here else _end_sweep(command, sweep, started)
+
+
+@contextlib.contextmanager
+def _running(command: Command, sweep: _Sweep, started: float) -> Iterator[None]:
+    """While a sweep runs: it is the only one in its folder, and says what it has left when a signal ends it."""
+    with hold_sweep(sweep.folder):
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            first, *_ = describe_outcomes(read_outcomes(sweep.folder, sweep.names, since=started))
+            say(f"{command.name}: {first}; the same command goes on", error=True)
+            raise
 
 
 def _end_sweep(command: Command, sweep: _Sweep, started: float) -> int:
@@ -195,7 +228,7 @@ def _end_sweep(command: Command, sweep: _Sweep, started: float) -> int:
     first, *rest = describe_outcomes(outcomes)
     say(f"{command.name}: {first}", *rest, error=True)
     if not done and command.run_folder is not None:
-        say(f"{command.name}: the same command with run.resume=auto runs what is left", error=True)
+        say(f"{command.name}: the same command runs what is left", error=True)
     return 0 if done else 1
 
 
@@ -227,11 +260,7 @@ def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: f
     first = composer.compose(constant)
     mode = first.hydra.mode
     if arguments.multirun or mode == RunMode.MULTIRUN:
-        names = _check_sweep(command, composer, lines, constant, first, trusted)
-        folder = _sweep_folder(lines, first)
-        more = [*_quiet(lines), hydra_line("hydra.sweep.dir", str(folder))]
-        sweep = _Sweep(folder, names) if runs_here(first.hydra) else None
-        return _Plan([*lines, *more], constant, sweep=sweep)
+        return _plan_sweep(command, composer, lines, first, trusted)
     composition = first if constant == lines else composer.compose(lines)
     if command.complete is not None and not composition.problems and is_only_rank():
         more = resolve(command.complete)(composition.cfg, composer.folder, lines)
@@ -241,31 +270,56 @@ def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: f
     return _Plan([*lines, *_quiet(lines), *_folder_lines(command, composition.cfg, lines)], lines, run)
 
 
-def _check_sweep(
-    command: Command,
-    composer: Composer,
-    lines: list[str],
-    constant: list[str],
-    first: Composition,
-    trusted: frozenset[str] | None,
-) -> list[str] | None:
-    """Validates every job of a sweep before the first one starts; gives their names, where they are known."""
-    jobs = expand_sweep(lines, first.hydra)
+def _plan_sweep(
+    command: Command, composer: Composer, lines: list[str], first: Composition, trusted: frozenset[str] | None
+) -> _Plan:
+    """Validates every job before the first one starts, and names them as they were named before."""
+    constant = [line for line in lines if not is_sweep_line(line)]
+    folder = _sweep_folder(lines, first)
+    is_here = runs_here(first.hydra)
+    if is_here:
+        refuse_second(folder)
+    if is_search(first.hydra):
+        check = resolve("m2_encoder.search.check:check_search")
+
+        def find(job: list[str]) -> Sequence[Problem]:
+            return _find_problems(command, composer.compose(job), composer.folder, trusted)
+
+        refuse_all(check(lines, first.hydra, find))
+        return _sweep_plan(folder, lines, constant, None, is_here=is_here)
+    goes_on = "resume" in (first.cfg.get("run") or {}) and not any("run.resume=" in line for line in lines)
+    lines = [*lines, "run.resume=auto"] if goes_on else lines
+    preset = preset_lines(first.hydra, lines)
+    constant = [line for line in (*preset, *lines) if not is_sweep_line(line)]
+    known = {each.settings: each for each in read_jobs(folder) if each.settings}
     problems: list[Problem] = []
     names: list[str] = []
-    for job in jobs:
+    for job in expand_sweep(lines, first.hydra):
         composition = composer.compose(job)
-        name = rename(command, composition.cfg, job, constant)
+        swept = without_constant(job, constant)
+        before = known.get(settings_digest(composition.cfg))
+        name = rename(command, composition.cfg, swept, before.name if before and before.name not in names else None)
+        if is_here and before is not None and before.state == "at work":
+            await_run(Path(before.folder))
         found = _find_problems(command, composition, composer.folder, trusted)
-        problems += found or (resolve(command.check_job)(composition.cfg) if command.check_job else [])
+        if not found and command.check_job:
+            found = resolve(command.check_job)(composition.cfg, as_before=goes_on)
         if name is not None and name in names:
             rule = "two jobs of the sweep have this name"
-            problems.append(Problem("run.name", name, rule, "sweep distinct values"))
-        names.append(name or job_name(command.name, without_constant(job, constant)))
+            found = [*found, Problem("run.name", name, rule, "sweep distinct values")]
+        problems += found
+        names.append(name or job_name(command.name, swept))
     # Hydra composes what is not swept alone, before any job.
     fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
     refuse_all(problems or [each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
-    return names if is_basic(first.hydra) else None
+    return _sweep_plan(folder, lines, constant, names if is_basic(first.hydra) else None, is_here=is_here)
+
+
+def _sweep_plan(
+    folder: Path, lines: list[str], constant: list[str], names: list[str] | None, *, is_here: bool
+) -> _Plan:
+    more = [*_quiet(lines), hydra_line("hydra.sweep.dir", str(folder))]
+    return _Plan([*lines, *more], constant, sweep=_Sweep(folder, names, is_here))
 
 
 def _find_problems(
@@ -298,9 +352,10 @@ def _folder_lines(command: Command, cfg: dict[str, Any], lines: Sequence[str]) -
 
 
 def _sweep_folder(lines: Sequence[str], composition: Composition) -> Path:
-    """The user's, or `outputs/multirun/<run.name>`, which the same sweep finds again."""
+    """The user's, or `<run.folder>/multirun/<run.name>`, which the same sweep finds again."""
     if any(line.startswith("hydra.sweep.dir=") for line in lines):
         return Path(composition.hydra.sweep.dir).absolute()
     run = composition.cfg.get("run")
-    name = run.get("name") if isinstance(run, dict) else datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return anchor("outputs") / "multirun" / str(name)
+    if isinstance(run, dict) and isinstance(run.get("folder"), str):
+        return anchor(run["folder"]) / "multirun" / str(run.get("name"))
+    return anchor("outputs") / "multirun" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

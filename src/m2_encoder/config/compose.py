@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from m2_encoder.config.groups import CHOSEN_AS_LISTS, drop_unchosen, find_conflict, read_options
+from m2_encoder.config.numbers import register_resolvers
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.overrides import (
     adds,
@@ -39,6 +40,8 @@ from m2_encoder.errors import Problem, UserError
 HYDRA_VERSION_BASE: Final = "1.3"
 # Folders of conf/ that offer no choice: Hydra's settings, and configurations of commands without groups.
 _NO_GROUPS: Final = ("hydra", "commands")
+PRESETS: Final = "sweep"
+"""The group of presets of sweeps."""
 _NO_MAPPING: Final = re.compile(r"Error merging override (.*?)(?: \(|$)")
 _PLACEHOLDERS: Final = {
     "model": "FOLDER",
@@ -121,7 +124,8 @@ class Composer:
         problems += [*refuse_repeated(lines), *refuse_sweeps(overrides)]
         overrides = [override for override in overrides if not override.is_sweep_override()]
         groups = [override for override in overrides if self._is_group(override)]
-        reasons = {id(override): self._group_problem(override) for override in groups}
+        preset = self._load_preset(groups)
+        reasons = {id(override): self._group_problem(override, preset) for override in groups}
         choices = [override for override in groups if reasons[id(override)] is None]
         try:
             base = self._load(choices) if choices else self._load_default()
@@ -228,12 +232,18 @@ class Composer:
                 return f" (did you mean {added}{group}={word.lstrip('+-')}?)"
         return ""
 
-    def _group_problem(self, override: Override) -> Problem | None:
+    def _load_preset(self, groups: Sequence[Override]) -> DictConfig | None:
+        """The configuration with the preset of a sweep, which may choose an experiment; None without one."""
+        own = [each for each in groups if each.key_or_group == PRESETS and not each.is_add()]
+        lines = [each for each in own if each.value() in self.options(PRESETS)]
+        return self._load(lines) if lines else None
+
+    def _group_problem(self, override: Override, preset: DictConfig | None) -> Problem | None:
         group, line, options = override.key_or_group, override.input_line, self.options(override.key_or_group)
         if not options:
             rule = f"there is no group {group!r}{nearest(group, self.groups())}"
             return line_problem(line, rule, f"the groups are {', '.join(self.groups())}")
-        default, value = self._load_default(), override.value()
+        default, value = preset or self._load_default(), override.value()
         # A group chosen as a list is a key of the configuration only.
         is_chosen = group in default.hydra.runtime.choices or group in default
         if override.is_add() and is_chosen:
@@ -262,6 +272,7 @@ def open_composer(folder: Path, config_name: str, fixed: Sequence[str] = ()) -> 
     """
     if not folder.is_dir():
         raise UserError(f"--config-path {folder}: no such folder; give the folder that holds {config_name}.yaml")
+    register_resolvers()
     with initialize_config_dir(str(folder), version_base=HYDRA_VERSION_BASE, job_name=config_name):
         hydra = GlobalHydra.instance()
         yield Composer(hydra.config_loader(), folder, config_name, fixed)

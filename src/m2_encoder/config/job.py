@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pkgutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +22,17 @@ from m2_encoder.config.old_names import update_names
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import find_problems, format_problem
 from m2_encoder.config.run_folder import hold_run
-from m2_encoder.config.sweep_jobs import JobOutcome, describe_crash, write_outcome
+from m2_encoder.config.sweep_jobs import (
+    EXIT_PRUNED,
+    JOBS_FOLDER,
+    JobOutcome,
+    describe_crash,
+    describe_rest,
+    read_outcomes,
+    settings_digest,
+    write_outcome,
+)
+from m2_encoder.config.sweep_life import environment_of_job, sweep_lives
 from m2_encoder.config.sweeps import job_name, without_constant
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import UserError
@@ -31,17 +43,27 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR: Final = 2
 FULL_ERROR: Final = "HYDRA_FULL_ERROR"
+GROUP_VARIABLE: Final = "WANDB_RUN_GROUP"
+"""W&B's own: the runs of a sweep are one group there, unless the user names another."""
 
 
 class Job:
     """What Hydra calls with the composed configuration of one job."""
 
     def __init__(
-        self, command: Command, constant_lines: Sequence[str], folder: Path, flags: Sequence[str], fixed: Sequence[str]
+        self,
+        command: Command,
+        constant_lines: Sequence[str],
+        folder: Path,
+        flags: Sequence[str],
+        fixed: Sequence[str],
+        names: Sequence[str] | None = None,
     ) -> None:
+        """Of a sweep, `names` are those of all jobs; None if they are not known beforehand."""
         self._command, self._folder = command, folder
-        self._constant, self._fixed = list(constant_lines), list(fixed)
+        self._constant, self._fixed, self._names = list(constant_lines), list(fixed), names
         self._flags = [flag for flag in flags if flag != "--multirun"]
+        self._started = time.time()
         self.exit_code = 0
         self._shown = os.environ.get(FULL_ERROR)
 
@@ -60,8 +82,11 @@ class Job:
         else:
             os.environ[FULL_ERROR] = self._shown
 
-    def __call__(self, cfg: DictConfig) -> None:
-        """Does the work of one configuration, or of one job of a sweep."""
+    def __call__(self, cfg: DictConfig) -> float | None:
+        """Does the work of one configuration, or of one job of a sweep; what is returned is the sweeper's.
+
+        That is the number of the run; NaN for a job that did not finish; None for a command that measures nothing.
+        """
         self._let_hydra_report()
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
@@ -70,17 +95,18 @@ class Job:
         drop_unchosen(plain, self._folder, settings.searchpath)
         held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if settings.mode == RunMode.MULTIRUN:
-            overrides = list(settings.overrides.task)
-            name = rename(self._command, plain, overrides, self._constant)
-            name = name or job_name(self._command.name, without_constant(overrides, self._constant))
-            say(f"{self._command.name}: job {settings.job.num}: {name}", error=True)
+            job = self._name(plain, settings)
             if runs_here(settings):
-                write_outcome(Path(settings.sweep.dir), self._run_of_sweep(plain, name, overrides))
-                return
+                outcome = self._run_of_sweep(plain, job, settings)
+                return math.nan if self._command.measure and outcome.value is None else outcome.value
+            say(f"{self._command.name}: job {settings.job.num}: {job.name}", error=True)
+            os.environ.setdefault(GROUP_VARIABLE, Path(settings.sweep.dir).name)
             held = hold_run(plain) if self._command.run_folder is not None else held
         try:
             with held:
                 self.exit_code = resolve(self._command.run)(plain) or 0
+            measures = self._command.measure and settings.mode == RunMode.MULTIRUN and is_first_rank()
+            return resolve(self._command.measure)(plain) if measures else None
         except Exception as error:
             mistake = find_user_error(error, place_of(self._command, plain))
             if mistake is None or os.environ.get(FULL_ERROR) == "1":
@@ -88,30 +114,73 @@ class Job:
             report_problems(self._command.name, mistake)
             raise SystemExit(EXIT_USER_ERROR) from error
 
-    def _run_of_sweep(self, cfg: dict[str, Any], name: str, overrides: Sequence[str]) -> JobOutcome:
-        """One job: whatever becomes of it, the others are run; only a signal ends them all."""
-        command = self._command
+    def _name(self, cfg: dict[str, Any], settings: Any) -> JobOutcome:
+        """What a job of a sweep is called, which its configuration then has as the name of its run, and known by."""
+        command, settings_known = self._command, settings_digest(cfg)
+        swept = without_constant(list(settings.overrides.task), self._constant)
+        name = rename(command, cfg, swept, None if self._names is None else self._names[settings.job.num])
+        name = name or job_name(command.name, swept)
         folder = "" if command.run_folder is None else str(command.run_folder(cfg))
-        if command.is_done and resolve(command.is_done)(cfg):
-            say(f"{command.name}: it has finished before", error=True)
-            return JobOutcome(name, "skipped", folder)
-        if not command.module:
-            return self._run_here(cfg, name, folder)
-        lines = [line for line in overrides if not line.startswith("run.name=")]
-        mode = [hydra_line("run.name", name), "hydra.mode=RUN"]
-        return _judge(name, folder, run_process(command.module, [*self._flags, *lines, *mode, *self._fixed]))
+        return JobOutcome(name, "at work", folder, swept=swept, settings=settings_known)
 
-    def _run_here(self, cfg: dict[str, Any], name: str, folder: str) -> JobOutcome:
+    def _run_of_sweep(self, cfg: dict[str, Any], job: JobOutcome, settings: Any) -> JobOutcome:
+        """One job: whatever becomes of it, the others are run; only a signal ends them all."""
+        if not sweep_lives():
+            raise SystemExit(128 + signal.SIGTERM)
+        sweep, command = Path(settings.sweep.dir), self._command
+        total = "" if self._names is None else f"/{len(self._names)}"
+        title = f"{command.name}: {settings.job.num + 1}{total} {job.name}"
+        if command.is_done and resolve(command.is_done)(cfg):
+            outcome = self._measure(cfg, job._replace(state="skipped"))
+            write_outcome(sweep, outcome)
+            say(f"{title}: has finished before", error=True)
+            return outcome
+        write_outcome(sweep, job)
+        say(title, error=True)
+        begun = time.monotonic()
+        if command.module:
+            log = None if is_alone(settings) else sweep / JOBS_FOLDER / f"{job.name}.log"
+            outcome = self._run_process(job, settings, log)
+        else:
+            outcome = self._run_here(cfg, job)
+        outcome = self._measure(cfg, outcome._replace(seconds=round(time.monotonic() - begun, 1)))
+        write_outcome(sweep, outcome)
+        said = [f"{outcome.state} ({outcome.reason})" if outcome.reason else outcome.state]
+        if self._names is not None:
+            said.append(describe_rest(read_outcomes(sweep, self._names, since=self._started), since=self._started))
+        say(f"{title}: {'; '.join(said)}", error=True)
+        return outcome
+
+    def _measure(self, cfg: dict[str, Any], outcome: JobOutcome) -> JobOutcome:
+        """An outcome with the number of the run."""
+        if outcome.state not in ("finished", "skipped") or not self._command.measure:
+            return outcome
+        try:
+            return outcome._replace(value=resolve(self._command.measure)(cfg))
+        except UserError as error:
+            report_problems(self._command.name, error)
+            return outcome._replace(state="refused", reason=format_problem(find_problems(error)[0]))
+
+    def _run_process(self, job: JobOutcome, settings: Any, log: Path | None) -> JobOutcome:
+        lines = [line for line in settings.overrides.task if not line.startswith("run.name=")]
+        lines += [hydra_line("run.name", job.name), "hydra.mode=RUN"]
+        environment = environment_of_job()
+        if GROUP_VARIABLE not in os.environ:
+            environment[GROUP_VARIABLE] = Path(settings.sweep.dir).name
+        arguments = [*self._flags, *lines, *self._fixed]
+        return _judge(job, run_process(self._command.module, arguments, environment=environment, log=log))
+
+    def _run_here(self, cfg: dict[str, Any], job: JobOutcome) -> JobOutcome:
         command = self._command
         try:
             with hold_run(cfg) if command.run_folder is not None else contextlib.nullcontext():
                 code = resolve(command.run)(cfg)
         except Exception as error:
             if (mistake := find_user_error(error, place_of(command, cfg))) is None:
-                return JobOutcome(name, "failed", folder, describe_crash(error))
+                return job._replace(state="failed", reason=describe_crash(error))
             report_problems(command.name, mistake)
-            return JobOutcome(name, "refused", folder, format_problem(find_problems(mistake)[0]))
-        return JobOutcome(name, "failed", folder, f"exit code {code}") if code else JobOutcome(name, "finished", folder)
+            return job._replace(state="refused", reason=format_problem(find_problems(mistake)[0]))
+        return _judge(job, Ended(code or 0, ""))
 
 
 def runs_here(settings: Any) -> bool:
@@ -119,25 +188,34 @@ def runs_here(settings: Any) -> bool:
 
     A cluster starts jobs with their ranks, and again where they were interrupted, and knows what became of them.
     """
-    return str(settings.launcher._target_).rpartition(".")[2] in ("BasicLauncher", "JoblibLauncher")
+    return _launcher(settings) in ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 
 
-def _judge(name: str, folder: str, ended: Ended) -> JobOutcome:
-    """What became of a job that was a process of its own."""
-    if ended.code == 0:
-        return JobOutcome(name, "finished", folder)
-    reason = ended.said if ended.said else f"exit code {ended.code}"
-    if ended.code > 128:  # it could not say anything
+def is_alone(settings: Any) -> bool:
+    """Whether the jobs of a sweep run one after the other, so that each may have the terminal."""
+    return _launcher(settings) == "BasicLauncher"
+
+
+def _launcher(settings: Any) -> str:
+    return str(settings.launcher._target_).rpartition(".")[2]
+
+
+def _judge(job: JobOutcome, ended: Ended) -> JobOutcome:
+    """What became of a job, by its exit code."""
+    if ended.code in (0, EXIT_PRUNED):
+        return job._replace(state="finished" if ended.code == 0 else "pruned")
+    reason = ended.said.removeprefix("m2-train: ") if ended.said else f"exit code {ended.code}"
+    if ended.code - 128 in set(signal.Signals):  # it could not say anything
         reason = f"ended by {signal.Signals(ended.code - 128).name}"
-    return JobOutcome(name, "refused" if ended.code == EXIT_USER_ERROR else "failed", folder, reason)
+    return job._replace(state="refused" if ended.code == EXIT_USER_ERROR else "failed", reason=reason)
 
 
-def rename(command: Command, cfg: dict[str, Any], job: Sequence[str], constant: Sequence[str]) -> str | None:
-    """Gives one job of a sweep its own run name, derived from what is swept; returns it."""
+def rename(command: Command, cfg: dict[str, Any], swept: Sequence[str], name: str | None = None) -> str | None:
+    """Gives one job of a sweep its own run name, by default derived from what is swept; returns it."""
     run = cfg.get("run")
     if command.run_folder is None or not isinstance(run, dict) or not isinstance(run.get("name"), str):
         return None
-    run["name"] = job_name(run["name"], without_constant(job, constant))
+    run["name"] = name or job_name(run["name"], swept)
     return str(run["name"])
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import IO, Final, NamedTuple
 
@@ -26,39 +28,53 @@ class Ended(NamedTuple):
     said: str  # the last line on stderr, or nothing
 
 
-def run_process(module: str, arguments: Sequence[str]) -> Ended:
+def run_process(
+    module: str, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, log: Path | None = None
+) -> Ended:
     """Runs `python -m module arguments` to its end; what it says on stderr is passed on as it comes.
 
-    SIGTERM is passed on, too, so that the job can save. Ctrl-C reaches it from the terminal; its end is waited for.
+    SIGTERM is passed on, too, so that the job can save, and sent after Ctrl-C, which may have come to this process
+    alone; the job's end is waited for.
+
+    Args:
+        module: with a `__main__`.
+        arguments: of its command line.
+        environment: more variables.
+        log: a file that gets all output instead, behind what it has.
 
     Raises:
         SystemExit: with 143, after SIGTERM.
         KeyboardInterrupt: after Ctrl-C.
     """
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stderr=subprocess.PIPE)
-    last: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
-    assert process.stderr is not None
-    reader = threading.Thread(target=_pass_on, args=(process.stderr, last), daemon=True)
-    reader.start()
-    with _passing_on_sigterm(process) as terminated:
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            process.wait()
-            raise
-    reader.join(timeout=5)  # a process that it left behind may hold the pipe
+    with contextlib.ExitStack() as stack:
+        output = None if log is None else stack.enter_context(open(log, "ab"))
+        command = [sys.executable, "-m", module, *arguments]
+        more = {**os.environ, **(environment or {})}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, env=more)
+        last: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
+        assert process.stderr is not None
+        reader = threading.Thread(target=_pass_on, args=(process.stderr, last, log), daemon=True)
+        reader.start()
+        with _passing_on_sigterm(process) as terminated:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                process.terminate()
+                process.wait()
+                raise
+        reader.join(timeout=5)  # a process that it left behind may hold the pipe
     if terminated:
         raise SystemExit(128 + signal.SIGTERM)
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode
     return Ended(code, next((line for line in reversed(last) if line.strip()), "").strip())
 
 
-def _pass_on(stream: IO[bytes], last: collections.deque[str]) -> None:
-    with stream:
+def _pass_on(stream: IO[bytes], last: collections.deque[str], log: Path | None) -> None:
+    with stream, contextlib.nullcontext(sys.stderr) if log is None else open(log, "a", encoding="utf-8") as output:
         for line in stream:
             text = line.decode("utf-8", "replace")
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            output.write(text)
+            output.flush()
             last.append(text)
 
 

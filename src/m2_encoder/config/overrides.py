@@ -17,7 +17,9 @@ from m2_encoder.config.problems import nearest
 from m2_encoder.errors import NOTHING, Problem
 
 _MAX_KEY: Final = 200
-_HYDRA_SYNTAX: Final = ("'", '"', "[", "{", "${")
+_HYDRA_SYNTAX: Final = ("'", '"', "[", "{")
+_NESTED: Final = re.compile(r"\$\{[^{}]*(\$\{[^{}]*\}[^{}]*)+\}")
+"""An interpolation within one, which Hydra reads in quotes only."""
 _NAMED: Final = ("data.sources", "data.validation", "data.columns")  # their keys are names that the user chooses
 
 
@@ -34,7 +36,9 @@ def quote_unreadable(line: str, *, multirun: bool = False) -> str:
         multirun: commas separate values; a value that has some stays.
     """
     key, equals, value = line.partition("=")
-    if not equals or value.startswith(_HYDRA_SYNTAX) or (multirun and "," in value):
+    if _NESTED.fullmatch(value):
+        return f"{key}={quote_value(value)}"
+    if not equals or value.startswith((*_HYDRA_SYNTAX, "${")) or (multirun and "," in value):
         return line
     if parse_override(line) is not None and not ("," in value and os.path.exists(os.path.expanduser(value))):
         return line

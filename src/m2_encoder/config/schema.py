@@ -68,6 +68,7 @@ class Run:
     task: Text | None = None  # what the run is for
     tags: Annotated[Sequence[Word], Example("[a,b]")] = ()  # words to find it by
     notes: Text | None = None  # about it
+    metric: Text | None = None  # what sweeps compare
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

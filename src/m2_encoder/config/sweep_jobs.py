@@ -1,48 +1,95 @@
-"""What became of the jobs of a sweep: a file for each in the sweep's folder, whoever ran it."""
+"""The jobs of a sweep: a file for each in the sweep's folder, whoever runs it, says what became of it.
+
+`jobs/NAME.json` is written when a job begins and when it ends, so that the sweep can be continued, and its runs found.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from m2_encoder.files import write_json
 
-_FOLDER: Final = "jobs"
-State = Literal["finished", "skipped", "refused", "failed", "not run"]
+JOBS_FOLDER: Final = "jobs"
+State = Literal["at work", "finished", "skipped", "pruned", "refused", "failed", "not run"]
+
+_NO_PART: Final = ("name", "resume", "metric")  # settings of a run that change nothing of it
+EXIT_PRUNED: Final = 3
+"""The exit code of a trial that its search has ended early."""
 
 
 class JobOutcome(NamedTuple):
     """What became of one job."""
 
     name: str
-    state: State  # skipped: it was finished before; refused: the user can mend it; failed: anything else
+    # skipped: it was finished before; pruned: ended early by a search; refused: the user can mend it; failed: the rest
+    state: State
     folder: str = ""  # of its run, if it has one
     reason: str = ""  # of a job that did not finish, one line
+    swept: Sequence[str] = ()  # the overrides that tell it from the other jobs
+    settings: str = ""  # `settings_digest` of its configuration
+    seconds: float = 0.0  # that its process took
+    value: float | None = None  # of `run.metric`
 
 
 def write_outcome(sweep: Path, outcome: JobOutcome) -> None:
-    """Keeps an outcome; a later one of this job takes its place."""
-    (sweep / _FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(sweep / _FOLDER / f"{outcome.name}.json", outcome._asdict())
+    """Keeps what is known of a job now; when it was begun, each time, stays."""
+    path = sweep / JOBS_FOLDER / f"{outcome.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = list((_read(path) or {}).get("begun", []))
+    if outcome.state == "at work":
+        begun.append(time.strftime("%Y-%m-%d %H:%M:%S"))
+    # Not the time of the file, whose clock may be some milliseconds behind.
+    write_json(path, {**outcome._asdict(), "begun": begun, "written": time.time()})
 
 
 def read_outcomes(sweep: Path, names: Sequence[str] | None, *, since: float) -> list[JobOutcome]:
-    """Outcomes of the jobs `names` in their order, or of all that ended after `since` (seconds since the epoch).
+    """Outcomes of the jobs `names` in their order, or of all that began or ended after `since`, the last one last.
 
-    A job without an outcome after `since` was not run, or its process ended without a word.
+    `since` is in seconds since the epoch.
     """
-    found: dict[str, JobOutcome] = {}
-    for path in sorted((sweep / _FOLDER).glob("*.json"), key=lambda each: each.stat().st_mtime):
-        if path.stat().st_mtime >= since:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            found[path.stem] = JobOutcome(**content)
+    contents = [each for each in _read_all(sweep) if each.get("written", 0) >= since]
+    found = {each["name"]: _outcome(each) for each in sorted(contents, key=lambda each: float(each.get("written", 0)))}
     if names is None:
         return list(found.values())
-    return [found.get(name) or JobOutcome(name, "not run", reason="its process ended without a word") for name in names]
+    return [found.get(name) or JobOutcome(name, "not run", reason="it was not started") for name in names]
+
+
+def read_jobs(sweep: Path) -> list[JobOutcome]:
+    """What is known of every job that a sweep's folder has ever had; nothing for another folder."""
+    return [_outcome(content) for content in _read_all(sweep)]
+
+
+def _read_all(sweep: Path) -> list[dict[str, Any]]:
+    contents = map(_read, sorted((sweep / JOBS_FOLDER).glob("*.json")))
+    return [content for content in contents if content is not None and {"name", "state"} <= content.keys()]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """None for a file that is not there or cannot be read: the job is begun again, and its run goes on."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _outcome(content: Mapping[str, Any]) -> JobOutcome:
+    return JobOutcome(**{key: value for key, value in content.items() if key in JobOutcome._fields})
+
+
+def settings_digest(cfg: Mapping[str, Any]) -> str:
+    """What a job is known by, however its overrides are written: its configuration, but for the name of its run."""
+    run = cfg.get("run")
+    kept = {key: value for key, value in run.items() if key not in _NO_PART} if isinstance(run, dict) else run
+    text = json.dumps({**cfg, "run": kept}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def describe_crash(error: BaseException) -> str:
@@ -51,14 +98,26 @@ def describe_crash(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def describe_rest(outcomes: Sequence[JobOutcome], *, since: float) -> str:
+    """How many jobs have not ended, and how long they may take if they are like those that ran after `since`."""
+    left = sum(each.state in ("at work", "not run") for each in outcomes)
+    ran = sum(each.state == "finished" for each in outcomes)
+    if not left or not ran:
+        return f"{left} left"
+    minutes = (time.time() - since) / ran * left / 60
+    return f"{left} left, about {minutes:.0f} min" if minutes >= 1 else f"{left} left, less than a minute"
+
+
 def describe_outcomes(outcomes: Sequence[JobOutcome]) -> list[str]:
-    """A line on all jobs, and one for each that did not finish."""
-    words = [{"skipped": "finished before"}.get(each.state, each.state) for each in outcomes]
-    line = f"{len(outcomes)} jobs: " + ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
-    rest = [f"  {each.name}: {each.state} ({each.reason})" for each in outcomes if not is_done(each)]
+    """A line on all jobs that have ended or been killed, and one for each that did not finish."""
+    silent = "its process ended without a word"
+    ended = [each._replace(state="failed", reason=silent) if each.state == "at work" else each for each in outcomes]
+    words = [{"skipped": "finished before"}.get(each.state, each.state) for each in ended]
+    line = f"{len(ended)} jobs: " + ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+    rest = [f"  {each.name}: {each.state} ({each.reason})" for each in ended if not is_done(each)]
     return [line, *rest]
 
 
 def is_done(outcome: JobOutcome) -> bool:
     """Whether there is nothing left to do."""
-    return outcome.state in ("finished", "skipped")
+    return outcome.state in ("finished", "skipped", "pruned")

@@ -2,8 +2,7 @@
 
 Each job of `m2-train -m optimizer.lr=1e-3,2e-3 +experiment=smoke` is a run of its own. Its name is `run.name`
 with what is swept behind it (`smoke-lr=0.001`, `smoke-lr=0.002`), so the folders never collide, and the same
-sweep started again with `run.resume=auto` continues every job where it was. Hydra's records of the sweep go
-to `outputs/multirun/`.
+sweep started again goes on where it was. `outputs/multirun/<run.name>` holds what belongs to the sweep as a whole.
 """
 
 from __future__ import annotations
@@ -37,6 +36,18 @@ def is_basic(hydra: DictConfig) -> bool:
     return str(hydra.sweeper._target_).endswith(".BasicSweeper")
 
 
+def is_search(hydra: DictConfig) -> bool:
+    """Whether the sweeper is that of `hydra/sweeper=search`."""
+    return str(hydra.sweeper._target_).endswith(".SearchSweeper")
+
+
+def preset_lines(hydra: DictConfig, lines: Sequence[str]) -> list[str]:
+    """What `hydra.sweeper.params` adds to the overrides `lines`, which count where both say something of a key."""
+    keys = [line.partition("=")[0] for line in lines]
+    params = dict(hydra.sweeper.get("params") or {})
+    return [f"{key}={value}" for key, value in params.items() if key not in keys]
+
+
 def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
     """All jobs of a sweep, as lists of overrides.
 
@@ -45,8 +56,7 @@ def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
     Raises:
         UserError: for an interval, of which every value would be a job.
     """
-    params = dict(hydra.sweeper.get("params") or {})
-    all_lines = [*(f"{key}={value}" for key, value in params.items()), *lines]
+    all_lines = [*preset_lines(hydra, lines), *lines]
     if not is_basic(hydra):
         return [[line for line in all_lines if not is_sweep_line(line)]]
     readable, _ = parse_overrides(all_lines)
@@ -90,6 +100,22 @@ def without_constant(job: Sequence[str], constant: Sequence[str]) -> list[str]:
     return [line for line in job if line not in written and line not in constant]
 
 
+def swept_values(swept: Sequence[str]) -> dict[str, Any]:
+    """What the overrides of a job say, by key; a choice of several options as in the job's name.
+
+    >>> swept_values(["optimizer=muon", "optimizer.lr=1e-3", "objective=[itc,cmlm]", "+seed=null"])
+    {'optimizer': 'muon', 'optimizer.lr': 0.001, 'objective': 'itc+cmlm', 'seed': None}
+    """
+    found = {}
+    for line in swept:
+        override = parse_override(line)
+        if override is not None and override.key_or_group != "run.name":
+            value = override.value()
+            plain = value is None or isinstance(value, bool | int | float)
+            found[override.key_or_group] = value if plain else _split(line)[1]
+    return found
+
+
 def job_name(name: str, swept: Sequence[str]) -> str:
     """Name of one job: what is swept behind the common name.
 
@@ -97,7 +123,9 @@ def job_name(name: str, swept: Sequence[str]) -> str:
     'smoke-lr=1e-3-cmlm.weight=2-objective=itc+cmlm'
     """
     pairs = [_split(line) for line in swept]
-    pairs = [(key, value) for key, value in pairs if key != "run.name" and not key.startswith("hydra.")]
+    pairs = [
+        (key, value) for key, value in pairs if key not in ("run.name", "run.resume") and not key.startswith("hydra.")
+    ]
     if not pairs:
         return name
     labels = _label([key for key, _ in pairs])

@@ -29,6 +29,8 @@ from m2_encoder.files import file_sha256, write_json, write_text
 
 CONFIG_FILE: Final = "config.yaml"
 FROZEN_FILE: Final = "frozen.json"
+CHECK_FILE: Final = "data_check.json"
+"""What was found in the sources of the run before its first step, and in which."""
 
 WHOLE_BYTES: Final = 1 << 24
 """Files up to this size are digested whole."""

@@ -26,6 +26,7 @@ from m2_encoder.objectives.base import Objective
 from m2_encoder.record import describe_run
 from m2_encoder.runs.ending import RunEnd
 from m2_encoder.runs.export import trained_head
+from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.callbacks.checkpoint import BEST_NAME
 from m2_encoder.training.callbacks.monitors import BestCheckpoint
 
@@ -40,7 +41,7 @@ def report_run(
     cfg: Mapping[str, Any],
     end: RunEnd,
     best: BestCheckpoint | None,
-    started: float,
+    times: FitTimes,
 ) -> dict[str, float]:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
 
@@ -54,7 +55,7 @@ def report_run(
         advice = "nothing is reported or exported; go on from an earlier checkpoint, or train with a lower optimizer.lr"
         raise UserError(f"the trained model is broken: {broken} holds values that are NaN or infinite; {advice}")
     console = open_console()
-    with console.status("evaluating"):
+    with console.status("evaluating"), times.measuring("evaluation_s"):
         context = EvaluationContext(
             model=model,
             tokenizer=datamodule.tokenizer,
@@ -67,9 +68,13 @@ def report_run(
             run=_run_facts(cfg, run_folder, end, datamodule),
         )
         results = run_tasks(tasks, context)
-    wall_time_s = round(time.time() - started, 3)
+    wall_time_s = round(time.time() - times.started, 3)
     summary = summarize(results)
-    training = {"throughput": _throughput(run_folder / "metrics.jsonl"), "wall_time_s": wall_time_s}
+    training = {
+        "throughput": _throughput(run_folder / "metrics.jsonl"),
+        "wall_time_s": wall_time_s,
+        "timing": times.to_plain(),
+    }
     progress: dict[str, Any] = {"finished": end.is_finished, "steps": end.step, "planned_steps": end.planned}
     if end.reason:
         progress["ended_by"] = end.reason

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
+from m2_encoder.config.sweep_jobs import EXIT_PRUNED
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
@@ -28,11 +29,13 @@ from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
+from m2_encoder.runs.pruning import find_pruning
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
+from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.first_validation import FirstValidation
@@ -45,7 +48,7 @@ Taken: TypeAlias = tuple[M2Encoder | VisualTokenizer | None, Mapping[str, Object
 
 
 def train(cfg: dict[str, Any]) -> dict[str, float]:
-    """Trains, evaluates and exports one run; its final metrics by name, on the first rank alone.
+    """Trains, evaluates and exports one run; its last metrics by name, those of the end on the first rank alone.
 
     Raises:
         UserError: for data, weights or a checkpoint that cannot be used.
@@ -73,12 +76,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
     callbacks = build_callbacks(cfg, folder, module)
     stopped = find_stop(newest, callbacks)
-    trained = cfg
-    if newest is not None:
-        is_over = bool(stopped) or newest.step >= cfg["trainer"]["max_steps"]
-        check_resume(module, cfg, folder, newest.path, is_over=is_over)
-        if is_over and (folder / CONFIG_FILE).is_file():
-            trained = read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
+    trained = cfg if newest is None else _check_newest(newest, module, cfg, folder, stopped=stopped)
     checked = check_data(datamodule, folder, resumes=resumes)
 
     def write_records() -> None:
@@ -87,8 +85,9 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_frozen(folder, frozen, resumes=resumes)
         write_check(folder, checked)
 
-    first_step = FirstStep(write_records)
-    trainer, metrics = build_trainer(cfg, folder, [first_step, FirstValidation(), *callbacks])
+    first_step, times = FirstStep(write_records), FitTimes(started)
+    pruning = find_pruning(cfg)
+    trainer, metrics = build_trainer(cfg, folder, [first_step, FirstValidation(), times, *pruning, *callbacks])
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
     metrics_of_end: dict[str, float] | None = None
@@ -102,10 +101,38 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
             first_step.pass_by(trainer)  # no step is left where all were done already
             best = take_best(run.module, callbacks, folder) if cfg["run"].get("final") == "best" else None
             taken = _take_model(run.module)
-        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, best=best, started=started)
+        if any(each.is_over for each in pruning):
+            metrics_of_end = {}
+            _end_pruned(run, cfg)
+        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, best=best, times=times)
     finally:
         _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
-    return metrics_of_end
+    return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **metrics_of_end}
+
+
+def _check_newest(newest: Newest, module: Module, cfg: dict[str, Any], folder: Path, *, stopped: str) -> dict[str, Any]:
+    """Refuses a checkpoint that does not fit; the configuration of the training that it is of, or that goes on.
+
+    Raises:
+        UserError: as `check_resume`.
+    """
+    is_over = bool(stopped) or newest.step >= cfg["trainer"]["max_steps"]
+    check_resume(module, cfg, folder, newest.path, is_over=is_over)
+    if is_over and (folder / CONFIG_FILE).is_file():
+        return read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
+    return cfg
+
+
+def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
+    """Ends a trial that its search has given up: its checkpoints stay, it is not evaluated nor exported.
+
+    Raises:
+        SystemExit: always; with a code that says so on the first rank.
+    """
+    if run.trainer.is_global_zero:
+        step, steps = run.trainer.global_step, cfg["trainer"]["max_steps"]
+        say(f"run {cfg['run']['name']}: pruned at step {step} of {steps}: other trials were better by then", error=True)
+    raise SystemExit(EXIT_PRUNED if run.trainer.is_global_zero else 0)
 
 
 def _finish(
@@ -117,7 +144,7 @@ def _finish(
     *,
     trained: dict[str, Any],
     best: int | None,
-    started: float,
+    times: FitTimes,
 ) -> dict[str, float]:
     """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone.
 
@@ -136,7 +163,7 @@ def _finish(
         cfg=cfg,
         end=end,
         best=find_best(run.trainer.callbacks),  # type: ignore[attr-defined]
-        started=started,
+        times=times,
     )
     if not cfg["run"]["export"]:
         return metrics

@@ -25,10 +25,8 @@ from m2_encoder.files import write_json
 from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.schedule import ever_active
+from m2_encoder.runs.folder import CHECK_FILE
 from m2_encoder.types import LANGUAGES
-
-CHECK_FILE: Final = "data_check.json"
-"""In the run's folder: what was found in its sources, and in which."""
 
 _MAX_NAME: Final = 40  # characters of a source in a table
 

@@ -9,13 +9,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 import torch
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 
 import m2_encoder
-from m2_encoder.analysis import read_run, read_runs
+from m2_encoder.analysis import read_run, read_runs, use_font
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import load_model
+from m2_encoder.config.sweep_jobs import JobOutcome, write_outcome
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import UserError
 from m2_encoder.pictures import STANDARD
@@ -148,3 +152,77 @@ def test_the_folder_of_a_run_opens_its_export(tmp_path: Path) -> None:
     export_model(tmp_path / "run" / "export", model=model, tokenizer=tokenizer, pictures=STANDARD)
     loaded = m2_encoder.load(tmp_path / "run")
     assert torch.equal(loaded.model.encode_text(tokenizer(["猫"])), model.encode_text(tokenizer(["猫"])))
+
+
+def test_time_is_told_apart(tmp_path: Path) -> None:
+    """Two windows of 80 pairs, at 8 and 4 pairs a second, of which a tenth and a half were spent waiting."""
+    folder = write_run(tmp_path / "a", recall=1.0)
+    speeds = [(10, 80, 8.0, 0.1), (15, 120, None, None), (20, 160, 4.0, 0.5)]
+    keys = ("step", "samples_seen", "perf/samples_per_s", "perf/data_wait")
+    lines = [{key: value for key, value in zip(keys, line, strict=True) if value is not None} for line in speeds]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    assert read_run(folder).timing == pytest.approx({"waiting for data": 11.0, "steps": 19.0})
+    summary = {"wall_time_s": 50.0, "metrics": {}}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    assert read_run(folder).timing["rest"] == pytest.approx(20.0)
+    timing = {"from_step": 10, "start_s": 3.0, "training_s": 22.0, "validation_s": 5.0, "evaluation_s": 9.0}
+    (folder / "summary.json").write_text(json.dumps({**summary, "timing": timing}), encoding="utf-8")
+    expected = {"start": 3, "waiting for data": 11, "steps": 19, "validation": 5, "saving, logging": 2}
+    assert read_run(folder).timing == pytest.approx({**expected, "evaluation": 9, "export, rest": 11})
+
+
+def test_runs_of_a_sweep_are_found_by_its_folder(tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "multirun" / "lr"
+    for lr in ("2", "10"):
+        folder = write_run(tmp_path / "outputs" / f"lr={lr}", lr=float(lr), recall=1.0)
+        write_outcome(sweep, JobOutcome(folder.name, "finished", str(folder)))
+    write_outcome(sweep, JobOutcome("lr=x", "refused", str(tmp_path / "outputs" / "lr=x"), "no number"))
+    assert [run.name for run in read_runs(sweep)] == ["lr=2", "lr=10"]
+    (tmp_path / "outputs").rename(tmp_path / "copied")
+    assert [run.name for run in read_runs(tmp_path / "copied" / "multirun" / "lr")] == ["lr=2", "lr=10"]
+
+
+def test_a_path_counts_from_the_checkout_where_nothing_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "train.yaml").touch()
+    (tmp_path / "src" / "m2_encoder").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    write_run(tmp_path / "outputs" / "a")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert read_run("outputs/a").name == "a"
+    assert len(read_runs("outputs/a*")) == 1
+    with pytest.raises(UserError, match="no run there"):
+        read_runs("outputs/b-*")
+
+
+def test_runs_at_work_are_told_from_finished_ones(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", seed=0, recall=4.0)
+    write_run(tmp_path / "b", seed=1)
+    assert [run.name for run in read_runs(tmp_path).finished] == ["a"]
+
+
+def test_a_run_of_older_code_has_facts_and_times() -> None:
+    run = read_run(OLDER)
+    assert {"run", "trained", "model"} <= set(run.facts.column("what"))
+    assert all(seconds >= 0 for seconds in run.timing.values())
+    assert not run.sources
+
+
+def test_curves_are_found_by_pattern_and_smoothed(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    assert run.curves("train/*") == {"train/loss/total": run.curve("train/loss/total")}
+    assert run.curves("val/*") == {}
+    assert run.curve("train/loss/total").smoothed(3).values == pytest.approx([1.0, 11 / 18, 1 / 3])
+
+
+def test_a_user_error_is_one_line_in_a_notebook() -> None:
+    """IPython asks an error for what to show in place of its traceback."""
+    error = UserError("must be above 0", key="lr", value=-1)
+    assert error._render_traceback_() == ["UserError: lr=-1: must be above 0"]
+
+
+def test_the_shipped_font_draws_both_languages() -> None:
+    with mpl.rc_context():
+        assert use_font() in mpl.rcParams["font.family"]
+        path = font_manager.findfont(use_font(), fallback_to_default=False)
+    assert {ord(sign) for sign in "猫狗aZ"} <= set(FT2Font(path).get_charmap())

@@ -225,7 +225,7 @@ def test_a_job_that_fails_does_not_end_the_others(
         "  try-size=2: refused (data=x: the file is gone)",
         "  try-size=3: failed (RuntimeError: no more memory)",
         "  try-size=4: failed (exit code 1)",
-        "m2-tool: the same command with run.resume=auto runs what is left",
+        "m2-tool: the same command runs what is left",
     ]
 
 

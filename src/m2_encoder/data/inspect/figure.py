@@ -50,7 +50,7 @@ def draw_statistics(
     Raises:
         UserError: if the font cannot be read, or the place cannot be written.
     """
-    families, drawable = _load_fonts(font)
+    families, drawable = load_fonts(font)
     settings: dict[Any, Any] = {
         "font.family": families,
         "font.size": 9,
@@ -74,8 +74,12 @@ def draw_statistics(
             figure.savefig(temporary, format=path.suffix[1:])
 
 
-def _load_fonts(font: Path | None) -> tuple[list[str], frozenset[int]]:
-    """Families in the order of preference, and all characters that one of them draws."""
+def load_fonts(font: Path | None = None) -> tuple[list[str], frozenset[int]]:
+    """Makes matplotlib know the shipped font, and another one that is tried before it.
+
+    Returns:
+        Families in the order of preference, and all characters that one of them draws.
+    """
     names: list[str] = []
     characters: set[int] = set()
     resource = files("m2_encoder").joinpath("assets", "fonts", "NotoSansSC-subset.ttf")

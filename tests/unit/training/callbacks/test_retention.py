@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from m2_encoder.checkpoints.training_state import find_newest
+from m2_encoder.errors import CheckpointError
 from m2_encoder.training.callbacks import checkpoint as subject
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from tests.support.training import LIGHTNING_WARNINGS, make_datamodule, make_module, make_trainer
@@ -56,7 +57,7 @@ def test_a_run_that_goes_on_counts_on(
     def kill(path: Path) -> None:
         raise KeyboardInterrupt  # between the new checkpoint and the end of an old one
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # noqa: PT012
         patch.setattr(subject, "delete", kill)
         fit(emoji_folder, folder, steps=9, resumes=True, **settings)
     assert steps_in(folder) == [3, 4, 5]
@@ -99,7 +100,7 @@ def test_nothing_is_deleted_where_the_new_one_cannot_be_written(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(Exception, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):  # noqa: PT012
         patch.setattr(torch, "save", full)
         fit(emoji_folder, folder, steps=4, resumes=True, keep_last=1)
     assert steps_in(folder) == [2]
