@@ -6,6 +6,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 THREADS ?= 2
 TRAIN   ?= m2-train +experiment=emoji run.resume=auto
+SWEEP   ?= m2-train sweep=emoji
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -31,6 +32,10 @@ install: $(INSTALLED) ## .venv with the project and its tools, at the tested ver
 .PHONY: train
 train: install ## unpack the built-in zh/en data, train on it, evaluate, show the table
 	$(BIN)/$(TRAIN)
+
+.PHONY: sweep
+sweep: install ## 16 short runs: what groups and micro-batches buy; table, picture; continues where it was stopped
+	$(BIN)/$(SWEEP)
 
 .PHONY: test
 test: install ## all tests that need neither a GPU, the network nor much patience, in THREADS processes

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from m2_encoder import M2Encoder
 from m2_encoder.models.config import NAME_TO_CONFIG
 from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
-from m2_encoder.objectives import image_text_contrastive
-from m2_encoder.training.step import encode_pieces
+from m2_encoder.objectives import encode_pieces, image_text_contrastive
 from m2_encoder.types import TextTokens
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -14,8 +14,7 @@ from m2_encoder.distributed.gradients import average_over_ranks, whole_tensor
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import shard_model
 from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
-from m2_encoder.objectives import image_text_contrastive
-from m2_encoder.training.step import encode_pieces
+from m2_encoder.objectives import encode_pieces, image_text_contrastive
 from m2_encoder.types import HeadFeatures, TextTokens
 from tests.support.plain_contrastive import world_loss
 from tests.support.rank_pool import RankPool, Seat

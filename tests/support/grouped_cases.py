@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from m2_encoder.objectives import image_text_contrastive
-from m2_encoder.training.step import encode_pieces
+from m2_encoder.objectives import encode_pieces, image_text_contrastive
 from tests.support.plain_contrastive import world_loss
 from tests.support.rank_pool import Seat
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import statistics
 import textwrap
@@ -27,6 +28,8 @@ _COLORS: Final = ("#0b5394", "#c05621", "#4aa3df", "#6b8e23", "#8e5ea2", "#9aa5b
 _SEED: Final = "seed"
 _MOST_FACTORS: Final = 6
 _MOST_PAIRS: Final = 3
+_MOST_IN_ROW: Final = 3
+_WIDTH: Final = 30  # characters that fit below a panel side by side
 
 
 def draw_effects(path: str | os.PathLike[str], runs: Runs, metrics: Sequence[str] | None = None) -> Path:
@@ -52,22 +55,24 @@ def plot_effects(runs: Runs, metrics: Sequence[str] | None = None) -> Figure:
     scored = runs.scored(*chosen)
     factors = sorted(runs.factors, key=lambda key: -_effect(scored, key))[:_MOST_FACTORS]
     pairs = list(itertools.combinations(factors[:3], 2))[:_MOST_PAIRS]
-    columns = max(len(factors), len(pairs), 2)
-    with matplotlib.rc_context({"font.size": 9, "axes.edgecolor": _MUTED}):
-        rows = 2 if pairs else 1
-        figure = Figure(figsize=(3.1 * columns, 3.0 * rows + 0.7), dpi=150, facecolor="white", layout="constrained")
+    panels: list[str | tuple[str, str]] = [*factors, *pairs]
+    split = len(factors) if len(panels) > _MOST_IN_ROW and pairs else len(panels)
+    rows = [each for each in (panels[:split], panels[split:]) if each]
+    columns = max(map(len, rows))
+    with matplotlib.rc_context({"font.size": 9, "axes.edgecolor": _MUTED, "svg.fonttype": "none"}):
+        size = (max(3.1 * columns, 5.0), 3.0 * len(rows) + 0.9)
+        figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        grid = figure.subplots(len(rows), columns, sharey=True, squeeze=False)
         for axes in grid.flat:
             axes.set_visible(False)
-        for axes, key in zip(grid[0], factors, strict=False):
-            _draw_main(axes, scored, key)
-        for axes, (key, other) in zip(grid[-1], pairs, strict=False):
-            _draw_pair(axes, scored, key, other)
+        for line, row in zip(grid, rows, strict=True):
+            for axes, panel in zip(line, row, strict=False):
+                _draw_main(axes, scored, panel) if isinstance(panel, str) else _draw_pair(axes, scored, *panel)
         figure.suptitle(
             f"{len(scored)} runs: what changes the mean recall", x=0.012, ha="left", fontsize=13, color=_INK
         )
-        note = "\n".join(textwrap.wrap(_caption(scored, chosen), 50 * columns))
+        note = "\n".join(textwrap.wrap(_caption(scored, chosen, factors), int(15.5 * size[0])))
         figure.supxlabel(note, x=0.012, ha="left", fontsize=7.5, color=_MUTED)
     return figure
 
@@ -114,7 +119,12 @@ def _draw_line(
 def _finish(axes: Axes, scored: _Scored, key: str) -> None:
     axes.set_visible(True)
     levels = _levels(scored, key)
-    axes.set_xticks(range(len(levels)), [show_value(level) or "null" for level in levels])
+    labels = [_show_level(level) for level in levels]
+    axes.set_xticks(range(len(levels)), labels)
+    if sum(map(len, labels)) + 2 * len(labels) > _WIDTH:
+        axes.tick_params(axis="x", labelrotation=20)
+        for text in axes.get_xticklabels():
+            text.set(ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.4, len(levels) - 0.6)
     axes.set_xlabel(key, color=_INK)
     axes.tick_params(colors=_MUTED, length=0, labelleft=True)
@@ -122,6 +132,10 @@ def _finish(axes: Axes, scored: _Scored, key: str) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+
+
+def _show_level(level: object) -> str:
+    return textwrap.shorten(show_value(level) or "null", _WIDTH, placeholder="…")
 
 
 def _draw_main(axes: Axes, scored: _Scored, key: str) -> None:
@@ -136,13 +150,17 @@ def _draw_pair(axes: Axes, scored: _Scored, key: str, other: str) -> None:
     levels = _levels(scored, other)
     for number, (color, level) in enumerate(zip(itertools.cycle(_COLORS), levels, strict=False)):
         shift = 0.06 * (number - (len(levels) - 1) / 2)  # equal lines would hide each other
-        _draw_line(axes, scored, key, {other: level}, color, label=show_value(level) or "null", shift=shift)
+        _draw_line(axes, scored, key, {other: level}, color, label=_show_level(level), shift=shift)
     _finish(axes, scored, key)
     axes.legend(title=other, fontsize=7.5, title_fontsize=7.5, frameon=False)
 
 
-def _caption(scored: _Scored, metrics: Sequence[str]) -> str:
+def _caption(scored: _Scored, metrics: Sequence[str], factors: Sequence[str]) -> str:
     seeds = len(_levels(scored, _SEED))
     what = f"Mean of {', '.join(metrics)}, percent. Points: runs. Lines: means of a level over all runs that have it."
     bars = f"Bars: standard deviation over {seeds} seeds." if seeds > 1 else "One seed: nothing is known about chance."
-    return f"{what} {bars}"
+    runs = [repr([settings.get(key) for key in (*factors, _SEED)]) for settings, _ in scored]
+    is_whole = len(set(runs)) == math.prod(len(_levels(scored, key)) for key in (*factors, _SEED))
+    return f"{what} {bars}" + (
+        "" if is_whole else " Not every combination was run: levels differ in more than one thing."
+    )

@@ -34,6 +34,7 @@ from m2_encoder.config.job import (
     FULL_ERROR,
     Job,
     hydra_line,
+    is_silent,
     named_place,
     rename,
     report_problems,
@@ -52,6 +53,7 @@ from m2_encoder.config.sweep_jobs import (
     read_jobs,
     read_outcomes,
     settings_digest,
+    telling,
 )
 from m2_encoder.config.sweep_life import await_run, end_with_sweep, hold_sweep, refuse_second
 from m2_encoder.config.sweeps import (
@@ -138,6 +140,7 @@ class _Sweep(NamedTuple):
     folder: Path
     names: list[str] | None  # of its jobs; None where the sweeper decides them later
     is_here: bool  # they run on this machine
+    is_silent: bool  # they do not reach the terminal
 
 
 def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
@@ -210,12 +213,19 @@ def _run(command: Command, argv: Sequence[str]) -> int:
 @contextlib.contextmanager
 def _running(command: Command, sweep: _Sweep, started: float) -> Iterator[None]:
     """While a sweep runs: it is the only one in its folder, and says what it has left when a signal ends it."""
-    with hold_sweep(sweep.folder):
+
+    def tell(line: str) -> None:
+        say(f"{command.name}: {line}", error=True)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold_sweep(sweep.folder))
+        if sweep.is_silent and sweep.names is not None:
+            stack.enter_context(telling(sweep.folder, sweep.names, since=started, say=tell))
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            first, *_ = describe_outcomes(read_outcomes(sweep.folder, sweep.names, since=started))
-            say(f"{command.name}: {first}; the same command goes on", error=True)
+            outcomes = read_outcomes(sweep.folder, sweep.names, since=started)
+            tell(f"{sum(map(is_done, outcomes))} of {len(outcomes)} jobs are done; the same command goes on")
             raise
 
 
@@ -227,7 +237,7 @@ def _end_sweep(command: Command, sweep: _Sweep, started: float) -> int:
     done = all(map(is_done, outcomes))
     first, *rest = describe_outcomes(outcomes)
     say(f"{command.name}: {first}", *rest, error=True)
-    if not done and command.run_folder is not None:
+    if not done and command.run_folder is not None and sweep.names is not None:
         say(f"{command.name}: the same command runs what is left", error=True)
     return 0 if done else 1
 
@@ -274,11 +284,14 @@ def _plan_sweep(
     command: Command, composer: Composer, lines: list[str], first: Composition, trusted: frozenset[str] | None
 ) -> _Plan:
     """Validates every job before the first one starts, and names them as they were named before."""
-    constant = [line for line in lines if not is_sweep_line(line)]
     folder = _sweep_folder(lines, first)
-    is_here = runs_here(first.hydra)
-    if is_here:
+    sweep = _Sweep(folder, None, runs_here(first.hydra), is_silent(first.hydra))
+    if sweep.is_here:
         refuse_second(folder)
+    goes_on = "resume" in (first.cfg.get("run") or {}) and not any("run.resume=" in line for line in lines)
+    lines = [*lines, "run.resume=auto"] if goes_on else lines
+    preset = preset_lines(first.hydra, lines)
+    constant = [line for line in (*preset, *lines) if not is_sweep_line(line)]
     if is_search(first.hydra):
         check = resolve("m2_encoder.search.check:check_search")
 
@@ -286,11 +299,7 @@ def _plan_sweep(
             return _find_problems(command, composer.compose(job), composer.folder, trusted)
 
         refuse_all(check(lines, first.hydra, find))
-        return _sweep_plan(folder, lines, constant, None, is_here=is_here)
-    goes_on = "resume" in (first.cfg.get("run") or {}) and not any("run.resume=" in line for line in lines)
-    lines = [*lines, "run.resume=auto"] if goes_on else lines
-    preset = preset_lines(first.hydra, lines)
-    constant = [line for line in (*preset, *lines) if not is_sweep_line(line)]
+        return _sweep_plan(lines, constant, sweep)
     known = {each.settings: each for each in read_jobs(folder) if each.settings}
     problems: list[Problem] = []
     names: list[str] = []
@@ -299,7 +308,7 @@ def _plan_sweep(
         swept = without_constant(job, constant)
         before = known.get(settings_digest(composition.cfg))
         name = rename(command, composition.cfg, swept, before.name if before and before.name not in names else None)
-        if is_here and before is not None and before.state == "at work":
+        if sweep.is_here and before is not None and before.state == "at work":
             await_run(Path(before.folder))
         found = _find_problems(command, composition, composer.folder, trusted)
         if not found and command.check_job:
@@ -312,14 +321,11 @@ def _plan_sweep(
     # Hydra composes what is not swept alone, before any job.
     fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
     refuse_all(problems or [each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
-    return _sweep_plan(folder, lines, constant, names if is_basic(first.hydra) else None, is_here=is_here)
+    return _sweep_plan(lines, constant, sweep._replace(names=names if is_basic(first.hydra) else None))
 
 
-def _sweep_plan(
-    folder: Path, lines: list[str], constant: list[str], names: list[str] | None, *, is_here: bool
-) -> _Plan:
-    more = [*_quiet(lines), hydra_line("hydra.sweep.dir", str(folder))]
-    return _Plan([*lines, *more], constant, sweep=_Sweep(folder, names, is_here))
+def _sweep_plan(lines: list[str], constant: list[str], sweep: _Sweep) -> _Plan:
+    return _Plan([*lines, *_quiet(lines), hydra_line("hydra.sweep.dir", str(sweep.folder))], constant, sweep=sweep)
 
 
 def _find_problems(

@@ -27,12 +27,12 @@ from m2_encoder.config.sweep_jobs import (
     JOBS_FOLDER,
     JobOutcome,
     describe_crash,
-    describe_rest,
+    describe_job,
     read_outcomes,
     settings_digest,
     write_outcome,
 )
-from m2_encoder.config.sweep_life import environment_of_job, sweep_lives
+from m2_encoder.config.sweep_life import environment_of_job, leave_with_sweep
 from m2_encoder.config.sweeps import job_name, without_constant
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import UserError
@@ -125,31 +125,29 @@ class Job:
 
     def _run_of_sweep(self, cfg: dict[str, Any], job: JobOutcome, settings: Any) -> JobOutcome:
         """One job: whatever becomes of it, the others are run; only a signal ends them all."""
-        if not sweep_lives():
-            raise SystemExit(128 + signal.SIGTERM)
+        leave_with_sweep()
         sweep, command = Path(settings.sweep.dir), self._command
-        total = "" if self._names is None else f"/{len(self._names)}"
-        title = f"{command.name}: {settings.job.num + 1}{total} {job.name}"
+        number = settings.job.num
         if command.is_done and resolve(command.is_done)(cfg):
             outcome = self._measure(cfg, job._replace(state="skipped"))
-            write_outcome(sweep, outcome)
-            say(f"{title}: has finished before", error=True)
-            return outcome
-        write_outcome(sweep, job)
-        say(title, error=True)
-        begun = time.monotonic()
-        if command.module:
-            log = None if is_alone(settings) else sweep / JOBS_FOLDER / f"{job.name}.log"
-            outcome = self._run_process(job, settings, log)
         else:
-            outcome = self._run_here(cfg, job)
-        outcome = self._measure(cfg, outcome._replace(seconds=round(time.monotonic() - begun, 1)))
+            write_outcome(sweep, job)
+            self._tell(job, number, sweep)
+            begun = time.monotonic()
+            if command.module:
+                log = None if is_alone(settings) else sweep / JOBS_FOLDER / f"{job.name}.log"
+                outcome = self._run_process(job, settings, log)
+            else:
+                outcome = self._run_here(cfg, job)
+            leave_with_sweep()  # it has ended the job, too, which is not to be told
+            outcome = self._measure(cfg, outcome._replace(seconds=round(time.monotonic() - begun, 1)))
         write_outcome(sweep, outcome)
-        said = [f"{outcome.state} ({outcome.reason})" if outcome.reason else outcome.state]
-        if self._names is not None:
-            said.append(describe_rest(read_outcomes(sweep, self._names, since=self._started), since=self._started))
-        say(f"{title}: {'; '.join(said)}", error=True)
+        self._tell(outcome, number, sweep)
         return outcome
+
+    def _tell(self, outcome: JobOutcome, number: int, sweep: Path) -> None:
+        outcomes = None if self._names is None else read_outcomes(sweep, self._names, since=self._started)
+        say(f"{self._command.name}: {describe_job(outcome, number, outcomes, since=self._started)}", error=True)
 
     def _measure(self, cfg: dict[str, Any], outcome: JobOutcome) -> JobOutcome:
         """An outcome with the number of the run."""
@@ -168,7 +166,9 @@ class Job:
         if GROUP_VARIABLE not in os.environ:
             environment[GROUP_VARIABLE] = Path(settings.sweep.dir).name
         arguments = [*self._flags, *lines, *self._fixed]
-        return _judge(job, run_process(self._command.module, arguments, environment=environment, log=log))
+        outcome = _judge(job, run_process(self._command.module, arguments, environment=environment, log=log))
+        reason = outcome.reason.removeprefix(f"{self._command.name}: ")
+        return outcome._replace(reason=reason if log is None or not reason else f"{reason}; see {log}")
 
     def _run_here(self, cfg: dict[str, Any], job: JobOutcome) -> JobOutcome:
         command = self._command
@@ -196,6 +196,11 @@ def is_alone(settings: Any) -> bool:
     return _launcher(settings) == "BasicLauncher"
 
 
+def is_silent(settings: Any) -> bool:
+    """Whether what the jobs of a sweep say does not reach the terminal."""
+    return _launcher(settings) == "LocalLauncher"
+
+
 def _launcher(settings: Any) -> str:
     return str(settings.launcher._target_).rpartition(".")[2]
 
@@ -204,7 +209,7 @@ def _judge(job: JobOutcome, ended: Ended) -> JobOutcome:
     """What became of a job, by its exit code."""
     if ended.code in (0, EXIT_PRUNED):
         return job._replace(state="finished" if ended.code == 0 else "pruned")
-    reason = ended.said.removeprefix("m2-train: ") if ended.said else f"exit code {ended.code}"
+    reason = ended.said if ended.said else f"exit code {ended.code}"
     if ended.code - 128 in set(signal.Signals):  # it could not say anything
         reason = f"ended by {signal.Signals(ended.code - 128).name}"
     return job._replace(state="refused" if ended.code == EXIT_USER_ERROR else "failed", reason=reason)

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -96,6 +98,44 @@ def describe_crash(error: BaseException) -> str:
     """An unexpected error in one line; its traceback goes to stderr."""
     traceback.print_exception(error, file=sys.stderr)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def describe_job(outcome: JobOutcome, number: int, outcomes: Sequence[JobOutcome] | None, *, since: float) -> str:
+    """A line on a job that begins or has ended, with what is left where all `outcomes` of the sweep are known."""
+    title = f"{number + 1}{'' if outcomes is None else f'/{len(outcomes)}'} {outcome.name}"
+    if outcome.state == "at work":
+        return title
+    if outcome.state == "skipped":
+        return f"{title}: has finished before"
+    what = f"{outcome.state} ({outcome.reason})" if outcome.reason else outcome.state
+    return f"{title}: {what}" + ("" if outcomes is None else f"; {describe_rest(outcomes, since=since)}")
+
+
+@contextlib.contextmanager
+def telling(sweep: Path, names: Sequence[str], *, since: float, say: Callable[[str], None]) -> Iterator[None]:
+    """While inside, says what becomes of each job, for launchers whose jobs have no way to the terminal."""
+    told: dict[str, State] = {}
+    is_over = threading.Event()
+
+    def look() -> None:
+        outcomes = read_outcomes(sweep, names, since=since)
+        for number, outcome in enumerate(outcomes):
+            if outcome.state not in ("not run", told.get(outcome.name)):
+                told[outcome.name] = outcome.state
+                say(describe_job(outcome, number, outcomes, since=since))
+
+    def follow() -> None:
+        while not is_over.wait(0.5):
+            look()
+        look()
+
+    thread = threading.Thread(target=follow, name="sweep", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def describe_rest(outcomes: Sequence[JobOutcome], *, since: float) -> str:

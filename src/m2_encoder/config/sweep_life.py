@@ -23,6 +23,7 @@ from m2_encoder.files import Holder, LockedError, find_holder, hold_lock
 _VARIABLE: Final = "M2_ENCODER_SWEEP"
 """For the processes of a sweep: the number of its first process, of the one that started this one, and its folder."""
 
+_WATCH: Final = "sweep"  # name of a thread
 _ATTEMPTS: Final = 5
 _LOOKS_S: Final = 1.0
 _PATIENCE_S: Final = 90.0  # for what was started by an earlier process of this sweep, and saves its step
@@ -85,9 +86,20 @@ def environment_of_job() -> dict[str, str]:
     return {_VARIABLE: f"{first} {os.getpid()} {folder}"} if folder else {}
 
 
-def sweep_lives() -> bool:
-    """Whether the first process of the sweep that this one works for is still there; yes where there is none."""
-    return _lives(os.environ.get(_VARIABLE))
+def leave_with_sweep() -> None:
+    """Ends this process if it works for a sweep, as a launcher's process, whose first process is gone: now or later."""
+    given = os.environ.get(_VARIABLE)
+    if not _lives(given):
+        os._exit(128 + signal.SIGTERM)
+    if _given(given)[0] in (0, os.getpid()) or any(each.name == _WATCH for each in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        while _lives(given):
+            time.sleep(_LOOKS_S)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name=_WATCH, daemon=True).start()
 
 
 def end_with_sweep() -> None:
@@ -105,7 +117,7 @@ def end_with_sweep() -> None:
             time.sleep(_LOOKS_S)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, name="sweep", daemon=True).start()
+    threading.Thread(target=watch, name=_WATCH, daemon=True).start()
 
 
 def _lives(given: str | None) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from m2_encoder.config.check import check_targets, read_parameters
 from m2_encoder.config.compose import open_composer
+from m2_encoder.config.metric_names import check_metric
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import format_problem
 from m2_encoder.config.relations import check_relations
@@ -48,7 +49,8 @@ def validate_train(
     found: dict[str, Problem] = {}
     for problem in (*check_shape(cfg), *check_targets(compared, given=GIVEN_ARGUMENTS)):
         found.setdefault(problem.key, problem)
-    return [*found.values(), *check_relations(cfg, set(found), on_this_machine=on_this_machine)]
+    relations = check_relations(cfg, set(found), on_this_machine=on_this_machine)
+    return [*found.values(), *relations, *check_metric(cfg)]
 
 
 def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> list[Problem]:

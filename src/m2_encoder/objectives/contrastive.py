@@ -11,6 +11,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from m2_encoder.bounds import NotNegative, Rule, check_bounds
+from m2_encoder.distributed.averaging import expect_averages
 from m2_encoder.distributed.collectives import exchange_counts
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
@@ -58,8 +59,7 @@ def image_text_contrastive(
             of each other, with equal shares. None: only an image and its own captions match. On all ranks or none.
         captions_per_image: k, the same on all ranks.
         label_smoothing: share of the target spread evenly over all rows of the group, in [0, 1).
-        equal_rows: promise that all ranks of the group have the same B. Otherwise they exchange it first, through the
-            key-value store: no collective, but half a millisecond.
+        equal_rows: promise that all ranks of the group have the same B; else they tell each other first, in 0.5 ms.
         one_sided: gather the texts alone and let backward send: four matrix products instead of six, faster where
             arithmetic is slower than the network (`contrastive_one_sided`). Needs `equal_rows`.
         debug: refuse features that are not normalised (costs a synchronisation), and ranks that break `equal_rows`
@@ -72,8 +72,9 @@ def image_text_contrastive(
 
     Raises:
         UserError: for shapes, dtypes or devices that do not fit, no rows, a smoothing outside [0, 1), a group that does
-            not hold this rank, a `logit_scale` that was exponentiated already (above log(20,000)), derivatives in
-            forward mode (jvp, jacfwd), or (in debug) features that are not normalised and rows that are not equal.
+            not hold this rank, a `logit_scale` that is an exponential (above log(20,000)) or not finite, derivatives in
+            forward mode, or (in debug) features that are not normalised and rows that are not equal; from `backward`,
+            if DistributedDataParallel does not average the gradients behind it (`distributed.averaging`).
 
     Reference: M2-Encoder (arXiv:2401.15896), grouped aggregation (the formulas are derived here, see
         `contrastive_op`); CLIP (arXiv:2103.00020), Fig. 3; several positives: UniCL (arXiv:2204.03610), Eq. 3-5.
@@ -145,6 +146,7 @@ def contrastive_losses(
         loss, rows, *_ = contrastive_forward(
             *stacked, scales_of_heads, identity, group_name, equal_rows, label_smoothing
         )
+    expect_averages(loss, [*images, *texts, *scales])
     return ContrastiveLosses(loss, rows.detach())
 
 

@@ -34,7 +34,6 @@ def one_sided_forward(
         (M,), without rows if there are none; and on the CPU, int64: rank in the group, whether tiles are in range per
         head.
     """
-    check_log_scales(log_scales)
     process_group = resolve_group(group)
     rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
     rows, captions = images.shape[0], texts.shape[0] // images.shape[0]
@@ -47,6 +46,7 @@ def one_sided_forward(
         positives = Positives(identity, all_identity, own=own, captions=captions)
         tiles = [Tiles(log_scale.exp()) for log_scale in log_scales]
         image_lse, text_lse = _lse(images, all_texts, tiles, process_group)
+        check_log_scales(log_scales)  # here, since the range of the tiles has just been read from the device
         by_image, wanted = [], []
         for head, scale in enumerate(log_scales.exp()):
             image, text = images[:, head].to(scale.dtype), all_texts[:, head]

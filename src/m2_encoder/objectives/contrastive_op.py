@@ -78,7 +78,6 @@ def contrastive_forward(
         logsumexps of all images and texts, (M, H) and (c * M, H); all identities, (M,), or empty; and on the CPU,
         int64: rank in the group, whether tiles are in range for each head, images of each rank.
     """
-    check_log_scales(log_scales)
     process_group = None if group == NO_GROUP else resolve_group(group)
     with torch.autocast(images.device.type, enabled=False):
         place = _find_place(images, process_group, equal_rows=equal_rows)
@@ -89,6 +88,7 @@ def contrastive_forward(
             _local_lse(images[:, head], texts[:, head], keys[0][:, head], keys[1][:, head], log_scales[head], place)
             for head in range(images.shape[1])
         ]
+        check_log_scales(log_scales)  # here, since the range of the tiles has just been read from the device
         image_lse, text_lse = (torch.stack(side, dim=1) for side in zip(*lse, strict=True))
         image_lse, text_lse, all_identity = _gather_lse(image_lse, text_lse, identity, place, process_group)
         positives = Positives(identity, all_identity, own=own, captions=captions)

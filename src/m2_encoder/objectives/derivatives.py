@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from m2_encoder.errors import UserError
 
 MAX_SCALE: Final = 2e4
-"""Of exp(logit_scale). The published model, as CLIP, ends at 100; an exponential given for its log is beyond this."""
+"""Of exp(logit_scale), 9.9 as a log: models end at 100 (4.6), exponentials start at 10 (SigLIP) or 14.3 (CLIP)."""
 
 
 def refuse_forward_mode(name: str, *tensors: Tensor) -> None:
@@ -45,18 +45,27 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def check_log_scales(log_scales: Tensor) -> None:
-    """Refuse a scale that was exponentiated already; one synchronisation.
+    """Refuse a scale that was exponentiated already, or is not finite.
+
+    Reads one number from the device: call it where the loss has just waited for the device anyway.
 
     Args:
-        log_scales: of all heads, any shape; what is not finite passes, which training counts and skips.
+        log_scales: of all heads, any shape.
 
     Raises:
-        UserError: for a scale above `MAX_SCALE`.
+        UserError: for a scale above `MAX_SCALE`, an infinity or NaN.
     """
     scales = log_scales.detach()
-    if bool(((scales > math.log(MAX_SCALE)) & scales.isfinite()).any()):
-        largest = float(scales.max())
+    is_right = scales.isfinite() & (scales <= math.log(MAX_SCALE))
+    if bool(is_right.all()):
+        return
+    wrong = float(scales[~is_right].flatten()[0])
+    if not math.isfinite(wrong):
         raise UserError(
-            f"logit_scale={largest:.4g} must be at most {math.log(MAX_SCALE):.4g}: it is the log of the inverse "
-            f"temperature; if the scale is {largest:.4g}, give its log, {math.log(largest):.4g}"
+            f"logit_scale={wrong} must be finite: it is the log of the inverse temperature; give model.logit_scale, "
+            "not its exp(); or has an update made it so? Then lower the learning rate, or clamp the scale"
         )
+    raise UserError(
+        f"logit_scale={wrong:.4g} must be at most {math.log(MAX_SCALE):.4g}: it is the log of the inverse temperature; "
+        f"give model.logit_scale, not its exp(); of a scale that is {wrong:.4g}, give the log, {math.log(wrong):.4g}"
+    )

@@ -43,6 +43,7 @@ from m2_encoder.distributed.collectives import exchange_counts, gather_constant
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import LocalTerms, ObjectiveInputs, PairObjective
+from m2_encoder.objectives.derivatives import check_log_scales
 from m2_encoder.objectives.passes import HardPairs, PiecePairs
 from m2_encoder.objectives.schedule import Schedule
 from m2_encoder.types import TextTokens
@@ -88,6 +89,7 @@ class Matching(PairObjective):
         if inputs.batch is None:
             raise UserError("matching reads images and captions; ObjectiveInputs needs the batch")
         batch, captions = inputs.batch, inputs.batch.captions_per_image
+        check_log_scales(inputs.logit_scale)
         scale = self._hardness * inputs.logit_scale.exp()
         others = _gather(inputs, batch.text)
         places = _sample_uniform(len(others.features), seed=self._seed, step=inputs.step)[:, others.own]

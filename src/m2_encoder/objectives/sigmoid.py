@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.bounds import NotNegative, check_bounds
+from m2_encoder.distributed.averaging import expect_averages
 from m2_encoder.distributed.collectives import gather_constant, scatter_sums
 from m2_encoder.errors import UserError
 from m2_encoder.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput
@@ -97,8 +98,8 @@ def sigmoid_losses(
         weigh its loss equally: the gradients of others' images are exchanged before backward.
 
     Raises:
-        UserError: for shapes that do not fit, a scale that was exponentiated already, derivatives in forward mode or
-            of second order.
+        UserError: for shapes that do not fit, a scale that was exponentiated already or is not finite, derivatives in
+            forward mode or of second order; from `backward` as `image_text_contrastive`.
     """
     images, texts = tuple(image_features.shape), tuple(text_features.shape)
     if len(images) != 2 or not images[0] or len(texts) != 2 or texts[0] % images[0] or texts[1] != images[1]:
@@ -115,6 +116,7 @@ def sigmoid_losses(
             identity,
             group,
         )
+    expect_averages(loss, [image_features, text_features, logit_scale])
     return ObjectiveOutput(loss=loss, per_sample=rows)
 
 

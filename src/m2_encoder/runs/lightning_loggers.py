@@ -72,12 +72,19 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def resume_at(self, step: int) -> None:
-        """Drop lines of steps after `step`, which a resumed run will write again."""
+        """Drop lines of steps after `step`, which a resumed run will write again; that of `step` goes on."""
         if not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if 0 <= _step_of(line) <= step]
         write_text(self.path, "".join(f"{line}\n" for line in kept))
+        if kept and _step_of(kept[-1]) == step:
+            self._step, self._record = step, json.loads(kept[-1])
+            self._line_start = sum(len(line.encode()) + 1 for line in kept[:-1])
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the newest line is that of `step` and has metrics of a validation."""
+        return self._step == step and any(name.startswith("val/") for name in self._record)
 
 
 class QuietWandbLogger(WandbLogger):

@@ -41,7 +41,7 @@ class Pruning(Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Report, and decide."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.global_step >= trainer.max_steps:
             return
         if trainer.is_global_zero:
             values = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -51,8 +51,7 @@ class Pruning(Callback):
                 value = None
             if value is not None and math.isfinite(value):
                 self._trial.report(trainer.global_step, value)
-        if trainer.global_step < trainer.max_steps:
-            self._decide(trainer)
+        self._decide(trainer)
 
     def _decide(self, trainer: lightning.Trainer) -> None:
         step = trainer.global_step

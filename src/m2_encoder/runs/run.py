@@ -28,6 +28,7 @@ from m2_encoder.runs.ending import describe_end
 from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
 from m2_encoder.runs.lightning_loggers import QuietWandbLogger
+from m2_encoder.runs.missed_validation import MissedValidation
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.pruning import find_pruning
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
@@ -87,7 +88,8 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
 
     first_step, times = FirstStep(write_records), FitTimes(started)
     pruning = find_pruning(cfg)
-    trainer, metrics = build_trainer(cfg, folder, [first_step, FirstValidation(), times, *pruning, *callbacks])
+    own = [first_step, FirstValidation(), MissedValidation(), times, *pruning]
+    trainer, metrics = build_trainer(cfg, folder, [*own, *callbacks])
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
     metrics_of_end: dict[str, float] | None = None

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from m2_encoder.config.check import check_settings, make_settings
 from m2_encoder.config.problems import refuse_all
-from m2_encoder.config.sweeps import is_sweep_line
+from m2_encoder.config.sweeps import is_sweep_line, preset_lines
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.search.space import Dimension, read_space
 
@@ -40,7 +40,7 @@ def check_search(
         rule = "a search runs its trials one after the other on this machine"
         return [Problem("hydra/launcher", hydra.runtime.choices.get("hydra/launcher"), rule, "leave it out")]
     settings = read_settings(hydra)
-    all_lines = add_params(lines, settings.params)
+    all_lines = [*preset_lines(hydra, lines), *lines]
     constant = [line for line in all_lines if not is_sweep_line(line)]
     if any(is_sweep_line(line) for line in all_lines):
         space = read_space(all_lines)
@@ -72,12 +72,6 @@ def read_settings(hydra: DictConfig) -> Any:
             problems.append(Problem(f"{_KEY}.{name}._target_", NOTHING, "is missing", "name a class of Optuna's"))
     refuse_all(problems)
     return make_settings(SearchSettings, given)
-
-
-def add_params(lines: Sequence[str], params: Mapping[str, Any] | None) -> list[str]:
-    """Overrides with those of `hydra.sweeper.params` in front; the command line's own take their place."""
-    own = {line.partition("=")[0].lstrip("+") for line in lines}
-    return [*(f"{key}={value}" for key, value in (params or {}).items() if key.lstrip("+") not in own), *lines]
 
 
 def _find_useless(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -13,19 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import RUN_LOCK, default_run_folder
+from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.problems import flatten, refuse_all
 from m2_encoder.config.sweep_jobs import JobOutcome, read_outcomes, write_outcome
-from m2_encoder.config.sweeps import is_sweep_line, job_name, without_constant
-from m2_encoder.errors import Problem
-from m2_encoder.files import LockedError, find_holder, hold_lock, write_json
-from m2_encoder.search.check import add_params, read_settings
+from m2_encoder.config.sweep_life import await_run
+from m2_encoder.config.sweeps import is_sweep_line, job_name, preset_lines, without_constant
+from m2_encoder.files import write_json
+from m2_encoder.search.check import read_settings
 from m2_encoder.search.space import read_space
 from m2_encoder.search.study import PRUNED_AT, PRUNER, Study
 from m2_encoder.search.trial import announce_trial
 
 BEST_FILE: Final = "best.json"
-_LOCK: Final = ".search.lock"
 _NO_PART: Final = ("run.resume", "hydra", "logger")  # keys that change no value of a trial
 
 
@@ -33,16 +31,9 @@ def run_search(arguments: Sequence[str], config: DictConfig, launcher: Launcher)
     """Runs the trials of a command line that its journal does not have yet.
 
     Raises:
-        UserError: if the journal in the sweep's folder is another search's, or damaged, or at work.
+        UserError: if the journal in the sweep's folder is another search's, or damaged.
     """
-    folder = Path(config.hydra.sweep.dir)
-    try:
-        with hold_lock(folder / _LOCK):
-            _Search(arguments, config, launcher, folder).run()
-    except LockedError as error:
-        who = "" if error.holder is None else f" ({error.holder.describe()})"
-        rule = f"a search is at work there{who}"
-        refuse_all([Problem("hydra.sweep.dir", str(folder), rule, "wait until it has ended, or end it")])
+    _Search(arguments, config, launcher, Path(config.hydra.sweep.dir)).run()
 
 
 class _Search:
@@ -51,8 +42,8 @@ class _Search:
     def __init__(self, arguments: Sequence[str], config: DictConfig, launcher: Launcher, folder: Path) -> None:
         self._config, self._launcher, self._folder = config, launcher, folder
         self._settings = read_settings(config.hydra)
-        self._given = [line for line in arguments if not is_sweep_line(line)]
-        self._lines = add_params(arguments, self._settings.params)
+        self._lines = [*preset_lines(config.hydra, arguments), *arguments]
+        self._constant = [line for line in self._lines if not is_sweep_line(line)]
         self._space = read_space(self._lines)
         self._study = Study(folder, self._settings, self._space)
 
@@ -92,7 +83,6 @@ class _Search:
         return len(trials) if more else None
 
     def _try(self, number: int) -> None:
-        goes_on = number < len(self._study.trials)
         swept = iter(self._study.ask(number))
         job = [next(swept) if is_sweep_line(line) else line for line in self._lines]
         trial = self._study.trials[number]
@@ -104,11 +94,10 @@ class _Search:
         name = self._name(self._config, job)
         value = math.nan
         if PRUNED_AT in trial.user_attrs:  # its process has ended it, and nobody was left to hear so
-            write_outcome(self._folder, JobOutcome(name, "pruned", str(self._run_folder(name))))
+            (outcome,) = read_outcomes(self._folder, [name], since=0)
+            write_outcome(self._folder, outcome._replace(state="pruned", folder=str(self._run_folder(name)), reason=""))
         else:
-            if goes_on:
-                self._wait_for(name)
-                job.append("run.resume=auto")
+            await_run(self._run_folder(name))  # that a process of an earlier start has left
             value, name = self._launch(number, job, name)
         self._study.name(number, name)
         if PRUNED_AT in self._study.trials[number].user_attrs:
@@ -132,20 +121,11 @@ class _Search:
         return math.nan if value is None else float(value), self._name(returned.cfg, job)
 
     def _name(self, config: DictConfig | None, job: Sequence[str]) -> str:
-        swept = [line for line in without_constant(job, self._given) if line != "run.resume=auto"]
+        swept = without_constant(job, self._constant)
         return job_name(str(OmegaConf.select(config or self._config, "run.name")), swept)
 
     def _run_folder(self, name: str) -> Path:
         return default_run_folder({"run": {"name": name, "folder": self._config.run.folder}})
-
-    def _wait_for(self, name: str) -> None:
-        """A process of an earlier start may have outlived it."""
-        lock = self._run_folder(name) / RUN_LOCK
-        holder = find_holder(lock)
-        if holder is not None:
-            say(f"search: waiting for {name}, which is still at work ({holder.describe()})", error=True)
-        while find_holder(lock) is not None:
-            time.sleep(0.5)
 
     def _list_again(self, trial: FrozenTrial) -> None:
         """Lists a trial of an earlier start among the jobs of this one."""

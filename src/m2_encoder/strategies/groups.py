@@ -10,16 +10,19 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
 
+import lightning
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from m2_encoder.bounds import Count, Seconds, check_bounds
+from m2_encoder.distributed.groups import open_groups
 from m2_encoder.distributed.rank_watch import GOES_ON, RankWatch, describe_exit, is_stopped_process
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
 from m2_encoder.strategies.meeting import STARTER_VARIABLE, QuietLauncher, end_process, find_place, meet, open_store
+from m2_encoder.strategies.micro_batches import check_micro_batches
 
 _START_S: Final = 60.0  # that a process of this machine may take to import everything
 
@@ -62,7 +65,7 @@ class ContrastiveGroups:
         Raises:
             UserError: if the ranks cannot be grouped as requested.
         """
-        world_size, rank = dist.get_world_size(), dist.get_rank()
+        world_size = dist.get_world_size()
         group_size = resolve_group_size(
             world_size=world_size,
             ranks_per_node=ranks_per_node,
@@ -71,13 +74,9 @@ class ContrastiveGroups:
         )
         self.destroy()
         topology = GroupTopology(world_size, group_size)
-        if group_size == world_size:
-            self._group = dist.group.WORLD
-        elif group_size > 1:
-            groups = [dist.new_group(list(members), timeout=timeout) for members in topology.groups()]
-            own = groups[topology.group_index(rank)]
-            assert isinstance(own, dist.ProcessGroup), f"rank {rank} is not in its own group"
-            self._group, self._owns_group = own, True
+        if group_size > 1:
+            self._group = open_groups(topology, timeout=timeout)
+            self._owns_group = group_size < world_size
         self._topology = topology
 
     def destroy(self) -> None:
@@ -93,7 +92,8 @@ class GroupedStrategy(ParallelStrategy):
     Args:
         group_size: consecutive ranks per group; it divides the world and respects nodes. None: see `group_nodes`.
         group_nodes: whole nodes per group. With both None the world is one group: ordinary ITC.
-        micro_batches: number of pieces in which a rank's rows are encoded, with one loss over all of them.
+        micro_batches: number of pieces in which a rank's rows are encoded, with one loss over all of them; above 1 only
+            for a module that reads it here and says so, by `reads_micro_batches`.
         recompute: encode a micro-batch again in backward instead of keeping its activations.
         activation_checkpointing: keep only the input of every layer, and run the layer again in backward.
         rank_timeout_s: a rank that gives no sign of life for so long, stopped or dead, ends the run on all ranks.
@@ -136,6 +136,15 @@ class GroupedStrategy(ParallelStrategy):
     def topology(self) -> GroupTopology:
         """The division of ranks into groups."""
         return self._groups.topology
+
+    def connect(self, model: lightning.LightningModule) -> None:
+        """Take the module, before anything is started.
+
+        Raises:
+            UserError: if it would ignore `micro_batches`.
+        """
+        check_micro_batches(self.micro_batches, model)
+        super().connect(model)
 
     def setup_environment(self) -> None:
         """Let the processes meet and watch each other, then group them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -9,6 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
+from m2_encoder.strategies.micro_batches import check_micro_batches
 
 
 class LocalStrategy(SingleDeviceStrategy):
@@ -31,6 +33,15 @@ class LocalStrategy(SingleDeviceStrategy):
         self.micro_batches = micro_batches
         self.recompute = recompute
         self.activation_checkpointing = activation_checkpointing
+
+    def connect(self, model: lightning.LightningModule) -> None:
+        """Take the module, before anything is started.
+
+        Raises:
+            UserError: if it would ignore `micro_batches`.
+        """
+        check_micro_batches(self.micro_batches, model)
+        super().connect(model)
 
     @property
     def contrastive_group(self) -> dist.ProcessGroup | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import torch
@@ -58,6 +58,8 @@ class PretrainModule(lightning.LightningModule):
     Raises:
         UserError: if no objective has a weight, local ones differ in `text_expert`, or `max_logit_scale` is below 1.
     """
+
+    reads_micro_batches: ClassVar[bool] = True  # of the strategy
 
     def __init__(
         self,

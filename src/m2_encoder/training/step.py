@@ -1,9 +1,6 @@
 """The passes of one training step: features of all rows of a rank, and the terms of local and pair objectives.
 
-*Batch accumulation*: a rank's rows are encoded in pieces (micro-batches). The features of all pieces enter one loss and
-one backward, so the gradient is that of the whole batch. With recomputation, each piece is a segment of torch's
-non-reentrant checkpointing: backward encodes it again with the same random state, and only one piece at a time holds
-activations (as GradCache does, arXiv:2101.06983).
+*Batch accumulation*: a rank's rows are encoded in pieces (micro-batches), by `m2_encoder.objectives.pieces`.
 
 *Second round*: the features of all rows select hard negatives, which then pass the vision-language layers. If the
 states of the first round are kept (one piece, or no recomputation), only the wrong captions, which come from all ranks
@@ -13,14 +10,13 @@ checkpointed segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -34,9 +30,8 @@ from m2_encoder.objectives.base import (
     TermObjective,
 )
 from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
+from m2_encoder.objectives.pieces import encode_pieces
 from m2_encoder.types import HeadFeatures, ImageTextBatch, TextTokens
-
-Piece = TypeVar("Piece")
 
 
 def split_rows(batch: ImageTextBatch, micro_batches: int) -> list[ImageTextBatch]:
@@ -55,21 +50,6 @@ def split_rows(batch: ImageTextBatch, micro_batches: int) -> list[ImageTextBatch
         return [batch]
     size = rows // micro_batches
     return [batch.rows(slice(first, first + size)) for first in range(0, rows, size)]
-
-
-def encode_pieces(
-    encode: Callable[[Piece], tuple[Tensor, ...]], pieces: Sequence[Piece], *, recompute: bool
-) -> tuple[Tensor, ...]:
-    """Encode pieces one after the other, and concatenate their tensors.
-
-    Args:
-        encode: returns tensors with one row per row of the piece. With FSDP2 it must be a registered forward method.
-        pieces: at least one; the same number on every rank.
-        recompute: keep no activations; encode again in backward. A single piece would gain nothing: it keeps them.
-    """
-    replays = recompute and len(pieces) > 1 and torch.is_grad_enabled()
-    encoded = [checkpoint(encode, piece, use_reentrant=False) if replays else encode(piece) for piece in pieces]
-    return tuple(torch.cat(parts) for parts in zip(*encoded, strict=True)) if len(encoded) > 1 else encoded[0]
 
 
 class EncodedStep(NamedTuple):

@@ -119,7 +119,7 @@ def test_jobs_end_with_their_sweep_which_goes_on(begin: Begin, tmp_path: Path, n
     assert again.returncode == 1
     assert "m2-tool: 1/3 try-size=1: has finished before" in err
     assert "m2-tool: 2/3 try-size=2: finished; 1 left, " in err
-    assert "m2-tool: 3/3 try-size=3: refused (m2-tool: size=3: it is no good); 0 left" in err
+    assert "m2-tool: 3/3 try-size=3: refused (size=3: it is no good); 0 left" in err
     assert "m2-tool: 3 jobs: 1 finished before, 1 finished, 1 refused" in err
     begun = [line.split()[0] for line in (tmp_path / "begun.txt").read_text().splitlines()]
     assert begun == ["1", "2", "2", "3"]

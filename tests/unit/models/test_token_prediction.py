@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from m2_encoder.errors import UserError
 from m2_encoder.models import token_prediction
 from m2_encoder.models.token_prediction import token_cross_entropy
-from m2_encoder.training.step import encode_pieces
+from m2_encoder.objectives import encode_pieces
 from tests.support.closeness import assert_close_in_ulps
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]

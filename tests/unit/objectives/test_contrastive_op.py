@@ -220,12 +220,12 @@ class TestNumbers:
         assert_all_close(given[:2], expected_grads[:2], rtol=torch.finfo(dtype).eps)  # rounded once, at the end
         assert_all_close(given[2:], expected_grads[2:], rtol=2e-5)
 
-    @pytest.mark.parametrize("where", ["images", "texts", "scale"])
+    @pytest.mark.parametrize("where", ["images", "texts"])
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_what_is_not_finite_gives_a_loss_that_is_not_finite(self, where: str, value: float) -> None:
+    def test_features_that_are_not_finite_give_a_loss_that_is_not_finite(self, where: str, value: float) -> None:
         """Training counts and skips such steps; an exception on one rank would leave the others waiting."""
         images, texts, scale = (leaf.detach().clone() for leaf in make_inputs(dtype=torch.float32))
-        {"images": images[2], "texts": texts[2], "scale": scale}[where].fill_(value)
+        {"images": images, "texts": texts}[where][2].fill_(value)
         leaves = [leaf.requires_grad_() for leaf in (images, texts, scale)]
         loss = image_text_contrastive(*leaves)
         assert not loss.isfinite()

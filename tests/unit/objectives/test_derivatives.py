@@ -84,12 +84,19 @@ def test_forward_mode_of_the_loss_of_tokens_is_refused() -> None:
 
 
 @pytest.mark.parametrize("loss", [contrast, sigmoid])
-@pytest.mark.parametrize("scale", [14.3, 100.0])
+@pytest.mark.parametrize("scale", [10.0, 14.3, 100.0])
 def test_an_exponential_in_place_of_a_log_is_noticed(loss: Callable[[Tensor, Tensor], Tensor], scale: float) -> None:
     with pytest.raises(UserError, match=rf"logit_scale={scale:.4g} must be at most 9\.903: it is the log"):
         loss(IMAGES, torch.tensor(scale))
     for value in (-3.0, 0.0, math.log(100), math.log(1e4)):
         assert loss(IMAGES, torch.tensor(value)).isfinite()
+
+
+@pytest.mark.parametrize("loss", [contrast, sigmoid])
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+def test_a_scale_that_is_not_finite_is_named(loss: Callable[[Tensor, Tensor], Tensor], scale: float) -> None:
+    with pytest.raises(UserError, match=rf"logit_scale={scale} must be finite.* not its exp\(\)"):
+        loss(IMAGES, torch.tensor(scale))
 
 
 def test_a_scale_on_two_heads() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning
 import pytest
 from lightning.pytorch.strategies import Strategy
 
@@ -13,7 +14,7 @@ from m2_encoder.strategies.grouped_ddp import GroupedDDPStrategy
 from m2_encoder.strategies.grouped_fsdp import GroupedFSDPStrategy
 from m2_encoder.strategies.single import LocalStrategy
 from m2_encoder.types import ContrastiveTopology
-from tests.support.training import tiny_config
+from tests.support.training import make_module, tiny_config
 
 ALL = [LocalStrategy, GroupedDDPStrategy, GroupedFSDPStrategy]
 GROUPED = [GroupedDDPStrategy, GroupedFSDPStrategy]
@@ -63,3 +64,21 @@ def test_layers_are_checkpointed_where_that_is_wanted(strategy: Any, wanted: boo
 
 def test_further_arguments_reach_ddp() -> None:
     assert GroupedDDPStrategy(group_size=2, find_unused_parameters=True)._ddp_kwargs == {"find_unused_parameters": True}
+
+
+class Foreign(lightning.LightningModule):
+    """Somebody else's."""
+
+
+@pytest.mark.parametrize("strategy", ALL)
+def test_micro_batches_of_a_module_that_does_not_read_them_are_refused(strategy: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"^strategy\.micro_batches=4: must be 1 for Foreign, .*reads_micro_batches = True"
+    ):
+        strategy(micro_batches=4).connect(Foreign())
+    for module in (Foreign(), make_module()):
+        strategy(micro_batches=1).connect(module)
+    strategy(micro_batches=4).connect(make_module())
+    reads = Foreign()
+    reads.reads_micro_batches = True
+    strategy(micro_batches=4).connect(reads)

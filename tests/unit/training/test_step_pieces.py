@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
-from m2_encoder.objectives import image_text_contrastive
-from m2_encoder.training.step import encode_pieces, split_rows
+from m2_encoder.objectives import encode_pieces, image_text_contrastive
+from m2_encoder.training.step import split_rows
 from m2_encoder.types import ImageTextBatch, TextTokens
 from tests.support.training import tiny_config
 
