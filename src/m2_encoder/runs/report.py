@@ -82,7 +82,7 @@ def report_run(
         own = {"file": f"{CHECKPOINT_FOLDER}/{BEST_NAME}", "step": best.step}
         progress["best_checkpoint"] = {**own, "metric": best.monitor, "value": best.value}
         progress["evaluated_step"] = end.taken_step
-    pictures = write_results(run_folder, results, summary | progress | training | describe_run())
+    pictures = write_results(run_folder, results, summary | progress | training | describe_run() | labels_of(cfg))
     print_results(console, results, context)
     console.print()
     for what, text in _progress(end, best):
@@ -92,6 +92,12 @@ def report_run(
     minutes, seconds = divmod(round(wall_time_s), 60)
     console.print(Text.assemble("  ", (f"{'wall time':<12}", "bold"), f" {minutes} min {seconds:02d} s"))
     return dict(summary["metrics"])
+
+
+def labels_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person has said about a run: its task, tags and notes, as far as there are any."""
+    run = _section(cfg, "run")
+    return {key: run[key] for key in ("task", "tags", "notes") if run.get(key)}
 
 
 def _progress(end: RunEnd, best: BestCheckpoint | None) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, fin
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.sweep_jobs import EXIT_PRUNED
+from m2_encoder.errors import abridge
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
@@ -32,7 +33,7 @@ from m2_encoder.runs.missed_validation import MissedValidation
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.pruning import find_pruning
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
-from m2_encoder.runs.report import report_run, short_path
+from m2_encoder.runs.report import labels_of, report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
@@ -199,6 +200,9 @@ def _announce(
 ) -> None:
     name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
     done = 0 if newest is None else newest.step
+    if labels := labels_of(cfg):
+        words = [", ".join(value) if isinstance(value, list) else value for value in labels.values()]
+        say(f"run {name}: {abridge(' · '.join(words), 300)}")
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
     if newest is None:
         say(f"run {name}: {steps} steps, everything in {folder}")
