@@ -75,14 +75,7 @@ def report_run(
         "wall_time_s": wall_time_s,
         "timing": times.to_plain(),
     }
-    progress: dict[str, Any] = {"finished": end.is_finished, "steps": end.step, "planned_steps": end.planned}
-    if end.reason:
-        progress["ended_by"] = end.reason
-    if best is not None:
-        own = {"file": f"{CHECKPOINT_FOLDER}/{BEST_NAME}", "step": best.step}
-        progress["best_checkpoint"] = {**own, "metric": best.monitor, "value": best.value}
-        progress["evaluated_step"] = end.taken_step
-    pictures = write_results(run_folder, results, summary | progress | training | describe_run() | labels_of(cfg))
+    pictures = write_results(run_folder, results, summary | _facts_of(end, best) | training | describe_run() | labels_of(cfg))
     print_results(console, results, context)
     console.print()
     for what, text in _progress(end, best):
@@ -92,6 +85,17 @@ def report_run(
     minutes, seconds = divmod(round(wall_time_s), 60)
     console.print(Text.assemble("  ", (f"{'wall time':<12}", "bold"), f" {minutes} min {seconds:02d} s"))
     return dict(summary["metrics"])
+
+
+def _facts_of(end: RunEnd, best: BestCheckpoint | None) -> dict[str, Any]:
+    progress: dict[str, Any] = {"finished": end.is_finished, "steps": end.step, "planned_steps": end.planned}
+    if end.reason:
+        progress["ended_by"] = end.reason
+    if best is not None:
+        own = {"file": f"{CHECKPOINT_FOLDER}/{BEST_NAME}", "step": best.step}
+        progress["best_checkpoint"] = {**own, "metric": best.monitor, "value": best.value}
+        progress["evaluated_step"] = end.taken_step
+    return progress
 
 
 def labels_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
