@@ -30,7 +30,7 @@ OUTPUT: Final = REPO_ROOT / "outputs" / "notebooks"
 _BRIEF: Final = (
     "+experiment=smoke", "trainer.max_steps=6", "scheduler.warmup_steps=1", "trainer.val_check_interval=3",
     "run.checkpoint_every=3", "objective=[itc,cmlm,cmim]", "evaluation=[retrieval]",
-    "callbacks.throughput.window_steps=2",
+    "+callbacks.throughput.window_steps=2",
 )  # fmt: skip
 SMALL: Final = {"run_folder": "run", "runs_pattern": "sweep-*"}
 """Where in the folder of small runs lies what a parameter names."""
@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [word for word in arguments.words if "=" not in word] or list(known)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no notebook {unknown[0]!r}; there are {', '.join(known)}")
-    values: dict[str, Any] = dict(word.split("=", 1) for word in arguments.words if "=" in word)
+    pairs = (word.split("=", 1) for word in arguments.words if "=" in word)
+    values = {name: _read_value(text) for name, text in pairs}
     parameters = {name for stem in names for name in parameters_of(jupytext.read(known[stem]))}
     if wrong := sorted(values.keys() - parameters):
         parser.error(f"no parameter {wrong[0]!r}; there are {', '.join(sorted(parameters))}")
@@ -144,6 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = prepare_small(small) | values
     done = [_report(known[name], values, arguments.output) for name in names]
     return int(not all(done))
+
+
+def _read_value(text: str) -> Any:
+    """A number, a list and the like as Python writes them; anything else is a text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _report(path: Path, values: Mapping[str, Any], output: Path) -> bool:

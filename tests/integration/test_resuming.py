@@ -216,6 +216,23 @@ def test_a_finished_run_is_evaluated_again_and_nothing_else(
     assert (tmp_path / "r" / "config.yaml").read_bytes() == before
 
 
+def test_a_validation_that_was_cut_short_is_made_up_for(start: Start, tmp_path: Path) -> None:
+    lines = ("trainer.limit_val_batches=1", "trainer.val_check_interval=2", "run.checkpoint_every=1", "evaluation=[]")
+    lines += ("trainer.max_steps=3", "+callbacks.fail._target_=tests.support.failing.FailInValidation")
+    assert start(*lines, "+callbacks.fail.step=2") == 1
+    assert start(*lines, "+callbacks.fail.step=0", "run.resume=auto") == 0
+    assert start(*lines, "+callbacks.fail.step=0", "run.name=whole") == 0
+    parts, whole = (_values(tmp_path / name / "metrics.jsonl") for name in ("r", "whole"))
+    assert any(name.startswith("val/") for name in whole[1])
+    assert parts == whole
+
+
+def _values(path: Path) -> list[dict[str, float]]:
+    """The lines of a log, but for times."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+
+
 def test_the_newest_whole_checkpoint_counts(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start("run.checkpoint_every=1") == 0
     folder = tmp_path / "r" / "checkpoints"

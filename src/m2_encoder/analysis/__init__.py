@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from m2_encoder.analysis.benchmarks import Benchmark, read_benchmark, read_grouped_speedups
 from m2_encoder.analysis.effects import Difference
+from m2_encoder.analysis.planned import plan_training, tabulate_plans
 from m2_encoder.analysis.recorded import Curve, RecordedRun, read_run
 from m2_encoder.analysis.runs import Runs, read_runs
 from m2_encoder.analysis.style import INK, LANGUAGE_COLORS, MUTED, use_font, use_style
@@ -33,6 +35,7 @@ __all__ = [
     "INK",
     "LANGUAGE_COLORS",
     "MUTED",
+    "Benchmark",
     "Curve",
     "Difference",
     "EvalTransform",
@@ -46,10 +49,14 @@ __all__ = [
     "encode_texts",
     "evaluate_features",
     "load",
+    "plan_training",
     "plot_effects",
+    "read_benchmark",
+    "read_grouped_speedups",
     "read_retrieval_set",
     "read_run",
     "read_runs",
+    "tabulate_plans",
     "use_font",
     "use_style",
 ]

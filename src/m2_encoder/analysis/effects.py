@@ -22,6 +22,7 @@ _QUANTILES: Final = (
 )  # fmt: skip
 """Of Student's t, two-sided 95 %, for 1 to 30 degrees of freedom."""
 _NORMAL: Final = 1.960
+_SAME: Final = 5e-3  # what two decimals show as 0
 
 
 class Scored(NamedTuple):
@@ -63,6 +64,8 @@ class Difference(NamedTuple):
         better, other = (show_value(level) or "null" for level in (self.better, self.other))
         if self.pairs == 0:
             return f"{self.factor}: no two runs differ in {better} and {other} alone"
+        if max(self.difference, self.interval or 0.0) < _SAME:
+            return f"{self.factor}: {better} and {other} give the same score"
         if self.interval is None:
             return f"{self.factor}: {better} is {self.difference:.2f} above {other} at one seed, by chance or not"
         by = f"{self.difference:.2f} ± {self.interval:.2f}"

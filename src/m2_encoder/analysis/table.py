@@ -107,7 +107,9 @@ def _is_number(value: object) -> bool:
 
 
 def show_value(value: object) -> str:
-    """A value for people, of four significant digits; nothing for None and NaN."""
+    """A value for people, of four significant digits, whole above 10,000; nothing for None and NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, float) and 10**_DIGITS <= abs(value) < 1e15:
+        return f"{value:,.0f}"
     return f"{value:.{_DIGITS}g}" if isinstance(value, float) else str(value)

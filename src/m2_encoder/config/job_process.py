@@ -19,13 +19,14 @@ from types import FrameType
 from typing import IO, Final, NamedTuple
 
 _LINES_KEPT: Final = 20
+_OF_HYDRA: Final = "Set the environment variable HYDRA_FULL_ERROR"  # below every traceback
 
 
 class Ended(NamedTuple):
     """How a process ended."""
 
     code: int  # as a shell says it: 128 + the number of a signal
-    said: str  # the last line on stderr, or nothing
+    said: str  # the last line on stderr that says something of it, or nothing
 
 
 def run_process(
@@ -66,7 +67,8 @@ def run_process(
     if terminated:
         raise SystemExit(128 + signal.SIGTERM)
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-    return Ended(code, next((line for line in reversed(last) if line.strip()), "").strip())
+    telling = (line.strip() for line in reversed(last) if not line.startswith(_OF_HYDRA))
+    return Ended(code, next(filter(None, telling), ""))
 
 
 def _pass_on(stream: IO[bytes], last: collections.deque[str], log: Path | None) -> None:

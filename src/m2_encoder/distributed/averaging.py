@@ -79,12 +79,9 @@ def _is_outside(wrappers: _Wrappers) -> bool:
 
 
 def _has_ranks() -> bool:
-    return (
-        dist.is_available()
-        and dist.is_initialized()
-        and dist.get_world_size() > 1
-        and not torch.compiler.is_compiling()
-    )
+    if torch.compiler.is_compiling():
+        return False
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _find_parameters(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -75,7 +75,9 @@ def report_run(
         "wall_time_s": wall_time_s,
         "timing": times.to_plain(),
     }
-    pictures = write_results(run_folder, results, summary | _facts_of(end, best) | training | describe_run() | labels_of(cfg))
+    pictures = write_results(
+        run_folder, results, summary | _facts_of(end, best) | training | describe_run() | labels_of(cfg)
+    )
     print_results(console, results, context)
     console.print()
     for what, text in _progress(end, best):

@@ -37,6 +37,7 @@ def test_what_can_be_told_apart_comes_first() -> None:
     assert (first.factor, first.is_told_apart, second.factor, second.is_told_apart) == ("lr", True, "k", False)
     assert str(first) == "lr: 0.2 is better than 0.1 by 2.00 ± 0.25"
     assert (second.difference, second.interval) == (0, 0)
+    assert str(second) == "k: 1 and 2 give the same score"
 
 
 def test_one_seed_tells_nothing_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
 import m2_encoder
-from m2_encoder.analysis import read_run, read_runs, use_font
+from m2_encoder.analysis import plot_effects, read_run, read_runs, use_font
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import load_model
 from m2_encoder.config.sweep_jobs import JobOutcome, write_outcome
@@ -226,3 +227,43 @@ def test_the_shipped_font_draws_both_languages() -> None:
         assert use_font() in mpl.rcParams["font.family"]
         path = font_manager.findfont(use_font(), fallback_to_default=False)
     assert {ord(sign) for sign in "猫狗aZ"} <= set(FT2Font(path).get_charmap())
+
+
+def test_pandas_takes_tables(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    for lr in (0.1, 0.2):
+        write_run(tmp_path / f"lr={lr}", lr=lr, recall=10 * lr)
+    frame = pandas.DataFrame(read_runs(tmp_path).table(RECALL))
+    assert list(frame["optimizer.lr"]) == [0.1, 0.2]
+    assert list(frame[RECALL]) == [1.0, 2.0]
+
+
+def test_of_settings_that_change_together_the_cause_is_named(tmp_path: Path) -> None:
+    for size, seed in itertools.product((64, 256), (0, 1)):
+        more = {"data": {"global_batch_size": size}, "trainer": {"max_steps": 10240 // size}}
+        write_run(tmp_path / f"b{size}-{seed}", seed=seed, recall=float(size + seed), **more)
+    runs = read_runs(tmp_path)
+    assert runs.factors == ["data.global_batch_size"]
+    assert runs.by_combination() == {"global_batch_size=256": [256.0, 257.0], "global_batch_size=64": [64.0, 65.0]}
+    (rival,) = runs.rivals()
+    assert (rival.better, rival.other, rival.is_told_apart) == ("global_batch_size=256", "global_batch_size=64", True)
+    assert [str(each) for each in runs.differences()] == [
+        "data.global_batch_size: 256 is better than 64 by 192.00 ± 0.00"
+    ]
+    with mpl.rc_context():
+        assert len(plot_effects(runs).axes) == 2
+
+
+def test_values_of_a_sweep_are_those_that_were_swept(tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "multirun" / "s"
+    for lr in (0.1, 0.2):
+        folder = write_run(tmp_path / "outputs" / f"lr={lr}", lr=lr, trainer={"max_steps": int(10 * lr)})
+        write_outcome(sweep, JobOutcome(folder.name, "finished", str(folder), swept=[f"optimizer.lr={lr}"]))
+    assert read_runs(sweep).varies == ["optimizer.lr"]
+    assert read_runs(tmp_path / "outputs").varies == ["optimizer.lr", "trainer.max_steps"]
+
+
+def test_a_comparison_of_no_runs_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    with pytest.raises(UserError, match="no run to compare"):
+        read_runs(tmp_path).finished.table()

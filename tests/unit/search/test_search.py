@@ -57,12 +57,14 @@ class Bench:
         return 0
 
     def search(self, *lines: str, name: str = "try") -> int:
+        return self.run("hydra/sweeper=search", f"run.name={name}", "hydra.sweeper.n_trials=6", *lines)
+
+    def run(self, *lines: str) -> int:
         command = cli.Command(
             name="m2-tool", config_name="tool", summary="", examples=("",), check=_check, run=self.work,
             run_folder=default_run_folder, measure=_value,
         )  # fmt: skip
-        fixed = ("-m", "hydra/sweeper=search", f"run.name={name}", "hydra.sweeper.n_trials=6")
-        sys.argv = ["m2-tool", *fixed, *lines]
+        sys.argv = ["m2-tool", "-m", *lines]
         return cli.run_command(command)
 
     def table(self, name: str = "try") -> list[tuple[Any, ...]]:
@@ -158,6 +160,21 @@ def test_no_values_are_run_twice(bench: Bench, capsys: pytest.CaptureFixture[str
     assert sorted(bench.ran) == ["try-kind=one", "try-kind=two"]
     assert [row[0] for row in bench.table()] == ["COMPLETE"] * 6
     assert "is trial 0 again, which is not run twice" in capsys.readouterr().err
+
+
+def test_any_sweeper_gets_the_number_of_each_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+    launch, found = BasicLauncher.launch, []
+
+    def keep(*given: Any, **more: Any) -> Any:
+        found.extend(launch(*given, **more))
+        return found
+
+    monkeypatch.setattr(BasicLauncher, "launch", keep)
+    bench.fails = lambda cfg: 1 / 0 if cfg["size"] == 2 else None
+    assert bench.run("size=1,2,3") == 1
+    assert [str(each.return_value) for each in found] == ["1.0", "nan", "3.0"]
 
 
 def test_nan_is_a_failed_trial(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

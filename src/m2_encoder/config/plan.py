@@ -1,0 +1,155 @@
+"""What `m2-plan` is asked, and the plan: for the command, and for notebooks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import yaml
+from annotated_types import Ge, Le
+
+from m2_encoder.bounds import Count, Pixels, Positive, Rule, Text, Tokens
+from m2_encoder.config.check import check_settings, check_values, make_optional, read_parameters
+from m2_encoder.config.model_choice import find_path, output_problems
+from m2_encoder.config.paths import find_conf
+from m2_encoder.config.problems import find_problems
+from m2_encoder.errors import Problem, UserError
+from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
+from m2_encoder.planning.cost import ModelCost, estimate_cost
+from m2_encoder.planning.hardware import Hardware
+from m2_encoder.planning.search import Request, ScalingPoint, find_baselines, find_best, scale_worlds
+from m2_encoder.planning.step import Prediction
+
+WORLD_SIZES: Final = tuple(2**power for power in range(3, 11))
+"""Of the plot: 8 to 1,024 ranks."""
+_MODELS: Final = {name.replace("-", "_").replace(".", "_"): name for name in NAME_TO_CONFIG}
+"""Options of m2-train's `model`, with the names of the architectures."""
+_CHOICES: Final = (
+    "group_size", "micro_batches", "min_rows", "strategy", "recompute", "activation_checkpointing", "feature_bytes",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """The keys of m2-plan; `conf/commands/plan.yaml` says what they mean."""
+
+    model: Annotated[str, Rule(_MODELS.__contains__, f"one of {', '.join(_MODELS)}", "m2_encoder_1b")]
+    image_size: Pixels | None
+    text_tokens: Tokens | None
+    precision: Literal["bf16-mixed", "16-mixed", "32-true"]
+    heads: Annotated[int, Ge(1), Le(2)]
+    cluster: Any
+    ranks: Annotated[int, Ge(1), Le(2**20)]
+    global_batch_size: Annotated[int, Ge(1), Le(2**40)]
+    group_batch_size: Annotated[int, Ge(1), Le(2**40)]
+    group_size: Count | None
+    micro_batches: Count | None
+    min_rows: Count
+    strategy: Literal["grouped_ddp", "grouped_fsdp"] | None
+    recompute: bool | None
+    activation_checkpointing: bool | None
+    feature_bytes: Literal[2, 4]
+    memory_gb: Positive | None
+    output: Text | None
+    plot: Text | None
+    overwrite: bool
+    hardware: Mapping[str, Any]
+
+
+class Plan(NamedTuple):
+    """Everything that a command line asks for."""
+
+    cost: ModelCost  # of the model
+    hardware: Hardware  # constants, those of the command line included
+    request: Request  # what was given
+    best: list[Prediction]  # for every group size, the fastest setting that fits; the fastest first
+    baselines: list[Prediction]  # the same rows with a loss over all ranks, the good one first
+    scaling: list[ScalingPoint]  # over world sizes, rows per rank as in the best setting
+
+
+def check_plan_settings(cfg: dict[str, Any]) -> list[Problem]:
+    """What is wrong with a configuration of m2-plan."""
+    problems = check_settings(PlanSettings, cfg)
+    if isinstance(cfg["hardware"], Mapping):
+        problems += check_values("hardware", cfg["hardware"], make_optional(read_parameters(Hardware)))
+    problems += output_problems(cfg)
+    if not problems:
+        try:
+            build_plan(cfg)
+        except UserError as error:
+            return find_problems(error)
+    return problems
+
+
+def build_plan(cfg: Mapping[str, Any]) -> Plan:
+    """Predicts and searches; takes a fraction of a second.
+
+    Raises:
+        UserError: for numbers that do not divide each other, or if nothing fits into memory.
+    """
+    hardware = read_hardware(cfg["cluster"], cfg["hardware"])
+    if cfg["precision"] == "32-true":  # torch multiplies without TF32 unless told otherwise
+        hardware = dataclasses.replace(hardware, peak_tflops=hardware.peak_tflops_fp32)
+    overrides = {} if cfg["image_size"] is None else {"image_size": cfg["image_size"]}
+    per_node = hardware.devices_per_node
+    if cfg["ranks"] > per_node and cfg["ranks"] % per_node:
+        fix = f"use {cfg['ranks'] // per_node * per_node} or hardware.devices_per_node=N"
+        rule = f"must be a multiple of the {per_node} devices of a node; {fix}"
+        raise UserError(rule, key="ranks", value=cfg["ranks"])
+    cost = estimate_cost(
+        M2EncoderConfig.from_name(_MODELS[cfg["model"]], **overrides),
+        precision=cfg["precision"],
+        text_tokens=cfg["text_tokens"],
+        heads=cfg["heads"],
+    )
+    request = Request(
+        world_size=cfg["ranks"],
+        global_rows=cfg["global_batch_size"],
+        contrasted_rows=cfg["group_batch_size"],
+        memory_gb=hardware.device_memory_gb if cfg["memory_gb"] is None else cfg["memory_gb"],
+        **{key: cfg[key] for key in _CHOICES},
+    )
+    best = find_best(cost, hardware, request)
+    planned = best[0].setting
+    fixed = per_node if planned.group_size != per_node else 2 * per_node
+    scaling = scale_worlds(cost, hardware, request, planned, world_sizes=WORLD_SIZES, fixed_group_size=fixed)
+    return Plan(cost, hardware, request, best, find_baselines(cost, hardware, request), scaling)
+
+
+def read_hardware(cluster: str, overrides: Mapping[str, Any]) -> Hardware:
+    """Constants of a cluster (option of `conf/cluster/hardware`, or a YAML file) with given ones on top.
+
+    Raises:
+        UserError: for an unknown cluster, a damaged file, or an impossible constant.
+    """
+    values = _read_constants(cluster) | {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Hardware.from_dict(values)
+    except UserError as error:
+        raise UserError(f"hardware: {error}", key="cluster", value=cluster) from error
+
+
+def _read_constants(cluster: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    folder = find_conf() / "cluster" / "hardware"
+    path = folder / f"{cluster}.yaml"
+    if not path.is_file() and not (path := find_path(str(cluster))).is_file():
+        known = ", ".join(sorted(option.stem for option in folder.glob("*.yaml")))
+        fix = f"choose from {known}, or give a YAML file like theirs"
+        raise UserError(f"no such cluster; {fix}", key="cluster", value=cluster)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"is not valid YAML: {' '.join(str(error).split())}", key="cluster", value=cluster) from error
+    if not isinstance(values, dict):
+        raise UserError("must hold constants as `name: number`", key="cluster", value=cluster)
+    base, chain = values.pop("base", None), (*above, cluster)
+    if base in chain:
+        raise UserError(f"is its own base, by way of {chain[-1]}", key="cluster", value=base)
+    return (_read_constants(base, chain) if base else {}) | values
+
+
+def read_plan_settings() -> dict[str, Any]:
+    """The keys of m2-plan with their defaults, from `conf/commands/plan.yaml`."""
+    values: dict[str, Any] = yaml.safe_load((find_conf() / "commands" / "plan.yaml").read_text(encoding="utf-8"))
+    return values
