@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from m2_encoder.config import callback_relations, data_relations, objective_relations
+from m2_encoder.config import callback_relations, data_relations, foreign_relations, objective_relations
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, emoji_folder_problems
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
+from m2_encoder.config.loggers import check_loggers
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
 from m2_encoder.config.objective_files import check_files
 from m2_encoder.config.paths import LAST_CHECKPOINT, RUN_LOCK, anchor, default_run_folder, has_checkpoint
@@ -54,6 +55,8 @@ def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machi
 
 def _check_model(known: Known) -> Iterator[Problem]:
     """What the model's own constructor refuses; a size that is reported already counts as its name's."""
+    if known.has("model._target_"):
+        return  # `foreign_model.check_model`
     wrong = [field for field in _SIZES if known(f"model.{field}", UNSET) is UNSET and known.has(f"model.{field}")]
     sizes = {field: None if field in wrong else known(f"model.{field}", None) for field in _SIZES}
     try:
@@ -73,10 +76,14 @@ def _check_weights(known: Known) -> Iterator[Problem]:
 
 def _check_tokenizer(known: Known) -> Iterator[Problem]:
     name = known("model.tokenizer")
+    if isinstance(name, Mapping):
+        return  # somebody else's, with somebody else's model
     try:
         tokenizer = build_tokenizer({"tokenizer": name}, M2EncoderConfig())
     except UserError as error:
         yield Problem("model.tokenizer", name, " ".join(error.text.split()))
+        return
+    if known.has("model._target_"):
         return
     vocab_size = known("model.vocab_size") if known.has("model.vocab_size") else None
     if vocab_size is None:
@@ -127,7 +134,7 @@ def _check_ranks(known: Known) -> Iterator[Problem]:
         rule = f"must be one that lets ranks cooperate: there are {ranks} (trainer.devices x trainer.num_nodes)"
         yield Problem("strategy", "single", rule, "use strategy=ddp or grouped_ddp, or trainer.devices=1")
     batch = known("data.global_batch_size")
-    if batch % ranks:
+    if isinstance(batch, int) and batch % ranks:
         fix = f"for example data.global_batch_size={max(1, batch // ranks) * ranks}"
         yield Problem("data.global_batch_size", batch, f"must be a multiple of the {ranks} ranks", fix)
 
@@ -144,6 +151,8 @@ def _check_groups(known: Known) -> Iterator[Problem]:
 
 def _check_micro_batches(known: Known) -> Iterator[Problem]:
     pieces, ranks, batch = known("strategy.micro_batches", 1), count_ranks(known), known("data.global_batch_size")
+    if not isinstance(batch, int):
+        return
     rows = batch // ranks
     if rows % pieces:
         fits = max(d for d in divisors(rows) if d < pieces)
@@ -194,18 +203,9 @@ def _check_training_set(known: Known) -> Iterator[Problem]:
         yield Problem("data.global_batch_size", batch, f"must not exceed the {size} training samples", fix)
 
 
-def _check_task(known: Known) -> Iterator[Problem]:
-    if (target := known("task._target_")) != _TOKENIZER_TARGET:
-        fix = "use task=visual_tokenizer, or leave task out to train an encoder"
-        yield Problem("task._target_", target, f"must be {_TOKENIZER_TARGET}", fix)
-
-
 def _check_tokenizer_task(known: Known) -> Iterator[Problem]:
     if known("task._target_") != _TOKENIZER_TARGET:
         return
-    if known("objective", {}):
-        given = list(known("objective"))
-        yield Problem("objective", given, "must be empty: the task has a loss of its own", "use objective=[]")
     if count_ranks(known) > 1 or known("strategy._target_", _SINGLE_TARGET) != _SINGLE_TARGET:
         rule = "must be single, on one device: the codes follow the batch of one process"
         yield Problem("strategy", NOTHING, rule, "use strategy=single trainer.devices=1")
@@ -233,7 +233,7 @@ def _check_task_heads(known: Known) -> Iterator[Problem]:
 def _check_folders(known: Known) -> Iterator[Problem]:
     """Folders that cannot be written, a run's that is in use, or one that is missing where it has to be there."""
     for key in ("run.folder", "data.folder"):
-        if (value := known(key, None)) is not None and (reason := _unusable(anchor(value))):
+        if isinstance(value := known(key, None), str) and (reason := _unusable(anchor(value))):
             yield Problem(key, value, reason, "give a folder that you may write to")
     name, resume = known("run.name"), known("run.resume")
     folder = default_run_folder({"run": {"name": name, "folder": known("run.folder")}})
@@ -278,7 +278,9 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     data_relations.check_lanes,
     data_relations.check_shards,
     data_relations.check_validation,
-    _check_task,
+    foreign_relations.check_task,
+    foreign_relations.check_towers,
+    foreign_relations.check_scheduler,
     _check_tokenizer_task,
     _check_task_heads,
     callback_relations.check_kept,
@@ -286,10 +288,12 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     callback_relations.check_validations,
     _check_folders,
     _check_emoji_folder,
+    check_loggers,
 )
 
 _MACHINE_CHECKS: Final = (
     _check_devices, _check_cluster, check_files, data_relations.check_shards, data_relations.check_validation,
+    check_loggers,
 )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Len
 
-from m2_encoder.bounds import Count, Example, Index, Positive, Rule, Seed, Text
+from m2_encoder.bounds import Count, Example, Fraction, Index, Pixels, Positive, Rule, Seed, Text, Tokens
 from m2_encoder.config.check import Parameters, check_values, make_optional, read_parameters
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.sweeps import MAX_NAME_BYTES
@@ -25,8 +25,8 @@ _MOST: Final = 10**9
 _MOST_LETTERS: Final = 64
 SAFE_NAME: Final = re.compile(r"[^\W_][\w.=+-]{0,99}")  # letters of any script
 RESERVED_NAMES: Final = ("data", "multirun")
-TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
-KEYED_GROUPS: Final = ("objective", "callbacks")
+TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy")
+KEYED_GROUPS: Final = ("objective", "callbacks", "logger")
 OPTIONAL_KEYS: Final = ("task", "evaluation", "adaptation")
 ROOT_KEYS: Final = ("seed", "run", "model", *TARGET_GROUPS, *KEYED_GROUPS, "cluster")
 MODEL_FIELDS: Final = tuple(field.name for field in dataclasses.fields(M2EncoderConfig) if field.name != "name")
@@ -82,6 +82,29 @@ class Model:
     map_tokenizer: bool | Text | None = None
     # what the pixels of its pictures are; None: as the weights were trained, `standard` from scratch
     pictures: Pictures = None
+
+
+_CHANNELS: Final = Len(3, 3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForeignModel:
+    """The keys of `model` beside the arguments of the constructor that `model._target_` names."""
+
+    tokenizer: Any  # `emoji`, the path of a SentencePiece model, or a node with a _target_
+    image_size: Annotated[Pixels, Example("224")]  # of the images that it gets
+    context_length: Tokens | None = None  # most tokens of a text of a SentencePiece tokenizer
+    name: Text | None = None  # in pictures and tables
+    weights: Text | None = None  # a file of its state dict to start from
+    map_tokenizer: None = None  # its token table is not known
+    pictures: Pictures = None
+    pixel_mean: Annotated[list[Fraction], _CHANNELS] | None = None  # taken from pixels in 0..1
+    pixel_std: Annotated[list[Positive], _CHANNELS] | None = None  # divides them then
+
+
+def is_foreign(model: Any) -> bool:
+    """Whether a node `model` names somebody else's."""
+    return isinstance(model, Mapping) and "_target_" in model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,13 +209,16 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
         if group in (*TARGET_GROUPS, "task", "adaptation") and "_target_" not in node:
             fix = f"choose an option with {group}=OPTION, or name a class"
             problems.append(Problem(f"{group}._target_", NOTHING, "is missing", fix))
+        if group == "model" and is_foreign(node):
+            continue  # `foreign_model.check_model`
         if group in parts:
             problems += check_values(group, node, parts[group])
         elif group == "trainer":
             bounds = read_parameters(Trainer)
             problems += check_values(group, {key: value for key, value in node.items() if key in bounds}, bounds)
-    for name, value in _entries(cfg.get("callbacks")):
-        problems += _check_entry("callbacks", name, value)
+    for group in ("callbacks", "logger"):
+        for name, value in _entries(cfg.get(group)):
+            problems += _check_entry(group, name, value)
     return [*problems, *_check_objectives(cfg.get("objective")), *check_tasks(cfg.get("evaluation"))]
 
 

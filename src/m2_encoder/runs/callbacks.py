@@ -13,12 +13,12 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from m2_encoder.bounds import refuse
 from m2_encoder.checkpoints.digests import check_zip
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, read_content, read_step
 from m2_encoder.config.check import read_parameters
-from m2_encoder.errors import CheckpointError, Problem
+from m2_encoder.errors import CheckpointError
 from m2_encoder.runs.folder import LAST_CHECKPOINT
+from m2_encoder.runs.sinks import check_kind
 from m2_encoder.training.callbacks.checkpoint import BEST_NAME
 from m2_encoder.training.callbacks.monitors import BestCheckpoint, Monitoring, StopEarly, unknown_metric
 
@@ -48,18 +48,6 @@ def build_callbacks(
     check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
     _check_monitors(made, module)
     return list(made.values())
-
-
-def check_kind(group: str, nodes: Mapping[str, Any], made: Mapping[str, Any], kind: type) -> None:
-    """Refuses objects of another kind than a group holds."""
-    rule = f"must be a subclass of {kind.__module__}.{kind.__name__}"
-    refuse(
-        [
-            Problem(f"{group}.{name}._target_", nodes[name]["_target_"], rule, "derive it from that")
-            for name, each in made.items()
-            if not isinstance(each, kind)
-        ]
-    )
 
 
 def _check_monitors(callbacks: Mapping[str, Any], module: lightning.LightningModule) -> None:

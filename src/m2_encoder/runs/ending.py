@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import lightning
@@ -33,6 +35,15 @@ class RunEnd(NamedTuple):
             return f"{self.step:,}{best}"
         how = "finished" if self.stopped else "ended"
         return f"{self.step:,} of {self.planned:,}, {how} early{f' ({self.reason})' if self.reason else ''}{best}"
+
+
+class Results(NamedTuple):
+    """What a finished run has; empty on all ranks but the first."""
+
+    metrics: Mapping[str, float]  # final ones, by name for loggers
+    pictures: Sequence[Path]  # files that the evaluation drew
+    folder: Path  # the run's
+    step: int  # optimizer steps that it has done
 
 
 def describe_end(trainer: lightning.Trainer, planned: int) -> RunEnd:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,6 +22,7 @@ from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.paths import LAST_CHECKPOINT as LAST_CHECKPOINT
 from m2_encoder.config.paths import anchor
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.trusted import check_values_only, find_targets
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError, UserError
@@ -89,23 +90,45 @@ def read_run(path: Path, *, needed: Collection[str] = ("run", "model", "trainer"
     """
     cfg = read_config(path)
     _refuse_form([name for name in needed if not cfg.get(name)], path)
-    _refuse_form([f"{name}.{key}" for name in needed for key in _NEEDED[name] if key not in cfg[name]], path)
+    _refuse_form([f"{name}.{key}" for name in needed for key in _needed(cfg, name) if key not in cfg[name]], path)
     return cfg
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as flat columns, such as `optimizer.lr`; a list is one value."""
+
+    def walk(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, f"{above}{key}.")
+            else:
+                yield f"{above}{key}", value
+
+    return dict(walk(config, ""))
 
 
 def _check_form(cfg: Mapping[Any, Any], path: Path) -> None:
     """Refuse parts that no run has written, as far as they are read without being built."""
     parts = {name: cfg.get(name) for name in (*_NEEDED, *_PARTS)}
-    for name in ("objective", "callbacks", "evaluation"):
+    loggers = _mapping(cfg.get("logger"))
+    for name in ("objective", "callbacks", "evaluation", *(() if "_target_" in loggers else ("logger",))):
         parts |= {f"{name}.{key}": each for key, each in _mapping(cfg.get(name)).items()}
     wrong = [name for name, part in parts.items() if part is not None and not isinstance(part, dict)]
-    for name, keys in _NEEDED.items():
+    for name in _NEEDED:
         part = _mapping(cfg.get(name))
-        wrong += [f"{name}.{key}" for key, kind in keys.items() if key in part and not _has(part, key, kind)]
+        wrong += [
+            f"{name}.{key}" for key, kind in _needed(cfg, name).items() if key in part and not _has(part, key, kind)
+        ]
     wrong += [
         f"{name}.weight" for name, part in parts.items() if not _has({"weight": 1} | _mapping(part), "weight", float)
     ]
     _refuse_form(wrong, path)
+
+
+def _needed(cfg: Mapping[Any, Any], name: str) -> Mapping[str, type]:
+    """Kinds of the keys that a part has; somebody else's model need not have a name."""
+    is_own = name == "model" and is_foreign(cfg.get(name))
+    return {"tokenizer": object, "image_size": int} if is_own else _NEEDED[name]
 
 
 def _refuse_form(wrong: list[str], path: Path) -> None:
@@ -137,7 +160,8 @@ def find_frozen(cfg: Mapping[str, Any], *, trusted: Collection[str] | None = Non
     A file that is not there is left for whoever loads it. Only classes of `trusted` are imported; None for all.
     """
     found: dict[str, Frozen] = {}
-    if cfg.get("task") is None and (tokenizer := str(cfg["model"]["tokenizer"])) != EMBEDDED_TOKENIZER:
+    tokenizer = cfg["model"].get("tokenizer")
+    if cfg.get("task") is None and isinstance(tokenizer, str) and tokenizer != EMBEDDED_TOKENIZER:
         found["model.tokenizer"] = Frozen("model.tokenizer", tokenizer, anchor(tokenizer))
     found |= {file.key: Frozen(*file.locate()) for file in find_files(cfg.get("objective") or {}, trusted=trusted)}
     return {what: each for what, each in found.items() if each.path.is_file()}

@@ -12,8 +12,10 @@ from typing import Any, NoReturn, TypeAlias
 
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
+from m2_encoder.config.model_choice import build_any_tokenizer
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder
 from m2_encoder.config.sweep_jobs import EXIT_PRUNED
@@ -21,31 +23,43 @@ from m2_encoder.errors import abridge
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
+from m2_encoder.models.two_towers import TwoTowers
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
-from m2_encoder.runs.build import Module, Run, build_data, build_module, build_objectives, build_tasks, build_trainer
+from m2_encoder.runs.build import (
+    Run,
+    build_data,
+    build_module,
+    build_objectives,
+    build_tasks,
+    build_trainer,
+    validation_name_of,
+)
 from m2_encoder.runs.callbacks import build_callbacks, find_best, find_stop, take_best
-from m2_encoder.runs.ending import describe_end
-from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
+from m2_encoder.runs.ending import Results, describe_end
+from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
-from m2_encoder.runs.lightning_loggers import QuietWandbLogger
 from m2_encoder.runs.missed_validation import MissedValidation
+from m2_encoder.runs.parts import describe_foreign, gives_features, is_ours
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.pruning import find_pruning
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import labels_of, report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
+from m2_encoder.runs.sinks import close_loggers, replay
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.first_validation import FirstValidation
+from m2_encoder.training.callbacks.step_numbers import StepNumbers
+from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
 
-Taken: TypeAlias = tuple[M2Encoder | VisualTokenizer | None, Mapping[str, Objective]]
+Taken: TypeAlias = tuple[nn.Module | None, Mapping[str, Objective]]
 """A model and what it was trained by; no model on ranks that have none of their own."""
 
 
@@ -72,10 +86,10 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
 
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     frozen = check_frozen(cfg, folder, resumes=resumes)
-    remarks += describe_other_pictures(cfg)
     objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
     datamodule = build_data(cfg, objectives)
-    module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
+    module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
+    remarks += [*describe_other_pictures(cfg), *describe_foreign(cfg, module, datamodule)]
     callbacks = build_callbacks(cfg, folder, module)
     stopped = find_stop(newest, callbacks)
     trained = cfg if newest is None else _check_newest(newest, module, cfg, folder, stopped=stopped)
@@ -87,13 +101,12 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_frozen(folder, frozen, resumes=resumes)
         write_check(folder, checked)
 
-    first_step, times = FirstStep(write_records), FitTimes(started)
-    pruning = find_pruning(cfg)
-    own = [first_step, FirstValidation(), MissedValidation(), times, *pruning]
-    trainer, metrics = build_trainer(cfg, folder, [*own, *callbacks])
+    first_step, times, pruning = FirstStep(write_records), FitTimes(started), find_pruning(cfg)
+    own = [first_step, FirstValidation(), MissedValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
+    trainer, metrics = build_trainer(cfg, folder, [*own, *pruning, *callbacks], resumes=resumes)
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
-    metrics_of_end: dict[str, float] | None = None
+    results: Results | None = None
     try:
         if trainer.is_global_zero:
             _announce(cfg, folder, newest, run, changes=trained is cfg, stopped=stopped)
@@ -105,15 +118,17 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
             best = take_best(run.module, callbacks, folder) if cfg["run"].get("final") == "best" else None
             taken = _take_model(run.module)
         if any(each.is_over for each in pruning):
-            metrics_of_end = {}
+            results = Results({}, (), folder, trainer.global_step)
             _end_pruned(run, cfg)
-        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, best=best, times=times)
+        results = _finish(run, taken, tasks, cfg, folder, trained=trained, best=best, times=times)
     finally:
-        _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
-    return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **metrics_of_end}
+        close_loggers(trainer, results)  # last: a server may keep it waiting
+    return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **results.metrics}
 
 
-def _check_newest(newest: Newest, module: Module, cfg: dict[str, Any], folder: Path, *, stopped: str) -> dict[str, Any]:
+def _check_newest(
+    newest: Newest, module: lightning.LightningModule, cfg: dict[str, Any], folder: Path, *, stopped: str
+) -> dict[str, Any]:
     """Refuses a checkpoint that does not fit; the configuration of the training that it is of, or that goes on.
 
     Raises:
@@ -148,20 +163,22 @@ def _finish(
     trained: dict[str, Any],
     best: int | None,
     times: FitTimes,
-) -> dict[str, float]:
-    """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone.
+) -> Results:
+    """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first.
 
     `best` is the step whose weights were taken in place of the last ones.
     """
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
-        return {}
+        return Results({}, (), folder, 0)
     end = describe_end(run.trainer, trained["trainer"]["max_steps"])._replace(taken=best)
-    metrics = report_run(
-        tasks,
+    is_measured = isinstance(model, VisualTokenizer) or gives_features(model)
+    results = report_run(
+        tasks if is_measured else {},
         model=model,
         objectives=objectives,
         datamodule=run.datamodule,
+        tokenizer=build_any_tokenizer(cfg["model"]),
         run_folder=folder,
         cfg=cfg,
         end=end,
@@ -169,30 +186,29 @@ def _finish(
         times=times,
     )
     if not cfg["run"]["export"]:
-        return metrics
+        return results
     if isinstance(model, VisualTokenizer):
-        export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=metrics, end=end)
-    else:
+        export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=results.metrics, end=end)
+    elif isinstance(model, TwoTowers):
+        written = export_foreign(folder, model=model, cfg=trained, end=end, overwrite=True)
+        say(f"  use it       {short_path(written / 'README.md')} says how to load the weights")
+    elif isinstance(model, M2Encoder):
         exported = export_run(
             folder, model=model, cfg=trained, end=end, matching=trained_head(objectives), overwrite=True
         )
         say(f'  use it       m2_encoder.load("{short_path(exported)}")')
-    return metrics
+    return results
 
 
-def _take_model(module: Module) -> Taken:
+def _take_model(module: lightning.LightningModule) -> Taken:
     """What was trained, whole, and by which objectives; where weights are split, every rank takes part."""
     if isinstance(module, VisualTokenizerModule):
         return module.tokenizer, {}
+    if not isinstance(module, PretrainModule):
+        return module, {}
     model = gather_model(module.model, module.adaptation.apply)
     merged = None if model is None else merge_adaptation(module.adaptation, model)
     return merged, module.trained_objectives()
-
-
-def _close_loggers(run: Run, metrics: dict[str, float] | None) -> None:
-    for sink in run.trainer.loggers:
-        if isinstance(sink, QuietWandbLogger):
-            sink.close(metrics)
 
 
 def _announce(
@@ -204,6 +220,7 @@ def _announce(
         words = [", ".join(value) if isinstance(value, list) else value for value in labels.values()]
         say(f"run {name}: {abridge(' · '.join(words), 300)}")
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
+    replay(run.trainer, run.metrics.path)
     if newest is None:
         say(f"run {name}: {steps} steps, everything in {folder}")
     else:
@@ -221,8 +238,8 @@ def _announce(
             say(f"run {name}: changed since its last start: {'; '.join(found)}")
     if not any(isinstance(each, RunCheckpoint) for each in run.trainer.callbacks):  # type: ignore[attr-defined]
         say(f"run {name}: saves no checkpoint to go on from; callbacks=[default,...] has the callback that does")
-    if done >= steps or stopped or isinstance(run.module, VisualTokenizerModule):
-        return  # which has no objectives
+    if done >= steps or stopped or not isinstance(run.module, PretrainModule):
+        return  # a task has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}
     for line in describe_start(cfg, run.module.trained_objectives(), **ranks):
         say(f"run {name}: {line}")
@@ -259,6 +276,7 @@ def _quieten() -> None:
         r".*self\.log\('(val/|step).*sync_dist=True.*",  # recalls are over all ranks, the step is the same on all
         ".*number of training batches .* smaller than the logging interval.*",  # of a run of a few steps
         ".*Total length of `list` across ranks is zero.*",  # no validation set was given
+        ".*You (passed in|defined) a `val.*Skipping val loop.*",  # of other people's tasks and data, which is said
         ".*LeafSpec.*is deprecated.*",  # Lightning's use of a newer torch
     ):
         warnings.filterwarnings("ignore", message=remark)

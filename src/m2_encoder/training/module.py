@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning
 import torch
@@ -21,6 +21,7 @@ from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import PARTS
+from m2_encoder.models.two_towers import Encoder, TowersConfig, TwoTowers
 from m2_encoder.objectives.base import (
     LocalObjective,
     Objective,
@@ -43,7 +44,7 @@ class PretrainModule(lightning.LightningModule):
     """Trains an M2-Encoder on a weighted sum of objectives.
 
     Args:
-        model: built in `configure_model`, so that a large one can start sharded.
+        model: built in `configure_model`, so that a large one can start sharded; or somebody else's, built.
         objectives: by name, in the order of their logs.
         optimizer: makes the optimizer of this module.
         scheduler: makes the schedule of learning rates by step.
@@ -64,7 +65,7 @@ class PretrainModule(lightning.LightningModule):
     def __init__(
         self,
         *,
-        model: M2EncoderConfig,
+        model: M2EncoderConfig | TwoTowers,
         objectives: Mapping[str, Objective],
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory,
@@ -80,7 +81,8 @@ class PretrainModule(lightning.LightningModule):
             raise UserError(f"objectives {', '.join(objectives) or 'none'}: at least one needs a weight above 0")
         if not 1 <= max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale={max_logit_scale!r} must be 1 or more")
-        self.config = model
+        self._given = (model,)  # no sub-module yet
+        self.config: M2EncoderConfig | TowersConfig = model.config if isinstance(model, TwoTowers) else model
         self.adaptation = adaptation or Full()
         self.objectives = nn.ModuleDict(active(objectives))
         _check_shared_pass(self.trained_objectives())
@@ -94,17 +96,27 @@ class PretrainModule(lightning.LightningModule):
         self._last_losses: dict[str, Tensor] = {}
         self._paused: list[nn.Parameter] = []  # trained only by objectives that are paused in this step
 
+    def build_unfilled(self) -> Encoder:
+        """The adapted model, of whose parameters names and shapes are right; what is to be trained stays as it is."""
+        (given,) = self._given
+        is_foreign = isinstance(given, TwoTowers)  # and may look into its tensors
+        with torch.device("cpu" if is_foreign else "meta"):
+            model: Encoder = given.build_again() if isinstance(given, TwoTowers) else M2Encoder(given)
+            self.adaptation.apply(cast("M2Encoder", model))
+        return model
+
     def configure_model(self) -> None:
         """Build, adapt, freeze and shard the encoder, once. Lightning calls this with its device and precision set."""
         if hasattr(self, "model"):
             return
-        self.model = M2Encoder(self.config)
+        (given,) = self._given
+        self.model: Encoder = M2Encoder(given) if isinstance(given, M2EncoderConfig) else given
         for objective in self.trained_objectives().values():
-            objective.build(self.config)
+            objective.build(cast("M2EncoderConfig", self.config))
         if self._initial_state is not None:
             self.model.load_state_dict(self._initial_state)
             self._initial_state = None
-        self.adaptation.apply(self.model)
+        self.adaptation.apply(cast("M2Encoder", self.model))
         frozen = self.model.freeze_parts(PARTS.keys() - self._trained_parts())
         logger.info("%s parameters that no objective trains are frozen", f"{frozen:,}")
         strategy = None if self._trainer is None else self._trainer.strategy
@@ -120,6 +132,11 @@ class PretrainModule(lightning.LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the objectives on one batch."""
+        made: Any = batch  # by whichever data module
+        if not isinstance(made, ImageTextBatch):
+            data = type(getattr(self.trainer, "datamodule", None))
+            rule = f"gives batches of {type(made).__name__}; it must give m2_encoder.types.ImageTextBatch"
+            raise UserError(rule, key="data._target_", value=f"{data.__module__}.{data.__qualname__}")
         objectives = self.trained_objectives()
         weights = {name: objective.weight_at(self.global_step) for name, objective in objectives.items()}
         if not any(weights.values()):
@@ -139,8 +156,9 @@ class PretrainModule(lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clamp the logit scales right after the update, before a checkpoint or anything else reads them."""
         super().optimizer_step(*args, **kwargs)
+        scales = self.model.logit_scales()
         with torch.no_grad():
-            for scale in (self.model.logit_scale, self.model.logit_vl_scale):
+            for scale in scales:
                 if scale.requires_grad:
                     scale.clamp_(0, self._max_log_scale)
 
@@ -218,6 +236,11 @@ class PretrainModule(lightning.LightningModule):
         recalls = [f"{way}_r@{k}" for way in ("i2t", "t2i") for k in RECALL_KS]
         own = [f"_{language}/{name}" for language in LANGUAGES for name in (*recalls, "mean_recall")]
         return [f"val/{self.validation_name}{name}" for name in ("/mean_recall", *own)]
+
+    def frozen_towers(self) -> tuple[str, ...]:
+        """Names of what somebody else's model has beside what gives features; nothing of our own."""
+        (given,) = self._given
+        return given.frozen if isinstance(given, TwoTowers) else ()
 
     def trained_objectives(self) -> dict[str, Objective]:
         """The objectives of this run (those of weight above 0), by name."""

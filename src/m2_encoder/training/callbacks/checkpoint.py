@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import shutil
 import signal
 import threading
@@ -23,13 +22,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.ranks import is_first_rank
-from m2_encoder.errors import CheckpointError
+from m2_encoder.errors import CheckpointError, name_some
 from m2_encoder.files import atomic_file
 from m2_encoder.training.callbacks.monitors import BestCheckpoint
-from m2_encoder.training.callbacks.plain_state import drop_objects, find_fault
 from m2_encoder.training.callbacks.retention import KeptCheckpoints, delete
 from m2_encoder.training.optim import follow_schedule
 
@@ -39,6 +38,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SAVING = b"m2-train: this step will be saved, then the run ends; once more Ctrl-C ends it at once\n"
 
 _RANDOM_STATES = "random_states"
+_SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 BEST_NAME = "best.ckpt"
 
@@ -46,15 +46,14 @@ BEST_NAME = "best.ckpt"
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a temporary file in the same folder and renames it, so that a checkpoint is always complete.
 
-    What no checkpoint can hold is left out, and said (`drop_objects`).
+    Settings that a task or data module saves beside it (`save_hyperparameters`) are left out where they are no plain
+    values.
 
     Lightning writes to the machine's temporary folder and moves the file. On another disk that is a copy, and a process
     that ends meanwhile leaves a broken `last.ckpt`.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: set[str] = set()
+    _is_known_safe = False  # of what this run saves
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -66,23 +65,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         assert storage_options is None, f"nothing gives storage_options, got {storage_options!r}"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.pop("hparams_type", None)
+        for key in _SETTINGS:
+            if key in checkpoint:
+                checkpoint[key] = {name: value for name, value in checkpoint[key].items() if is_plain(value)}
         with atomic_file(path, error=CheckpointError) as temporary:
-            if not _can_be_opened(checkpoint, temporary):
-                kept, lines = drop_objects(checkpoint)
-                torch.save(kept, temporary)
-                for line in lines:
-                    if line not in self._said:
-                        logger.warning(line)
-                self._said.update(lines)
+            torch.save(checkpoint, temporary)
+            if not self._is_known_safe:
+                _refuse_code(temporary)
+                self._is_known_safe = True
 
 
-def _can_be_opened(checkpoint: dict[str, Any], path: Path) -> bool:
-    """Writes it; whether it can be opened again."""
-    try:
-        torch.save(checkpoint, path)
-    except (AttributeError, TypeError, pickle.PicklingError):  # an object that cannot be written at all
-        return False
-    return find_fault(path) is None
+def is_plain(value: Any) -> bool:
+    """Whether a checkpoint may hold a value: one that is read without running anybody's code."""
+    if isinstance(value, list | tuple):
+        return type(value) in (list, tuple) and all(map(is_plain, value))
+    if isinstance(value, dict):
+        return type(value) is dict and all(map(is_plain, [*value, *value.values()]))
+    return value is None or type(value) in (bool, int, float, str, Tensor)
+
+
+def _refuse_code(path: Path) -> None:
+    """Refuse what this run could not read again: it would only come out when it goes on."""
+    if found := get_unsafe_globals_in_checkpoint(path):
+        rule = f"holds {name_some(found)}, which may run code when they are read, so that no run goes on from it"
+        raise CheckpointError(f"the checkpoint {rule}; let on_save_checkpoint and state_dict give plain values")
 
 
 class RunCheckpoint(Checkpoint):
