@@ -78,21 +78,10 @@ def build_wandb_logger(
         return None
     os.environ.setdefault("WANDB_SILENT", "true")  # its own remarks come before its settings are read
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else its own telemetry waits for the server at the end
-    run: Mapping[str, Any] = cfg.get("run") or {}
-    start = partial(
-        _start,
-        finish_timeout_s=finish_timeout_s,
-        cfg=cfg,
-        save_dir=str(folder),
-        name=run_name,
-        project=project,
-        entity=entity,
-        group=group,
-        job_type=job_type or run.get("task") or "train",
-        tags=list(dict.fromkeys((*tags, *(run.get("tags") or ())))),
-        notes=run.get("notes"),
-        artifact=artifact,
-    )
+    given: dict[str, Any] = {"project": project, "entity": entity, "group": group, "job_type": job_type, "tags": tags}
+    given = _with_keys_of_run(given, cfg.get("run") or {})
+    given |= {"cfg": cfg, "save_dir": str(folder), "name": run_name, "artifact": artifact}
+    start = partial(_start, finish_timeout_s=finish_timeout_s, **given)
     started = _start_somewhere(start, resolved, find_id(folder), resumes=resumes)
     if started is None:
         return None
@@ -104,6 +93,17 @@ def build_wandb_logger(
     if mode_of_start == "offline":
         say(f"W&B: offline, upload later with: wandb sync {place}", error=True)
     return logger
+
+
+def _with_keys_of_run(given: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `wandb.init`, with what `run` says of itself."""
+    tags = list(dict.fromkeys((*given["tags"], *(run.get("tags") or ()))))
+    return {
+        **given,
+        "tags": tags,
+        "job_type": given["job_type"] or run.get("task") or "train",
+        "notes": run.get("notes"),
+    }
 
 
 def _start_somewhere(

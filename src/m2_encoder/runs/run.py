@@ -149,7 +149,7 @@ def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
     """
     if run.trainer.is_global_zero:
         step, steps = run.trainer.global_step, cfg["trainer"]["max_steps"]
-        say(f"run {cfg['run']['name']}: pruned at step {step} of {steps}: other trials were better by then", error=True)
+        say(f"run {cfg['run']['name']}: pruned at step {step} of {steps}, as its search wants it", error=True)
     raise SystemExit(EXIT_PRUNED if run.trainer.is_global_zero else 0)
 
 
