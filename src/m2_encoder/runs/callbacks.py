@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from m2_encoder.checkpoints.digests import check_zip
@@ -47,7 +47,9 @@ def build_callbacks(
             made[name].resolve(module)
     check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
     _check_monitors(made, module)
-    return list(made.values())
+    switches = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
+    unwanted = tuple(kind for key, kind in switches.items() if cfg["trainer"].get(key) is False)
+    return [callback for callback in made.values() if not isinstance(callback, unwanted)]
 
 
 def _check_monitors(callbacks: Mapping[str, Any], module: lightning.LightningModule) -> None:

@@ -21,8 +21,8 @@ class RunEnd(NamedTuple):
 
     @property
     def is_finished(self) -> bool:
-        """Whether all planned steps are done, or no more are wanted."""
-        return self.step >= self.planned or self.stopped
+        """Whether all planned steps are done, of more than a try, or no more are wanted."""
+        return (self.step >= self.planned and not self.reason) or self.stopped
 
     @property
     def taken_step(self) -> int:
@@ -32,7 +32,7 @@ class RunEnd(NamedTuple):
     def __str__(self) -> str:
         best = "" if self.taken is None else f"; the weights are those of step {self.taken:,}, the best"
         if self.step >= self.planned:
-            return f"{self.step:,}{best}"
+            return f"{self.step:,}{f' ({self.reason})' if self.reason else ''}{best}"
         how = "finished" if self.stopped else "ended"
         return f"{self.step:,} of {self.planned:,}, {how} early{f' ({self.reason})' if self.reason else ''}{best}"
 
@@ -46,8 +46,10 @@ class Results(NamedTuple):
     step: int  # optimizer steps that it has done
 
 
-def describe_end(trainer: lightning.Trainer, planned: int) -> RunEnd:
-    """How the training that just ended did so; SIGTERM and errors do not come here."""
+def describe_end(trainer: lightning.Trainer, planned: int, *, debug: bool = False) -> RunEnd:
+    """How the training that just ended did so; SIGTERM and errors do not come here. A try never counts as finished."""
+    if debug:
+        return RunEnd(trainer.global_step, planned, "a debug run")
     if trainer.global_step >= planned:
         return RunEnd(trainer.global_step, planned)
     stoppers = [each for each in trainer.callbacks if isinstance(each, EarlyStopping)]  # type: ignore[attr-defined]
@@ -55,9 +57,7 @@ def describe_end(trainer: lightning.Trainer, planned: int) -> RunEnd:
     if stopped is not None and trainer.should_stop:
         return RunEnd(trainer.global_step, planned, stopped, stopped=True)
     timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
-    if getattr(trainer, "fast_dev_run", False):
-        reason = "trainer.fast_dev_run"
-    elif any((remaining := timer.time_remaining()) is not None and remaining <= 0 for timer in timers):
+    if any((remaining := timer.time_remaining()) is not None and remaining <= 0 for timer in timers):
         reason = "trainer.max_time"
     elif trainer.should_stop:
         reason = "a callback stopped it"

@@ -15,6 +15,7 @@ from torch import nn
 
 from m2_encoder.checkpoints.tensors import find_non_finite
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
+from m2_encoder.config.paths import is_debug
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.errors import UserError, abridge
@@ -83,7 +84,7 @@ def report_run(
     )
     print_results(console, results, context)
     console.print()
-    for what, text in _progress(end, best):
+    for what, text in _progress(end, best, debug=is_debug(cfg)):
         console.print(Text.assemble("  ", (f"{what:<12}", "bold"), f" {text}"), soft_wrap=True)
     for what, path in _places(run_folder, pictures, cfg):
         console.print(Text.assemble("  ", (f"{what:<12}", "bold"), abridge(f" {short_path(path)}")), soft_wrap=True)
@@ -109,11 +110,13 @@ def labels_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {key: run[key] for key in ("task", "tags", "notes") if run.get(key)}
 
 
-def _progress(end: RunEnd, best: BestCheckpoint | None) -> list[tuple[str, str]]:
+def _progress(end: RunEnd, best: BestCheckpoint | None, *, debug: bool) -> list[tuple[str, str]]:
     """How far the training got, where that is not as planned, and which step was measured."""
     lines = []
-    if end.step < end.planned:
-        lines.append(("steps", f"{end}" if end.is_finished else f"{end}; run.resume=auto goes on"))
+    if not end.is_finished:
+        lines.append(("steps", f"{end}; {'the next debug run replaces it' if debug else 'run.resume=auto goes on'}"))
+    elif end.step < end.planned:
+        lines.append(("steps", str(end)))
     if best is not None:
         taken = "evaluated here" if end.taken is not None else "run.final=best evaluates and exports it"
         lines.append(("best", f"step {best.step:,}: {best.monitor} {best.value:.4g}; {taken}"))
@@ -155,7 +158,8 @@ def _places(run_folder: Path, pictures: list[Path], cfg: Mapping[str, Any]) -> l
     places += [("table", run_folder / TABLE_FILE), ("numbers", run_folder / SUMMARY_FILE)]
     places += [("curves", run_folder / "metrics.jsonl"), ("checkpoints", run_folder / "checkpoints")]
     found = [(what, path) for what, path in places if path.exists()]
-    return [*found, ("export", run_folder / "export")] if _section(cfg, "run").get("export") else found
+    exported = _section(cfg, "run").get("export") and not is_debug(cfg)
+    return [*found, ("export", run_folder / "export")] if exported else found
 
 
 def short_path(path: Path) -> Path:

@@ -12,13 +12,13 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -41,6 +41,15 @@ _RANDOM_STATES = "random_states"
 _SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 BEST_NAME = "best.ckpt"
+
+
+@runtime_checkable
+class CountedEpochs(Protocol):
+    """A data module that knows how long an epoch is."""
+
+    def epoch_steps(self) -> int:
+        """Steps of an epoch as the trainer limits it."""
+        ...
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -168,12 +177,20 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the random states until training starts: setup uses random numbers, too."""
+        """Keep the random states until training starts: setup uses random numbers, too.
+
+        The loops are told where they are in which epoch, and a `trainer.max_time` counts from this start.
+        """
         self._random_states = checkpoint.get(_RANDOM_STATES, [])
         self._saved_step = int(checkpoint["global_step"])
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, CountedEpochs) and self._saved_step:
+            _place_loops(checkpoint["loops"]["fit_loop"], self._saved_step, data.epoch_steps())
+        for name in [name for name in checkpoint.get("callbacks", {}) if name.startswith(Timer.__qualname__)]:
+            del checkpoint["callbacks"][name]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Restore the random state of the checkpoint; handle signals from now on.
+        """Handle signals from now on.
 
         Raises:
             CheckpointError: if the ranks go on from different checkpoints.
@@ -189,25 +206,25 @@ class RunCheckpoint(Checkpoint):
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # as nohup wants it
                 signal.signal(number, self._note_signal)  # Lightning restores the old handlers in the end
-        if len(self._random_states) == trainer.world_size:
-            _restore_random_state(self._random_states[trainer.global_rank])
-        elif self._random_states and trainer.is_global_zero:
+        if self._random_states and len(self._random_states) != trainer.world_size and trainer.is_global_zero:
             logger.warning(
                 "saved by %d ranks, continued by %d: the data go on exactly, stochastic depth is drawn anew",
                 len(self._random_states),
                 trainer.world_size,
             )
-        self._random_states = []
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """End after a signal, now that the metrics of the saved step are written."""
+        """End after a signal, now that the metrics of the saved step are written; restore the random state."""
         self._leave(trainer)
         if self._starts:
             # Lightning counts one less after a checkpoint of a validation, unless the next start validates then, too.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-            self._starts = False
+            # Not before: Lightning may make the workers of a validation once more, which draws a number.
+            if len(self._random_states) == trainer.world_size:
+                _restore_random_state(self._random_states[trainer.global_rank])
+            self._random_states, self._starts = [], False
 
     def on_train_batch_end(
         self,
@@ -293,6 +310,35 @@ def _is_validated(trainer: lightning.Trainer) -> bool:
 
 def _callbacks(trainer: lightning.Trainer) -> list[lightning.Callback]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _place_loops(loops: dict[str, Any], step: int, epoch_steps: int) -> None:
+    """Say in Lightning's own words that a run is where it is when a step has ended: in which epoch, and how far.
+
+    What a checkpoint says itself depends on how long an epoch was for those who saved it.
+    """
+    epoch, done = divmod(step, epoch_steps)
+    begun = epoch + (done > 0)
+    batches = done or epoch_steps  # after the last one of an epoch, Lightning begins the next by itself
+    loops["epoch_progress"] = _progress(_counts(begun, processed=epoch, completed=epoch))
+    loops["epoch_loop.batch_progress"] = {
+        "total": _counts(step, completed=step - 1),
+        "current": _counts(batches, completed=batches - 1),
+        "is_last_batch": False,
+    }
+
+
+def _progress(counts: dict[str, int]) -> dict[str, dict[str, int]]:
+    return {"total": counts, "current": dict(counts)}
+
+
+def _counts(number: int, *, processed: int | None = None, completed: int) -> dict[str, int]:
+    return {
+        "ready": number,
+        "started": number,
+        "processed": number if processed is None else processed,
+        "completed": completed,
+    }
 
 
 def _free(path: Path) -> None:
