@@ -169,7 +169,7 @@ class StopEarly(Monitoring, EarlyStopping):
             why = f"{self.monitor} did not {change} in the last {times}"
         else:
             why = f"{self.monitor}={value:.6g} passed a threshold"
-        return f"early stopping: {why}; {best}" if self._best_step else f"early stopping: {why}"
+        return f"early stopping: {why}; {best}" if math.isfinite(self.best_score) else f"early stopping: {why}"
 
 
 class BestCheckpoint(Monitoring):
