@@ -13,6 +13,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler
 from torch import Tensor
 
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
@@ -37,13 +38,16 @@ from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.files import Resources
 from m2_encoder.pictures import STANDARD, read_policy
-from m2_encoder.runs.folder import LAST_CHECKPOINT, UNSAID
+from m2_encoder.runs.callbacks import build_callbacks
+from m2_encoder.runs.folder import UNSAID
 from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.runs.parts import build_optimizer_factory, build_task, choose_taken
 from m2_encoder.runs.sinks import build_loggers, check_kind
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.adaptation import Adaptation, check_adaptation
+from m2_encoder.training.callbacks.overfit import OverfitVerdict
 from m2_encoder.training.module import PretrainModule
+from m2_encoder.training.profilers import StepProfiler, TraceProfiler
 
 METRICS_FILE: Final = "metrics.jsonl"
 
@@ -66,7 +70,7 @@ def build_run(cfg: dict[str, Any], folder: Path) -> Run:
     objectives = build_objectives(cfg)
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
-    trainer, metrics = build_trainer(cfg, folder)
+    trainer, metrics = build_trainer(cfg, folder, build_callbacks(cfg, folder, module))
     return Run(module, datamodule, trainer, metrics)
 
 
@@ -181,6 +185,7 @@ def build_module(
         return PretrainModule(model=towers, objectives=objectives, **shared)
     initial_state = _load_initial_state(cfg["model"], shape, tokenizer)
     shared |= {"adaptation": build_adaptation(cfg, shape), "initial_state": initial_state}
+    shared |= {"compiled": bool(cfg["trainer"].get("compile"))}
     shared |= {"tokenizer": pack_tokenizer(tokenizer.model_bytes, tokenizer.digest)}
     return PretrainModule(model=shape, objectives=objectives, **shared)
 
@@ -225,19 +230,25 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig | None) -> A
 
 
 def build_trainer(
-    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = (), *, resumes: bool = False
+    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback], *, resumes: bool = False
 ) -> tuple[lightning.Trainer, JsonlLogger]:
-    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last.
+    """Builds the trainer with its loggers, which start here: W&B, too.
 
     Raises:
-        UserError: for a callback or a logger that is none, or cannot start.
+        UserError: for a logger that is none, or cannot start.
     """
-    own = _build_callbacks(cfg, folder)  # which may be refused, before a logger starts
+    own = [OverfitVerdict()] if cfg["trainer"].get("overfit_batches") else []
     metrics = JsonlLogger(folder / METRICS_FILE)
+    profiler = _build_profiler(cfg, folder)
+    loggers = [metrics, *([] if cfg["trainer"].get("fast_dev_run") else build_loggers(cfg, folder, resumes=resumes))]
+    if isinstance(profiler, StepProfiler):
+        profiler.watch(loggers)
     trainer = instantiate(
-        cfg["trainer"],
+        {key: value for key, value in cfg["trainer"].items() if key != "compile"},  # which Lightning does not know
+        _convert_="all",  # of `max_time`
         strategy=instantiate(cfg["strategy"]),
-        logger=[metrics, *build_loggers(cfg, folder, resumes=resumes)],
+        logger=loggers,
+        **({} if profiler is None else {"profiler": profiler}),
         callbacks=[*callbacks, *own],
         plugins=_build_plugins(cfg["cluster"]["name"]),
         default_root_dir=str(folder),
@@ -245,11 +256,18 @@ def build_trainer(
     return trainer, metrics
 
 
-def _build_callbacks(cfg: Mapping[str, Any], folder: Path) -> list[lightning.Callback]:
-    given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
-    made = {name: instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()}
-    check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
-    return list(made.values())
+def _build_profiler(cfg: Mapping[str, Any], folder: Path) -> Profiler | None:
+    """The profiler that `profiler` chooses, or `trainer.profiler` by Lightning's name for it."""
+    node, name = cfg.get("profiler"), cfg["trainer"].get("profiler")
+    if node is not None:
+        takes = "dirpath" in read_parameters(find_target(node["_target_"]))
+        profiler = instantiate(node, **({"dirpath": str(folder)} if takes else {}))
+        if not isinstance(profiler, Profiler):
+            rule = "must be a subclass of lightning.pytorch.profilers.Profiler; derive it from that"
+            raise UserError(rule, key="profiler._target_", value=node["_target_"])
+        return profiler
+    kinds = {"simple": StepProfiler, "pytorch": TraceProfiler, "advanced": AdvancedProfiler}
+    return kinds[name](dirpath=str(folder), filename="profile") if name in kinds else None
 
 
 def _build_plugins(cluster: str) -> list[ClusterEnvironment]:

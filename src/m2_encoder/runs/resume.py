@@ -17,9 +17,8 @@ from torch import nn
 
 from m2_encoder.checkpoints.training_state import read_content
 from m2_encoder.checkpoints.vocabulary import CHECKPOINT_KEY, check_stored
-from m2_encoder.config.model_choice import build_model_config, build_tokenizer, model_shape
+from m2_encoder.config.model_choice import build_tokenizer, model_shape
 from m2_encoder.config.problems import show
-from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.targets import find_target
 from m2_encoder.config.trusted import find_targets, refuse_foreign
 from m2_encoder.errors import Problem, UserError
@@ -28,7 +27,7 @@ from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.models.two_towers import Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, read_config, read_run
+from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, fill_in, read_config, read_run
 from m2_encoder.training.module import PretrainModule
 
 _FREE: Final = (
@@ -36,6 +35,10 @@ _FREE: Final = (
     "logger",
     "cluster",
     "evaluation",
+    "profiler",
+    "trainer.profiler",
+    "trainer.max_time",
+    "trainer.enable_progress_bar",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.accelerator",
@@ -86,7 +89,7 @@ def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     """
     if not path.is_file():
         return []
-    changes = _compare("", _in_effect(UNSAID | read_config(path)), _in_effect(UNSAID | dict(cfg)))
+    changes = _compare("", fill_in(UNSAID | read_config(path)), fill_in(UNSAID | dict(cfg)))
     return [f"{key}: {before!r} then, {now!r} now" for key, before, now in changes]
 
 
@@ -100,11 +103,18 @@ def _compare(key: str, before: Any, now: Any, free: Sequence[str] = _FREE) -> It
         yield key, before, now
 
 
-def check_resume(module: lightning.LightningModule, cfg: Mapping[str, Any], folder: Path, checkpoint: Path) -> None:
+def check_resume(
+    module: lightning.LightningModule,
+    cfg: Mapping[str, Any],
+    folder: Path,
+    checkpoint: Path,
+    *,
+    is_over: bool | None = None,
+) -> None:
     """Refuse a checkpoint that does not fit what is to be trained, before anything is written or started.
 
     Settings that would change nothing are refused, too. The module is not built yet, and left so. `config.yaml` in the
-    run's folder says how the run began.
+    run's folder says how the run began. `is_over`: whether no step is left; by default if all are done.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
@@ -120,7 +130,9 @@ def check_resume(module: lightning.LightningModule, cfg: Mapping[str, Any], fold
             check_stored(str(entry.get("sha256")), tokenizer, weights=checkpoint)
         except UserError as error:
             raise UserError(str(error), key="model.tokenizer", value=cfg["model"]["tokenizer"]) from error
-    if problems := list(_find_idle(before, cfg, checkpoint, done=content["global_step"])):
+    done = content["global_step"]
+    is_over = done >= cfg["trainer"]["max_steps"] if is_over is None else is_over
+    if problems := list(_find_idle(before, cfg, checkpoint, done=done, is_over=is_over)):
         raise UserError("the run that is continued would not follow these settings", problems=problems)
     if (found := _find_misfit(module, content)) is not None:
         name, said = found
@@ -169,7 +181,9 @@ def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[
         yield Problem("optimizer._target_", value, rule, f"leave optimizer=... out, or {_NEW_NAME}")
 
 
-def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Path, *, done: int) -> Iterator[Problem]:
+def _find_idle(
+    before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Path, *, done: int, is_over: bool
+) -> Iterator[Problem]:
     """Changed settings that would change nothing, because the checkpoint holds what they decide on, or all is done."""
     if not before:
         return
@@ -180,14 +194,22 @@ def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Pa
         weights = "" if key == "model.weights" else f" {key}={show(now).replace(', ', ',')}"
         fix = f"leave it out, or start another run from these weights: run.name=NEW model.weights={checkpoint}{weights}"
         yield Problem(key, now, rule, fix)
-    if done < cfg["trainer"]["max_steps"]:
+    if not is_over:
         return
+    is_stopped = done < cfg["trainer"]["max_steps"]
     echo = ("scheduler.max_steps", *(each["trainer"]["max_steps"] for each in (before, cfg)))
-    for key, was, now in _compare("", _in_effect(before), _in_effect(cfg), _REPORTING):
+    for key, was, now in _compare("", fill_in(before), fill_in(cfg), _REPORTING):
         # What earlier versions did not know is not recorded either.
         if key not in reported and _has(before, key) and (key, was, now) != echo:
-            rule = f"changes nothing, as all {done} steps are done; it was {show(was)}"
-            fix = f"leave it out, or train on with trainer.max_steps above {done}"
+            all_done = f"training was stopped early at step {done}" if is_stopped else f"all {done} steps are done"
+            go_on = "callbacks=[default] or more patience" if is_stopped else f"trainer.max_steps above {done}"
+            rule = f"changes nothing, as {all_done}; it was {show(was)}"
+            fix = f"leave it out, or train on with {go_on}"
+            if key == "trainer.max_steps":
+                rule = f"must be {done} or more: so many steps are done already"
+                earlier = f"step={now if checkpoint.with_name(f'step={now}.ckpt').is_file() else 'N'}"
+                export = f"m2-export run.name={cfg['run']['name']} checkpoint={earlier}"
+                fix = f"leave it out; for the model of an earlier one, {export}"
             yield Problem(key, now, rule, fix)
 
 
@@ -223,14 +245,6 @@ def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> It
         was, value = (config.get(key.partition(".")[2]) for config in configs)
         if was != value:
             yield key, was, value
-
-
-def _in_effect(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration with the sizes that its model has, where it leaves them to the model's name."""
-    model = _node(cfg, "model")
-    if is_foreign(model) or "name" not in model:
-        return cfg
-    return {**cfg, "model": {**model, **build_model_config(model).to_dict()}}
 
 
 def _node(cfg: Mapping[str, Any], path: str) -> Mapping[str, Any]:

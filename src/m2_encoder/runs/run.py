@@ -6,9 +6,9 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -17,8 +17,10 @@ from torch import nn
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
 from m2_encoder.config.model_choice import build_any_tokenizer
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import default_run_folder
+from m2_encoder.config.paths import default_run_folder, is_debug
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.sweep_jobs import EXIT_PRUNED
+from m2_encoder.errors import abridge
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
@@ -34,24 +36,38 @@ from m2_encoder.runs.build import (
     build_trainer,
     validation_name_of,
 )
+from m2_encoder.runs.callbacks import build_callbacks, find_best, find_stop, take_best
 from m2_encoder.runs.ending import Results, describe_end
 from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
-from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
+from m2_encoder.runs.folder import (
+    CONFIG_FILE,
+    Frozen,
+    check_frozen,
+    clear_debug,
+    count_parameters,
+    fill_in,
+    read_run,
+    write_config,
+    write_frozen,
+)
+from m2_encoder.runs.length import settle_length
 from m2_encoder.runs.missed_validation import MissedValidation
 from m2_encoder.runs.parts import describe_foreign, gives_features, is_ours
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.pruning import find_pruning
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
-from m2_encoder.runs.report import report_run, short_path
+from m2_encoder.runs.report import labels_of, report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.sinks import close_loggers, replay
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
+from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.first_validation import FirstValidation
 from m2_encoder.training.callbacks.step_numbers import StepNumbers
 from m2_encoder.training.module import PretrainModule
+from m2_encoder.training.profilers import StepProfiler, TraceProfiler
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
@@ -77,23 +93,17 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     _quieten()
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     folder = default_run_folder(cfg)
-    newest = None if cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
+    debug = is_debug(cfg)
+    newest = None if debug or cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
     resumes = newest is not None
-    cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
-    if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
-        trained = read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
-    else:
-        trained = cfg
-
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
-    frozen = check_frozen(cfg, folder, resumes=resumes)
-    objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
-    datamodule = build_data(cfg, objectives)
-    module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
-    remarks += [*describe_other_pictures(cfg), *describe_foreign(cfg, module, datamodule)]
-    if newest is not None:
-        check_resume(module, cfg, folder, newest.path)
+    cfg, frozen, module, tasks, datamodule, remarks = _settle(cfg, folder, resumes=resumes)
+    callbacks = build_callbacks(cfg, folder, module)
+    stopped = find_stop(newest, callbacks)
+    trained = cfg if newest is None else _check_newest(newest, module, cfg, folder, stopped=stopped)
     checked = check_data(datamodule, folder, resumes=resumes)
+    if debug:
+        clear_debug(folder)
 
     def write_records() -> None:
         if trained is cfg:
@@ -101,28 +111,51 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_frozen(folder, frozen, resumes=resumes)
         write_check(folder, checked)
 
-    first_step, times, pruning = FirstStep(write_records), FitTimes(started), find_pruning(cfg)
+    keeps = not cfg["trainer"].get("fast_dev_run")
+    first_step = FirstStep(write_records if keeps else (lambda: None))
+    times, pruning = FitTimes(started), find_pruning(cfg)
     own = [first_step, FirstValidation(), MissedValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[*own, *pruning], resumes=resumes)
+    trainer, metrics = build_trainer(cfg, folder, [*own, *pruning, *callbacks], resumes=resumes)
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
     results: Results | None = None
     try:
         if trainer.is_global_zero:
-            _announce(cfg, folder, newest, run, changes=trained is cfg)
-            for line in remarks:
-                say(f"run {cfg['run']['name']}: {line}")
+            _announce(cfg, folder, newest, run, remarks, changes=trained is cfg, stopped=stopped)
         with watching(trainer):
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
+            best = take_best(run.module, callbacks, folder) if cfg["run"].get("final") == "best" else None
             taken = _take_model(run.module)
+        _say_profile(trainer)
         if any(each.is_over for each in pruning):
             results = Results({}, (), folder, trainer.global_step)
             _end_pruned(run, cfg)
-        results = _finish(run, taken, tasks, cfg, folder, trained=trained, times=times)
+        results = _finish(run, taken, tasks, cfg, folder, trained=trained, best=best, times=times)
     finally:
         close_loggers(trainer, results)  # last: a server may keep it waiting
     return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **results.metrics}
+
+
+def _check_newest(
+    newest: Newest, module: lightning.LightningModule, cfg: dict[str, Any], folder: Path, *, stopped: str
+) -> dict[str, Any]:
+    """Refuses a checkpoint that does not fit; the configuration of the training that it is of, or that goes on.
+
+    Raises:
+        UserError: as `check_resume`.
+    """
+    is_over = bool(stopped) or newest.step >= cfg["trainer"]["max_steps"]
+    check_resume(module, cfg, folder, newest.path, is_over=is_over)
+    if is_over and (folder / CONFIG_FILE).is_file():
+        return read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
+    return cfg
+
+
+def _say_profile(trainer: lightning.Trainer) -> None:
+    profiler: object = getattr(trainer, "profiler", None)
+    if trainer.is_global_zero and isinstance(profiler, StepProfiler | TraceProfiler):
+        say(*profiler.describe_step().splitlines())
 
 
 def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
@@ -137,6 +170,34 @@ def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
     raise SystemExit(EXIT_PRUNED if run.trainer.is_global_zero else 0)
 
 
+class _Settled(NamedTuple):
+    """A configuration that says everything that a run will do, and what was built to know it."""
+
+    cfg: dict[str, Any]  # with the numbers of its architecture, for `config.yaml` and for loggers
+    frozen: dict[str, Frozen]  # files that may not change
+    module: lightning.LightningModule  # of the run
+    tasks: dict[str, EvaluationTask]  # by name
+    datamodule: lightning.LightningDataModule  # of the run
+    remarks: list[str]  # to be said
+
+
+def _settle(cfg: dict[str, Any], folder: Path, *, resumes: bool) -> _Settled:
+    cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
+    filled = fill_in(cfg)
+    if not is_foreign(cfg["model"]):
+        count = count_parameters(cfg) if cfg.get("task") is None else None
+        filled["model"] = {**cfg["model"], **filled["model"], "num_parameters": count}
+    cfg = filled
+    frozen = check_frozen(cfg, folder, resumes=resumes)
+    remarks += describe_other_pictures(cfg)
+    objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
+    datamodule = build_data(cfg, objectives)
+    cfg, length = settle_length(cfg, datamodule)
+    module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
+    remarks += [*length, *describe_foreign(cfg, module, datamodule)]
+    return _Settled(cfg, frozen, module, tasks, datamodule, remarks)
+
+
 def _finish(
     run: Run,
     taken: Taken,
@@ -145,13 +206,21 @@ def _finish(
     folder: Path,
     *,
     trained: dict[str, Any],
+    best: int | None,
     times: FitTimes,
 ) -> Results:
-    """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first."""
+    """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first.
+
+    `best` is the step whose weights were taken in place of the last ones.
+    """
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
         return Results({}, (), folder, 0)
-    end = describe_end(run.trainer, trained["trainer"]["max_steps"])
+    if cfg["trainer"].get("fast_dev_run"):
+        steps = run.trainer.global_step
+        say(f"run {cfg['run']['name']}: debug run: {steps} step(s) and validation went through")
+        return Results({}, (), folder, steps)
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"], debug=is_debug(cfg))._replace(taken=best)
     is_measured = isinstance(model, VisualTokenizer) or gives_features(model)
     results = report_run(
         tasks if is_measured else {},
@@ -162,9 +231,10 @@ def _finish(
         run_folder=folder,
         cfg=cfg,
         end=end,
+        best=find_best(run.trainer.callbacks),  # type: ignore[attr-defined]
         times=times,
     )
-    if not cfg["run"]["export"]:
+    if not cfg["run"]["export"] or is_debug(cfg):
         return results
     if isinstance(model, VisualTokenizer):
         export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=results.metrics, end=end)
@@ -190,22 +260,48 @@ def _take_model(module: lightning.LightningModule) -> Taken:
     return merged, module.trained_objectives()
 
 
-def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, *, changes: bool) -> None:
+def _describe_newest(done: int, steps: int, stopped: str, folder: Path) -> str:
+    if stopped:
+        return f"ended at step {done} of {steps} by {stopped}; evaluating again"
+    if done < steps:
+        return f"continuing at step {done} of {steps}, in {folder}"
+    return f"all {done} steps are done already; evaluating again"
+
+
+def _announce(
+    cfg: dict[str, Any],
+    folder: Path,
+    newest: Newest | None,
+    run: Run,
+    remarks: Sequence[str],
+    *,
+    changes: bool,
+    stopped: str,
+) -> None:
     name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
     done = 0 if newest is None else newest.step
+    if labels := labels_of(cfg):
+        words = [", ".join(value) if isinstance(value, list) else value for value in labels.values()]
+        say(f"run {name}: {abridge(' · '.join(words), 300)}")
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
     replay(run.trainer, run.metrics.path)
-    if newest is None:
+    if tried := cfg["trainer"].get("fast_dev_run"):
+        say(f"run {name}: debug run of {int(tried)} step(s); nothing is kept")
+    elif newest is None:
         say(f"run {name}: {steps} steps, everything in {folder}")
     else:
         if newest.passed:
             more = f"; and {len(newest.passed) - 1} more" if len(newest.passed) > 1 else ""
             say(f"run {name}: {newest.path.name} is the newest whole checkpoint ({newest.passed[0][:300]}{more})")
-        left = f"continuing at step {done} of {steps}, in {folder}"
-        say(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
+        said = _describe_newest(done, steps, stopped, folder)
+        say(f"run {name}: {said}")
         if changes and (found := describe_changes(folder / CONFIG_FILE, cfg)):
             say(f"run {name}: changed since its last start: {'; '.join(found)}")
-    if done >= steps or not isinstance(run.module, PretrainModule):
+    if not any(isinstance(each, RunCheckpoint) for each in run.trainer.callbacks):  # type: ignore[attr-defined]
+        say(f"run {name}: saves no checkpoint to go on from; callbacks=[default,...] has the callback that does")
+    for line in remarks:
+        say(f"run {name}: {line}")
+    if done >= steps or stopped or not isinstance(run.module, PretrainModule):
         return  # a task has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}
     for line in describe_start(cfg, run.module.trained_objectives(), **ranks):

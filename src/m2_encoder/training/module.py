@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 
 from m2_encoder.distributed.gradients import clip_gradients
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.metrics import RECALL_KS
 from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.parallelize import compile_layers
 from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.models.two_towers import Encoder, TowersConfig, TwoTowers
 from m2_encoder.objectives.base import (
@@ -52,6 +54,7 @@ class PretrainModule(lightning.LightningModule):
         max_logit_scale: upper bound of exp(logit_scale), applied after every step (CLIP, arXiv:2103.00020, uses 100).
         max_skipped_in_a_row: steps with a non-finite gradient in a row after which training aborts.
         validation_name: name of the validation set in metric names.
+        compiled: run the encoder's layers compiled (`torch.compile`).
         tokenizer: what `pack_tokenizer` gives, for checkpoints to say which pieces the token table has; None says
             nothing.
 
@@ -73,6 +76,7 @@ class PretrainModule(lightning.LightningModule):
         max_logit_scale: float = 100.0,
         max_skipped_in_a_row: int = 20,
         validation_name: str = "val",
+        compiled: bool = False,
         tokenizer: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -90,7 +94,8 @@ class PretrainModule(lightning.LightningModule):
         self._build_optimizer, self._build_scheduler = optimizer, scheduler
         self._initial_state = initial_state
         self._max_log_scale = math.log(max_logit_scale)
-        self._validation_name = validation_name
+        self.validation_name = validation_name
+        self._compiled = compiled
         self._tokenizer = tokenizer
         self._last_losses: dict[str, Tensor] = {}
         self._paused: list[nn.Parameter] = []  # trained only by objectives that are paused in this step
@@ -118,6 +123,8 @@ class PretrainModule(lightning.LightningModule):
         self.adaptation.apply(cast("M2Encoder", self.model))
         frozen = self.model.freeze_parts(PARTS.keys() - self._trained_parts())
         logger.info("%s parameters that no objective trains are frozen", f"{frozen:,}")
+        if self._compiled:
+            compile_layers(cast("M2Encoder", self.model))  # others are refused
         strategy = None if self._trainer is None else self._trainer.strategy
         prepare = getattr(strategy, "parallelize", None)  # strategies of this project have it
         if prepare is not None:
@@ -171,19 +178,18 @@ class PretrainModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm; a step whose gradient is not finite is skipped and counted.
+        """Clip by the global norm, or each value; a step whose gradient is not finite is skipped and counted.
 
         Raises:
             NonFiniteError: after too many such steps in a row.
-            UserError: for another `gradient_clip_algorithm`.
         """
-        if gradient_clip_algorithm not in (None, "norm"):
-            given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)  # Lightning makes it an enum
-            raise UserError(f"trainer.gradient_clip_algorithm={given} must be norm")
         for parameter in self._paused:  # with a gradient of 0 the optimizer would still decay them
             parameter.grad = None
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = clip_gradients(parameters, gradient_clip_val or math.inf)
+        by_value = gradient_clip_algorithm == "value"  # Lightning makes it an enum of texts
+        norm = clip_gradients(parameters, math.inf if by_value else gradient_clip_val or math.inf)
+        if by_value and gradient_clip_val:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val, foreach=False)  # sharded and whole ones together
         self.log("train/grad_norm", norm)
         losses = {name: self._last_losses[name] for name in self.objectives if name in self._last_losses}
         step = self.global_step + 1
@@ -216,14 +222,25 @@ class PretrainModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log recalls of each language that the set has."""
         self._log_step(self.global_step)
+        means = []
         for language in LANGUAGES:
             recall = self._recall(language)
             if not recall.update_called:
                 continue
-            for name, value in recall.compute().items():
+            found = recall.compute()
+            means.append(found["mean_recall"])
+            for name, value in found.items():
                 if "r@" in name or name == "mean_recall":
-                    self.log(f"val/{self._validation_name}_{language}/{name}", value)
+                    self.log(f"val/{self.validation_name}_{language}/{name}", value)
             recall.reset()
+        if means:
+            self.log(f"val/{self.validation_name}/mean_recall", torch.stack(means).mean())
+
+    def validation_metrics(self) -> list[str]:
+        """Names of all that a validation may log; those of a language only come where the set has it."""
+        recalls = [f"{way}_r@{k}" for way in ("i2t", "t2i") for k in RECALL_KS]
+        own = [f"_{language}/{name}" for language in LANGUAGES for name in (*recalls, "mean_recall")]
+        return [f"val/{self.validation_name}{name}" for name in ("/mean_recall", *own)]
 
     def frozen_towers(self) -> tuple[str, ...]:
         """Names of what somebody else's model has beside what gives features; nothing of our own."""
