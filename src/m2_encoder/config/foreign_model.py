@@ -68,7 +68,7 @@ def constructor_node(model: Mapping[str, Any], *, vocab_size: int | None) -> dic
         raise UserError(
             "is missing, and the tokenizer does not say it; add +model.vocab_size=N", key="model.vocab_size"
         )
-    return node
+    return {"_convert_": "all", **node}  # its settings are plain values
 
 
 def left_out(model: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,9 @@ LAST_CHECKPOINT: Final = "checkpoints/last.ckpt"
 RUN_LOCK: Final = ".lock"
 """In a run's folder, while a process trains there: which one (`files.hold_lock`)."""
 
+DEBUG_FOLDER: Final = "debug"
+"""In `run.folder`: runs that are only tries, each replaced by the next one of its name."""
+
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
@@ -90,6 +93,13 @@ def has_checkpoint(run_folder: Path) -> bool:
     return any(not path.name.startswith(".") for path in (run_folder / LAST_CHECKPOINT).parent.glob("*.ckpt"))
 
 
+def is_debug(cfg: Mapping[str, Any]) -> bool:
+    """Whether a run is only a try: `debug=...`, or Lightning's `fast_dev_run`."""
+    trainer = cfg.get("trainer")
+    return bool(cfg["run"].get("debug") or (isinstance(trainer, Mapping) and trainer.get("fast_dev_run")))
+
+
 def default_run_folder(cfg: Mapping[str, Any]) -> Path:
-    """`<run.folder>/<run.name>` of a configuration that has both."""
-    return anchor(cfg["run"]["folder"]) / str(cfg["run"]["name"])
+    """`<run.folder>/<run.name>` of a configuration that has both; tries lie in a folder of their own, `debug`."""
+    folder = anchor(cfg["run"]["folder"])
+    return (folder / DEBUG_FOLDER if is_debug(cfg) else folder) / str(cfg["run"]["name"])

@@ -28,11 +28,12 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "optimizer": ("module", "params", "model", "model_or_params"),
     "scheduler": ("optimizer",),
     "trainer": ("strategy", "logger", "callbacks", "plugins", "default_root_dir"),
+    "profiler": ("dirpath",),
     "callbacks.checkpoint": ("folder",),
 }
 """By node, what the command passes itself when it builds the object; `given_to_loggers` has the rest."""
 
-_NODES_OF_LIGHTNING: Final = ("callbacks", "data", "evaluation", "logger", "strategy", "task", "trainer")
+_NODES_OF_LIGHTNING: Final = ("callbacks", "data", "evaluation", "logger", "profiler", "strategy", "task", "trainer")
 
 
 def validate_train(
@@ -46,7 +47,7 @@ def validate_train(
         on_this_machine: also ask whether this machine has what the run needs.
     """
     trusted = _find_trusted(changed)
-    compared = {key: node for key, node in cfg.items() if key not in trusted and key != "model"}
+    compared = {key: node for key, node in _as_built(cfg).items() if key not in trusted and key != "model"}
     found: dict[str, Problem] = {}
     for problem in (*check_shape(cfg), *check_model(cfg.get("model")), *_check_targets(compared)):
         found.setdefault(problem.key, problem)
@@ -54,10 +55,24 @@ def validate_train(
     return [*found.values(), *relations, *check_metric(cfg)]
 
 
+def _as_built(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What objects are made of: without `trainer.compile`, which is the module's; with an end of the schedule.
+
+    Where that is the end of the run, the data will say later how long an epoch is.
+    """
+    trainer, scheduler = cfg.get("trainer"), cfg.get("scheduler")
+    if not isinstance(trainer, Mapping):
+        return cfg
+    if isinstance(scheduler, Mapping) and trainer.get("max_steps") == scheduler.get("max_steps") == -1:
+        scheduler = {**scheduler, "max_steps": 1}
+    built = {key: value for key, value in trainer.items() if key != "compile"}
+    return {**cfg, "trainer": built, **({} if scheduler is None else {"scheduler": scheduler})}
+
+
 def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> list[Problem]:
     """What is wrong with nodes that `validate_train` trusted."""
     trusted = _find_trusted(changed)
-    return list(_check_targets({key: node for key, node in cfg.items() if key in trusted}))
+    return list(_check_targets({key: node for key, node in _as_built(cfg).items() if key in trusted}))
 
 
 def _check_targets(cfg: dict[str, Any]) -> Iterator[Problem]:

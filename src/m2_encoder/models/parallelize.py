@@ -43,6 +43,17 @@ def checkpoint_layers(model: Encoder) -> None:
             module.recompute_layers = True
 
 
+def compile_layers(model: M2Encoder) -> None:
+    """Compile every layer, before it is sharded; names of parameters stay, and what is read from outside a layer does.
+
+    Layers draw the random numbers of stochastic depth as eager ones do, so that a layer or piece that is run again in
+    backward drops the same (inductor's own numbers differ from graph to graph).
+    """
+    for module in model.modules():
+        if isinstance(module, MultiwayLayer):
+            module.compile(options={"fallback_random": True})
+
+
 def shard_model(
     model: Encoder,
     *,

@@ -13,6 +13,8 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler
 from torch import Tensor
 
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
@@ -43,7 +45,9 @@ from m2_encoder.runs.parts import build_optimizer_factory, build_task, choose_ta
 from m2_encoder.runs.sinks import build_loggers, check_kind
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.adaptation import Adaptation, check_adaptation
+from m2_encoder.training.callbacks.overfit import OverfitVerdict
 from m2_encoder.training.module import PretrainModule
+from m2_encoder.training.profilers import StepProfiler, TraceProfiler
 
 METRICS_FILE: Final = "metrics.jsonl"
 
@@ -181,6 +185,7 @@ def build_module(
         return PretrainModule(model=towers, objectives=objectives, **shared)
     initial_state = _load_initial_state(cfg["model"], shape, tokenizer)
     shared |= {"adaptation": build_adaptation(cfg, shape), "initial_state": initial_state}
+    shared |= {"compiled": bool(cfg["trainer"].get("compile"))}
     shared |= {"tokenizer": pack_tokenizer(tokenizer.model_bytes, tokenizer.digest)}
     return PretrainModule(model=shape, objectives=objectives, **shared)
 
@@ -233,11 +238,19 @@ def build_trainer(
         UserError: for a callback or a logger that is none, or cannot start.
     """
     own = _build_callbacks(cfg, folder)  # which may be refused, before a logger starts
+    if cfg["trainer"].get("overfit_batches"):
+        own.append(OverfitVerdict())
     metrics = JsonlLogger(folder / METRICS_FILE)
+    profiler = _build_profiler(cfg, folder)
+    loggers = [metrics, *([] if cfg["trainer"].get("fast_dev_run") else build_loggers(cfg, folder, resumes=resumes))]
+    if isinstance(profiler, StepProfiler):
+        profiler.watch(loggers)
     trainer = instantiate(
-        cfg["trainer"],
+        {key: value for key, value in cfg["trainer"].items() if key != "compile"},  # which Lightning does not know
+        _convert_="all",  # of `max_time`
         strategy=instantiate(cfg["strategy"]),
-        logger=[metrics, *build_loggers(cfg, folder, resumes=resumes)],
+        logger=loggers,
+        **({} if profiler is None else {"profiler": profiler}),
         callbacks=[*callbacks, *own],
         plugins=_build_plugins(cfg["cluster"]["name"]),
         default_root_dir=str(folder),
@@ -245,11 +258,27 @@ def build_trainer(
     return trainer, metrics
 
 
+def _build_profiler(cfg: Mapping[str, Any], folder: Path) -> Profiler | None:
+    """The profiler that `profiler` chooses, or `trainer.profiler` by Lightning's name for it."""
+    node, name = cfg.get("profiler"), cfg["trainer"].get("profiler")
+    if node is not None:
+        takes = "dirpath" in read_parameters(find_target(node["_target_"]))
+        profiler = instantiate(node, **({"dirpath": str(folder)} if takes else {}))
+        if not isinstance(profiler, Profiler):
+            rule = "must be a subclass of lightning.pytorch.profilers.Profiler; derive it from that"
+            raise UserError(rule, key="profiler._target_", value=node["_target_"])
+        return profiler
+    kinds = {"simple": StepProfiler, "pytorch": TraceProfiler, "advanced": AdvancedProfiler}
+    return kinds[name](dirpath=str(folder), filename="profile") if name in kinds else None
+
+
 def _build_callbacks(cfg: Mapping[str, Any], folder: Path) -> list[lightning.Callback]:
     given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
     made = {name: instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()}
     check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
-    return list(made.values())
+    switches = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
+    unwanted = tuple(kind for key, kind in switches.items() if cfg["trainer"].get(key) is False)
+    return [callback for callback in made.values() if not isinstance(callback, unwanted)]
 
 
 def _build_plugins(cluster: str) -> list[ClusterEnvironment]:

@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER
+from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER, build_model_config
 from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.paths import LAST_CHECKPOINT as LAST_CHECKPOINT
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import RUN_LOCK, anchor, is_debug
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.trusted import check_values_only, find_targets
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import file_sha256, write_json, write_text
+from m2_encoder.models.m2_encoder import M2Encoder
 
 CONFIG_FILE: Final = "config.yaml"
 FROZEN_FILE: Final = "frozen.json"
@@ -144,6 +147,71 @@ def _has(part: Any, key: str, kind: type) -> bool:
 
 def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def fill_in(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with every size of its model, also those that it leaves to the model's name.
+
+    What a run has written, of whatever version, and what a command line gives compare equal by it; `num_parameters` is
+    no setting, and goes.
+    """
+    filled = dict(cfg)
+    if isinstance(trainer := cfg.get("trainer"), Mapping):
+        filled["trainer"] = {"compile": False, **trainer}
+    model = {key: value for key, value in _mapping(cfg.get("model")).items() if key != "num_parameters"}
+    if "name" in model and not is_foreign(model):
+        filled["model"] = model | build_model_config(model).to_dict()
+    return filled
+
+
+def with_length(cfg: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the steps that its epochs had in a run, and with what a share of an epoch means.
+
+    The data say how long an epoch is (`runs.length`); this asks what the run has recorded, and does not open them. One
+    of other epochs ends later than any.
+    """
+    keys = ("max_epochs", "max_steps", "val_check_interval", "limit_train_batches", "overfit_batches")
+    now, then = ({**dict.fromkeys(keys), **_mapping(each.get("trainer"))} for each in (cfg, before))
+    trainer, scheduler = dict(cfg["trainer"]), dict(cfg["scheduler"])
+    if isinstance(now["val_check_interval"], float) and now.get("check_val_every_n_epoch", 1) is None:
+        trainer["check_val_every_n_epoch"] = 1
+    given = now["max_steps"]
+    if now["max_epochs"] not in (None, -1):
+        same = all(now[key] == then[key] for key in keys if key != "max_steps")
+        if same and not 0 < given < then["max_steps"]:
+            trainer["max_steps"] = then["max_steps"]
+        elif given == -1:
+            trainer["max_steps"] = 10**9
+    if scheduler.get("max_steps") == given:
+        scheduler["max_steps"] = trainer["max_steps"]
+    return {**cfg, "trainer": trainer, "scheduler": scheduler}
+
+
+def clear_debug(folder: Path) -> None:
+    """Remove what the last debug run of a name has left; on the first rank.
+
+    Raises:
+        UserError: if a run that is none lies there.
+    """
+    if not is_first_rank() or not folder.is_dir():
+        return
+    if (folder / CONFIG_FILE).is_file() and not is_debug(read_run(folder / CONFIG_FILE)):
+        rule = f"{folder} holds a run that is no debug run; move it, or give another run.name"
+        raise UserError(rule, key="run.name", value=folder.name)
+    for entry in folder.iterdir():
+        if entry.name in (".hydra", Path(RUN_LOCK).name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def count_parameters(cfg: Mapping[str, Any]) -> int:
+    """Parameters of the encoder that a configuration names, without making them."""
+    with torch.device("meta"):
+        model = M2Encoder(build_model_config(cfg["model"]))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class Frozen(NamedTuple):

@@ -57,7 +57,7 @@ def build_task(node: Mapping[str, Any], values: Mapping[str, Any], *, clip: floa
         UserError: if it makes something else, or cannot be clipped.
     """
     target = str(node["_target_"])
-    made = instantiate(node, **choose_taken(target, values, node=node))
+    made = instantiate({"_convert_": "all", **node}, **choose_taken(target, values, node=node))
     if not isinstance(made, lightning.LightningModule):
         raise UserError(f"makes {type(made).__name__}, which is no LightningModule", key="task._target_", value=target)
     if not made.automatic_optimization and clip is not None:

@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from m2_encoder.checkpoints.tensors import find_non_finite
+from m2_encoder.config.paths import is_debug
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.errors import UserError, abridge
@@ -81,7 +82,7 @@ def report_run(
     print_results(console, results, context)
     console.print()
     if not end.is_finished:
-        goes_on = "run.resume=auto goes on"
+        goes_on = "the next debug run replaces it" if is_debug(cfg) else "run.resume=auto goes on"
         console.print(Text.assemble("  ", (f"{'steps':<12}", "bold"), f" {end}; {goes_on}"), soft_wrap=True)
     for what, path in _places(run_folder, pictures, cfg):
         console.print(Text.assemble("  ", (f"{what:<12}", "bold"), abridge(f" {short_path(path)}")), soft_wrap=True)
@@ -125,7 +126,8 @@ def _places(run_folder: Path, pictures: list[Path], cfg: Mapping[str, Any]) -> l
     places += [("table", run_folder / TABLE_FILE), ("numbers", run_folder / SUMMARY_FILE)]
     places += [("curves", run_folder / "metrics.jsonl"), ("checkpoints", run_folder / "checkpoints")]
     found = [(what, path) for what, path in places if path.exists()]
-    return [*found, ("export", run_folder / "export")] if _section(cfg, "run").get("export") else found
+    exported = _section(cfg, "run").get("export") and not is_debug(cfg)
+    return [*found, ("export", run_folder / "export")] if exported else found
 
 
 def short_path(path: Path) -> Path:

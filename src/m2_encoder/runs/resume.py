@@ -17,9 +17,8 @@ from torch import nn
 
 from m2_encoder.checkpoints.training_state import read_content
 from m2_encoder.checkpoints.vocabulary import CHECKPOINT_KEY, check_stored
-from m2_encoder.config.model_choice import build_model_config, build_tokenizer, model_shape
+from m2_encoder.config.model_choice import build_tokenizer, model_shape
 from m2_encoder.config.problems import show
-from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.targets import find_target
 from m2_encoder.config.trusted import find_targets, refuse_foreign
 from m2_encoder.errors import Problem, UserError
@@ -28,7 +27,7 @@ from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.models.two_towers import Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, read_config, read_run
+from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, fill_in, read_config, read_run
 from m2_encoder.training.module import PretrainModule
 
 _FREE: Final = (
@@ -36,6 +35,10 @@ _FREE: Final = (
     "logger",
     "cluster",
     "evaluation",
+    "profiler",
+    "trainer.profiler",
+    "trainer.max_time",
+    "trainer.enable_progress_bar",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.accelerator",
@@ -86,7 +89,7 @@ def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     """
     if not path.is_file():
         return []
-    changes = _compare("", _in_effect(UNSAID | read_config(path)), _in_effect(UNSAID | dict(cfg)))
+    changes = _compare("", fill_in(UNSAID | read_config(path)), fill_in(UNSAID | dict(cfg)))
     return [f"{key}: {before!r} then, {now!r} now" for key, before, now in changes]
 
 
@@ -183,11 +186,16 @@ def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Pa
     if done < cfg["trainer"]["max_steps"]:
         return
     echo = ("scheduler.max_steps", *(each["trainer"]["max_steps"] for each in (before, cfg)))
-    for key, was, now in _compare("", _in_effect(before), _in_effect(cfg), _REPORTING):
+    for key, was, now in _compare("", fill_in(before), fill_in(cfg), _REPORTING):
         # What earlier versions did not know is not recorded either.
         if key not in reported and _has(before, key) and (key, was, now) != echo:
             rule = f"changes nothing, as all {done} steps are done; it was {show(was)}"
             fix = f"leave it out, or train on with trainer.max_steps above {done}"
+            if key == "trainer.max_steps":
+                rule = f"must be {done} or more: so many steps are done already"
+                earlier = f"step={now if checkpoint.with_name(f'step={now}.ckpt').is_file() else 'N'}"
+                export = f"m2-export run.name={cfg['run']['name']} checkpoint={earlier}"
+                fix = f"leave it out; for the model of an earlier one, {export}"
             yield Problem(key, now, rule, fix)
 
 
@@ -223,14 +231,6 @@ def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> It
         was, value = (config.get(key.partition(".")[2]) for config in configs)
         if was != value:
             yield key, was, value
-
-
-def _in_effect(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration with the sizes that its model has, where it leaves them to the model's name."""
-    model = _node(cfg, "model")
-    if is_foreign(model) or "name" not in model:
-        return cfg
-    return {**cfg, "model": {**model, **build_model_config(model).to_dict()}}
 
 
 def _node(cfg: Mapping[str, Any], path: str) -> Mapping[str, Any]:

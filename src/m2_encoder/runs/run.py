@@ -6,9 +6,9 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -17,7 +17,8 @@ from torch import nn
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
 from m2_encoder.config.model_choice import build_any_tokenizer
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import default_run_folder
+from m2_encoder.config.paths import default_run_folder, is_debug
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.sweep_jobs import EXIT_PRUNED
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -36,7 +37,18 @@ from m2_encoder.runs.build import (
 )
 from m2_encoder.runs.ending import Results, describe_end
 from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
-from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
+from m2_encoder.runs.folder import (
+    CONFIG_FILE,
+    Frozen,
+    check_frozen,
+    clear_debug,
+    count_parameters,
+    fill_in,
+    read_run,
+    write_config,
+    write_frozen,
+)
+from m2_encoder.runs.length import settle_length
 from m2_encoder.runs.missed_validation import MissedValidation
 from m2_encoder.runs.parts import describe_foreign, gives_features, is_ours
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
@@ -52,6 +64,7 @@ from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.callbacks.first_validation import FirstValidation
 from m2_encoder.training.callbacks.step_numbers import StepNumbers
 from m2_encoder.training.module import PretrainModule
+from m2_encoder.training.profilers import StepProfiler, TraceProfiler
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
@@ -77,23 +90,20 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     _quieten()
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     folder = default_run_folder(cfg)
-    newest = None if cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
+    debug = is_debug(cfg)
+    newest = None if debug or cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
     resumes = newest is not None
-    cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
+    # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
+    cfg, frozen, module, tasks, datamodule, remarks = _settle(cfg, folder, resumes=resumes)
     if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
         trained = read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
     else:
         trained = cfg
-
-    # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
-    frozen = check_frozen(cfg, folder, resumes=resumes)
-    objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
-    datamodule = build_data(cfg, objectives)
-    module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
-    remarks += [*describe_other_pictures(cfg), *describe_foreign(cfg, module, datamodule)]
     if newest is not None:
         check_resume(module, cfg, folder, newest.path)
     checked = check_data(datamodule, folder, resumes=resumes)
+    if debug:
+        clear_debug(folder)
 
     def write_records() -> None:
         if trained is cfg:
@@ -101,7 +111,9 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_frozen(folder, frozen, resumes=resumes)
         write_check(folder, checked)
 
-    first_step, times, pruning = FirstStep(write_records), FitTimes(started), find_pruning(cfg)
+    keeps = not cfg["trainer"].get("fast_dev_run")
+    first_step = FirstStep(write_records if keeps else (lambda: None))
+    times, pruning = FitTimes(started), find_pruning(cfg)
     own = [first_step, FirstValidation(), MissedValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
     trainer, metrics = build_trainer(cfg, folder, callbacks=[*own, *pruning], resumes=resumes)
     ranks.trainer = trainer
@@ -109,13 +121,12 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     results: Results | None = None
     try:
         if trainer.is_global_zero:
-            _announce(cfg, folder, newest, run, changes=trained is cfg)
-            for line in remarks:
-                say(f"run {cfg['run']['name']}: {line}")
+            _announce(cfg, folder, newest, run, remarks, changes=trained is cfg)
         with watching(trainer):
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
             taken = _take_model(run.module)
+        _say_profile(trainer)
         if any(each.is_over for each in pruning):
             results = Results({}, (), folder, trainer.global_step)
             _end_pruned(run, cfg)
@@ -123,6 +134,12 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     finally:
         close_loggers(trainer, results)  # last: a server may keep it waiting
     return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **results.metrics}
+
+
+def _say_profile(trainer: lightning.Trainer) -> None:
+    profiler: object = getattr(trainer, "profiler", None)
+    if trainer.is_global_zero and isinstance(profiler, StepProfiler | TraceProfiler):
+        say(*profiler.describe_step().splitlines())
 
 
 def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
@@ -135,6 +152,34 @@ def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
         step, steps = run.trainer.global_step, cfg["trainer"]["max_steps"]
         say(f"run {cfg['run']['name']}: pruned at step {step} of {steps}, as its search wants it", error=True)
     raise SystemExit(EXIT_PRUNED if run.trainer.is_global_zero else 0)
+
+
+class _Settled(NamedTuple):
+    """A configuration that says everything that a run will do, and what was built to know it."""
+
+    cfg: dict[str, Any]  # with the numbers of its architecture, for `config.yaml` and for loggers
+    frozen: dict[str, Frozen]  # files that may not change
+    module: lightning.LightningModule  # of the run
+    tasks: dict[str, EvaluationTask]  # by name
+    datamodule: lightning.LightningDataModule  # of the run
+    remarks: list[str]  # to be said
+
+
+def _settle(cfg: dict[str, Any], folder: Path, *, resumes: bool) -> _Settled:
+    cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
+    filled = fill_in(cfg)
+    if not is_foreign(cfg["model"]):
+        count = count_parameters(cfg) if cfg.get("task") is None else None
+        filled["model"] = {**cfg["model"], **filled["model"], "num_parameters": count}
+    cfg = filled
+    frozen = check_frozen(cfg, folder, resumes=resumes)
+    remarks += describe_other_pictures(cfg)
+    objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
+    datamodule = build_data(cfg, objectives)
+    cfg, length = settle_length(cfg, datamodule)
+    module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
+    remarks += [*length, *describe_foreign(cfg, module, datamodule)]
+    return _Settled(cfg, frozen, module, tasks, datamodule, remarks)
 
 
 def _finish(
@@ -151,7 +196,11 @@ def _finish(
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
         return Results({}, (), folder, 0)
-    end = describe_end(run.trainer, trained["trainer"]["max_steps"])
+    if cfg["trainer"].get("fast_dev_run"):
+        steps = run.trainer.global_step
+        say(f"run {cfg['run']['name']}: debug run: {steps} step(s) and validation went through")
+        return Results({}, (), folder, steps)
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"], debug=is_debug(cfg))
     is_measured = isinstance(model, VisualTokenizer) or gives_features(model)
     results = report_run(
         tasks if is_measured else {},
@@ -164,7 +213,7 @@ def _finish(
         end=end,
         times=times,
     )
-    if not cfg["run"]["export"]:
+    if not cfg["run"]["export"] or is_debug(cfg):
         return results
     if isinstance(model, VisualTokenizer):
         export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=results.metrics, end=end)
@@ -190,12 +239,16 @@ def _take_model(module: lightning.LightningModule) -> Taken:
     return merged, module.trained_objectives()
 
 
-def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, *, changes: bool) -> None:
+def _announce(
+    cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, remarks: Sequence[str], *, changes: bool
+) -> None:
     name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
     done = 0 if newest is None else newest.step
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
     replay(run.trainer, run.metrics.path)
-    if newest is None:
+    if tried := cfg["trainer"].get("fast_dev_run"):
+        say(f"run {name}: debug run of {int(tried)} step(s); nothing is kept")
+    elif newest is None:
         say(f"run {name}: {steps} steps, everything in {folder}")
     else:
         if newest.passed:
@@ -205,6 +258,8 @@ def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run
         say(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
         if changes and (found := describe_changes(folder / CONFIG_FILE, cfg)):
             say(f"run {name}: changed since its last start: {'; '.join(found)}")
+    for line in remarks:
+        say(f"run {name}: {line}")
     if done >= steps or not isinstance(run.module, PretrainModule):
         return  # a task has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}

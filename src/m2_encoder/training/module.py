@@ -19,6 +19,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.parallelize import compile_layers
 from m2_encoder.models.trainable_parts import PARTS
 from m2_encoder.models.two_towers import Encoder, TowersConfig, TwoTowers
 from m2_encoder.objectives.base import (
@@ -52,6 +53,7 @@ class PretrainModule(lightning.LightningModule):
         max_logit_scale: upper bound of exp(logit_scale), applied after every step (CLIP, arXiv:2103.00020, uses 100).
         max_skipped_in_a_row: steps with a non-finite gradient in a row after which training aborts.
         validation_name: name of the validation set in metric names.
+        compiled: run the encoder's layers compiled (`torch.compile`).
         tokenizer: what `pack_tokenizer` gives, for checkpoints to say which pieces the token table has; None says
             nothing.
 
@@ -73,6 +75,7 @@ class PretrainModule(lightning.LightningModule):
         max_logit_scale: float = 100.0,
         max_skipped_in_a_row: int = 20,
         validation_name: str = "val",
+        compiled: bool = False,
         tokenizer: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -91,6 +94,7 @@ class PretrainModule(lightning.LightningModule):
         self._initial_state = initial_state
         self._max_log_scale = math.log(max_logit_scale)
         self._validation_name = validation_name
+        self._compiled = compiled
         self._tokenizer = tokenizer
         self._last_losses: dict[str, Tensor] = {}
         self._paused: list[nn.Parameter] = []  # trained only by objectives that are paused in this step
@@ -118,6 +122,8 @@ class PretrainModule(lightning.LightningModule):
         self.adaptation.apply(cast("M2Encoder", self.model))
         frozen = self.model.freeze_parts(PARTS.keys() - self._trained_parts())
         logger.info("%s parameters that no objective trains are frozen", f"{frozen:,}")
+        if self._compiled:
+            compile_layers(cast("M2Encoder", self.model))  # others are refused
         strategy = None if self._trainer is None else self._trainer.strategy
         prepare = getattr(strategy, "parallelize", None)  # strategies of this project have it
         if prepare is not None:
@@ -171,19 +177,18 @@ class PretrainModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm; a step whose gradient is not finite is skipped and counted.
+        """Clip by the global norm, or each value; a step whose gradient is not finite is skipped and counted.
 
         Raises:
             NonFiniteError: after too many such steps in a row.
-            UserError: for another `gradient_clip_algorithm`.
         """
-        if gradient_clip_algorithm not in (None, "norm"):
-            given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)  # Lightning makes it an enum
-            raise UserError(f"trainer.gradient_clip_algorithm={given} must be norm")
         for parameter in self._paused:  # with a gradient of 0 the optimizer would still decay them
             parameter.grad = None
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = clip_gradients(parameters, gradient_clip_val or math.inf)
+        by_value = gradient_clip_algorithm == "value"  # Lightning makes it an enum of texts
+        norm = clip_gradients(parameters, math.inf if by_value else gradient_clip_val or math.inf)
+        if by_value and gradient_clip_val:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val, foreach=False)  # sharded and whole ones together
         self.log("train/grad_norm", norm)
         losses = {name: self._last_losses[name] for name in self.objectives if name in self._last_losses}
         step = self.global_step + 1
