@@ -150,6 +150,9 @@ def _check_compiled(known: Known) -> Iterator[Problem]:
     elif is_foreign(known("model", None)):
         rule = "compiles the layers of this project's encoder alone, and model is another"
         yield Problem("trainer.compile", True, rule, f"{fix}, and call compile() in the constructor of the model")
+    elif known("strategy._target_", None) == _FSDP_TARGET:
+        rule = "is not proven with strategy=grouped_fsdp, which gathers the weights of a layer when that is called"
+        yield Problem("trainer.compile", True, rule, f"{fix}, or strategy=grouped_ddp")
     elif count_gpus(known) is None and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         yield Problem(
             "trainer.compile", True, "needs a C++ compiler on the CPU, and there is none", f"install g++, or {fix}"
