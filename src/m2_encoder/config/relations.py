@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from m2_encoder.config import data_relations, foreign_relations, objective_relations
+from m2_encoder.config import callback_relations, data_relations, foreign_relations, objective_relations
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, emoji_folder_problems
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
 from m2_encoder.config.loggers import check_loggers
@@ -319,6 +319,9 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     foreign_relations.check_scheduler,
     _check_tokenizer_task,
     _check_task_heads,
+    callback_relations.check_kept,
+    callback_relations.check_best,
+    callback_relations.check_validations,
     _check_folders,
     _check_emoji_folder,
     check_loggers,
