@@ -205,7 +205,7 @@ def _find_idle(
             go_on = "callbacks=[default] or more patience" if is_stopped else f"trainer.max_steps above {done}"
             rule = f"changes nothing, as {all_done}; it was {show(was)}"
             fix = f"leave it out, or train on with {go_on}"
-            if key == "trainer.max_steps" and not is_stopped:
+            if key == "trainer.max_steps" and now < done:
                 rule = f"must be {done} or more: so many steps are done already"
                 earlier = f"step={now if checkpoint.with_name(f'step={now}.ckpt').is_file() else 'N'}"
                 export = f"m2-export run.name={cfg['run']['name']} checkpoint={earlier}"

@@ -59,7 +59,7 @@ from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import labels_of, report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
-from m2_encoder.runs.sinks import close_loggers, replay
+from m2_encoder.runs.sinks import begin_loggers, close_loggers
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
@@ -284,7 +284,7 @@ def _announce(
         words = [", ".join(value) if isinstance(value, list) else value for value in labels.values()]
         say(f"run {name}: {abridge(' · '.join(words), 300)}")
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
-    replay(run.trainer, run.metrics.path)
+    begin_loggers(run.trainer, cfg, run.metrics.path)
     if tried := cfg["trainer"].get("fast_dev_run"):
         say(f"run {name}: debug run of {int(tried)} step(s); nothing is kept")
     elif newest is None:

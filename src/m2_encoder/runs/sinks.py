@@ -22,7 +22,7 @@ from m2_encoder.runs.wandb_logger import QuietWandbLogger
 
 
 def build_loggers(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> list[Logger]:
-    """The loggers that a configuration names; the others than W&B know it as flat hyperparameters.
+    """The loggers that a configuration names; nothing is written yet.
 
     Raises:
         UserError: for one that is none, or cannot start.
@@ -39,8 +39,6 @@ def build_loggers(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> lis
             if built is None:
                 continue  # W&B on other ranks, or where it cannot start
             check_kind("logger", nodes, {name: built}, Logger)
-            if name in others:
-                built.log_hyperparams(flatten(cfg))
         except UserError:
             raise
         except Exception as error:  # others' code raises what it likes
@@ -52,11 +50,20 @@ def build_loggers(cfg: Mapping[str, Any], folder: Path, *, resumes: bool) -> lis
     return list(made.values())
 
 
-def replay(trainer: lightning.Trainer, metrics_file: Path) -> None:
-    """Hands W&B what it lacks of a run's `metrics.jsonl`."""
+def begin_loggers(trainer: lightning.Trainer, cfg: Mapping[str, Any], metrics_file: Path) -> None:
+    """Hands W&B what it lacks of a run's `metrics.jsonl`, and the others the configuration as flat hyperparameters.
+
+    Raises:
+        UserError: for one that cannot take it.
+    """
     for sink in trainer.loggers:
         if isinstance(sink, QuietWandbLogger):
             sink.replay(metrics_file)
+        elif not isinstance(sink, JsonlLogger):
+            try:
+                sink.log_hyperparams(flatten(cfg))
+            except Exception as error:  # others' code raises what it likes
+                raise UserError(f"{type(sink).__name__}: cannot start ({first_line(error)})", key="logger") from error
 
 
 def close_loggers(trainer: lightning.Trainer, results: Results | None) -> None:

@@ -230,11 +230,17 @@ def test_what_the_checkpoint_decides_is_refused(
     assert problem.endswith(f" model.weights={tmp_path / 'r' / LAST_CHECKPOINT} {line}")
 
 
+def test_fewer_steps_than_are_done_are_refused(resume: Resume) -> None:
+    done = (*SMALL, "scheduler.warmup_steps=0", "scheduler.max_steps=2")
+    (problem,) = resume((*done, "trainer.max_steps=2"), (*done, "trainer.max_steps=1"))
+    assert problem.startswith("trainer.max_steps=1: must be 2 or more: so many steps are done already; leave it out")
+    assert problem.endswith("m2-export run.name=r checkpoint=step=N")
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("objective.itc.label_smoothing=0.1", "it was 0.0; leave it out, or train on with trainer.max_steps above 2"),
-        ("trainer.max_steps=1", "it was 2; leave it out, or train on with trainer.max_steps above 2"),
         ("trainer.gradient_clip_val=0.5", "it was 1.0; leave it out, or train on with trainer.max_steps above 2"),
     ],
 )

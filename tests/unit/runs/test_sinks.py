@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -20,7 +20,7 @@ from m2_encoder.config.validate import check_late, validate_train
 from m2_encoder.errors import UserError
 from m2_encoder.runs.ending import Results
 from m2_encoder.runs.mlflow_logger import mlflow_name
-from m2_encoder.runs.sinks import build_loggers, close_loggers
+from m2_encoder.runs.sinks import begin_loggers, build_loggers, close_loggers
 
 CSV = {"_target_": "m2_encoder.runs.loggers.build_csv_logger"}
 TENSORBOARD = {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "name": "tensorboard"}
@@ -118,23 +118,26 @@ def test_each_gets_flat_hyperparameters_and_the_metrics_of_the_end(tmp_path: Pat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     own = {"_target_": f"{OwnLogger.__module__}.OwnLogger", "word": "w"}
-    made = build_loggers(config(csv=CSV, tensorboard=TENSORBOARD, mine=own), tmp_path, resumes=False)
+    cfg = config(csv=CSV, tensorboard=TENSORBOARD, mine=own)
+    made = build_loggers(cfg, tmp_path / "r", resumes=False)
+    assert not (tmp_path / "r").exists()
     trainer: Any = SimpleNamespace(loggers=made)
+    begin_loggers(trainer, cfg, tmp_path / "r" / "metrics.jsonl")
     for sink in made:
         sink.log_metrics({"val/x_zh/i2t_r@1": 1.0}, 1)
-    close_loggers(trainer, Results({"val/x_zh/i2t_r@1": 2.0}, (), tmp_path, 7))
-    with (tmp_path / "csv" / "version_0" / "metrics.csv").open(encoding="utf-8") as file:
+    close_loggers(trainer, Results({"val/x_zh/i2t_r@1": 2.0}, (), tmp_path / "r", 7))
+    with (tmp_path / "r" / "csv" / "version_0" / "metrics.csv").open(encoding="utf-8") as file:
         assert [(row["step"], row["val/x_zh/i2t_r@1"]) for row in csv.DictReader(file)] == [("1", "1.0"), ("7", "2.0")]
     for name in ("csv", "tensorboard"):
-        flat = yaml.safe_load((tmp_path / name / "version_0" / "hparams.yaml").read_text(encoding="utf-8"))
+        flat = yaml.safe_load((tmp_path / "r" / name / "version_0" / "hparams.yaml").read_text(encoding="utf-8"))
         assert flat["optimizer.lr"] == 0.5
         assert flat["objective.itc.weight"] == 1
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "version_0"))
+    events = EventAccumulator(str(tmp_path / "r" / "tensorboard" / "version_0"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("val/x_zh/i2t_r@1")] == [(1, 1), (7, 2)]
     mine = made[2]
     assert isinstance(mine, OwnLogger)
-    assert (mine.place, mine.word, mine.told[0]["optimizer.lr"]) == (str(tmp_path), "w", 0.5)
+    assert (mine.place, mine.word, mine.told[0]["optimizer.lr"]) == (str(tmp_path / "r"), "w", 0.5)
     assert mine.told[1:] == [({"val/x_zh/i2t_r@1": 1.0}, 1), ({"val/x_zh/i2t_r@1": 2.0}, 7)]
 
 
@@ -169,7 +172,9 @@ def test_names_at_mlflow() -> None:
 @pytest.mark.filterwarnings("ignore")  # of the libraries of its data base
 def test_mlflow_has_every_metric(tmp_path: Path) -> None:
     node = {"_target_": "m2_encoder.runs.mlflow_logger.MlflowLogger"}
-    (sink,) = build_loggers(config(mlflow=node), tmp_path / "r", resumes=False)
+    cfg = config(mlflow=node)
+    (sink,) = build_loggers(cfg, tmp_path / "r", resumes=False)
+    begin_loggers(cast(Any, SimpleNamespace(loggers=[sink])), cfg, tmp_path / "r" / "metrics.jsonl")
     names = ["train/loss/itc", "val/表情_zh/i2t_r@1"]
     sink.log_metrics(dict.fromkeys(names, 1.5), 3)
     experiment: Any = sink.experiment  # type: ignore[attr-defined]
