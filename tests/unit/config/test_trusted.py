@@ -191,4 +191,4 @@ def test_export_builds_nothing_that_a_run_names(
 def test_what_ships_is_trusted(repo_root: Path) -> None:
     found = trusted.trusted_targets()
     assert {"lightning.pytorch.Trainer", "m2_encoder.objectives.contrastive.ImageTextContrastive"} <= found
-    assert all(name.startswith(("m2_encoder.", "lightning.", "optuna.")) for name in found)
+    assert all(name.startswith(("m2_encoder.", "lightning.", "optuna.", "hydra_plugins.m2_")) for name in found)
