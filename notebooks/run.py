@@ -39,8 +39,9 @@ run.facts
 
 # %%
 objectives = [name for name in run.config["objective"] if run.curves(f"train/loss/{name}")]
-figure, panels = plt.subplots(1, len(objectives), figsize=(4.2 * max(2, len(objectives)), 3.4), squeeze=False)
-for axes, name in zip(panels.flat, objectives, strict=True):
+figure, panels = plt.subplots(1, max(1, len(objectives)), figsize=(4.2 * max(2, len(objectives)), 3.4), squeeze=False)
+panels[0, 0].set_title("nothing has been logged yet")
+for axes, name in zip(panels.flat, objectives, strict=False):
     by_language = {language: f"train/loss/{name}_{language}" for language in LANGUAGE_COLORS}
     shown = {key: run.curves(metric) for key, metric in by_language.items() if run.curves(metric)}
     for language, curves in (shown or {"both languages": run.curves(f"train/loss/{name}")}).items():

@@ -19,7 +19,7 @@
 # %% tags=["parameters"]
 run_folder = "outputs/emoji"  # made by `make train`
 checkpoint = "last"  # of the run, such as "step=500"; None for its export
-pictures_folder = None  # with your pictures (png, jpg, webp); None for a set of the run
+pictures_folder = None  # of your pictures; None for a set of the run
 shown_set = None  # which one, such as "val"
 texts = ["红色的心", "a red heart", "国旗", "a flag", "水果", "fruit"]
 # find a picture by the first, take the second away from it, add the third
@@ -36,6 +36,7 @@ from m2_encoder.analysis import (
     EvalTransform,
     encode_images,
     encode_texts,
+    list_images,
     open_feature_file,
     read_features,
     read_run,
@@ -58,11 +59,9 @@ if pictures_folder is None:
     pictures, larger = run.read_set(shown_set), run.read_set(shown_set, image_size=96)
     names, seen, drawings = pictures.keys, pictures.images, larger.images
 else:
-    files = [path for path in sorted(Path(pictures_folder).rglob("*")) if path.suffix in (".png", ".jpg", ".webp")]
-    names, seen, drawings = (
-        [p.name for p in files],
-        *(torch.stack([t(p) for p in files]) for t in (preprocess, EvalTransform(96))),
-    )
+    files = [item for item in list_images(Path(pictures_folder)) if not item.problem]
+    names = [item.name for item in files]
+    seen, drawings = (torch.stack([see(item.content) for item in files]) for see in (preprocess, EvalTransform(96)))
 features = encode_images(model, seen)
 drawings = drawings.permute(0, 2, 3, 1).numpy()
 print(f"{len(names):,} pictures, {features.shape[1]} numbers each")

@@ -6,8 +6,10 @@ It is part of the model's configuration (`model.pictures`) and of its export.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -98,3 +100,8 @@ def is_policy(setting: Any) -> bool:
     except UserError:
         return False
     return True
+
+
+def bind_pictures(function: Callable[..., Any], pictures: PicturePolicy) -> Callable[..., Any]:
+    """The function with the argument `pictures`, if it takes one."""
+    return partial(function, pictures=pictures) if "pictures" in inspect.signature(function).parameters else function

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from m2_encoder.analysis import load_masked, read_run
 from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer
+from m2_encoder.evaluation.tasks.masked import Masked
 from m2_encoder.runs.run import train
 from tests.support.training import LIGHTNING_WARNINGS
 
@@ -70,3 +72,9 @@ def test_end_of_a_run(
                     key = f"val/emoji_{split}_{language}/{objective}_{name}"
                     assert (name == "count") == (masked.pop(key, None) != value)
     assert not masked
+    # What a checkpoint holds is enough for the same numbers.
+    run = read_run(tmp_path / "smoke")
+    context = load_masked(run, {"heldout_families": run.read_set("heldout_families")})
+    again = Masked().measure_sets(context)["heldout_families"]
+    for objective, by_language in summary["masked"]["heldout_families"].items():
+        assert all(again[objective][language] == pytest.approx(by_language[language]) for language in ("zh", "en"))

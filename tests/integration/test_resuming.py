@@ -18,7 +18,7 @@ from m2_encoder.cli import train as train_command
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
-from m2_encoder.runs.ending import RunEnd
+from m2_encoder.runs.ending import Results, RunEnd
 from m2_encoder.runs.folder import read_config
 from m2_encoder.training.module import PretrainModule
 from tests.support.training import LIGHTNING_WARNINGS
@@ -39,7 +39,7 @@ Start = Callable[..., int]
 def start(repo_root: Path, emoji_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """`m2-train` of two steps without its report, in this process."""
     monkeypatch.chdir(repo_root)
-    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda *_, **__: {})
+    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda *_, **__: Results({}, (), tmp_path, 0))
     places = (f"run.folder={tmp_path}", f"data.folder={emoji_folder}")
 
     def run(*lines: str) -> int:
@@ -57,7 +57,7 @@ def refuse(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     def run(*lines: str) -> str:
         before = _files(tmp_path / "r")
         with monkeypatch.context() as patch:
-            patch.setattr("m2_encoder.runs.build._build_logger", lambda *_: pytest.fail("a logger was started"))
+            patch.setattr("m2_encoder.runs.build.build_loggers", lambda *_, **__: pytest.fail("a logger"))
             capsys.readouterr()
             assert start(*lines) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
@@ -216,6 +216,52 @@ def test_a_finished_run_is_evaluated_again_and_nothing_else(
     assert (tmp_path / "r" / "config.yaml").read_bytes() == before
 
 
+def test_fewer_steps_than_are_done(start: Start, refuse: Any) -> None:
+    assert start("run.checkpoint_every=1") == 0
+    assert refuse("trainer.max_steps=1", "run.checkpoint_every=1", "run.resume=auto") == (
+        "trainer.max_steps=1: must be 2 or more: so many steps are done already; leave it out; for the model of an "
+        "earlier one, m2-export run.name=r checkpoint=step=1"
+    )
+
+
+def test_the_numbers_of_the_model_are_recorded(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("run.export=true") == 0
+    path = tmp_path / "r" / "config.yaml"
+    recorded = read_config(path)
+    model = recorded["model"]
+    assert (model["embed_dim"], model["num_vl_layers"], model["vocab_size"]) == (64, 1, 3500)
+    config = build_model_config(model)
+    assert model["num_parameters"] == sum(each.numel() for each in M2Encoder(config).parameters())
+    assert None not in [model[name] for name in config.to_dict()]
+    # A run of an earlier version has nulls there, and is the same.
+    path.write_text(path.read_text().replace("num_vl_layers: 1", "num_vl_layers: null"))
+    capsys.readouterr()
+    assert start(*GO_ON) == 0
+    assert "changed since its last start: scheduler.max_steps: 2 then, 3 now; trainer.max_steps: 2 then, 3 now\n" in (
+        capsys.readouterr().out
+    )
+    assert read_config(path)["model"] == model
+
+
+@pytest.mark.parametrize(
+    ("line", "sizes"), [("model.embed_dim=32", (32, 64, 3500)), ("model.name=m2-encoder-0.4b", (768, 768, 115244))]
+)
+def test_a_repetition_may_have_another_size(
+    start: Start, tmp_path: Path, line: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start() == 0
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr("m2_encoder.runs.run.train", given.append)
+    folder = str(tmp_path / "r")
+    monkeypatch.setattr(sys, "argv", ["m2-train", "--config-path", folder, "--config-name", "config", line])
+    assert train_command.main() == 0
+    model = build_model_config(given[0]["model"])
+    assert (model.embed_dim, model.feature_dim, model.vocab_size) == sizes
+    assert given[0]["run"]["name"] == "r-2"
+
+
 def test_a_validation_that_was_cut_short_is_made_up_for(start: Start, tmp_path: Path) -> None:
     lines = ("trainer.limit_val_batches=1", "trainer.val_check_interval=2", "run.checkpoint_every=1", "evaluation=[]")
     lines += ("trainer.max_steps=3", "+callbacks.fail._target_=tests.support.failing.FailInValidation")
@@ -259,11 +305,12 @@ def test_a_run_that_ended_early_is_exported_as_such_and_goes_on(
     start: Start, refuse: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given: list[RunEnd] = []
-    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda *_, end, **__: given.append(end) or {})
-    assert start("trainer.max_epochs=1", "+trainer.limit_train_batches=1", "run.export=true") == 0
-    assert given == [RunEnd(1, 2, "trainer.max_epochs=1")]
+    nothing = Results({}, (), tmp_path, 0)
+    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda *_, end, **__: given.append(end) or nothing)
+    assert start("+trainer.max_time={microseconds: 1}", "run.export=true") == 0
+    assert given == [RunEnd(1, 2, "trainer.max_time")]
     card = (tmp_path / "r" / "export" / "README.md").read_text()
-    assert "- steps: 1 of 2, ended early (trainer.max_epochs=1)" in card
+    assert "- steps: 1 of 2, ended early (trainer.max_time)" in card
     for path in (tmp_path / "r" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
     assert f"{tmp_path / 'r' / 'checkpoints'}: no whole checkpoint (" in refuse(*GO_ON)

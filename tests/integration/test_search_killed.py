@@ -23,7 +23,7 @@ SMALL = (
 )  # fmt: skip
 SEARCH = (
     "-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=8", "optimizer.lr=tag(log,interval(1e-4,1e-1))",
-    "+callbacks.fail.step=choice(0,9,5)", "hydra.sweeper.sampler._target_=optuna.samplers.RandomSampler",
+    "+callbacks.fail.step=choice(0,5,9,10,11)", "hydra.sweeper.sampler._target_=optuna.samplers.RandomSampler",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ class Search:
 @pytest.mark.slow
 @pytest.mark.parametrize("prunes", [True, False], ids=["pruning", "to the end"])
 def test_killed_three_times(prunes: bool, tmp_path: Path, emoji_folder: Path, repo_root: Path) -> None:
-    more = ("+hydra.sweeper.pruner.n_startup_trials=2",) if prunes else ("hydra.sweeper.pruner=null",)
+    more = ("+hydra.sweeper.pruner.n_startup_trials=1",) if prunes else ("hydra.sweeper.pruner=null",)
     searches = {name: Search(tmp_path / name, emoji_folder, repo_root, more) for name in ("whole", "parts")}
     for search in searches.values():
         search.folder.mkdir()

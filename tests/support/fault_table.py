@@ -55,7 +55,8 @@ def shorten(message: str, folder: Path, *, shown: int) -> str:
         (r"\b[0-9a-f]{64}\b", "N"),
         (r"\bstep \d+ is saved", "step N is saved"),
         (r"\bat step \d+(?=[:)])", "at step N"),
-        (r"run-\d{8}_\d{6}", "run-TIME"),
+        (r"run-\d{8}_\d{6}-[0-9a-f]{16}", "run-TIME-ID"),
+        (r"run [0-9a-f]{16}", "run ID"),
     ):
         message = re.sub(pattern, text, message)
     return message if len(message) <= shown else f"{message[:shown]}…"

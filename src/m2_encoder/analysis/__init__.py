@@ -22,6 +22,7 @@ from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.evaluation.encode import encode_images, encode_texts
 from m2_encoder.evaluation.feature_file import FeatureFile, open_feature_file, read_features
+from m2_encoder.evaluation.inputs import list_images
 from m2_encoder.evaluation.retrieval import SetFeatures, encode_set, evaluate_features
 from m2_encoder.hub import load
 
@@ -52,6 +53,7 @@ __all__ = [
     "encode_set",
     "encode_texts",
     "evaluate_features",
+    "list_images",
     "load",
     "load_masked",
     "open_feature_file",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -54,11 +54,12 @@ def load_masked(
 
     path = find_checkpoint(run.folder, str(checkpoint))
     assert path is not None, "the model was loaded from it"
+    assert isinstance(loaded.tokenizer, SentencePieceTokenizer), "a checkpoint of an encoder has one"
     built = {name: o for name, o in build_objectives(run.config).items() if isinstance(o, _KINDS)}
     if not built:
         fix = "train with m2-train +experiment=emoji_full, or objective=[itc,cmlm,cmim]"
         raise UserError(f"{run.name}: none of its objectives hides words or patches; {fix}")
-    state = read_torch(path)["state_dict"]
+    state = cast("Mapping[str, Mapping[str, Tensor]]", read_torch(path))["state_dict"]
     for name, objective in built.items():
         objective.build(loaded.model.config)
         prefix = f"objectives.{name}."
@@ -110,7 +111,7 @@ def predict_words(context: EvaluationContext, dataset: RetrievalSet, rows: Seque
 
 def _words_of(
     context: EvaluationContext, objective: MaskedLanguage, own: ImageTextBatch, others: Tensor
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """Hidden words of a batch; `row` is the place of the caption."""
     tokenizer, table = context.tokenizer, context.encoder.text_embed.tokens.weight
     losses, said = {}, {}

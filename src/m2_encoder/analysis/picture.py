@@ -15,10 +15,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from m2_encoder.analysis.effects import Scored
 from m2_encoder.analysis.runs import Runs
 from m2_encoder.analysis.table import show_value
+from m2_encoder.errors import UserError
 from m2_encoder.files import atomic_file
 
 _INK: Final = "#1f2933"
@@ -28,6 +30,7 @@ _COLORS: Final = ("#0b5394", "#c05621", "#4aa3df", "#6b8e23", "#8e5ea2", "#9aa5b
 _SEED: Final = "seed"
 _MOST_FACTORS: Final = 6
 _MOST_PAIRS: Final = 3
+_MOST_LEVELS: Final = 8  # of numbers, each with a place of its own
 _MOST_IN_ROW: Final = 3
 _WIDTH: Final = 30  # characters that fit below a panel side by side
 
@@ -50,11 +53,17 @@ def plot_effects(runs: Runs, metrics: Sequence[str] | None = None) -> Figure:
     Args:
         runs: which vary in a setting at least.
         metrics: by default the mean recalls of the validation sets.
+
+    Raises:
+        UserError: if the runs differ in nothing but the seed.
     """
     chosen = tuple(metrics or runs.validation_recalls)
     scored = runs.scored(*chosen)
+    if not scored or not runs.factors:
+        raise UserError(f"{len(scored)} runs that differ in nothing but the seed: there is no effect to draw")
     factors = sorted(runs.factors, key=lambda key: -_effect(scored, key))[:_MOST_FACTORS]
-    pairs = list(itertools.combinations(factors[:3], 2))[:_MOST_PAIRS]
+    stepped = [key for key in factors if not _is_drawn_at_random(scored, key)]
+    pairs = list(itertools.combinations(stepped[:3], 2))[:_MOST_PAIRS]
     panels: list[str | tuple[str, str]] = [*factors, *pairs]
     split = len(factors) if len(panels) > _MOST_IN_ROW and pairs else len(panels)
     rows = [each for each in (panels[:split], panels[split:]) if each]
@@ -87,6 +96,12 @@ def _levels(scored: _Scored, key: str) -> list[Any]:
     return sorted(values) if numeric else values
 
 
+def _is_drawn_at_random(scored: _Scored, key: str) -> bool:
+    """Whether a factor has as many numbers as a search draws: a place for each would show nothing."""
+    levels = _levels(scored, key)
+    return len(levels) > _MOST_LEVELS and all(isinstance(level, int | float) for level in levels)
+
+
 def _at(scored: _Scored, wanted: dict[str, Any]) -> list[float]:
     return [score for settings, score in scored if all(repr(settings.get(k)) == repr(v) for k, v in wanted.items())]
 
@@ -117,7 +132,6 @@ def _draw_line(
 
 
 def _finish(axes: Axes, scored: _Scored, key: str) -> None:
-    axes.set_visible(True)
     levels = _levels(scored, key)
     labels = [_show_level(level) for level in levels]
     axes.set_xticks(range(len(levels)), labels)
@@ -126,6 +140,11 @@ def _finish(axes: Axes, scored: _Scored, key: str) -> None:
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.4, len(levels) - 0.6)
+    _quieten(axes, key)
+
+
+def _quieten(axes: Axes, key: str) -> None:
+    axes.set_visible(True)
     axes.set_xlabel(key, color=_INK)
     axes.tick_params(colors=_MUTED, length=0, labelleft=True)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
@@ -139,6 +158,15 @@ def _show_level(level: object) -> str:
 
 
 def _draw_main(axes: Axes, scored: _Scored, key: str) -> None:
+    if _is_drawn_at_random(scored, key):
+        values = [float(settings[key]) for settings, _ in scored if settings.get(key) is not None]
+        axes.plot(values, [score for settings, score in scored if settings.get(key) is not None], "o", ms=4, alpha=0.7)
+        if min(values) > 0 and max(values) >= 10 * min(values):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")  # the shipped font has no minus for an exponent
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        _quieten(axes, key)
+        return
     for place, level in enumerate(_levels(scored, key)):
         scores = _at(scored, {key: level})
         axes.plot([place] * len(scores), scores, "o", color="#9fb3c8", markersize=3.5, alpha=0.7, linewidth=0)

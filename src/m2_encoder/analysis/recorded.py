@@ -9,7 +9,7 @@ import os
 import re
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.hub import LoadedModel, load
 from m2_encoder.runs.folder import CHECK_FILE, CONFIG_FILE, read_config
+from m2_encoder.runs.folder import flatten as flatten
 
 METRICS_FILE = "metrics.jsonl"
 _AXES = ("step", "samples_seen")
@@ -274,19 +275,6 @@ def _train_seconds(log: Sequence[Mapping[str, float]], *, after: int) -> tuple[f
             spent, waited = spent + seconds, waited + seconds * line.get("perf/data_wait", 0.0)
             before = line.get("samples_seen", 0)
     return spent, waited
-
-
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as flat columns, such as `optimizer.lr`; a list is one value."""
-
-    def walk(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, Mapping) and value:
-                yield from walk(value, f"{above}{key}.")
-            else:
-                yield f"{above}{key}", value
-
-    return dict(walk(config, ""))
 
 
 def _is_axis(name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, find_emoji_folder
 from m2_encoder.config.metric_names import EMOJI_SETS
-from m2_encoder.config.model_choice import build_model_config, find_path
+from m2_encoder.config.model_choice import find_path, model_shape
 from m2_encoder.data.emoji.dataset import write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
@@ -22,7 +22,7 @@ def read_run_set(cfg: Mapping[str, Any], name: str | None, image_size: int | Non
         UserError: if there is no such set, or it cannot be read.
     """
     data, model = cfg["data"], cfg["model"]
-    size = build_model_config(model).image_size if image_size is None else image_size
+    size = model_shape(model).image_size if image_size is None else image_size
     transform = EvalTransform(size, pictures=read_policy(model.get("pictures") or STANDARD))
     if data["_target_"] != EMOJI_TARGET:
         places = dict(data.get("validation") or {})

@@ -20,7 +20,8 @@ _CYCLE: Final = ("#0b5394", "#c05621", "#4aa3df", "#6b8e23", "#8e5ea2", "#b9a44c
 def use_font() -> str:
     """Makes matplotlib draw with the shipped font, which has Chinese and English; gives its family.
 
-    What it lacks is drawn in DejaVu Sans. A single text may name the family, too: `axes.set_title("猫", family=...)`.
+    What it lacks is drawn in DejaVu Sans, but for exponents: a logarithmic axis takes
+    `axes.xaxis.set_major_formatter("{x:g}")`. A single text may name the family: `axes.set_title("猫", family=...)`.
 
     Raises:
         UserError: without matplotlib.

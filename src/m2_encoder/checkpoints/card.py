@@ -83,15 +83,15 @@ def build_card(cfg: Mapping[str, Any], *, steps: str) -> CardInfo:
         title=f"M2-Encoder, run {cfg['run']['name']}",
         summary=(
             "A bilingual Chinese and English image-text encoder of the M2-Encoder architecture, trained from "
-            f"{'scratch' if cfg['model']['weights'] is None else 'given weights'} with m2-train."
+            f"{'scratch' if cfg['model'].get('weights') is None else 'given weights'} with m2-train."
         ),
         data=(*trained_on, *_CAPTIONS) if is_emoji else (),
         training={
             "objectives": ", ".join(cfg["objective"]),
             "steps": steps,
-            "samples per step": f"{data['global_batch_size']:,}",
-            "learning rate": f"{cfg['optimizer']['lr']:g}",
-            "precision": str(trainer["precision"]),
+            "samples per step": f"{data['global_batch_size']:,}" if "global_batch_size" in data else "unknown",
+            "learning rate": f"{cfg['optimizer']['lr']:g}" if "lr" in cfg["optimizer"] else "of the optimizer's class",
+            "precision": str(trainer.get("precision", "32-true")),
             "seed": str(cfg["seed"]),
         },
         limits=_EMOJI_LIMITS if is_emoji else (),

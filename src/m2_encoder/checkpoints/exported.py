@@ -19,6 +19,9 @@ FORMAT_VERSION = 1
 VISUAL_TOKENIZER_FORMAT = "m2-visual-tokenizer"
 """Of the other kind of folder, which `checkpoints.visual_tokenizer` writes and reads."""
 
+TOWERS_FORMAT = "m2-two-towers"
+"""Of a folder with somebody else's model, which `checkpoints.towers` writes."""
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.model"
@@ -75,6 +78,9 @@ def read_exported(folder: str | os.PathLike[str]) -> ExportedFolder:
     folder = Path(folder)
     if read_format(folder) == VISUAL_TOKENIZER_FORMAT:
         raise CheckpointError(f"{folder} is a visual tokenizer, not an encoder; give a folder that m2-export wrote")
+    if read_format(folder) == TOWERS_FORMAT:
+        rule = "holds somebody else's model, which is built by its own code and evaluated by the run that trained it"
+        raise CheckpointError(f"{folder} {rule}; its {CARD_FILE} says how to load it")
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -117,7 +123,7 @@ def find_pictures(weights: str | os.PathLike[str]) -> PicturePolicy | None:
         CheckpointError: if its `config.json` is damaged.
     """
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    if read_format(folder) not in (FORMAT, VISUAL_TOKENIZER_FORMAT):
+    if read_format(folder) not in (FORMAT, VISUAL_TOKENIZER_FORMAT, TOWERS_FORMAT):
         return None
     try:
         return _pictures_of(read_small_json(folder / CONFIG_FILE))

@@ -14,10 +14,18 @@ from m2_encoder.config.check import check_settings
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.trusted import refuse_foreign
 from m2_encoder.errors import CheckpointError, Problem
 from m2_encoder.runs.ending import RunEnd
-from m2_encoder.runs.export import EXPORT_FOLDER, export_run, find_head, read_trained
+from m2_encoder.runs.export import (
+    EXPORT_FOLDER,
+    export_foreign,
+    export_run,
+    find_head,
+    read_foreign,
+    read_trained,
+)
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_run
 from m2_encoder.runs.opening import find_checkpoint
 
@@ -86,13 +94,18 @@ def run_export(cfg: dict[str, Any]) -> int:
     """Exports and says where."""
     folder = default_run_folder(cfg)
     trained = read_run(folder / CONFIG_FILE)
-    refuse_foreign({"adaptation": trained.get("adaptation")})
+    model_node = trained["model"] if is_foreign(trained["model"]) else None
+    refuse_foreign({"adaptation": trained.get("adaptation"), "model": model_node})
     checkpoint = _checkpoint(cfg)
+    end = RunEnd(read_step(checkpoint), trained["trainer"]["max_steps"])
+    places = {"output": _output(cfg), "overwrite": cfg["overwrite"]}
+    if model_node is not None:
+        written = export_foreign(folder, model=read_foreign(trained, checkpoint), cfg=trained, end=end, **places)
+        say(f"exported {checkpoint.name}, step {end}, to {written}; its README.md says how to load it")
+        return 0
     model = read_trained(trained, checkpoint)
     found = find_head(trained)
     head = found and read_head(checkpoint, name=found.name, text_expert=found.text_expert)
-    end = RunEnd(read_step(checkpoint), trained["trainer"]["max_steps"])
-    places = {"output": _output(cfg), "overwrite": cfg["overwrite"]}
     output = export_run(folder, model=model, cfg=trained, end=end, matching=head, **places)
     if checkpoint.name != LAST_NAME:
         say(f"exported {checkpoint.name}, step {end}")

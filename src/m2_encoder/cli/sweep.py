@@ -41,11 +41,11 @@ def report_sweep(folder: Path, outcomes: Sequence[JobOutcome]) -> None:
     console.print()
     places = [("table", _mark(runs.table(*kept, over=None), pruned).to_csv(folder / TABLE_FILE))]
     runs = Runs([run for run in runs if run.name not in pruned])
-    if runs.varies and importlib.util.find_spec("matplotlib") is not None:
+    if runs.factors and importlib.util.find_spec("matplotlib") is not None:
         from m2_encoder.analysis.picture import draw_effects
 
         places.append(("picture", draw_effects(folder / PICTURE_FILE, runs)))
-    elif runs.varies:
+    elif runs.factors:
         print("m2-train: no picture of the sweep without matplotlib: pip install 'm2-encoder[plot]'", file=sys.stderr)
     for what, path in places:
         console.print(f"  {what:<12} {short_path(path)}", soft_wrap=True, highlight=False)

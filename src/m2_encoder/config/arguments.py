@@ -37,6 +37,7 @@ def parse_arguments(command_name: str, argv: Sequence[str]) -> Arguments:
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--package", "-p")
     parser.add_argument("--config-path", "-cp", type=_find_folder)
     parser.add_argument("--config-name", "-cn", type=lambda name: name.removesuffix(".yaml"))
     parser.add_argument("--config-dir", "-cd", type=_find_folder)
@@ -48,12 +49,16 @@ def parse_arguments(command_name: str, argv: Sequence[str]) -> Arguments:
         raise UserError(f"{unknown}: unknown flag; options are written key=value, see {command_name} --help")
     if found.multirun and found.cfg:
         raise UserError("--multirun --cfg: give only one of them")
-    if found.resolve and not found.cfg:
-        raise UserError("--resolve: only together with --cfg job")
+    for name in ("resolve", "package"):
+        if getattr(found, name) and not found.cfg:
+            raise UserError(f"--{name}: only together with --cfg job")
     flags = [f"--{name}" for name in ("multirun", "resolve") if getattr(found, name)]
     for flag, value in {
-        "--cfg": found.cfg, "--config-path": found.config_path, "--config-name": found.config_name
-    }.items():  # fmt: skip
+        "--cfg": found.cfg,
+        "--package": found.package,
+        "--config-path": found.config_path,
+        "--config-name": found.config_name,
+    }.items():
         flags += [] if value is None else [flag, str(value)]
     return Arguments(
         help=found.help,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import pkgutil
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,18 +19,24 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from m2_encoder.bounds import Example, KeysOf, Rule, describe, evaluate, find_names
-from m2_encoder.config.problems import UNSET, find_problems, flatten, nearest, show
+from m2_encoder.config.problems import UNSET, find_problems, nearest, show
+from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.errors import NOTHING, Problem, UserError
 
 T = TypeVar("T")
 Parameters = Mapping[str, inspect.Parameter]
 
 _STRICT: Final = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+_PACKAGE: Final = "m2_encoder."
 _SPECIAL_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
 # Classes whose **kwargs go to something other than their parent.
-_PASSED_ON: Final = (("lightning.pytorch.strategies.ddp", "DDPStrategy", "torch.nn.parallel.DistributedDataParallel"),)
+_PASSED_ON: Final = (
+    ("lightning.pytorch.strategies.ddp", "DDPStrategy", "torch.nn.parallel.DistributedDataParallel"),
+    ("lightning.pytorch.loggers.tensorboard", "TensorBoardLogger", None),  # a class of a package that may be missing
+)
 # Takes *args and **kwargs, and refuses any.
 _TAKES_NOTHING: Final = (("torch.nn.modules.module", "Module"),)
+_ANY: Final = {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 _VARIADIC: Final = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
@@ -55,9 +60,9 @@ def _check_target(path: str, node: Mapping[str, Any], given: Sequence[str]) -> I
     if target is UNSET:
         return
     try:
-        called = pkgutil.resolve_name(target) if isinstance(target, str) else None
-    except Exception as error:  # importing a module can raise anything
-        yield Problem(key, target, f"cannot be imported ({flatten(error)})", "check the dotted name")
+        called = find_target(target) if isinstance(target, str) else None
+    except TargetError as error:
+        yield Problem(key, target, error.rule, error.fix)
         return
     if not callable(called):
         yield Problem(key, target, "must be the dotted name of a class or function")
@@ -97,6 +102,8 @@ def check_values(
         elif argument not in parameters:
             if not open_ended:
                 takes = f"{name or path or 'the configuration'} has {', '.join(known) or 'no arguments'}"
+                if name and not name.startswith(_PACKAGE):  # an experiment may set what ours has
+                    takes += f"; ~{key} leaves it out"
                 yield Problem(key, value, f"unknown argument{nearest(str(argument), known)}", takes)
         else:
             yield from _check_value(key, value, parameters[argument])
@@ -189,11 +196,13 @@ def read_parameters(called: Any) -> Parameters:
         if inspect.Parameter.VAR_KEYWORD not in [item.kind for item in own]:
             return found
         for module, name, further in _PASSED_ON:
-            if (owner.__module__, owner.__name__) == (module, name):
-                options = read_parameters(pkgutil.resolve_name(further)).items()
-                found = {**{key: item for key, item in options if item.default is not item.empty}, **found}
-    found["kwargs"] = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    return found
+            if (owner.__module__, owner.__name__) != (module, name):
+                continue
+            if further is None:
+                return found | _ANY
+            options = read_parameters(find_target(further)).items()
+            found = {**{key: item for key, item in options if item.default is not item.empty}, **found}
+    return found | _ANY
 
 
 def make_optional(parameters: Parameters) -> Parameters:

@@ -42,8 +42,8 @@ from m2_encoder.config.job import (
     runs_here,
 )
 from m2_encoder.config.output import lasting_output, say
-from m2_encoder.config.overrides import quote_unreadable
-from m2_encoder.config.paths import anchor, find_conf
+from m2_encoder.config.overrides import put_last, quote_unreadable
+from m2_encoder.config.paths import anchor, check_checkout, find_conf
 from m2_encoder.config.problems import refuse_all
 from m2_encoder.config.run_folder import hold_run
 from m2_encoder.config.sweep_jobs import (
@@ -66,6 +66,7 @@ from m2_encoder.config.sweeps import (
     preset_lines,
     without_constant,
 )
+from m2_encoder.config.targets import add_to_path
 from m2_encoder.config.trusted import check_choices, check_values_only, find_foreign, read_folders, trusted_targets
 from m2_encoder.distributed.ranks import is_only_rank
 from m2_encoder.errors import Problem, UserError
@@ -175,6 +176,7 @@ def _run_command(command: Command, argv: Sequence[str]) -> int:
 
 
 def _run(command: Command, argv: Sequence[str]) -> int:
+    check_checkout()
     arguments = parse_arguments(command.name, argv)
     folder = arguments.config_path or find_conf() / command.config_folder
     config_name = arguments.config_name or command.config_name
@@ -184,8 +186,9 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     if fixed and given:
         raise UserError(f"{given[0]}: --config-dir is given, too; name all folders in this one")
     fixed += given
+    add_to_path(folder for line in fixed for folder in read_folders(line))  # the user's own word, as what it names
     lines = [quote_unreadable(line, multirun=arguments.multirun) for line in arguments.overrides if line not in fixed]
-    arguments = arguments._replace(overrides=lines)
+    arguments = arguments._replace(overrides=put_last(lines))
     trusted = _find_trusted(arguments, config_name, fixed)
     with open_composer(folder, config_name, fixed) as composer:
         if arguments.help:
@@ -206,7 +209,12 @@ def _run(command: Command, argv: Sequence[str]) -> int:
         held = _running(command, sweep, started)
     with held:
         with named_place(command, plan.run), job.hydra_raises():  # Hydra writes into its folder, too
-            hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
+            try:
+                hydra.main(config_path=str(folder), config_name=config_name, version_base=HYDRA_VERSION_BASE)(job)()
+            except SystemExit as stop:
+                if not arguments.shows_only or not stop.code:
+                    raise
+                return EXIT_USER_ERROR  # a package that is not there, a reference to what is not given
         return job.exit_code if sweep is None or not sweep.is_here else _end_sweep(command, sweep, started)
 
 
@@ -261,10 +269,10 @@ def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: f
     Raises:
         UserError: with everything that is wrong.
     """
-    lines = name_globbed([*arguments.overrides], composer.options)
+    lines = composer.update(name_globbed([*arguments.overrides], composer.options))
     if arguments.shows_only:
         composition = composer.compose(lines)
-        refuse_all(composition.problems)
+        refuse_all(composition.refused)  # what is not given yet is shown as ???
         return _Plan([*lines, *(f"~{key}" for key in composition.unchosen)], lines)
     constant = [line for line in lines if not is_sweep_line(line)]
     first = composer.compose(constant)

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from m2_encoder.config.groups import CHOSEN_AS_LISTS, drop_unchosen, find_conflict, read_options
 from m2_encoder.config.numbers import register_resolvers
-from m2_encoder.config.old_names import update_names
+from m2_encoder.config.old_names import update_line, update_names
 from m2_encoder.config.overrides import (
     adds,
     key_problem,
@@ -113,6 +113,12 @@ class Composer:
             )
             self._options[group] = sorted(name for name in found if name != "base")
         return self._options[group]
+
+    def update(self, lines: Sequence[str]) -> list[str]:
+        """Overrides as they would be written today; for a saved configuration of then, as they were."""
+        if "_target_" in (self._load_default().get("logger") or {}):
+            return list(lines)
+        return [update_line(line) for line in lines]
 
     def compose(self, lines: Sequence[str]) -> Composition:
         """Composes with all overrides that make sense and says what is wrong with the others.

@@ -1,4 +1,7 @@
-"""Rules of `data=webdataset` that look at more than one value: sources, weights, copies of remote shards, folders."""
+"""Rules of `data=webdataset` that look at more than one value: sources, weights, copies of remote shards, folders.
+
+Other people's data may have keys of these names for something else: values of other kinds are left alone.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from m2_encoder.errors import Problem, UserError
 
 def _sources(known: Known) -> dict[str, Mapping[str, Any]]:
     """Those that are used, by name."""
-    return {name: values for name, values in known("data.sources").items() if isinstance(values, Mapping)}
+    sources = known("data.sources")
+    nodes = sources.items() if isinstance(sources, Mapping) else ()
+    return {name: values for name, values in nodes if isinstance(values, Mapping)}
 
 
 def check_source_weights(known: Known) -> Iterator[Problem]:
@@ -34,7 +39,7 @@ def check_source_weights(known: Known) -> Iterator[Problem]:
 def check_lanes(known: Known) -> Iterator[Problem]:
     """Every rank has a lane."""
     lanes, ranks = known("data.lanes"), count_ranks(known)
-    if lanes < ranks:
+    if isinstance(lanes, int) and lanes < ranks:
         least = 1 << (ranks - 1).bit_length()
         rule = f"must be at least the {ranks} ranks, or ranks read the same shards"
         yield Problem("data.lanes", lanes, rule, f"for example data.lanes={least}")
@@ -49,6 +54,8 @@ def check_shards(known: Known) -> Iterator[Problem]:
         except UnknownValueError:
             continue  # this one is reported; the others may have faults of their own
         patterns = [shards] if isinstance(shards, str) else shards
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            continue
         if problem := _problem_of(patterns, known("data.cache", {})):
             yield Problem(key, shards, problem)
 
@@ -75,6 +82,7 @@ def _problem_of(patterns: Sequence[str], cache: Any) -> str | None:
 
 def check_validation(known: Known) -> Iterator[Problem]:
     """Validation sets are tars, or what m2-data pack reads."""
-    for name, source in (known("data.validation") or {}).items():
-        if problem := describe_source(source):
+    found = known("data.validation")
+    for name, source in found.items() if isinstance(found, Mapping) else ():
+        if isinstance(source, str) and (problem := describe_source(source)):
             yield Problem(f"data.validation.{name}", source, problem)

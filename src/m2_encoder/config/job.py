@@ -117,7 +117,7 @@ class Job:
     def _name(self, cfg: dict[str, Any], settings: Any) -> JobOutcome:
         """What a job of a sweep is called, which its configuration then has as the name of its run, and known by."""
         command, settings_known = self._command, settings_digest(cfg)
-        swept = without_constant(list(settings.overrides.task), self._constant)
+        swept = without_constant(_task_lines(settings), self._constant)
         name = rename(command, cfg, swept, None if self._names is None else self._names[settings.job.num])
         name = name or job_name(command.name, swept)
         folder = "" if command.run_folder is None else str(command.run_folder(cfg))
@@ -160,7 +160,7 @@ class Job:
             return outcome._replace(state="refused", reason=format_problem(find_problems(error)[0]))
 
     def _run_process(self, job: JobOutcome, settings: Any, log: Path | None) -> JobOutcome:
-        lines = [line for line in settings.overrides.task if not line.startswith("run.name=")]
+        lines = [line for line in _task_lines(settings) if not line.startswith("run.name=")]
         lines += [hydra_line("run.name", job.name), "hydra.mode=RUN"]
         environment = environment_of_job()
         if GROUP_VARIABLE not in os.environ:
@@ -199,6 +199,12 @@ def is_alone(settings: Any) -> bool:
 def is_silent(settings: Any) -> bool:
     """Whether what the jobs of a sweep say does not reach the terminal."""
     return _launcher(settings) == "LocalLauncher"
+
+
+def _task_lines(settings: Any) -> list[str]:
+    """The overrides of a job as they were given: what refers to another key still does."""
+    lines: Any = OmegaConf.to_container(settings.overrides.task, resolve=False)
+    return list(lines)
 
 
 def _launcher(settings: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import tempfile
@@ -11,14 +12,20 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from hydra.utils import instantiate
+from safetensors.torch import load_file
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT, read_exported, read_format
+from m2_encoder.config.foreign_model import constructor_node, towers_config
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.hub import LoadedModel, list_models, load, read_tokenizer
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.models.two_towers import TowersConfig, TwoTowers
+from m2_encoder.tokenizers.foreign import ForeignTokenizer
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
@@ -76,7 +83,71 @@ def build_model_config(model: Mapping[str, Any]) -> M2EncoderConfig:
     return M2EncoderConfig.from_name(model["name"], **overrides)
 
 
-def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig) -> SentencePieceTokenizer:
+def model_shape(model: Mapping[str, Any]) -> M2EncoderConfig | TowersConfig:
+    """As `build_model_config`; what is known of somebody else's model before it is built.
+
+    Raises:
+        UserError: see there.
+    """
+    return towers_config(model) if is_foreign(model) else build_model_config(model)
+
+
+def build_any_tokenizer(model: Mapping[str, Any]) -> SentencePieceTokenizer | ForeignTokenizer:
+    """As `build_tokenizer`, or what `model.tokenizer._target_` names, for somebody else's model.
+
+    Raises:
+        UserError: see there; or if it makes no ids of texts.
+    """
+    if not isinstance(node := model["tokenizer"], Mapping):
+        return build_tokenizer(model, model_shape(model))
+    try:
+        return ForeignTokenizer(instantiate(node), str(node["_target_"]))
+    except UserError as error:
+        raise error.under("model.tokenizer") from error
+
+
+def build_towers(model: Mapping[str, Any], tokenizer: SentencePieceTokenizer | ForeignTokenizer) -> TwoTowers:
+    """Somebody else's model, with the values of `model.weights` if that is given.
+
+    Raises:
+        UserError: if it is no model of two towers, or the weights are not its own.
+    """
+    node = constructor_node(model, vocab_size=tokenizer.vocab_size)
+    text = tokenizer(["a cat", "一只猫"])
+    try:
+        towers = TwoTowers(
+            functools.partial(instantiate, node),
+            towers_config(model),
+            text=text,
+            pad_id=tokenizer.end_id if isinstance(tokenizer, SentencePieceTokenizer) else None,
+        )
+    except UserError as error:
+        raise error.under("model") from error
+    if model.get("weights") is not None:
+        _load_weights(towers, str(model["weights"]))
+    return towers
+
+
+def _load_weights(towers: TwoTowers, name: str) -> None:
+    path = anchor(name)
+    try:
+        state: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+        state = state.get("state_dict", state)
+        if any(key.startswith("model.towers.") for key in state):  # of a checkpoint of a run
+            state = {key.removeprefix("model.towers."): value for key, value in state.items()}
+        towers.towers.load_state_dict({key: value for key, value in state.items() if isinstance(value, torch.Tensor)})
+    except Exception as error:  # torch and safetensors raise a dozen unrelated types
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"is no state dict of {towers.config.name} ({said})", key="model.weights", value=name
+        ) from error
+
+
+def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig | TowersConfig) -> SentencePieceTokenizer:
     """The tokenizer that `model.tokenizer` names, cutting texts at the model's context length.
 
     Raises:

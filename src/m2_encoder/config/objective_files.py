@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from m2_encoder.checkpoints.exported import CONFIG_FILE, FORMAT, VISUAL_TOKENIZER_FORMAT, WEIGHTS_FILE
 from m2_encoder.config.known import Known
 from m2_encoder.config.model_choice import NO_ENCODER, find_path, format_of, is_model_name
+from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.errors import Problem
 from m2_encoder.objectives.base import active
 from m2_encoder.objectives.files import FileKind
@@ -46,8 +46,8 @@ def _walk(key: str, node: Mapping[str, Any], trusted: Collection[str] | None) ->
     target = str(node.get("_target_"))
     try:
         is_trusted = trusted is None or target in trusted
-        files = getattr(pkgutil.resolve_name(target), "files", {}) if is_trusted else {}
-    except (ImportError, AttributeError, ValueError):
+        files = getattr(find_target(target), "files", {}) if is_trusted else {}
+    except TargetError:
         files = {}  # which is reported for the target
     for argument, kind in files.items():
         value, weights = node.get(argument), node.get(f"{argument}_weights")

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
-import pkgutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from m2_encoder.config.foreign_model import towers_config
+from m2_encoder.config.foreign_relations import needs_more
 from m2_encoder.config.known import Known
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.config.problems import find_problems, show
 from m2_encoder.config.schema import MODEL_FIELDS
+from m2_encoder.config.targets import find_target
 from m2_encoder.errors import NotGivenError, Problem, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.patch_targets import PatchTargets
 from m2_encoder.objectives.schedule import check_schedule, find_pause
+
+_ANY_WIDTH: Final = 8
+"""Of features of somebody else's model, which is not built yet."""
 
 
 def _active(known: Known) -> list[str]:
@@ -32,7 +38,7 @@ def check_kinds(known: Known) -> Iterator[Problem]:
     """Targets that are classes are subclasses of `Objective` without abstract methods."""
     for name in known("objective"):
         target = known(key := f"objective.{name}._target_", None)
-        found = None if target is None else pkgutil.resolve_name(target)  # signatures have been checked
+        found = None if target is None else find_target(target)  # signatures have been checked
         if not inspect.isclass(found):
             continue  # a function may make one
         if not issubclass(found, Objective):
@@ -99,8 +105,13 @@ def check_captions(known: Known) -> Iterator[Problem]:
 
 def build_objectives(known: Known) -> Iterator[Problem]:
     """Each is built once on `meta`, so that its constructor's errors are reported before anything starts."""
-    fields = {field: known(f"model.{field}") for field in MODEL_FIELDS if known.has(f"model.{field}")}
-    shape = build_model_config({"name": known("model.name"), **fields})
+    foreign = str(known("model._target_")) if known.has("model._target_") else None
+    shape: Any
+    if foreign is not None:
+        shape = dataclasses.replace(towers_config(known("model")), feature_dim=_ANY_WIDTH)
+    else:
+        fields = {field: known(f"model.{field}") for field in MODEL_FIELDS if known.has(f"model.{field}")}
+        shape = build_model_config({"name": known("model.name"), **fields})
     for key in (key for name in _active(known) if known.is_complete(key := f"objective.{name}")):
         node = known(key)
         targets = node.get("targets")
@@ -108,6 +119,8 @@ def build_objectives(known: Known) -> Iterator[Problem]:
             if isinstance(targets, Mapping) and not isinstance(_make(targets), PatchTargets):
                 fix = "name a subclass of m2_encoder.objectives.patch_targets.PatchTargets"
                 yield Problem(f"{key}.targets._target_", targets["_target_"], "makes no targets of patches", fix)
+            elif foreign and isinstance(made := _make(node), Objective) and (more := needs_more(key, made, foreign)):
+                yield more
             elif not isinstance(_make(node, shape), Objective):
                 fix = "name a subclass of m2_encoder.objectives.base.Objective"
                 yield Problem(f"{key}._target_", node["_target_"], "makes no objective", fix)

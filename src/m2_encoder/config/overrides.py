@@ -21,6 +21,14 @@ _HYDRA_SYNTAX: Final = ("'", '"', "[", "{")
 _NESTED: Final = re.compile(r"\$\{[^{}]*(\$\{[^{}]*\}[^{}]*)+\}")
 """An interpolation within one, which Hydra reads in quotes only."""
 _NAMED: Final = ("data.sources", "data.validation", "data.columns")  # their keys are names that the user chooses
+_LATE_GROUPS: Final = ("debug",)  # whose values count more than those of an experiment
+
+
+def put_last(lines: Sequence[str]) -> list[str]:
+    """Adds `debug=...` behind an experiment, so that its values count; single ones still count more than both."""
+    late = [line for line in lines if line.lstrip("+").partition("=")[0] in _LATE_GROUPS]
+    others = [line for line in lines if line not in late]
+    return [*others, *(f"+{line.lstrip('+')}" for line in late if line.partition("=")[2] != "null")]
 
 
 def quote_unreadable(line: str, *, multirun: bool = False) -> str:

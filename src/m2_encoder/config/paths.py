@@ -5,15 +5,21 @@ They work from any folder of a checkout, from elsewhere with an editable install
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+
+from m2_encoder.errors import UserError
 
 LAST_CHECKPOINT: Final = "checkpoints/last.ckpt"
 """In a run's folder: the newest training state."""
 
 RUN_LOCK: Final = ".lock"
 """In a run's folder, while a process trains there: which one (`files.hold_lock`)."""
+
+DEBUG_FOLDER: Final = "debug"
+"""In `run.folder`: runs that are only tries, each replaced by the next one of its name."""
 
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
@@ -45,6 +51,31 @@ def find_conf(start: Path | None = None) -> Path:
     raise FileNotFoundError(f"no configurations in {' or '.join(map(str, candidates))}: install m2-encoder again")
 
 
+def check_checkout(start: Path | None = None) -> None:
+    """Refuse to read `conf/` of one checkout with the code of another; a copy of the same code is as good.
+
+    Raises:
+        UserError: naming both.
+    """
+    checkout = find_checkout(start)
+    if checkout is None or (own := checkout / "src" / "m2_encoder").resolve() == PACKAGE_FOLDER:
+        return
+    if (differing := _find_difference(own, PACKAGE_FOLDER)) is not None:
+        rule = f"its conf/ would be read by other code, that of {PACKAGE_FOLDER} (such as {differing})"
+        fix = f"start with PYTHONPATH={checkout / 'src'}, install this checkout, or start from another folder"
+        raise UserError(f"the working directory is in the checkout {checkout}: {rule}; {fix}")
+
+
+def _find_difference(one: Path, other: Path) -> str | None:
+    """The first Python file that is not the same in both packages."""
+    names = {str(path.relative_to(folder)) for folder in (one, other) for path in folder.rglob("*.py")}
+    for name in sorted(names):
+        files = (one / name, other / name)
+        if not all(file.is_file() for file in files) or not filecmp.cmp(*files, shallow=False):
+            return name
+    return None
+
+
 def anchor(path: str | Path, start: Path | None = None) -> Path:
     """Absolute form of a path of outputs or data.
 
@@ -62,6 +93,13 @@ def has_checkpoint(run_folder: Path) -> bool:
     return any(not path.name.startswith(".") for path in (run_folder / LAST_CHECKPOINT).parent.glob("*.ckpt"))
 
 
+def is_debug(cfg: Mapping[str, Any]) -> bool:
+    """Whether a run is only a try: `debug=...`, or Lightning's `fast_dev_run`."""
+    trainer = cfg.get("trainer")
+    return bool(cfg["run"].get("debug") or (isinstance(trainer, Mapping) and trainer.get("fast_dev_run")))
+
+
 def default_run_folder(cfg: Mapping[str, Any]) -> Path:
-    """`<run.folder>/<run.name>` of a configuration that has both."""
-    return anchor(cfg["run"]["folder"]) / str(cfg["run"]["name"])
+    """`<run.folder>/<run.name>` of a configuration that has both; tries lie in a folder of their own, `debug`."""
+    folder = anchor(cfg["run"]["folder"])
+    return (folder / DEBUG_FOLDER if is_debug(cfg) else folder) / str(cfg["run"]["name"])

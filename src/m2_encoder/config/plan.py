@@ -11,7 +11,8 @@ from annotated_types import Ge, Le
 
 from m2_encoder.bounds import Count, Pixels, Positive, Rule, Text, Tokens
 from m2_encoder.config.check import check_settings, check_values, make_optional, read_parameters
-from m2_encoder.config.model_choice import find_path, output_problems
+from m2_encoder.config.hardware_files import find_constants, read_constants
+from m2_encoder.config.model_choice import output_problems
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import find_problems
 from m2_encoder.errors import Problem, UserError
@@ -123,30 +124,14 @@ def read_hardware(cluster: str, overrides: Mapping[str, Any]) -> Hardware:
     Raises:
         UserError: for an unknown cluster, a damaged file, or an impossible constant.
     """
-    values = _read_constants(cluster) | {name: value for name, value in overrides.items() if value is not None}
     try:
-        return Hardware.from_dict(values)
+        values = read_constants(find_constants(str(cluster)))
+    except UserError as error:
+        raise UserError(str(error), key="cluster", value=cluster) from error
+    try:
+        return Hardware.from_dict(values | {name: value for name, value in overrides.items() if value is not None})
     except UserError as error:
         raise UserError(f"hardware: {error}", key="cluster", value=cluster) from error
-
-
-def _read_constants(cluster: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    folder = find_conf() / "cluster" / "hardware"
-    path = folder / f"{cluster}.yaml"
-    if not path.is_file() and not (path := find_path(str(cluster))).is_file():
-        known = ", ".join(sorted(option.stem for option in folder.glob("*.yaml")))
-        fix = f"choose from {known}, or give a YAML file like theirs"
-        raise UserError(f"no such cluster; {fix}", key="cluster", value=cluster)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"is not valid YAML: {' '.join(str(error).split())}", key="cluster", value=cluster) from error
-    if not isinstance(values, dict):
-        raise UserError("must hold constants as `name: number`", key="cluster", value=cluster)
-    base, chain = values.pop("base", None), (*above, cluster)
-    if base in chain:
-        raise UserError(f"is its own base, by way of {chain[-1]}", key="cluster", value=base)
-    return (_read_constants(base, chain) if base else {}) | values
 
 
 def read_plan_settings() -> dict[str, Any]:

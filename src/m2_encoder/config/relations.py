@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from m2_encoder.config import data_relations, objective_relations
+from m2_encoder.config import data_relations, foreign_relations, objective_relations
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, emoji_folder_problems
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
+from m2_encoder.config.loggers import check_loggers
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
 from m2_encoder.config.objective_files import check_files
-from m2_encoder.config.paths import LAST_CHECKPOINT, RUN_LOCK, anchor, default_run_folder, has_checkpoint
+from m2_encoder.config.paths import LAST_CHECKPOINT, RUN_LOCK, anchor, default_run_folder, has_checkpoint, is_debug
 from m2_encoder.config.problems import UNSET, find_problems, show
 from m2_encoder.config.run_folder import holds_run, is_at_work, is_there
-from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS
-from m2_encoder.data.emoji.dataset import load_emoji_concepts
+from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS, is_foreign
+from m2_encoder.data.emoji.dataset import count_training_samples
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.distributed.topology import divisors, resolve_group_size
 from m2_encoder.errors import NOTHING, Problem, UserError
@@ -54,6 +55,8 @@ def check_relations(cfg: Mapping[str, Any], reported: set[str], *, on_this_machi
 
 def _check_model(known: Known) -> Iterator[Problem]:
     """What the model's own constructor refuses; a size that is reported already counts as its name's."""
+    if known.has("model._target_"):
+        return  # `foreign_model.check_model`
     wrong = [field for field in _SIZES if known(f"model.{field}", UNSET) is UNSET and known.has(f"model.{field}")]
     sizes = {field: None if field in wrong else known(f"model.{field}", None) for field in _SIZES}
     try:
@@ -73,10 +76,14 @@ def _check_weights(known: Known) -> Iterator[Problem]:
 
 def _check_tokenizer(known: Known) -> Iterator[Problem]:
     name = known("model.tokenizer")
+    if isinstance(name, Mapping):
+        return  # somebody else's, with somebody else's model
     try:
         tokenizer = build_tokenizer({"tokenizer": name}, M2EncoderConfig())
     except UserError as error:
         yield Problem("model.tokenizer", name, " ".join(error.text.split()))
+        return
+    if known.has("model._target_"):
         return
     vocab_size = known("model.vocab_size") if known.has("model.vocab_size") else None
     if vocab_size is None:
@@ -96,9 +103,22 @@ def _check_tokenizer(known: Known) -> Iterator[Problem]:
             yield Problem("model.vocab_size", vocab_size, rule, f"use model.vocab_size={tokenizer.vocab_size}")
 
 
-def _check_steps(known: Known) -> Iterator[Problem]:
+def _check_length(known: Known) -> Iterator[Problem]:
+    """How long a run is, by steps and by epochs."""
+    for name in ("steps", "epochs"):
+        least, most = known(f"trainer.min_{name}", None), known(f"trainer.max_{name}", None)
+        if least is not None and most not in (None, -1) and least > most:
+            fix = f"for example trainer.min_{name}={most}"
+            yield Problem(f"trainer.min_{name}", least, f"must not exceed trainer.max_{name}={most}", fix)
+    if known("trainer.max_steps") == -1 and known("trainer.max_epochs", -1) in (None, -1):
+        fix = "give trainer.max_steps, or trainer.max_epochs; trainer.max_time alone does not tell the schedule its end"
+        yield Problem("trainer.max_steps", -1, "must end somewhere, as there is no trainer.max_epochs either", fix)
+
+
+def check_steps(known: Known) -> Iterator[Problem]:
+    """Whether the warm-up ends before the run; asked again when the steps of an epoch are known."""
     warmup, steps = known("scheduler.warmup_steps"), known("trainer.max_steps")
-    if warmup > steps:
+    if warmup > steps != -1:
         fix = f"for example scheduler.warmup_steps={steps // 10}"
         yield Problem("scheduler.warmup_steps", warmup, f"must be in 0..trainer.max_steps={steps}", fix)
 
@@ -121,13 +141,28 @@ def _check_devices(known: Known) -> Iterator[Problem]:
         yield Problem("trainer.precision", known("trainer.precision"), "must be one that the CPU can compute", fix)
 
 
+def _check_compiled(known: Known) -> Iterator[Problem]:
+    if not known("trainer.compile", False):
+        return
+    fix = "use trainer.compile=false"
+    if known("task", None) is not None:
+        yield Problem("trainer.compile", True, "has no meaning here: it compiles the layers of an encoder", fix)
+    elif is_foreign(known("model", None)):
+        rule = "compiles the layers of this project's encoder alone, and model is another"
+        yield Problem("trainer.compile", True, rule, f"{fix}, and call compile() in the constructor of the model")
+    elif count_gpus(known) is None and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        yield Problem(
+            "trainer.compile", True, "needs a C++ compiler on the CPU, and there is none", f"install g++, or {fix}"
+        )
+
+
 def _check_ranks(known: Known) -> Iterator[Problem]:
     ranks = count_ranks(known)
     if ranks > 1 and known("strategy._target_", None) == _SINGLE_TARGET:
         rule = f"must be one that lets ranks cooperate: there are {ranks} (trainer.devices x trainer.num_nodes)"
         yield Problem("strategy", "single", rule, "use strategy=ddp or grouped_ddp, or trainer.devices=1")
     batch = known("data.global_batch_size")
-    if batch % ranks:
+    if isinstance(batch, int) and batch % ranks:
         fix = f"for example data.global_batch_size={max(1, batch // ranks) * ranks}"
         yield Problem("data.global_batch_size", batch, f"must be a multiple of the {ranks} ranks", fix)
 
@@ -144,6 +179,8 @@ def _check_groups(known: Known) -> Iterator[Problem]:
 
 def _check_micro_batches(known: Known) -> Iterator[Problem]:
     pieces, ranks, batch = known("strategy.micro_batches", 1), count_ranks(known), known("data.global_batch_size")
+    if not isinstance(batch, int):
+        return
     rows = batch // ranks
     if rows % pieces:
         fits = max(d for d in divisors(rows) if d < pieces)
@@ -187,25 +224,15 @@ def _check_training_set(known: Known) -> Iterator[Problem]:
     batch, heldout = known("data.global_batch_size"), known("data.heldout_style")
     if known("data._target_", None) != EMOJI_TARGET:
         return
-    concepts = [concept for concept in load_emoji_concepts() if concept.split == "train"]
-    size = sum(style != heldout for concept in concepts for style in concept.styles)
+    size = count_training_samples(heldout)
     if batch > size:
         fix = "for example data.global_batch_size=256"
         yield Problem("data.global_batch_size", batch, f"must not exceed the {size} training samples", fix)
 
 
-def _check_task(known: Known) -> Iterator[Problem]:
-    if (target := known("task._target_")) != _TOKENIZER_TARGET:
-        fix = "use task=visual_tokenizer, or leave task out to train an encoder"
-        yield Problem("task._target_", target, f"must be {_TOKENIZER_TARGET}", fix)
-
-
 def _check_tokenizer_task(known: Known) -> Iterator[Problem]:
     if known("task._target_") != _TOKENIZER_TARGET:
         return
-    if known("objective", {}):
-        given = list(known("objective"))
-        yield Problem("objective", given, "must be empty: the task has a loss of its own", "use objective=[]")
     if count_ranks(known) > 1 or known("strategy._target_", _SINGLE_TARGET) != _SINGLE_TARGET:
         rule = "must be single, on one device: the codes follow the batch of one process"
         yield Problem("strategy", NOTHING, rule, "use strategy=single trainer.devices=1")
@@ -233,15 +260,19 @@ def _check_task_heads(known: Known) -> Iterator[Problem]:
 def _check_folders(known: Known) -> Iterator[Problem]:
     """Folders that cannot be written, a run's that is in use, or one that is missing where it has to be there."""
     for key in ("run.folder", "data.folder"):
-        if (value := known(key, None)) is not None and (reason := _unusable(anchor(value))):
+        if isinstance(value := known(key, None), str) and (reason := _unusable(anchor(value))):
             yield Problem(key, value, reason, "give a folder that you may write to")
     name, resume = known("run.name"), known("run.resume")
-    folder = default_run_folder({"run": {"name": name, "folder": known("run.folder")}})
+    run = {"name": name, "folder": known("run.folder"), "debug": known("run.debug", False)}
+    tries = is_debug({"run": run, "trainer": {"fast_dev_run": known("trainer.fast_dev_run", False)}})
+    folder = default_run_folder({"run": {**run, "debug": tries}})
     if not is_first_rank() or _unusable(folder):
         return  # the first rank decides, before the others start
     if (holder := find_holder(folder / RUN_LOCK)) is not None:
         yield is_at_work(name, holder)
         return
+    if tries:
+        return  # it begins anew, whatever is there
     if resume == "never" and holds_run(folder):
         yield is_there(name, folder)
     if resume == "must" and not has_checkpoint(folder):
@@ -259,7 +290,8 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_model,
     _check_weights,
     _check_tokenizer,
-    _check_steps,
+    _check_length,
+    check_steps,
     objective_relations.check_kinds,
     objective_relations.check_weights,
     objective_relations.check_schedules,
@@ -268,6 +300,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     check_files,
     objective_relations.build_objectives,
     _check_devices,
+    _check_compiled,
     _check_ranks,
     _check_groups,
     _check_micro_batches,
@@ -278,15 +311,19 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     data_relations.check_lanes,
     data_relations.check_shards,
     data_relations.check_validation,
-    _check_task,
+    foreign_relations.check_task,
+    foreign_relations.check_towers,
+    foreign_relations.check_scheduler,
     _check_tokenizer_task,
     _check_task_heads,
     _check_folders,
     _check_emoji_folder,
+    check_loggers,
 )
 
 _MACHINE_CHECKS: Final = (
     _check_devices, _check_cluster, check_files, data_relations.check_shards, data_relations.check_validation,
+    check_loggers,
 )  # fmt: skip
 
 

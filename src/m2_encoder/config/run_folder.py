@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import RUN_LOCK, default_run_folder
+from m2_encoder.config.paths import RUN_LOCK, default_run_folder, is_debug
 from m2_encoder.config.problems import refuse_all
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import Problem
@@ -31,7 +31,7 @@ def hold_run(cfg: Mapping[str, Any]) -> Iterator[None]:
             except LockedError as error:
                 refuse_all([is_at_work(name, error.holder)])
             else:
-                if cfg["run"].get("resume") == "never" and holds_run(folder):
+                if cfg["run"].get("resume") == "never" and not is_debug(cfg) and holds_run(folder):
                     refuse_all([is_there(name, folder)])
                 if left is not None and left.host != socket.gethostname():
                     # A lock that is not shared between machines would look the same.

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Len
 
-from m2_encoder.bounds import Count, Example, Index, Positive, Rule, Seed, Text
+from m2_encoder.bounds import Count, Example, Fraction, Index, Pixels, Positive, Rule, Seed, Text, Tokens
 from m2_encoder.config.check import Parameters, check_values, make_optional, read_parameters
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.sweeps import MAX_NAME_BYTES
@@ -24,9 +24,9 @@ from m2_encoder.pictures import POLICY_RULE, is_policy
 _MOST: Final = 10**9
 SAFE_NAME: Final = re.compile(r"[^\W_][\w.=+-]{0,99}")  # letters of any script
 RESERVED_NAMES: Final = ("data", "multirun")
-TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy", "logger")
-KEYED_GROUPS: Final = ("objective", "callbacks")
-OPTIONAL_KEYS: Final = ("task", "evaluation", "adaptation")
+TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy")
+KEYED_GROUPS: Final = ("objective", "callbacks", "logger")
+OPTIONAL_KEYS: Final = ("task", "evaluation", "adaptation", "profiler")
 ROOT_KEYS: Final = ("seed", "run", "model", *TARGET_GROUPS, *KEYED_GROUPS, "cluster")
 MODEL_FIELDS: Final = tuple(field.name for field in dataclasses.fields(M2EncoderConfig) if field.name != "name")
 REAL_MODEL_FIELDS: Final = ("drop_path_rate", "layer_norm_eps", "position_init_std", "initial_temperature")
@@ -55,6 +55,7 @@ class Run:
     resume: Literal["never", "auto", "must"]  # whether a run that exists goes on
     checkpoint_every: Annotated[Count, Example("500")]  # steps
     export: bool  # write the trained model at the end
+    debug: bool = False  # only a try
     metric: Text | None = None  # what sweeps compare
 
 
@@ -69,6 +70,30 @@ class Model:
     map_tokenizer: bool | Text | None = None
     # what the pixels of its pictures are; None: as the weights were trained, `standard` from scratch
     pictures: Pictures = None
+    num_parameters: int | None = None  # of the encoder; every run fills it in
+
+
+_CHANNELS: Final = Len(3, 3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForeignModel:
+    """The keys of `model` beside the arguments of the constructor that `model._target_` names."""
+
+    tokenizer: Any  # `emoji`, the path of a SentencePiece model, or a node with a _target_
+    image_size: Annotated[Pixels, Example("224")]  # of the images that it gets
+    context_length: Tokens | None = None  # most tokens of a text of a SentencePiece tokenizer
+    name: Text | None = None  # in pictures and tables
+    weights: Text | None = None  # a file of its state dict to start from
+    map_tokenizer: None = None  # its token table is not known
+    pictures: Pictures = None
+    pixel_mean: Annotated[list[Fraction], _CHANNELS] | None = None  # taken from pixels in 0..1
+    pixel_std: Annotated[list[Positive], _CHANNELS] | None = None  # divides them then
+
+
+def is_foreign(model: Any) -> bool:
+    """Whether a node `model` names somebody else's."""
+    return isinstance(model, Mapping) and "_target_" in model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +127,10 @@ def _is_share_or_count(value: Any) -> bool:
     return value is None or (0 <= value <= 1 if type(value) is float else type(value) is int and 0 <= value <= _MOST)
 
 
+def _is_length(value: Any) -> bool:
+    return value is None or (type(value) is int and (value == -1 or 1 <= value <= _MOST))
+
+
 def _is_interval(value: Any) -> bool:
     return 0 < value <= 1 if type(value) is float else type(value) is int and 1 <= value <= _MOST
 
@@ -110,13 +139,16 @@ _PRECISIONS: Final = (
     "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64", 32, 16, 64,
 )  # fmt: skip
 _ONE_PIECE: Final = "1: strategy.micro_batches accumulates, with one loss over all rows of a step"
-_NO_SAME: Final = "0: it changes nothing, as samples are drawn by step; data.sources.NAME.max_samples takes a few"
+_STEPS: Final = f"a whole number, 1 or more and at most {_MOST}, or -1: as trainer.max_epochs says"
+_SHARE_OF_EPOCH: Final = f"a number of batches in 1..{_MOST}, or a share in (0, 1]"
+_RECORDS: Final = "false: a run writes metrics.jsonl and checkpoints; trainer.fast_dev_run=true tries one without them"
+_FAST: Final = f"true, false, or a number of batches in 0..{_MOST}"
 ShareOrCount = Annotated[Any, Rule(_is_share_or_count, f"a number of batches in 0..{_MOST}, or a share in 0..1", "1.0")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Bounds of arguments of Lightning's `Trainer`; its own signature has the names of all."""
+    """Bounds of arguments of Lightning's `Trainer`, whose signature has the names of all, and of `compile`."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
     devices: Annotated[
@@ -131,21 +163,38 @@ class Trainer:
             "bf16-mixed",
         ),
     ] = "32-true"
-    max_steps: Annotated[Count, Example("1000")] = 1000
-    max_epochs: Annotated[int, Ge(-1), Le(10**9)] | None = -1
+    max_steps: Annotated[Any, Rule(lambda value: value is not None and _is_length(value), _STEPS, "1000")] = 1000
+    max_epochs: Annotated[Any, Rule(_is_length, "a whole number, 1 or more, or -1 or null: steps decide", "2")] = -1
+    min_steps: Index | None = None
+    min_epochs: Index | None = None
     gradient_clip_val: Annotated[Positive, Example("1.0")] | None = 1.0
-    gradient_clip_algorithm: Literal["norm"] = "norm"
+    gradient_clip_algorithm: Literal["norm", "value"] | None = "norm"
     val_check_interval: Annotated[
         Any, Rule(_is_interval, f"a number of steps, 1 or more and at most {_MOST}, or a share in (0, 1]", "500")
     ] = 500
     check_val_every_n_epoch: Count | None = None
     limit_val_batches: ShareOrCount = 1.0
-    limit_train_batches: ShareOrCount = 1.0
+    limit_train_batches: Annotated[
+        Any, Rule(lambda value: value is None or _is_interval(value), _SHARE_OF_EPOCH, "1.0")
+    ] = 1.0
     log_every_n_steps: Count = 10
     accumulate_grad_batches: Annotated[Any, Rule(lambda value: type(value) is int and value == 1, _ONE_PIECE, "1")] = 1
     num_sanity_val_steps: Annotated[int, Ge(-1), Le(10**9)] = 0
-    overfit_batches: Annotated[Any, Rule(lambda value: type(value) in (int, float) and value == 0, _NO_SAME, "0")] = 0
-    barebones: Literal[False] = False
+    overfit_batches: Annotated[
+        Any,
+        Rule(
+            lambda value: value is not None and _is_share_or_count(value),
+            f"a number of batches in 0..{_MOST}, or a share in 0..1",
+            "3",
+        ),
+    ] = 0
+    fast_dev_run: Annotated[
+        Any, Rule(lambda value: type(value) is bool or (type(value) is int and 0 <= value <= _MOST), _FAST, "true")
+    ] = False
+    reload_dataloaders_every_n_epochs: Index = 0
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    compile: bool = False
+    barebones: Annotated[Any, Rule(lambda value: value is False, _RECORDS, "false")] = False
 
 
 def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
@@ -170,16 +219,19 @@ def check_shape(cfg: Mapping[str, Any]) -> list[Problem]:
             fix = "choose an option with group=option when composing from conf/, or set single keys"
             problems.append(Problem(group, node, "must be a mapping of keys", fix))
             continue
-        if group in (*TARGET_GROUPS, "task", "adaptation") and "_target_" not in node:
+        if group in (*TARGET_GROUPS, "task", "adaptation", "profiler") and "_target_" not in node:
             fix = f"choose an option with {group}=OPTION, or name a class"
             problems.append(Problem(f"{group}._target_", NOTHING, "is missing", fix))
+        if group == "model" and is_foreign(node):
+            continue  # `foreign_model.check_model`
         if group in parts:
             problems += check_values(group, node, parts[group])
         elif group == "trainer":
             bounds = read_parameters(Trainer)
             problems += check_values(group, {key: value for key, value in node.items() if key in bounds}, bounds)
-    for name, value in _entries(cfg.get("callbacks")):
-        problems += _check_entry("callbacks", name, value)
+    for group in ("callbacks", "logger"):
+        for name, value in _entries(cfg.get(group)):
+            problems += _check_entry(group, name, value)
     return [*problems, *_check_objectives(cfg.get("objective")), *check_tasks(cfg.get("evaluation"))]
 
 

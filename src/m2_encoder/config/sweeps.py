@@ -56,7 +56,8 @@ def expand_sweep(lines: Sequence[str], hydra: DictConfig) -> list[list[str]]:
     Raises:
         UserError: for an interval, of which every value would be a job.
     """
-    all_lines = [*preset_lines(hydra, lines), *lines]
+    params = dict(hydra.sweeper.get("params") or {})
+    all_lines = [*(f"{key}={value}" for key, value in params.items()), *lines]  # as Hydra orders the jobs
     if not is_basic(hydra):
         return [[line for line in all_lines if not is_sweep_line(line)]]
     readable, _ = parse_overrides(all_lines)

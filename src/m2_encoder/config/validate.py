@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from m2_encoder.config.check import check_targets, read_parameters
 from m2_encoder.config.compose import open_composer
+from m2_encoder.config.foreign_model import check_model
+from m2_encoder.config.loggers import fill_folders, given_to_loggers
 from m2_encoder.config.metric_names import check_metric
 from m2_encoder.config.paths import find_conf
 from m2_encoder.config.problems import format_problem
@@ -22,16 +24,16 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "data": ("tokenizer", "image_size", "seed", "max_steps", "pictures"),
     "data.decode": ("data", "pictures"),
     "data.transform": ("image_size", "pictures"),
-    "task": ("image_size", "patch_size", "optimizer", "scheduler", "validation_name"),
-    "optimizer": ("module",),
+    "task": ("image_size", "patch_size", "tokenizer", "optimizer", "scheduler", "validation_name"),
+    "optimizer": ("module", "params", "model", "model_or_params"),
     "scheduler": ("optimizer",),
     "trainer": ("strategy", "logger", "callbacks", "plugins", "default_root_dir"),
-    "logger": ("run_name", "folder", "cfg"),
+    "profiler": ("dirpath",),
     "callbacks.checkpoint": ("folder",),
 }
-"""By node, what the command passes itself when it builds the object."""
+"""By node, what the command passes itself when it builds the object; `given_to_loggers` has the rest."""
 
-_NODES_OF_LIGHTNING: Final = ("callbacks", "data", "evaluation", "strategy", "task", "trainer")
+_NODES_OF_LIGHTNING: Final = ("callbacks", "data", "evaluation", "logger", "profiler", "strategy", "task", "trainer")
 
 
 def validate_train(
@@ -45,18 +47,48 @@ def validate_train(
         on_this_machine: also ask whether this machine has what the run needs.
     """
     trusted = _find_trusted(changed)
-    compared = {key: node for key, node in cfg.items() if key not in trusted}
+    compared = {key: node for key, node in _as_built(cfg).items() if key not in trusted and key != "model"}
     found: dict[str, Problem] = {}
-    for problem in (*check_shape(cfg), *check_targets(compared, given=GIVEN_ARGUMENTS)):
+    for problem in (*check_shape(cfg), *check_model(cfg.get("model")), *_check_targets(compared)):
         found.setdefault(problem.key, problem)
     relations = check_relations(cfg, set(found), on_this_machine=on_this_machine)
     return [*found.values(), *relations, *check_metric(cfg)]
 
 
+def _as_built(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What objects are made of: without `trainer.compile`, which is the module's; with an end of the schedule.
+
+    Where that is the end of the run, the data will say later how long an epoch is.
+    """
+    trainer, scheduler = cfg.get("trainer"), cfg.get("scheduler")
+    if not isinstance(trainer, Mapping):
+        return cfg
+    if isinstance(scheduler, Mapping) and trainer.get("max_steps") == scheduler.get("max_steps") == -1:
+        scheduler = {**scheduler, "max_steps": 1}
+    built = {key: value for key, value in trainer.items() if key != "compile"}
+    return {**cfg, "trainer": built, **({} if scheduler is None else {"scheduler": scheduler})}
+
+
 def check_late(cfg: Mapping[str, Any], *, changed: Collection[str] | None) -> list[Problem]:
     """What is wrong with nodes that `validate_train` trusted."""
     trusted = _find_trusted(changed)
-    return list(check_targets({key: node for key, node in cfg.items() if key in trusted}, given=GIVEN_ARGUMENTS))
+    return list(_check_targets({key: node for key, node in _as_built(cfg).items() if key in trusted}))
+
+
+def _check_targets(cfg: dict[str, Any]) -> Iterator[Problem]:
+    loggers = cfg.get("logger")
+    filled = {"logger": fill_folders(loggers, "outputs")} if isinstance(loggers, Mapping) else {}
+    return check_targets({**cfg, **filled}, given={**_given(cfg), **given_to_loggers(loggers)})
+
+
+def _given(cfg: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
+    """`GIVEN_ARGUMENTS`, but what other people's tasks and data are given by their own files is theirs."""
+    given = dict(GIVEN_ARGUMENTS)
+    for key in ("task", "data"):
+        node = cfg.get(key)
+        if isinstance(node, Mapping) and not str(node.get("_target_")).startswith("m2_encoder."):
+            given[key] = [name for name in given[key] if name not in node]
+    return given
 
 
 def _find_trusted(changed: Collection[str] | None) -> set[str]:

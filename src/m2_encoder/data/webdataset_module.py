@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +11,12 @@ from typing import Annotated, Any
 
 import lightning
 import torch
-import torch.distributed as dist
 from annotated_types import Ge, Le
 
 from m2_encoder.bounds import Example, Fraction, Index, KeysOf, Many, Rows, Rule, Seconds, Text, Workers, check_bounds
+from m2_encoder.data.epoch import check_ranks, limit_epoch
 from m2_encoder.data.file_watch import FileWatch
-from m2_encoder.data.images.limits import ImageLimits
+from m2_encoder.data.images.limits import limits_of
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.inspect.source_report import SourceReport
 from m2_encoder.data.inspect.start_check import StartCheck, TrainingNeeds, check_manifest, describe_problems
@@ -37,7 +36,7 @@ from m2_encoder.data.shards.remote import RemoteShards
 from m2_encoder.data.validation_chunks import ValidationChunks
 from m2_encoder.data.worker_pool import STALL_TIMEOUT_S
 from m2_encoder.errors import UserError
-from m2_encoder.pictures import STANDARD, PicturePolicy, read_policy
+from m2_encoder.pictures import STANDARD, bind_pictures, read_policy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 logger = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._masking = masking
         self.global_batch_size = global_batch_size
         self._specs = [SourceSpec(name, **values) for name, values in used.items()]
-        self._image_size, self._seed, self._max_steps = image_size, seed, max_steps
+        self._image_size, self._seed, self.max_steps = image_size, seed, max_steps
         self._num_workers, self._eval_batch_size = num_workers, eval_batch_size
         self._captions, self._pictures = captions, read_policy(pictures)
         self._decode = bind_pictures(decode, self._pictures)
@@ -132,7 +131,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         self._lanes, self._window, self._keep_decoded = lanes, window, keep_decoded
         self._check = None if check is None else StartCheck(**check)
         self._needs = TrainingNeeds(
-            global_batch_size, captions.languages, _limits_of(decode), max_bad_share, tokenizer, self._pictures
+            global_batch_size, captions.languages, limits_of(decode), max_bad_share, tokenizer, self._pictures
         )
         self._validation = dict(validation or {})
         self._remote = None if cache is None else RemoteShards(**cache)
@@ -145,8 +144,27 @@ class WebDatasetModule(lightning.LightningDataModule):
                 rule = f"must be a subclass of {Column.__module__}.{Column.__name__}; derive it from that"
                 raise UserError(rule, key=f"data.columns.{name}._target_", value=type(column).__name__)
         self._is_fresh = False
+        self._loader: tuple[lightning.Trainer, PositionLoader] | None = None  # of training, and whose it is
         self._watch = FileWatch({})  # of the validation sets; from `prepare_data` on
         self.fault_log = self._build_fault_log(None)
+
+    def count_samples(self) -> int:
+        """Training samples of all sources together; reads their index.
+
+        Raises:
+            UserError: if the shards cannot be read.
+        """
+        if "manifest" not in self.__dict__:
+            self._is_fresh = self.trainer is None  # read for the start of a run, which need not read it again
+        return sum(source.samples for source in self.manifest.sources)
+
+    def count_steps(self) -> int:
+        """Steps of an epoch: whole ones, and at least one."""
+        return max(1, self.count_samples() // self.global_batch_size)
+
+    def epoch_steps(self) -> int:
+        """Steps of an epoch as the trainer limits it."""
+        return limit_epoch(self.count_steps(), getattr(self.trainer, "limit_train_batches", 1.0))
 
     @property
     def validation_name(self) -> str:
@@ -176,7 +194,8 @@ class WebDatasetModule(lightning.LightningDataModule):
         check, self._check = self._check, None
         if check is None:
             return {}
-        self.__dict__.pop("manifest", None)
+        if not self._is_fresh:
+            self.__dict__.pop("manifest", None)
         for name, folder in self._validation.items():
             check_retrieval_set(folder, name=name)
         reports = check_manifest(
@@ -193,7 +212,7 @@ class WebDatasetModule(lightning.LightningDataModule):
         """
         plan = self._plan((), 0)
         if not resumes:
-            plan.check_repeats(self._max_steps * self.global_batch_size)
+            plan.check_repeats(self.max_steps * self.global_batch_size)
 
     def skip_check(self) -> None:
         """Skip the check of the sources: they were checked before, or by another process."""
@@ -225,15 +244,18 @@ class WebDatasetModule(lightning.LightningDataModule):
             raise UserError(
                 f"data.global_batch_size={self.global_batch_size} must be a multiple of the {world_size} ranks"
             )
-        _check_ranks(self.manifest.fingerprint())
+        check_ranks(self.manifest.fingerprint())
         plan = self._plan((), 0)
         self.fault_log = self._build_fault_log(folder)
         self._check_cache(plan)
         self._report_faults(plan, is_first=rank == 0)
-        return PositionLoader(
+        loader = PositionLoader(
             self._build_stream,
+            epoch_steps=self.count_steps(),
+            keeps_workers=self.epoch_steps() < self.max_steps,
+            repeat_steps=self.epoch_steps() if getattr(trainer, "overfit_batches", 0) else None,
             collate=partial(collate_samples, tokenizer=self.tokenizer, masking=self._masking, columns=self._columns),
-            num_steps=self._max_steps,
+            num_steps=self.max_steps,
             global_batch_size=self.global_batch_size,
             rank=rank,
             world_size=world_size,
@@ -252,6 +274,17 @@ class WebDatasetModule(lightning.LightningDataModule):
             on_faults=lambda faults, drawn: self.fault_log.add(faults, drawn=drawn),
             stall_timeout_s=self._stall_timeout_s,
         )
+        if self._loader is not None and self._loader[0] is trainer:  # of reload_dataloaders_every_n_epochs
+            loader.load_state_dict(self._loader[1].state_dict())
+            self._loader[1].close()
+        self._loader = None if trainer is None else (trainer, loader)
+        return loader
+
+    def teardown(self, stage: str) -> None:
+        """End the workers of training, which live through all epochs."""
+        if stage == "fit" and self._loader is not None:
+            self._loader[1].close()
+            self._loader = None
 
     def val_dataloader(self) -> ValidationChunks | list[Any]:
         """This rank's share of the first validation set; nothing where there is none."""
@@ -304,7 +337,7 @@ class WebDatasetModule(lightning.LightningDataModule):
 
     def _build_stream(self, history: Sequence[Segment], start: int) -> SampleStream:
         plan = self._plan(history, start)
-        plan.check_repeats(self._max_steps * self.global_batch_size)  # known only now, after earlier segments
+        plan.check_repeats(self.max_steps * self.global_batch_size)  # known only now, after earlier segments
         return SampleStream(
             plan,
             reader=self._reader(),
@@ -357,39 +390,8 @@ class WebDatasetModule(lightning.LightningDataModule):
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be 1: the negatives of a step "
                 "are one batch; raise data.global_batch_size instead"
             )
-        if trainer.max_steps > self._max_steps:
+        if trainer.max_steps > self.max_steps:
             raise UserError(
-                f"trainer.max_steps={trainer.max_steps} exceeds the {self._max_steps} steps of the data module; "
+                f"trainer.max_steps={trainer.max_steps} exceeds the {self.max_steps} steps of the data module; "
                 "give both the same number"
             )
-
-
-def _check_ranks(own: dict[str, str]) -> None:
-    """Check that all ranks found the same shards.
-
-    Raises:
-        UserError: on all ranks, with the first difference.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    for rank, other in enumerate(found):
-        changed = [key for key in sorted({*found[0], *other}) if other.get(key) != found[0].get(key)]
-        if changed:
-            raise UserError(
-                f"data.sources: the ranks see other shards; {changed[0]}: {found[0].get(changed[0])} on rank 0, "
-                f"{other.get(changed[0])} on rank {rank}; give all machines the same files, and start when none is "
-                "being written"
-            )
-
-
-def bind_pictures(function: Callable[..., Any], pictures: PicturePolicy) -> Callable[..., Any]:
-    """The function with the argument `pictures`, if it takes one."""
-    return partial(function, pictures=pictures) if "pictures" in inspect.signature(function).parameters else function
-
-
-def _limits_of(decode: Callable[[bytes], Any]) -> ImageLimits:
-    """Limits among the arguments of `decode`, a partial of `decode_image_uint8`."""
-    given = getattr(decode, "keywords", {})
-    return ImageLimits(**{name: given[name] for name in ImageLimits._fields if name in given})

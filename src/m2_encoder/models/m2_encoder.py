@@ -91,6 +91,10 @@ class M2Encoder(nn.Module):
         parts, layers = frozenset(names), self.config.num_vl_layers
         return [p for name, p in self.named_parameters() if is_part(name, parts, num_vl_layers=layers)]
 
+    def logit_scales(self) -> tuple[Tensor, ...]:
+        """Logarithms of the inverse temperatures of both heads."""
+        return self.logit_scale, self.logit_vl_scale
+
     # ------------------------------------------------------------------------------------------------- features
 
     def encode_image(self, images: Tensor) -> Tensor:

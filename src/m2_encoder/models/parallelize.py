@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.multiway import MultiwayEncoder, MultiwayLayer
+from m2_encoder.models.two_towers import Encoder, TwoTowers
 
 _ENTRY_POINTS: Final = (
     "encode_image",
@@ -35,15 +36,26 @@ _ENTRY_POINTS: Final = (
 """Methods called from outside; FSDP2 gathers weights for `forward` only, unless others are registered."""
 
 
-def checkpoint_layers(model: M2Encoder) -> None:
+def checkpoint_layers(model: Encoder) -> None:
     """Keep only the input of every layer, and run the layer again in backward, its random numbers replayed."""
     for module in model.modules():
         if isinstance(module, MultiwayEncoder):
             module.recompute_layers = True
 
 
+def compile_layers(model: M2Encoder) -> None:
+    """Compile every layer, before it is sharded; names of parameters stay, and what is read from outside a layer does.
+
+    Layers draw the random numbers of stochastic depth as eager ones do, so that a layer or piece that is run again in
+    backward drops the same (inductor's own numbers differ from graph to graph).
+    """
+    for module in model.modules():
+        if isinstance(module, MultiwayLayer):
+            module.compile(options={"fallback_random": True})
+
+
 def shard_model(
-    model: M2Encoder,
+    model: Encoder,
     *,
     mesh: DeviceMesh,
     reshard_after_forward: bool = True,
@@ -51,7 +63,8 @@ def shard_model(
 ) -> None:
     """Split the weights over the ranks of a mesh with FSDP2: every layer alone, the rest with the model itself.
 
-    All ranks start from the weights of the first. Parameters without dimensions (the two logit scales) cannot be split:
+    Somebody else's model has no layers that are known: all of its weights are gathered at a time. All ranks start from
+    the weights of the first. Parameters of one number (logit scales) cannot be split:
     they stay whole, and the strategy averages their gradients (`distributed.gradients.average_over_ranks`).
 
     Args:
@@ -72,13 +85,13 @@ def shard_model(
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
             register_fsdp_forward_method(module, "read")
     _equalize(model, mesh)
-    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    scalars = {parameter for parameter in model.parameters() if parameter.numel() == 1}
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, ignored_params=scalars)
-    for name in _ENTRY_POINTS:
+    for name in (name for name in _ENTRY_POINTS if hasattr(model, name)):
         register_fsdp_forward_method(model, name)
 
 
-def gather_model(model: M2Encoder, prepare: Callable[[M2Encoder], None] | None = None) -> M2Encoder | None:
+def gather_model(model: Encoder, prepare: Callable[[Any], None] | None = None) -> Encoder | None:
     """The whole model on the first rank; collective over the ranks that share the weights.
 
     Args:
@@ -93,9 +106,14 @@ def gather_model(model: M2Encoder, prepare: Callable[[M2Encoder], None] | None =
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() != 0:
         return None
-    with torch.device("meta"):
-        whole = M2Encoder(model.config)
-        if prepare is not None:
+    whole: Encoder
+    if isinstance(model, TwoTowers):
+        whole = model.build_again()
+    else:
+        with torch.device("meta"):
+            whole = M2Encoder(model.config)
+    if prepare is not None:
+        with torch.device("cpu" if isinstance(model, TwoTowers) else "meta"):
             prepare(whole)
     whole.load_state_dict(state, assign=True)
     return whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -64,7 +65,9 @@ class Hardware:
         """
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
-            raise UserError(f"unknown hardware constant(s) {', '.join(unknown)}; known: {', '.join(known)}")
+            near = [find for name in unknown for find in difflib.get_close_matches(name, known, n=1)]
+            hint = f" (did you mean {', '.join(near)}?)" if near else ""
+            raise UserError(f"unknown hardware constant(s) {', '.join(unknown)}{hint}; known: {', '.join(known)}")
         if missing := [name for name in known if name not in values]:
             raise UserError(f"missing hardware constant(s): {', '.join(missing)}")
         return cls(**values)

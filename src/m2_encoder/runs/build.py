@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import lightning
 from hydra.utils import instantiate
@@ -14,19 +13,19 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler
 from torch import Tensor
 
-from m2_encoder.bounds import refuse
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import pack_tokenizer
 from m2_encoder.config.check import read_parameters
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, find_emoji_folder
-from m2_encoder.config.model_choice import build_model_config, build_tokenizer, find_path, is_model_name
+from m2_encoder.config.model_choice import build_any_tokenizer, build_towers, find_path, is_model_name, model_shape
 from m2_encoder.config.paths import anchor
+from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.data.masking.batch_masking import build_masking
-from m2_encoder.data.webdataset_module import WebDatasetModule
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import UserError
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.evaluation.tasks.masked import Masked
 from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture
@@ -35,28 +34,29 @@ from m2_encoder.evaluation.tasks.retrieval import Retrieval
 from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.two_towers import TowersConfig, TwoTowers
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.files import Resources
 from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.runs.folder import LAST_CHECKPOINT, UNSAID
 from m2_encoder.runs.lightning_loggers import JsonlLogger
+from m2_encoder.runs.parts import build_optimizer_factory, build_task, choose_taken
+from m2_encoder.runs.sinks import build_loggers, check_kind
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from m2_encoder.training.adaptation import Adaptation, check_adaptation
+from m2_encoder.training.callbacks.overfit import OverfitVerdict
 from m2_encoder.training.module import PretrainModule
-from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
+from m2_encoder.training.profilers import StepProfiler, TraceProfiler
 
 METRICS_FILE: Final = "metrics.jsonl"
-
-Module = PretrainModule | VisualTokenizerModule
-"""What a run trains: an encoder, or what `task` names in place of it."""
 
 
 class Run(NamedTuple):
     """The objects of one run."""
 
-    module: Module  # model, objectives, optimizer
-    datamodule: WebDatasetModule  # training and evaluation data
+    module: lightning.LightningModule  # model, objectives, optimizer
+    datamodule: lightning.LightningDataModule  # training and evaluation data
     trainer: lightning.Trainer  # Lightning's
     metrics: JsonlLogger  # the logger behind `metrics.jsonl`
 
@@ -69,7 +69,7 @@ def build_run(cfg: dict[str, Any], folder: Path) -> Run:
     """
     objectives = build_objectives(cfg)
     datamodule = build_data(cfg, objectives)
-    module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
+    module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
     trainer, metrics = build_trainer(cfg, folder)
     return Run(module, datamodule, trainer, metrics)
 
@@ -83,8 +83,8 @@ def build_objectives(cfg: Mapping[str, Any]) -> dict[str, Objective]:
     objectives: dict[str, Objective] = active(instantiate(cfg.get("objective") or {}))
     if not objectives:
         return {}
-    config = build_model_config(cfg["model"])
-    tokenizer = build_tokenizer(cfg["model"], config)
+    config: Any = model_shape(cfg["model"])
+    tokenizer: Any = build_any_tokenizer(cfg["model"])
     resources = Resources(tokenizer, config, find_path, partial(_load_encoder, tokenizer), _load_visual_tokenizer)
     for name, objective in objectives.items():
         _prepare(name, objective, resources)
@@ -98,8 +98,11 @@ def _prepare(name: str, objective: Objective, resources: Resources) -> None:
         raise error.under(f"objective.{name}") from error
 
 
-def _load_encoder(tokenizer: SentencePieceTokenizer, argument: str, name: str, weights: str | None) -> M2Encoder:
+def _load_encoder(tokenizer: Any, argument: str, name: str, weights: str | None) -> M2Encoder:
     named = is_model_name(name)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        rule = "reads other ids than model.tokenizer makes, which is no SentencePiece model"
+        raise UserError(rule, key=argument, value=name)
     try:
         loaded = load(
             name if named else find_path(name),
@@ -122,50 +125,75 @@ def _load_visual_tokenizer(argument: str, name: str) -> VisualTokenizer:
         raise UserError(str(error), key=argument, value=name) from error
 
 
-def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> WebDatasetModule:
+def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> lightning.LightningDataModule:
     """Builds the data module of a configuration, which reads nothing yet; objectives say what is hidden of a batch."""
-    model = build_model_config(cfg["model"])
+    model = model_shape(cfg["model"])
     data = dict(cfg["data"])
     if data.get("folder") is not None:
         data["folder"] = str(anchor(data["folder"]))
     elif data["_target_"] == EMOJI_TARGET:
         data["folder"] = str(find_emoji_folder(None, {"heldout_style": data["heldout_style"]}))
-    tokenizer = build_tokenizer(cfg["model"], model)
+    tokenizer = build_any_tokenizer(cfg["model"])
     pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
-    if "pictures" in read_parameters(pkgutil.resolve_name(data["_target_"])):
+    if "pictures" in read_parameters(find_target(data["_target_"])):
         data["pictures"] = pictures.to_setting()  # Hydra would make a mapping of the policy
     elif pictures != STANDARD:
         rule = f"does not take `pictures`, so it cannot obey model.pictures={pictures.to_setting()}; let it take that"
         raise UserError(rule, key="data._target_", value=data["_target_"])
-    return instantiate(
-        data,
-        tokenizer=tokenizer,
-        image_size=model.image_size,
-        seed=cfg["seed"],
-        max_steps=cfg["trainer"]["max_steps"],
-        masking=build_masking(objectives, tokenizer, model),
-    )
+    masking = build_masking(objectives, cast("Any", tokenizer), cast("Any", model))
+    values = {"tokenizer": tokenizer, "image_size": model.image_size, "seed": cfg["seed"]}
+    values |= {"max_steps": cfg["trainer"]["max_steps"], "masking": masking}
+    taken = choose_taken(data["_target_"], values, node=data)
+    if masking is not None and "masking" not in taken:
+        rule = "does not take `masking`, and an objective predicts hidden words or patches; let it take that"
+        raise UserError(rule, key="data._target_", value=data["_target_"])
+    made = instantiate(data, **taken)
+    if not isinstance(made, lightning.LightningDataModule):
+        rule = f"makes {type(made).__name__}, which is no LightningDataModule"
+        raise UserError(rule, key="data._target_", value=data["_target_"])
+    return made
 
 
-def build_module(cfg: Mapping[str, Any], objectives: Mapping[str, Objective], *, validation_name: str) -> Module:
+def validation_name_of(datamodule: lightning.LightningDataModule) -> str:
+    """Name of the validation set of a data module that says it."""
+    return str(getattr(datamodule, "validation_name", "val"))
+
+
+def build_module(
+    cfg: Mapping[str, Any], objectives: Mapping[str, Objective], *, validation_name: str
+) -> lightning.LightningModule:
     """Builds what is trained; an encoder itself is made later, where the strategy wants it.
 
     Raises:
-        UserError: for weights that cannot be used.
+        UserError: for weights, or somebody else's model, that cannot be used.
     """
-    model = build_model_config(cfg["model"])
-    shared = {
-        "optimizer": instantiate(cfg["optimizer"]),
-        "scheduler": instantiate(cfg["scheduler"]),
+    shape = model_shape(cfg["model"])
+    shared: dict[str, Any] = {
+        "optimizer": build_optimizer_factory(cfg["optimizer"]),
+        "scheduler": instantiate(cfg["scheduler"], _partial_=True),
         "validation_name": validation_name,
     }
+    tokenizer: Any = build_any_tokenizer(cfg["model"])
     if cfg.get("task") is not None:
-        return instantiate(cfg["task"], image_size=model.image_size, patch_size=model.patch_size, **shared)
-    tokenizer = build_tokenizer(cfg["model"], model)
-    initial_state = _load_initial_state(cfg["model"], model, tokenizer)
-    shared |= {"adaptation": build_adaptation(cfg, model), "initial_state": initial_state}
+        sizes = {"image_size": shape.image_size, "patch_size": getattr(shape, "patch_size", None)}
+        clip = cfg["trainer"].get("gradient_clip_val")
+        return build_task(cfg["task"], {**shared, **sizes, "tokenizer": tokenizer}, clip=clip)
+    if isinstance(shape, TowersConfig):
+        towers = build_towers(cfg["model"], tokenizer)
+        _check_pieces(towers, cfg["strategy"].get("micro_batches", 1))
+        shared["adaptation"] = build_adaptation(cfg, None)
+        return PretrainModule(model=towers, objectives=objectives, **shared)
+    initial_state = _load_initial_state(cfg["model"], shape, tokenizer)
+    shared |= {"adaptation": build_adaptation(cfg, shape), "initial_state": initial_state}
+    shared |= {"compiled": bool(cfg["trainer"].get("compile"))}
     shared |= {"tokenizer": pack_tokenizer(tokenizer.model_bytes, tokenizer.digest)}
-    return PretrainModule(model=model, objectives=objectives, **shared)
+    return PretrainModule(model=shape, objectives=objectives, **shared)
+
+
+def _check_pieces(towers: TwoTowers, micro_batches: int) -> None:
+    if micro_batches > 1 and (name := towers.batch_norm()) is not None:
+        rule = f"must be 1: {towers.config.name} has batch normalisation ({name}), which would see a piece at a time"
+        raise UserError(f"{rule}; use 1", key="strategy.micro_batches", value=micro_batches)
 
 
 def _load_initial_state(
@@ -181,36 +209,48 @@ def _load_initial_state(
     return dict(loaded.model.state_dict())
 
 
-def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig) -> Adaptation:
-    """What `adaptation` names.
+def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig | None) -> Adaptation:
+    """What `adaptation` names; with None for somebody else's model, which is tried when it is adapted.
 
     Raises:
         UserError: for something else, or what does not fit the model.
     """
     node = (UNSAID | dict(cfg))["adaptation"]
     try:
-        pkgutil.resolve_name(node["_target_"])
-    except Exception as error:  # importing a module can raise anything
-        rule = f"cannot be imported ({error}); make its module importable, as it was when the run was trained"
-        raise UserError(rule, key="adaptation._target_", value=node["_target_"]) from error
+        find_target(node["_target_"])
+    except TargetError as error:  # of a run that was trained elsewhere
+        raise UserError(error.text, key="adaptation._target_", value=node["_target_"]) from error
     adaptation = instantiate(node)
     if not isinstance(adaptation, Adaptation):
         rule = "must be a subclass of m2_encoder.training.adaptation.Adaptation; derive it from that"
         raise UserError(rule, key="adaptation._target_", value=node["_target_"])
-    check_adaptation(adaptation, model)
+    if model is not None:
+        check_adaptation(adaptation, model)
     return adaptation
 
 
 def build_trainer(
-    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = ()
+    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = (), *, resumes: bool = False
 ) -> tuple[lightning.Trainer, JsonlLogger]:
-    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last."""
+    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last.
+
+    Raises:
+        UserError: for a callback or a logger that is none, or cannot start.
+    """
     own = _build_callbacks(cfg, folder)  # which may be refused, before a logger starts
+    if cfg["trainer"].get("overfit_batches"):
+        own.append(OverfitVerdict())
     metrics = JsonlLogger(folder / METRICS_FILE)
+    profiler = _build_profiler(cfg, folder)
+    loggers = [metrics, *([] if cfg["trainer"].get("fast_dev_run") else build_loggers(cfg, folder, resumes=resumes))]
+    if isinstance(profiler, StepProfiler):
+        profiler.watch(loggers)
     trainer = instantiate(
-        cfg["trainer"],
+        {key: value for key, value in cfg["trainer"].items() if key != "compile"},  # which Lightning does not know
+        _convert_="all",  # of `max_time`
         strategy=instantiate(cfg["strategy"]),
-        logger=[metrics, *_build_logger(cfg, folder)],
+        logger=loggers,
+        **({} if profiler is None else {"profiler": profiler}),
         callbacks=[*callbacks, *own],
         plugins=_build_plugins(cfg["cluster"]["name"]),
         default_root_dir=str(folder),
@@ -218,19 +258,27 @@ def build_trainer(
     return trainer, metrics
 
 
-def _build_logger(cfg: Mapping[str, Any], folder: Path) -> list[Logger]:
-    given: dict[str, Any] = {"folder": folder}
-    if cfg["logger"]["_target_"].endswith(".build_wandb_logger"):
-        given |= {"run_name": cfg["run"]["name"], "cfg": cfg}
-    built = instantiate(cfg["logger"], _recursive_=False, **given)  # the configuration in it is a value
-    return [] if built is None else [built]
+def _build_profiler(cfg: Mapping[str, Any], folder: Path) -> Profiler | None:
+    """The profiler that `profiler` chooses, or `trainer.profiler` by Lightning's name for it."""
+    node, name = cfg.get("profiler"), cfg["trainer"].get("profiler")
+    if node is not None:
+        takes = "dirpath" in read_parameters(find_target(node["_target_"]))
+        profiler = instantiate(node, **({"dirpath": str(folder)} if takes else {}))
+        if not isinstance(profiler, Profiler):
+            rule = "must be a subclass of lightning.pytorch.profilers.Profiler; derive it from that"
+            raise UserError(rule, key="profiler._target_", value=node["_target_"])
+        return profiler
+    kinds = {"simple": StepProfiler, "pytorch": TraceProfiler, "advanced": AdvancedProfiler}
+    return kinds[name](dirpath=str(folder), filename="profile") if name in kinds else None
 
 
 def _build_callbacks(cfg: Mapping[str, Any], folder: Path) -> list[lightning.Callback]:
     given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
     made = {name: instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()}
-    _check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
-    return list(made.values())
+    check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
+    switches = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
+    unwanted = tuple(kind for key, kind in switches.items() if cfg["trainer"].get(key) is False)
+    return [callback for callback in made.values() if not isinstance(callback, unwanted)]
 
 
 def _build_plugins(cluster: str) -> list[ClusterEnvironment]:
@@ -252,17 +300,5 @@ def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:
         tasks = {"retrieval": Retrieval(), "masked": Masked(), "masked_picture": MaskedPicture()}
         return {**tasks, "reconstruction": Reconstruction()}
     made = {name: instantiate(node) for name, node in nodes.items()}
-    _check_kind("evaluation", nodes, made, EvaluationTask)
+    check_kind("evaluation", nodes, made, EvaluationTask)
     return made
-
-
-def _check_kind(group: str, nodes: Mapping[str, Any], made: Mapping[str, Any], kind: type) -> None:
-    """Refuses objects of another kind than a group holds."""
-    rule = f"must be a subclass of {kind.__module__}.{kind.__name__}"
-    refuse(
-        [
-            Problem(f"{group}.{name}._target_", nodes[name]["_target_"], rule, "derive it from that")
-            for name, each in made.items()
-            if not isinstance(each, kind)
-        ]
-    )

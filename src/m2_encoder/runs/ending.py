@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import lightning
@@ -17,23 +19,34 @@ class RunEnd(NamedTuple):
 
     @property
     def is_finished(self) -> bool:
-        """Whether all planned steps are done."""
-        return self.step >= self.planned
+        """Whether all planned steps are done, of more than a try."""
+        return self.step >= self.planned and not self.reason
 
     def __str__(self) -> str:
         if self.is_finished:
             return f"{self.step:,}"
+        if self.step >= self.planned:
+            return f"{self.step:,} ({self.reason})"
         return f"{self.step:,} of {self.planned:,}, ended early{f' ({self.reason})' if self.reason else ''}"
 
 
-def describe_end(trainer: lightning.Trainer, planned: int) -> RunEnd:
-    """How the training that just ended did so; SIGTERM and errors do not come here."""
+class Results(NamedTuple):
+    """What a finished run has; empty on all ranks but the first."""
+
+    metrics: Mapping[str, float]  # final ones, by name for loggers
+    pictures: Sequence[Path]  # files that the evaluation drew
+    folder: Path  # the run's
+    step: int  # optimizer steps that it has done
+
+
+def describe_end(trainer: lightning.Trainer, planned: int, *, debug: bool = False) -> RunEnd:
+    """How the training that just ended did so; SIGTERM and errors do not come here. A try never counts as finished."""
+    if debug:
+        return RunEnd(trainer.global_step, planned, "a debug run")
     if trainer.global_step >= planned:
         return RunEnd(trainer.global_step, planned)
     timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
-    if getattr(trainer, "fast_dev_run", False):
-        reason = "trainer.fast_dev_run"
-    elif any((remaining := timer.time_remaining()) is not None and remaining <= 0 for timer in timers):
+    if any((remaining := timer.time_remaining()) is not None and remaining <= 0 for timer in timers):
         reason = "trainer.max_time"
     elif trainer.should_stop:
         reason = "a callback stopped it"

@@ -6,18 +6,22 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
+
+import torch
 
 from m2_encoder.checkpoints.card import CardInfo, build_card
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import load_model
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
+from m2_encoder.checkpoints.towers import export_towers
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import check_stored, find_tokenizer
-from m2_encoder.config.model_choice import build_model_config, build_tokenizer
-from m2_encoder.errors import UserError
+from m2_encoder.config.model_choice import build_any_tokenizer, build_model_config, build_tokenizer, build_towers
+from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.two_towers import TwoTowers
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.matching import Matching
@@ -77,6 +81,46 @@ def export_run(
         matching=matching,
         overwrite=overwrite,
     )
+
+
+def export_foreign(
+    run_folder: Path,
+    *,
+    model: TwoTowers,
+    cfg: Mapping[str, Any],
+    end: RunEnd,
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Exports somebody else's model; returns the folder written."""
+    return export_towers(
+        output or run_folder / EXPORT_FOLDER,
+        model=model,
+        tokenizer=build_any_tokenizer(cfg["model"]),
+        target=str(cfg["model"]["_target_"]),
+        pictures=_pictures_of(cfg),
+        metrics=read_metrics(run_folder / SUMMARY_FILE, step=end.step),
+        provenance={**_origin(cfg, describe_run()), "steps": str(end)},
+        overwrite=overwrite,
+    )
+
+
+def read_foreign(cfg: Mapping[str, Any], checkpoint: Path) -> TwoTowers:
+    """Somebody else's model at a run's checkpoint.
+
+    Raises:
+        UserError: if its parameters are not those of the run.
+    """
+    towers = build_towers({**cfg["model"], "weights": None}, build_any_tokenizer(cfg["model"]))
+    adaptation = build_adaptation(cfg, None)
+    adaptation.apply(cast("M2Encoder", towers))
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    try:
+        towers.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint}: is of another model than {towers.config.name} builds now") from error
+    return merge_adaptation(adaptation, towers.requires_grad_(False).eval())
 
 
 def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:

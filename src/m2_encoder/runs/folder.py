@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER
+from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER, build_model_config
 from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.paths import LAST_CHECKPOINT as LAST_CHECKPOINT
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import RUN_LOCK, anchor, is_debug
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.trusted import check_values_only, find_targets
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.files import file_sha256, write_json, write_text
+from m2_encoder.models.m2_encoder import M2Encoder
 
 CONFIG_FILE: Final = "config.yaml"
 FROZEN_FILE: Final = "frozen.json"
@@ -89,23 +93,45 @@ def read_run(path: Path, *, needed: Collection[str] = ("run", "model", "trainer"
     """
     cfg = read_config(path)
     _refuse_form([name for name in needed if not cfg.get(name)], path)
-    _refuse_form([f"{name}.{key}" for name in needed for key in _NEEDED[name] if key not in cfg[name]], path)
+    _refuse_form([f"{name}.{key}" for name in needed for key in _needed(cfg, name) if key not in cfg[name]], path)
     return cfg
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as flat columns, such as `optimizer.lr`; a list is one value."""
+
+    def walk(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, f"{above}{key}.")
+            else:
+                yield f"{above}{key}", value
+
+    return dict(walk(config, ""))
 
 
 def _check_form(cfg: Mapping[Any, Any], path: Path) -> None:
     """Refuse parts that no run has written, as far as they are read without being built."""
     parts = {name: cfg.get(name) for name in (*_NEEDED, *_PARTS)}
-    for name in ("objective", "callbacks", "evaluation"):
+    loggers = _mapping(cfg.get("logger"))
+    for name in ("objective", "callbacks", "evaluation", *(() if "_target_" in loggers else ("logger",))):
         parts |= {f"{name}.{key}": each for key, each in _mapping(cfg.get(name)).items()}
     wrong = [name for name, part in parts.items() if part is not None and not isinstance(part, dict)]
-    for name, keys in _NEEDED.items():
+    for name in _NEEDED:
         part = _mapping(cfg.get(name))
-        wrong += [f"{name}.{key}" for key, kind in keys.items() if key in part and not _has(part, key, kind)]
+        wrong += [
+            f"{name}.{key}" for key, kind in _needed(cfg, name).items() if key in part and not _has(part, key, kind)
+        ]
     wrong += [
         f"{name}.weight" for name, part in parts.items() if not _has({"weight": 1} | _mapping(part), "weight", float)
     ]
     _refuse_form(wrong, path)
+
+
+def _needed(cfg: Mapping[Any, Any], name: str) -> Mapping[str, type]:
+    """Kinds of the keys that a part has; somebody else's model need not have a name."""
+    is_own = name == "model" and is_foreign(cfg.get(name))
+    return {"tokenizer": object, "image_size": int} if is_own else _NEEDED[name]
 
 
 def _refuse_form(wrong: list[str], path: Path) -> None:
@@ -123,6 +149,71 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def fill_in(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with every size of its model, also those that it leaves to the model's name.
+
+    What a run has written, of whatever version, and what a command line gives compare equal by it; `num_parameters` is
+    no setting, and goes.
+    """
+    filled = dict(cfg)
+    if isinstance(trainer := cfg.get("trainer"), Mapping):
+        filled["trainer"] = {"compile": False, **trainer}
+    model = {key: value for key, value in _mapping(cfg.get("model")).items() if key != "num_parameters"}
+    if "name" in model and not is_foreign(model):
+        filled["model"] = model | build_model_config(model).to_dict()
+    return filled
+
+
+def with_length(cfg: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the steps that its epochs had in a run, and with what a share of an epoch means.
+
+    The data say how long an epoch is (`runs.length`); this asks what the run has recorded, and does not open them. One
+    of other epochs ends later than any.
+    """
+    keys = ("max_epochs", "max_steps", "val_check_interval", "limit_train_batches", "overfit_batches")
+    now, then = ({**dict.fromkeys(keys), **_mapping(each.get("trainer"))} for each in (cfg, before))
+    trainer, scheduler = dict(cfg["trainer"]), dict(cfg["scheduler"])
+    if isinstance(now["val_check_interval"], float) and now.get("check_val_every_n_epoch", 1) is None:
+        trainer["check_val_every_n_epoch"] = 1
+    given = now["max_steps"]
+    if now["max_epochs"] not in (None, -1):
+        same = all(now[key] == then[key] for key in keys if key != "max_steps")
+        if same and not 0 < given < then["max_steps"]:
+            trainer["max_steps"] = then["max_steps"]
+        elif given == -1:
+            trainer["max_steps"] = 10**9
+    if scheduler.get("max_steps") == given:
+        scheduler["max_steps"] = trainer["max_steps"]
+    return {**cfg, "trainer": trainer, "scheduler": scheduler}
+
+
+def clear_debug(folder: Path) -> None:
+    """Remove what the last debug run of a name has left; on the first rank.
+
+    Raises:
+        UserError: if a run that is none lies there.
+    """
+    if not is_first_rank() or not folder.is_dir():
+        return
+    if (folder / CONFIG_FILE).is_file() and not is_debug(read_run(folder / CONFIG_FILE)):
+        rule = f"{folder} holds a run that is no debug run; move it, or give another run.name"
+        raise UserError(rule, key="run.name", value=folder.name)
+    for entry in folder.iterdir():
+        if entry.name in (".hydra", Path(RUN_LOCK).name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def count_parameters(cfg: Mapping[str, Any]) -> int:
+    """Parameters of the encoder that a configuration names, without making them."""
+    with torch.device("meta"):
+        model = M2Encoder(build_model_config(cfg["model"]))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 class Frozen(NamedTuple):
     """A file that a run reads and never changes."""
 
@@ -137,7 +228,8 @@ def find_frozen(cfg: Mapping[str, Any], *, trusted: Collection[str] | None = Non
     A file that is not there is left for whoever loads it. Only classes of `trusted` are imported; None for all.
     """
     found: dict[str, Frozen] = {}
-    if cfg.get("task") is None and (tokenizer := str(cfg["model"]["tokenizer"])) != EMBEDDED_TOKENIZER:
+    tokenizer = cfg["model"].get("tokenizer")
+    if cfg.get("task") is None and isinstance(tokenizer, str) and tokenizer != EMBEDDED_TOKENIZER:
         found["model.tokenizer"] = Frozen("model.tokenizer", tokenizer, anchor(tokenizer))
     found |= {file.key: Frozen(*file.locate()) for file in find_files(cfg.get("objective") or {}, trusted=trusted)}
     return {what: each for what, each in found.items() if each.path.is_file()}

@@ -10,6 +10,7 @@ import torch
 
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, find_newest
 from m2_encoder.config.model_choice import build_tokenizer
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.trusted import refuse_foreign
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
@@ -55,6 +56,9 @@ def load_checkpoint(
     cfg = read_config(place / CONFIG_FILE)
     if cfg.get("task") is not None:
         raise UserError(f"{place}: the run trained no encoder but what task= names")
+    if is_foreign(cfg["model"]):
+        rule = "the run trained somebody else's model, which its own code builds"
+        raise UserError(f"{place}: {rule}; `m2-export run.name={place.name} --config-dir FOLDER` writes its weights")
     refuse_foreign({"adaptation": cfg.get("adaptation")})
     path = find_checkpoint(place, os.fspath(checkpoint) if isinstance(checkpoint, os.PathLike) else str(checkpoint))
     if path is None:

@@ -14,6 +14,7 @@ from m2_encoder.config.model_choice import build_model_config, find_path, is_mod
 from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import show
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.hub import choose_pictures
 from m2_encoder.models.config import M2EncoderConfig
@@ -57,6 +58,8 @@ def pictures_of_weights(model: Mapping[str, Any]) -> PicturePolicy:
         UserError: if the configuration of that run, or that export, is damaged.
     """
     weights = model["weights"]
+    if is_foreign(model):
+        return find_pictures(anchor(weights)) or STANDARD
     if is_url(weights):
         return choose_pictures(build_model_config(model), weights)
     path = find_weights(anchor(weights))

@@ -9,40 +9,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning
 from rich.text import Text
+from torch import nn
 
 from m2_encoder.checkpoints.tensors import find_non_finite
+from m2_encoder.config.paths import is_debug
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.masking.batch_masking import build_masking
-from m2_encoder.data.webdataset_module import WebDatasetModule
 from m2_encoder.errors import UserError, abridge
+from m2_encoder.evaluation.encode import Tokenize
 from m2_encoder.evaluation.suite import SUMMARY_FILE, TABLE_FILE, print_results, run_tasks, summarize, write_results
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, RunFacts
 from m2_encoder.models.m2_encoder import M2Encoder
-from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
 from m2_encoder.record import describe_run
-from m2_encoder.runs.ending import RunEnd
+from m2_encoder.runs.ending import Results, RunEnd
 from m2_encoder.runs.export import trained_head
 from m2_encoder.runs.times import FitTimes
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
 def report_run(
     tasks: Mapping[str, EvaluationTask],
     *,
-    model: M2Encoder | VisualTokenizer,
+    model: nn.Module,
     objectives: Mapping[str, Objective],
-    datamodule: WebDatasetModule,
+    datamodule: lightning.LightningDataModule,
+    tokenizer: Tokenize,
     run_folder: Path,
     cfg: Mapping[str, Any],
     end: RunEnd,
     times: FitTimes,
-) -> dict[str, float]:
+) -> Results:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
 
     `summary.json`, `results.md` and pictures in the run's folder are replaced. Returns the final metrics by the
-    names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`.
+    names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`, and the pictures.
 
     Raises:
         UserError: if a parameter of the model is not finite, or its features.
@@ -54,11 +58,11 @@ def report_run(
     with console.status("evaluating"), times.measuring("evaluation_s"):
         context = EvaluationContext(
             model=model,
-            tokenizer=datamodule.tokenizer,
-            sets=datamodule.retrieval_sets(),
+            tokenizer=tokenizer,
+            sets=getattr(datamodule, "retrieval_sets", dict)(),
             objectives=objectives,
-            masking=build_masking(objectives, datamodule.tokenizer, model.config)
-            if isinstance(model, M2Encoder)
+            masking=build_masking(objectives, tokenizer, model.config)
+            if isinstance(model, M2Encoder) and isinstance(tokenizer, SentencePieceTokenizer)
             else None,
             matching=trained_head(objectives),
             run=_run_facts(cfg, run_folder, end, datamodule),
@@ -78,20 +82,22 @@ def report_run(
     print_results(console, results, context)
     console.print()
     if not end.is_finished:
-        goes_on = "run.resume=auto goes on"
+        goes_on = "the next debug run replaces it" if is_debug(cfg) else "run.resume=auto goes on"
         console.print(Text.assemble("  ", (f"{'steps':<12}", "bold"), f" {end}; {goes_on}"), soft_wrap=True)
     for what, path in _places(run_folder, pictures, cfg):
         console.print(Text.assemble("  ", (f"{what:<12}", "bold"), abridge(f" {short_path(path)}")), soft_wrap=True)
     minutes, seconds = divmod(round(wall_time_s), 60)
     console.print(Text.assemble("  ", (f"{'wall time':<12}", "bold"), f" {minutes} min {seconds:02d} s"))
-    return dict(summary["metrics"])
+    return Results(dict(summary["metrics"]), pictures, run_folder, end.step)
 
 
-def _run_facts(cfg: Mapping[str, Any], run_folder: Path, end: RunEnd, datamodule: WebDatasetModule) -> RunFacts:
+def _run_facts(
+    cfg: Mapping[str, Any], run_folder: Path, end: RunEnd, datamodule: lightning.LightningDataModule
+) -> RunFacts:
     data = _section(cfg, "data")
     return RunFacts(
         name=run_folder.name,
-        model=str(_section(cfg, "model").get("name", "model")),
+        model=str(_section(cfg, "model").get("name") or "model"),
         steps=end.step,
         heldout_style=str(data.get("heldout_style", "")),
         folder=datamodule.folder if isinstance(datamodule, EmojiDataModule) else None,
@@ -120,7 +126,8 @@ def _places(run_folder: Path, pictures: list[Path], cfg: Mapping[str, Any]) -> l
     places += [("table", run_folder / TABLE_FILE), ("numbers", run_folder / SUMMARY_FILE)]
     places += [("curves", run_folder / "metrics.jsonl"), ("checkpoints", run_folder / "checkpoints")]
     found = [(what, path) for what, path in places if path.exists()]
-    return [*found, ("export", run_folder / "export")] if _section(cfg, "run").get("export") else found
+    exported = _section(cfg, "run").get("export") and not is_debug(cfg)
+    return [*found, ("export", run_folder / "export")] if exported else found
 
 
 def short_path(path: Path) -> Path:

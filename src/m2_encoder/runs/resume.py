@@ -6,33 +6,39 @@ import copy
 import dataclasses
 import inspect
 import logging
-import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
+import lightning
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from m2_encoder.checkpoints.training_state import read_content
 from m2_encoder.checkpoints.vocabulary import CHECKPOINT_KEY, check_stored
-from m2_encoder.config.model_choice import build_model_config, build_tokenizer
+from m2_encoder.config.model_choice import build_tokenizer, model_shape
 from m2_encoder.config.problems import show
+from m2_encoder.config.targets import find_target
 from m2_encoder.config.trusted import find_targets, refuse_foreign
 from m2_encoder.errors import Problem, UserError
-from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.trainable_parts import PARTS
+from m2_encoder.models.two_towers import Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizerConfig
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, read_config, read_run
+from m2_encoder.runs.folder import CONFIG_FILE, UNSAID, fill_in, read_config, read_run
 from m2_encoder.training.module import PretrainModule
-from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 _FREE: Final = (
     "run",
     "logger",
     "cluster",
     "evaluation",
+    "profiler",
+    "trainer.profiler",
+    "trainer.max_time",
+    "trainer.enable_progress_bar",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.accelerator",
@@ -59,6 +65,7 @@ _EXACT_SCHEDULES: Final = ("m2_encoder.training.optim.warmup_cosine", "m2_encode
 _HYDRA_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
 
 _PACKAGE: Final = "m2_encoder."
+_TOKENIZER_TASK: Final = "m2_encoder.training.visual_tokenizer_module.VisualTokenizerModule"
 _AS_BEFORE: Final = "as in the run that is continued"
 _NEW_NAME: Final = "give another run.name"
 _LOAD_ERROR: Final = "Error(s) in loading state_dict"
@@ -82,7 +89,7 @@ def describe_changes(path: Path, cfg: Mapping[str, Any]) -> list[str]:
     """
     if not path.is_file():
         return []
-    changes = _compare("", _in_effect(UNSAID | read_config(path)), _in_effect(UNSAID | dict(cfg)))
+    changes = _compare("", fill_in(UNSAID | read_config(path)), fill_in(UNSAID | dict(cfg)))
     return [f"{key}: {before!r} then, {now!r} now" for key, before, now in changes]
 
 
@@ -96,9 +103,7 @@ def _compare(key: str, before: Any, now: Any, free: Sequence[str] = _FREE) -> It
         yield key, before, now
 
 
-def check_resume(
-    module: PretrainModule | VisualTokenizerModule, cfg: Mapping[str, Any], folder: Path, checkpoint: Path
-) -> None:
+def check_resume(module: lightning.LightningModule, cfg: Mapping[str, Any], folder: Path, checkpoint: Path) -> None:
     """Refuse a checkpoint that does not fit what is to be trained, before anything is written or started.
 
     Settings that would change nothing are refused, too. The module is not built yet, and left so. `config.yaml` in the
@@ -113,7 +118,7 @@ def check_resume(
         raise UserError("the run that is continued does not fit", problems=problems)
     content = read_content(checkpoint)
     if isinstance(entry := content.get(CHECKPOINT_KEY), Mapping):
-        tokenizer = build_tokenizer(cfg["model"], build_model_config(cfg["model"]))
+        tokenizer = build_tokenizer(cfg["model"], model_shape(cfg["model"]))
         try:
             check_stored(str(entry.get("sha256")), tokenizer, weights=checkpoint)
         except UserError as error:
@@ -143,11 +148,19 @@ def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[
     task, task_before = cfg.get("task"), before.get("task")
     if (task is None) != (task_before is None):
         what = "an encoder" if task_before is None else "a visual tokenizer"
+        if task_before is not None and task_before.get("_target_") != _TOKENIZER_TASK:
+            what = f"what task={task_before.get('_target_')} names"
         yield Problem("run.name", cfg["run"]["name"], f"its run trains {what}", _NEW_NAME)
         return
-    now, then = (build_model_config(each["model"]).to_dict() for each in (cfg, before))
+    nodes = [("model", cfg["model"], before["model"]), ("task", task or {}, task_before or {})]
+    for key, node, node_before in nodes:
+        if (was := node_before.get("_target_")) != (value := node.get("_target_")):
+            rule = f"must be {was or 'left out'}, {_AS_BEFORE}"
+            yield Problem(f"{key}._target_", value, rule, _NEW_NAME)
+            return
+    now, then = (model_shape(each["model"]).to_dict() for each in (cfg, before))
     sizes = {f"model.{key}": (then[key], now[key]) for key, value in now.items() if isinstance(value, int)}
-    if task is not None and task_before is not None:
+    if task is not None and task_before is not None and task.get("_target_") == _TOKENIZER_TASK:
         fields = [field.name for field in dataclasses.fields(VisualTokenizerConfig)]
         sizes |= {f"task.{key}": (task_before[key], task.get(key)) for key in fields if key in task_before}
     for key, (was, value) in sizes.items():
@@ -173,11 +186,16 @@ def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Pa
     if done < cfg["trainer"]["max_steps"]:
         return
     echo = ("scheduler.max_steps", *(each["trainer"]["max_steps"] for each in (before, cfg)))
-    for key, was, now in _compare("", _in_effect(before), _in_effect(cfg), _REPORTING):
+    for key, was, now in _compare("", fill_in(before), fill_in(cfg), _REPORTING):
         # What earlier versions did not know is not recorded either.
         if key not in reported and _has(before, key) and (key, was, now) != echo:
             rule = f"changes nothing, as all {done} steps are done; it was {show(was)}"
             fix = f"leave it out, or train on with trainer.max_steps above {done}"
+            if key == "trainer.max_steps":
+                rule = f"must be {done} or more: so many steps are done already"
+                earlier = f"step={now if checkpoint.with_name(f'step={now}.ckpt').is_file() else 'N'}"
+                export = f"m2-export run.name={cfg['run']['name']} checkpoint={earlier}"
+                fix = f"leave it out; for the model of an earlier one, {export}"
             yield Problem(key, now, rule, fix)
 
 
@@ -205,20 +223,14 @@ def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> It
     if "model" not in before:
         return
     configs = [
-        dataclasses.asdict(build_model_config(each["model"]))
+        dataclasses.asdict(model_shape(each["model"]))
         | {"weights": each["model"].get("weights"), "map_tokenizer": each["model"].get("map_tokenizer")}
         for each in (before, cfg)
     ]
     for key in _INITIAL:
-        was, value = (config[key.partition(".")[2]] for config in configs)
+        was, value = (config.get(key.partition(".")[2]) for config in configs)
         if was != value:
             yield key, was, value
-
-
-def _in_effect(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration with the sizes that its model has, where it leaves them to the model's name."""
-    model = _node(cfg, "model")
-    return {**cfg, "model": {**model, **build_model_config(model).to_dict()}} if "name" in model else cfg
 
 
 def _node(cfg: Mapping[str, Any], path: str) -> Mapping[str, Any]:
@@ -235,7 +247,7 @@ def _has(cfg: Mapping[str, Any], key: str) -> bool:
 
 def _defaults(target: str) -> dict[str, Any]:
     """Default values of what a `_target_` names; sequences as lists, as configurations have them."""
-    parameters = inspect.signature(pkgutil.resolve_name(target)).parameters.values()
+    parameters = inspect.signature(find_target(target)).parameters.values()
     found = {each.name: each.default for each in parameters if each.default is not each.empty}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -266,7 +278,7 @@ def _explain(name: str, said: str, before: Mapping[str, Any], cfg: Mapping[str, 
     return Problem("run.name", cfg["run"]["name"], f"its checkpoint does not fit: {said}", fix)
 
 
-def _find_misfit(module: PretrainModule | VisualTokenizerModule, content: Mapping[str, Any]) -> tuple[str, str] | None:
+def _find_misfit(module: lightning.LightningModule, content: Mapping[str, Any]) -> tuple[str, str] | None:
     """The first parameter in which checkpoint and run differ, and how; None if there is none.
 
     Other shapes come first, as they say most; then missing, then needless ones, then what only one of both trains.
@@ -294,22 +306,23 @@ def _trained_names(state: Mapping[str, Any]) -> list[str]:
     return [name for group in state.get("param_groups", []) for name in group.get("names", [])]
 
 
-def _shapes(module: PretrainModule | VisualTokenizerModule) -> tuple[Shapes, set[str], tuple[str, ...]]:
+def _shapes(module: lightning.LightningModule) -> tuple[Shapes, set[str], tuple[str, ...]]:
     """Shapes by name, the names of what is trained, and the prefixes of what is not known before it is built."""
-    if isinstance(module, VisualTokenizerModule):
+    if not isinstance(module, PretrainModule):
+        if is_overridden("configure_model", module):
+            return {}, set(), ("",)  # it is built later; loading will tell
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         return {name: tuple(value.shape) for name, value in module.state_dict().items()}, trained, ()
     unknown: list[str] = []
     objectives = module.trained_objectives()
+    model: Encoder = module.build_unfilled()
     with torch.device("meta"):
-        model = M2Encoder(module.config)
-        module.adaptation.apply(model)
         model.freeze_parts(PARTS.keys() - frozenset().union(*(each.trained_parts() for each in objectives.values())))
         built: dict[str, nn.Module] = {"model.": model}
         for name, objective in objectives.items():
             head, copied = f"objectives.{name}.", _copy(objective)
             try:
-                copied.build(module.config)
+                copied.build(cast("M2EncoderConfig", module.config))
             except UserError:
                 raise
             except Exception as error:  # a user's own may want values, which nothing has here; loading will tell

@@ -6,43 +6,70 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import lightning
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
+from m2_encoder.config.model_choice import build_any_tokenizer
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import default_run_folder
+from m2_encoder.config.paths import default_run_folder, is_debug
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.sweep_jobs import EXIT_PRUNED
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
+from m2_encoder.models.two_towers import TwoTowers
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
-from m2_encoder.runs.build import Module, Run, build_data, build_module, build_objectives, build_tasks, build_trainer
-from m2_encoder.runs.ending import describe_end
-from m2_encoder.runs.export import export_run, export_visual_tokenizer, trained_head
-from m2_encoder.runs.folder import CONFIG_FILE, check_frozen, read_run, write_config, write_frozen
-from m2_encoder.runs.lightning_loggers import QuietWandbLogger
+from m2_encoder.runs.build import (
+    Run,
+    build_data,
+    build_module,
+    build_objectives,
+    build_tasks,
+    build_trainer,
+    validation_name_of,
+)
+from m2_encoder.runs.ending import Results, describe_end
+from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
+from m2_encoder.runs.folder import (
+    CONFIG_FILE,
+    Frozen,
+    check_frozen,
+    clear_debug,
+    count_parameters,
+    fill_in,
+    read_run,
+    write_config,
+    write_frozen,
+)
+from m2_encoder.runs.length import settle_length
 from m2_encoder.runs.missed_validation import MissedValidation
+from m2_encoder.runs.parts import describe_foreign, gives_features, is_ours
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.pruning import find_pruning
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
 from m2_encoder.runs.report import report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
+from m2_encoder.runs.sinks import close_loggers, replay
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.callbacks.first_validation import FirstValidation
+from m2_encoder.training.callbacks.step_numbers import StepNumbers
+from m2_encoder.training.module import PretrainModule
+from m2_encoder.training.profilers import StepProfiler, TraceProfiler
 from m2_encoder.training.visual_tokenizer_module import VisualTokenizerModule
 
 logger = logging.getLogger(__name__)
 
-Taken: TypeAlias = tuple[M2Encoder | VisualTokenizer | None, Mapping[str, Objective]]
+Taken: TypeAlias = tuple[nn.Module | None, Mapping[str, Objective]]
 """A model and what it was trained by; no model on ranks that have none of their own."""
 
 
@@ -63,23 +90,20 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     _quieten()
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     folder = default_run_folder(cfg)
-    newest = None if cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
+    debug = is_debug(cfg)
+    newest = None if debug or cfg["run"]["resume"] == "never" else find_newest(folder / CHECKPOINT_FOLDER)
     resumes = newest is not None
-    cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
+    # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
+    cfg, frozen, module, tasks, datamodule, remarks = _settle(cfg, folder, resumes=resumes)
     if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
         trained = read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
     else:
         trained = cfg
-
-    # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
-    frozen = check_frozen(cfg, folder, resumes=resumes)
-    remarks += describe_other_pictures(cfg)
-    objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
-    datamodule = build_data(cfg, objectives)
-    module = build_module(cfg, objectives, validation_name=datamodule.validation_name)
     if newest is not None:
         check_resume(module, cfg, folder, newest.path)
     checked = check_data(datamodule, folder, resumes=resumes)
+    if debug:
+        clear_debug(folder)
 
     def write_records() -> None:
         if trained is cfg:
@@ -87,30 +111,35 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         write_frozen(folder, frozen, resumes=resumes)
         write_check(folder, checked)
 
-    first_step, times = FirstStep(write_records), FitTimes(started)
-    pruning = find_pruning(cfg)
-    trainer, metrics = build_trainer(
-        cfg, folder, callbacks=[first_step, FirstValidation(), MissedValidation(), times, *pruning]
-    )
+    keeps = not cfg["trainer"].get("fast_dev_run")
+    first_step = FirstStep(write_records if keeps else (lambda: None))
+    times, pruning = FitTimes(started), find_pruning(cfg)
+    own = [first_step, FirstValidation(), MissedValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
+    trainer, metrics = build_trainer(cfg, folder, callbacks=[*own, *pruning], resumes=resumes)
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
-    metrics_of_end: dict[str, float] | None = None
+    results: Results | None = None
     try:
         if trainer.is_global_zero:
-            _announce(cfg, folder, newest, run, changes=trained is cfg)
-            for line in remarks:
-                say(f"run {cfg['run']['name']}: {line}")
+            _announce(cfg, folder, newest, run, remarks, changes=trained is cfg)
         with watching(trainer):
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
             taken = _take_model(run.module)
+        _say_profile(trainer)
         if any(each.is_over for each in pruning):
-            metrics_of_end = {}
+            results = Results({}, (), folder, trainer.global_step)
             _end_pruned(run, cfg)
-        metrics_of_end = _finish(run, taken, tasks, cfg, folder, trained=trained, times=times)
+        results = _finish(run, taken, tasks, cfg, folder, trained=trained, times=times)
     finally:
-        _close_loggers(run, metrics_of_end)  # last: a server may keep it waiting
-    return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **metrics_of_end}
+        close_loggers(trainer, results)  # last: a server may keep it waiting
+    return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **results.metrics}
+
+
+def _say_profile(trainer: lightning.Trainer) -> None:
+    profiler: object = getattr(trainer, "profiler", None)
+    if trainer.is_global_zero and isinstance(profiler, StepProfiler | TraceProfiler):
+        say(*profiler.describe_step().splitlines())
 
 
 def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
@@ -121,8 +150,36 @@ def _end_pruned(run: Run, cfg: Mapping[str, Any]) -> NoReturn:
     """
     if run.trainer.is_global_zero:
         step, steps = run.trainer.global_step, cfg["trainer"]["max_steps"]
-        say(f"run {cfg['run']['name']}: pruned at step {step} of {steps}: other trials were better by then", error=True)
+        say(f"run {cfg['run']['name']}: pruned at step {step} of {steps}, as its search wants it", error=True)
     raise SystemExit(EXIT_PRUNED if run.trainer.is_global_zero else 0)
+
+
+class _Settled(NamedTuple):
+    """A configuration that says everything that a run will do, and what was built to know it."""
+
+    cfg: dict[str, Any]  # with the numbers of its architecture, for `config.yaml` and for loggers
+    frozen: dict[str, Frozen]  # files that may not change
+    module: lightning.LightningModule  # of the run
+    tasks: dict[str, EvaluationTask]  # by name
+    datamodule: lightning.LightningDataModule  # of the run
+    remarks: list[str]  # to be said
+
+
+def _settle(cfg: dict[str, Any], folder: Path, *, resumes: bool) -> _Settled:
+    cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
+    filled = fill_in(cfg)
+    if not is_foreign(cfg["model"]):
+        count = count_parameters(cfg) if cfg.get("task") is None else None
+        filled["model"] = {**cfg["model"], **filled["model"], "num_parameters": count}
+    cfg = filled
+    frozen = check_frozen(cfg, folder, resumes=resumes)
+    remarks += describe_other_pictures(cfg)
+    objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
+    datamodule = build_data(cfg, objectives)
+    cfg, length = settle_length(cfg, datamodule)
+    module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
+    remarks += [*length, *describe_foreign(cfg, module, datamodule)]
+    return _Settled(cfg, frozen, module, tasks, datamodule, remarks)
 
 
 def _finish(
@@ -134,54 +191,64 @@ def _finish(
     *,
     trained: dict[str, Any],
     times: FitTimes,
-) -> dict[str, float]:
-    """Evaluates and exports what was trained, by the configuration `trained`; the metrics, on the first rank alone."""
+) -> Results:
+    """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first."""
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
-        return {}
-    end = describe_end(run.trainer, trained["trainer"]["max_steps"])
-    metrics = report_run(
-        tasks,
+        return Results({}, (), folder, 0)
+    if cfg["trainer"].get("fast_dev_run"):
+        steps = run.trainer.global_step
+        say(f"run {cfg['run']['name']}: debug run: {steps} step(s) and validation went through")
+        return Results({}, (), folder, steps)
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"], debug=is_debug(cfg))
+    is_measured = isinstance(model, VisualTokenizer) or gives_features(model)
+    results = report_run(
+        tasks if is_measured else {},
         model=model,
         objectives=objectives,
         datamodule=run.datamodule,
+        tokenizer=build_any_tokenizer(cfg["model"]),
         run_folder=folder,
         cfg=cfg,
         end=end,
         times=times,
     )
-    if not cfg["run"]["export"]:
-        return metrics
+    if not cfg["run"]["export"] or is_debug(cfg):
+        return results
     if isinstance(model, VisualTokenizer):
-        export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=metrics, end=end)
-    else:
+        export_visual_tokenizer(folder, tokenizer=model, cfg=trained, metrics=results.metrics, end=end)
+    elif isinstance(model, TwoTowers):
+        written = export_foreign(folder, model=model, cfg=trained, end=end, overwrite=True)
+        say(f"  use it       {short_path(written / 'README.md')} says how to load the weights")
+    elif isinstance(model, M2Encoder):
         exported = export_run(
             folder, model=model, cfg=trained, end=end, matching=trained_head(objectives), overwrite=True
         )
         say(f'  use it       m2_encoder.load("{short_path(exported)}")')
-    return metrics
+    return results
 
 
-def _take_model(module: Module) -> Taken:
+def _take_model(module: lightning.LightningModule) -> Taken:
     """What was trained, whole, and by which objectives; where weights are split, every rank takes part."""
     if isinstance(module, VisualTokenizerModule):
         return module.tokenizer, {}
+    if not isinstance(module, PretrainModule):
+        return module, {}
     model = gather_model(module.model, module.adaptation.apply)
     merged = None if model is None else merge_adaptation(module.adaptation, model)
     return merged, module.trained_objectives()
 
 
-def _close_loggers(run: Run, metrics: dict[str, float] | None) -> None:
-    for sink in run.trainer.loggers:
-        if isinstance(sink, QuietWandbLogger):
-            sink.close(metrics)
-
-
-def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, *, changes: bool) -> None:
+def _announce(
+    cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, remarks: Sequence[str], *, changes: bool
+) -> None:
     name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
     done = 0 if newest is None else newest.step
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
-    if newest is None:
+    replay(run.trainer, run.metrics.path)
+    if tried := cfg["trainer"].get("fast_dev_run"):
+        say(f"run {name}: debug run of {int(tried)} step(s); nothing is kept")
+    elif newest is None:
         say(f"run {name}: {steps} steps, everything in {folder}")
     else:
         if newest.passed:
@@ -191,8 +258,10 @@ def _announce(cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run
         say(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
         if changes and (found := describe_changes(folder / CONFIG_FILE, cfg)):
             say(f"run {name}: changed since its last start: {'; '.join(found)}")
-    if done >= steps or isinstance(run.module, VisualTokenizerModule):
-        return  # which has no objectives
+    for line in remarks:
+        say(f"run {name}: {line}")
+    if done >= steps or not isinstance(run.module, PretrainModule):
+        return  # a task has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}
     for line in describe_start(cfg, run.module.trained_objectives(), **ranks):
         say(f"run {name}: {line}")
@@ -229,6 +298,7 @@ def _quieten() -> None:
         r".*self\.log\('(val/|step).*sync_dist=True.*",  # recalls are over all ranks, the step is the same on all
         ".*number of training batches .* smaller than the logging interval.*",  # of a run of a few steps
         ".*Total length of `list` across ranks is zero.*",  # no validation set was given
+        ".*You (passed in|defined) a `val.*Skipping val loop.*",  # of other people's tasks and data, which is said
         ".*LeafSpec.*is deprecated.*",  # Lightning's use of a newer torch
     ):
         warnings.filterwarnings("ignore", message=remark)

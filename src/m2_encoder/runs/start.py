@@ -112,7 +112,8 @@ def describe_start(
 ) -> list[str]:
     """Lines about what is trained: the contrastive batch, and what works but may not be meant."""
     lines = []
-    if any(not isinstance(objective, LocalObjective) for objective in objectives.values()):
+    is_sized = isinstance(cfg["data"].get("global_batch_size"), int)  # which other people's data need not say
+    if is_sized and any(not isinstance(objective, LocalObjective) for objective in objectives.values()):
         lines.append(describe_batch(cfg, world_size=world_size, ranks_per_node=ranks_per_node))
     return [*lines, *_find_pauses(cfg, objectives), *_find_blind_choices(cfg, objectives)]
 

@@ -24,7 +24,13 @@ from m2_encoder.search.study import PRUNED_AT, PRUNER, Study
 from m2_encoder.search.trial import announce_trial
 
 BEST_FILE: Final = "best.json"
-_NO_PART: Final = ("run.resume", "hydra", "logger")  # keys that change no value of a trial
+_NO_PART: Final = (
+    "run.resume",
+    "run.export",
+    "run.checkpoint_every",
+    "hydra",
+    "logger",
+)  # keys that change no value of a trial
 
 
 def run_search(arguments: Sequence[str], config: DictConfig, launcher: Launcher) -> None:
@@ -45,24 +51,24 @@ class _Search:
         self._lines = [*preset_lines(config.hydra, arguments), *arguments]
         self._constant = [line for line in self._lines if not is_sweep_line(line)]
         self._space = read_space(self._lines)
+        self._metric = str(OmegaConf.select(config, "run.metric") or "the mean recall of validation")
         self._study = Study(folder, self._settings, self._space)
 
     def run(self) -> None:
         """Runs what is left."""
         self._check_journal()
-        known = self._study.trials
-        if known:
-            done = [trial for trial in known if trial.state.is_finished()]
-            say(f"search: {len(done)} of {self._settings.n_trials} trials are done already", error=True)
-            for trial in done:
-                self._list_again(trial)
+        done = [trial for trial in self._study.trials if trial.state.is_finished()]
+        told = f", {len(done)} are done already" if done else ""
+        what = f"{self._settings.n_trials} trials that {self._settings.direction} {self._metric}"
+        say(f"search: {what}{told}; everything in {self._folder}", error=True)
+        for trial in done:
+            self._list_again(trial)
         while (number := self._next()) is not None:
             self._try(number)
         self._tell_best()
 
     def _check_journal(self) -> None:
-        metric = OmegaConf.select(self._config, "run.metric")
-        made_of = {"run.metric": metric, "hydra.sweeper.direction": self._settings.direction}
+        made_of = {"run.metric": self._metric, "hydra.sweeper.direction": self._settings.direction}
         made_of |= {dimension.key: str(dimension) for dimension in self._space}
         for line in self._lines:
             key, _, value = line.partition("=")
@@ -138,14 +144,13 @@ class _Search:
         trials = self._study.trials
         sign = 1 if self._settings.direction == "maximize" else -1
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-        metric = self._config.run.metric or "mean of the validation's mean recalls"
         if not complete:
-            say(f"search: none of {len(trials)} trials has a {metric}", error=True)
+            say(f"search: none of {len(trials)} trials has {self._metric}", error=True)
             return
         best = max(complete, key=lambda trial: (sign * (trial.value or 0), -trial.number))
         overrides = [dimension.write(best.params[dimension.key]) for dimension in self._space]
         name = self._study.name_of(best)
-        content = {"name": name, "trial": best.number, "metric": metric, "value": best.value, "overrides": overrides}
-        write_json(self._folder / BEST_FILE, content)
-        said = f"{metric} = {best.value:.6g}: {' '.join(overrides)}"
+        content = {"name": name, "trial": best.number, "value": best.value, "overrides": overrides}
+        write_json(self._folder / BEST_FILE, {"metric": self._metric, **content})
+        said = f"{self._metric} = {best.value:.6g}: {' '.join(overrides)}"
         say(f"search: the best of {len(trials)} trials is {name}, with {said}", error=True)

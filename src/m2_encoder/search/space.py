@@ -85,6 +85,8 @@ def read_space(lines: Sequence[str]) -> list[Dimension]:
         if override is None:
             continue
         reason = _find_fault(override)
+        if override.get_key_element() in found:
+            reason = reason or ("is there twice", "give it once")
         if reason is not None:
             problems.append(line_problem(line, *reason))
         else:

@@ -60,10 +60,12 @@ class Study:
         with _quiet():
             self._storage = open_journal(folder)
             self._study = optuna.create_study(
-                storage=self._storage, study_name=STUDY_NAME, direction=settings.direction, load_if_exists=True
+                storage=self._storage,
+                study_name=STUDY_NAME,
+                direction=settings.direction,
+                pruner=build_pruner(settings.pruner),  # some samplers ask which it is
+                load_if_exists=True,
             )
-            if settings.pruner is not None:
-                self._study.pruner = build_pruner(settings.pruner)  # some samplers ask which it is
         self._study.stop = self._note_exhausted  # type: ignore[method-assign]
 
     @property

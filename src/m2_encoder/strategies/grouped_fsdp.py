@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from m2_encoder.bounds import Count, Seconds, check_bounds
 from m2_encoder.distributed.gradients import average_over_ranks
-from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import shard_model
+from m2_encoder.models.two_towers import Encoder
 from m2_encoder.strategies.groups import GroupedStrategy
 
 
@@ -67,7 +67,7 @@ class GroupedFSDPStrategy(GroupedStrategy, ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the number of nodes
         super().setup_environment()
 
-    def parallelize(self, model: M2Encoder) -> None:
+    def parallelize(self, model: Encoder) -> None:
         """Checkpoint and shard a freshly built model; the training module calls this in `configure_model`."""
         super().parallelize(model)
         # On the CPU, autocast does not apply to layer norms, which need weights of their input's dtype.

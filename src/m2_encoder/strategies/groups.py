@@ -19,8 +19,8 @@ from m2_encoder.bounds import Count, Seconds, check_bounds
 from m2_encoder.distributed.groups import open_groups
 from m2_encoder.distributed.rank_watch import GOES_ON, RankWatch, describe_exit, is_stopped_process
 from m2_encoder.distributed.topology import GroupTopology, resolve_group_size
-from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
+from m2_encoder.models.two_towers import Encoder
 from m2_encoder.strategies.meeting import STARTER_VARIABLE, QuietLauncher, end_process, find_place, meet, open_store
 from m2_encoder.strategies.micro_batches import check_micro_batches
 
@@ -158,7 +158,7 @@ class GroupedStrategy(ParallelStrategy):
         assert self.parallel_devices is not None, "Lightning sets them"
         self._groups.create(ranks_per_node=len(self.parallel_devices), timeout=self._timeout)
 
-    def parallelize(self, model: M2Encoder) -> None:
+    def parallelize(self, model: Encoder) -> None:
         """Prepare a freshly built model; the training module calls this in `configure_model`."""
         if self.activation_checkpointing:
             checkpoint_layers(model)

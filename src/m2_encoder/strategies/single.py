@@ -8,8 +8,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from m2_encoder.bounds import Count, check_bounds
-from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import checkpoint_layers
+from m2_encoder.models.two_towers import Encoder
 from m2_encoder.strategies.micro_batches import check_micro_batches
 
 
@@ -48,7 +48,7 @@ class LocalStrategy(SingleDeviceStrategy):
         """None: there are no other ranks."""
         return None
 
-    def parallelize(self, model: M2Encoder) -> None:
+    def parallelize(self, model: Encoder) -> None:
         """Prepare a freshly built model."""
         if self.activation_checkpointing:
             checkpoint_layers(model)

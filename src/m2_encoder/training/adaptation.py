@@ -7,7 +7,7 @@ To add one, subclass `Adaptation` in any module that Python can import, and name
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -16,6 +16,9 @@ from m2_encoder.errors import UserError
 if TYPE_CHECKING:  # checking a configuration loads no model
     from m2_encoder.models.config import M2EncoderConfig
     from m2_encoder.models.m2_encoder import M2Encoder
+    from m2_encoder.models.two_towers import Encoder
+
+Model = TypeVar("Model", bound="Encoder")
 
 
 class Adaptation(ABC):
@@ -54,23 +57,28 @@ class Full(Adaptation):
 
 
 @torch.no_grad()
-def merge_adaptation(adaptation: Adaptation, model: M2Encoder) -> M2Encoder:
+def merge_adaptation(adaptation: Adaptation, model: Model) -> Model:
     """`Adaptation.merge`, checked.
 
     Raises:
         UserError: if the merged model has other parameters than a plain one.
     """
     from m2_encoder.models.m2_encoder import M2Encoder
+    from m2_encoder.models.two_towers import TwoTowers
 
-    merged = adaptation.merge(model)
-    with torch.device("meta"):
-        plain = M2Encoder(model.config)
+    merged: Any = adaptation.merge(model)  # type: ignore[arg-type]  # which says itself what it fits
+    plain: torch.nn.Module
+    if isinstance(model, TwoTowers):
+        plain = model.build_again()
+    else:
+        with torch.device("meta"):
+            plain = M2Encoder(model.config)
     wanted, found = ({name: p.shape for name, p in each.state_dict().items()} for each in (plain, merged))
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         rule = f"`merge` must give back a plain model; it differs in {wrong[0]}{more}"
         raise UserError(rule, key="adaptation", value=type(adaptation).__name__)
-    return merged
+    return cast("Model", merged)
 
 
 def check_adaptation(adaptation: Adaptation, config: M2EncoderConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning
 import torch
@@ -19,7 +19,9 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.parallelize import compile_layers
 from m2_encoder.models.trainable_parts import PARTS
+from m2_encoder.models.two_towers import Encoder, TowersConfig, TwoTowers
 from m2_encoder.objectives.base import (
     LocalObjective,
     Objective,
@@ -42,7 +44,7 @@ class PretrainModule(lightning.LightningModule):
     """Trains an M2-Encoder on a weighted sum of objectives.
 
     Args:
-        model: built in `configure_model`, so that a large one can start sharded.
+        model: built in `configure_model`, so that a large one can start sharded; or somebody else's, built.
         objectives: by name, in the order of their logs.
         optimizer: makes the optimizer of this module.
         scheduler: makes the schedule of learning rates by step.
@@ -51,6 +53,7 @@ class PretrainModule(lightning.LightningModule):
         max_logit_scale: upper bound of exp(logit_scale), applied after every step (CLIP, arXiv:2103.00020, uses 100).
         max_skipped_in_a_row: steps with a non-finite gradient in a row after which training aborts.
         validation_name: name of the validation set in metric names.
+        compiled: run the encoder's layers compiled (`torch.compile`).
         tokenizer: what `pack_tokenizer` gives, for checkpoints to say which pieces the token table has; None says
             nothing.
 
@@ -63,7 +66,7 @@ class PretrainModule(lightning.LightningModule):
     def __init__(
         self,
         *,
-        model: M2EncoderConfig,
+        model: M2EncoderConfig | TwoTowers,
         objectives: Mapping[str, Objective],
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory,
@@ -72,6 +75,7 @@ class PretrainModule(lightning.LightningModule):
         max_logit_scale: float = 100.0,
         max_skipped_in_a_row: int = 20,
         validation_name: str = "val",
+        compiled: bool = False,
         tokenizer: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -79,7 +83,8 @@ class PretrainModule(lightning.LightningModule):
             raise UserError(f"objectives {', '.join(objectives) or 'none'}: at least one needs a weight above 0")
         if not 1 <= max_logit_scale < math.inf:
             raise UserError(f"max_logit_scale={max_logit_scale!r} must be 1 or more")
-        self.config = model
+        self._given = (model,)  # no sub-module yet
+        self.config: M2EncoderConfig | TowersConfig = model.config if isinstance(model, TwoTowers) else model
         self.adaptation = adaptation or Full()
         self.objectives = nn.ModuleDict(active(objectives))
         _check_shared_pass(self.trained_objectives())
@@ -89,23 +94,36 @@ class PretrainModule(lightning.LightningModule):
         self._initial_state = initial_state
         self._max_log_scale = math.log(max_logit_scale)
         self._validation_name = validation_name
+        self._compiled = compiled
         self._tokenizer = tokenizer
         self._last_losses: dict[str, Tensor] = {}
         self._paused: list[nn.Parameter] = []  # trained only by objectives that are paused in this step
+
+    def build_unfilled(self) -> Encoder:
+        """The adapted model, of whose parameters names and shapes are right; what is to be trained stays as it is."""
+        (given,) = self._given
+        is_foreign = isinstance(given, TwoTowers)  # and may look into its tensors
+        with torch.device("cpu" if is_foreign else "meta"):
+            model: Encoder = given.build_again() if isinstance(given, TwoTowers) else M2Encoder(given)
+            self.adaptation.apply(cast("M2Encoder", model))
+        return model
 
     def configure_model(self) -> None:
         """Build, adapt, freeze and shard the encoder, once. Lightning calls this with its device and precision set."""
         if hasattr(self, "model"):
             return
-        self.model = M2Encoder(self.config)
+        (given,) = self._given
+        self.model: Encoder = M2Encoder(given) if isinstance(given, M2EncoderConfig) else given
         for objective in self.trained_objectives().values():
-            objective.build(self.config)
+            objective.build(cast("M2EncoderConfig", self.config))
         if self._initial_state is not None:
             self.model.load_state_dict(self._initial_state)
             self._initial_state = None
-        self.adaptation.apply(self.model)
+        self.adaptation.apply(cast("M2Encoder", self.model))
         frozen = self.model.freeze_parts(PARTS.keys() - self._trained_parts())
         logger.info("%s parameters that no objective trains are frozen", f"{frozen:,}")
+        if self._compiled:
+            compile_layers(cast("M2Encoder", self.model))  # others are refused
         strategy = None if self._trainer is None else self._trainer.strategy
         prepare = getattr(strategy, "parallelize", None)  # strategies of this project have it
         if prepare is not None:
@@ -119,6 +137,11 @@ class PretrainModule(lightning.LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Weighted sum of the objectives on one batch."""
+        made: Any = batch  # by whichever data module
+        if not isinstance(made, ImageTextBatch):
+            data = type(getattr(self.trainer, "datamodule", None))
+            rule = f"gives batches of {type(made).__name__}; it must give m2_encoder.types.ImageTextBatch"
+            raise UserError(rule, key="data._target_", value=f"{data.__module__}.{data.__qualname__}")
         objectives = self.trained_objectives()
         weights = {name: objective.weight_at(self.global_step) for name, objective in objectives.items()}
         if not any(weights.values()):
@@ -138,8 +161,9 @@ class PretrainModule(lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clamp the logit scales right after the update, before a checkpoint or anything else reads them."""
         super().optimizer_step(*args, **kwargs)
+        scales = self.model.logit_scales()
         with torch.no_grad():
-            for scale in (self.model.logit_scale, self.model.logit_vl_scale):
+            for scale in scales:
                 if scale.requires_grad:
                     scale.clamp_(0, self._max_log_scale)
 
@@ -153,19 +177,18 @@ class PretrainModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm; a step whose gradient is not finite is skipped and counted.
+        """Clip by the global norm, or each value; a step whose gradient is not finite is skipped and counted.
 
         Raises:
             NonFiniteError: after too many such steps in a row.
-            UserError: for another `gradient_clip_algorithm`.
         """
-        if gradient_clip_algorithm not in (None, "norm"):
-            given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)  # Lightning makes it an enum
-            raise UserError(f"trainer.gradient_clip_algorithm={given} must be norm")
         for parameter in self._paused:  # with a gradient of 0 the optimizer would still decay them
             parameter.grad = None
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = clip_gradients(parameters, gradient_clip_val or math.inf)
+        by_value = gradient_clip_algorithm == "value"  # Lightning makes it an enum of texts
+        norm = clip_gradients(parameters, math.inf if by_value else gradient_clip_val or math.inf)
+        if by_value and gradient_clip_val:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val, foreach=False)  # sharded and whole ones together
         self.log("train/grad_norm", norm)
         losses = {name: self._last_losses[name] for name in self.objectives if name in self._last_losses}
         step = self.global_step + 1
@@ -206,6 +229,11 @@ class PretrainModule(lightning.LightningModule):
                 if "r@" in name or name == "mean_recall":
                     self.log(f"val/{self._validation_name}_{language}/{name}", value)
             recall.reset()
+
+    def frozen_towers(self) -> tuple[str, ...]:
+        """Names of what somebody else's model has beside what gives features; nothing of our own."""
+        (given,) = self._given
+        return given.frozen if isinstance(given, TwoTowers) else ()
 
     def trained_objectives(self) -> dict[str, Objective]:
         """The objectives of this run (those of weight above 0), by name."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.two_towers import Encoder
 from m2_encoder.objectives.base import (
     FeaturePair,
     LocalObjective,
@@ -73,7 +74,7 @@ class StepEncoder:
 
     def __init__(
         self,
-        model: M2Encoder,
+        model: Encoder,
         local: Mapping[str, LocalObjective],
         *,
         trains_features: bool,
@@ -104,17 +105,17 @@ class StepEncoder:
 
     def _encode_images(self, piece: ImageTextBatch) -> tuple[Tensor, ...]:
         if self._num_heads == 2:
-            return _tensors(self._model.encode_image_heads(piece.images))
+            return _tensors(self._whole().encode_image_heads(piece.images))
         return (self._model.encode_image(piece.images),)
 
     def _encode_texts(self, piece: ImageTextBatch) -> tuple[Tensor, ...]:
         if self._num_heads == 2:
-            return _tensors(self._model.encode_text_heads(piece.text))
+            return _tensors(self._whole().encode_text_heads(piece.text))
         return (self._model.encode_text(piece.text),)
 
     def _encode_piece(self, piece: ImageTextBatch, *, kept: list[PiecePasses] | None) -> tuple[Tensor, ...]:
         """Features of images, of captions, then the terms of each local objective, as one flat tuple."""
-        passes = PiecePasses(self._model, piece, allowed=self._allowed, text_expert=self._text_expert)
+        passes = PiecePasses(self._whole(), piece, allowed=self._allowed, text_expert=self._text_expert)
         if kept is not None:
             kept.append(passes)
         flat: list[Tensor] = []
@@ -133,8 +134,13 @@ class StepEncoder:
         return terms
 
     def _pair(self, image: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> dict[str, FeaturePair]:
-        scales = (self._model.logit_scale, self._model.logit_vl_scale)
-        return dict(zip(HeadFeatures._fields, map(FeaturePair, image, text, scales), strict=False))
+        pairs = map(FeaturePair, image, text, self._model.logit_scales())
+        return dict(zip(HeadFeatures._fields, pairs, strict=False))
+
+    def _whole(self) -> M2Encoder:
+        """The model, for what features alone do not need."""
+        assert isinstance(self._model, M2Encoder), "objectives that need more are refused at the start"
+        return self._model
 
 
 class _PairPiece(NamedTuple):
@@ -147,7 +153,7 @@ class _PairPiece(NamedTuple):
 
 
 def evaluate_pairs(
-    model: M2Encoder,
+    model: Encoder,
     objectives: Mapping[str, PairObjective],
     inputs: ObjectiveInputs,
     *,
@@ -167,6 +173,7 @@ def evaluate_pairs(
     """
     found = {}
     for name, objective in objectives.items():
+        assert isinstance(model, M2Encoder), "objectives of pairs are refused for others at the start"
         pieces = _split(inputs, objective.select(inputs), first_round, micro_batches)
         encode = partial(_encode_pairs, model, objective)
         found[name] = _unflatten(objective, encode_pieces(encode, pieces, recompute=recompute and not first_round))

@@ -151,5 +151,7 @@ def test_weights_split_over_two_ranks(own: Own, emoji_folder: Path, tmp_path: Pa
 
 def test_a_class_that_is_gone_is_named_where_a_run_is_exported() -> None:
     node = {"_target_": "no_such_module.Lora"}
-    with pytest.raises(UserError, match=r"adaptation\._target_=no_such_module\.Lora: cannot be imported"):
+    with pytest.raises(
+        UserError, match=r"adaptation\._target_=no_such_module\.Lora: there is no module no_such_module"
+    ):
         build_adaptation({"adaptation": node}, M2EncoderConfig())

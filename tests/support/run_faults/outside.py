@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from m2_encoder.runs import loggers
+from m2_encoder.runs.ending import Results
 from tests.support.faults import EPS
 from tests.support.file_server import serve
 from tests.support.run_faults.case import Place, RunFault, Told
@@ -294,9 +295,9 @@ def _account(**variables: str) -> Iterator[None]:
 
 def _wandb(*, at: str) -> Act:
     def act(place: Place) -> Told:
-        def report(*_: object, **__: object) -> dict[str, float]:
+        def report(*_: object, **__: object) -> Results:
             server.hangs.set()
-            return {}
+            return Results({}, (), place.folder / "new", 1)
 
         with (
             serve_wandb(hangs=at == "start") as server,
@@ -323,7 +324,7 @@ def _wandb_fails(call: str) -> Act:
         def fail(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        run = mock.MagicMock(log=fail)
+        run = mock.MagicMock(log=fail, id="x", dir=str(place.folder / "files"), starting_step=0, step=0)
         with mock.patch("wandb.init", fail if call == "init" else lambda **_: run), mock.patch("wandb.run", None):
             ended = place.train("run.name=new", "logger=wandb")
         return Told(ended.code, f"{ended.out}\n{ended.err}", _whole(place))

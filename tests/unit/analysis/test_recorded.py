@@ -251,7 +251,7 @@ def test_of_settings_that_change_together_the_cause_is_named(tmp_path: Path) -> 
         "data.global_batch_size: 256 is better than 64 by 192.00 ± 0.00"
     ]
     with mpl.rc_context():
-        assert len(plot_effects(runs).axes) == 2
+        assert [axes.get_xlabel() for axes in plot_effects(runs).axes] == ["data.global_batch_size"]
 
 
 def test_values_of_a_sweep_are_those_that_were_swept(tmp_path: Path) -> None:
@@ -267,3 +267,15 @@ def test_a_comparison_of_no_runs_says_so(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     with pytest.raises(UserError, match="no run to compare"):
         read_runs(tmp_path).finished.table()
+
+
+def test_a_search_is_drawn_over_its_values(tmp_path: Path) -> None:
+    """Ten learning rates: points on a logarithmic axis; and seeds alone have no effect to draw."""
+    for number in range(10):
+        write_run(tmp_path / "search" / f"t{number}", lr=10.0 ** (-number / 3), recall=float(number))
+        write_run(tmp_path / "seeds" / f"t{number}", seed=number, recall=float(number))
+    with mpl.rc_context():
+        figure = plot_effects(read_runs(tmp_path / "search"))
+        assert [axes.get_xscale() for axes in figure.axes if axes.get_visible()] == ["log"]
+        with pytest.raises(UserError, match="no effect to draw"):
+            plot_effects(read_runs(tmp_path / "seeds"))

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from m2_encoder.cli import commands, plan
+from m2_encoder.cli import commands
+from m2_encoder.config import plan
 from m2_encoder.errors import UserError
 
 CONSTANTS = Path("conf") / "cluster" / "hardware"
@@ -210,9 +211,13 @@ def test_every_shipped_cluster_is_tested(repo_root: Path) -> None:
     [
         ("a: [", "is not valid YAML"),
         ("- 1", "must hold constants as `name: number`"),
-        ("base: h100_80g\npeak: 3", r"unknown hardware constant\(s\) peak; known: devices_per_node"),
+        ("base: h100_80g\npeak: 3", r"unknown hardware constant\(s\) peak.*; known: devices_per_node"),
+        ("base: h100_80g\nmfuu: 0.3", r"unknown hardware constant\(s\) mfuu \(did you mean mfu\?\)"),
         ("mfu: 0.3", r"missing hardware constant\(s\): devices_per_node"),
-        ("base: missing", "cluster=missing: no such cluster"),
+        ("base: h100_80\nmfu: 1", r"mine\.yaml: base=h100_80: no such cluster; choose from .* \(did you mean h100_80g"),
+        ("base: [a]", r"mine\.yaml: base=\[a\]: must be the name of a cluster"),
+        ("defaults: [h100_80g]", "name the file to start from as `base: NAME`"),
+        ("", "must hold constants"),
     ],
 )
 def test_damaged_constants(text: str, message: str, tmp_path: Path, repo_root: Path) -> None:
@@ -221,8 +226,15 @@ def test_damaged_constants(text: str, message: str, tmp_path: Path, repo_root: P
         plan.read_hardware(str(tmp_path / "mine.yaml"), {})
 
 
+def test_a_base_may_lie_beside_its_file_and_numbers_may_have_exponents(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: a100_80g\ninter_node_gb_per_s: 1.25e+1\n", encoding="utf-8")
+    (tmp_path / "other.yaml").write_text("base: mine.yaml\nmfu: 5e-1\n", encoding="utf-8")
+    found = plan.read_hardware(str(tmp_path / "other.yaml"), {"overlap": 0.5})
+    assert (found.inter_node_gb_per_s, found.mfu, found.overlap, found.peak_tflops) == (12.5, 0.5, 0.5, 312)
+
+
 def test_files_that_are_the_base_of_each_other(tmp_path: Path, repo_root: Path) -> None:
     for name, base in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.yaml").write_text(f"base: {tmp_path / base}.yaml\nmfu: 0.3\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"cluster=.*a\.yaml: is its own base, by way of .*b\.yaml"):
+    with pytest.raises(UserError, match=r"cluster=.*a\.yaml: .*is its own base, by way of .*b\.yaml"):
         plan.read_hardware(str(tmp_path / "a.yaml"), {})

@@ -55,6 +55,29 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     return run
 
 
+def test_an_open_value_is_shown_and_not_refused(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "conf" / "tool.yaml").open("a", encoding="utf-8") as file:
+        file.write("open: ???\nsame: ${open}\n")
+    for lines, shown in (
+        (["--cfg", "job"], "open: ???\nsame: ${open}\n"),
+        (["--cfg", "all"], "open: ???\nsame: ${open}\n"),
+        (["--cfg", "job", "--resolve"], "open: ???\nsame: ???\n"),
+        (["--cfg", "job", "--package", "run"], "# @package run\nname: try\n"),
+        (["--cfg", "hydra", "-p", "hydra.sweep"], "# @package hydra.sweep\n"),
+    ):
+        assert start(_never, *lines) == 0
+        assert shown in capsys.readouterr().out, lines
+    assert start(_never, "--cfg", "job", "--package", "nothing") == 2
+    assert "package 'nothing' not found" in capsys.readouterr().err
+    assert start(_never, "--package", "run") == 2
+    assert capsys.readouterr().err == "m2-tool: --package: only together with --cfg job\n"
+    assert start(_never, "--cfg", "job", "sizes=1") == 2
+    assert start(_never) == 2
+    assert "open=???: must be given" in capsys.readouterr().err
+
+
 def _never(_cfg: dict[str, Any]) -> int:
     raise AssertionError("ran although it should not")
 

@@ -148,7 +148,7 @@ def test_an_entry_of_no_option_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["adaptation", "data", "optimizer", "scheduler", "trainer", "strategy", "logger", "callbacks.checkpoint"]
+    "key", ["adaptation", "data", "optimizer", "scheduler", "trainer", "strategy", "callbacks.checkpoint"]
 )
 def test_what_has_no_target_is_named(tmp_path: Path, key: str) -> None:
     found = compose(CONF, f"~{key}._target_", f"run.folder={tmp_path}")

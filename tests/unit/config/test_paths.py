@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from m2_encoder.cli import commands
 from m2_encoder.config import paths
+from m2_encoder.errors import UserError
 
 
 @pytest.fixture
@@ -21,6 +24,30 @@ def checkout(tmp_path: Path) -> Path:
 def test_checkout_is_found_from_below(checkout: Path) -> None:
     assert paths.find_checkout(checkout / "notebooks" / "deep") == checkout
     assert paths.find_conf(checkout / "notebooks") == checkout / "conf"
+
+
+def test_other_code_does_not_read_the_configurations_of_a_checkout(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(checkout / "notebooks")
+    assert commands.PLAN() == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"in the checkout {checkout}: its conf/ would be read by other code, that of {paths.PACKAGE_FOLDER}" in said
+    assert f"PYTHONPATH={checkout / 'src'}" in said
+
+
+def test_a_copy_of_the_same_code_may(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = checkout / "src" / "m2_encoder"
+    (own / "a.py").write_text("x = 1\n", encoding="utf-8")
+    monkeypatch.setattr(paths, "PACKAGE_FOLDER", own.resolve())
+    paths.check_checkout(checkout)
+    monkeypatch.setattr(paths, "PACKAGE_FOLDER", shutil.copytree(own, tmp_path / "installed"))
+    paths.check_checkout(checkout)
+    (own / "a.py").write_text("x = 2\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"such as a\.py"):
+        paths.check_checkout(checkout)
+    paths.check_checkout(tmp_path)  # outside of any checkout
 
 
 def test_no_checkout_outside(tmp_path: Path) -> None:

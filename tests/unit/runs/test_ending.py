@@ -18,7 +18,6 @@ from m2_encoder.runs.ending import RunEnd, describe_end
         ({"callbacks": [Timer(timedelta(seconds=0))], "should_stop": True}, "trainer.max_time"),
         ({"callbacks": [Timer(timedelta(days=1))], "should_stop": True}, "a callback stopped it"),
         ({"max_epochs": 2}, "trainer.max_epochs=2"),
-        ({"fast_dev_run": True}, "trainer.fast_dev_run"),
         ({}, "the data ended"),
     ],
 )
@@ -30,6 +29,11 @@ def test_a_run_that_ended_early(trainer: dict[str, Any], reason: str) -> None:
     assert end == RunEnd(7, 2000, reason)
     assert str(end) == f"7 of 2,000, ended early ({reason})"
     assert not end.is_finished
+
+
+def test_a_debug_run_never_counts_as_finished() -> None:
+    end = describe_end(SimpleNamespace(global_step=20), 20, debug=True)  # type: ignore[arg-type]
+    assert (end.is_finished, str(end)) == (False, "20 (a debug run)")
 
 
 def test_a_run_that_finished() -> None:

@@ -61,7 +61,9 @@ def test_a_part_of_another_kind_is_named(tmp_path: Path, content: str, key: str 
 @pytest.mark.parametrize("content", ["", "a: 1", "run: {name: a}\ntrainer: {max_steps: 1}\nmodel: {_target_: own.run}"])
 def test_a_part_that_every_run_has_is_asked_for(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match=r"is no configuration of a run: (run|trainer|model.name) is missing"):
+    with pytest.raises(
+        UserError, match=r"is no configuration of a run: (run|trainer|model.name|model.tokenizer) is missing"
+    ):
         read_run(tmp_path / "config.yaml")
 
 

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from m2_encoder.runs import loggers
-from m2_encoder.runs.lightning_loggers import QuietWandbLogger
+from m2_encoder.runs.ending import Results
+from m2_encoder.runs.wandb_files import find_id
+from m2_encoder.runs.wandb_logger import QuietWandbLogger
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +18,12 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def _run(folder: Path, **more: object) -> SimpleNamespace:
+    """Of W&B, as far as it is asked before anything is logged."""
+    values = {"id": "x", "dir": str(folder / "wandb" / "offline-run-x" / "files"), "starting_step": 0, "step": 0}
+    return SimpleNamespace(**{**values, **more})
 
 
 def test_without_a_key_everything_stays_offline(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,21 +77,18 @@ def test_failing_start_is_one_line(
 
 def test_run_is_told_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, object] = {}
-    monkeypatch.setattr("wandb.init", lambda **settings: asked.update(settings) or SimpleNamespace())
+    monkeypatch.setattr("wandb.init", lambda **settings: asked.update(settings) or _run(tmp_path, id=settings["id"]))
     monkeypatch.setattr("wandb.run", None)
-    logger = loggers.build_wandb_logger(run_name="x", folder=tmp_path, cfg={"seed": 1}, tags=["a"])
+    cfg = {"seed": 1, "run": {"task": "tune", "tags": ["b"], "notes": "why"}}
+    logger = loggers.build_wandb_logger(run_name="x", folder=tmp_path, cfg=cfg, tags=["a", "b"])
     assert logger is not None
-    assert (asked["id"], asked["name"], asked["mode"], asked["dir"]) == ("x", "x", "offline", str(tmp_path))
+    assert (asked["name"], asked["mode"], asked["dir"]) == ("x", "offline", str(tmp_path))
+    assert asked["id"] == find_id(tmp_path)
+    assert (asked["job_type"], asked["tags"], asked["notes"]) == ("tune", ["a", "b"], "why")
     config = asked["config"]
     assert isinstance(config, dict)
-    assert set(config) == {"seed", "git_revision", "command"}
+    assert set(config) == {"seed", "run", "git_revision", "command"}
     json.dumps(config)
-
-
-def test_an_id_holds_letters_of_english_alone() -> None:
-    assert loggers.wandb_id("smoke-lr=1e-3") == "smoke-lr=1e-3"
-    assert loggers.wandb_id("实验一") == "run-2dac6e5b"
-    assert loggers.wandb_id("实验一-b") == "b-86295e8f"
 
 
 def test_failure_later_stops_only_itself(
@@ -91,18 +96,18 @@ def test_failure_later_stops_only_itself(
 ) -> None:
     calls = []
 
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_more: object) -> None:
         calls.append(1)
         raise OSError("no space left")
 
-    monkeypatch.setattr("wandb.init", lambda **_settings: SimpleNamespace(log=fail))
+    monkeypatch.setattr("wandb.init", lambda **_settings: _run(tmp_path, log=fail))
     monkeypatch.setattr("wandb.run", None)
     logger = loggers.build_wandb_logger(run_name="x", folder=tmp_path, cfg={})
     assert isinstance(logger, QuietWandbLogger)
     capsys.readouterr()
     logger.log_metrics({"a": 1.0}, 1)
     logger.log_metrics({"a": 2.0}, 2)
-    logger.close({})
+    logger.close(Results({}, (), tmp_path, 2))
     assert len(calls) == 1
     assert capsys.readouterr().err == "W&B: stopped (no space left); metrics.jsonl goes on\n"
 

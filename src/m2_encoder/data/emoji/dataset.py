@@ -101,6 +101,12 @@ class _Sample(NamedTuple):
         return f"{self.style}-{self.concept.key}"
 
 
+def count_training_samples(heldout_style: str) -> int:
+    """Training samples of the set without one style; reads no tar."""
+    concepts = [concept for concept in load_emoji_concepts() if concept.split == "train"]
+    return sum(style != heldout_style for concept in concepts for style in concept.styles)
+
+
 def load_emoji_concepts() -> list[EmojiConcept]:
     """All concepts, ordered by code points, as `scripts/build_emoji_data.py` made them of CLDR and `emoji`."""
     return [_parse_concept(json.loads(line)) for line in _read_asset("concepts.jsonl").splitlines()]

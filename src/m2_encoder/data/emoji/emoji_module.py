@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from m2_encoder.bounds import Example, Rows, Text, Workers
-from m2_encoder.data.emoji.dataset import EmojiStyle, default_emoji_folder, emoji_settings, write_emoji_shards
+from m2_encoder.data.emoji.dataset import (
+    EmojiStyle,
+    count_training_samples,
+    default_emoji_folder,
+    emoji_settings,
+    write_emoji_shards,
+)
 from m2_encoder.data.emoji.folder import digest_files
 from m2_encoder.data.file_watch import refuse_changed
 from m2_encoder.data.images.transforms import TrainTransform, open_image
@@ -95,6 +101,10 @@ class EmojiDataModule(WebDatasetModule):
             raise error.under("data") from error
         self._digests = digest_files(self.folder)
         super().prepare_data()
+
+    def count_samples(self) -> int:
+        """Training samples; reads no file."""
+        return count_training_samples(self._heldout_style)
 
     def train_dataloader(self) -> PositionLoader:
         """Batches of this rank; see `PositionLoader`.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -116,3 +117,9 @@ def check_size(width: int, height: int, limits: ImageLimits) -> None:
 
 def _describe(error: Exception) -> str:
     return str(error) or type(error).__name__
+
+
+def limits_of(decode: Callable[[bytes], Any]) -> ImageLimits:
+    """Limits among the arguments of `decode`, a partial of `decode_image_uint8`."""
+    given = getattr(decode, "keywords", {})
+    return ImageLimits(**{name: given[name] for name in ImageLimits._fields if name in given})

@@ -53,7 +53,7 @@ class TrainingNeeds(NamedTuple):
     languages: tuple[str, ...]  # those with a weight; a sample needs a caption in one of them
     limits: ImageLimits  # images outside are not used
     max_bad_share: float  # of unusable samples, above which the run ends
-    tokenizer: SentencePieceTokenizer | None = None  # of the model; None counts no tokens
+    tokenizer: Any = None  # of the model; tokens are counted by a SentencePiece one
     pictures: PicturePolicy = STANDARD  # what the pixels of its images are
 
 
@@ -135,7 +135,7 @@ def _survey(source: Source, check: StartCheck, needs: TrainingNeeds, remote: Rem
         samples_per_shard=per_shard,
         num_decoded=max(1, per_shard // _DECODED_SHARE),
         limits=needs.limits,
-        tokenizer=needs.tokenizer,
+        tokenizer=needs.tokenizer if isinstance(needs.tokenizer, SentencePieceTokenizer) else None,
         pictures=needs.pictures,
         language=languages[0] if len(languages) == 1 else None,
     )

@@ -11,7 +11,7 @@ import atexit
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType
@@ -60,13 +60,17 @@ class Batch(NamedTuple):
 class PositionLoader:
     """Batches of one rank, from a position on, until the run's last step.
 
-    Its length is that of the whole run, also after a resume: Lightning counts batches from the run's start. It draws
-    nothing from torch's global generator, whose state a resumed run therefore has as an uninterrupted one does.
+    Its length is that of a whole epoch, also after a resume: Lightning counts batches from the epoch's start. A new
+    iterator goes on where the last one stopped. It draws nothing from torch's global generator, whose state a resumed
+    run therefore has as an uninterrupted one does.
 
     Args:
         build_dataset: makes the dataset from (earlier segments, first position of this segment).
         collate: makes a batch of samples.
         num_steps: steps of the whole run.
+        epoch_steps: steps of an epoch; None for those of the run.
+        repeat_steps: give the samples of the first so many steps again and again; None for all of them.
+        keeps_workers: a new iterator goes on with the workers of the last one, until `close`.
         global_batch_size: samples of a step over all ranks.
         rank: of this process.
         world_size: number of processes.
@@ -92,6 +96,9 @@ class PositionLoader:
         num_workers: int,
         pin_memory: bool,
         fingerprint: Mapping[str, Any],
+        epoch_steps: int | None = None,
+        repeat_steps: int | None = None,
+        keeps_workers: bool = False,
         segment: Sequence[SegmentSource] = (),
         record: Tensor | None = None,
         new_segment: bool | None = None,
@@ -101,6 +108,9 @@ class PositionLoader:
         self._build_dataset = build_dataset
         self._collate = collate
         self._num_steps = num_steps
+        self._epoch_steps, self._repeat_steps = epoch_steps or num_steps, repeat_steps
+        self._keeps_workers = keeps_workers
+        self._running: Iterator[ImageTextBatch] | None = None
         self._global_batch_size = global_batch_size
         self._rank, self._world_size = rank, world_size
         self._num_workers = num_workers
@@ -117,15 +127,31 @@ class PositionLoader:
         self._seconds = dict.fromkeys(STAGES, 0.0)
 
     def __len__(self) -> int:
-        return self._num_steps
+        return self._epoch_steps
 
     def __iter__(self) -> Iterator[ImageTextBatch]:
-        """Batches from the current place on.
+        """Batches from the current place on, to the end of the run.
 
         Raises:
             UserError: for too many unusable samples; if loading stalls; or if all steps were given already: a trainer
                 that needs more would otherwise run empty epochs for ever.
         """
+        if not self._keeps_workers:
+            yield from self._run()
+            return
+        if self._running is None:
+            self._running = self._run()
+        for batch in self._running:  # noqa: UP028 - `yield from` would end it with this iterator
+            yield batch
+        self._running = None
+
+    def close(self) -> None:
+        """End the workers."""
+        if isinstance(self._running, Generator):
+            self._running.close()
+        self._running = None
+
+    def _run(self) -> Iterator[ImageTextBatch]:
         if self._position >= self._stop:
             raise UserError(
                 f"all {self._num_steps} steps of the data module were trained, and the trainer wants more; give both "
@@ -177,6 +203,7 @@ class PositionLoader:
                 f"the checkpoint stands at position {position!r}, which must be a multiple of the global batch size "
                 f"{self._global_batch_size} in 0..{self._stop} ({self._num_steps} steps)"
             )
+        self.close()
         self._position = position
         segments = [
             Segment(entry["start"], tuple(SegmentSource(*source) for source in entry["sources"]))
@@ -239,6 +266,7 @@ class PositionLoader:
             global_batch_size=self._global_batch_size,
             rank=self._rank,
             world_size=self._world_size,
+            repeat_steps=self._repeat_steps,
         )
         if self._dataset is None:
             self._dataset = self._build_dataset(self._history, self._segment.start)
@@ -257,9 +285,12 @@ class PositionLoader:
         )
 
 
-def rank_positions(*, start: int, stop: int, global_batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
-    """Positions of one rank's batches between two positions."""
-    for first in range(start, stop, global_batch_size):
+def rank_positions(
+    *, start: int, stop: int, global_batch_size: int, rank: int, world_size: int, repeat_steps: int | None = None
+) -> Iterator[list[int]]:
+    """Positions of one rank's batches between two positions; with `repeat_steps` only those of so many first steps."""
+    for place in range(start, stop, global_batch_size):
+        first = place % (repeat_steps * global_batch_size) if repeat_steps else place
         yield list(range(first + rank, first + global_batch_size, world_size))
 
 

@@ -7,18 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+from torch import nn
 
 from m2_encoder.checkpoints.matching_head import MatchingHead
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.retrieval_set import RetrievalSet
-from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE
+from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE, FeatureModel
 from m2_encoder.evaluation.retrieval import SetFeatures, encode_set
 from m2_encoder.evaluation.tables import ResultTable, split_title
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
-from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 _LAST_SPLITS = ("val", "val_style", "train")  # of the built-in set, not for reporting, so they come last
 
@@ -37,8 +38,10 @@ class RunFacts(NamedTuple):
 class EvaluationContext:
     """The model, the sets and what else tasks use."""
 
-    model: M2Encoder | VisualTokenizer  # on any device; tasks restore its training mode
-    tokenizer: SentencePieceTokenizer  # the model's own
+    # An encoder, a visual tokenizer, or what else has encode_image and encode_text; on any device, tasks restore its
+    # training mode.
+    model: nn.Module
+    tokenizer: Any  # the model's own: a `SentencePieceTokenizer`, but with somebody else's model what came with it
     sets: Mapping[str, RetrievalSet]  # by name in tables, such as a split; images at the model's size
     # of the run, with their heads; empty for a loaded model
     objectives: Mapping[str, Objective] = dataclasses.field(default_factory=dict)
@@ -53,15 +56,20 @@ class EvaluationContext:
 
     @property
     def encoder(self) -> M2Encoder:
-        """The model, of a task that applies to encoders only."""
+        """The model, of a task that needs more than features."""
         assert isinstance(self.model, M2Encoder), "EvaluationTask.applies leaves out other models"
         return self.model
+
+    @property
+    def feature_model(self) -> FeatureModel:
+        """The model, of a task that needs features alone."""
+        return cast("FeatureModel", self.model)
 
     @cached_property
     def features(self) -> dict[str, SetFeatures]:
         """Features of all sets, computed once for all tasks."""
         return {
-            split: encode_set(self.encoder, dataset, self.tokenizer, batch_size=self.batch_size)
+            split: encode_set(self.feature_model, dataset, self.tokenizer, batch_size=self.batch_size)
             for split, dataset in self.sets.items()
         }
 
@@ -89,8 +97,8 @@ class EvaluationTask(ABC):
     """Measures one thing. Its constructor takes the arguments of its YAML file."""
 
     def applies(self, context: EvaluationContext) -> bool:
-        """Whether there is anything to measure; here: encoders. Other tasks are left out silently."""
-        return isinstance(context.model, M2Encoder)
+        """Whether there is anything to measure; here: models with features. Other tasks are left out silently."""
+        return not isinstance(context.model, VisualTokenizer)
 
     @abstractmethod
     def measure(self, context: EvaluationContext) -> TaskResult:

@@ -31,11 +31,12 @@ class Rerank(Retrieval):
 
     def measure(self, context: EvaluationContext) -> TaskResult:
         """Recalls in percent, as `evaluation.rerank.rerank_set` returns them."""
-        head, model = context.matching, context.encoder
+        head = context.matching
         if head is None:
             found = super().measure(context)
             line = "rerank: the model has no matching head; the objective itm trains one"
             return found._replace(rows=(*found.rows, line))
+        model = context.encoder
         plain = {split: evaluate_features(features) for split, features in context.features.items()}
         linear = head.linear.to(model.logit_scale.device)
         reranked = {

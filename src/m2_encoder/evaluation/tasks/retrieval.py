@@ -82,7 +82,7 @@ def draw_queries(path: Path, context: EvaluationContext, results: Results) -> No
     sections = [_concept_section(split, dataset, context, results) for split, dataset in shown.items()]
     split, dataset = next(iter(shown.items()))
     if dataset.split:  # the questions are about its drawings
-        columns = find_freely(context.encoder, context.tokenizer, dataset, context.features[split], _FREE_QUERIES)
+        columns = find_freely(context.feature_model, context.tokenizer, dataset, context.features[split], _FREE_QUERIES)
         number = len(dataset.keys)
         note = (
             f"the same {number:,} images as above; no caption says it like this, and no single image is the right one"

@@ -12,19 +12,20 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.ranks import is_first_rank
-from m2_encoder.errors import CheckpointError
+from m2_encoder.errors import CheckpointError, name_some
 from m2_encoder.files import atomic_file
 from m2_encoder.training.optim import follow_schedule
 
@@ -34,14 +35,29 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SAVING = b"m2-train: this step will be saved, then the run ends; once more Ctrl-C ends it at once\n"
 
 _RANDOM_STATES = "random_states"
+_SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters")
+
+
+@runtime_checkable
+class CountedEpochs(Protocol):
+    """A data module that knows how long an epoch is."""
+
+    def epoch_steps(self) -> int:
+        """Steps of an epoch as the trainer limits it."""
+        ...
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a temporary file in the same folder and renames it, so that a checkpoint is always complete.
 
+    Settings that a task or data module saves beside it (`save_hyperparameters`) are left out where they are no plain
+    values.
+
     Lightning writes to the machine's temporary folder and moves the file. On another disk that is a copy, and a process
     that ends meanwhile leaves a broken `last.ckpt`.
     """
+
+    _is_known_safe = False  # of what this run saves
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -53,8 +69,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         assert storage_options is None, f"nothing gives storage_options, got {storage_options!r}"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.pop("hparams_type", None)
+        for key in _SETTINGS:
+            if key in checkpoint:
+                checkpoint[key] = {name: value for name, value in checkpoint[key].items() if is_plain(value)}
         with atomic_file(path, error=CheckpointError) as temporary:
             torch.save(checkpoint, temporary)
+            if not self._is_known_safe:
+                _refuse_code(temporary)
+                self._is_known_safe = True
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a checkpoint may hold a value: one that is read without running anybody's code."""
+    if isinstance(value, list | tuple):
+        return type(value) in (list, tuple) and all(map(is_plain, value))
+    if isinstance(value, dict):
+        return type(value) is dict and all(map(is_plain, [*value, *value.values()]))
+    return value is None or type(value) in (bool, int, float, str, Tensor)
+
+
+def _refuse_code(path: Path) -> None:
+    """Refuse what this run could not read again: it would only come out when it goes on."""
+    if found := get_unsafe_globals_in_checkpoint(path):
+        rule = f"holds {name_some(found)}, which may run code when they are read, so that no run goes on from it"
+        raise CheckpointError(f"the checkpoint {rule}; let on_save_checkpoint and state_dict give plain values")
 
 
 class RunCheckpoint(Checkpoint):
@@ -106,9 +145,17 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the random states until training starts: setup uses random numbers, too."""
+        """Keep the random states until training starts: setup uses random numbers, too.
+
+        The loops are told where they are in which epoch, and a `trainer.max_time` counts from this start.
+        """
         self._random_states = checkpoint.get(_RANDOM_STATES, [])
         self._saved_step = int(checkpoint["global_step"])
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, CountedEpochs) and self._saved_step:
+            _place_loops(checkpoint["loops"]["fit_loop"], self._saved_step, data.epoch_steps())
+        for name in [name for name in checkpoint.get("callbacks", {}) if name.startswith(Timer.__qualname__)]:
+            del checkpoint["callbacks"][name]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Restore the random state of the checkpoint; handle signals from now on.
@@ -188,6 +235,35 @@ class RunCheckpoint(Checkpoint):
                     _link_or_copy(path, temporary)
             trainer.strategy.barrier("last.ckpt")
         self._saved_step = step
+
+
+def _place_loops(loops: dict[str, Any], step: int, epoch_steps: int) -> None:
+    """Say in Lightning's own words that a run is where it is when a step has ended: in which epoch, and how far.
+
+    What a checkpoint says itself depends on how long an epoch was for those who saved it.
+    """
+    epoch, done = divmod(step, epoch_steps)
+    begun = epoch + (done > 0)
+    batches = done or epoch_steps  # after the last one of an epoch, Lightning begins the next by itself
+    loops["epoch_progress"] = _progress(_counts(begun, processed=epoch, completed=epoch))
+    loops["epoch_loop.batch_progress"] = {
+        "total": _counts(step, completed=step - 1),
+        "current": _counts(batches, completed=batches - 1),
+        "is_last_batch": False,
+    }
+
+
+def _progress(counts: dict[str, int]) -> dict[str, dict[str, int]]:
+    return {"total": counts, "current": dict(counts)}
+
+
+def _counts(number: int, *, processed: int | None = None, completed: int) -> dict[str, int]:
+    return {
+        "ready": number,
+        "started": number,
+        "processed": number if processed is None else processed,
+        "completed": completed,
+    }
 
 
 def _free(path: Path) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from m2_encoder.bounds import Count, check_bounds
+from m2_encoder.training.callbacks.rows import count_rows
 
 _SKIPPED = "skipped_samples"
 
@@ -58,7 +59,7 @@ class SkippedSamples(Callback):
             counts = {f"data/skipped/{name}": float(n) for name, n in sorted((self.totals + self.at_start).items())}
             if counts:
                 # `pl_module.log` would drop steps that are no multiple of log_every_n_steps.
-                counts["samples_seen"] = float(trainer.global_step * len(batch.keys) * trainer.world_size)
+                counts["samples_seen"] = float(trainer.global_step * count_rows(batch) * trainer.world_size)
                 for sink in trainer.loggers:
                     sink.log_metrics(counts, step=trainer.global_step)
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from m2_encoder.bounds import Count, Fraction, Seconds, check_bounds
+from m2_encoder.training.callbacks.rows import count_rows
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Throughput(Callback):
     ) -> None:
         """Count the step, except the first with its warm-up costs; log at the end of every window."""
         now = time.perf_counter()
-        batch_size = len(batch.keys) * trainer.world_size
+        batch_size = count_rows(batch) * trainer.world_size
         if self._batch_ended is not None:
             spent = now - self._batch_ended
             self._window_samples += batch_size
