@@ -71,7 +71,7 @@ for axes, (name, by_language) in zip(panels.flat, measured.items(), strict=True)
         axes.bar_label(bars, fmt="{:.1f}" if scale == 100 else "{:.2f}", fontsize=8, padding=2)
     axes.set_xticks(range(3), ["right partner", "another's", "blind"])
     axes.set_title(f"{name}: {'tokens told right, percent' if scale == 100 else 'loss, less is better'}")
-    axes.margins(y=0.15)
+    axes.margins(y=0.3)
     axes.legend(loc="upper right", ncols=2)
 plt.show()
 
@@ -98,6 +98,8 @@ for axes, partner, title in zip(panels, PARTNERS[1:], ("beside a wrong picture",
         )
     axes.axline((0.1, 0.1), (1, 1), color=INK, linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel=title, xlim=(1e-8, 1.5), ylim=(1e-8, 1.5))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
 panels[0].set_title("Probability of the true word beside its own picture")
 panels[0].legend(loc="upper left")
 plt.show()
@@ -115,20 +117,20 @@ for language in LANGUAGE_COLORS:
 # %% [markdown]
 # ## One by one
 #
-# The words to which the picture adds most, one of a picture: in brackets what is hidden, then the probability of the
-# word in all three cases, and what the model says instead.
+# The words to which the picture adds most, one of a picture: the caption with what is hidden in brackets, the
+# probability of one hidden word in all three cases, and what the model holds to be likeliest.
 
 # %%
-best = {}
-for row in sorted(words, key=lambda row: row["wrong"] - row["right"]):
-    if all(row["image"] != other["image"] and row["word"] != other["word"] for other in best.values()):
-        best[len(best)] = row
-chosen = [
-    row for language in LANGUAGE_COLORS for row in [row for row in best.values() if row["language"] == language][:5]
-]
-figure, grid = plt.subplots(
-    len(chosen), 4, figsize=(10.5, 1.15 * len(chosen)), squeeze=False, width_ratios=[0.7, 0.7, 2.3, 3]
-)
+telling = sorted(words, key=lambda row: row["right"] - row["wrong"])
+chosen = []
+for language in LANGUAGE_COLORS:
+    spelled = [row for row in telling if row["language"] == language and any(map(str.isalpha, row["word"]))]
+    by_image = {row["image"]: row for row in spelled}  # the last one stays, to which the picture adds most
+    by_word = {row["word"]: row for row in spelled if by_image[row["image"]] is row}
+    chosen += sorted(by_word.values(), key=telling.index, reverse=True)[:5]
+most = 1.6 * max((row[partner] for row in chosen for partner in PARTNERS), default=1)
+widths, size = [0.7, 0.7, 2, 3], (10, 1.15 * len(chosen))
+figure, grid = plt.subplots(len(chosen), 4, figsize=size, squeeze=False, width_ratios=widths)
 for line, row in zip(grid, chosen, strict=True):
     for axes, shown in zip(line, (row["image"], row["other"]), strict=False):
         axes.imshow(drawings[shown])
@@ -136,11 +138,12 @@ for line, row in zip(grid, chosen, strict=True):
         axes.set_axis_off()
     fits = 12 if row["language"] == "zh" else 24
     place = {"transform": line[2].transAxes, "va": "center", "color": LANGUAGE_COLORS[row["language"]]}
-    line[2].text(0.02, 0.5, "\n".join(textwrap.wrap(row["caption"], fits)[:3]), **place)
+    line[2].text(0.02, 0.12, f"asked: {row['word']}", **{**place, "color": MUTED}, fontsize=8.5)
+    line[2].text(0.02, 0.6, "\n".join(textwrap.wrap(row["caption"], fits)[:3]), **place)
     bars = line[3].barh(range(3), [row[partner] for partner in PARTNERS], color=[INK, MUTED, "#c9d1d9"], height=0.7)
     said = [f" {row[partner]:.1%}  {row[f'says_{partner}'] or '(blank)'}" for partner in PARTNERS]
     line[3].bar_label(bars, said, fontsize=8)
-    line[3].set(yticks=range(3), yticklabels=["own", "wrong", "none"], xlim=(0, 1.4), xticks=[])
+    line[3].set(yticks=range(3), yticklabels=["own", "wrong", "none"], xlim=(0, most), xticks=[])
     line[3].tick_params(labelsize=8, length=0)
     line[3].invert_yaxis()
     line[3].grid(visible=False)

@@ -23,7 +23,7 @@ pictures_folder = None  # of your pictures; None for a set of the run
 shown_set = None  # which one, such as "val"
 texts = ["红色的心", "a red heart", "国旗", "a flag", "水果", "fruit"]
 # find a picture by the first, take the second away from it, add the third
-mixed = [["闪亮的心", "红色", "蓝色"], ["tomato", "red", "green"], ["woman astronaut", "woman", "man"]]
+mixed = [["闪亮的心", "红色", "蓝色"], ["tomato", "red", "green"], ["man health worker", "man", "woman"]]
 
 # %%
 from pathlib import Path
