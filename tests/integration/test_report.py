@@ -96,11 +96,12 @@ def test_report_of_a_run(
         model=model.train(),
         objectives={},
         datamodule=Data(folder, tokenizer),
+        tokenizer=tokenizer,
         run_folder=tmp_path,
         cfg=cfg,
         end=RunEnd(30, 40, "trainer.max_time"),
         times=FitTimes(time.time() - 5),
-    )
+    ).metrics
     assert model.training, "the report leaves the model as it was"
     names = {f"{d}_r@{k}" for d in ("i2t", "t2i") for k in (1, 5, 10)} | {"mean_recall"}
     expected = {f"val/emoji_{s}_{language}/{n}" for s in SPLITS for language in ("zh", "en") for n in names}
@@ -141,7 +142,7 @@ def test_report_refuses_a_broken_model(
     with pytest.raises(ValueError, match=r"vl_image_proj\.weight holds values that are NaN or infinite"):
         report_run(
             build_tasks(None), model=broken, objectives={}, datamodule=Data(folder, tokenizer), run_folder=tmp_path,
-            cfg={}, end=RunEnd(1, 1), times=FitTimes(time.time()),
+            tokenizer=tokenizer, cfg={}, end=RunEnd(1, 1), times=FitTimes(time.time()),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 

@@ -190,6 +190,22 @@ def test_a_sweep_refuses_a_job_before_the_first_one_starts(
     assert not (tmp_path / "r-seed=0").exists()
 
 
+def test_a_sweep_goes_on_with_no_run_that_has_other_settings(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("run.name=r-seed=1", "seed=1") == 0
+    before = (tmp_path / "r-seed=1" / "config.yaml").read_bytes()
+    capsys.readouterr()
+    assert start("-m", "seed=0,1", "trainer.max_steps=3") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    folder = tmp_path / "r-seed=1"
+    assert line.startswith(f"m2-train: run.name=r-seed=1: {folder} holds a run with other settings: ")
+    assert "trainer.max_steps: 2 then, 3 now" in line
+    assert line.endswith("; give another run.name, or run.resume=auto to go on with it")
+    assert (folder / "config.yaml").read_bytes() == before
+    assert not (tmp_path / "r-seed=0").exists()
+
+
 def test_a_sweep_starts_again_where_jobs_are_finished(start: Start, tmp_path: Path) -> None:
     assert start("run.name=r-seed=1", "seed=1") == 0
     assert start("-m", "seed=0,1", "run.resume=auto", "evaluation=[]") == 0

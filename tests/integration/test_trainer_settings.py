@@ -216,6 +216,7 @@ def test_time_ends_a_start_and_the_next_one_goes_on(start: Start, tmp_path: Path
         (["+trainer.limit_train_batches=0"], "trainer.limit_train_batches=0: must be a number of batches in 1.."),
         (["+trainer.fast_dev_run=-1"], "trainer.fast_dev_run=-1: must be true, false, or a number of batches"),
         (["+trainer.gradient_clip_algorithm=all"], "trainer.gradient_clip_algorithm=all: must be one of norm, value"),
+        (["trainer.compile=true", "strategy=grouped_fsdp"], "trainer.compile=true: is not proven with strategy"),
         (["trainer.compile=true", "+experiment=visual_tokenizer"], "trainer.compile=true: has no meaning here"),
     ],
 )

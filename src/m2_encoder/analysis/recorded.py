@@ -72,7 +72,14 @@ class RecordedRun:
     @property
     def is_finished(self) -> bool:
         """Whether all planned steps are done and evaluated."""
-        return bool(self.summary) and bool(self.summary.get("finished", True))  # early versions did not write it
+        ended = bool(self.summary) and bool(self.summary.get("finished", True))  # early versions did not write it
+        return ended and not self._goes_on
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether steps have been logged since the last end, as of a run that was given more."""
+        throughput = self.summary.get("throughput", {})
+        return self.steps > int(self.summary.get("steps", throughput.get("step", self.steps)))
 
     @property
     def steps(self) -> int:
@@ -115,7 +122,8 @@ class RecordedRun:
     def metrics(self) -> dict[str, float]:
         """Final values by name: those of the evaluation at the end, then what was logged last."""
         last = {name: value for line in self.log for name, value in line.items() if not _is_axis(name)}
-        return {**last, **self.summary.get("metrics", {})}
+        ended = self.summary.get("metrics", {})
+        return {**ended, **last} if self._goes_on else {**last, **ended}
 
     def curve(self, metric: str) -> Curve:
         """A logged metric, such as `train/loss/total` or `perf/samples_per_s`.

@@ -43,6 +43,7 @@ _NO_GROUPS: Final = ("hydra", "commands")
 PRESETS: Final = "sweep"
 """The group of presets of sweeps."""
 _NO_MAPPING: Final = re.compile(r"Error merging override (.*?)(?: \(|$)")
+_TWICE: Final = re.compile(r"(\w+) appears more than once in the final defaults list")
 _PLACEHOLDERS: Final = {
     "model": "FOLDER",
     "name": "NAME",
@@ -201,6 +202,12 @@ class Composer:
         except yaml.YAMLError as error:
             raise UserError(f"{self.folder}: a file is not valid YAML: {flatten(error)}") from error
         except (HydraException, OmegaConfBaseException) as error:
+            if (twice := _TWICE.search(flatten(error))) is not None:
+                value = next(
+                    (line.partition("=")[2] for line in lines if line.lstrip("+").startswith(f"{twice[1]}=")), ""
+                )
+                rule = "is chosen by another choice, such as the experiment, too; leave it out here"
+                raise UserError(rule, key=twice[1], value=value) from error
             raise UserError(self._explain(error)) from error
         OmegaConf.set_struct(cfg, False)
         for group in CHOSEN_AS_LISTS:

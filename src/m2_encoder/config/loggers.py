@@ -19,7 +19,7 @@ _GIVEN: Final[Mapping[str, Sequence[str]]] = {
 }
 _PACKAGES: Final[Mapping[str, tuple[tuple[str, ...], str]]] = {
     "TensorBoardLogger": (("tensorboard", "tensorboardX"), "tensorboard"),
-    "MlflowLogger": (("mlflow",), "mlflow-skinny sqlalchemy alembic"),
+    "MlflowLogger": (("mlflow",), "mlflow"),
     "MLFlowLogger": (("mlflow",), "mlflow"),
     "CometLogger": (("comet_ml",), "comet-ml"),
     "NeptuneLogger": (("neptune",), "neptune"),

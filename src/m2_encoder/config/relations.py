@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from m2_encoder.config import data_relations, foreign_relations, objective_relations
+from m2_encoder.config import callback_relations, data_relations, foreign_relations, objective_relations
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, emoji_folder_problems
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
 from m2_encoder.config.loggers import check_loggers
@@ -150,6 +150,9 @@ def _check_compiled(known: Known) -> Iterator[Problem]:
     elif is_foreign(known("model", None)):
         rule = "compiles the layers of this project's encoder alone, and model is another"
         yield Problem("trainer.compile", True, rule, f"{fix}, and call compile() in the constructor of the model")
+    elif known("strategy._target_", None) == _FSDP_TARGET:
+        rule = "is not proven with strategy=grouped_fsdp, which gathers the weights of a layer when that is called"
+        yield Problem("trainer.compile", True, rule, f"{fix}, or strategy=grouped_ddp")
     elif count_gpus(known) is None and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         yield Problem(
             "trainer.compile", True, "needs a C++ compiler on the CPU, and there is none", f"install g++, or {fix}"
@@ -316,6 +319,9 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     foreign_relations.check_scheduler,
     _check_tokenizer_task,
     _check_task_heads,
+    callback_relations.check_kept,
+    callback_relations.check_best,
+    callback_relations.check_validations,
     _check_folders,
     _check_emoji_folder,
     check_loggers,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from annotated_types import Ge, Le, Len
@@ -22,6 +22,7 @@ from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.pictures import POLICY_RULE, is_policy
 
 _MOST: Final = 10**9
+_MOST_LETTERS: Final = 64
 SAFE_NAME: Final = re.compile(r"[^\W_][\w.=+-]{0,99}")  # letters of any script
 RESERVED_NAMES: Final = ("data", "multirun")
 TARGET_GROUPS: Final = ("data", "optimizer", "scheduler", "trainer", "strategy")
@@ -46,6 +47,12 @@ Pictures = Annotated[Any, Rule(lambda value: value is None or is_policy(value), 
 _MODEL_RULE: Final = Rule(NAME_TO_CONFIG.__contains__, f"one of {', '.join(NAME_TO_CONFIG)}", "tiny")
 
 
+Word = Annotated[
+    str, Rule(lambda word: 0 < len(word.strip()) <= _MOST_LETTERS, f"a word of 1..{_MOST_LETTERS} letters", "a")
+]
+"""A tag; W&B takes no longer ones."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """The keys of `run`."""
@@ -54,7 +61,13 @@ class Run:
     folder: Annotated[Text, Example("outputs")]  # where runs lie
     resume: Literal["never", "auto", "must"]  # whether a run that exists goes on
     checkpoint_every: Annotated[Count, Example("500")]  # steps
+    keep_last: Annotated[Count | None, Example("3")] = 3  # checkpoints; None, as in older configurations: all
+    keep_every: Annotated[Count | None, Example("5000")] = None  # steps
+    final: Literal["last", "best"] = "last"  # the checkpoint that is evaluated and exported
     export: bool  # write the trained model at the end
+    task: Text | None = None  # what the run is for
+    tags: Annotated[Sequence[Word], Example("[a,b]")] = ()  # words to find it by
+    notes: Text | None = None  # about it
     debug: bool = False  # only a try
     metric: Text | None = None  # what sweeps compare
 

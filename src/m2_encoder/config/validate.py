@@ -28,8 +28,8 @@ GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "optimizer": ("module", "params", "model", "model_or_params"),
     "scheduler": ("optimizer",),
     "trainer": ("strategy", "logger", "callbacks", "plugins", "default_root_dir"),
+    "callbacks.checkpoint": ("folder", "keep_last", "keep_every"),
     "profiler": ("dirpath",),
-    "callbacks.checkpoint": ("folder",),
 }
 """By node, what the command passes itself when it builds the object; `given_to_loggers` has the rest."""
 

@@ -13,7 +13,6 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler
 from torch import Tensor
 
@@ -39,7 +38,8 @@ from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
 from m2_encoder.objectives.files import Resources
 from m2_encoder.pictures import STANDARD, read_policy
-from m2_encoder.runs.folder import LAST_CHECKPOINT, UNSAID
+from m2_encoder.runs.callbacks import build_callbacks
+from m2_encoder.runs.folder import UNSAID
 from m2_encoder.runs.lightning_loggers import JsonlLogger
 from m2_encoder.runs.parts import build_optimizer_factory, build_task, choose_taken
 from m2_encoder.runs.sinks import build_loggers, check_kind
@@ -70,7 +70,7 @@ def build_run(cfg: dict[str, Any], folder: Path) -> Run:
     objectives = build_objectives(cfg)
     datamodule = build_data(cfg, objectives)
     module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
-    trainer, metrics = build_trainer(cfg, folder)
+    trainer, metrics = build_trainer(cfg, folder, build_callbacks(cfg, folder, module))
     return Run(module, datamodule, trainer, metrics)
 
 
@@ -230,16 +230,14 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig | None) -> A
 
 
 def build_trainer(
-    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback] = (), *, resumes: bool = False
+    cfg: Mapping[str, Any], folder: Path, callbacks: Sequence[lightning.Callback], *, resumes: bool = False
 ) -> tuple[lightning.Trainer, JsonlLogger]:
-    """Builds the trainer with its loggers, which start here: W&B, too. The configuration's callbacks come last.
+    """Builds the trainer with its loggers, which start here: W&B, too.
 
     Raises:
-        UserError: for a callback or a logger that is none, or cannot start.
+        UserError: for a logger that is none, or cannot start.
     """
-    own = _build_callbacks(cfg, folder)  # which may be refused, before a logger starts
-    if cfg["trainer"].get("overfit_batches"):
-        own.append(OverfitVerdict())
+    own = [OverfitVerdict()] if cfg["trainer"].get("overfit_batches") else []
     metrics = JsonlLogger(folder / METRICS_FILE)
     profiler = _build_profiler(cfg, folder)
     loggers = [metrics, *([] if cfg["trainer"].get("fast_dev_run") else build_loggers(cfg, folder, resumes=resumes))]
@@ -270,15 +268,6 @@ def _build_profiler(cfg: Mapping[str, Any], folder: Path) -> Profiler | None:
         return profiler
     kinds = {"simple": StepProfiler, "pytorch": TraceProfiler, "advanced": AdvancedProfiler}
     return kinds[name](dirpath=str(folder), filename="profile") if name in kinds else None
-
-
-def _build_callbacks(cfg: Mapping[str, Any], folder: Path) -> list[lightning.Callback]:
-    given = {"checkpoint": {"folder": str((folder / LAST_CHECKPOINT).parent)}}
-    made = {name: instantiate(node, **given.get(name, {})) for name, node in cfg["callbacks"].items()}
-    check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
-    switches = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
-    unwanted = tuple(kind for key, kind in switches.items() if cfg["trainer"].get(key) is False)
-    return [callback for callback in made.values() if not isinstance(callback, unwanted)]
 
 
 def _build_plugins(cluster: str) -> list[ClusterEnvironment]:

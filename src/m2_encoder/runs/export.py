@@ -75,7 +75,7 @@ def export_run(
         model=model,
         tokenizer=build_tokenizer(cfg["model"], model.config),
         pictures=_pictures_of(cfg),
-        metrics=read_metrics(run_folder / SUMMARY_FILE, step=end.step),
+        metrics=read_metrics(run_folder / SUMMARY_FILE, step=end.taken_step),
         provenance=_origin(cfg, facts) | {"versions": ", ".join(map(" ".join, facts["versions"].items()))},
         card=_card(cfg, end, matching),
         matching=matching,
@@ -180,7 +180,7 @@ def read_metrics(path: Path, *, step: int | None = None) -> dict[str, dict[str, 
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if step is not None and content.get("steps", step) != step:
+        if step is not None and content.get("evaluated_step", content.get("steps", step)) != step:
             return {}
         table = content.get("table", {})
         return {

@@ -27,7 +27,7 @@ def find_metric(name: str | None, values: Mapping[str, float], validated: Collec
         UserError: if there is no such metric, or it is not finite.
     """
     if name is None:
-        recalls = [each for each in values if each.endswith(MEAN_RECALL)]
+        recalls = [each for each in values if each.endswith(MEAN_RECALL) and not _sums_up(each, values)]
         chosen = [each for each in recalls if each in validated] or recalls
         return statistics.fmean(values[each] for each in chosen) if chosen else None
     if name not in values:
@@ -36,3 +36,8 @@ def find_metric(name: str | None, values: Mapping[str, float], validated: Collec
     if not math.isfinite(values[name]):
         raise UserError(f"is {values[name]} at the end of the run; lower optimizer.lr", key=_KEY, value=name)
     return float(values[name])
+
+
+def _sums_up(name: str, names: Collection[str]) -> bool:
+    """Whether a recall is the mean over languages of a validation, which are there themselves."""
+    return any(other.startswith(f"{name.removesuffix(MEAN_RECALL)}_") for other in names)

@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from m2_encoder.checkpoints.tensors import find_non_finite
+from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.config.paths import is_debug
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.masking.batch_masking import build_masking
@@ -29,6 +30,8 @@ from m2_encoder.runs.ending import Results, RunEnd
 from m2_encoder.runs.export import trained_head
 from m2_encoder.runs.times import FitTimes
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from m2_encoder.training.callbacks.checkpoint import BEST_NAME
+from m2_encoder.training.callbacks.monitors import BestCheckpoint
 
 
 def report_run(
@@ -41,6 +44,7 @@ def report_run(
     run_folder: Path,
     cfg: Mapping[str, Any],
     end: RunEnd,
+    best: BestCheckpoint | None,
     times: FitTimes,
 ) -> Results:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
@@ -75,20 +79,48 @@ def report_run(
         "wall_time_s": wall_time_s,
         "timing": times.to_plain(),
     }
-    progress: dict[str, Any] = {"finished": end.is_finished, "steps": end.step, "planned_steps": end.planned}
-    if end.reason:
-        progress["ended_by"] = end.reason
-    pictures = write_results(run_folder, results, summary | progress | training | describe_run())
+    pictures = write_results(
+        run_folder, results, summary | _facts_of(end, best) | training | describe_run() | labels_of(cfg)
+    )
     print_results(console, results, context)
     console.print()
-    if not end.is_finished:
-        goes_on = "the next debug run replaces it" if is_debug(cfg) else "run.resume=auto goes on"
-        console.print(Text.assemble("  ", (f"{'steps':<12}", "bold"), f" {end}; {goes_on}"), soft_wrap=True)
+    for what, text in _progress(end, best, debug=is_debug(cfg)):
+        console.print(Text.assemble("  ", (f"{what:<12}", "bold"), f" {text}"), soft_wrap=True)
     for what, path in _places(run_folder, pictures, cfg):
         console.print(Text.assemble("  ", (f"{what:<12}", "bold"), abridge(f" {short_path(path)}")), soft_wrap=True)
     minutes, seconds = divmod(round(wall_time_s), 60)
     console.print(Text.assemble("  ", (f"{'wall time':<12}", "bold"), f" {minutes} min {seconds:02d} s"))
     return Results(dict(summary["metrics"]), pictures, run_folder, end.step)
+
+
+def _facts_of(end: RunEnd, best: BestCheckpoint | None) -> dict[str, Any]:
+    progress: dict[str, Any] = {"finished": end.is_finished, "steps": end.step, "planned_steps": end.planned}
+    if end.reason:
+        progress["ended_by"] = end.reason
+    if best is not None:
+        own = {"file": f"{CHECKPOINT_FOLDER}/{BEST_NAME}", "step": best.step}
+        progress["best_checkpoint"] = {**own, "metric": best.monitor, "value": best.value}
+        progress["evaluated_step"] = end.taken_step
+    return progress
+
+
+def labels_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person has said about a run: its task, tags and notes, as far as there are any."""
+    run = _section(cfg, "run")
+    return {key: run[key] for key in ("task", "tags", "notes") if run.get(key)}
+
+
+def _progress(end: RunEnd, best: BestCheckpoint | None, *, debug: bool) -> list[tuple[str, str]]:
+    """How far the training got, where that is not as planned, and which step was measured."""
+    lines = []
+    if not end.is_finished:
+        lines.append(("steps", f"{end}; {'the next debug run replaces it' if debug else 'run.resume=auto goes on'}"))
+    elif end.step < end.planned:
+        lines.append(("steps", str(end)))
+    if best is not None:
+        taken = "evaluated here" if end.taken is not None else "run.final=best evaluates and exports it"
+        lines.append(("best", f"step {best.step:,}: {best.monitor} {best.value:.4g}; {taken}"))
+    return lines
 
 
 def _run_facts(
@@ -98,7 +130,7 @@ def _run_facts(
     return RunFacts(
         name=run_folder.name,
         model=str(_section(cfg, "model").get("name") or "model"),
-        steps=end.step,
+        steps=end.taken_step,
         heldout_style=str(data.get("heldout_style", "")),
         folder=datamodule.folder if isinstance(datamodule, EmojiDataModule) else None,
     )

@@ -103,11 +103,18 @@ def _compare(key: str, before: Any, now: Any, free: Sequence[str] = _FREE) -> It
         yield key, before, now
 
 
-def check_resume(module: lightning.LightningModule, cfg: Mapping[str, Any], folder: Path, checkpoint: Path) -> None:
+def check_resume(
+    module: lightning.LightningModule,
+    cfg: Mapping[str, Any],
+    folder: Path,
+    checkpoint: Path,
+    *,
+    is_over: bool | None = None,
+) -> None:
     """Refuse a checkpoint that does not fit what is to be trained, before anything is written or started.
 
     Settings that would change nothing are refused, too. The module is not built yet, and left so. `config.yaml` in the
-    run's folder says how the run began.
+    run's folder says how the run began. `is_over`: whether no step is left; by default if all are done.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
@@ -123,7 +130,9 @@ def check_resume(module: lightning.LightningModule, cfg: Mapping[str, Any], fold
             check_stored(str(entry.get("sha256")), tokenizer, weights=checkpoint)
         except UserError as error:
             raise UserError(str(error), key="model.tokenizer", value=cfg["model"]["tokenizer"]) from error
-    if problems := list(_find_idle(before, cfg, checkpoint, done=content["global_step"])):
+    done = content["global_step"]
+    is_over = done >= cfg["trainer"]["max_steps"] if is_over is None else is_over
+    if problems := list(_find_idle(before, cfg, checkpoint, done=done, is_over=is_over)):
         raise UserError("the run that is continued would not follow these settings", problems=problems)
     if (found := _find_misfit(module, content)) is not None:
         name, said = found
@@ -172,7 +181,9 @@ def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[
         yield Problem("optimizer._target_", value, rule, f"leave optimizer=... out, or {_NEW_NAME}")
 
 
-def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Path, *, done: int) -> Iterator[Problem]:
+def _find_idle(
+    before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Path, *, done: int, is_over: bool
+) -> Iterator[Problem]:
     """Changed settings that would change nothing, because the checkpoint holds what they decide on, or all is done."""
     if not before:
         return
@@ -183,15 +194,18 @@ def _find_idle(before: Mapping[str, Any], cfg: Mapping[str, Any], checkpoint: Pa
         weights = "" if key == "model.weights" else f" {key}={show(now).replace(', ', ',')}"
         fix = f"leave it out, or start another run from these weights: run.name=NEW model.weights={checkpoint}{weights}"
         yield Problem(key, now, rule, fix)
-    if done < cfg["trainer"]["max_steps"]:
+    if not is_over:
         return
+    is_stopped = done < cfg["trainer"]["max_steps"]
     echo = ("scheduler.max_steps", *(each["trainer"]["max_steps"] for each in (before, cfg)))
     for key, was, now in _compare("", fill_in(before), fill_in(cfg), _REPORTING):
         # What earlier versions did not know is not recorded either.
         if key not in reported and _has(before, key) and (key, was, now) != echo:
-            rule = f"changes nothing, as all {done} steps are done; it was {show(was)}"
-            fix = f"leave it out, or train on with trainer.max_steps above {done}"
-            if key == "trainer.max_steps":
+            all_done = f"training was stopped early at step {done}" if is_stopped else f"all {done} steps are done"
+            go_on = "callbacks=[default] or more patience" if is_stopped else f"trainer.max_steps above {done}"
+            rule = f"changes nothing, as {all_done}; it was {show(was)}"
+            fix = f"leave it out, or train on with {go_on}"
+            if key == "trainer.max_steps" and not is_stopped:
                 rule = f"must be {done} or more: so many steps are done already"
                 earlier = f"step={now if checkpoint.with_name(f'step={now}.ckpt').is_file() else 'N'}"
                 export = f"m2-export run.name={cfg['run']['name']} checkpoint={earlier}"

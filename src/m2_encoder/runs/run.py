@@ -20,6 +20,7 @@ from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder, is_debug
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.sweep_jobs import EXIT_PRUNED
+from m2_encoder.errors import abridge
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
@@ -35,6 +36,7 @@ from m2_encoder.runs.build import (
     build_trainer,
     validation_name_of,
 )
+from m2_encoder.runs.callbacks import build_callbacks, find_best, find_stop, take_best
 from m2_encoder.runs.ending import Results, describe_end
 from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import (
@@ -54,13 +56,14 @@ from m2_encoder.runs.parts import describe_foreign, gives_features, is_ours
 from m2_encoder.runs.pictures import describe_other_pictures, settle_pictures
 from m2_encoder.runs.pruning import find_pruning
 from m2_encoder.runs.ranks import StartedRanks, end_with_starter, watching
-from m2_encoder.runs.report import report_run, short_path
+from m2_encoder.runs.report import labels_of, report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.sinks import close_loggers, replay
 from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
 from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
+from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
 from m2_encoder.training.callbacks.first_validation import FirstValidation
 from m2_encoder.training.callbacks.step_numbers import StepNumbers
 from m2_encoder.training.module import PretrainModule
@@ -95,12 +98,9 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     resumes = newest is not None
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     cfg, frozen, module, tasks, datamodule, remarks = _settle(cfg, folder, resumes=resumes)
-    if newest is not None and newest.step >= cfg["trainer"]["max_steps"] and (folder / CONFIG_FILE).is_file():
-        trained = read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
-    else:
-        trained = cfg
-    if newest is not None:
-        check_resume(module, cfg, folder, newest.path)
+    callbacks = build_callbacks(cfg, folder, module)
+    stopped = find_stop(newest, callbacks)
+    trained = cfg if newest is None else _check_newest(newest, module, cfg, folder, stopped=stopped)
     checked = check_data(datamodule, folder, resumes=resumes)
     if debug:
         clear_debug(folder)
@@ -115,25 +115,41 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     first_step = FirstStep(write_records if keeps else (lambda: None))
     times, pruning = FitTimes(started), find_pruning(cfg)
     own = [first_step, FirstValidation(), MissedValidation(), times, *([] if is_ours(module) else [StepNumbers()])]
-    trainer, metrics = build_trainer(cfg, folder, callbacks=[*own, *pruning], resumes=resumes)
+    trainer, metrics = build_trainer(cfg, folder, [*own, *pruning, *callbacks], resumes=resumes)
     ranks.trainer = trainer
     run = Run(module, datamodule, trainer, metrics)
     results: Results | None = None
     try:
         if trainer.is_global_zero:
-            _announce(cfg, folder, newest, run, remarks, changes=trained is cfg)
+            _announce(cfg, folder, newest, run, remarks, changes=trained is cfg, stopped=stopped)
         with watching(trainer):
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
+            best = take_best(run.module, callbacks, folder) if cfg["run"].get("final") == "best" else None
             taken = _take_model(run.module)
         _say_profile(trainer)
         if any(each.is_over for each in pruning):
             results = Results({}, (), folder, trainer.global_step)
             _end_pruned(run, cfg)
-        results = _finish(run, taken, tasks, cfg, folder, trained=trained, times=times)
+        results = _finish(run, taken, tasks, cfg, folder, trained=trained, best=best, times=times)
     finally:
         close_loggers(trainer, results)  # last: a server may keep it waiting
     return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **results.metrics}
+
+
+def _check_newest(
+    newest: Newest, module: lightning.LightningModule, cfg: dict[str, Any], folder: Path, *, stopped: str
+) -> dict[str, Any]:
+    """Refuses a checkpoint that does not fit; the configuration of the training that it is of, or that goes on.
+
+    Raises:
+        UserError: as `check_resume`.
+    """
+    is_over = bool(stopped) or newest.step >= cfg["trainer"]["max_steps"]
+    check_resume(module, cfg, folder, newest.path, is_over=is_over)
+    if is_over and (folder / CONFIG_FILE).is_file():
+        return read_run(folder / CONFIG_FILE)  # no step is left: the records stay those of the training
+    return cfg
 
 
 def _say_profile(trainer: lightning.Trainer) -> None:
@@ -190,9 +206,13 @@ def _finish(
     folder: Path,
     *,
     trained: dict[str, Any],
+    best: int | None,
     times: FitTimes,
 ) -> Results:
-    """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first."""
+    """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first.
+
+    `best` is the step whose weights were taken in place of the last ones.
+    """
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
         return Results({}, (), folder, 0)
@@ -200,7 +220,7 @@ def _finish(
         steps = run.trainer.global_step
         say(f"run {cfg['run']['name']}: debug run: {steps} step(s) and validation went through")
         return Results({}, (), folder, steps)
-    end = describe_end(run.trainer, trained["trainer"]["max_steps"], debug=is_debug(cfg))
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"], debug=is_debug(cfg))._replace(taken=best)
     is_measured = isinstance(model, VisualTokenizer) or gives_features(model)
     results = report_run(
         tasks if is_measured else {},
@@ -211,6 +231,7 @@ def _finish(
         run_folder=folder,
         cfg=cfg,
         end=end,
+        best=find_best(run.trainer.callbacks),  # type: ignore[attr-defined]
         times=times,
     )
     if not cfg["run"]["export"] or is_debug(cfg):
@@ -239,11 +260,29 @@ def _take_model(module: lightning.LightningModule) -> Taken:
     return merged, module.trained_objectives()
 
 
+def _describe_newest(done: int, steps: int, stopped: str, folder: Path) -> str:
+    if stopped:
+        return f"ended at step {done} of {steps} by {stopped}; evaluating again"
+    if done < steps:
+        return f"continuing at step {done} of {steps}, in {folder}"
+    return f"all {done} steps are done already; evaluating again"
+
+
 def _announce(
-    cfg: dict[str, Any], folder: Path, newest: Newest | None, run: Run, remarks: Sequence[str], *, changes: bool
+    cfg: dict[str, Any],
+    folder: Path,
+    newest: Newest | None,
+    run: Run,
+    remarks: Sequence[str],
+    *,
+    changes: bool,
+    stopped: str,
 ) -> None:
     name, steps = cfg["run"]["name"], cfg["trainer"]["max_steps"]
     done = 0 if newest is None else newest.step
+    if labels := labels_of(cfg):
+        words = [", ".join(value) if isinstance(value, list) else value for value in labels.values()]
+        say(f"run {name}: {abridge(' · '.join(words), 300)}")
     run.metrics.resume_at(done)  # of a start that ended before it saved anything, too
     replay(run.trainer, run.metrics.path)
     if tried := cfg["trainer"].get("fast_dev_run"):
@@ -254,13 +293,15 @@ def _announce(
         if newest.passed:
             more = f"; and {len(newest.passed) - 1} more" if len(newest.passed) > 1 else ""
             say(f"run {name}: {newest.path.name} is the newest whole checkpoint ({newest.passed[0][:300]}{more})")
-        left = f"continuing at step {done} of {steps}, in {folder}"
-        say(f"run {name}: {left if done < steps else f'all {done} steps are done already; evaluating again'}")
+        said = _describe_newest(done, steps, stopped, folder)
+        say(f"run {name}: {said}")
         if changes and (found := describe_changes(folder / CONFIG_FILE, cfg)):
             say(f"run {name}: changed since its last start: {'; '.join(found)}")
+    if not any(isinstance(each, RunCheckpoint) for each in run.trainer.callbacks):  # type: ignore[attr-defined]
+        say(f"run {name}: saves no checkpoint to go on from; callbacks=[default,...] has the callback that does")
     for line in remarks:
         say(f"run {name}: {line}")
-    if done >= steps or not isinstance(run.module, PretrainModule):
+    if done >= steps or stopped or not isinstance(run.module, PretrainModule):
         return  # a task has no objectives
     ranks = {"world_size": run.trainer.world_size, "ranks_per_node": run.trainer.num_devices}
     for line in describe_start(cfg, run.module.trained_objectives(), **ranks):

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from m2_encoder.distributed.gradients import clip_gradients
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.metrics import RECALL_KS
 from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -93,7 +94,7 @@ class PretrainModule(lightning.LightningModule):
         self._build_optimizer, self._build_scheduler = optimizer, scheduler
         self._initial_state = initial_state
         self._max_log_scale = math.log(max_logit_scale)
-        self._validation_name = validation_name
+        self.validation_name = validation_name
         self._compiled = compiled
         self._tokenizer = tokenizer
         self._last_losses: dict[str, Tensor] = {}
@@ -221,14 +222,25 @@ class PretrainModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log recalls of each language that the set has."""
         self._log_step(self.global_step)
+        means = []
         for language in LANGUAGES:
             recall = self._recall(language)
             if not recall.update_called:
                 continue
-            for name, value in recall.compute().items():
+            found = recall.compute()
+            means.append(found["mean_recall"])
+            for name, value in found.items():
                 if "r@" in name or name == "mean_recall":
-                    self.log(f"val/{self._validation_name}_{language}/{name}", value)
+                    self.log(f"val/{self.validation_name}_{language}/{name}", value)
             recall.reset()
+        if means:
+            self.log(f"val/{self.validation_name}/mean_recall", torch.stack(means).mean())
+
+    def validation_metrics(self) -> list[str]:
+        """Names of all that a validation may log; those of a language only come where the set has it."""
+        recalls = [f"{way}_r@{k}" for way in ("i2t", "t2i") for k in RECALL_KS]
+        own = [f"_{language}/{name}" for language in LANGUAGES for name in (*recalls, "mean_recall")]
+        return [f"val/{self.validation_name}{name}" for name in ("/mean_recall", *own)]
 
     def frozen_towers(self) -> tuple[str, ...]:
         """Names of what somebody else's model has beside what gives features; nothing of our own."""

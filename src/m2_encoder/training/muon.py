@@ -143,7 +143,10 @@ class MuonWithAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore both parts."""
+        names = [group.get("name") for group in self.param_groups]
         muon, adamw = self._parts
         muon.load_state_dict(state_dict["muon"])
         adamw.load_state_dict(state_dict["adamw"])
         self._share_groups()
+        for name, group in zip(names, self.param_groups, strict=True):
+            group.setdefault("name", name)  # of checkpoints of earlier versions

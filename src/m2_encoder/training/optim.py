@@ -44,7 +44,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters: with decay, without, and the scales and bias of logits.
 
-    A group has `params`, `lr`, `weight_decay` and the parameters' `names` (for `key_by_name`).
+    A group has `params`, `lr`, `weight_decay`, the parameters' `names` (for `key_by_name`) and its own `name`.
     """
     groups: dict[str, dict[str, Any]] = {
         "decayed": {"params": [], "names": [], "lr": lr, "weight_decay": weight_decay},
@@ -56,7 +56,29 @@ def parameter_groups(
             kind = "scales" if name.endswith(_SCALES) else "decayed" if is_decayed(name, parameter) else "plain"
             groups[kind]["params"].append(parameter)
             groups[kind]["names"].append(name)
-    return [group for group in groups.values() if group["params"]]
+    return [{**group, "name": kind} for kind, group in groups.items() if group["params"]]
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Learning rates of the next step, by the names of the groups; `group_0` and so on where they have none."""
+    rates: dict[str, float] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        name = str(group.get("name") or f"group_{index}")
+        rates[f"{name}_{index}" if name in rates else name] = float(group["lr"])
+    return rates
+
+
+def main_learning_rate(optimizer: Optimizer) -> float:
+    """That of `optimizer.lr` times the schedule; of an optimizer without our groups, that of its first one."""
+    rates = learning_rates(optimizer)
+    return next((rates[name] for name in ("decayed", "plain") if name in rates), next(iter(rates.values())))
+
+
+def name_groups(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state whose groups have the names of the optimizer's; checkpoints of earlier versions do not know them."""
+    groups = state.get("param_groups", [])
+    named = [{"name": own["name"], **group} for own, group in zip(optimizer.param_groups, groups, strict=False)]
+    return {**state, "param_groups": [*named, *groups[len(named) :]]}
 
 
 @check_bounds
@@ -88,7 +110,9 @@ def build_optimizer(
     if not groups:
         raise UserError("no parameter wants a gradient; there is nothing to train")
     first, second = betas
-    return AdamW(groups, lr=lr, betas=(first, second), eps=eps)
+    optimizer = AdamW(groups, lr=lr, betas=(first, second), eps=eps)
+    optimizer.register_load_state_dict_pre_hook(name_groups)
+    return optimizer
 
 
 def key_by_name(state: dict[str, Any]) -> dict[str, Any]:
@@ -165,8 +189,9 @@ def build_muon(
     if not hidden or not adamw:
         raise UserError("Muon needs trainable matrices inside layers and other parameters; use optimizer=adamw")
     first, second = betas
+    matrices = parameter_groups(hidden, lr=matrix_lr, weight_decay=weight_decay)
     return MuonWithAdamW(
-        muon=parameter_groups(hidden, lr=matrix_lr, weight_decay=weight_decay),
+        muon=[{**group, "name": "matrices"} for group in matrices],
         adamw=adamw,
         betas=(first, second),
         eps=eps,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from m2_encoder.bounds import Count, NotNegative, check_bounds
-from m2_encoder.evaluation.reconstruction import ReconstructionMeter, perplexity, psnr
+from m2_encoder.evaluation.reconstruction import Reconstruction, ReconstructionMeter, perplexity, psnr
 from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig
 from m2_encoder.training.optim import OptimizerFactory, SchedulerFactory
 from m2_encoder.types import ImageTextBatch, RetrievalBatch
@@ -63,7 +63,7 @@ class VisualTokenizerModule(lightning.LightningModule):
         self.tokenizer = VisualTokenizer(config)
         self._build_optimizer, self._build_scheduler = optimizer, scheduler
         self._commitment_weight, self._decay, self._restart_below = commitment_weight, decay, restart_below
-        self._validation_name = validation_name
+        self.validation_name = validation_name
         self._meter = ReconstructionMeter(num_codes)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -103,8 +103,12 @@ class VisualTokenizerModule(lightning.LightningModule):
         """Log the measures of the reconstruction."""
         self.log("step", torch.tensor(float(self.global_step), dtype=torch.float64))
         for name, value in self._meter.compute()._asdict().items():
-            self.log(f"val/{self._validation_name}/{name}", float(value))
+            self.log(f"val/{self.validation_name}/{name}", float(value))
         self._meter = ReconstructionMeter(self.tokenizer.num_codes)
+
+    def validation_metrics(self) -> list[str]:
+        """Names of all that a validation logs."""
+        return [f"val/{self.validation_name}/{name}" for name in Reconstruction._fields]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the shape, which loading the weights needs."""

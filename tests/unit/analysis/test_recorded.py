@@ -279,3 +279,14 @@ def test_a_search_is_drawn_over_its_values(tmp_path: Path) -> None:
         assert [axes.get_xscale() for axes in figure.axes if axes.get_visible()] == ["log"]
         with pytest.raises(UserError, match="no effect to draw"):
             plot_effects(read_runs(tmp_path / "seeds"))
+
+
+def test_a_run_that_was_given_more_steps_has_not_ended(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", recall=1.0)
+    summary = {"finished": True, "steps": 2, "metrics": {RECALL: 1.0, "train/loss/total": 0.5}}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    run = read_run(folder)
+    assert not run.is_finished
+    assert (run.final("train/loss/total"), run.final(RECALL)) == (1 / 3, 1.0)
+    (folder / "summary.json").write_text(json.dumps({**summary, "steps": 3}), encoding="utf-8")
+    assert read_run(folder).is_finished

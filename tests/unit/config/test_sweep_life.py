@@ -127,6 +127,28 @@ def test_jobs_end_with_their_sweep_which_goes_on(begin: Begin, tmp_path: Path, n
     assert (record["state"], record["swept"], len(record["begun"])) == ("finished", ["size=2"], 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "int"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_do_the_same(begin: Begin, tmp_path: Path, launcher: str, number: int) -> None:
+    line = (f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []))
+    first = begin(*line)
+    job = _await_second(tmp_path)
+    first.send_signal(number)
+    assert first.wait(60) != 0
+    assert _ends(job)
+    (tmp_path / "go").touch()
+    again = begin(*line)
+    _, err = again.communicate(timeout=240)
+    assert again.returncode == 1
+    log = tmp_path / "outputs" / "multirun" / "try" / "jobs" / "try-size=3.log"
+    assert f"m2-tool: 3/3 try-size=3: refused (size=3: it is no good; see {log}); " in err
+    assert "m2-tool: 2/3 try-size=2: finished; " in err
+    assert "m2-tool: 3 jobs: " in err
+    assert "m2-tool: size=3: it is no good" in log.read_text(encoding="utf-8")
+    assert (tmp_path / "begun.txt").read_text().count("1 ") <= 2
+
+
 def test_one_at_a_time(begin: Begin, tmp_path: Path) -> None:
     first = begin()
     _await_second(tmp_path)

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -240,3 +242,38 @@ def test_an_id_belongs_to_a_folder(tmp_path: Path) -> None:
 def test_a_damaged_id_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "wandb.json").write_text(content.replace("FOLDER", json.dumps(str(tmp_path))[1:-1]), encoding="utf-8")
     assert find_id(tmp_path) is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_account")
+def test_wandb_sync_uploads_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was offline, killed, went on, and was uploaded in between by W&B's own command."""
+
+    def sync() -> None:
+        places = [path.parent for path in (folder / "wandb").glob("offline-run-*/*.wandb")]
+        command = [str(Path(sys.executable).with_name("wandb")), "sync", *map(str, places)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+
+    folder = tmp_path / "r"
+    with serve_wandb() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        run = Run(folder, mode="offline")
+        run.log(1, 2, 3)
+        run.close()
+        sync()
+        run_id = str(find_id(folder))
+        assert server.rows(run_id) == expected(folder)
+        run = Run(folder, resumes_at=2, mode="offline")
+        run.log(3, 4)
+        kill_service()
+        run = Run(folder, resumes_at=4, mode="offline")
+        run.log(5)
+        run.close()
+        sync()
+        assert server.rows(run_id) == expected(folder)
+        assert sorted(expected(folder)) == [1, 2, 3, 4, 5]
+        run = Run(folder, resumes_at=5, mode="online")
+        run.log(6)
+        run.close()
+        assert server.rows(run_id) == expected(folder)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
@@ -27,6 +28,8 @@ from m2_encoder.bounds import Count, check_bounds
 from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import CheckpointError, name_some
 from m2_encoder.files import atomic_file
+from m2_encoder.training.callbacks.monitors import BestCheckpoint
+from m2_encoder.training.callbacks.retention import KeptCheckpoints, delete
 from m2_encoder.training.optim import follow_schedule
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,8 @@ _SAVING = b"m2-train: this step will be saved, then the run ends; once more Ctrl
 
 _RANDOM_STATES = "random_states"
 _SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters")
+
+BEST_NAME = "best.ckpt"
 
 
 @runtime_checkable
@@ -97,7 +102,11 @@ def _refuse_code(path: Path) -> None:
 
 
 class RunCheckpoint(Checkpoint):
-    """Keeps `step=<n>.ckpt` every so many steps and after the last one; `last.ckpt` is the newest of them.
+    """Saves `step=<n>.ckpt` every so many steps and after the last one; `last.ckpt` is the newest of them.
+
+    Where a step is also validated, it is saved after that, so that whoever decides by validations (early stopping, the
+    best checkpoint) goes on as if nothing had come between. `KeptCheckpoints` says which files stay. With a
+    `BestCheckpoint` among the callbacks, `best.ckpt` is the state of its step.
 
     Besides what Lightning saves (weights, optimizer, schedule, loops, the place in the data) a checkpoint holds the
     random state of every rank, so that stochastic depth goes on as in an uninterrupted run.
@@ -109,10 +118,20 @@ class RunCheckpoint(Checkpoint):
     """
 
     @check_bounds
-    def __init__(self, *, folder: str | os.PathLike[str], every_n_steps: Count) -> None:
+    def __init__(
+        self,
+        *,
+        folder: str | os.PathLike[str],
+        every_n_steps: Count,
+        keep_last: Count | None = None,
+        keep_every: Count | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
+        self._kept = KeptCheckpoints(self.folder, last=keep_last, every=keep_every)
         self._saved_step = 0
+        self._waits = False  # for the validation of a step that is to be saved
+        self._starts = True
         self._random_states: list[Mapping[str, Tensor]] = []
         self._signal: int | None = None  # that this rank has got
         self._leaves = False
@@ -121,6 +140,19 @@ class RunCheckpoint(Checkpoint):
     def last(self) -> Path:
         """Path of the newest checkpoint, which need not exist."""
         return self.folder / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """Path of the checkpoint that `BestCheckpoint` has chosen, which need not exist."""
+        return self.folder / BEST_NAME
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which files stay."""
+        return self._kept.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the files of the earlier start."""
+        self._kept.load_state_dict(state_dict)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Make saving atomic, and remove partial files of a killed process."""
@@ -158,7 +190,7 @@ class RunCheckpoint(Checkpoint):
             del checkpoint["callbacks"][name]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Restore the random state of the checkpoint; handle signals from now on.
+        """Handle signals from now on.
 
         Raises:
             CheckpointError: if the ranks go on from different checkpoints.
@@ -166,27 +198,33 @@ class RunCheckpoint(Checkpoint):
         _check_ranks(trainer)
         for config in trainer.lr_scheduler_configs:
             follow_schedule(config.scheduler)
-        self._signal, self._leaves = None, False
+        self._signal, self._leaves, self._waits, self._starts = None, False, False, True
+        if trainer.is_global_zero and trainer.global_step:
+            self._kept.begin_at(trainer.global_step)
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             for number in _SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # as nohup wants it
                 signal.signal(number, self._note_signal)  # Lightning restores the old handlers in the end
-        if len(self._random_states) == trainer.world_size:
-            _restore_random_state(self._random_states[trainer.global_rank])
-        elif self._random_states and trainer.is_global_zero:
+        if self._random_states and len(self._random_states) != trainer.world_size and trainer.is_global_zero:
             logger.warning(
                 "saved by %d ranks, continued by %d: the data go on exactly, stochastic depth is drawn anew",
                 len(self._random_states),
                 trainer.world_size,
             )
-        self._random_states = []
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """End after a signal, now that the metrics of the saved step are written."""
+        """End after a signal, now that the metrics of the saved step are written; restore the random state."""
         self._leave(trainer)
+        if self._starts:
+            # Lightning counts one less after a checkpoint of a validation, unless the next start validates then, too.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            # Not before: Lightning may make the workers of a validation once more, which draws a number.
+            if len(self._random_states) == trainer.world_size:
+                _restore_random_state(self._random_states[trainer.global_rank])
+            self._random_states, self._starts = [], False
 
     def on_train_batch_end(
         self,
@@ -199,8 +237,20 @@ class RunCheckpoint(Checkpoint):
         """Save every so many steps, after the last one, and after a signal to a rank."""
         step = trainer.global_step
         self._leaves = trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
-        if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop or self._leaves:
+        is_due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop or self._waits
+        self._waits = is_due and _is_validated(trainer)
+        if self._leaves or (is_due and not self._waits):
             self._save(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save the step that was validated, if it is due, the best one, or the last."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        is_best = any(isinstance(each, BestCheckpoint) and each.is_new(trainer) for each in _callbacks(trainer))
+        is_due = self._waits or self._leaves or trainer.should_stop
+        self._waits = False
+        if is_best or is_due:
+            self._write(trainer, best=is_best, step=is_due)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the last step of a run that ended early."""
@@ -222,19 +272,44 @@ class RunCheckpoint(Checkpoint):
             raise SIGTERMException(128 + (self._signal or signal.SIGTERM) if trainer.is_global_zero else 0)
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        step = trainer.global_step
-        if step == self._saved_step or getattr(trainer, "fast_dev_run", False):  # which keeps nothing
+        if trainer.global_step != self._saved_step:
+            self._write(trainer, step=True)
+
+    def _write(self, trainer: lightning.Trainer, *, step: bool, best: bool = False) -> None:
+        """Write one file, and give it all of its names: that of the step (then it is the last, too), `best.ckpt`."""
+        if getattr(trainer, "fast_dev_run", False):  # which keeps nothing
             return
-        path = self.folder / f"step={step}.ckpt"
+        if step:
+            self._kept.begin(trainer.global_step)
+        # The best one comes first: after a kill in between, its state knows of it, and is the newest.
+        paths = [*([self.best] if best else []), *([self._kept.path(trainer.global_step), self.last] if step else [])]
         if trainer.is_global_zero:
-            _free(path)
+            for path in paths:
+                _free(path)
         with getattr(trainer.strategy, "saving", contextlib.nullcontext)():  # ranks that wait say for what
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(paths[0])
             if trainer.is_global_zero:
-                with atomic_file(self.last, error=CheckpointError) as temporary:
-                    _link_or_copy(path, temporary)
+                for path in paths[1:]:
+                    with atomic_file(path, error=CheckpointError) as temporary:
+                        _link_or_copy(paths[0], temporary)
             trainer.strategy.barrier("last.ckpt")
-        self._saved_step = step
+        if step:
+            self._saved_step = trainer.global_step
+            given_up = self._kept.prune()
+            if trainer.is_global_zero:
+                for path in given_up:
+                    delete(path)
+
+
+def _is_validated(trainer: lightning.Trainer) -> bool:
+    """Whether Lightning validates the step that has just been done; only its loop knows all reasons to."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) and sum(trainer.num_val_batches) > 0
+
+
+def _callbacks(trainer: lightning.Trainer) -> list[lightning.Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _place_loops(loops: dict[str, Any], step: int, epoch_steps: int) -> None:

@@ -29,8 +29,8 @@ _PLAIN_LINES = 20  # lines over a whole run where there is no terminal
 class TrainingProgress(ProgressBar):
     """A live bar with its numbers below in a terminal; about twenty plain lines over the run in a log file.
 
-    Shows the step, elapsed and remaining time, samples per second, the loss per language and the last validation
-    recalls (text to image, R@10, percent).
+    Shows the step, elapsed and remaining time, samples per second, the loss per language, the learning rate and the
+    last validation recalls (text to image, R@10, percent).
     """
 
     def __init__(self, *, console: Console | None = None) -> None:
@@ -139,6 +139,8 @@ class TrainingProgress(ProgressBar):
             ]
             detail = f" ({' '.join(by_language)})" if by_language else ""
             parts.append(f"loss {float(metrics['train/loss/total']):.3f}{detail}")
+        if "train/lr" in metrics:
+            parts.append(f"lr {float(metrics['train/lr']):.2e}")
         if self._recalls:
             parts.append(self._recalls)
         return " · ".join(parts)
