@@ -45,9 +45,9 @@ def test_end_of_a_run(
     assert validate.validate_train(composition.cfg) == []
     metrics = train(composition.cfg)
     summary = json.loads((tmp_path / "smoke" / "summary.json").read_text(encoding="utf-8"))
-    assert summary["metrics"] == metrics, "what the loggers get"
+    assert summary["metrics"].items() <= metrics.items(), "what the loggers get"
     out = capsys.readouterr().out
-    masked = {name: value for name, value in metrics.items() if "/cm" in name}
+    masked = {name: value for name, value in summary["metrics"].items() if "/cm" in name}
     if objectives == "itc":
         assert not masked
         assert "masked" not in summary
