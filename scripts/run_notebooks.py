@@ -35,6 +35,9 @@ _BRIEF: Final = (
 SMALL: Final = {"run_folder": "run", "runs_pattern": "sweep-*"}
 """Where in the folder of small runs lies what a parameter names."""
 
+SMALL_VALUES: Final = {"shown_set": "heldout_families"}
+"""Other parameters with small runs: the smallest set of pictures."""
+
 _SWEPT: Final = tuple((lr, k, seed) for lr in (1e-3, 1e-2) for k in (1, 2) for seed in (0, 1))
 
 
@@ -92,7 +95,7 @@ def prepare_small(folder: Path) -> dict[str, str]:
         _train_run(folder)
         for lr, k, seed in _SWEPT:
             _train_variant(folder, f"sweep-lr={lr}-micro_batches={k}-seed={seed}", lr, k, seed)
-    return {name: str(folder / place) for name, place in SMALL.items()}
+    return {**{name: str(folder / place) for name, place in SMALL.items()}, **SMALL_VALUES}
 
 
 def _train_run(folder: Path) -> None:

@@ -13,7 +13,7 @@ import matplotlib as mpl
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
-from scripts.run_notebooks import SMALL, execute, list_notebooks, main, parameters_of
+from scripts.run_notebooks import SMALL, SMALL_VALUES, execute, list_notebooks, main, parameters_of
 
 from m2_encoder.errors import UserError
 from tests.support.once import build_once
@@ -36,7 +36,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         assert done.returncode == 0, done.stderr
 
     folder = build_once(tmp_path_factory, "notebooks", train)
-    return {name: str(folder / place) for name, place in SMALL.items()}
+    return {**{name: str(folder / place) for name, place in SMALL.items()}, **SMALL_VALUES}
 
 
 def _code(notebook: Any) -> list[Any]:

@@ -8,15 +8,18 @@ import json
 import os
 import re
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m2_encoder.analysis.sets import read_run_set
 from m2_encoder.analysis.table import Table
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.config.model_choice import find_path
+from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.hub import LoadedModel, load
@@ -202,7 +205,21 @@ class RecordedRun:
 
     def load(self, checkpoint: str | int | None = None, **options: Any) -> LoadedModel:
         """Its model, ready to use: that of the export, or of a checkpoint; `options` as in `load`."""
-        return load(self.folder, checkpoint=checkpoint, **options)
+        with warnings.catch_warnings():  # Lightning's import misses ipywidgets in Jupyter, for bars that nobody draws
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            return load(self.folder, checkpoint=checkpoint, **options)
+
+    def read_set(self, name: str | None = None, *, image_size: int | None = None) -> RetrievalSet:
+        """One of the sets that it is evaluated on, such as `heldout_style` of the built-in data.
+
+        Args:
+            name: as tables show it; by default the first one.
+            image_size: pixels, for people to look at; by default those of the model.
+
+        Raises:
+            UserError: if there is no such set, or it cannot be read.
+        """
+        return read_run_set(self.config, name, image_size)
 
     def __repr__(self) -> str:
         return f"RecordedRun({self.name!r}, {self.steps:,} steps, {'finished' if self.is_finished else 'not finished'})"

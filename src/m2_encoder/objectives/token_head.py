@@ -55,14 +55,18 @@ class TokenHead(nn.Module):
         return LocalTerms(sums, predicted.sum(dim=1), {"accuracy": correct.detach()})
 
     def predict(self, hidden: Tensor, table: Tensor) -> Tensor:
-        """The token of the highest score for each state, (M, D) to (M,) int64; holds the logits of all.
+        """The token of the highest score for each state, (M, D) to (M,) int64; arguments as in `logits`."""
+        return self.logits(hidden, table).argmax(1)
+
+    def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """Scores of all tokens for each state, (M, D) to (M, V).
 
         Args:
             hidden: (M, D).
             table: the model's token table, (V, D); not used if this head has its own.
         """
         table = table if self.table is None else self.table
-        return (functional.linear(self._states(hidden), table) + self.bias).argmax(1)
+        return functional.linear(self._states(hidden), table) + self.bias
 
     def _states(self, hidden: Tensor) -> Tensor:
         return self.norm(functional.gelu(self.transform(hidden)))

@@ -115,16 +115,16 @@ def _predict(
     for objective in objectives.values():
         objective.to(model.logit_scale.device).eval()
         if isinstance(objective, MaskedImage):
-            pictures |= _draw_patches(objective, passes, model.config.patch_size, languages)
+            pictures |= draw_patches(objective, passes, model.config.patch_size, languages)
         elif isinstance(objective, MaskedLanguage):
             predicted = objective.predict(passes, model.text_embed.tokens.weight).cpu()
     return pictures, predicted
 
 
-def _draw_patches(
+def draw_patches(
     objective: MaskedImage, passes: PiecePasses, patch_size: int, languages: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Images with hidden patches, and as predicted with each caption, by column."""
+    """Images with hidden patches, and as predicted with each caption, by column; (b, 3, S, S) uint8 each."""
     mask, images, captions = objective.choose(passes), passes.batch.images, len(languages)
     patches = split_patches(images, patch_size).masked_fill(mask[..., None], _HIDDEN_GREY)
     drawn = objective.targets.draw(
