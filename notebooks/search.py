@@ -19,7 +19,7 @@
 # %% tags=["parameters"]
 run_folder = "outputs/emoji"  # made by `make train`
 checkpoint = "last"  # of the run, such as "step=500"; None for its export
-pictures_folder = None  # of your pictures; None for a set of the run
+pictures_folder = None  # of your pictures, an absolute path; None for a set of the run
 shown_set = None  # which one, such as "val"
 texts = ["红色的心", "a red heart", "国旗", "a flag", "水果", "fruit"]
 # find a picture by the first, take the second away from it, add the third

@@ -35,8 +35,8 @@ _BRIEF: Final = (
 SMALL: Final = {"run_folder": "run", "runs_pattern": "sweep-*"}
 """Where in the folder of small runs lies what a parameter names."""
 
-SMALL_VALUES: Final = {"shown_set": "heldout_families"}
-"""Other parameters with small runs: the smallest set of pictures."""
+SMALL_VALUES: Final = {"shown_set": "heldout_families", "words": ["猫", "cat"], "texts": ["猫", "a cat"]}
+"""Other parameters with small runs: the smallest set of pictures, and few queries."""
 
 _SWEPT: Final = tuple((lr, k, seed) for lr in (1e-3, 1e-2) for k in (1, 2) for seed in (0, 1))
 
@@ -85,7 +85,7 @@ def execute(path: Path, values: Mapping[str, Any], output: Path) -> Path:
     return written
 
 
-def prepare_small(folder: Path) -> dict[str, str]:
+def prepare_small(folder: Path) -> dict[str, Any]:
     """Trains small runs for all notebooks, where they are not there yet; half a minute of one core.
 
     They have learned nothing: they show that everything works. Returns the values of parameters, by name.

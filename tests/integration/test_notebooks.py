@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Values of all parameters: small runs, trained once for all tests."""
 
     def train(folder: Path) -> None:
@@ -68,7 +68,7 @@ def test_parameters_stand_alone_in_the_first_code_cell(path: Path) -> None:
 
 
 @EVERY
-def test_a_notebook_runs_to_its_end(path: Path, small: dict[str, str], tmp_path: Path) -> None:
+def test_a_notebook_runs_to_its_end(path: Path, small: dict[str, Any], tmp_path: Path) -> None:
     notebook = nbformat.read(execute(path, small, tmp_path), as_version=4)
     outputs = [output for cell in _code(notebook) for output in cell.outputs]
     said = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
