@@ -229,7 +229,6 @@ SEVERAL_FAULTS = [
     (["--cfg", "job", "foo=1", "seed=[1"], 2),
     (["-m", "foo=1,2"], 2),
     (["-m", "optimizer.lr=1e-3,-1"], 1),
-    (["-m", "seed=1,2", "trainer.devices=2", "strategy=ddp"], 1),
     (["--cfg", "job", "--multirun"], 1),
     (["--resolve"], 1),
     (["--experimental-rerun", "x.pickle"], 1),
