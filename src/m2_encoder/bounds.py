@@ -84,6 +84,7 @@ Seconds = Annotated[float, Gt(0), Le(10**6), FAR]  # of a wait; the system's cal
 Positive = Annotated[float, Gt(0), Le(10**9), FAR]
 Temperature = Annotated[float, Ge(1e-4), Le(10**4), FAR]  # its inverse is finite in every precision
 NotNegative = Annotated[float, Ge(0), Le(10**9), FAR]
+Score = Annotated[float, Ge(-(10**9)), Le(10**9), FAR]  # a metric
 Aspect = Annotated[float, Ge(1), Le(10**6), FAR]  # longer side over shorter side
 Fraction = Annotated[float, Ge(0), Le(1)]
 Text = Annotated[str, Rule(lambda text: bool(text.strip()), "a text", "TEXT")]

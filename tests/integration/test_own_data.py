@@ -11,6 +11,7 @@ from textwrap import dedent
 import pytest
 
 from m2_encoder.cli import train as train_command
+from m2_encoder.runs.ending import Results
 from tests.support.shards import make_sample, write_tar
 from tests.support.training import LIGHTNING_WARNINGS
 
@@ -120,7 +121,7 @@ def start(repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
         path.write_text(dedent(content), encoding="utf-8")
     monkeypatch.chdir(repo_root)
     monkeypatch.syspath_prepend(tmp_path / "own")
-    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda *_, **__: {})
+    monkeypatch.setattr("m2_encoder.runs.run.report_run", lambda *_, **__: Results({}, (), tmp_path, 1))
 
     def run(*lines: str) -> int:
         own = ("--config-dir", str(tmp_path / "own" / "conf"), f"run.folder={tmp_path / 'outputs'}")

@@ -97,6 +97,7 @@ def test_report_of_a_run(
         objectives={},
         datamodule=Data(folder, tokenizer),
         tokenizer=tokenizer,
+        best=None,
         run_folder=tmp_path,
         cfg=cfg,
         end=RunEnd(30, 40, "trainer.max_time"),
@@ -142,7 +143,7 @@ def test_report_refuses_a_broken_model(
     with pytest.raises(ValueError, match=r"vl_image_proj\.weight holds values that are NaN or infinite"):
         report_run(
             build_tasks(None), model=broken, objectives={}, datamodule=Data(folder, tokenizer), run_folder=tmp_path,
-            tokenizer=tokenizer, cfg={}, end=RunEnd(1, 1), times=FitTimes(time.time()),
+            tokenizer=tokenizer, best=None, cfg={}, end=RunEnd(1, 1), times=FitTimes(time.time()),
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 

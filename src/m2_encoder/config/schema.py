@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 from annotated_types import Ge, Le, Len
 
-from m2_encoder.bounds import Count, Example, Fraction, Index, Pixels, Positive, Rule, Seed, Text, Tokens
+from m2_encoder.bounds import Count, Example, Fraction, Index, Many, Pixels, Positive, Rule, Seed, Text, Tokens
 from m2_encoder.config.check import Parameters, check_values, make_optional, read_parameters
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.sweeps import MAX_NAME_BYTES
@@ -83,7 +83,7 @@ class Model:
     map_tokenizer: bool | Text | None = None
     # what the pixels of its pictures are; None: as the weights were trained, `standard` from scratch
     pictures: Pictures = None
-    num_parameters: int | None = None  # of the encoder; every run fills it in
+    num_parameters: Many | None = None  # of the encoder; every run fills it in
 
 
 _CHANNELS: Final = Len(3, 3)

@@ -94,7 +94,7 @@ def test_unknown_missing_and_given_arguments_all_at_once() -> None:
 def test_a_class_without_a_constructor_has_no_arguments() -> None:
     assert _problems(name="Plain") == []
     assert _problems(name="Plain", rank=3) == [
-        "node.rank=3: unknown argument; signature_targets.Plain has no arguments"
+        "node.rank=3: unknown argument; signature_targets.Plain has no arguments; ~node.rank leaves it out"
     ]
 
 

@@ -78,7 +78,7 @@ def test_each_job_of_a_sweep_holds_its_own(tmp_path: Path, monkeypatch: pytest.M
     held: list[list[str]] = []
 
     def run(cfg: dict[str, Any]) -> None:
-        held.append(sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob(".lock")))
+        held.append(sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "outputs").rglob(".lock")))
 
     conf = tmp_path / "conf" / "commands"
     conf.mkdir(parents=True)

@@ -182,5 +182,6 @@ def test_a_data_module_that_takes_no_policy_has_the_standard_one() -> None:
     assert isinstance(build_data(cfg, {}), Plain)
 
 
-class Plain:
-    def __init__(self, *, tokenizer: Any, image_size: int, seed: int, max_steps: int, masking: Any) -> None: ...
+class Plain(LightningDataModule):
+    def __init__(self, *, tokenizer: Any, image_size: int, seed: int, max_steps: int, masking: Any) -> None:
+        super().__init__()

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 
-from m2_encoder.bounds import Count, NotNegative, Text, check_bounds
+from m2_encoder.bounds import Count, NotNegative, Score, Text, check_bounds
 from m2_encoder.errors import UserError, name_some
 
 Mode = Literal["max", "min"]
@@ -93,8 +93,8 @@ class StopEarly(Monitoring, EarlyStopping):
         patience: Count = 3,
         min_delta: NotNegative = 0.0,
         check_finite: bool = True,
-        stopping_threshold: float | None = None,
-        divergence_threshold: float | None = None,
+        stopping_threshold: Score | None = None,
+        divergence_threshold: Score | None = None,
     ) -> None:
         EarlyStopping.__init__(
             self,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from m2_encoder.errors import UserError
 from m2_encoder.training.callbacks import throughput as subject
@@ -28,7 +29,7 @@ class Bench:
         )
         self.logged: dict[str, float] = {}
         self.module: Any = SimpleNamespace(log=lambda name, value: self.logged.update({name: float(value)}))
-        self.batch: Any = SimpleNamespace(keys=("k",) * batch)
+        self.batch = {"pixels": torch.zeros(batch, 1)}
 
     def step(self, *, wait: float, work: float) -> None:
         self.now += wait
