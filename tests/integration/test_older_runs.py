@@ -29,9 +29,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _agree(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """The same names; the same numbers, as far as another processor computes them."""
-    assert [list(record) for record in found] == [list(record) for record in expected]
+    """The same names, among newer ones; the same numbers, as far as another processor computes them."""
     for record, wanted in zip(found, expected, strict=True):
+        assert [name for name in record if name in wanted] == list(wanted)
         for name, value in wanted.items():
             recall = name.startswith("val/")  # one image may change its place
             assert record[name] == pytest.approx(value, rel=1e-4, abs=0.2 if recall else 1e-6), name

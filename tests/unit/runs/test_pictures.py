@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from lightning import LightningDataModule
+
 from m2_encoder import load
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
