@@ -298,7 +298,8 @@ def test_groups_respect_nodes(m2_train: Command, monkeypatch: pytest.MonkeyPatch
 INDEPENDENT = [
     "optimizer.lr=-1", "seed=-1", "run.checkpoint_every=0", "data.num_workers=-1", "model.drop_path_rate=2",
     "objective.itc.label_smoothing=1", "trainer.gradient_clip_val=-1", "logger.wandb.mode=no", "foo=1",
-    "model.image_size=65", "trainer.max_step=3", "run.resume=no", "data.transform.flip=2", "+run.naem=x", "+trainer.max_step=3",
+    "model.image_size=65", "trainer.max_step=3", "run.resume=no", "data.transform.flip=2", "+run.naem=x",
+    "+trainer.max_step=3",
 ]  # fmt: skip
 
 

@@ -103,7 +103,8 @@ def test_epochs_say_how_long_a_run_is_and_when_it_validates(
 def test_a_run_goes_on_as_if_it_had_not_stopped_wherever_in_an_epoch(
     start: Start, tmp_path: Path, seen: list[tuple[str, ...]]
 ) -> None:
-    lines = (*EPOCHS, "trainer.max_epochs=2", "trainer.val_check_interval=1.0", "run.checkpoint_every=1")
+    kept = ("run.checkpoint_every=1", "run.keep_last=null")
+    lines = (*EPOCHS, "trainer.max_epochs=2", "trainer.val_check_interval=1.0", *kept)
     assert start("whole", *lines, "model.drop_path_rate=0.5") == 0
     whole, batches = tmp_path / "whole", list(seen)
     for step in (3, 4, 6):

@@ -85,7 +85,7 @@ def test_a_preset_of_ones_own_is_changed_and_goes_on(
     [
         (
             "sweep=mime",
-            "no such option (did you mean mine?); choose from emoji, mine, search, what_matters",
+            "sweep=mime: no such option (did you mean mine?); choose from emoji, mine, search, what_matters",
         ),
         ("+sweep=mine", "+sweep=mine: sweep is chosen already; leave out the +"),
         ("+experiment=emoji", "+experiment=emoji: experiment is chosen already; leave out the +"),

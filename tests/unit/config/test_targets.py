@@ -16,7 +16,7 @@ FILES = {
     "parts_broken.py": "import math\n\nimport no_such_library_here\n",
     "parts_unreadable.py": "def f(:\n",
     "parts_raising.py": "class A:\n    x = 1 / 0\n",
-    "parts_lazy.py": "def __getattr__(name):\n    if name == 'A':\n        import no_such_one\n    raise AttributeError(name)\n",
+    "parts_lazy.py": "def __getattr__(n):\n    if n == 'A':\n        import no_such_one\n    raise AttributeError(n)\n",
 }
 
 

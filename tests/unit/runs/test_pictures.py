@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from lightning import LightningDataModule
 
 from m2_encoder import load
