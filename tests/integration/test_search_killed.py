@@ -6,13 +6,12 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.started import StartedCommand
 
 optuna = pytest.importorskip("optuna")
 
@@ -27,30 +26,12 @@ SEARCH = (
 )  # fmt: skip
 
 
-class Search:
-    """A command line, started as often as a test wants."""
+class Search(StartedCommand):
+    """A search, with what its journal holds."""
 
     def __init__(self, folder: Path, data: Path, repo_root: Path, more: tuple[str, ...]) -> None:
-        self.folder, self._root = folder, repo_root
-        places = (f"run.folder={folder}", f"hydra.sweep.dir={folder / 'sweep'}", f"data.folder={data}")
-        self._line = [sys.executable, "-m", "m2_encoder.cli.train", *SEARCH, *SMALL, *places, *more]
-
-    def start(self) -> subprocess.Popen[str]:
-        paths = [str(self._root), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        with (self.folder.parent / f"{self.folder.name}.log").open("a") as log:
-            return subprocess.Popen(
-                self._line, cwd=self._root, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
-            )
-
-    def saved(self) -> int:
-        """How many checkpoints its runs have."""
-        return len(list(self.folder.glob("s-*/checkpoints/step=*.ckpt")))
-
-    def wait_for(self, process: subprocess.Popen[str], checkpoints: int) -> None:
-        while self.saved() < checkpoints:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.05)
+        places = (f"hydra.sweep.dir={folder / 'sweep'}", f"data.folder={data}")
+        super().__init__(folder, repo_root, *SEARCH, *SMALL, *places, *more)
 
     def trials(self) -> list[Any]:
         file = optuna.storages.journal.JournalFileBackend(str(self.folder / "sweep" / "study.journal"))

@@ -6,13 +6,12 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.started import StartedCommand
 
 # Eight jobs; that of seed 100 fails at its fifth step.
 SWEEP = (
@@ -24,31 +23,12 @@ SWEEP = (
 FAILING = {"s-seed=100-lr=0.001", "s-seed=100-lr=0.002"}
 
 
-class Sweep:
-    """A command line, started as often as a test wants."""
+class Sweep(StartedCommand):
+    """A sweep, with what its folder holds."""
 
     def __init__(self, folder: Path, data: Path, repo_root: Path, *more: str) -> None:
         folder.mkdir()
-        self.folder, self._root = folder, repo_root
-        places = (f"run.folder={folder}", f"data.folder={data}")
-        self._line = [sys.executable, "-m", "m2_encoder.cli.train", *SWEEP, *places, *more]
-
-    def start(self) -> subprocess.Popen[str]:
-        paths = [str(self._root), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        with (self.folder.parent / f"{self.folder.name}.log").open("a") as log:
-            return subprocess.Popen(
-                self._line, cwd=self._root, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
-            )
-
-    def saved(self) -> int:
-        """How many checkpoints its runs have."""
-        return len(list(self.folder.glob("s-*/checkpoints/step=*.ckpt")))
-
-    def wait_for(self, process: subprocess.Popen[str], checkpoints: int) -> None:
-        while self.saved() < checkpoints:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.05)
+        super().__init__(folder, repo_root, *SWEEP, f"data.folder={data}", *more)
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         found = [json.loads(path.read_text()) for path in self.folder.glob("multirun/s/jobs/*.json")]
