@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import sys
 import time
@@ -44,7 +45,7 @@ from m2_encoder.config.job import (
 from m2_encoder.config.output import lasting_output, say
 from m2_encoder.config.overrides import put_last, quote_unreadable
 from m2_encoder.config.paths import anchor, check_checkout, find_conf
-from m2_encoder.config.problems import refuse_all
+from m2_encoder.config.problems import format_problem, refuse_all
 from m2_encoder.config.run_folder import hold_run
 from m2_encoder.config.sweep_jobs import (
     JobOutcome,
@@ -142,6 +143,7 @@ class _Sweep(NamedTuple):
     names: list[str] | None  # of its jobs; None where the sweeper decides them later
     is_here: bool  # they run on this machine
     is_silent: bool  # they do not reach the terminal
+    refused: dict[str, str]  # the jobs that are not run, with the reason in one line
 
 
 def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
@@ -199,8 +201,8 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     # Hydra reads sys.argv, and so does Lightning when it starts the other ranks with this command line.
     sys.argv = [sys.argv[0], *arguments.flags, *plan.argv, *fixed]
     sweep = plan.sweep
-    names = None if sweep is None else sweep.names
-    job = Job(command, plan.constant_lines, folder, arguments.flags, fixed, names)
+    names, refused = (None, None) if sweep is None else (sweep.names, sweep.refused)
+    job = Job(command, plan.constant_lines, folder, arguments.flags, fixed, names, refused)
     started = time.time()
     held: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if plan.run is not None:
@@ -291,9 +293,13 @@ def _plan(command: Command, arguments: Arguments, composer: Composer, trusted: f
 def _plan_sweep(
     command: Command, composer: Composer, lines: list[str], first: Composition, trusted: frozenset[str] | None
 ) -> _Plan:
-    """Validates every job before the first one starts, and names them as they were named before."""
+    """Validates every job before the first one starts, and names them as they were named before.
+
+    A job whose values are refused does not keep the others from running; a line that no job can have, or a run that is
+    there with other settings, is refused for all.
+    """
     folder = _sweep_folder(lines, first)
-    sweep = _Sweep(folder, None, runs_here(first.hydra), is_silent(first.hydra))
+    sweep = _Sweep(folder, None, runs_here(first.hydra), is_silent(first.hydra), {})
     if sweep.is_here:
         refuse_second(folder)
     goes_on = "resume" in (first.cfg.get("run") or {}) and not any("run.resume=" in line for line in lines)
@@ -311,25 +317,36 @@ def _plan_sweep(
     known = {each.settings: each for each in read_jobs(folder) if each.settings}
     problems: list[Problem] = []
     names: list[str] = []
+    refused: dict[str, Sequence[Problem]] = {}
     for job in expand_sweep(lines, first.hydra):
         composition = composer.compose(job)
         swept = without_constant(job, constant)
         before = known.get(settings_digest(composition.cfg))
         name = rename(command, composition.cfg, swept, before.name if before and before.name not in names else None)
+        name = name or job_name(command.name, swept)
         if sweep.is_here and before is not None and before.state == "at work":
             await_run(Path(before.folder))
         found = _find_problems(command, composition, composer.folder, trusted)
-        if not found and command.check_job:
-            found = resolve(command.check_job)(composition.cfg, as_before=goes_on)
-        if name is not None and name in names:
-            rule = "two jobs of the sweep have this name"
-            found = [*found, Problem("run.name", name, rule, "sweep distinct values")]
-        problems += found
-        names.append(name or job_name(command.name, swept))
+        if found and (composition.problems or trusted is not None):
+            problems += found
+        elif found:
+            refused[name] = found
+        elif command.check_job:
+            problems += resolve(command.check_job)(composition.cfg, as_before=goes_on)
+        if name in names and command.run_folder is not None:
+            problems.append(Problem("run.name", name, "two jobs of the sweep have this name", "sweep distinct values"))
+        names.append(name)
+    if problems or len(refused) == len(names):
+        refuse_all([*problems, *itertools.chain(*refused.values())])
     # Hydra composes what is not swept alone, before any job.
     fix = "it needs what is swept; sweep it, too, as in KEY=choice(VALUE)"
-    refuse_all(problems or [each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
-    return _sweep_plan(lines, constant, sweep._replace(names=names if is_basic(first.hydra) else None))
+    refuse_all([each._replace(fix="; ".join(filter(None, (each.fix, fix)))) for each in first.refused])
+    reasons = {name: "; ".join(map(format_problem, found)) for name, found in refused.items()}
+    if reasons:
+        told = (f"  {name}: {reason}" for name, reason in reasons.items())
+        say(f"{command.name}: {len(reasons)} of {len(names)} jobs are refused; the others run:", *told, error=True)
+    known_names = names if is_basic(first.hydra) else None
+    return _sweep_plan(lines, constant, sweep._replace(names=known_names, refused=reasons))
 
 
 def _sweep_plan(lines: list[str], constant: list[str], sweep: _Sweep) -> _Plan:

@@ -8,7 +8,7 @@ import os
 import pkgutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -58,10 +58,15 @@ class Job:
         flags: Sequence[str],
         fixed: Sequence[str],
         names: Sequence[str] | None = None,
+        refused: Mapping[str, str] | None = None,
     ) -> None:
-        """Of a sweep, `names` are those of all jobs; None if they are not known beforehand."""
+        """Of a sweep, `names` are those of all jobs; None if they are not known beforehand.
+
+        `refused` holds the reasons of those that are not to be run.
+        """
         self._command, self._folder = command, folder
         self._constant, self._fixed, self._names = list(constant_lines), list(fixed), names
+        self._refused = dict(refused or {})
         self._flags = [flag for flag in flags if flag != "--multirun"]
         self._started = time.time()
         self.exit_code = 0
@@ -100,6 +105,9 @@ class Job:
                 outcome = self._run_of_sweep(plain, job, settings)
                 return math.nan if self._command.measure and outcome.value is None else outcome.value
             say(f"{self._command.name}: job {settings.job.num}: {job.name}", error=True)
+            if job.name in self._refused:
+                say(f"{self._command.name}: {self._refused[job.name]}", error=True)
+                raise SystemExit(EXIT_USER_ERROR)
             os.environ.setdefault(GROUP_VARIABLE, Path(settings.sweep.dir).name)
             held = hold_run(plain) if self._command.run_folder is not None else held
         try:
@@ -128,7 +136,9 @@ class Job:
         leave_with_sweep()
         sweep, command = Path(settings.sweep.dir), self._command
         number = settings.job.num
-        if command.is_done and resolve(command.is_done)(cfg):
+        if job.name in self._refused:
+            outcome = job._replace(state="refused", reason=self._refused[job.name])
+        elif command.is_done and resolve(command.is_done)(cfg):
             outcome = self._measure(cfg, job._replace(state="skipped"))
         else:
             write_outcome(sweep, job)

@@ -271,9 +271,30 @@ def test_an_interrupted_sweep_ends(start: Callable[..., int]) -> None:
     assert seen == [1]
 
 
-def test_sweep_with_one_bad_job_starts_none(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert start(_never, "-m", "size=1,-1", has_folder=True) == 2
-    assert "size=-1" in capsys.readouterr().err
+def test_a_job_that_is_refused_is_named_first_and_passed_over(
+    start: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+    told: list[str] = []
+
+    def work(cfg: dict[str, Any]) -> None:
+        seen.append(cfg["size"])
+        told.append(capsys.readouterr().err)
+
+    ended: list[Any] = []
+    assert start(work, "-m", "size=1,-1,2", has_folder=True, end_sweep=lambda _, jobs: ended.extend(jobs)) == 1
+    assert seen == [1, 2]
+    assert "1 of 3 jobs are refused; the others run:\n  try-size=-1: size=-1: " in told[0]
+    assert [each.state for each in ended] == ["finished", "refused", "finished"]
+    assert "  try-size=-1: refused (size=-1: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["size=-1,-2"], ["size=1,x{"], ["size=1,2", "sise=1"], ["kind=two,three"]])
+def test_a_sweep_in_which_no_job_can_run_starts_none(
+    start: Callable[..., int], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(_never, "-m", *words, has_folder=True) == 2
+    assert words[-1].partition("=")[0] in capsys.readouterr().err
 
 
 def test_sweep_with_colliding_names_starts_none(start: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
