@@ -63,7 +63,7 @@ def save_tokenizer(folder: Path, *, gives_mask: bool = True, length: int = 1000)
     names = ["input_ids", *(["attention_mask"] if gives_mask else [])]
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        model_input_names=names, model_max_length=length,
+        model_input_names=names, model_max_length=length, padding_side="right",
     )  # fmt: skip
     made.save_pretrained(folder)
 

@@ -194,12 +194,12 @@ def _load_part(loader: Any, place: str, trust: bool, **options: Any) -> Any:
         # Without an answer to this question the library would ask it on the terminal.
         return loader.from_pretrained(str(Path(place).expanduser()), trust_remote_code=trust, **options)
     except Exception as error:  # the library and the hub raise dozens of unrelated types
-        said = " ".join(str(error).split())[:300]
+        said = " ".join(str(error).split())
         if "trust_remote_code" in said and not trust:
             rule = "brings code of its own, which would run with your rights; read it, then allow it with trust=true"
             raise UserError(f"hf:{place}: {rule}") from error
         what = {"AutoModel": "model", "AutoTokenizer": "tokenizer"}.get(loader.__name__, "image processor")
-        raise UserError(f"hf:{place}: its {what} cannot be opened: {said}") from error
+        raise UserError(f"hf:{place}: its {what} cannot be opened: {said[:300]}") from error
 
 
 def _build_tokenizer(library: Any, place: str, trust: bool, config: Any) -> PaddedTokenizer:
