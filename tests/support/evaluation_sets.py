@@ -30,7 +30,7 @@ class CountingTowers(nn.Module):
         self.images_seen = self.texts_seen = 0
 
     def encode_image(self, images: Tensor) -> Tensor:
-        self.images_seen += len(images)
+        self.images_seen += len(images.unique(dim=0))  # a batch may be filled up
         pooled = functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
         return functional.normalize(self.image(pooled - 0.5), dim=-1)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.encode import FeatureModel, Tokenize, encode_texts, evaluation_mode
 
-TEXT_WINDOW = 16  # batches of texts that are sorted by length together
+_TEXT_WINDOW = 16  # batches of texts that are sorted by length together
 
 _Input = TypeVar("_Input")
 _Result = TypeVar("_Result")
@@ -81,7 +81,7 @@ def embed_texts(
 ) -> Iterator[EmbeddedBatch]:
     """Encodes texts, in the order given; texts of similar length share a forward pass."""
     stream = iter(items)
-    while window := list(itertools.islice(stream, batch_size * TEXT_WINDOW)):
+    while window := list(itertools.islice(stream, batch_size * _TEXT_WINDOW)):
         good = [item for item in window if not item.problem]
         skipped = [Skipped(item.name, item.problem) for item in window if item.problem]
         features = torch.empty((0, 0))

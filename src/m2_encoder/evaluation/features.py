@@ -1,9 +1,13 @@
 """Features of an evaluation set by any model: read, decoded, encoded, stored, and shared among ranks.
 
-With several ranks, rank r encodes pictures and texts r::W, and every rank ends with the features of all, in the order
-of the set. A picture that cannot be read or decoded is left out on all of them.
+With several ranks, rank r encodes pictures r::W and batches of texts r::W, and every rank ends with the features of
+all, in the order of the set. A picture that cannot be read or decoded is left out on all of them.
 
-Letters: n pictures · m texts · E feature dim · W ranks.
+The last bits of a feature depend on the shape of the batch that it was computed in. So all batches of pictures have one
+shape, the last one is filled up, and texts share batches as if there were one rank: features are the same to the bit on
+any number of ranks, and after an interruption.
+
+Letters: n pictures · m texts · B batch · E feature dim · W ranks.
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ from torch import Tensor
 
 from m2_encoder.distributed.collectives import gather_rows_without_grad
 from m2_encoder.errors import UserError, abridge, name_some
-from m2_encoder.evaluation.embedding import TEXT_WINDOW, Skipped, map_ahead
-from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE, encode_texts, evaluation_mode
+from m2_encoder.evaluation.embedding import Skipped, map_ahead
+from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE, FeatureModel, encode_rows, evaluation_mode, split_by_length
 from m2_encoder.evaluation.feature_store import FeatureStore, picture_key, text_key
 from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.evaluation.sets.base import EvaluationSet, Picture
@@ -69,7 +73,7 @@ class FeatureEncoder:
     Args:
         model: on any device.
         store: folder that keeps features of all models; None keeps them nowhere.
-        batch_size: pictures or texts per forward pass.
+        batch_size: pictures or texts per forward pass, B; of fewer pictures than that, their number.
         num_workers: threads that read and decode ahead; 0 does it in the calling thread.
         group: ranks that share the work, and call the same methods in the same order; None for this process alone.
 
@@ -155,7 +159,13 @@ class FeatureEncoder:
         if self.model.table is not None and self.model.table.texts is not None:
             return self.model.table.texts.look_up(texts, "texts")
         distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        features, _ = self._share(len(distinct), partial(self._encode_own_texts, list(distinct)))
+        store, keys = self._store("texts"), [text_key(text) for text in distinct]
+        stored = {} if store is None else {key: store.get(key) for key in keys}
+        found = {key: feature for key, feature in stored.items() if feature is not None}
+        if all(self._gather_objects(len(found) == len(keys))):
+            features = torch.stack([found[key] for key in keys]) if keys else torch.empty(0, self._width)
+        else:
+            features, _ = self._share(len(keys), partial(self._encode_own_texts, [*distinct], keys, found))
         return features[[distinct[text] for text in texts]]
 
     def cached_vectors(self, keys: Sequence[bytes], compute: Callable[[list[int]], Tensor]) -> Tensor:
@@ -203,10 +213,9 @@ class FeatureEncoder:
             self._stores[kind] = self._open.enter_context(store)
         return self._stores[kind]
 
-    def _encode_own_pictures(
-        self, pictures: Sequence[Picture], rows: Sequence[int]
-    ) -> tuple[dict[int, Tensor], list[tuple[int, Skipped]]]:
-        store = self._store("pictures")
+    def _encode_own_pictures(self, pictures: Sequence[Picture]) -> tuple[dict[int, Tensor], list[tuple[int, Skipped]]]:
+        store, batch_size = self._store("pictures"), min(self.batch_size, len(pictures))
+        rows = range(self._rank(), len(pictures), self._ranks())
         prepare = partial(_prepare, pictures, self.model, store)
         keys: dict[int, bytes] = {}
         done: dict[bytes, Tensor] = {}
@@ -216,12 +225,14 @@ class FeatureEncoder:
         def flush() -> None:
             if waiting:
                 names, pixels = zip(*waiting.values(), strict=True)
-                self._finish([*waiting], names, model.encode_image(torch.stack(pixels).to(device)), store, done)
+                filled = torch.stack([*pixels, *[pixels[-1]] * (batch_size - len(pixels))])
+                features = model.encode_image(filled.to(device))[: len(pixels)]
+                self._finish([*waiting], names, features, store, done)
                 waiting.clear()
 
-        model: Any = self.model.model
+        model = _encoder(self.model.model)
         with evaluation_mode(model) as device:
-            for found in map_ahead(prepare, rows, num_workers=self.num_workers, ahead=self.batch_size):
+            for found in map_ahead(prepare, rows, num_workers=self.num_workers, ahead=batch_size):
                 name = pictures[found.row].name
                 if found.problem:
                     left_out.append((found.row, Skipped(name, found.problem)))
@@ -231,27 +242,28 @@ class FeatureEncoder:
                     done[found.key] = found.feature
                 elif found.pixels is not None and found.key not in done:
                     waiting.setdefault(found.key, (name, found.pixels))
-                if len(waiting) == self.batch_size:
+                if len(waiting) == batch_size:
                     flush()
             flush()
         return {row: done[key] for row, key in keys.items()}, left_out
 
     def _encode_own_texts(
-        self, texts: Sequence[str], rows: Sequence[int]
+        self, texts: Sequence[str], keys: Sequence[bytes], stored: dict[bytes, Tensor]
     ) -> tuple[dict[int, Tensor], list[tuple[int, Skipped]]]:
-        store = self._store("texts")
-        done: dict[bytes, Tensor] = {}
-        keys = {row: text_key(texts[row]) for row in rows}
-        stored = {} if store is None else {row: store.get(key) for row, key in keys.items()}
-        done |= {keys[row]: feature for row, feature in stored.items() if feature is not None}
-        missing = [row for row in rows if stored.get(row) is None]
-        model: Any = self.model.model
-        for start in range(0, len(missing), self.batch_size * TEXT_WINDOW):
-            window = missing[start : start + self.batch_size * TEXT_WINDOW]
-            names = [texts[row] for row in window]
-            features = encode_texts(model, names, self.model.tokenizer, batch_size=self.batch_size)
-            self._finish([keys[row] for row in window], names, features, store, done)
-        return {row: done[key] for row, key in keys.items()}, []
+        tokens = self.model.tokenizer(texts)
+        store, model = self._store("texts"), _encoder(self.model.model)
+        own: dict[int, Tensor] = {}
+        with evaluation_mode(model) as device:
+            for batch in split_by_length(tokens, self.batch_size)[self._rank() :: self._ranks()]:
+                rows = batch.tolist()
+                done = {keys[row]: stored[keys[row]] for row in rows if keys[row] in stored}
+                if len(done) < len(rows):  # then all of it, or the others would share another batch
+                    features = encode_rows(model, tokens, batch, device)
+                    made: dict[bytes, Tensor] = {}
+                    self._finish([keys[row] for row in rows], [texts[row] for row in rows], features, store, made)
+                    done = made | done
+                own |= {row: done[keys[row]] for row in rows}
+        return own, []
 
     def _finish(
         self,
@@ -274,14 +286,14 @@ class FeatureEncoder:
     def _share(
         self,
         total: int,
-        encode: Callable[[Sequence[int]], tuple[dict[int, Tensor], list[tuple[int, Skipped]]]],
+        encode: Callable[[], tuple[dict[int, Tensor], list[tuple[int, Skipped]]]],
     ) -> tuple[Tensor, dict[int, Skipped]]:
         """Features of all, (total, E), zeros where there is none, and who has none; `encode` does this rank's share."""
         own: dict[int, Tensor] = {}
         left_out: list[tuple[int, Skipped]] = []
         failure: Exception | None = None
         try:
-            own, left_out = encode(range(self._rank(), total, self._ranks()))
+            own, left_out = encode()
         except Exception as error:  # the other ranks wait for this one, whatever happened
             if self._group is None:
                 raise
@@ -317,6 +329,11 @@ class FeatureEncoder:
         gathered: list[Any] = [None] * self._ranks()
         dist.all_gather_object(gathered, value, group=self._group)
         return gathered
+
+
+def _encoder(model: FeatureModel | None) -> FeatureModel:
+    assert model is not None, "files of features are looked up"
+    return model
 
 
 def _prepare(pictures: Sequence[Picture], model: EvaluatedModel, store: FeatureStore | None, row: int) -> _Prepared:
