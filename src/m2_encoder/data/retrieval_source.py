@@ -69,7 +69,7 @@ def read_place(place: ImagePlace) -> bytes:
         OSError, UserError: if it is not there any more.
     """
     if place.rows is not None:
-        image = _images_of(place.rows)[place.row]
+        image = _images_of(place.rows)[place.row]  # type: ignore[arg-type]  # slices are frozen
         assert image is not None, "a place names a row with an image"
         return image
     if place.size is None:
