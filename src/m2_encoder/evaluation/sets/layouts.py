@@ -23,6 +23,7 @@ from m2_encoder.evaluation.sets.pictures import is_picture
 
 _HEAD_BYTES = 65_536  # of a file, to tell what it holds
 _MOST_FOLDERS = 500  # to look into
+_MOST_TEXTS = 20  # to open
 _TRANSLATION = re.compile(r"^[a-z]{2,3}(?:_[A-Z]{2})?(?:@\w+)?\.utf8=", re.MULTILINE)
 
 
@@ -155,15 +156,15 @@ def _babel_imagenet(place: Path) -> list[str]:
 
 
 def _tuxpaint(place: Path) -> list[str]:
+    texts = list(islice(_texts_beside_pictures(place), _MOST_TEXTS))
+    is_translated = any(_TRANSLATION.search(_head(file)) for file in texts)
+    return _need({"a .png with a .txt of its name": bool(texts), "lines such as zh_CN.utf8=… in that": is_translated})
+
+
+def _texts_beside_pictures(place: Path) -> Iterator[Path]:
     for folder, names in islice(_walk(place), _MOST_FOLDERS):
-        known = set(names)
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            if suffix == ".txt" and (f"{stem}.png" in known or f"{stem}.svg" in known):
-                if _TRANSLATION.search(_head(Path(folder, name))):
-                    return []
-                return ["lines such as zh_CN.utf8=… in a .txt beside a picture"]
-    return ["a .png with a .txt of the same name", "lines such as zh_CN.utf8=… in that"]
+        stems = {os.path.splitext(name)[0] for name in names if is_picture(name) or name.endswith(".svg")}
+        yield from (Path(folder, name) for name in names if name.endswith(".txt") and name[:-4] in stems)
 
 
 def _emoji(place: Path) -> list[str]:
