@@ -31,6 +31,7 @@ from m2_encoder.evaluation.sets.texts import count_texts, find_language, make_te
 
 _PICTURES: Final = ("webp", "png", "jpg", "jpeg")  # of several the first, as CLIP_benchmark does
 _LABELS: Final = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+_POINTER: Final = b"version https://git-lfs"  # what stands in a file that was not fetched
 _CLASSES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 
 
@@ -144,6 +145,8 @@ def _read_shards(shards: list[str], label: str) -> _Samples:
 
 def _scan(shard: str, descriptor: int) -> dict[str, dict[str, TarMember]]:
     scan = scan_tar(descriptor, size=os.fstat(descriptor).st_size)
+    if os.pread(descriptor, len(_POINTER), 0) == _POINTER:
+        raise UserError(f"{shard}: is a pointer of Git LFS, not the tar itself; fetch it with: git lfs pull")
     if scan.problem is not None:
         raise UserError(f"{shard}: is no whole tar: {scan.problem}; download it again")
     grouped, again = group_members(scan.members, pictures=_PICTURES)

@@ -194,7 +194,10 @@ def _own(place: Path) -> list[str]:
 
 def _image_folder(place: Path) -> list[str]:
     folders = [each for each in place.iterdir() if each.is_dir() and each.name[0] != "."] if place.is_dir() else []
-    has_one = any(is_picture(name) for each in folders[:_MOST_FOLDERS] for name in os.listdir(each))
+    inside = (
+        name for each in folders[:_MOST_FOLDERS] for _, names in islice(_walk(each), _MOST_FOLDERS) for name in names
+    )
+    has_one = any(map(is_picture, inside))
     return _need({"a folder for each class": bool(folders), "pictures in it": has_one})
 
 

@@ -67,20 +67,31 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         UserError: as `read_text`; for a line that is no JSON object.
     """
     is_empty = True
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(_read_bytes(path), start=1):
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            text = decode_text(line, "it").strip()
+            row = json.loads(text) if text else {}
+        except SampleProblem as problem:
+            raise UserError(f"{where}: {problem.detail}") from problem
         except ValueError as error:
             raise UserError(f"{where}: is no JSON: {error}; download the file again") from error
         if not isinstance(row, dict):
-            raise UserError(f"{where}: holds {abridge(line, _SHOWN)}; wanted a JSON object")
-        yield where, row
-        is_empty = False
+            raise UserError(f"{where}: holds {abridge(text, _SHOWN)}; wanted a JSON object")
+        if text:
+            yield where, row
+            is_empty = False
     if is_empty:
         raise UserError(f"{path}: is empty; wanted a JSON object a line")
+
+
+def _read_bytes(path: Path) -> Iterator[bytes]:
+    """The lines of a file, one at a time."""
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def find_language(rows: Sequence[str], where: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,35 +94,35 @@ def test_several_classes_of_a_picture(tmp_path: Path) -> None:
         read_clip_benchmark(write_set(tmp_path / "b", "multilabel", [vector(0, 1)]))
 
 
-def fault(root: Path, name: str) -> None:
-    test = root / "test"
-    if name == "cut":
-        (test / "1.tar").write_bytes((test / "1.tar").read_bytes()[:700])
-    elif name == "missing":
-        (test / "1.tar").unlink()
-    elif name == "more":
-        (test / "2.tar").write_bytes((test / "1.tar").read_bytes())
-    elif name == "short":
-        (root / "classnames.txt").write_text("a cat\na dog\n")
-    elif name == "template":
-        (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}\na photo of it\n")
-    elif name == "kind":
-        (root / "dataset_type.txt").write_text("retrieval")
-    elif name == "split":
-        test.rename(root / "validation")
-    elif name == "encoding":
-        (root / "classnames.txt").write_bytes("一只猫\n一只狗\n狐狸".encode("gb18030"))
-    elif name == "empty":
-        for tar in test.glob("*.tar"):
-            write_tar(tar, [])
-    elif name == "names":
-        (root / "classnames.txt").unlink()
+def empty(root: Path) -> None:
+    for tar in (root / "test").glob("*.tar"):
+        write_tar(tar, [])
+
+
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda root: (root / name).write_bytes(change((root / name).read_bytes() if (root / name).exists() else b""))
+
+
+FAULTS: dict[str, Callable[[Path], object]] = {
+    "cut": rewrite("test/1.tar", lambda content: content[:700]),
+    "pointer": rewrite("test/1.tar", lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+    "missing": lambda root: (root / "test" / "1.tar").unlink(),
+    "more": rewrite("test/2.tar", lambda _: b""),
+    "short": rewrite("classnames.txt", lambda _: b"a cat\na dog\n"),
+    "template": rewrite("zeroshot_classification_templates.txt", lambda _: b"a photo of {c}\na photo of it\n"),
+    "kind": rewrite("dataset_type.txt", lambda _: b"retrieval"),
+    "split": lambda root: (root / "test").rename(root / "validation"),
+    "encoding": rewrite("classnames.txt", lambda _: "一只猫\n一只狗\n狐狸".encode("gb18030")),
+    "empty": empty,
+    "names": lambda root: (root / "classnames.txt").unlink(),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("cut", r"1\.tar: is no whole tar: cut at byte 700; download it again"),
+        ("pointer", r"1\.tar: is a pointer of Git LFS, .* git lfs pull"),
         ("missing", r"1 of 2 tars are missing: 1\.tar; complete the download"),
         ("more", r"holds 2\.tar, but nshards\.txt says 2"),
         ("short", r"classnames\.txt: 2 names in en, but the pictures' classes go from 0 to 2"),
@@ -135,7 +136,7 @@ def fault(root: Path, name: str) -> None:
 )
 def test_faults_have_one_line_each(tmp_path: Path, name: str, message: str) -> None:
     root = write_set(tmp_path, "classification", [b"0", b"1", b"2", b"0"])
-    fault(root, name)
+    FAULTS[name](root)
     with pytest.raises(UserError, match=message) as caught:
         read_clip_benchmark(root)
     assert "\n" not in str(caught.value)
