@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m2_encoder.evaluation.measures.ranks import rank_both_ways
+from m2_encoder.evaluation.measures.shards import rank_shards
 from m2_encoder.evaluation.metrics import retrieval_metrics
 from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from tests.support.ranks import run_ranks
@@ -31,6 +33,18 @@ def share(rank: int, split: int) -> slice:
     return slice(0, split) if rank == 0 else slice(split + rank - 1, None, max(1, dist.get_world_size() - 1))
 
 
+def check_ranks(own_images: Tensor, own_rows: Tensor) -> None:
+    """Ranks of all items, where right texts of an image and right images of a text are not the same pairs."""
+    images, _, texts, _ = make_items()
+    rows = torch.arange(40)
+    pairs, back = torch.stack([rows, rows * 3 % 40], dim=1), torch.stack([rows[5:] * 7 % 40, rows[5:]], dim=1)
+    found = rank_shards(texts, own_images, own_rows, pairs, back, num_images=40)
+    for part, whole in zip(found, rank_both_ways(texts, images, pairs, back), strict=True):
+        assert torch.equal(part.ranks, whole.ranks)
+        assert torch.equal(part.ties, whole.ties)
+        assert part.num_gallery == whole.num_gallery
+
+
 def measure_share(rank: int) -> list[dict[str, float]]:
     """What a rank computes of each split; twice, since computing must not change the state."""
     found = []
@@ -43,6 +57,7 @@ def measure_share(rank: int) -> list[dict[str, float]]:
         once, again = ({name: float(value) for name, value in metric.compute().items()} for _ in range(2))
         assert once == again
         found.append(once)
+        check_ranks(images, torch.arange(40)[mine])
     return found
 
 

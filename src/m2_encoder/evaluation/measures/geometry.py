@@ -58,8 +58,8 @@ def measure_uniformity(features: Tensor) -> Measurement:
     Raises:
         UserError: if a feature is not finite, or there is only one.
     """
-    check_same_width({"": features})
-    check_finite({"": features})
+    check_same_width({"item": features})
+    check_finite({"item": features})
     number = len(features)
     if number < 2:
         raise UserError("uniformity needs two items; there is one")

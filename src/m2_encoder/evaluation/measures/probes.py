@@ -1,6 +1,7 @@
 """Classification by frozen features of a training part: k nearest neighbours, and a linear probe.
 
-Both work on unit features; metrics are called `knn_top1`, `linear_top1` and so on. Chance is what answering with the most frequent class of the training part scores.
+Both work on unit features; metrics are called `knn_top1`, `linear_top1` and so on. Chance is what answering with the
+most frequent class of the training part scores.
 
 Letters: n training pictures · m test pictures · C classes · E feature dim.
 """
