@@ -123,10 +123,11 @@ class FeatureEncoder:
             total = len(dataset.pictures)
             dataset = keep_pictures(dataset, pictures.kept)
             number = len(pictures.left_out)
+            said = f"{number:,} of {total:,} pictures could not be used"
             dataset = dataclasses.replace(
                 dataset,
                 counts={**dataset.counts, "not_decoded": number},
-                comparable=f"{number:,} of {total:,} pictures could not be used",
+                comparable="; ".join(filter(None, (dataset.comparable, said))),
             )
         wanted = [*dataset.texts] if languages is None else [name for name in languages if name in dataset.texts]
         texts = {language: self.encode_texts(dataset.texts[language].rows) for language in wanted}
