@@ -65,12 +65,12 @@ def load_templates(source: str, language: str) -> Templates:
 
 
 def check_templates(rows: Sequence[str], where: str) -> tuple[str, ...]:
-    """Templates with `{}` for the name, however their source writes that.
+    """Templates with `{}` for the name, however their source writes that; one that comes twice counts twice.
 
     Raises:
-        UserError: for one that has no place for a name, or several, by its line; for one that comes twice; for none.
+        UserError: for one that has no place for a name, or several, by its line; for none.
     """
-    found: dict[str, None] = {}
+    found = []
     for number, row in enumerate(rows, start=1):
         plain = row.strip()
         for other in _OTHER_PLACES:
@@ -80,9 +80,7 @@ def check_templates(rows: Sequence[str], where: str) -> tuple[str, ...]:
                 f"{where}, line {number}: {abridge(row, _SHOWN)!r} has {plain.count(PLACE)} places for a name; wanted "
                 "{} (or {c}) exactly once"
             )
-        if plain in found:
-            raise UserError(f"{where}, line {number}: {abridge(row, _SHOWN)!r} comes twice; leave one out")
-        found[plain] = None
+        found.append(plain)
     if not found:
         raise UserError(f"{where}: no template in it; wanted one a line, with {{}} for the name")
     return tuple(found)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -166,28 +167,28 @@ def _members(shard: str, key: str, members: Mapping[str, TarMember], label: str)
     return picture, beside
 
 
-def _targets(found: _Samples, read_label: Callable[[bytes, str], Tensor]) -> Tensor:
+def _targets(found: _Samples, read_label: Callable[[bytes, str], npt.NDArray[np.generic]]) -> Tensor:
     rows = [read_label(content, name) for content, name in zip(found.labels, found.names, strict=True)]
     if odd := [name for name, row in zip(found.names, rows, strict=True) if row.shape != rows[0].shape]:
         raise UserError(f"{odd[0]}: its label has another length than that of {found.names[0]}")
-    return torch.stack(rows)
+    return torch.from_numpy(np.stack(rows))
 
 
-def _number(content: bytes, name: str) -> Tensor:
+def _number(content: bytes, name: str) -> npt.NDArray[np.generic]:
     try:
-        return torch.tensor(int(content))
-    except ValueError as error:
+        return np.array(int(content), np.int64)
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{name}: its class is {content[:20]!r}, no whole number") from error
 
 
-def _vector(content: bytes, name: str) -> Tensor:
+def _vector(content: bytes, name: str) -> npt.NDArray[np.generic]:
     try:
         value = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{name}: its npy cannot be read: {error}") from error
     if value.ndim != 1:
         raise UserError(f"{name}: its npy has the shape {value.shape}; wanted one number for each class")
-    return torch.from_numpy(value != 0)
+    return np.asarray(value != 0)
 
 
 def _decode(content: bytes, name: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import overload
 
@@ -14,6 +16,7 @@ import numpy.typing as npt
 
 from m2_encoder.data.images.opening import read_picture_file
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
+from m2_encoder.data.packing.records import stamp_files
 from m2_encoder.errors import ImageError, UserError, name_some
 from m2_encoder.evaluation.sets.base import Picture
 
@@ -52,6 +55,16 @@ class Pictures(Sequence[Picture]):
         """
         raise NotImplementedError
 
+    def stamp(self) -> str:
+        """Hash of the names and places of all pictures, and of the sizes and times of writing of their files."""
+        digest = hashlib.sha256(json.dumps(list(self.names)).encode())
+        for part in self._describe_places():
+            digest.update(part.encode() + b";")
+        return digest.hexdigest()
+
+    def _describe_places(self) -> Iterator[str]:
+        raise NotImplementedError
+
 
 class FilePictures(Pictures):
     """Pictures in files of their own; their names are paths below `root`."""
@@ -67,6 +80,9 @@ class FilePictures(Pictures):
             return read_picture_file(path)
         except ImageError as error:
             raise ImageError(f"{path}: {error.text}") from error
+
+    def _describe_places(self) -> Iterator[str]:
+        yield stamp_files(os.path.join(self.root, name) for name in self.names)
 
 
 class PartPictures(Pictures):
@@ -96,6 +112,27 @@ class PartPictures(Pictures):
             return base64.b64decode(content.strip().translate(_URL_SAFE), validate=True)
         except binascii.Error as error:
             raise ImageError(f"{path}: {self.names[number]} is not base64: {error}") from error
+
+    def _describe_places(self) -> Iterator[str]:
+        yield stamp_files(self.paths)
+        yield hashlib.sha256(np.ascontiguousarray(self.parts).tobytes()).hexdigest()
+
+
+def stamp_pictures(pictures: Sequence[Picture]) -> str:
+    """Changes when pictures of a set are others, or written again: what features of them belong to.
+
+    Of pictures on disk nothing is read; moving a folder, with the times of its files, keeps it. Of other pictures the
+    content is hashed.
+
+    Raises:
+        OSError, UserError: if one of those others cannot be read.
+    """
+    if isinstance(pictures, Pictures):
+        return pictures.stamp()
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(json.dumps(picture.name).encode() + hashlib.sha256(picture.read()).digest())
+    return digest.hexdigest()
 
 
 def read_part(path: str, offset: int, size: int) -> bytes:
