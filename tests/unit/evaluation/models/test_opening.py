@@ -17,11 +17,12 @@ from torch.nn import functional
 from m2_encoder import M2Encoder, M2EncoderConfig, load
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
-from m2_encoder.errors import UserError
+from m2_encoder.errors import ImageError, UserError
 from m2_encoder.evaluation.encode import encode_images, encode_texts
 from m2_encoder.evaluation.feature_file import open_feature_file
 from m2_encoder.evaluation.models import base, transformers_model
 from m2_encoder.evaluation.models.opening import open_model
+from m2_encoder.pictures import OFFICIAL
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.models import random_model, small_config
 from tests.support.once import build_once
@@ -141,6 +142,14 @@ def test_large_pictures_get_more_patches_where_the_family_says_so(
         features[1], encode_images(plain.model, plain.preprocess(middle)[None])[0], atol=1e-6, rtol=0
     )
     assert opened.fingerprint != plain.fingerprint
+
+
+def test_picture_that_a_transform_refuses_is_no_picture(tmp_path: Path) -> None:
+    def refuse(image: Any) -> Tensor:
+        raise ValueError(f"height {image.height} is too small")
+
+    with pytest.raises(ImageError, match=r"of 40 x 1 pixels, which the model's transform refuses: height 1 is too"):
+        base.PeerTransform(refuse, OFFICIAL)(picture(1, size=(40, 1)))
 
 
 def edit_json(path: Path, change: Callable[[Any], object]) -> None:
