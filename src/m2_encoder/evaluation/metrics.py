@@ -1,4 +1,4 @@
-"""Exact recall at k between two sides.
+"""Exact recall at k between two sides; `measures.ranks` says how ranks are found.
 
 R@k is the percentage of queries with at least one right item among their first k. Ranks are pessimistic: a wrong item
 with the same score as the right one ranks before it, so a model that gives all items the same feature scores 0.
@@ -15,11 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RECALL_KS = (1, 5, 10)
+from m2_encoder.evaluation.measures.ranks import CHUNK_SIZE, Ranks, rank_both_ways, rank_queries
 
-# Scores closer than this (times both norms) tie: matrix products round differently from column to column, in fp64 by
-# less than 1e-14.
-_TIE_TOLERANCE = 1e-12
+RECALL_KS = (1, 5, 10)
 
 
 class RecallResult(NamedTuple):
@@ -36,9 +34,9 @@ def recall_at_k(
     positives: Tensor,
     ks: Sequence[int] = RECALL_KS,
     *,
-    chunk_size: int = 2048,
+    chunk_size: int = CHUNK_SIZE,
 ) -> RecallResult:
-    """Exact recall at k by inner products in fp64, in chunks, so that memory does not grow with Q * M.
+    """Exact recall at k by inner products, in chunks, so that memory does not grow with Q * M.
 
     A query whose own score is not finite never hits. A gallery item whose feature is not finite ranks last.
 
@@ -56,20 +54,11 @@ def recall_at_k(
     """
     _check_features(query_features, gallery_features)
     pairs = _checked_pairs(positives, query_features.shape[0], gallery_features.shape[0])
-    if not ks or min(ks) < 1:
-        raise ValueError(f"ks={list(ks)} must hold whole numbers of at least 1")
+    check_ks(ks)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-    if query_features.device.type == "mps":  # has no fp64
-        query_features, gallery_features = query_features.cpu(), gallery_features.cpu()
-    pairs = pairs.to(query_features.device)
-    best = _best_right_scores(query_features, gallery_features, pairs, chunk_size)
-    ahead, tied = _count_wrong_ahead(query_features, gallery_features, pairs, best, chunk_size)
-    never = gallery_features.shape[0] + 1
-    ranks = torch.where(best.isfinite(), ahead + 1, never).cpu()
-    return RecallResult(
-        recalls={k: _percent(ranks <= min(k, never - 1)) for k in ks}, ranks=ranks, tie_share=_percent(tied.cpu())
-    )
+    found = rank_queries(query_features, gallery_features, pairs, chunk_size=chunk_size)
+    return RecallResult({k: found.recall(k) for k in ks}, found.ranks, found.tie_share)
 
 
 def pairs_of_equal_ids(query_ids: Tensor, gallery_ids: Tensor) -> Tensor:
@@ -103,7 +92,7 @@ def retrieval_metrics(
     text_ids: Tensor,
     *,
     ks: Sequence[int] = RECALL_KS,
-    chunk_size: int = 2048,
+    chunk_size: int = CHUNK_SIZE,
 ) -> dict[str, float]:
     """Recalls in both directions, and those of a random order.
 
@@ -124,26 +113,49 @@ def retrieval_metrics(
     Raises:
         ValueError: if no image and text belong together, or shapes do not fit.
     """
+    _check_features(text_features, image_features)
+    check_ks(ks)
+    pairs = pairs_of_equal_ids(text_ids, image_ids)
+    t2i, i2t = rank_both_ways(text_features, image_features, pairs, chunk_size=chunk_size)
+    return collect_metrics(t2i, i2t, pairs, ks)
+
+
+def collect_metrics(t2i: Ranks, i2t: Ranks, pairs: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    """What `retrieval_metrics` returns, from the ranks of all texts and images, and their pairs, (P, 2) int64."""
+    num_images, num_texts = t2i.num_gallery, i2t.num_gallery
+    if not len(pairs):
+        raise ValueError(f"none of {num_images} images shares an id with one of {num_texts} texts")
     metrics: dict[str, float] = {}
-    sides = {"i2t": (image_features, image_ids, text_features, text_ids)}
-    sides["t2i"] = (text_features, text_ids, image_features, image_ids)
-    for direction, (queries, query_ids, gallery, gallery_ids) in sides.items():
-        usable = torch.isin(query_ids, gallery_ids)
-        if not usable.any():
-            raise ValueError(f"none of {len(image_ids)} images shares an id with one of {len(text_ids)} texts")
-        pairs = pairs_of_equal_ids(query_ids[usable], gallery_ids)
-        result = recall_at_k(queries[usable], gallery, pairs, ks, chunk_size=chunk_size)
-        numbers, queries_with = torch.bincount(pairs[:, 0]).unique(return_counts=True)
-        for k in ks:
-            metrics[f"{direction}_r@{k}"] = result.recalls[k]
-            metrics[f"{direction}_chance@{k}"] = sum(
-                chance_recall(len(gallery), k, num_positives=number) * share / int(usable.sum())
-                for number, share in zip(numbers.tolist(), queries_with.tolist(), strict=True)
-            )
-        metrics[f"{direction}_ties"] = result.tie_share
-    metrics["mean_recall"] = sum(metrics[f"{d}_r@{k}"] for d in sides for k in ks) / (2 * len(ks))
-    metrics["num_images"] = float(len(image_ids))
-    metrics["num_texts"] = float(len(text_ids))
+    for direction, found, column in (("i2t", i2t, 1), ("t2i", t2i, 0)):
+        positives = torch.bincount(pairs[:, column], minlength=len(found.ranks)).cpu()
+        metrics |= _direction_metrics(direction, found, positives, ks)
+    metrics["mean_recall"] = sum(metrics[f"{way}_r@{k}"] for way in ("i2t", "t2i") for k in ks) / (2 * len(ks))
+    metrics["num_images"] = float(num_images)
+    metrics["num_texts"] = float(num_texts)
+    return metrics
+
+
+def mean_chance(num_gallery: int, k: int, positives: Tensor) -> float:
+    """Mean of `chance_recall` over queries with so many right items each, (Q,) int64."""
+    numbers, counts = positives.unique(return_counts=True)
+    chances = [chance_recall(num_gallery, k, num_positives=number) for number in numbers.tolist()]
+    return sum(chance * count for chance, count in zip(chances, counts.tolist(), strict=True)) / len(positives)
+
+
+def check_ks(ks: Sequence[int]) -> None:
+    """Refuses cut-offs below 1, and none at all."""
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks={list(ks)} must hold whole numbers of at least 1")
+
+
+def _direction_metrics(direction: str, found: Ranks, positives: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    """The entries of one direction; `positives` are the numbers of right items, items without are no queries."""
+    queries, positives = found.of(positives > 0), positives[positives > 0]
+    metrics = {}
+    for k in ks:
+        metrics[f"{direction}_r@{k}"] = queries.recall(k)
+        metrics[f"{direction}_chance@{k}"] = mean_chance(found.num_gallery, k, positives)
+    metrics[f"{direction}_ties"] = queries.tie_share
     return metrics
 
 
@@ -169,40 +181,3 @@ def _checked_pairs(pairs: Tensor, num_queries: int, num_gallery: int) -> Tensor:
         row = int((counts == 0).nonzero()[0])
         raise ValueError(f"query {row} has no right item; leave it out of the queries (it may stay in the gallery)")
     return pairs[pairs[:, 0].argsort(stable=True)]
-
-
-def _best_right_scores(queries: Tensor, gallery: Tensor, pairs: Tensor, chunk_size: int) -> Tensor:
-    """Highest score of each query's right items, (Q,) fp64; -inf where none is a number."""
-    best = queries.new_full((len(queries),), -math.inf, dtype=torch.float64)
-    for part in pairs.split(chunk_size):
-        scores = (queries[part[:, 0]].double() * gallery[part[:, 1]].double()).sum(dim=1)
-        best.scatter_reduce_(0, part[:, 0], scores.masked_fill(~scores.isfinite(), -math.inf), "amax")
-    return best
-
-
-def _count_wrong_ahead(
-    queries: Tensor, gallery: Tensor, pairs: Tensor, best: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """How many wrong items score at least `best`, (Q,) int64, and whether one of them ties, (Q,) bool."""
-    ahead = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    tied = torch.zeros_like(ahead, dtype=torch.bool)
-    largest = torch.nan_to_num(gallery.double().norm(dim=1), 0.0, 0.0, 0.0).max()
-    bounds = torch.arange(0, len(queries) + chunk_size, chunk_size, device=queries.device)
-    starts = torch.searchsorted(pairs[:, 0].contiguous(), bounds).tolist()
-    for number, start in enumerate(range(0, len(queries), chunk_size)):
-        rows = slice(start, start + chunk_size)
-        part = queries[rows].double()
-        tolerance = torch.nan_to_num(part.norm(dim=1), 0.0, 0.0, 0.0) * largest * _TIE_TOLERANCE
-        own = pairs[starts[number] : starts[number + 1]]
-        for column in range(0, len(gallery), chunk_size):
-            scores = part @ gallery[column : column + chunk_size].double().t()
-            inside = own[(own[:, 1] >= column) & (own[:, 1] < column + chunk_size)]
-            scores[inside[:, 0] - start, inside[:, 1] - column] = math.nan  # right items never stand in the way
-            distance = scores - best[rows, None]
-            ahead[rows] += (distance >= -tolerance[:, None]).sum(dim=1)
-            tied[rows] |= (distance.abs() <= tolerance[:, None]).any(dim=1)
-    return ahead, tied
-
-
-def _percent(hits: Tensor) -> float:
-    return 100.0 * float(hits.double().mean())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from m2_encoder.data.retrieval_set import RetrievalSet
-from m2_encoder.errors import UserError
 from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE, FeatureModel, Tokenize, encode_images, encode_texts
+from m2_encoder.evaluation.measures.result import check_finite
 from m2_encoder.evaluation.metrics import RECALL_KS, retrieval_metrics
 
 
@@ -63,10 +63,7 @@ def evaluate_features(features: SetFeatures, *, ks: Sequence[int] = RECALL_KS) -
     """
     results = {}
     for language, texts in features.texts.items():
-        for side, values in (("image", features.image_features), (f"{language} text", texts.features)):
-            broken = int((~values.isfinite()).any(dim=1).sum())
-            if broken:
-                raise UserError(f"{broken} of {len(values)} {side} features are not finite: the model is broken")
+        check_finite({"image": features.image_features, f"{language} text": texts.features})
         results[language] = retrieval_metrics(
             features.image_features, features.image_ids, texts.features, texts.ids, ks=ks
         )
