@@ -18,7 +18,7 @@ from torch import Tensor
 
 RESAMPLES: Final = 1000
 LEVEL: Final = 0.95
-_DRAWS_AT_ONCE: Final = 2**21
+_DRAWS_AT_ONCE: Final = 2**19
 
 
 def bootstrap_means(

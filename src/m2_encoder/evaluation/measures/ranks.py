@@ -22,13 +22,13 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_SIZE: Final = 2048
-"""Rows of either side that are compared at once; a tile of similarities has 16 MiB."""
+CHUNK_SIZE: Final = 1024
+"""Rows of either side that are compared at once; a tile of similarities has 4 MiB."""
 
 # Scores closer than this (times both norms) tie: products round differently from column to column, in fp64 by less
 # than 1e-14.
 _TIE_TOLERANCE: Final = 1e-12
-_PAIRS_AT_ONCE: Final = 1024
+_PAIRS_AT_ONCE: Final = 512
 _DENSE: Final = 64  # from one close score in so many, a whole tile in fp64 is cheaper than its close pairs
 
 
