@@ -264,11 +264,17 @@ def _spans(length: int, size: int) -> Iterator[slice]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products in fp32 as they are, whatever a training run allows its own."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Products in fp32 as they are, without autograd, whatever a training run allows its own."""
+    backends = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined,unused-ignore]
+    )
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
