@@ -39,10 +39,8 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
         "checkpoints": "official and own formats, exports, model cards",
     },
     {"data": "shards, order, samples, images, masks, loading"},
-    {
-        "hub": "load(), list_models()",
-        "evaluation": "metrics, tasks, the suite, pictures",
-    },
+    {"hub": "load(), list_models()"},
+    {"evaluation": "metrics, tasks, models and their features, the suite, pictures"},
     {
         "training": "one step, optimizers, adaptation, callbacks",
         "curation": "what is dropped before training",

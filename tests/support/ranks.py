@@ -11,6 +11,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from queue import Empty
 from typing import Any, NamedTuple
@@ -58,6 +59,13 @@ def run_lightning_ranks(
     return _run(_in_lightning, world_size, (free_port(), world_size, function, args), timeout_s)
 
 
+def fork_context() -> ForkServerContext:
+    """Of processes that are forked from one server, which has imported what most of them need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return context
+
+
 def free_port() -> int:
     """A port that nobody listens on, below those that the kernel hands out: nobody else gets it before it is used."""
     while True:
@@ -67,8 +75,7 @@ def free_port() -> int:
 
 
 def _run(target: Callable[..., None], world_size: int, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
+    context = fork_context()
     reports: Any = context.Queue()
     processes = [context.Process(target=target, args=(rank, reports, *args)) for rank in range(world_size)]
     for process in processes:

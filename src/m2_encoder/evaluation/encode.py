@@ -61,15 +61,22 @@ def encode_texts(
     if not texts:
         raise ValueError("there are no texts to encode")
     tokens = tokenizer(texts)
-    lengths = tokens.mask.sum(dim=1)
-    order = lengths.argsort(stable=True, descending=True)
-    features = []
+    batches = split_by_length(tokens, batch_size)
     with evaluation_mode(model) as device:
-        for rows in order.split(batch_size):
-            longest = int(lengths[rows].max())
-            batch = TextTokens(tokens.ids[rows, :longest].to(device), tokens.mask[rows, :longest].to(device))
-            features.append(model.encode_text(batch).float().cpu())
-    return torch.cat(features)[order.argsort()]
+        features = [encode_rows(model, tokens, rows, device) for rows in batches]
+    return torch.cat(features)[torch.cat(batches).argsort()]
+
+
+def split_by_length(tokens: TextTokens, batch_size: int) -> tuple[Tensor, ...]:
+    """Rows of batches of texts, the longest first, (B,) int64 each."""
+    return tokens.mask.sum(dim=1).argsort(stable=True, descending=True).split(batch_size)
+
+
+def encode_rows(model: FeatureModel, tokens: TextTokens, rows: Tensor, device: torch.device) -> Tensor:
+    """Features of some texts, (B, E) fp32 on the CPU, cut behind the longest of them; for `evaluation_mode`."""
+    ids, mask = tokens.ids[rows], tokens.mask[rows]
+    longest = int(mask.sum(dim=1).max())
+    return model.encode_text(TextTokens(ids[:, :longest].to(device), mask[:, :longest].to(device))).float().cpu()
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from m2_encoder.data.retrieval_set import RetrievalSet, SetReading, count_equal_captions
+from m2_encoder.data.retrieval_contents import SetReading
+from m2_encoder.data.retrieval_set import RetrievalSet, count_equal_captions
 from m2_encoder.data.samples.language import describe_languages
 
 NAME: Final = "standard"

@@ -18,7 +18,8 @@ from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.packing.pack import PackOptions, pack
 from m2_encoder.data.packing.records import Columns
 from m2_encoder.data.packing.sources import find_source
-from m2_encoder.data.retrieval_set import RetrievalSet, SetReading, check_retrieval_set, read_retrieval_set
+from m2_encoder.data.retrieval_contents import SetReading
+from m2_encoder.data.retrieval_set import RetrievalSet, check_retrieval_set, read_retrieval_set
 from m2_encoder.data.shards import index as shard_index
 from m2_encoder.data.shards.index import INDEX_SUFFIX, build_index, open_index
 from m2_encoder.errors import UserError

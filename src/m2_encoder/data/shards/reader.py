@@ -83,8 +83,8 @@ class OpenShard:
         """Close the tar."""
         os.close(self.descriptor)
 
-    def read(self, number: int, *, files: Sequence[str] = ()) -> SampleBytes:
-        """The files of a sample, with those of further extensions (lower case).
+    def read(self, number: int, *, files: Sequence[str] = (), image: bool = True) -> SampleBytes:
+        """The files of a sample, with those of further extensions (lower case); without `image`, that is left out: b"".
 
         Raises:
             SampleProblem: shard_changed or shard_missing.
@@ -98,7 +98,7 @@ class OpenShard:
             more = find_files(descriptor, self.index, number, files) if files else {}
             return SampleBytes(
                 sample.key,
-                _read(descriptor, sample.image),
+                _read(descriptor, sample.image) if image else b"",
                 None if sample.json is None else _read(descriptor, sample.json),
                 None if sample.text is None else _read(descriptor, sample.text),
                 {extension: _read(descriptor, member) for extension, member in more.items()},

@@ -33,7 +33,9 @@ class Classes(NamedTuple):
     """What pictures are to be sorted into."""
 
     label_set: str  # which names these are; named in every row of results
-    names: Mapping[str, tuple[str, ...]]  # by language, length C
+    # By language, length C. A class without a name in a language has "": it and its pictures are not in what is
+    # measured there.
+    names: Mapping[str, tuple[str, ...]]
     targets: Tensor  # the class of each picture, (n,) int64; for several at once (n, C) bool
     templates: Mapping[str, tuple[str, ...]] = {}  # the set's own, by language, with {} for a name; maybe none
 

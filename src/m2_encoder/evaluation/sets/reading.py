@@ -1,0 +1,58 @@
+"""Reads a set of any known layout."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from m2_encoder.errors import UserError
+from m2_encoder.evaluation.sets.babel_imagenet import read_babel_imagenet
+from m2_encoder.evaluation.sets.base import EvaluationSet
+from m2_encoder.evaluation.sets.caption_lines import read_caption_lines
+from m2_encoder.evaluation.sets.chinese_clip import read_chinese_clip
+from m2_encoder.evaluation.sets.clip_benchmark import read_clip_benchmark
+from m2_encoder.evaluation.sets.elevater_cn import read_elevater_cn
+from m2_encoder.evaluation.sets.image_folder import read_image_folder
+from m2_encoder.evaluation.sets.layouts import recognise
+from m2_encoder.evaluation.sets.own import read_emoji, read_own
+from m2_encoder.evaluation.sets.tuxpaint import read_tuxpaint
+from m2_encoder.evaluation.sets.xm3600 import read_xm3600
+from m2_encoder.evaluation.sets.xtd import read_xtd
+
+READERS: Final[Mapping[str, Callable[..., EvaluationSet]]] = {
+    "clip_benchmark": read_clip_benchmark,
+    "elevater_cn": read_elevater_cn,
+    "xm3600": read_xm3600,
+    "xtd": read_xtd,
+    "chinese_clip": read_chinese_clip,
+    "caption_lines": read_caption_lines,
+    "babel_imagenet": read_babel_imagenet,
+    "tuxpaint": read_tuxpaint,
+    "emoji": read_emoji,
+    "own": read_own,
+    "image_folder": read_image_folder,
+}
+"""Readers by the names of `layouts.LAYOUTS`."""
+
+
+def read_set(path: str | os.PathLike[str], *, layout: str | None = None, **settings: Any) -> EvaluationSet:
+    """Read a set from disk. Nothing is decoded.
+
+    Args:
+        path: of the folder or file.
+        layout: one of `READERS`; None takes the first one that fits.
+        settings: of that reader, such as name, split or labels.
+
+    Raises:
+        UserError: for an unknown layout or setting, and whatever the reader refuses.
+    """
+    if layout is not None and layout not in READERS:
+        raise UserError(f"one of {', '.join(READERS)}", key="layout", value=layout)
+    name = layout or recognise(path)
+    reader = READERS[name]
+    known = [each for each in inspect.signature(reader).parameters if each != "path"]
+    if unknown := [each for each in settings if each not in known]:
+        raise UserError(f"no setting of layout {name}; it has {', '.join(known)}", key=unknown[0])
+    return reader(path, **settings)
