@@ -18,7 +18,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.measures.intervals import bootstrap_class_means, bootstrap_means, interval
+from m2_encoder.evaluation.measures.intervals import (
+    bootstrap_class_means,
+    bootstrap_means,
+    bootstrap_precision,
+    interval,
+)
 from m2_encoder.evaluation.measures.ranks import Ranks, rank_queries
 from m2_encoder.evaluation.measures.result import Measurement, check_finite, check_same_width
 
@@ -101,15 +106,14 @@ def summarize_accuracy(
     return Classification(tuple(found), ranks, per_class)
 
 
-def measure_multilabel(image_features: Tensor, vectors: Tensor, targets: Tensor) -> Measurement:
+def measure_multilabel(image_features: Tensor, vectors: Tensor, targets: Tensor, *, seed: int = 0) -> Measurement:
     """Mean average precision over classes that have pictures, "map", in percent, by cosine.
-
-    There is no interval: queries are classes, which are not drawn from anything.
 
     Args:
         image_features: (n, E), any floating dtype.
         vectors: (C, E).
         targets: (n, C) bool, at least one of them true.
+        seed: of the interval, for which pictures are drawn.
 
     Raises:
         UserError: if a feature is not finite, or targets do not fit.
@@ -130,12 +134,13 @@ def measure_multilabel(image_features: Tensor, vectors: Tensor, targets: Tensor)
     cosines = normalize(image_features.double(), dim=1) @ normalize(vectors.double(), dim=1).t()
     # In 0..1, where torchmetrics takes scores as they are; rounded, so that what is equal but for rounding ties.
     scores = ((1 + cosines) / 2).round(decimals=_TIE_DECIMALS).clamp(0, 1)
+    low, high = interval(bootstrap_precision(scores.cpu(), targets.cpu(), seed=seed))
     one = len(vectors) == 1  # torchmetrics wants two labels at least
     scores, targets = (scores.repeat(1, 2), targets.repeat(1, 2)) if one else (scores, targets)
     metric = MultilabelAveragePrecision(num_labels=scores.shape[1], average="macro", thresholds=None)
     value = 100.0 * float(metric.to(scores.device)(scores, targets.long()))
     chance = sum(chance_precision(len(targets), int(number)) for number in targets.sum(dim=0)) / targets.shape[1]
-    return Measurement("map", value, len(targets), chance=chance)
+    return Measurement("map", value, len(targets), 100.0 * low, 100.0 * high, chance)
 
 
 def chance_precision(total: int, right: int) -> float:

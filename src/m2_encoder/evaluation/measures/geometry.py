@@ -17,7 +17,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.measures.intervals import bootstrap_means, interval
 from m2_encoder.evaluation.measures.result import Measurement, check_finite, check_pairs, check_same_width
 
-_CHUNK_ROWS = 2048
+_CHUNK_ROWS = 1024
 
 
 def measure_alignment(first: Tensor, second: Tensor, pairs: Tensor, *, seed: int = 0) -> Measurement:

@@ -3,7 +3,7 @@
 It says how far the choice of queries moves a number; not how far another seed of training or other prompts would. At 0
 and at 100 percent it has no width, and with few queries it is somewhat too narrow.
 
-Letters: Q queries · K numbers of each · G groups · R resamples · C classes.
+Letters: Q queries · K numbers of each · R resamples · n pictures · C classes.
 
 Reference: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3 (percentile); Davison and
 Hinkley, Bootstrap Methods and their Application (1997), section 3.8 (groups drawn whole).
@@ -11,6 +11,7 @@ Hinkley, Bootstrap Methods and their Application (1997), section 3.8 (groups dra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 RESAMPLES: Final = 1000
 LEVEL: Final = 0.95
-_DRAWS_AT_ONCE: Final = 2**21
+_DRAWS_AT_ONCE: Final = 2**19
 
 
 def bootstrap_means(
@@ -44,14 +45,7 @@ def bootstrap_means(
         sizes = empty.index_add(0, numbers, sizes)
         values = empty.repeat(1, values.shape[1]).index_add(0, numbers, values)
     both = torch.cat([values, sizes], dim=1)
-    generator = torch.Generator().manual_seed(seed)
-    number = len(both)
-    found = []
-    for part in torch.arange(resamples).split(max(1, _DRAWS_AT_ONCE // number)):
-        drawn = torch.randint(number, (len(part), number), generator=generator)
-        times = torch.zeros(len(part), number, dtype=torch.float64)
-        found.append(times.scatter_add_(1, drawn, torch.ones_like(times)) @ both)
-    sums = torch.cat(found)
+    sums = torch.cat([times @ both for times in _draw(len(both), resamples, seed)])
     return sums[:, :-1] / sums[:, -1:]
 
 
@@ -65,6 +59,41 @@ def bootstrap_class_means(hits: Tensor, totals: Tensor, *, resamples: int = RESA
     shares = hits.double() / totals
     drawn = torch.binomial(totals.expand(resamples, -1), shares.expand(resamples, -1), generator=generator)
     return (drawn / totals).mean(dim=1)
+
+
+def bootstrap_precision(scores: Tensor, targets: Tensor, *, resamples: int = 200, seed: int = 0) -> Tensor:
+    """Mean average precisions of resampled pictures, (R,) fp64 in 0..1.
+
+    Args:
+        scores: (n, C) fp64, on the CPU; equal ones are one step of the curve, as in torchmetrics.
+        targets: (n, C) bool, some of them true in each class; a class without any in a resample is left out of it.
+        resamples: R.
+        seed: of the draws.
+    """
+    return torch.cat([resampled_precision(scores, targets, times) for times in _draw(len(scores), resamples, seed)])
+
+
+def resampled_precision(scores: Tensor, targets: Tensor, times: Tensor) -> Tensor:
+    """The same for given resamples: how often each picture is in it, (R, n) fp64."""
+    found = []
+    for values, right in zip(scores.t(), targets.t(), strict=True):
+        order = values.argsort(descending=True)
+        ordered = -values[order]
+        ends = torch.searchsorted(ordered, ordered, side="right") - 1  # of the pictures with equal scores
+        drawn = times[:, order]
+        hits = drawn * right[order]
+        precision = hits.cumsum(dim=1)[:, ends] / drawn.cumsum(dim=1)[:, ends].clamp(min=1)
+        found.append((hits * precision).sum(dim=1) / hits.sum(dim=1))
+    return torch.stack(found).nanmean(dim=0)
+
+
+def _draw(number: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each of so many rows is in a resample, (some of R, number) fp64, drawn with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in torch.arange(resamples).split(max(1, _DRAWS_AT_ONCE // number)):
+        drawn = torch.randint(number, (len(part), number), generator=generator)
+        times = torch.zeros(len(part), number, dtype=torch.float64)
+        yield times.scatter_add_(1, drawn, torch.ones_like(times))
 
 
 def interval(resampled: Tensor) -> tuple[float, float]:

@@ -22,13 +22,13 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_SIZE: Final = 2048
-"""Rows of either side that are compared at once; a tile of similarities has 16 MiB."""
+CHUNK_SIZE: Final = 1024
+"""Rows of either side that are compared at once; a tile of similarities has 4 MiB."""
 
 # Scores closer than this (times both norms) tie: products round differently from column to column, in fp64 by less
 # than 1e-14.
 _TIE_TOLERANCE: Final = 1e-12
-_PAIRS_AT_ONCE: Final = 1024
+_PAIRS_AT_ONCE: Final = 512
 _DENSE: Final = 64  # from one close score in so many, a whole tile in fp64 is cheaper than its close pairs
 
 
@@ -264,11 +264,17 @@ def _spans(length: int, size: int) -> Iterator[slice]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Products in fp32 as they are, whatever a training run allows its own."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Products in fp32 as they are, without autograd, whatever a training run allows its own."""
+    backends = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined,unused-ignore]
+    )
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

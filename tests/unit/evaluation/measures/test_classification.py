@@ -98,6 +98,7 @@ def test_mean_average_precision() -> None:
     expected = [average_precision(scores[:, each], targets[:, each]) for each in range(CLASSES) if each != 3]
     found = measure_multilabel(3 * images, vectors, targets)
     assert found.value == pytest.approx(100 * sum(expected) / len(expected), abs=1e-4)
+    assert (found.low or 0) < found.value < (found.high or 0) < found.value + 10
     one = measure_multilabel(images, vectors[:1], targets[:, :1])
     assert one.value == pytest.approx(100 * expected[0], abs=1e-4)
     perfect = measure_multilabel(torch.eye(4), torch.eye(4), torch.eye(4, dtype=torch.bool))

@@ -28,7 +28,7 @@ def test_formulas() -> None:
 
 
 def test_uniformity_over_several_chunks() -> None:
-    features = torch.randn(4100, 4)
+    features = torch.randn(2100, 4)
     expected = torch.pdist(normalize(features.double(), dim=1)).pow(2).mul(-2).exp().mean().log()
     assert measure_uniformity(features).value == pytest.approx(float(expected), rel=1e-9)
 

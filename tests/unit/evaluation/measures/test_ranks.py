@@ -67,6 +67,9 @@ def test_precision_that_a_run_allows_is_not_used() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert found(rank_queries(texts, images, pairs)) == expected
         assert torch.get_float32_matmul_precision() == "medium"
+        torch.backends.mkldnn.matmul.fp32_precision = "tf32"  # the newer of two ways, which must not be mixed
+        assert found(rank_queries(texts, images, pairs)) == expected
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.measures.parallel import measure_parallel
@@ -108,6 +111,24 @@ def test_parallel_texts_both_ways() -> None:
     shuffled = measure_parallel(("zh", "en"), zh, en[torch.randperm(len(en))], pairs).measurements[0]
     assert shuffled.value == pytest.approx(shuffled.chance, abs=4)
     assert measure_parallel(("zh", "en"), zh, zh, pairs).value("mean_recall") == 100.0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest new tensor has."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(leaf.numel() for leaf in tree_leaves(found) if isinstance(leaf, Tensor))])
+        return found
+
+
+def test_all_similarities_are_never_in_memory_together() -> None:
+    images, texts, pairs = make_set(pictures=2500, captions=2, noise=0.5)
+    with LargestTensor() as largest:
+        measure_retrieval(images, texts, pairs, chunk_size=256)
+    assert largest.size <= 600_000 < len(images) * len(texts) / 20
 
 
 @pytest.mark.parametrize(

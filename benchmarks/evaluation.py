@@ -1,0 +1,151 @@
+"""Retrieval from features: ours against CLIP_benchmark's recall code and the metric code of the official script.
+
+5,000 images and 25,010 texts of width 768 (the size of COCO's test set; random features, each text near its image),
+R@1, R@5, R@10 both ways. The three take turns within one process, with the same threads; they must agree before
+anything is reported. Ours is the whole measure, with its intervals. Peak memory is what a call takes above what the
+process held before, features not counted; the official script's tables of right answers are made beforehand.
+
+The peers are their own code where a checkout is given, and otherwise what they compute, written again without the work
+that they do besides (see `_retrieval_peers.py`); rows say which:
+
+    git clone https://github.com/LAION-AI/CLIP_benchmark
+    git clone https://github.com/alipay/Ant-Multi-Modal-Framework
+    python benchmarks/evaluation.py --clip-benchmark CLIP_benchmark --official Ant-Multi-Modal-Framework
+
+Beside that, 1,000 queries against a million gallery items of width 256 in fp16: time, and peak memory with the gallery.
+
+--quick takes 1,000 images, 5,002 texts and 100 queries.
+
+Figures: `speedup_official` is the official script's time over ours, `memory_ratio_clip_benchmark` CLIP_benchmark's peak
+over ours, `speedup_clip_benchmark` and `memory_ratio_official` the other two; `million_peak_gb`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import PeakMemory, Report, interleave, parse_arguments, speedup
+from _retrieval_peers import Recalls, clip_benchmark_recall, official_recall
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from m2_encoder.evaluation.measures.ranks import rank_queries
+from m2_encoder.evaluation.measures.retrieval import measure_retrieval
+
+DIM, CAPTIONS, EXTRA = 768, 5, 0.002  # every 500th image has a sixth caption
+IMAGES, QUICK_IMAGES = 5000, 1000
+NOISE = 9.0  # texts find their image first in a quarter of the cases
+MILLION, MILLION_DIM = 1_000_000, 256
+# The official script prints one decimal; a query that rounding of fp32 decides is a hundredth of a percent.
+AGREEMENT = 0.061
+OURS, CLIP_BENCHMARK, OFFICIAL = "ours", "CLIP_benchmark", "official script"
+
+
+def make_features(num_images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, texts, and the image of each text."""
+    torch.manual_seed(0)
+    images = normalize(torch.randn(num_images, DIM), dim=1)
+    extra = torch.arange(int(num_images * EXTRA)) * int(1 / EXTRA)
+    pictures = torch.cat([torch.arange(num_images).repeat_interleave(CAPTIONS), extra]).sort().values
+    texts = normalize(images[pictures] + NOISE * DIM**-0.5 * torch.randn(len(pictures), DIM), dim=1)
+    return images, texts, pictures
+
+
+def build_candidates(arguments: Any, num_images: int) -> dict[str, Callable[[], Recalls]]:
+    """The three calls, by label."""
+    images, texts, pictures = make_features(num_images)
+    pairs = torch.stack([torch.arange(len(texts)), pictures], dim=1)
+    table = np.zeros((len(texts), len(images)))
+    table[np.arange(len(texts)), pictures.numpy()] = 1
+    table_back = np.ascontiguousarray(table.T)
+    wide_images, wide_texts = images.double().numpy(), texts.double().numpy()
+    theirs = clip_benchmark_recall(arguments.clip_benchmark)
+    official = official_recall(arguments.official)
+
+    def ours() -> Recalls:
+        return {found.metric: found.value for found in measure_retrieval(images, texts, pairs).measurements}
+
+    return {
+        OURS: ours,
+        CLIP_BENCHMARK: lambda: theirs(images, texts, pictures),
+        OFFICIAL: lambda: official(wide_texts, wide_images, table, table_back),
+    }
+
+
+def check_agreement(found: dict[str, Recalls]) -> None:
+    """Refuses to compare what is not the same."""
+    for label in (CLIP_BENCHMARK, OFFICIAL):
+        for name, value in found[label].items():
+            if not abs(value - found[OURS][name]) < AGREEMENT:
+                ours = found[OURS][name]
+                raise SystemExit(f"{name}: ours {ours:.3f}, {label} {value:.3f}: the comparison means nothing")
+
+
+def measure_recalls(report: Report, arguments: Any) -> None:
+    """Peak memory in a call of each, which also checks agreement; then times in turns."""
+    for call in build_candidates(arguments, 100).values():
+        call()  # what is loaded once is nobody's peak
+    candidates = build_candidates(arguments, QUICK_IMAGES if arguments.quick else IMAGES)
+    found, peaks = {}, {}
+    for label, call in candidates.items():
+        peak = PeakMemory()
+        with peak.measure():
+            found[label] = call()
+        peaks[label] = peak.bytes
+    check_agreement(found)
+    timings = interleave(candidates, rounds=3 if arguments.quick else 5, warmup=0)
+    given = {OURS: True, CLIP_BENCHMARK: arguments.clip_benchmark, OFFICIAL: arguments.official}
+    for label, timing in timings.items():
+        report.add(
+            label if given[label] else f"{label}, by definition",
+            **timing.row(),
+            peak_mb=round(peaks[label] / 1e6, 1),
+            mean_recall=round(sum(found[label][f"{way}_r@{k}"] for way in ("t2i", "i2t") for k in (1, 5, 10)) / 6, 2),
+        )
+    report.figures["speedup_official"] = speedup(timings[OFFICIAL], timings[OURS])
+    report.figures["memory_ratio_clip_benchmark"] = peaks[CLIP_BENCHMARK] / peaks[OURS]
+    report.figures["speedup_clip_benchmark"] = speedup(timings[CLIP_BENCHMARK], timings[OURS])
+    report.figures["memory_ratio_official"] = peaks[OFFICIAL] / peaks[OURS]
+
+
+def measure_million(report: Report, *, queries: int) -> None:
+    """A gallery of a million, which lies in fp16 and is compared in fp32."""
+    generator = torch.Generator().manual_seed(1)
+    peak = PeakMemory()
+    with peak.measure():
+        gallery = torch.empty(MILLION, MILLION_DIM, dtype=torch.float16)
+        for part in gallery.split(10_000):
+            part.copy_(normalize(torch.randn(part.shape, generator=generator), dim=1))
+        rows = torch.arange(queries) * (MILLION // queries)
+        asked = gallery[rows].float() + 0.1 * torch.randn(queries, MILLION_DIM, generator=generator)
+        pairs = torch.stack([torch.arange(queries), rows], dim=1)
+        recalls = []
+        timing = interleave({OURS: lambda: recalls.append(rank_queries(asked, gallery, pairs).recall(1))}, rounds=1)
+    report.add(
+        f"{queries:,} queries, a million items by {MILLION_DIM}",
+        **timing[OURS].row(),
+        peak_with_gallery_mb=round(peak.bytes / 1e6, 1),
+        recall_at_1=round(recalls[0], 1),
+    )
+    report.figures["million_peak_gb"] = peak.bytes / 1e9
+
+
+def _add_arguments(parser: Any) -> None:
+    parser.add_argument("--clip-benchmark", type=Path, metavar="FOLDER", help="a checkout of CLIP_benchmark")
+    parser.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of the official repository")
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, configure=_add_arguments)
+    report = Report(f"Retrieval from features, {arguments.threads} threads", distributions=("numpy",))
+    measure_recalls(report, arguments)
+    measure_million(report, queries=100 if arguments.quick else 1000)
+    report.finish(json_path=arguments.json)
+
+
+if __name__ == "__main__":
+    main()
