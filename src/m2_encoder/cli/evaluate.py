@@ -7,17 +7,18 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from m2_encoder.bounds import Count, Rows, Rule, Text
+from m2_encoder.bounds import Count, Rows, Rule, Text, Workers
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.checkpoints.matching_head import has_head, read_head
+from m2_encoder.cli.evaluate_suites import check_models, measure_suites
 from m2_encoder.config.check import check_settings, check_targets
 from m2_encoder.config.emoji_folder import emoji_folder_problems, find_emoji_folder
-from m2_encoder.config.model_choice import find_path, is_model_name, load_from, model_problems, output_problems
+from m2_encoder.config.model_choice import find_path, is_model_name, load_from, output_problems
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import find_problems
 from m2_encoder.config.schema import Pictures, check_tasks
@@ -28,12 +29,16 @@ from m2_encoder.data.retrieval_source import describe_source
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.suite import print_results, run_tasks, summarize
 from m2_encoder.evaluation.tables import open_console
-from m2_encoder.evaluation.tasks.base import EvaluationContext
+from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask
 from m2_encoder.evaluation.tasks.rerank import Rerank
+from m2_encoder.evaluation.tasks.suite import Suite
 from m2_encoder.files import write_json
 from m2_encoder.hub import MissingTokenizer
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_tasks
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EMBEDDED = "emoji"
 
@@ -54,14 +59,18 @@ class EvaluateSettings:
     overwrite: bool
     rerank: Annotated[Count, Ge(2)] | None
     batch_size: Rows
+    num_workers: Workers
     device: Any
+    features: Text | None
+    page: Text | None
+    trust: bool
     evaluation: Mapping[str, Any]
 
 
 def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
     """Problems of a configuration of m2-evaluate, before the model is loaded."""
     problems = [
-        *model_problems(cfg),
+        *check_models(cfg),
         *check_settings(EvaluateSettings, cfg),
         *output_problems(cfg),
         *check_tasks(cfg["evaluation"]),
@@ -108,12 +117,24 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     """
     started = time.time()
     console = open_console()
+    tasks = build_tasks(cfg["evaluation"])
+    suites = {name: task for name, task in tasks.items() if isinstance(task, Suite)}
+    report: dict[str, Any] = {"model": cfg["model"]}
+    if len(suites) < len(tasks):
+        report |= _measure_one(cfg, {name: task for name, task in tasks.items() if name not in suites}, console)
+    if suites:
+        report |= measure_suites(cfg, suites, console)
+    if cfg["output"] is not None:
+        _write(cfg["output"], {**report, "seconds": round(time.time() - started, 3), **describe_run()})
+
+
+def _measure_one(cfg: dict[str, Any], tasks: dict[str, EvaluationTask], console: Console) -> dict[str, Any]:
+    """One model of ours, on sets that are in memory; gives what goes to the output file."""
     loaded = load_from(cfg)
     if remark := _remark_on_style(cfg):
         console.print(remark, style="yellow", soft_wrap=True, highlight=False, markup=False)
     if isinstance(loaded.tokenizer, MissingTokenizer):
         loaded.tokenizer()  # says what to give
-    tasks = build_tasks(cfg["evaluation"])
     if cfg["rerank"] is not None:
         tasks["retrieval"] = Rerank(candidates=cfg["rerank"])
     # A named model, or one with weights of its own, brings no head.
@@ -132,20 +153,18 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     print_results(console, results, context)
     for name in tasks.keys() - results.keys():
         say(f"evaluation: {name} needs what this model does not have, and is left out")
-    if cfg["output"] is None:
-        return
-    report = {
-        "model": cfg["model"],
+    return {
         "data": cfg["data"],
         "rerank": cfg["rerank"],
         **({"heldout_style": cfg["heldout_style"]} if cfg["data"] == EMBEDDED else {}),
         **({"remark": remark} if remark else {}),
         "pictures": loaded.preprocess.pictures.to_dict(),
         **summarize(results),
-        "seconds": round(time.time() - started, 3),
-        **describe_run(),
     }
-    path = Path(cfg["output"]).expanduser()
+
+
+def _write(output: str, report: Mapping[str, Any]) -> None:
+    path = Path(output).expanduser()
     try:
         write_json(path, report, key="output")
     except UserError as error:

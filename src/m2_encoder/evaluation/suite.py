@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2_encoder.errors import UserError, abridge
-from m2_encoder.evaluation.tables import print_table
+from m2_encoder.evaluation.tables import CellTable, print_cells, print_table
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.files import write_json, write_text
 
@@ -63,7 +63,10 @@ def print_results(console: Console, results: Mapping[str, TaskResult], context: 
     num_images = {name: len(dataset.keys) for name, dataset in context.sets.items()}
     for result in results.values():
         for row in result.rows:
-            if isinstance(row, str):
+            if isinstance(row, CellTable):
+                console.print()
+                print_cells(console, row)
+            elif isinstance(row, str):
                 console.print(abridge(row), soft_wrap=True, highlight=False)
             else:
                 console.print()

@@ -32,6 +32,7 @@ Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 _MAX_TITLE = 80  # characters of a set's title on the terminal
 _TITLE_WIDTH = 18  # of a split's title, so that the table fits 80 columns
+_LABEL_WIDTH = 22  # that labels get at least
 _WIDTH_WITHOUT_TERMINAL = 110
 
 
@@ -51,6 +52,39 @@ class ResultTable(NamedTuple):
     rows: Sequence[ResultRow]  # those of one set are neighbours
     num_labels: int = 1  # leading ones that hold words, on the left; numbers are on the right
     caption: str | None = None  # line below it
+
+
+class CellTable(NamedTuple):
+    """A table of cells for the terminal."""
+
+    title: str  # line above it
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]  # a cell for each heading
+    num_labels: int = 1  # leading columns that hold words, on the left; numbers are on the right
+    notes: Sequence[str] = ()  # lines below it
+
+
+def print_cells(console: Console, table: CellTable) -> None:
+    """Prints a table of cells; a label that repeats the one above is left out."""
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(title=table.title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    shown.padding, shown.pad_edge, shown.collapse_padding = (0, 1), False, True
+    for number, heading in enumerate(table.headings):
+        if number < table.num_labels:
+            widest = max((len(row[number]) for row in table.rows), default=0)
+            shown.add_column(heading, overflow="fold", min_width=min(widest, _LABEL_WIDTH))
+        else:
+            shown.add_column(heading, justify="right")
+    before: Sequence[str] = ()
+    for row in table.rows:
+        same = next((n for n, (a, b) in enumerate(zip(row, before, strict=False)) if a != b), 0)
+        shown.add_row(*("" if n < min(same, table.num_labels - 1) else cell for n, cell in enumerate(row)))
+        before = row
+    console.print(shown)
+    for note in table.notes:
+        console.print(f"  {abridge(note)}", style="dim", soft_wrap=True, highlight=False)
 
 
 def open_console() -> Console:

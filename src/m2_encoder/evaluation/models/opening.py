@@ -22,7 +22,8 @@ from m2_encoder.evaluation.models.transformers_model import open_transformers
 from m2_encoder.files import file_sha256
 from m2_encoder.pictures import OFFICIAL, PicturePolicy, read_policy
 
-_KINDS: Final = ("open_clip", "hf", "sentence-transformers", "features")
+KINDS: Final = ("open_clip", "hf", "sentence-transformers", "features")
+"""What comes before the colon of somebody else's model."""
 _HAS_ITS_OWN: Final = "is for models of this project; this one has its own"
 
 
@@ -59,7 +60,7 @@ def open_model(
     text = os.fspath(spec)
     kind, place = _find_kind(text)
     called = name or _name_of(place, checkpoint)
-    foreign = kind in _KINDS
+    foreign = kind in KINDS
     refused = [("checkpoint", checkpoint), ("tokenizer", tokenizer)]
     for key, value in (*refused, *([("weights", weights)] if kind != "open_clip" else [])):
         if foreign and value is not None:
@@ -98,7 +99,7 @@ def move_model(opened: EvaluatedModel, device: str | torch.device) -> EvaluatedM
 
 def _find_kind(spec: str) -> tuple[str, str]:
     kind, separator, place = spec.partition(":")
-    if separator and kind in _KINDS:
+    if separator and kind in KINDS:
         if not place:
             raise UserError(f"names nothing after {kind}:", key="model", value=spec)
         return kind, place

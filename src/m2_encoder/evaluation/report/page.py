@@ -16,7 +16,7 @@ from PIL import Image
 from m2_encoder.evaluation.records import Record
 from m2_encoder.files import write_text
 
-HEADLINES: Final = ("mean_recall", "t2i_mean_recall", "top1", "map")
+HEADLINES: Final = ("mean_recall", "t2i_mean_recall", "top1", "map", "r@1")
 """The metric of a set that stands for it in short tables and plots, the first that is there."""
 
 _THUMBNAIL_PX: Final = 96
@@ -99,9 +99,9 @@ def write_page(
         left_out=left_out or {},
         interval=_interval,
         plots=[plot for plot in (_plot(rows, models, axis) for axis in _AXES) if plot],
-        number=_number,
+        number=number,
         signed=lambda value: f"{value:+.1f}".replace("-", "−"),
-        human=_human,
+        human=human,
     )
     write_text(path, content)
 
@@ -117,19 +117,15 @@ def headline_rows(records: Iterable[Record]) -> list[Row]:
         metric = next((name for name in HEADLINES if name in metrics), None)
         if metric is not None:
             rows.append(Row(*key, metric, metrics[metric]))
-    return sorted(rows, key=lambda row: (row.dataset, row.subset, row.protocol, _language_order(row.language)))
+    return sorted(rows, key=lambda row: (row.dataset, row.subset, row.protocol, order_of_language(row.language)))
 
 
 def language_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """Chinese beside English: rows of the same set that differ in the language alone."""
-    found = []
-    for row in rows:
-        if not row.language.startswith("zh"):
-            continue
-        for other in rows:
-            if other.language == "en" and other._replace(language=row.language, records={}) == row._replace(records={}):
-                found.append((row, other))
-    return found
+    english = {row[:-1]: row for row in rows if row.language == "en"}
+    chinese = [row for row in rows if row.language.startswith("zh") and "→" not in row.language]
+    found = ((row, english.get(row._replace(language="en")[:-1])) for row in chinese)
+    return [(row, other) for row, other in found if other is not None]
 
 
 def thumbnail(image: Image.Image) -> str:
@@ -141,22 +137,24 @@ def thumbnail(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _language_order(language: str) -> tuple[int, str]:
+def order_of_language(language: str) -> tuple[int, str]:
+    """A key that sorts Chinese first, then English."""
     return (0 if language.startswith("zh") else 1 if language == "en" else 2, language)
 
 
 def _order(record: Record) -> tuple[Any, ...]:
     place = (record.task, record.dataset, record.subset, record.protocol)
-    return (*place, _language_order(record.language), record.metric, record.model)
+    return (*place, order_of_language(record.language), record.metric, record.model)
 
 
-def _number(value: float | None, digits: int = 1) -> str:
+def number(value: float | None, digits: int = 1) -> str:
+    """A number with one decimal, one more below 1; a dash where there is none."""
     if value is None:
         return "–"
     return f"{value:.{digits}f}" if abs(value) >= 1 or not value else f"{value:.{digits + 1}f}"
 
 
-def _human(value: float | None) -> str:
+def human(value: float | None) -> str:
     """A count in thousands, millions or billions."""
     if value is None:
         return "–"
@@ -167,7 +165,7 @@ def _human(value: float | None) -> str:
 
 
 def _interval(record: Record) -> str:
-    """An interval as a drawing, 0 to 100 percent: dot for the value, tick for chance, diamond for what was published."""
+    """An interval as a drawing, 0 to 100: dot for the value, tick for chance, diamond for what was published."""
     scale = 1.2
 
     def x(value: float) -> str:

@@ -37,7 +37,7 @@ _ALIASES: Final = {"mscoco_captions": "coco", "mscoco": "coco", "imagenet1k": "i
 
 
 def compare_size(found: EvaluationSet) -> EvaluationSet:
-    """The set with `comparable`: why its numbers are not comparable with published ones, by its name and size."""
+    """The set with `comparable`: how its size differs from that of the published set of its name, if there is one."""
     return dataclasses.replace(found, comparable=_describe_difference(found))
 
 
@@ -45,7 +45,7 @@ def _describe_difference(found: EvaluationSet) -> str:
     name = found.name.lower().replace("-", "_")
     size = _SIZES.get(_ALIASES.get(name, name))
     if size is None:
-        return f"no published size is known for {found.name}"
+        return ""  # nothing was published to compare with
     facts: list[tuple[str, int, int | None]] = [("pictures", len(found.pictures), size.pictures)]
     facts += [(f"{language} texts", len(texts.rows), size.texts) for language, texts in found.texts.items()]
     if found.classes is not None:

@@ -15,8 +15,11 @@ from m2_encoder.checkpoints.matching_head import MatchingHead
 from m2_encoder.data.masking.batch_masking import BatchMasking
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.evaluation.encode import DEFAULT_BATCH_SIZE, FeatureModel
+from m2_encoder.evaluation.features import FeatureEncoder
+from m2_encoder.evaluation.records import Record
+from m2_encoder.evaluation.report.page import Gallery
 from m2_encoder.evaluation.retrieval import SetFeatures, encode_set
-from m2_encoder.evaluation.tables import ResultTable, split_title
+from m2_encoder.evaluation.tables import CellTable, ResultTable, split_title
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective
@@ -49,6 +52,7 @@ class EvaluationContext:
     matching: MatchingHead | None = None  # head of image-text matching
     batch_size: int = DEFAULT_BATCH_SIZE  # images or texts per forward pass
     run: RunFacts = dataclasses.field(default_factory=RunFacts)
+    files: FeatureEncoder | None = None  # the model for sets that are read from disk; None if it cannot encode these
 
     def __post_init__(self) -> None:
         ordered = sorted(self.sets, key=lambda name: self.sets[name].split in _LAST_SPLITS)
@@ -87,14 +91,24 @@ class TaskResult(NamedTuple):
     """Results of a task."""
 
     metrics: Mapping[str, float]  # by name for loggers
-    rows: Sequence[ResultTable | str] = ()  # tables and lines to print
+    rows: Sequence[ResultTable | CellTable | str] = ()  # tables and lines to print
     record: Mapping[str, Any] = {}  # more entries of `summary.json`, by key
     markdown: str = ""  # part of `results.md`
     pictures: Mapping[str, Callable[[Path], object]] = {}  # functions that draw them, by file name
+    records: Sequence[Record] = ()  # one per number, for reports
+    galleries: Sequence[Gallery] = ()  # for reports
+    left_out: Mapping[str, Sequence[str]] = {}  # pictures that could not be used and why, by set
 
 
 class EvaluationTask(ABC):
     """Measures one thing. Its constructor takes the arguments of its YAML file."""
+
+    def prepare(self, find: Callable[[str], Path] = Path) -> None:  # noqa: B027 (most tasks need nothing)
+        """Looks at what it measures on, before a model is there; `find` gives the place of a path.
+
+        Raises:
+            UserError: for what is missing.
+        """
 
     def applies(self, context: EvaluationContext) -> bool:
         """Whether there is anything to measure; here: models with features. Other tasks are left out silently."""

@@ -1,0 +1,197 @@
+"""The part of `m2-evaluate` that measures models, ours and others', on sets that are read from disk."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from torch import nn
+
+from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems
+from m2_encoder.config.output import say
+from m2_encoder.config.targets import TargetError, find_target
+from m2_encoder.errors import Problem, UserError
+from m2_encoder.evaluation.cost import measure_cost
+from m2_encoder.evaluation.features import FeatureEncoder
+from m2_encoder.evaluation.models.base import EvaluatedModel
+from m2_encoder.evaluation.models.opening import KINDS, open_model
+from m2_encoder.evaluation.records import Record
+from m2_encoder.evaluation.report.page import Gallery, ModelFacts, write_page
+from m2_encoder.evaluation.report.terminal import cost_table, record_tables
+from m2_encoder.evaluation.suite import run_tasks
+from m2_encoder.evaluation.tables import print_cells
+from m2_encoder.evaluation.tasks.base import EvaluationContext
+from m2_encoder.evaluation.tasks.suite import Suite
+from m2_encoder.record import describe_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_COST_ITEMS: Final = 8  # pictures and texts that times are taken of
+
+
+def is_suite(node: Any) -> bool:
+    """Whether an entry of `evaluation` is a suite."""
+    try:
+        target = find_target(str(node["_target_"])) if isinstance(node, Mapping) and "_target_" in node else None
+    except TargetError:  # which is reported for the entry
+        return False
+    return isinstance(target, type) and issubclass(target, Suite)
+
+
+def list_models_of(cfg: Mapping[str, Any]) -> list[str]:
+    """The models that `model` names, one or several."""
+    model = cfg["model"]
+    return [str(each) for each in model] if isinstance(model, Sequence) and not isinstance(model, str) else [str(model)]
+
+
+def check_models(cfg: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with `model` where it is not one model of this project, before any is loaded."""
+    models, names = list_models_of(cfg), cfg["evaluation"] if isinstance(cfg["evaluation"], Mapping) else {}
+    rest = [name for name, node in names.items() if not is_suite(node)]
+    if not models:
+        yield Problem("model", cfg["model"], "names no model", "give one, or several as model=[A,B]")
+    if rest and (len(models) > 1 or _kind(models[0])):
+        rule = f"evaluation.{rest[0]} measures one model of this project"
+        yield Problem("model", cfg["model"], rule, "choose suites, such as evaluation=[emoji]")
+    for key in ("weights", "tokenizer"):
+        if len(models) > 1 and cfg[key] is not None:
+            yield Problem(key, cfg[key], "goes with one model, and there are several", "export that model first")
+    for model in models:
+        if not _kind(model) and not _is_folder(model):
+            yield from model_problems({**cfg, "model": model})
+
+
+def _kind(model: str) -> str:
+    """What comes before the colon of somebody else's model; "" for ours, and for a folder."""
+    kind, colon, _ = model.partition(":")
+    return kind if colon and kind in KINDS else ""
+
+
+def _is_folder(model: str) -> bool:
+    """A folder of any kind; whether it holds a model is asked when it is opened."""
+    return not is_model_name(model) and find_path(model).is_dir()
+
+
+def measure_suites(cfg: Mapping[str, Any], suites: Mapping[str, Suite], console: Console) -> dict[str, Any]:
+    """Measures all models on all suites, one model at a time; prints tables and writes the page.
+
+    Features are kept in `cfg["features"]` as they come, so that the same command goes on where it was stopped.
+
+    Returns:
+        What goes to the output file: the models, and a record for every number.
+    """
+    with console.status("reading the sets"):
+        for name, suite in suites.items():
+            _prepare(name, suite)
+    records: list[Record] = []
+    facts: list[ModelFacts] = []
+    galleries: list[Gallery] = []
+    left_out: dict[str, Sequence[str]] = {}
+    names = _distinct_names(list_models_of(cfg))
+    for spec, called in names.items():
+        with console.status(f"{called}: opening"):
+            model = _open(cfg, spec, called)
+        with console.status(f"{called}: encoding and measuring"):
+            store = None if cfg["features"] is None else find_path(cfg["features"])
+            more = {"batch_size": cfg["batch_size"], "num_workers": cfg["num_workers"]}
+            with FeatureEncoder(model, store=store, **more) as encoder:
+                context = EvaluationContext(
+                    model=cast("nn.Module", model.model), tokenizer=model.tokenizer, sets={}, files=encoder
+                )
+                results = run_tasks(suites, context)
+        for result in results.values():
+            records += result.records
+            galleries += result.galleries
+            left_out |= result.left_out
+        facts.append(_facts(model, suites, cfg) if len(names) > 1 or cfg["page"] is not None else _bare_facts(model))
+    for table in record_tables(records):
+        console.print()
+        print_cells(console, table)
+    if len(facts) > 1:
+        print_cells(console, cost_table(facts))
+    for name, lines in left_out.items():
+        say(f"{name}: {len(lines):,} pictures could not be used, such as {lines[0]}")
+    if cfg["page"] is not None:
+        path = Path(cfg["page"]).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        title = f"{', '.join(names.values())} on {', '.join(suites)}"
+        about = {"command": shlex.join(["m2-evaluate", *sys.argv[1:]]), **_about()}
+        write_page(path, records, facts, galleries, title=title, facts=about, left_out=left_out)
+        say(f"page: {path}")
+    return {"models": [each._asdict() for each in facts], "records": [each.to_dict() for each in records]}
+
+
+def _prepare(name: str, suite: Suite) -> None:
+    try:
+        suite.prepare(find_path)
+    except UserError as error:
+        raise error.under(f"evaluation.{name}") from error
+
+
+def _open(cfg: Mapping[str, Any], spec: str, name: str) -> EvaluatedModel:
+    path = spec if _kind(spec) or is_model_name(spec) else str(find_path(spec))
+    weights, tokenizer = cfg["weights"], cfg["tokenizer"]
+    is_url = str(weights).startswith(("http://", "https://"))
+    try:
+        return open_model(
+            path,
+            name=name,
+            weights=weights if weights is None or is_url else str(find_path(weights)),
+            tokenizer=None if tokenizer is None else str(find_path(tokenizer)),
+            pictures=cfg["pictures"],
+            device=device_of(cfg["device"]),
+            trust=cfg["trust"],
+        )
+    except UserError as error:
+        if error.key is not None:
+            raise
+        raise UserError(error.text, key="model", value=spec) from error
+
+
+def _distinct_names(specs: Sequence[str]) -> dict[str, str]:
+    """What each model is called: the last part of its path that tells it from the others."""
+    parts = {spec: [part for part in spec.rstrip("/").split("/") if part not in ("", "export")] for spec in specs}
+    last = {spec: found[-1] if found else spec for spec, found in parts.items()}
+    return {spec: name if list(last.values()).count(name) == 1 else spec for spec, name in last.items()}
+
+
+def _bare_facts(model: EvaluatedModel) -> ModelFacts:
+    known = model.facts
+    return ModelFacts(
+        model.name,
+        known.parameters or None,
+        known.weight_bytes or None,
+        known.embed_dim or None,
+        known.image_size or None,
+    )
+
+
+def _facts(model: EvaluatedModel, suites: Mapping[str, Suite], cfg: Mapping[str, Any]) -> ModelFacts:
+    """With what it costs, measured now on a few pictures and texts of the first set."""
+    first = next(iter(next(iter(suites.values())).sets.values()))
+    contents = [picture.read() for picture in first.pictures[:_COST_ITEMS]]
+    texts = [text for found in first.texts.values() for text in found.rows[:_COST_ITEMS]] or ["a photo", "照片"]
+    size = min(32, cfg["batch_size"])
+    cost = measure_cost(model, contents, texts, batch_size=size)
+    return _bare_facts(model)._replace(
+        peak_mb=cost.get("peak_memory_mb"),
+        ms_per_image=cost.get(f"image_ms@{size}"),
+        ms_per_text=cost.get(f"text_ms@{size}"),
+        batch_size=size if cost else None,
+    )
+
+
+def _about() -> dict[str, str]:
+    """Where and with what this was measured, in lines."""
+    found = describe_run()
+    machine = found.get("machine", {})
+    lines = {
+        "machine": ", ".join(f"{key} {value}" for key, value in machine.items() if value),
+        "versions": ", ".join(f"{key} {value}" for key, value in found.get("versions", {}).items() if value),
+        "revision": str(found.get("git_revision") or ""),
+    }
+    return {key: value for key, value in lines.items() if value}
