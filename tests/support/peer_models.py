@@ -78,7 +78,7 @@ _VISION: dict[str, Any] = {
 
 
 def save_transformers(folder: Path, kind: str, *, seed: int = 0) -> Path:
-    """A folder of transformers: `clip`, `siglip`, `siglip2` (pictures of any shape) or `chinese_clip`."""
+    """A folder of transformers: `clip`, `metaclip_2`, `siglip`, `siglip2` (pictures of any shape), `chinese_clip`."""
     import transformers as library
 
     torch.manual_seed(seed)
@@ -86,6 +86,10 @@ def save_transformers(folder: Path, kind: str, *, seed: int = 0) -> Path:
         text, vision = {**_TEXT, "max_position_embeddings": 24}, {**_VISION, "image_size": 32}
         config = library.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
         model, processor = library.CLIPModel(config), library.CLIPImageProcessor(size=32, crop_size=32)
+    elif kind == "metaclip_2":
+        text, vision = {**_TEXT, "max_position_embeddings": 24}, {**_VISION, "image_size": 32}
+        config = library.MetaClip2Config(text_config=text, vision_config=vision, projection_dim=12)
+        model, processor = library.MetaClip2Model(config), library.CLIPImageProcessor(size=32, crop_size=32)
     elif kind == "siglip":
         text, vision = {**_TEXT, "max_position_embeddings": 64}, {**_VISION, "image_size": 32}
         config = library.SiglipConfig(text_config=text, vision_config=vision)

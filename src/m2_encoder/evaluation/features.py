@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,12 +59,11 @@ class _Prepared(NamedTuple):
     feature: Tensor | None = None  # stored before
 
 
-class _Shard(NamedTuple):
-    """What one rank says of its share."""
+_Share: TypeAlias = tuple[dict[int, Tensor], list[tuple[int, Skipped]]]
+"""One rank's: features by row, and rows without one."""
 
-    rows: list[int]  # with a feature
-    left_out: list[tuple[int, Skipped]]
-    error: str  # why it failed; empty if it did not
+_Own = TypeVar("_Own")
+_Told = TypeVar("_Told")
 
 
 class FeatureEncoder:
@@ -160,43 +159,30 @@ class FeatureEncoder:
         if self.model.table is not None and self.model.table.texts is not None:
             return self.model.table.texts.look_up(texts, "texts")
         distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        store, keys = self._store("texts"), [text_key(text) for text in distinct]
-        stored = {} if store is None else {key: store.get(key) for key in keys}
-        found = {key: feature for key, feature in stored.items() if feature is not None}
-        if all(self._gather_objects(len(found) == len(keys))):
+        keys = [text_key(text) for text in distinct]
+        found, complete = self._together(lambda: _and_whether_all(self._stored("texts", keys), keys))
+        if all(complete):
             features = torch.stack([found[key] for key in keys]) if keys else torch.empty(0, self._width)
         else:
             features, _ = self._share(len(keys), partial(self._encode_own_texts, [*distinct], keys, found))
         return features[[distinct[text] for text in texts]]
 
-    def cached_vectors(self, keys: Sequence[bytes], compute: Callable[[list[int]], Tensor]) -> Tensor:
+    def cached_vectors(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
         """Vectors, (len(keys), E), that are stored under digests of what makes them, such as those of classes.
 
         Args:
             keys: of `KEY_BYTES` each.
-            compute: gives the vectors of some of them, by number, (k, E); all ranks call it for the same ones.
-        """
-        store = self._store("classes")
-        found = {} if store is None else {key: store.get(key) for key in dict.fromkeys(keys)}
-        missing = [number for number, key in enumerate(keys) if found.get(key) is None]
-        # Another rank may have read the store before or after somebody wrote to it.
-        missing = sorted({number for numbers in self._gather_objects(missing) for number in numbers})
-        if missing:
-            made = compute(missing)
-            found |= {keys[number]: made[row] for row, number in enumerate(missing)}
-            self._add_on_first_rank(store, [keys[number] for number in missing], made)
-        rows = [found[key] for key in keys]
-        return torch.stack([row for row in rows if row is not None]) if rows else torch.empty(0, self._width)
+            compute: gives all of them; called on all ranks, if one is missing.
 
-    def _add_on_first_rank(self, store: FeatureStore | None, keys: list[bytes], vectors: Tensor) -> None:
-        problem = ""
-        try:
-            if store is not None and self._rank() == 0:
-                store.add(keys, vectors)
-        except UserError as error:  # the other ranks learn of it
-            problem = str(error)
-        if found := [said for said in self._gather_objects(problem) if said]:
-            raise UserError(found[0])
+        Raises:
+            UserError: as `encode_set`.
+        """
+        found, complete = self._together(lambda: _and_whether_all(self._stored("classes", keys), keys))
+        if all(complete):
+            return torch.stack([found[key] for key in keys]) if keys else torch.empty(0, self._width)
+        vectors = compute()
+        self._together(partial(self._add_classes, keys, vectors))
+        return vectors
 
     @property
     def _width(self) -> int:
@@ -214,7 +200,18 @@ class FeatureEncoder:
             self._stores[kind] = self._open.enter_context(store)
         return self._stores[kind]
 
-    def _encode_own_pictures(self, pictures: Sequence[Picture]) -> tuple[dict[int, Tensor], list[tuple[int, Skipped]]]:
+    def _stored(self, kind: Literal["texts", "classes"], keys: Sequence[bytes]) -> dict[bytes, Tensor]:
+        store = self._store(kind)
+        found = {} if store is None else {key: store.get(key) for key in keys}
+        return {key: feature for key, feature in found.items() if feature is not None}
+
+    def _add_classes(self, keys: Sequence[bytes], vectors: Tensor) -> tuple[None, None]:
+        store = self._store("classes")
+        if store is not None and self._rank() == 0:
+            store.add(keys, vectors)
+        return None, None
+
+    def _encode_own_pictures(self, pictures: Sequence[Picture]) -> _Share:
         store, batch_size = self._store("pictures"), min(self.batch_size, len(pictures))
         rows = range(self._rank(), len(pictures), self._ranks())
         prepare = partial(_prepare, pictures, self.model, store)
@@ -248,9 +245,7 @@ class FeatureEncoder:
             flush()
         return {row: done[key] for row, key in keys.items()}, left_out
 
-    def _encode_own_texts(
-        self, texts: Sequence[str], keys: Sequence[bytes], stored: dict[bytes, Tensor]
-    ) -> tuple[dict[int, Tensor], list[tuple[int, Skipped]]]:
+    def _encode_own_texts(self, texts: Sequence[str], keys: Sequence[bytes], stored: dict[bytes, Tensor]) -> _Share:
         tokens = self.model.tokenizer(texts)
         store, model = self._store("texts"), _encoder(self.model.model)
         own: dict[int, Tensor] = {}
@@ -284,39 +279,45 @@ class FeatureEncoder:
             store.add(keys, features)
         done |= dict(zip(keys, features, strict=True))
 
-    def _share(
-        self,
-        total: int,
-        encode: Callable[[], tuple[dict[int, Tensor], list[tuple[int, Skipped]]]],
-    ) -> tuple[Tensor, dict[int, Skipped]]:
+    def _share(self, total: int, encode: Callable[[], _Share]) -> tuple[Tensor, dict[int, Skipped]]:
         """Features of all, (total, E), zeros where there is none, and who has none; `encode` does this rank's share."""
-        own: dict[int, Tensor] = {}
-        left_out: list[tuple[int, Skipped]] = []
+
+        def call() -> tuple[Tensor, tuple[list[int], list[tuple[int, Skipped]]]]:
+            own, left_out = encode()
+            values = torch.stack([*own.values()]) if own else torch.empty(0, self._width)
+            return values, ([*own], left_out)
+
+        values, shares = self._together(call)
+        blocks: Sequence[Tensor] = [values]
+        counts = [len(rows) for rows, _ in shares]
+        if self._group is not None and any(counts):
+            device = torch.device("cuda") if dist.get_backend(self._group) == "nccl" else torch.device("cpu")
+            blocks = gather_rows_without_grad(values.to(device), self._group, counts=counts)
+        features = torch.zeros(total, self._width)
+        for (rows, _), block in zip(shares, blocks, strict=False):
+            features[rows] = block.cpu()
+        return features, dict(pair for _, left_out in shares for pair in left_out)
+
+    def _together(self, call: Callable[[], tuple[_Own, _Told]]) -> tuple[_Own, list[_Told]]:
+        """What `call` gives this rank, and what it tells the others, by rank; where it fails on one, all fail."""
+        if self._group is None:
+            own, told = call()
+            return own, [told]
+        result: tuple[_Own, _Told] | None = None
         failure: Exception | None = None
         try:
-            own, left_out = encode()
+            result = call()
         except Exception as error:  # the other ranks wait for this one, whatever happened
-            if self._group is None:
-                raise
             failure = error
-        values = torch.stack([*own.values()]) if own else torch.empty(0, self._width)
-        shard = _Shard([*own], left_out, "" if failure is None else str(failure) or type(failure).__name__)
-        shards, blocks = [shard], [values]
-        if self._group is not None:
-            shards = self._gather_objects(shard)
-            if failure is not None:
-                raise failure
-            if broken := [f"rank {rank}: {each.error}" for rank, each in enumerate(shards) if each.error]:
-                raise UserError("; ".join(broken))
-            device = torch.device("cuda") if dist.get_backend(self._group) == "nccl" else torch.device("cpu")
-            counts = [len(each.rows) for each in shards]
-            if any(counts):
-                gathered = gather_rows_without_grad(values.to(device), self._group, counts=counts)
-                blocks = [block.cpu() for block in gathered]
-        features = torch.zeros(total, self._width)
-        for each, block in zip(shards, blocks, strict=False):
-            features[each.rows] = block
-        return features, dict(pair for each in shards for pair in each.left_out)
+        problem = "" if failure is None else str(failure) or type(failure).__name__
+        said: list[Any] = [None] * self._ranks()
+        dist.all_gather_object(said, (None if result is None else result[1], problem), group=self._group)
+        if failure is not None:
+            raise failure
+        if broken := [f"rank {rank}: {each}" for rank, (_, each) in enumerate(said) if each]:
+            raise UserError("; ".join(broken))
+        assert result is not None
+        return result[0], [each for each, _ in said]
 
     def _rank(self) -> int:
         return 0 if self._group is None else dist.get_rank(self._group)
@@ -324,12 +325,9 @@ class FeatureEncoder:
     def _ranks(self) -> int:
         return 1 if self._group is None else dist.get_world_size(self._group)
 
-    def _gather_objects(self, value: Any) -> list[Any]:
-        if self._group is None:
-            return [value]
-        gathered: list[Any] = [None] * self._ranks()
-        dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
+
+def _and_whether_all(found: dict[bytes, Tensor], keys: Sequence[bytes]) -> tuple[dict[bytes, Tensor], bool]:
+    return found, all(key in found for key in keys)
 
 
 def _encoder(model: FeatureModel | None) -> FeatureModel:

@@ -108,16 +108,20 @@ def test_what_is_stored_is_not_encoded_again(tmp_path: Path) -> None:
 def test_vectors_of_classes_are_stored_by_what_made_them(tmp_path: Path) -> None:
     asked = []
 
-    def compute(numbers: list[int]) -> Tensor:
-        asked.append(numbers)
-        return torch.tensor(numbers)[:, None].repeat(1, WIDTH).float()
+    def vectors_of(encoder: FeatureEncoder, number: int) -> Tensor:
+        def compute() -> Tensor:
+            asked.append(number)
+            return torch.arange(number)[:, None].repeat(1, WIDTH).float()
 
-    for expected in ([[0, 1, 2]], [[0, 1, 2], [3]]):
+        return encoder.cached_vectors([text_key(f"class {row} of {number}") for row in range(number)], compute)
+
+    for number, expected in ((3, [3]), (3, [3]), (4, [3, 4])):
         with FeatureEncoder(counting_model(), store=tmp_path) as encoder:
-            keys = [text_key(f"class {number}") for number in range(2 + len(expected))]
-            found = encoder.cached_vectors(keys, compute)
-            assert found[:, 0].tolist() == [*range(len(keys))]
+            assert vectors_of(encoder, number)[:, 0].tolist() == [*range(number)]
         assert asked == expected
+    with FeatureEncoder(counting_model()) as encoder:
+        vectors_of(encoder, 4)
+    assert asked == [3, 4, 4]
 
 
 def test_features_that_are_not_finite_and_sets_without_pictures_are_refused(tmp_path: Path) -> None:
@@ -156,9 +160,7 @@ def encode_shared(rank: int, folder: str, store: str | None, ranks: int) -> dict
     dataset, model = small_set(own, 11, broken=(4, 7)), counting_model()
     with FeatureEncoder(model, store=store, batch_size=2, group=dist.group.WORLD) as encoder:
         found = encoder.encode_set(dataset)
-        vectors = encoder.cached_vectors(
-            [text_key("a"), text_key("b")], lambda numbers: encoder.encode_texts(["a", "b"])[numbers]
-        )
+        vectors = encoder.cached_vectors([text_key("a"), text_key("b")], lambda: encoder.encode_texts(["a", "b"]))
         few = encoder.encode_texts(["one"])  # fewer than ranks
         seen = model.model.images_seen
         error = ""
@@ -169,6 +171,13 @@ def encode_shared(rank: int, folder: str, store: str | None, ranks: int) -> dict
             encoder.encode_pictures(fresh)
         except UserError as problem:
             error = str(problem)
+    (own / "file").touch()
+    unusable = str(own / "file") if rank == ranks - 1 else None
+    with FeatureEncoder(model, store=unusable, group=dist.group.WORLD) as encoder:
+        with pytest.raises(UserError, match="Not a directory"):  # on all ranks, and none waits for another
+            encoder.encode_texts(["x"])
+        with pytest.raises(UserError, match="Not a directory"):
+            encoder.cached_vectors([text_key("c")], lambda: encoder.encode_texts(["c"]))
     return {
         **_plain(found),
         "vectors": vectors.numpy(),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from m2_encoder.checkpoints.digests import digest_tensors
 from m2_encoder.data.images.transforms import ImageSource, open_image
-from m2_encoder.errors import UserError
+from m2_encoder.errors import ImageError, UserError
 from m2_encoder.evaluation.encode import FeatureModel, Tokenize
 from m2_encoder.evaluation.models.feature_table import FeatureTable
 from m2_encoder.pictures import PicturePolicy
@@ -86,9 +86,16 @@ class PeerTransform:
         """What the model gets of one picture.
 
         Raises:
-            ImageError: if the source cannot be opened.
+            ImageError: if the source cannot be opened, or the transform does not take it.
         """
-        return self._transform(open_image(source, pictures=self.pictures))
+        image = open_image(source, pictures=self.pictures)
+        try:
+            return self._transform(image)
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:  # such as of a picture one pixel high
+            said = " ".join(str(error).split())[:200]
+            raise ImageError(
+                f"of {image.width} x {image.height} pixels, which the model's transform refuses: {said}"
+            ) from error
 
 
 def import_peer(package: str, what: str) -> Any:

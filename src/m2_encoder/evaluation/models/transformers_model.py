@@ -7,7 +7,8 @@ Letters: B batch · T tokens · E feature dim · S image side in pixels · L pat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -40,15 +41,18 @@ class _Family(NamedTuple):
     context_length: int = 0  # most tokens; 0: as the folder says
     is_fixed: bool = False  # whether all texts have that length, and padding is read as text
     lower: bool = False  # whether texts are lower-cased
+    # Patches of a picture, at most: the least that holds as many as it has at its own size. (): as the folder says.
+    budgets: tuple[int, ...] = ()
 
 
 # SigLIP (arXiv:2303.15343) and SigLIP 2 (arXiv:2502.14786) were trained on texts padded to 64 tokens, without a mask,
-# in lower case. Chinese-CLIP (arXiv:2211.01335) was trained on 52 tokens; its text tower has places for 512.
+# in lower case; so was FG-CLIP 2 (arXiv:2510.10921), which gives large pictures more patches. Chinese-CLIP
+# (arXiv:2211.01335) was trained on 52 tokens; its text tower has places for 512.
 _FIXED: Final = _Family(is_fixed=True, lower=True)
 _FAMILIES: Final[Mapping[str, _Family]] = {
     "siglip": _FIXED,
     "siglip2": _FIXED,
-    "fgclip2": _FIXED,
+    "fgclip2": _FIXED._replace(context_length=64, budgets=(128, 256, 576, 784, 1024)),
     "chinese_clip": _Family(context_length=52),
 }
 _NO_LENGTH: Final = 10**6  # tokenizers without a length of their own say something above
@@ -142,12 +146,15 @@ def open_transformers(
             not trusted, and models that give no features of pictures.
     """
     library = import_peer("transformers", "models of transformers")
-    towers: Any = _load_towers(library, place, trust)
+    is_here = Path(place).expanduser().is_dir()
+    with _without_progress_bars(library) if is_here else nullcontext():
+        towers: Any = _load_towers(library, place, trust)
     processor = _load_part(library.AutoImageProcessor, place, trust)
     config = towers.config
+    budgets = _FAMILIES.get(config.model_type, _Family()).budgets
     tokenizer = _build_tokenizer(library, place, trust, config) if hasattr(towers, "get_text_features") else None
     model = TransformersTowers(towers, takes_mask=tokenizer is not None and tokenizer.gives_mask).eval()
-    transform = PeerTransform(lambda image: _process(processor, image, place), pictures)
+    transform = PeerTransform(lambda image: _process(processor, image, place, budgets), pictures)
     pixels = transform(Image.new("RGB", (64, 48), (200, 100, 50)))
     facts = ModelFacts(
         kind=kind,
@@ -159,6 +166,7 @@ def open_transformers(
         preprocessing={
             **drop_keys(processor.to_dict(), _ELSEWHERE),
             "processor": type(processor).__name__,
+            "budgets": list(budgets),
             "pictures": pictures.to_dict(),
         },
         tokenizing={} if tokenizer is None else tokenizer.describe(),
@@ -178,7 +186,9 @@ def open_transformers(
 
 
 def _load_towers(library: Any, place: str, trust: bool) -> nn.Module:
-    towers, info = _load_part(library.AutoModel, place, trust, output_loading_info=True)
+    named = getattr(_load_part(library.AutoConfig, place, trust), "auto_map", None) or {"AutoModel": ""}
+    loader = library.AutoModel if "AutoModel" in named else library.AutoModelForCausalLM  # as FG-CLIP 2 calls itself
+    towers, info = _load_part(loader, place, trust, output_loading_info=True)
     if not hasattr(towers, "get_image_features"):
         raise UserError(
             f"hf:{place}: {type(towers).__name__} has no get_image_features; expected a model of pictures and texts, "
@@ -198,8 +208,21 @@ def _load_part(loader: Any, place: str, trust: bool, **options: Any) -> Any:
         if "trust_remote_code" in said and not trust:
             rule = "brings code of its own, which would run with your rights; read it, then allow it with trust=true"
             raise UserError(f"hf:{place}: {rule}") from error
-        what = {"AutoModel": "model", "AutoTokenizer": "tokenizer"}.get(loader.__name__, "image processor")
+        what = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}.get(loader.__name__, "model")
         raise UserError(f"hf:{place}: its {what} cannot be opened: {said[:300]}") from error
+
+
+@contextmanager
+def _without_progress_bars(library: Any) -> Iterator[None]:
+    """The library draws one for every model; those of downloads stay."""
+    bars = library.utils.logging
+    was_on = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            bars.enable_progress_bar()
 
 
 def _build_tokenizer(library: Any, place: str, trust: bool, config: Any) -> PaddedTokenizer:
@@ -215,22 +238,27 @@ def _build_tokenizer(library: Any, place: str, trust: bool, config: Any) -> Padd
     return PaddedTokenizer(tokenizer, context_length=min(said), is_fixed=family.is_fixed, lower=lower)
 
 
-def _process(processor: Any, image: Image.Image, place: str) -> Tensor:
-    made = processor(images=[image], return_tensors="pt")
+def _process(processor: Any, image: Image.Image, place: str, budgets: Sequence[int]) -> Tensor:
+    options = {}
+    if budgets:
+        own = (image.width // processor.patch_size) * (image.height // processor.patch_size)
+        options["max_num_patches"] = next((budget for budget in budgets if own <= budget), budgets[-1])
+    made = processor(images=[image], return_tensors="pt", **options)
     pixels = made["pixel_values"]
     if set(made) == {"pixel_values"} and pixels.ndim == 4:
         return pixels[0]
     if set(made) == {"pixel_values", *_FLEXIBLE} and pixels.ndim == 3:
-        return pack_flexible(pixels[0], made["spatial_shapes"][0])
+        return pack_flexible(pixels[0], made["spatial_shapes"][0], max(budgets, default=pixels.shape[1]))
     shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in made.items())
     raise UserError(f"hf:{place}: its processor makes {shapes} of a picture; expected pixel_values (1, 3, S, S)")
 
 
-def pack_flexible(patches: Tensor, grid: Tensor) -> Tensor:
-    """A picture cut into patches, (L, D), and its rows and columns, (2,), as one tensor, (L + 1, D)."""
-    last = patches.new_zeros((1, patches.shape[1]))
-    last[0, :2] = grid.to(patches.dtype)
-    return torch.cat([patches, last])
+def pack_flexible(patches: Tensor, grid: Tensor, most: int) -> Tensor:
+    """A picture cut into patches, (L, D), and its rows and columns, (2,), as one tensor, (most + 1, D)."""
+    packed = patches.new_zeros((most + 1, patches.shape[1]))
+    packed[: len(patches)] = patches
+    packed[-1, :2] = grid.to(patches.dtype)
+    return packed
 
 
 def _unpack_flexible(packed: Tensor) -> dict[str, Tensor]:

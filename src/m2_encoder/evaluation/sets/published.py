@@ -33,13 +33,17 @@ _SIZES: Final = {
 }
 
 
+_ALIASES: Final = {"mscoco_captions": "coco", "mscoco": "coco", "imagenet1k": "imagenet", "imagenet_1k": "imagenet"}
+
+
 def compare_size(found: EvaluationSet) -> EvaluationSet:
     """The set with `comparable`: why its numbers are not comparable with published ones, by its name and size."""
     return dataclasses.replace(found, comparable=_describe_difference(found))
 
 
 def _describe_difference(found: EvaluationSet) -> str:
-    size = _SIZES.get(found.name)
+    name = found.name.lower().replace("-", "_")
+    size = _SIZES.get(_ALIASES.get(name, name))
     if size is None:
         return f"no published size is known for {found.name}"
     facts: list[tuple[str, int, int | None]] = [("pictures", len(found.pictures), size.pictures)]

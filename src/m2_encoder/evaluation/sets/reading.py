@@ -46,13 +46,15 @@ def read_set(path: str | os.PathLike[str], *, layout: str | None = None, **setti
         settings: of that reader, such as name, split or labels.
 
     Raises:
-        UserError: for an unknown layout or setting, and whatever the reader refuses.
+        UserError: for an unknown layout or setting, a file that cannot be read, and whatever the reader refuses.
     """
     if layout is not None and layout not in READERS:
         raise UserError(f"one of {', '.join(READERS)}", key="layout", value=layout)
-    name = layout or recognise(path)
-    reader = READERS[name]
-    known = [each for each in inspect.signature(reader).parameters if each != "path"]
-    if unknown := [each for each in settings if each not in known]:
-        raise UserError(f"no setting of layout {name}; it has {', '.join(known)}", key=unknown[0])
-    return reader(path, **settings)
+    try:
+        name = layout or recognise(path)
+        known = [each for each in inspect.signature(READERS[name]).parameters if each != "path"]
+        if unknown := [each for each in settings if each not in known]:
+            raise UserError(f"no setting of layout {name}; it has {', '.join(known)}", key=unknown[0])
+        return READERS[name](path, **settings)
+    except OSError as error:
+        raise UserError(f"{error.filename or os.fspath(path)}: cannot be read: {error.strerror}") from error

@@ -16,6 +16,7 @@ from m2_encoder.data.samples.parse import SampleProblem, decode_text
 from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.sets.base import Texts
 
+_TOLD_BY_SCRIPT = ("zh", "en", "ja", "ko")
 _SURE = 0.9  # share of texts in one script that tells the language of all
 _SHOWN = 60  # characters of a line in a message
 
@@ -95,15 +96,15 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
 
 
 def find_language(rows: Sequence[str], where: str) -> str:
-    """The language of texts by their script: "zh", "en" for Latin letters, "ja", "ko", or another script's name.
+    """The language of texts by their script: "zh", "ja", "ko", and "en" for Latin letters, whatever they spell.
 
     Raises:
-        UserError: if they are mixed.
+        UserError: if they are mixed, or in another script.
     """
     counts = Counter(map(detect_language, rows))
     language, count = counts.most_common(1)[0]
-    if count < _SURE * len(rows):
-        raise UserError(f"{where}: {describe_languages(counts)}; say which it is with language=zh or language=en")
+    if count < _SURE * len(rows) or language not in _TOLD_BY_SCRIPT:
+        raise UserError(f"{where}: by script, {describe_languages(counts)}; say which it is, such as language=zh")
     return language
 
 

@@ -17,18 +17,21 @@ from torch.nn import functional
 from m2_encoder import M2Encoder, M2EncoderConfig, load
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
-from m2_encoder.errors import UserError
+from m2_encoder.errors import ImageError, UserError
 from m2_encoder.evaluation.encode import encode_images, encode_texts
 from m2_encoder.evaluation.feature_file import open_feature_file
-from m2_encoder.evaluation.models import base
+from m2_encoder.evaluation.models import base, transformers_model
 from m2_encoder.evaluation.models.opening import open_model
+from m2_encoder.pictures import OFFICIAL
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.models import random_model, small_config
 from tests.support.once import build_once
 from tests.support.peer_models import TEXTS, picture, png, save_open_clip, save_transformers
 from tests.support.ranks import run_ranks
 
-KINDS = ("clip", "siglip", "siglip2", "chinese_clip")
+KINDS = ("clip", "metaclip_2", "siglip", "siglip2", "chinese_clip")
+
+LENGTHS = {"clip": 24, "metaclip_2": 24, "chinese_clip": 52}
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the libraries
 
@@ -58,7 +61,7 @@ def own_call_of_transformers(folder: Path, kind: str) -> tuple[Tensor, Tensor]:
     model = AutoModel.from_pretrained(folder).eval()
     processor, tokenizer = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     fixed = {"padding": "max_length", "max_length": 64} if "siglip" in kind else {}
-    length = {"clip": 24, "chinese_clip": 52}.get(kind, 64)
+    length = LENGTHS.get(kind, 64)
     with torch.no_grad():
         images = [model.get_image_features(**processor(images=picture(n), return_tensors="pt")) for n in range(3)]
         texts = [
@@ -81,7 +84,7 @@ def test_features_are_those_of_transformers(folders: Callable[[str], Path], kind
     for ours, theirs in zip(features_of(opened), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
     assert opened.facts.embed_dim == expected[0].shape[1]
-    assert opened.facts.context_length == {"clip": 24, "chinese_clip": 52}.get(kind, 64)
+    assert opened.facts.context_length == LENGTHS.get(kind, 64)
     assert opened.tokenizer(["cat", "a cat"]).mask.all().item() == ("siglip" in kind)
 
 
@@ -100,6 +103,53 @@ def test_features_are_those_of_open_clip(folders: Callable[[str], Path]) -> None
     assert opened.facts.kind == "open_clip"
     assert opened.facts.weight_bytes == (folder / "open_clip_model.safetensors").stat().st_size
     assert opened.facts.preprocessing["mean"] == [0.4, 0.5, 0.6]
+
+
+def test_architecture_of_open_clip_takes_a_checkpoint(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+
+    folder, weights = folders("open_clip"), tmp_path / "weights.safetensors"
+    content = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {**open_clip.factory._MODEL_CONFIGS})
+    (tmp_path / "tiny-test.json").write_text(json.dumps(content))
+    open_clip.add_model_config(tmp_path / "tiny-test.json")
+    shutil.copy(folder / "open_clip_model.safetensors", weights)
+    opened = open_model("open_clip:tiny-test", weights=str(weights))
+    assert opened.name == "tiny-test"
+    assert torch.equal(features_of(opened)[1], features_of(open_model(folder))[1])
+    assert opened.fingerprint == open_model(f"open_clip:tiny-test:{weights}").fingerprint
+    assert opened.fingerprint != open_model(folder).fingerprint  # whose pictures have another mean
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="open_clip:tiny-test cannot be opened"):
+        open_model("open_clip:tiny-test", weights=str(weights))
+
+
+def test_large_pictures_get_more_patches_where_the_family_says_so(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = open_model(folders("siglip2"))  # at most 12 patches of 8 pixels
+    family = transformers_model._FIXED._replace(budgets=(4, 12, 20))
+    monkeypatch.setattr(transformers_model, "_FAMILIES", {"siglip2": family})
+    opened = open_model(folders("siglip2"))
+    small, middle, large = picture(1, size=(16, 16)), picture(2, size=(24, 24)), picture(3, size=(40, 40))
+    pixels = torch.stack([opened.preprocess(image) for image in (small, middle, large)])
+    assert pixels[:, -1, :2].prod(dim=1).tolist() == [4, 9, 16]
+    features = encode_images(opened.model, pixels)
+    torch.testing.assert_close(
+        features[1], encode_images(plain.model, plain.preprocess(middle)[None])[0], atol=1e-6, rtol=0
+    )
+    assert opened.fingerprint != plain.fingerprint
+
+
+def test_picture_that_a_transform_refuses_is_no_picture(tmp_path: Path) -> None:
+    def refuse(image: Any) -> Tensor:
+        raise ValueError(f"height {image.height} is too small")
+
+    with pytest.raises(ImageError, match=r"of 40 x 1 pixels, which the model's transform refuses: height 1 is too"):
+        base.PeerTransform(refuse, OFFICIAL)(picture(1, size=(40, 1)))
 
 
 def edit_json(path: Path, change: Callable[[Any], object]) -> None:
@@ -185,7 +235,7 @@ def test_code_of_a_model_runs_only_if_trusted(
     folder = tmp_path / "own"
     shutil.copytree(folders("clip"), folder)
     (folder / "code.py").write_text(CODE)
-    auto_map = {"AutoConfig": "code.OwnConfig", "AutoModel": "code.OwnModel"}
+    auto_map = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}  # as FG-CLIP 2's
     (folder / "config.json").write_text(json.dumps({"model_type": "own_pictures", "auto_map": auto_map}))
     save_file(
         {"head.weight": torch.rand(5, 3), "head.bias": torch.rand(5)}, folder / "model.safetensors", {"format": "pt"}

@@ -54,7 +54,10 @@ def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
         ([*ROWS, {"caption": [], "image": "val/4.png"}], "line 4: has caption, image; wanted"),
         ([*ROWS, {"caption": ["x"], "image": "val/4.png"}], r"1 of 4 pictures are not in .*: val/4\.png"),
         ([*ROWS, 5], "line 4: holds 5; wanted a JSON object"),
-        ([{"caption": ["a cat", "一只猫"], "image": "val/1.png"}], "say which it is with language="),
+        (
+            [{"caption": ["a cat", "一只猫"], "image": "val/1.png"}],
+            "by script, 1 caption in en, 1 in zh; say which it is",
+        ),
     ],
 )
 def test_faults_have_one_line_each(tmp_path: Path, rows: list[Any], message: str) -> None:

@@ -142,6 +142,15 @@ def test_faults_have_one_line_each(tmp_path: Path, name: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_a_script_of_several_languages_needs_one(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "MSCOCO-Captions", "retrieval", ["кошка".encode()])
+    with pytest.raises(UserError, match="by script, 1 caption in cyrillic; say which it is, such as language=zh"):
+        read_clip_benchmark(root)
+    found = read_clip_benchmark(root, language="ru")
+    assert list(found.texts) == ["ru"]
+    assert found.comparable.startswith("1 pictures, 5,000 published")
+
+
 def test_names_with_a_byte_order_mark(tmp_path: Path) -> None:
     root = write_set(tmp_path, "classification", [b"0"])
     (root / "classnames.txt").write_bytes("\ufeff猫\r\n狗\r\n".encode())

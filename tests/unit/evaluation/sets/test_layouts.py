@@ -89,6 +89,14 @@ def test_unknown_layouts_and_settings(tmp_path: Path) -> None:
         read_set(write("elevater_cn", tmp_path / "set"), splits="test")
 
 
+def test_a_folder_in_place_of_a_file_is_said(tmp_path: Path) -> None:
+    place = write("clip_benchmark", tmp_path / "set")
+    (place / "test" / "0.tar").unlink()
+    (place / "test" / "0.tar").mkdir()
+    with pytest.raises(UserError, match=r"0\.tar: cannot be read: Is a directory"):
+        read_set(place)
+
+
 def test_a_set_without_a_layout_is_read(tmp_path: Path) -> None:
     assert read_set(write("elevater_cn", tmp_path / "pets")).name == "pets"
 
