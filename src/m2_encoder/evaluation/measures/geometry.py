@@ -95,5 +95,7 @@ def measure_gap(first: Tensor, second: Tensor, *, metric: str = "modality_gap") 
 
 def _centre(features: Tensor) -> Tensor:
     """Mean of unit features, (E,) fp64."""
-    sums = [normalize(part.double(), dim=1).sum(dim=0) for part in features.split(_CHUNK_ROWS)]
-    return torch.stack(sums).sum(dim=0) / len(features)
+    total = features.new_zeros(features.shape[1], dtype=torch.float64)
+    for part in features.split(_CHUNK_ROWS):
+        total += normalize(part.double(), dim=1).sum(dim=0)
+    return total / len(features)

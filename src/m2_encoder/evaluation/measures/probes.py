@@ -22,7 +22,7 @@ from m2_encoder.evaluation.measures.result import check_finite, check_same_width
 
 NEIGHBOURS: Final = 20
 TEMPERATURE: Final = 0.07
-PENALTIES: Final = tuple(10.0**exponent for exponent in range(-8, 3))
+PENALTIES: Final = tuple(10.0**exponent for exponent in range(-7, 1))
 """Weights of the squared norm that a linear probe tries, beside the mean of the losses."""
 
 _TIE_TOLERANCE: Final = 1e-9  # of votes and logits, whose scale is 1 and more
@@ -123,7 +123,7 @@ def fit_logistic(train: Labelled, num_classes: int, penalty: float, *, start: Te
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=_MAX_ITERATIONS,
-        tolerance_grad=1e-7,
+        tolerance_grad=1e-6,
         tolerance_change=1e-12,
         history_size=10,
         line_search_fn="strong_wolfe",

@@ -29,6 +29,7 @@ CHUNK_SIZE: Final = 1024
 # than 1e-14.
 _TIE_TOLERANCE: Final = 1e-12
 _PAIRS_AT_ONCE: Final = 512
+_USUAL_EXPONENT: Final = 16
 _DENSE: Final = 64  # from one close score in so many, a whole tile in fp64 is cheaper than its close pairs
 
 
@@ -110,44 +111,46 @@ class Side:
 
     def __init__(self, features: Tensor, pairs: Tensor, *, chunk_size: int) -> None:
         self.features, self.pairs = features, pairs
-        norms = torch.cat([part.double().norm(dim=1) for part in features.split(chunk_size)])
+        norms = features.new_empty(len(features), dtype=torch.float64)
+        for span in _spans(len(features), chunk_size):
+            norms[span] = torch.linalg.vector_norm(features[span], dim=1, dtype=torch.float64)
         self._broken = ~norms.isfinite()
         self._any_broken = bool(self._broken.any())
         self.norms = norms.masked_fill(self._broken, 0.0)
         self.largest = self.norms.max() if len(norms) else norms.new_zeros(())
-        # A power of two changes no digit, and keeps products of any features in the range of fp32.
-        largest = float(self.largest)
-        self.scale = 2.0 ** -math.floor(math.log2(largest)) if largest else 1.0
+        # A power of two changes no digit, and keeps products of very small or large features in the range of fp32.
+        exponent = math.floor(math.log2(float(self.largest))) if self.largest else 0
+        self.scale = 2.0**-exponent if abs(exponent) > _USUAL_EXPONENT else 1.0
         self.best = torch.full_like(norms, -math.inf)
         self.ahead = torch.zeros_like(norms, dtype=torch.long)
         self.ties = torch.zeros_like(self.ahead)
         self._codes = norms.new_empty(0)
 
-    def find_best(self, other: Side) -> None:
-        """Finds `best`, in fp64."""
-        for part in self.pairs.split(_PAIRS_AT_ONCE):
-            scores = exact_scores(self.features, other.features, part)
-            scores = scores.masked_fill(~scores.isfinite(), -math.inf)
-            self.best.scatter_reduce_(0, part[:, 0], scores, "amax")
-        self._codes = (self.pairs[:, 0] * len(other.features) + self.pairs[:, 1]).unique()
+    def find_best(self, scores: Tensor, num_other: int) -> None:
+        """Finds `best` among the exact scores of `pairs`, (P,) fp64."""
+        scores = scores.masked_fill(~scores.isfinite(), -math.inf)
+        self.best.scatter_reduce_(0, self.pairs[:, 0], scores, "amax")
+        self._codes = (self.pairs[:, 0] * num_other + self.pairs[:, 1]).unique()
 
     def tile(self, span: slice) -> Tensor:
         """Some features in fp32, times `scale`; NaN, which is never ahead, where one is not finite."""
         part = self.features[span]
-        part = (part.to(torch.promote_types(part.dtype, torch.float32)) * self.scale).float()
+        if self.scale != 1.0:
+            part = part.to(torch.promote_types(part.dtype, torch.float32)) * self.scale
+        part = part.float()
         return part.masked_fill(self._broken[span, None], math.nan) if self._any_broken else part
 
     def bounds(self, span: slice, other: Side) -> tuple[Tensor, Tensor]:
-        """Scores of tiles below which no item is ahead, and above which every one is, each (n, 1) fp32."""
+        """Scores of tiles below which no item is ahead, and above which every one is, each (n,) fp32."""
         # |fl(q.g) - q.g| <= n u / (1 - n u) |q| |g| (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), in
         # any order of summation; 8 more for the roundings to fp32. The last term is for what underflows.
         dim = self.features.shape[1]
         unit = 2.0**-24
         error = (dim + 8) * unit / (1 - (dim + 8) * unit)
         scale = self.scale * other.scale
-        margin = error * self.norms[span] * other.largest * scale + (dim + 8) * 2.0**-126
+        margin = error * self.norms[span] * other.largest * scale + (dim + 8) * 2.0**-100
         best = self.best[span] * scale
-        return (best - margin).float()[:, None], (best + margin).float()[:, None]
+        return (best - margin).float(), (best + margin).float()
 
     def tolerance(self, other: Side) -> Tensor:
         """Difference of scores up to which they tie, (N,) fp64."""
@@ -190,12 +193,14 @@ class Comparison:
     ) -> None:
         if rows.device.type == "mps":  # has no fp64
             rows, columns = rows.cpu(), columns.cpu()
-        back_pairs = pairs.flip(1) if back_pairs is None else back_pairs
+        rows, columns, pairs = rows.detach(), columns.detach(), pairs.to(rows.device)
+        back = pairs.flip(1) if back_pairs is None else back_pairs.to(rows.device)
         self._chunk_size = chunk_size
-        self.rows = Side(rows, pairs.to(rows.device), chunk_size=chunk_size)
-        self.columns = Side(columns, back_pairs.to(rows.device), chunk_size=chunk_size)
-        self.rows.find_best(self.columns)
-        self.columns.find_best(self.rows)
+        self.rows = Side(rows, pairs, chunk_size=chunk_size)
+        self.columns = Side(columns, back, chunk_size=chunk_size)
+        scores = exact_scores(rows, columns, pairs)
+        self.rows.find_best(scores, len(columns))
+        self.columns.find_best(scores if back_pairs is None else exact_scores(columns, rows, back), len(rows))
 
     def count(self, *, both_ways: bool = True) -> None:
         """Counts who is ahead of the best right item of each row, and of each column."""
@@ -204,20 +209,32 @@ class Comparison:
                 left = self.rows.tile(own)
                 for others in _spans(len(self.columns.features), self._chunk_size):
                     scores = left @ self.columns.tile(others).t()
-                    self._count_tile(self.rows, self.columns, scores, own, others)
+                    self._count_tile(scores, own, others)
                     if both_ways:
-                        self._count_tile(self.columns, self.rows, scores.t(), others, own)
+                        self._count_tile(scores, own, others, of_columns=True)
 
-    @staticmethod
-    def _count_tile(own: Side, other: Side, scores: Tensor, span: slice, others: slice) -> None:
-        low, high = own.bounds(span, other)
+    def _count_tile(self, scores: Tensor, rows: slice, columns: slice, *, of_columns: bool = False) -> None:
+        """Counts in a tile for its rows, or for its columns."""
+        own, other, span = (self.columns, self.rows, columns) if of_columns else (self.rows, self.columns, rows)
+        low, high = (bound[None] if of_columns else bound[:, None] for bound in own.bounds(span, other))
         ahead = scores > high  # no right item is among them: none scores more than the best
         close = (scores >= low) ^ ahead
-        own.ahead[span] += ahead.sum(dim=1, dtype=torch.int32)
-        if int(close.sum(dtype=torch.int32)) * _DENSE > close.numel():
-            _settle_tile(own, other, close, span, others)
+        own.ahead[span] += ahead.sum(dim=0 if of_columns else 1, dtype=torch.int32)
+        pairs = _find_true(close) + torch.tensor([[rows.start, columns.start]], device=close.device)
+        if len(pairs) * _DENSE > close.numel():
+            _settle_tile(own, other, close.t() if of_columns else close, span, rows if of_columns else columns)
         else:
-            _settle_pairs(own, other, close.nonzero() + torch.tensor([[span.start, others.start]], device=close.device))
+            _settle_pairs(own, other, pairs.flip(1) if of_columns else pairs)
+
+
+def _find_true(mask: Tensor) -> Tensor:
+    """Places of what is true, (n, 2) int64: as `nonzero`, which is slow where little is; looks at eight at a time."""
+    if mask.shape[1] % 8:
+        return mask.nonzero()
+    words = mask.view(torch.int64).nonzero()
+    found = mask.view(len(mask), -1, 8)[words[:, 0], words[:, 1]].nonzero()
+    rows, first = words[found[:, 0]].unbind(1)
+    return torch.stack([rows, 8 * first + found[:, 1]], dim=1)
 
 
 def _settle_pairs(own: Side, other: Side, pairs: Tensor) -> None:
@@ -246,10 +263,12 @@ def _settle_tile(own: Side, other: Side, close: Tensor, span: slice, others: sli
 
 def exact_scores(rows: Tensor, columns: Tensor, pairs: Tensor) -> Tensor:
     """Inner products of pairs of rows in fp64: (Q, E), (M, E), (P, 2) to (P,); equal features give equal bits."""
-    found = [
-        (rows[part[:, 0]].double() * columns[part[:, 1]].double()).sum(dim=1) for part in pairs.split(_PAIRS_AT_ONCE)
-    ]
-    return torch.cat(found)
+    # Filled in place: small results between large temporary tensors keep the heap from being used again.
+    found = rows.new_empty(len(pairs), dtype=torch.float64)
+    for span in _spans(len(pairs), _PAIRS_AT_ONCE):
+        part = pairs[span]
+        found[span] = (rows[part[:, 0]].double() * columns[part[:, 1]].double()).sum(dim=1)
+    return found
 
 
 def percent(hits: Tensor) -> float:
