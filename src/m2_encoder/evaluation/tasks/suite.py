@@ -48,7 +48,7 @@ class Suite(EvaluationTask):
         self,
         *,
         sets: Mapping[str, Any],
-        root: Text = "benchmarks",
+        root: Text = "outputs/benchmarks",
         measures: Measures = tuple(MEASURES),
         protocols: Protocols = (STANDARD,),
         languages: Sequence[str] | None = None,
