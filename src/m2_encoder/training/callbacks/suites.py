@@ -65,9 +65,8 @@ class MeasureSuites(lightning.Callback):
                 raise UserError(f"{rule}; choose it there, as in evaluation=[retrieval,{name}]", key="suites")
         self._suites = {name: there[name] for name in self._names or there}
         if not self._suites:
-            raise UserError(
-                "evaluation has no suite; choose one there, as in evaluation=[retrieval,emoji]", key="suites"
-            )
+            fix = "choose one there, as in evaluation=[retrieval,emoji]"
+            raise UserError(f"evaluation has no suite; {fix}", key="suites")
         self._tokenizer, self._pictures = tokenizer, pictures
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -94,7 +93,7 @@ class MeasureSuites(lightning.Callback):
         preprocess = EvalTransform(model.config.image_size, pictures=self._pictures)
         wrapped = wrap_towers(model, preprocess, self._tokenizer, name="model")
         group = dist.group.WORLD if trainer.world_size > 1 else None
-        more = {"batch_size": self._batch_size, "num_workers": self._num_workers, "group": group}
+        more: dict[str, Any] = {"batch_size": self._batch_size, "num_workers": self._num_workers, "group": group}
         with FeatureEncoder(wrapped, **more) as encoder:
             context = EvaluationContext(model=model, tokenizer=self._tokenizer, sets={}, files=encoder)
             results = run_tasks(self._suites, context)
