@@ -31,6 +31,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "runs",
     },
     "hydra": {"config", "runs", "search"},
+    "jinja2": {"evaluation.report"},
     "omegaconf": {"config", "runs", "search"},
     "optuna": {"search"},
     "pydantic": {"config.check"},

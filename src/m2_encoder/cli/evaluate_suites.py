@@ -21,7 +21,7 @@ from m2_encoder.evaluation.models.opening import KINDS, open_model
 from m2_encoder.evaluation.records import Record
 from m2_encoder.evaluation.report.page import Gallery, ModelFacts, write_page
 from m2_encoder.evaluation.report.terminal import cost_table, record_tables
-from m2_encoder.evaluation.suite import run_tasks
+from m2_encoder.evaluation.suite import prepare_tasks, run_tasks
 from m2_encoder.evaluation.tables import print_cells
 from m2_encoder.evaluation.tasks.base import EvaluationContext
 from m2_encoder.evaluation.tasks.suite import Suite
@@ -85,8 +85,7 @@ def measure_suites(cfg: Mapping[str, Any], suites: Mapping[str, Suite], console:
         What goes to the output file: the models, and a record for every number.
     """
     with console.status("reading the sets"):
-        for name, suite in suites.items():
-            _prepare(name, suite)
+        prepare_tasks(suites, find_path)
     records: list[Record] = []
     facts: list[ModelFacts] = []
     galleries: list[Gallery] = []
@@ -123,13 +122,6 @@ def measure_suites(cfg: Mapping[str, Any], suites: Mapping[str, Suite], console:
         write_page(path, records, facts, galleries, title=title, facts=about, left_out=left_out)
         say(f"page: {path}")
     return {"models": [each._asdict() for each in facts], "records": [each.to_dict() for each in records]}
-
-
-def _prepare(name: str, suite: Suite) -> None:
-    try:
-        suite.prepare(find_path)
-    except UserError as error:
-        raise error.under(f"evaluation.{name}") from error
 
 
 def _open(cfg: Mapping[str, Any], spec: str, name: str) -> EvaluatedModel:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2_encoder.errors import UserError, abridge
+from m2_encoder.errors import UserError, abridge, under
 from m2_encoder.evaluation.tables import CellTable, print_cells, print_table
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.files import write_json, write_text
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 SUMMARY_FILE = "summary.json"
 TABLE_FILE = "results.md"
+
+
+def prepare_tasks(tasks: Mapping[str, EvaluationTask], find: Callable[[str], Path]) -> None:
+    """Lets tasks look at what they measure on; `find` gives the place of a path.
+
+    Raises:
+        UserError: for what one of them misses.
+    """
+    for name, task in tasks.items():
+        with under(f"evaluation.{name}"):
+            task.prepare(find)
 
 
 def run_tasks(tasks: Mapping[str, EvaluationTask], context: EvaluationContext) -> dict[str, TaskResult]:
@@ -39,6 +50,8 @@ def run_tasks(tasks: Mapping[str, EvaluationTask], context: EvaluationContext) -
 def summarize(results: Mapping[str, TaskResult]) -> dict[str, Any]:
     """The entries of `summary.json`: `metrics` of all tasks, and their own."""
     summary: dict[str, Any] = {"metrics": {}}
+    if records := [each.to_dict() for result in results.values() for each in result.records]:
+        summary["records"] = records
     for result in results.values():
         summary["metrics"].update(result.metrics)
         summary |= result.record

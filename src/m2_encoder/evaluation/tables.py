@@ -222,6 +222,12 @@ def to_markdown(lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def cells_to_markdown(table: CellTable) -> str:
+    """The table in Markdown, below its title."""
+    rule = ["---" if number < table.num_labels else "--:" for number in range(len(table.headings))]
+    return f"**{table.title}**\n\n{to_markdown([table.headings, rule, *table.rows])}\n"
+
+
 def replace_section(text: str, name: str, content: str) -> str:
     """Replaces what is between `<!-- name:begin -->` and `<!-- name:end -->`.
 

@@ -17,14 +17,20 @@ from m2_encoder.checkpoints.tensors import find_non_finite
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.config.paths import is_debug
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
+from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.encode import Tokenize
+from m2_encoder.evaluation.features import FeatureEncoder
+from m2_encoder.evaluation.models.own import wrap_towers
 from m2_encoder.evaluation.suite import SUMMARY_FILE, TABLE_FILE, print_results, run_tasks, summarize, write_results
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, RunFacts
+from m2_encoder.evaluation.tasks.suite import Suite
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.two_towers import TwoTowers
 from m2_encoder.objectives.base import Objective
+from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.record import describe_run
 from m2_encoder.runs.ending import Results, RunEnd
 from m2_encoder.runs.export import trained_head
@@ -70,6 +76,7 @@ def report_run(
             else None,
             matching=trained_head(objectives),
             run=_run_facts(cfg, run_folder, end, datamodule),
+            files=_encoder_of_files(tasks, model, tokenizer, cfg),
         )
         results = run_tasks(tasks, context)
     wall_time_s = round(time.time() - times.started, 3)
@@ -134,6 +141,17 @@ def _run_facts(
         heldout_style=str(data.get("heldout_style", "")),
         folder=datamodule.folder if isinstance(datamodule, EmojiDataModule) else None,
     )
+
+
+def _encoder_of_files(
+    tasks: Mapping[str, EvaluationTask], model: nn.Module, tokenizer: Tokenize, cfg: Mapping[str, Any]
+) -> FeatureEncoder | None:
+    """What suites encode their sets with; its features are not kept, as no later run has these weights."""
+    if not isinstance(model, M2Encoder | TwoTowers) or not any(isinstance(task, Suite) for task in tasks.values()):
+        return None
+    pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
+    preprocess = EvalTransform(model.config.image_size, pictures=pictures)
+    return FeatureEncoder(wrap_towers(model, preprocess, tokenizer, name=str(cfg["run"]["name"])), num_workers=2)
 
 
 def _throughput(metrics_file: Path) -> dict[str, float]:

@@ -15,12 +15,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
-from m2_encoder.config.model_choice import build_any_tokenizer
+from m2_encoder.config.model_choice import build_any_tokenizer, find_path
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import default_run_folder, is_debug
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.sweep_jobs import EXIT_PRUNED
 from m2_encoder.errors import abridge
+from m2_encoder.evaluation.suite import prepare_tasks
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.parallelize import gather_model
@@ -98,7 +99,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     resumes = newest is not None
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     cfg, frozen, module, tasks, datamodule, remarks = _settle(cfg, folder, resumes=resumes)
-    callbacks = build_callbacks(cfg, folder, module)
+    callbacks = build_callbacks(cfg, folder, module, tasks)
     stopped = find_stop(newest, callbacks)
     trained = cfg if newest is None else _check_newest(newest, module, cfg, folder, stopped=stopped)
     checked = check_data(datamodule, folder, resumes=resumes)
@@ -191,6 +192,7 @@ def _settle(cfg: dict[str, Any], folder: Path, *, resumes: bool) -> _Settled:
     frozen = check_frozen(cfg, folder, resumes=resumes)
     remarks += describe_other_pictures(cfg)
     objectives, tasks = build_objectives(cfg), build_tasks(cfg.get("evaluation"))
+    prepare_tasks(tasks, find_path)  # a set that is not there is missed now, not after the training
     datamodule = build_data(cfg, objectives)
     cfg, length = settle_length(cfg, datamodule)
     module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))

@@ -10,16 +10,20 @@ from typing import Any
 
 from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.weight_files import find_weights
+from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
+from m2_encoder.evaluation.encode import Tokenize
 from m2_encoder.evaluation.models.base import (
     EvaluatedModel,
     ModelFacts,
     count_parameters,
+    digest_tokenizer,
     make_fingerprint,
     refuse_texts,
     tensor_bytes,
 )
 from m2_encoder.hub import load
+from m2_encoder.models.two_towers import Encoder
 from m2_encoder.pictures import PicturePolicy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -42,7 +46,24 @@ def open_own(
     """
     loaded = load(model, checkpoint=checkpoint, weights=weights, tokenizer=tokenizer, pictures=pictures)
     text = loaded.tokenizer if isinstance(loaded.tokenizer, SentencePieceTokenizer) else None
-    config = loaded.model.config
+    return wrap_towers(
+        loaded.model, loaded.preprocess, text, name=name, weight_bytes=_file_bytes(model, checkpoint, weights)
+    )
+
+
+def wrap_towers(
+    model: Encoder, preprocess: EvalTransform, tokenizer: Tokenize | None, *, name: str, weight_bytes: int = 0
+) -> EvaluatedModel:
+    """A model in memory, such as one that was just trained.
+
+    Args:
+        model: of ours, or of two towers.
+        preprocess: what its pictures go through.
+        tokenizer: of its texts; None if there is none.
+        name: in tables and records.
+        weight_bytes: of its file; 0 for what its tensors take.
+    """
+    config, text = model.config, tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else None
     tokenizing: dict[str, Any] = {}
     if text is not None:
         tokenizing = {
@@ -51,35 +72,37 @@ def open_own(
             "normalise": text.normalise,
             "context_length": text.context_length,
         }
+    elif tokenizer is not None:
+        tokenizing = {"tokenizer": type(tokenizer).__name__, "context_length": config.context_length}
     facts = ModelFacts(
         kind="m2",
-        parameters=count_parameters(loaded.model),
-        weight_bytes=_file_bytes(model, checkpoint, weights) or tensor_bytes(loaded.model),
+        parameters=count_parameters(model),
+        weight_bytes=weight_bytes or tensor_bytes(model),
         embed_dim=config.feature_dim,
         image_size=config.image_size,
-        context_length=0 if text is None else text.context_length,
+        context_length=int(tokenizing.get("context_length", 0)),
         preprocessing={
             "resize": "squash",
             "interpolation": "bicubic",
             "image_size": config.image_size,
-            "max_pixels": loaded.preprocess.max_pixels,
-            "pictures": loaded.preprocess.pictures.to_dict(),
+            "max_pixels": preprocess.max_pixels,
+            "pictures": preprocess.pictures.to_dict(),
         },
         tokenizing=tokenizing,
     )
+    content = "" if text is None else text.digest
+    if text is None and tokenizer is not None:
+        content = digest_tokenizer(tokenizer, content=type(tokenizer).__qualname__)
     return EvaluatedModel(
         name=name,
-        model=loaded.model,
-        preprocess=loaded.preprocess.to_uint8,  # a quarter of the memory; the model divides by 255
-        tokenizer=refuse_texts if text is None else text,
+        model=model,
+        preprocess=preprocess.to_uint8,  # a quarter of the memory; the model divides by 255
+        tokenizer=tokenizer or refuse_texts,
         facts=facts,
         fingerprint=make_fingerprint(
-            loaded.model,
-            facts,
-            architecture={**dataclasses.asdict(config), "name": ""},
-            tokenizer="" if text is None else text.digest,
+            model, facts, architecture={**dataclasses.asdict(config), "name": ""}, tokenizer=content
         ),
-        no_texts=_NO_TEXTS if text is None else "",
+        no_texts=_NO_TEXTS if tokenizer is None else "",
     )
 
 

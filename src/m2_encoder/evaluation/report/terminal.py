@@ -40,11 +40,11 @@ def _table(task: str, records: Sequence[Record]) -> CellTable:
         rows.append([*cells, interval, number(summary.chance), number(summary.published), f"{summary.n:,}"])
     headings = [*labels, *(metric.replace("_", " ") for metric in metrics), "95 %", "chance", "published", "n"]
     filled = [n for n in range(len(headings)) if n < len(labels) or any(row[n] not in ("", "–") for row in rows)]
-    cells = [[row[number] for number in filled] for row in rows]
+    shown = [[row[number] for number in filled] for row in rows]
     remarks = dict.fromkeys(f"{each.dataset}: {each.remark}" for each in records if each.remark)
     unit = "" if task == "geometry" else ", percent"
     title = f"{task.capitalize()}{unit}"
-    return CellTable(title, [headings[number] for number in filled], cells, len(labels), tuple(remarks))
+    return CellTable(title, [headings[number] for number in filled], shown, len(labels), tuple(remarks))
 
 
 def _key(record: Record) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from m2_encoder.evaluation.report.page import Gallery
 from m2_encoder.evaluation.report.terminal import record_tables
 from m2_encoder.evaluation.sets.base import EvaluationSet
 from m2_encoder.evaluation.sets.reading import read_set
+from m2_encoder.evaluation.tables import cells_to_markdown
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.evaluation.tasks.suite_measures import EACH, MEASURES, Found, Part, Wishes
 
@@ -48,7 +49,7 @@ class Suite(EvaluationTask):
         self,
         *,
         sets: Mapping[str, Any],
-        root: Text = "benchmarks",
+        root: Text = "outputs/benchmarks",
         measures: Measures = tuple(MEASURES),
         protocols: Protocols = (STANDARD,),
         languages: Sequence[str] | None = None,
@@ -118,7 +119,15 @@ class Suite(EvaluationTask):
         if not records:
             raise UserError(f"nothing to measure: {', '.join(self._sets)} has nothing for {', '.join(self._measures)}")
         metrics = {_name_of(each): each.value for each in records}
-        return TaskResult(metrics, rows=record_tables(records), records=records, galleries=galleries, left_out=left_out)
+        tables = record_tables(records)
+        return TaskResult(
+            metrics,
+            rows=tables,
+            markdown="\n\n".join(map(cells_to_markdown, tables)),
+            records=records,
+            galleries=galleries,
+            left_out=left_out,
+        )
 
     def _places(self, find: Callable[[str], Path]) -> Iterator[Path]:
         for name, settings in self._settings.items():
