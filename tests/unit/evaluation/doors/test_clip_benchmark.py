@@ -88,8 +88,10 @@ def theirs(monkeypatch: pytest.MonkeyPatch, model: Path, data: Path, *more: str)
     plain = ("--no_amp", "--num_workers", "0", "--batch_size", "16", "--quiet")
     common = ("eval", "--model_type", "m2_encoder", "--model", model, "--dataset", f"wds/{data.name}")
     assert run_command(monkeypatch, *common, *places, *plain, *more) == 0
-    found: dict[str, float] = json.loads(output.read_text())["metrics"]
-    return found
+    found: dict[str, Any] = json.loads(output.read_text())
+    assert (found["model"], found["pretrained"]) == (str(model), "none")
+    metrics: dict[str, float] = found["metrics"]
+    return metrics
 
 
 def ours(model: Path, data: Path, measure: Callable[[Part], Any]) -> dict[str, float]:
@@ -163,7 +165,20 @@ def test_result_that_could_not_be_written_is_refused_before_anything_is_measured
 
 @pytest.mark.parametrize("arguments", [["--model", "a"], ["--model", "a/b", "--output", "x.json"], ["--output", "x"]])
 def test_other_outputs_are_left_alone(arguments: list[str]) -> None:
-    door.check_output(arguments)
+    assert door.prepare_arguments(arguments) == arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (["--model_type", "m2_encoder", "--model", "a"], ["--pretrained", "none"]),
+        (["--model_type=m2_encoder"], ["--pretrained", "none"]),
+        (["--model_type", "m2_encoder", "--pretrained", "step=3.ckpt"], []),
+        (["--model_type", "open_clip"], []),
+    ],
+)
+def test_weights_that_nobody_named_are_not_in_the_result(given: list[str], added: list[str]) -> None:
+    assert door.prepare_arguments(given) == [*given, *added]
 
 
 def test_model_that_is_not_there_ends_in_one_line(
