@@ -115,10 +115,10 @@ def write_page(
 
 def headline_rows(records: Iterable[Record]) -> list[Row]:
     """A row for all that differs in more than model and metric, with its headline metric; in the order of records."""
-    groups: dict[tuple[str, ...], dict[str, dict[str, Record]]] = {}
+    groups: dict[tuple[str, str, str, str, str, str, str], dict[str, dict[str, Record]]] = {}
     for each in records:
         place = (each.dataset, each.subset, each.language, each.task)
-        key: tuple[str, ...] = (*place, each.protocol, each.label_set, each.templates)
+        key = (*place, each.protocol, each.label_set, each.templates)
         groups.setdefault(key, {}).setdefault(each.metric, {})[each.model] = each
     rows = []
     for key, metrics in groups.items():
