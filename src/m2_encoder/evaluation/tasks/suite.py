@@ -53,7 +53,8 @@ class Suite(EvaluationTask):
 
     Args:
         sets: by name, each with `path` (by default the name, in `root`), `layout`, and settings of that layout's
-            reader in `evaluation.sets`; `train` is another path, or settings, of pictures that probes learn from.
+            reader in `evaluation.sets`, None as if not given; `train` is another path, or settings, of pictures that
+            probes learn from.
         root: folder of sets without a path of their own.
         measures: names in `suite_measures.MEASURES`; one that a set has nothing for is left out there.
         protocols: of retrieval.
@@ -107,7 +108,7 @@ class Suite(EvaluationTask):
                 _check_template(str(source), language)
 
     def _read(self, name: str, settings: Mapping[str, Any], find: Callable[[str], Path]) -> None:
-        own = {key: value for key, value in settings.items() if key not in ("train", "path")}
+        own = {key: value for key, value in settings.items() if key not in ("train", "path") and value is not None}
         try:
             self._sets[name] = read_set(self._place(name, find), name=name, **own)
             if (train := settings.get("train")) is not None:
