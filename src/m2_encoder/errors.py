@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -124,6 +125,15 @@ class UserError(ValueError):
         error.key = prefix if self.key is None else f"{prefix}.{self.key}"
         error.problems = tuple(each._replace(key=f"{prefix}.{each.key}".rstrip(".")) for each in self.problems)
         return error
+
+
+@contextmanager
+def under(prefix: str) -> Iterator[None]:
+    """Errors of the user inside get a prefixed key, as `UserError.under` has it."""
+    try:
+        yield
+    except UserError as error:
+        raise error.under(prefix) from error
 
 
 class CheckpointError(UserError):

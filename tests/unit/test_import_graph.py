@@ -31,6 +31,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "runs",
     },
     "hydra": {"config", "runs", "search"},
+    "jinja2": {"evaluation.report"},
     "omegaconf": {"config", "runs", "search"},
     "optuna": {"search"},
     "pydantic": {"config.check"},
@@ -51,6 +52,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     # Opened by name, by `evaluation.models.base.import_peer`.
     "open_clip": {"evaluation.models.open_clip_model"},
     "transformers": {"evaluation.models.transformers_model"},
+    "clip_benchmark": {"evaluation.doors.clip_benchmark"},
+    "mteb": {"evaluation.doors.mieb"},
     "matplotlib": {"analysis.picture", "analysis.style", "data.inspect.figure", "planning.figure"},
 }
 

@@ -63,6 +63,7 @@ EVALUATE: Final = _command(
     examples=(
         "m2-evaluate model=outputs/emoji/export data=emoji",
         "m2-evaluate model=outputs/emoji/export data=my_tars output=results.json",
+        "m2-evaluate model=outputs/emoji/export 'evaluation=[emoji,tuxpaint]' page=report.html  # suites, as a page",
         "m2-evaluate model=outputs/r2d2/export rerank=16   # order the best 16 anew by the matching head",
         "m2-evaluate model=outputs/emoji/export --config-dir my_conf 'evaluation=[retrieval,mine]'  # your own task",
     ),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2_encoder.errors import UserError, abridge
+from m2_encoder.errors import UserError, abridge, under
 from m2_encoder.evaluation.tables import CellTable, print_cells, print_table
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.files import write_json, write_text
@@ -25,14 +25,8 @@ def prepare_tasks(tasks: Mapping[str, EvaluationTask], find: Callable[[str], Pat
         UserError: for what one of them misses.
     """
     for name, task in tasks.items():
-        _prepare(name, task, find)
-
-
-def _prepare(name: str, task: EvaluationTask, find: Callable[[str], Path]) -> None:
-    try:
-        task.prepare(find)
-    except UserError as error:
-        raise error.under(f"evaluation.{name}") from error
+        with under(f"evaluation.{name}"):
+            task.prepare(find)
 
 
 def run_tasks(tasks: Mapping[str, EvaluationTask], context: EvaluationContext) -> dict[str, TaskResult]:

@@ -16,19 +16,26 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from m2_encoder.checkpoints.digests import check_zip
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, read_content, read_step
 from m2_encoder.config.check import read_parameters
-from m2_encoder.errors import CheckpointError
+from m2_encoder.config.model_choice import build_any_tokenizer
+from m2_encoder.errors import CheckpointError, under
+from m2_encoder.evaluation.tasks.base import EvaluationTask
+from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.runs.folder import LAST_CHECKPOINT
 from m2_encoder.runs.sinks import check_kind
 from m2_encoder.training.callbacks.checkpoint import BEST_NAME
 from m2_encoder.training.callbacks.monitors import BestCheckpoint, Monitoring, StopEarly, unknown_metric
+from m2_encoder.training.callbacks.suites import MeasureSuites
 
 _KNOWN_MODULES = ("m2_encoder.", "lightning.")
 
 
 def build_callbacks(
-    cfg: Mapping[str, Any], folder: Path, module: lightning.LightningModule
+    cfg: Mapping[str, Any],
+    folder: Path,
+    module: lightning.LightningModule,
+    tasks: Mapping[str, EvaluationTask] | None = None,
 ) -> list[lightning.Callback]:
-    """The callbacks of a configuration, in its order.
+    """The callbacks of a configuration, in its order; `tasks` are its evaluations.
 
     Raises:
         UserError: for something else, and for a metric of validation that is watched and that nothing logs.
@@ -45,6 +52,11 @@ def build_callbacks(
         if isinstance(made[name], Monitoring):
             made[name].key = f"callbacks.{name}"
             made[name].resolve(module)
+        if isinstance(made[name], MeasureSuites):
+            pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
+            tokenizer = build_any_tokenizer(cfg["model"])
+            with under(f"callbacks.{name}"):
+                made[name].attach(tasks or {}, tokenizer=tokenizer, pictures=pictures)
     check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
     _check_monitors(made, module)
     switches = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}

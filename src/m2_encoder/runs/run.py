@@ -99,7 +99,7 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
     resumes = newest is not None
     # Everything is checked before what costs money or leaves a trace: loggers start with the trainer.
     cfg, frozen, module, tasks, datamodule, remarks = _settle(cfg, folder, resumes=resumes)
-    callbacks = build_callbacks(cfg, folder, module)
+    callbacks = build_callbacks(cfg, folder, module, tasks)
     stopped = find_stop(newest, callbacks)
     trained = cfg if newest is None else _check_newest(newest, module, cfg, folder, stopped=stopped)
     checked = check_data(datamodule, folder, resumes=resumes)

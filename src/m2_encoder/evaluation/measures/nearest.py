@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from m2_encoder.evaluation.measures.ranks import CHUNK_SIZE, exact_scores, full_precision
+from m2_encoder.evaluation.measures.ranks import CHUNK_SIZE, exact_scores, full_precision, multiply
 
 # More than asked for, by fp32, before fp64 puts them in order: as long as fewer items are within a rounding error of
 # the last one, the first k are those of fp64.
@@ -65,7 +65,7 @@ def _candidates(queries: Tensor, gallery: Tensor, number: int, chunk_size: int) 
     rows = torch.empty(0)
     start = 0
     for part in gallery.split(chunk_size):
-        scores, found = (queries @ part.float().t()).topk(min(number, len(part)), dim=1)
+        scores, found = multiply(queries, part.float()).topk(min(number, len(part)), dim=1)
         found += start
         start += len(part)
         if best is None:

@@ -98,20 +98,22 @@ class PeerTransform:
             ) from error
 
 
-def import_peer(package: str, what: str) -> Any:
-    """A third party's package that only some models need.
+def import_peer(module: str, what: str, *, extra: str = "peers") -> Any:
+    """A third party's module that only some users need.
 
     Args:
-        package: its name for `import`.
+        module: its name for `import`.
         what: that needs it, in words.
+        extra: of this package, that installs it.
 
     Raises:
         UserError: if it is missing or broken.
     """
+    package = module.partition(".")[0]
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{what} need the package {package}; install it with pip install 'm2-encoder[peers]'")
+        raise UserError(f"{what} need the package {package}; install it with pip install 'm2-encoder[{extra}]'")
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"{what} need the package {package}, which cannot be imported here: {error}") from error
 
