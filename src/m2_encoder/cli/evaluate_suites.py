@@ -209,7 +209,9 @@ def _open(cfg: Mapping[str, Any], spec: str, name: str) -> EvaluatedModel:
 
 def _distinct_names(specs: Sequence[str]) -> dict[str, str]:
     """What each model is called: the last part of its path that tells it from the others."""
-    parts = {spec: [part for part in spec.rstrip("/").split("/") if part not in ("", "export")] for spec in specs}
+    places = {spec: spec.partition(":")[2] if _kind(spec) else spec for spec in specs}
+    places = {spec: place.split(",")[0] if _kind(spec) == "features" else place for spec, place in places.items()}
+    parts = {spec: [part for part in place.split("/") if part not in ("", "export")] for spec, place in places.items()}
     last = {spec: found[-1] if found else spec for spec, found in parts.items()}
     return {spec: name if list(last.values()).count(name) == 1 else spec for spec, name in last.items()}
 
