@@ -15,7 +15,7 @@ from m2_encoder.bounds import Count, Rows, Rule, Text, Workers
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.checkpoints.matching_head import has_head, read_head
-from m2_encoder.cli.evaluate_suites import check_models, measure_suites
+from m2_encoder.cli.evaluate_suites import Measured, check_models, measure_suites, refuse_failed
 from m2_encoder.config.check import check_settings, check_targets
 from m2_encoder.config.emoji_folder import emoji_folder_problems, find_emoji_folder
 from m2_encoder.config.model_choice import find_path, is_model_name, load_from, output_problems
@@ -27,7 +27,7 @@ from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.retrieval_source import describe_source
 from m2_encoder.errors import Problem, UserError
-from m2_encoder.evaluation.suite import print_results, run_tasks, summarize
+from m2_encoder.evaluation.suite import prepare_tasks, print_results, run_tasks, summarize
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask
 from m2_encoder.evaluation.tasks.rerank import Rerank
@@ -113,19 +113,34 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
     """Prints the tables and writes the numbers.
 
     Raises:
-        UserError: for a model or a set that cannot be used, or an output that cannot be written.
+        UserError: for a model or a set that cannot be used, or an output that cannot be written; of several models,
+            after the numbers of the others are printed and written.
     """
     started = time.time()
     console = open_console()
     tasks = build_tasks(cfg["evaluation"])
     suites = {name: task for name, task in tasks.items() if isinstance(task, Suite)}
     report: dict[str, Any] = {"model": cfg["model"]}
+    found: Measured | None = None
+    with console.status("reading the sets"):
+        prepare_tasks(suites, find_path)
     if len(suites) < len(tasks):
         report |= _measure_one(cfg, {name: task for name, task in tasks.items() if name not in suites}, console)
     if suites:
-        report |= measure_suites(cfg, suites, console)
-    if cfg["output"] is not None:
-        _write(cfg["output"], {**report, "seconds": round(time.time() - started, 3), **describe_run()})
+        found = measure_suites(cfg, suites, console)
+        report |= found.to_dict()
+    failed: list[Exception] = [] if found is None else [*found.failed]
+    try:
+        if cfg["output"] is not None:
+            _write(cfg["output"], {**report, "seconds": round(time.time() - started, 3), **describe_run()})
+    except UserError as error:
+        failed.append(error)
+    try:
+        if cfg["page"] is not None and found is not None:
+            found.write_page(Path(cfg["page"]).expanduser())
+    except UserError as error:
+        failed.append(error)
+    refuse_failed(failed)
 
 
 def _measure_one(cfg: dict[str, Any], tasks: dict[str, EvaluationTask], console: Console) -> dict[str, Any]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from torch import nn
 
 from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems
 from m2_encoder.config.output import say
+from m2_encoder.config.problems import Unset, find_problems, refuse_all
 from m2_encoder.config.targets import TargetError, find_target
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import Problem, UserError, abridge
 from m2_encoder.evaluation.cost import measure_cost
 from m2_encoder.evaluation.features import FeatureEncoder
 from m2_encoder.evaluation.models.base import EvaluatedModel
@@ -21,9 +24,10 @@ from m2_encoder.evaluation.models.opening import KINDS, open_model
 from m2_encoder.evaluation.records import Record
 from m2_encoder.evaluation.report.page import Gallery, ModelFacts, write_page
 from m2_encoder.evaluation.report.terminal import cost_table, record_tables
-from m2_encoder.evaluation.suite import prepare_tasks, run_tasks
+from m2_encoder.evaluation.sets.base import EvaluationSet
+from m2_encoder.evaluation.suite import run_tasks
 from m2_encoder.evaluation.tables import print_cells
-from m2_encoder.evaluation.tasks.base import EvaluationContext
+from m2_encoder.evaluation.tasks.base import EvaluationContext, TaskResult
 from m2_encoder.evaluation.tasks.suite import Suite
 from m2_encoder.record import describe_run
 
@@ -45,6 +49,8 @@ def is_suite(node: Any) -> bool:
 def list_models_of(cfg: Mapping[str, Any]) -> list[str]:
     """The models that `model` names, one or several."""
     model = cfg["model"]
+    if isinstance(model, Unset):
+        return []  # which is reported
     return [str(each) for each in model] if isinstance(model, Sequence) and not isinstance(model, str) else [str(model)]
 
 
@@ -52,15 +58,19 @@ def check_models(cfg: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with `model` where it is not one model of this project, before any is loaded."""
     models, names = list_models_of(cfg), cfg["evaluation"] if isinstance(cfg["evaluation"], Mapping) else {}
     rest = [name for name, node in names.items() if not is_suite(node)]
-    if not models:
+    if not models and not isinstance(cfg["model"], Unset):
         yield Problem("model", cfg["model"], "names no model", "give one, or several as model=[A,B]")
-    if rest and (len(models) > 1 or _kind(models[0])):
+    if twice := [model for model, count in Counter(models).items() if count > 1]:
+        yield Problem("model", cfg["model"], f"names {twice[0]} twice", "give each model once")
+    if cfg["page"] is not None and names and len(rest) == len(names):
+        yield Problem("page", cfg["page"], "is of what suites find", "choose suites, such as evaluation=[emoji]")
+    if models and rest and (len(models) > 1 or _kind(models[0])):
         rule = f"evaluation.{rest[0]} measures one model of this project"
         yield Problem("model", cfg["model"], rule, "choose suites, such as evaluation=[emoji]")
     for key in ("weights", "tokenizer"):
         if len(models) > 1 and cfg[key] is not None:
             yield Problem(key, cfg[key], "goes with one model, and there are several", "export that model first")
-    for model in models:
+    for model in dict.fromkeys(models):
         if not _kind(model) and not _is_folder(model):
             yield from model_problems({**cfg, "model": model})
 
@@ -76,52 +86,107 @@ def _is_folder(model: str) -> bool:
     return not is_model_name(model) and find_path(model).is_dir()
 
 
-def measure_suites(cfg: Mapping[str, Any], suites: Mapping[str, Suite], console: Console) -> dict[str, Any]:
-    """Measures all models on all suites, one model at a time; prints tables and writes the page.
+class Measured(NamedTuple):
+    """What suites found of all models."""
 
-    Features are kept in `cfg["features"]` as they come, so that the same command goes on where it was stopped.
+    title: str
+    records: list[Record]
+    facts: list[ModelFacts]
+    galleries: list[Gallery]
+    left_out: dict[str, list[str]]  # pictures that could not be used and why, by set
+    failed: list[Exception]  # of models that could not be measured; numbers of the others are here
 
-    Returns:
-        What goes to the output file: the models, and a record for every number.
+    def to_dict(self) -> dict[str, Any]:
+        """What goes to the output file: the models, a record for every number, and the pictures left out."""
+        return {
+            "models": [each._asdict() for each in self.facts],
+            "records": [each.to_dict() for each in self.records],
+            "left_out": self.left_out,
+            "failed": [" ".join(str(each).split()) for each in self.failed],
+        }
+
+    def write_page(self, path: Path) -> None:
+        """Writes the page.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        about = {"command": shlex.join(["m2-evaluate", *sys.argv[1:]]), **_about()}
+        about |= {"not measured": "; ".join(self.to_dict()["failed"])} if self.failed else {}
+        more: dict[str, Any] = {"title": self.title, "facts": about, "left_out": self.left_out}
+        write_page(path, self.records, self.facts, self.galleries, **more)
+        say(f"page: {path}")
+
+
+def measure_suites(cfg: Mapping[str, Any], suites: Mapping[str, Suite], console: Console) -> Measured:
+    """Measures all models on all suites that are prepared, one model at a time, and prints tables.
+
+    Features are kept in `cfg["features"]` as they come, so that the same command goes on where it was stopped. A model
+    that fails does not keep the others from being measured.
+
+    Raises:
+        UserError: if no model could be measured.
     """
-    with console.status("reading the sets"):
-        prepare_tasks(suites, find_path)
-    records: list[Record] = []
-    facts: list[ModelFacts] = []
-    galleries: list[Gallery] = []
-    left_out: dict[str, Sequence[str]] = {}
     names = _distinct_names(list_models_of(cfg))
+    found = Measured(f"{', '.join(names.values())} on {', '.join(suites)}", [], [], [], {}, [])
     for spec, called in names.items():
-        with console.status(f"{called}: opening"):
-            model = _open(cfg, spec, called)
-        with console.status(f"{called}: encoding and measuring"):
-            store = None if cfg["features"] is None else find_path(cfg["features"])
-            more = {"batch_size": cfg["batch_size"], "num_workers": cfg["num_workers"]}
-            with FeatureEncoder(model, store=store, **more) as encoder:
-                context = EvaluationContext(
-                    model=cast("nn.Module", model.model), tokenizer=model.tokenizer, sets={}, files=encoder
-                )
-                results = run_tasks(suites, context)
+        try:
+            facts, results = _measure_model(cfg, spec, called, suites, console)
+        except Exception as error:  # whatever a peer's library raises
+            if len(names) == 1:
+                raise
+            found.failed.append(_of_model(error, spec))
+            continue
+        found.facts.append(facts)
         for result in results.values():
-            records += result.records
-            galleries += result.galleries
-            left_out |= result.left_out
-        facts.append(_facts(model, suites, cfg) if len(names) > 1 or cfg["page"] is not None else _bare_facts(model))
-    for table in record_tables(records):
+            found.records.extend(result.records)
+            found.galleries.extend(result.galleries)
+            for name, lines in result.left_out.items():
+                found.left_out[name] = list(dict.fromkeys([*found.left_out.get(name, ()), *lines]))
+    if not found.facts:
+        refuse_failed(found.failed)
+    for table in record_tables(found.records):
         console.print()
         print_cells(console, table)
-    if len(facts) > 1:
-        print_cells(console, cost_table(facts))
-    for name, lines in left_out.items():
-        say(f"{name}: {len(lines):,} pictures could not be used, such as {lines[0]}")
-    if cfg["page"] is not None:
-        path = Path(cfg["page"]).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        title = f"{', '.join(names.values())} on {', '.join(suites)}"
-        about = {"command": shlex.join(["m2-evaluate", *sys.argv[1:]]), **_about()}
-        write_page(path, records, facts, galleries, title=title, facts=about, left_out=left_out)
-        say(f"page: {path}")
-    return {"models": [each._asdict() for each in facts], "records": [each.to_dict() for each in records]}
+    if len(found.facts) > 1:
+        print_cells(console, cost_table(found.facts))
+    for name, lines in found.left_out.items():
+        say(f"{name}: pictures that could not be used: {len(lines):,}, such as {abridge(lines[0])}")
+    return found
+
+
+def refuse_failed(failed: Sequence[Exception]) -> None:
+    """Raises what went wrong, if anything did: all mistakes of the user at once, or else the first of other errors."""
+    mistakes = [each for each in failed if isinstance(each, UserError)]
+    others = [each for each in failed if not isinstance(each, UserError)]
+    if others:
+        raise others[0]
+    refuse_all([problem for each in mistakes for problem in find_problems(each)])
+
+
+def _of_model(error: Exception, spec: str) -> Exception:
+    """The same error with the model that it is of."""
+    if isinstance(error, UserError) and error.key is None and not error.problems:
+        return UserError(error.text, key="model", value=spec)
+    return error
+
+
+def _measure_model(
+    cfg: Mapping[str, Any], spec: str, called: str, suites: Mapping[str, Suite], console: Console
+) -> tuple[ModelFacts, dict[str, TaskResult]]:
+    """One model; nothing of it is left in memory but what was found."""
+    with console.status(f"{called}: opening"):
+        model = _open(cfg, spec, called)
+    with console.status(f"{called}: encoding and measuring"):
+        store = None if cfg["features"] is None else find_path(cfg["features"])
+        more = {"batch_size": cfg["batch_size"], "num_workers": cfg["num_workers"]}
+        with FeatureEncoder(model, store=store, **more) as encoder:
+            context = EvaluationContext(
+                model=cast("nn.Module", model.model), tokenizer=model.tokenizer, sets={}, files=encoder
+            )
+            results = run_tasks(suites, context)
+        is_compared = len(list_models_of(cfg)) > 1 or cfg["page"] is not None
+        return _facts(model, suites, cfg) if is_compared else _bare_facts(model), results
 
 
 def _open(cfg: Mapping[str, Any], spec: str, name: str) -> EvaluatedModel:
@@ -139,14 +204,14 @@ def _open(cfg: Mapping[str, Any], spec: str, name: str) -> EvaluatedModel:
             trust=cfg["trust"],
         )
     except UserError as error:
-        if error.key is not None:
-            raise
-        raise UserError(error.text, key="model", value=spec) from error
+        raise _of_model(error, spec) from error
 
 
 def _distinct_names(specs: Sequence[str]) -> dict[str, str]:
     """What each model is called: the last part of its path that tells it from the others."""
-    parts = {spec: [part for part in spec.rstrip("/").split("/") if part not in ("", "export")] for spec in specs}
+    places = {spec: spec.partition(":")[2] if _kind(spec) else spec for spec in specs}
+    places = {spec: place.split(",")[0] if _kind(spec) == "features" else place for spec, place in places.items()}
+    parts = {spec: [part for part in place.split("/") if part not in ("", "export")] for spec, place in places.items()}
     last = {spec: found[-1] if found else spec for spec, found in parts.items()}
     return {spec: name if list(last.values()).count(name) == 1 else spec for spec, name in last.items()}
 
@@ -164,8 +229,10 @@ def _bare_facts(model: EvaluatedModel) -> ModelFacts:
 
 def _facts(model: EvaluatedModel, suites: Mapping[str, Suite], cfg: Mapping[str, Any]) -> ModelFacts:
     """With what it costs, measured now on a few pictures and texts of the first set."""
+    if model.model is None:
+        return _bare_facts(model)
     first = next(iter(next(iter(suites.values())).sets.values()))
-    contents = [picture.read() for picture in first.pictures[:_COST_ITEMS]]
+    contents = list(islice(_usable(first, model), _COST_ITEMS))
     texts = [text for found in first.texts.values() for text in found.rows[:_COST_ITEMS]] or ["a photo", "照片"]
     size = min(32, cfg["batch_size"])
     cost = measure_cost(model, contents, texts, batch_size=size)
@@ -175,6 +242,17 @@ def _facts(model: EvaluatedModel, suites: Mapping[str, Suite], cfg: Mapping[str,
         ms_per_text=cost.get(f"text_ms@{size}"),
         batch_size=size if cost else None,
     )
+
+
+def _usable(found: EvaluationSet, model: EvaluatedModel) -> Iterator[bytes]:
+    """Contents of pictures that the model takes."""
+    for picture in found.pictures:
+        try:
+            content = picture.read()
+            model.preprocess(content)
+        except (UserError, OSError):
+            continue
+        yield content
 
 
 def _about() -> dict[str, str]:

@@ -29,6 +29,7 @@ from m2_encoder.tokenizers.foreign import ForeignTokenizer
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
+_OUTPUTS: Final = ("output", "plot", "page")
 EMBEDDED_TOKENIZER: Final = "emoji"
 NO_ENCODER: Final = "is a visual tokenizer, not an encoder; give a folder that m2-export wrote"
 
@@ -243,8 +244,11 @@ def _device_problems(value: object) -> list[Problem]:
 
 
 def output_problems(cfg: Mapping[str, Any]) -> list[Problem]:
-    """Whether the files `output` and `plot`, as far as a command has them, may be written."""
-    return [problem for key in ("output", "plot") for problem in _check_output(key, cfg.get(key), cfg["overwrite"])]
+    """Whether the files `output`, `plot` and `page`, as far as a command has them, may be written."""
+    given = [str(cfg[key]) for key in _OUTPUTS if cfg.get(key) is not None and not isinstance(cfg[key], Unset)]
+    if len(given) > len({os.path.abspath(os.path.expanduser(each)) for each in given}):
+        return [Problem(_OUTPUTS[-1], given[-1], "is given for two outputs", "choose another name")]
+    return [problem for key in _OUTPUTS for problem in _check_output(key, cfg.get(key), cfg["overwrite"])]
 
 
 def _check_output(key: str, value: object, overwrite: object) -> Iterator[Problem]:

@@ -81,23 +81,25 @@ class Record:
         return {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, "", {})}
 
 
-def find_published(model: str, dataset: str, language: str, metric: str) -> Published | None:
-    """The published number of a model of the family on a set; None if there is none.
+def find_published(model: str, dataset: str, language: str, metric: str, *, protocol: str = "") -> Published | None:
+    """The published number of a model on a set under a protocol; None if there is none.
 
-    `model` is a name or a path that holds one: "m2_encoder_1b" and "weights/m2-encoder-1b" are the same model.
+    `model` is a name or a path that holds one: "m2_encoder_1b" and "weights/m2-encoder-1b" are the same model. Recalls
+    of the family were published under `m2-release`, those of others under `standard`; accuracies have no protocol.
     """
     plain = model.lower().replace("_", "-")
     for name in sorted({key[0] for key in _published()}, key=len, reverse=True):
         if plain == name or plain.endswith(f"/{name}"):
-            return _published().get((name, dataset, language, metric))
+            return _published().get((name, dataset, language, protocol, metric))
     return None
 
 
 @cache
-def _published() -> Mapping[tuple[str, str, str, str], Published]:
+def _published() -> Mapping[tuple[str, ...], Published]:
     text = (files("m2_encoder") / "assets" / "published" / "numbers.csv").read_text(encoding="utf-8")
+    keys = ("model", "dataset", "language", "protocol", "metric")
     return {
-        (row["model"], row["dataset"], row["language"], row["metric"]): Published(float(row["value"]), row["source"])
+        tuple(row[key] for key in keys): Published(float(row["value"]), row["source"])
         for row in csv.DictReader(text.splitlines())
     }
 

@@ -16,8 +16,11 @@ from PIL import Image
 from m2_encoder.evaluation.records import Record
 from m2_encoder.files import write_text
 
-HEADLINES: Final = ("mean_recall", "t2i_mean_recall", "top1", "map", "r@1")
+HEADLINES: Final = ("mean_recall", "t2i_mean_recall", "i2t_mean_recall", "top1", "map", "r@1", "linear_top1")
 """The metric of a set that stands for it in short tables and plots, the first that is there."""
+
+_TASKS: Final = ("retrieval", "text retrieval", "classification", "probe", "geometry")
+"""As they are sorted; others follow."""
 
 _THUMBNAIL_PX: Final = 96
 _JPEG_QUALITY: Final = 80
@@ -63,7 +66,10 @@ class Row(NamedTuple):
     dataset: str
     subset: str
     language: str
+    task: str
     protocol: str
+    label_set: str
+    templates: str
     metric: str
     records: Mapping[str, Record]  # by model
 
@@ -94,38 +100,44 @@ def write_page(
         rows=rows,
         pairs=language_pairs(rows),
         records=sorted(records, key=_order),
-        galleries=galleries,
+        galleries=sorted(galleries, key=lambda each: (each.model, each.dataset, order_of_language(each.language))),
         facts=facts or {},
         left_out=left_out or {},
         interval=_interval,
+        remarks=dict.fromkeys(f"{each.dataset}: {each.remark}" for each in records if each.remark),
         plots=[plot for plot in (_plot(rows, models, axis) for axis in _AXES) if plot],
         number=number,
         signed=lambda value: f"{value:+.1f}".replace("-", "−"),
         human=human,
     )
-    write_text(path, content)
+    write_text(path, content.encode("utf-8", "replace").decode(), key="page")  # a caption can hold half a character
 
 
 def headline_rows(records: Iterable[Record]) -> list[Row]:
-    """A row for each set, subset, language and protocol, with its headline metric."""
-    groups: dict[tuple[str, str, str, str], dict[str, dict[str, Record]]] = {}
+    """A row for all that differs in more than model and metric, with its headline metric; in the order of records."""
+    groups: dict[tuple[str, str, str, str, str, str, str], dict[str, dict[str, Record]]] = {}
     for each in records:
-        key = (each.dataset, each.subset, each.language, each.protocol)
+        place = (each.dataset, each.subset, each.language, each.task)
+        key = (*place, each.protocol, each.label_set, each.templates)
         groups.setdefault(key, {}).setdefault(each.metric, {})[each.model] = each
     rows = []
     for key, metrics in groups.items():
         metric = next((name for name in HEADLINES if name in metrics), None)
         if metric is not None:
-            rows.append(Row(*key, metric, metrics[metric]))
-    return sorted(rows, key=lambda row: (row.dataset, row.subset, row.protocol, order_of_language(row.language)))
+            rows.append(Row(*key, metric=metric, records=metrics[metric]))
+    return sorted(rows, key=lambda row: (row.dataset, row.subset, order_of_language(row.language)))
 
 
 def language_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Chinese beside English: rows of the same set that differ in the language alone."""
-    english = {row[:-1]: row for row in rows if row.language == "en"}
+    """Chinese beside English: rows of the same set that differ in the language and its names of classes alone."""
+    english = {_without_language(row): row for row in rows if row.language == "en"}
     chinese = [row for row in rows if row.language.startswith("zh") and "→" not in row.language]
-    found = ((row, english.get(row._replace(language="en")[:-1])) for row in chinese)
+    found = ((row, english.get(_without_language(row))) for row in chinese)
     return [(row, other) for row, other in found if other is not None]
+
+
+def _without_language(row: Row) -> tuple[Any, ...]:
+    return tuple(row._replace(language="", label_set="")[:-1])
 
 
 def thumbnail(image: Image.Image) -> str:
@@ -138,13 +150,15 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def order_of_language(language: str) -> tuple[int, str]:
-    """A key that sorts Chinese first, then English."""
+    """A key that sorts Chinese first, then English, and behind all languages what is between two of them."""
+    if "→" in language:
+        return (3, language)
     return (0 if language.startswith("zh") else 1 if language == "en" else 2, language)
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    place = (record.task, record.dataset, record.subset, record.protocol)
-    return (*place, order_of_language(record.language), record.metric, record.model)
+    place = (_TASKS.index(record.task) if record.task in _TASKS else len(_TASKS), record.dataset, record.subset)
+    return (*place, record.protocol, order_of_language(record.language))
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -165,7 +179,12 @@ def human(value: float | None) -> str:
 
 
 def _interval(record: Record) -> str:
-    """An interval as a drawing, 0 to 100: dot for the value, tick for chance, diamond for what was published."""
+    """An interval as a drawing, 0 to 100: dot for the value, tick for chance, diamond for what was published.
+
+    Nothing for numbers that are no percentages.
+    """
+    if record.task == "geometry":
+        return ""
     scale = 1.2
 
     def x(value: float) -> str:
@@ -195,16 +214,19 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 520, 280, 46, 40
 
 
 def _plot(rows: Sequence[Row], models: Sequence[ModelFacts], axis: tuple[str, str]) -> Plot | None:
-    """The mean of the headline numbers against a cost, with the line of models that are beaten in neither."""
+    """The mean of the headline numbers against a cost, with the line of models that are beaten in neither.
+
+    Rows of whole sets count, the first of each set, language and task, and those that all of these models have.
+    """
     name, label = axis
-    points = {}
-    for facts in models:
-        scores = [row.records[facts.name].value for row in rows if facts.name in row.records]
-        cost = getattr(facts, name)
-        if scores and cost:
-            points[facts.name] = (float(cost), sum(scores) / len(scores))
-    if len(points) < 2:
+    costs = {facts.name: float(getattr(facts, name)) for facts in models if getattr(facts, name)}
+    whole = {(row.dataset, row.language, row.task): row for row in reversed(rows) if not row.subset}
+    common = [row for row in whole.values() if costs.keys() <= row.records.keys()]
+    if len(costs) < 2 or not common:
         return None
+    points = {
+        model: (cost, sum(row.records[model].value for row in common) / len(common)) for model, cost in costs.items()
+    }
     best = pareto(points)
     low, high = _bounds([math.log10(cost) for cost, _ in points.values()])
     bottom, top = _bounds([score for _, score in points.values()])
@@ -222,7 +244,7 @@ def _plot(rows: Sequence[Row], models: Sequence[ModelFacts], axis: tuple[str, st
         shapes.append(f'<circle class="{kind}" cx="{x}" cy="{y}" r="5"><title>{_escape(model)}</title></circle>')
         shapes.append(f'<text x="{x + 8}" y="{y + 4}">{_escape(model)}</text>')
     svg = f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(shapes)}</svg>'
-    return Plot(f"Mean of all rows against {label}", svg, tuple(best))
+    return Plot(f"Mean of {len(common)} numbers of whole sets against {label}", svg, tuple(best))
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -29,7 +29,15 @@ def _table(task: str, records: Sequence[Record]) -> CellTable:
         name for name in ("protocol", "templates", "model") if len({getattr(each, name) for each in records}) > 1
     ]
     rows = []
-    for found in sorted(groups.values(), key=lambda found: _key(next(iter(found.values())))):
+    models = list(dict.fromkeys(each.model for each in records))
+    templates = list(dict.fromkeys(each.templates for each in records))
+
+    def order(found: dict[str, Record]) -> tuple[Any, ...]:
+        """As sets and languages sort; templates and models in the order in which they were given."""
+        first = next(iter(found.values()))
+        return (*_key(first)[:-2], templates.index(first.templates), models.index(first.model))
+
+    for found in sorted(groups.values(), key=order):
         first = next(iter(found.values()))
         place = f"{first.dataset} · {first.subset}" if first.subset else first.dataset
         words = {"set": place, "language": first.language, "protocol": first.protocol, "model": first.model}

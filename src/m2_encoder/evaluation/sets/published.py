@@ -2,7 +2,8 @@
 
 Sizes of the test splits, of MUGE the validation split, from the papers and pages of the sets: Karpathy and Fei-Fei
 (arXiv:1412.2306), Flickr30K-CN (Lan et al., 2017), COCO-CN (arXiv:1805.08661), MUGE (tianchi.aliyun.com/muge),
-Crossmodal-3600 (arXiv:2205.12522), XTD (arXiv:2012.05107), ImageNet (arXiv:1409.0575).
+Crossmodal-3600 (arXiv:2205.12522), XTD (arXiv:2012.05107), ImageNet (arXiv:1409.0575), CUB-200-2011 (CNS-TR-2011-001),
+Stanford Dogs (Khosla et al., 2011), Stanford Cars (Krause et al., 2013).
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _SIZES: Final = {
     "imagenet": _Size(50_000, classes=1000),
     "imagenet_cn": _Size(50_000, classes=1000),
     "babel_imagenet": _Size(50_000, classes=1000),
+    "cub": _Size(5794, classes=200),
+    "stanford_dogs": _Size(8580, classes=120),
+    "cars196": _Size(8041, classes=196),
 }
 
 

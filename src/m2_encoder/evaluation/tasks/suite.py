@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -21,12 +21,31 @@ from m2_encoder.evaluation.sets.base import EvaluationSet
 from m2_encoder.evaluation.sets.reading import read_set
 from m2_encoder.evaluation.tables import cells_to_markdown
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
-from m2_encoder.evaluation.tasks.suite_measures import EACH, MEASURES, Found, Part, Wishes
+from m2_encoder.evaluation.tasks.suite_measures import EACH, MEASURES, PICTURES_ALONE, Found, Part, Wishes
 
 _EMOJI: Final = "emoji"
 
-Measures = Annotated[Sequence[str], Rule(bool, f"a list of {', '.join(MEASURES)}", "[retrieval]")]
-Protocols = Annotated[Sequence[str], Rule(bool, f"a list of {STANDARD}, {M2_RELEASE}", f"[{STANDARD}]")]
+_PROTOCOLS: Final = (STANDARD, M2_RELEASE)
+_DIRECTIONS: Final = ("t2i", "i2t")
+
+
+def _list_of(names: Collection[str]) -> Rule:
+    def holds(given: Sequence[Any]) -> bool:
+        return bool(given) and all(isinstance(each, str) and each in names for each in given)
+
+    return Rule(holds, f"a list of {', '.join(names)}", f"[{next(iter(names))}]")
+
+
+def _are_settings(sets: Mapping[str, Any]) -> bool:
+    return bool(sets) and all(each is None or isinstance(each, Mapping) for each in sets.values())
+
+
+Sets = Annotated[
+    Mapping[str, Any], Rule(_are_settings, "settings of sets by name, at least one", "{mine: {path: my_pictures}}")
+]
+Measures = Annotated[Sequence[str], _list_of(MEASURES)]
+Protocols = Annotated[Sequence[str], _list_of(_PROTOCOLS)]
+Directions = Annotated[Sequence[str], _list_of(_DIRECTIONS)]
 
 
 class Suite(EvaluationTask):
@@ -34,7 +53,8 @@ class Suite(EvaluationTask):
 
     Args:
         sets: by name, each with `path` (by default the name, in `root`), `layout`, and settings of that layout's
-            reader in `evaluation.sets`; `train` is another path, or settings, of pictures that probes learn from.
+            reader in `evaluation.sets`, None as if not given; `train` is another path, or settings, of pictures that
+            probes learn from.
         root: folder of sets without a path of their own.
         measures: names in `suite_measures.MEASURES`; one that a set has nothing for is left out there.
         protocols: of retrieval.
@@ -48,18 +68,14 @@ class Suite(EvaluationTask):
     def __init__(
         self,
         *,
-        sets: Mapping[str, Any],
+        sets: Sets,
         root: Text = "outputs/benchmarks",
         measures: Measures = tuple(MEASURES),
         protocols: Protocols = (STANDARD,),
         languages: Sequence[str] | None = None,
         templates: Sequence[Any] = ("general",),
-        directions: Sequence[str] = ("t2i", "i2t"),
+        directions: Directions = _DIRECTIONS,
     ) -> None:
-        if unknown := [name for name in measures if name not in MEASURES]:
-            raise UserError(f"{unknown[0]!r} is no measure; choose from {', '.join(MEASURES)}", key="measures")
-        if unknown := [name for name in protocols if name not in (STANDARD, M2_RELEASE)]:
-            raise UserError(f"{unknown[0]!r} is no protocol; choose {STANDARD} or {M2_RELEASE}", key="protocols")
         self._settings, self._root, self._measures = dict(sets), root, tuple(measures)
         self._wishes = Wishes(tuple(protocols), None if languages is None else tuple(languages), tuple(directions))
         self._templates = tuple(templates)
@@ -81,17 +97,37 @@ class Suite(EvaluationTask):
         if missing:
             fix = "put them there, give evaluation.SUITE.root or sets.NAME.path, or leave a set out with ~"
             raise UserError(f"no such folder or file: {name_some(missing)}; {fix}", key="sets")
+        self._check_templates()
+        for name, settings in self._settings.items():
+            self._read(name, settings or {}, find)
+        self._check_languages()
+
+    def _check_templates(self) -> None:
         for template in self._templates:
             for language, source in template.items() if isinstance(template, Mapping) else [("zh", template)]:
-                load_templates(str(source).removesuffix(EACH), language)
-        for name, settings in self._settings.items():
-            own = {key: value for key, value in (settings or {}).items() if key not in ("train", "path")}
+                _check_template(str(source), language)
+
+    def _read(self, name: str, settings: Mapping[str, Any], find: Callable[[str], Path]) -> None:
+        own = {key: value for key, value in settings.items() if key not in ("train", "path") and value is not None}
+        try:
             self._sets[name] = read_set(self._place(name, find), name=name, **own)
-            if (train := (settings or {}).get("train")) is not None:
+            if (train := settings.get("train")) is not None:
                 more = train if isinstance(train, Mapping) else {"path": train}
                 other = {key: value for key, value in more.items() if key != "path"}
                 place = find(str(more["path"])) if "path" in more else self._place(name, find)
                 self._train[name] = read_set(place, name=f"{name} train", **{**own, **other})
+        except UserError as error:
+            raise error.under(f"sets.{name}") from error
+
+    def _check_languages(self) -> None:
+        """Refuses languages of which no set has one; of several, some sets may lack some."""
+        there: dict[str, None] = {}
+        for each in self._sets.values():
+            there |= dict.fromkeys([*each.texts, *(each.classes.names if each.classes else ())])
+        wanted = self._wishes.languages
+        if wanted is not None and there and not set(wanted) & set(there):
+            rule = f"none of these is in its sets; there are {name_some(list(there), 20)}"
+            raise UserError(rule, key="languages", value=f"[{', '.join(wanted)}]")
 
     def measure(self, context: EvaluationContext) -> TaskResult:
         """Records of all sets."""
@@ -105,11 +141,12 @@ class Suite(EvaluationTask):
         left_out: dict[str, list[str]] = {}
         for name, dataset in self._sets.items():
             started = time.monotonic()
-            wanted = [key for key in dataset.texts if self._wishes.languages is None or key in self._wishes.languages]
+            wanted = self._languages_of(dataset)
             encoded = encoder.encode_set(dataset, languages=wanted)
             train = encoder.encode_set(self._train[name], languages=()) if name in self._train else None
-            if encoded.left_out:
-                left_out[name] = [f"{each.name}: {each.reason}" for each in encoded.left_out]
+            for called, part in ((name, encoded), (f"{name} train", train)):
+                if part is not None and part.left_out:
+                    left_out[called] = [f"{each.name}: {each.reason}" for each in part.left_out]
             parts = list(self._parts(name, encoded, train, context))
             found = [each for part in parts for measure in self._measures for each in MEASURES[measure](part)]
             seconds = round(time.monotonic() - started, 3)
@@ -128,6 +165,12 @@ class Suite(EvaluationTask):
             galleries=galleries,
             left_out=left_out,
         )
+
+    def _languages_of(self, dataset: EvaluationSet) -> list[str]:
+        """Of the texts that are encoded; none if all that is asked needs pictures alone."""
+        if set(self._measures) <= PICTURES_ALONE:
+            return []
+        return [key for key in dataset.texts if self._wishes.languages is None or key in self._wishes.languages]
 
     def _places(self, find: Callable[[str], Path]) -> Iterator[Path]:
         for name, settings in self._settings.items():
@@ -159,8 +202,10 @@ class Suite(EvaluationTask):
         assert context.files is not None
         model, dataset = context.files.model, encoded.dataset
         for each in found.measurements:
-            said = find_published(model.name, dataset.name, found.language, each.metric) if not found.subset else None
-            published = said if not found.remark and not dataset.comparable else None
+            published = None
+            if found.as_published and not (found.subset or found.remark or dataset.comparable):
+                where = (model.name, dataset.name, found.language, each.metric)
+                published = find_published(*where, protocol=found.protocol)
             yield Record(
                 model=model.name,
                 dataset=dataset.name,
@@ -179,6 +224,13 @@ class Suite(EvaluationTask):
                 preprocessing=model.facts.preprocessing,
                 checkpoint=model.fingerprint,
             )
+
+
+def _check_template(source: str, language: str) -> None:
+    try:
+        load_templates(source.removesuffix(EACH), language)
+    except UserError as error:
+        raise UserError(error.text, key="templates", value=source) from error
 
 
 def _numbers(found: Measurement) -> dict[str, Any]:

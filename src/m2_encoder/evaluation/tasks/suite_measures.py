@@ -24,7 +24,7 @@ from m2_encoder.evaluation.measures.probes import Labelled, measure_linear, meas
 from m2_encoder.evaluation.measures.protocols import M2_RELEASE, Protocol, clean_caption, find_positives
 from m2_encoder.evaluation.measures.result import Measurement
 from m2_encoder.evaluation.measures.retrieval import Retrieval, measure_retrieval
-from m2_encoder.evaluation.prompts import Templates, digest_texts, expand, load_templates
+from m2_encoder.evaluation.prompts import FAMILIES, Templates, digest_texts, expand, load_templates
 from m2_encoder.evaluation.report.page import Found as FoundPictures
 from m2_encoder.evaluation.report.page import Gallery, thumbnail
 from m2_encoder.evaluation.sets.reducing import keep_pictures
@@ -56,6 +56,7 @@ class Found(NamedTuple):
     label_set: str = ""
     templates: str = ""
     remark: str = ""
+    as_published: bool = True  # whether published numbers may stand beside these; not with templates of our writing
     gallery: Gallery | None = None
 
 
@@ -145,7 +146,9 @@ def measure_zero_shot(part: Part) -> Iterator[Found]:
         if part.wishes.languages is not None and language not in part.wishes.languages:
             continue
         known = torch.tensor([bool(name) for name in names])
-        for templates in _templates_of(part, language, classes.templates):
+        if not bool(known.any()) or (classes.targets.dim() == 1 and not bool(known[classes.targets].any())):
+            continue
+        for templates, is_ours in _templates_of(part, language, classes.templates):
             vectors = _class_vectors(part.encoder, [name for name in names if name], language, templates)
             remark = "" if bool(known.all()) else f"{int(known.sum()):,} of {len(names):,} classes have a name"
             if classes.targets.dim() == 2:
@@ -156,7 +159,7 @@ def measure_zero_shot(part: Part) -> Iterator[Found]:
                 found = measure_classification(part.encoded.images[rows], vectors, numbers[classes.targets[rows]])
                 measurements = list(found.measurements)
             more = (language, "", part.subset, classes.label_set, templates.name, remark)
-            yield Found("classification", measurements, *more)
+            yield Found("classification", measurements, *more, as_published=not is_ours)
 
 
 def _class_vectors(encoder: FeatureEncoder, names: Sequence[str], language: str, templates: Templates) -> Tensor:
@@ -171,21 +174,24 @@ def _class_vectors(encoder: FeatureEncoder, names: Sequence[str], language: str,
     return encoder.cached_vectors([text_key(f"{digest}/{number}") for number in range(len(names))], compute)
 
 
-def _templates_of(part: Part, language: str, own: Mapping[str, tuple[str, ...]]) -> Iterator[Templates]:
-    """The wanted sets of templates in a language; those of the set itself come first."""
+def _templates_of(part: Part, language: str, own: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[Templates, bool]]:
+    """The wanted sets of templates in a language, and whether this package has them; those of the set come first."""
     if language in own:
-        yield Templates("of the set", own[language])
+        yield Templates("of the set", own[language]), False
     for source in part.templates:
         if isinstance(source, Mapping):
             if language in source:
-                yield load_templates(str(source[language]), language)
+                yield load_templates(str(source[language]), language), str(source[language]) in FAMILIES
             continue
         family, _, each = str(source).rpartition("/") if str(source).endswith(EACH) else (str(source), "", "")
         try:
             templates = load_templates(family, language)
         except UserError:
+            if family not in FAMILIES:
+                raise
             continue  # a family of the package is in Chinese and English
-        yield from (Templates(row, (row,)) for row in templates.rows) if each else [templates]
+        for one in [Templates(row, (row,)) for row in templates.rows] if each else [templates]:
+            yield one, family in FAMILIES
 
 
 def measure_geometry(part: Part) -> Iterator[Found]:
@@ -222,7 +228,8 @@ def measure_probes(part: Part) -> Iterator[Found]:
     nearest = measure_neighbours(learnt, asked, num_classes=number)
     linear = measure_linear(learnt, asked, num_classes=number)
     measurements = [*nearest.measurements, *linear.classification.measurements]
-    yield Found("probe", measurements, label_set=own.label_set)
+    remark = f"learnt from a part: {part.train.dataset.comparable}" if part.train.left_out else ""
+    yield Found("probe", measurements, label_set=own.label_set, remark=remark)
 
 
 MEASURES: Final[Mapping[str, Callable[[Part], Iterator[Found]]]] = {
@@ -233,6 +240,9 @@ MEASURES: Final[Mapping[str, Callable[[Part], Iterator[Found]]]] = {
     "geometry": measure_geometry,
 }
 """By the names that a suite takes; a measure that a set has nothing for gives nothing."""
+
+PICTURES_ALONE: Final = frozenset({"probes"})
+"""Measures that no text is encoded for."""
 
 
 def _gallery(part: Part, language: str, found: Retrieval, features: Tensor) -> Gallery:
@@ -261,4 +271,8 @@ def _gallery(part: Part, language: str, found: Retrieval, features: Tensor) -> G
 
 
 def _thumbnail(part: Part, row: int) -> str:
-    return thumbnail(open_image(part.encoded.dataset.pictures[row].read(), pictures=STANDARD))
+    """Empty for a picture that cannot be shown, such as one of which only a feature is left."""
+    try:
+        return thumbnail(open_image(part.encoded.dataset.pictures[row].read(), pictures=STANDARD))
+    except (UserError, OSError):
+        return ""
