@@ -31,7 +31,7 @@ from m2_encoder.evaluation.models.opening import open_model
 from m2_encoder.evaluation.sets.reading import read_set
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
-MODEL, SIDE, PATCH = "tiny", 224, 16  # small, with pictures of the usual size
+MODEL = "tiny"
 CAPTIONS = 5
 
 
@@ -39,7 +39,7 @@ def export_random(folder: Path) -> Path:
     """A model with random weights, as a folder that both open."""
     tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model())
     torch.manual_seed(0)
-    model = M2Encoder(M2EncoderConfig.from_name(MODEL, image_size=SIDE, patch_size=PATCH)).eval()
+    model = M2Encoder(M2EncoderConfig.from_name(MODEL)).eval()
     return export_model(folder / "model", model=model, tokenizer=tokenizer)
 
 

@@ -15,9 +15,10 @@ that they do besides (see `_retrieval_peers.py`); rows say which:
 
 Beside that, 1,000 queries against a million gallery items of width 256 in fp16: time, and peak memory with the gallery.
 
-The loop of a whole evaluation, by a model of 224 px: 5,000 photo-like JPEGs in a web dataset, with five captions each,
-are read, decoded, encoded and ranked, by us and by CLIP_benchmark's own loop, in CPU seconds on one thread. It takes
-the checkout, or the installed package, and is left out without either.
+The loop of a whole evaluation: 5,000 photo-like JPEGs in a web dataset, with five captions each, are read, decoded,
+encoded and ranked, by us and by CLIP_benchmark's own loop, in CPU seconds on one thread. The model is the tiny one, so
+that the figure is of the loops: what a model takes is the same on both sides. The peer is the checkout, or the
+installed package; without either this is left out.
 
 --quick takes 1,000 images, 5,002 texts and 100 queries, and 200 pictures for the loop; its figures are not those of the
 whole, least of all the loop's, where ranking grows with the square of the set.
