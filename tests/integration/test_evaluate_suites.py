@@ -103,6 +103,7 @@ def test_wrong_settings_are_listed_at_once(made: Path, evaluate: Evaluate) -> No
     ("given", "said"),
     [
         (("model=???", "evaluation=[emoji]"), "m2-evaluate: model=???: must be given; add model="),
+        (("model=ONE", "evaluation=[]"), "evaluation=[]: measures nothing; choose a task or a suite"),
         (("model=ONE", "evaluation=[own]", "page=a.html", "output=./a.html"), "page=a.html: is given for two outputs"),
     ],
 )
@@ -120,6 +121,8 @@ def test_wrong_choices(made: Path, evaluate: Evaluate, given: tuple[str, ...], s
         ("features:a.npz", [RETRIEVAL], None, "evaluation.0 measures one model of this project; choose suites"),
         ("m2-encoder-1b", [RETRIEVAL], "a.html", "a named model needs its checkpoint; add weights=FILE"),
         ("hf:a", [SUITE], None, None),
+        (["hf:a", "features:a.npz"], [SUITE], None, "model=features:a.npz: no such file or folder: a.npz"),
+        (["hf:a", "hf:./a"], [SUITE], None, "model=hf:./a: no such file or folder: ./a"),
     ],
 )
 def test_wrong_models(model: Any, tasks: list[str], page: str | None, said: str | None) -> None:
@@ -162,6 +165,14 @@ def test_sets_that_cannot_be_read(
         own_settings["labels"] = str(tmp_path / settings["labels"])
     with pytest.raises(UserError, match=said):
         prepare_tasks({"x": Suite(sets={"own": own_settings})}, lambda path: tmp_path / path)
+
+
+def test_all_missing_sets_are_named(tmp_path: Path) -> None:
+    suites = {name: Suite(sets={"a": None, "b": {"path": "c"}}, root=name) for name in ("one", "two")}
+    with pytest.raises(UserError) as caught:
+        prepare_tasks(suites, lambda path: tmp_path / path)
+    assert [problem.key for problem in caught.value.problems] == ["evaluation.one.sets", "evaluation.two.sets"]
+    assert f"no such folder or file: {tmp_path}/two/a, {tmp_path}/c; put them there" in str(caught.value)
 
 
 @pytest.mark.parametrize(
