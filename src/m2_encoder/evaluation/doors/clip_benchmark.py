@@ -25,8 +25,8 @@ from m2_encoder.types import TextTokens
 MODEL_TYPE: Final = "m2_encoder"
 """For its option `--model_type`."""
 
-_NOT_GIVEN: Final = ("laion400m_e32", "")
-"""What `--pretrained` is when nobody gave it."""
+_NONE: Final = "none"
+"""For its option `--pretrained`: the weights are those of `--model`."""
 
 _OUTPUT: Final = "{dataset}_{pretrained}_{model}_{language}_{task}.json"
 """What `--output` is when nobody gave it."""
@@ -66,20 +66,20 @@ class DoorTokenizer:
 
 
 def load_for_clip_benchmark(
-    model_name: str, pretrained: str = "", cache_dir: str | None = None, device: str | torch.device = "cpu"
+    model_name: str, pretrained: str = _NONE, cache_dir: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[FeatureModel, Any, DoorTokenizer]:
     """What CLIP_benchmark asks of a type of models: model, transform of a picture, tokenizer.
 
     Args:
         model_name: as `open_model` takes it: an exported folder, a run's, or a peer after its kind.
-        pretrained: a checkpoint of a run's folder; CLIP_benchmark's default stands for none.
+        pretrained: a checkpoint of a run's folder, or "none".
         cache_dir: not used, as nothing is downloaded.
         device: of the model.
 
     Raises:
         UserError: as `open_model`; for files of features, which cannot encode CLIP_benchmark's pictures.
     """
-    opened = open_model(model_name, checkpoint=None if pretrained in _NOT_GIVEN else pretrained, device=device)
+    opened = open_model(model_name, checkpoint=None if pretrained == _NONE else pretrained, device=device)
     if opened.model is None:
         raise UserError(f"{model_name}: are features, not a model; CLIP_benchmark has to encode its own pictures")
     return opened.model, opened.preprocess, DoorTokenizer(opened)
@@ -120,20 +120,27 @@ def _accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> lis
     return [float(right[:, :k].any(dim=1).double().mean()) for k in topk]
 
 
-def check_output(arguments: Sequence[str]) -> None:
-    """Refuse what would be measured and then lost: a result in a file that is called after a path.
+def prepare_arguments(arguments: Sequence[str]) -> list[str]:
+    """Those of its command `eval`, with `--pretrained none` for our type where nobody gave one.
+
+    Otherwise its default, weights of LAION, would stand in the result. A result that is called after a path could not
+    be written once everything is measured, and is refused here.
 
     Raises:
         UserError: if a model is a path and stands in the name of the output.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", nargs="+", default=[])
+    parser.add_argument("--model_type")
+    parser.add_argument("--pretrained", nargs="+")
     parser.add_argument("--output", default=_OUTPUT)
     given = parser.parse_known_args(list(arguments))[0]
     paths = [name for name in given.model if "/" in name]
     if paths and "{model}" in given.output:
         fix = "name a file, such as --output '{dataset}_{language}_{task}.json'"
         raise UserError(f"--output {given.output} puts the model {paths[0]} into the name of a file; {fix}")
+    added = ["--pretrained", _NONE] if given.model_type == MODEL_TYPE and given.pretrained is None else []
+    return [*arguments, *added]
 
 
 def _import(module: str) -> Any:
@@ -145,7 +152,7 @@ def main() -> int:
     try:
         register()
         if sys.argv[1:2] == ["eval"]:
-            check_output(sys.argv[2:])
+            sys.argv[2:] = prepare_arguments(sys.argv[2:])
             if mend_accuracy():
                 print(f"clip_benchmark: {_MENDED}", file=sys.stderr)
         _import("clip_benchmark.cli").main()

@@ -43,13 +43,14 @@ def read_set(path: str | os.PathLike[str], *, layout: str | None = None, **setti
     Args:
         path: of the folder or file.
         layout: one of `READERS`; None takes the first one that fits.
-        settings: of that reader, such as name, split or labels.
+        settings: of that reader, such as name, split or labels; one that is None is not given.
 
     Raises:
         UserError: for an unknown layout or setting, a file that cannot be read, and whatever the reader refuses.
     """
     if layout is not None and layout not in READERS:
         raise UserError(f"one of {', '.join(READERS)}", key="layout", value=layout)
+    settings = {key: value for key, value in settings.items() if value is not None}
     try:
         name = layout or recognise(path)
         known = [each for each in inspect.signature(READERS[name]).parameters if each != "path"]

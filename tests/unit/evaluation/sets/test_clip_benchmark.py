@@ -14,6 +14,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.sets.base import EvaluationSet
 from m2_encoder.evaluation.sets.clip_benchmark import read_clip_benchmark
+from m2_encoder.evaluation.sets.reading import read_set
 from tests.support.shards import make_image, write_tar
 
 NAMES = ["a cat", "a dog", "a fox"]
@@ -158,3 +159,10 @@ def test_names_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert found.classes is not None
     assert found.classes.names == {"zh": ("猫", "狗")}
     assert found.counts["classes_without_pictures"] == 1
+
+
+def test_setting_of_another_layout_is_refused_unless_it_is_none(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "own", "classification", [b"0", b"1", b"2"])
+    assert len(read_set(root, layout="clip_benchmark", labels=None).pictures) == 3
+    with pytest.raises(UserError, match="no setting of layout clip_benchmark"):
+        read_set(root, layout="clip_benchmark", labels="names.txt")

@@ -1,4 +1,4 @@
-"""CLIP_benchmark's own command with our type of models, beside our suite: the same set, the same numbers."""
+"""CLIP_benchmark's own command with our type of models, beside `m2-evaluate`: the same set, the same numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from m2_encoder.checkpoints.export import export_model
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.doors import clip_benchmark as door
-from m2_encoder.evaluation.features import FeatureEncoder
 from m2_encoder.evaluation.models.opening import open_model
-from m2_encoder.evaluation.sets.reading import read_set
-from m2_encoder.evaluation.tasks.suite_measures import Part, Wishes, measure_retrievals, measure_zero_shot
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.models import random_model, small_config
 from tests.support.peer_models import picture
 from tests.support.shards import write_tar
+from tests.support.suites import Evaluate, own
 
 NAMES = ("red square", "green ball", "blue bird", "black cat", "old house", "tall tree", "wet dog")
 NUMBER, SHARDS = 40, 3
@@ -55,6 +53,11 @@ def write_set(root: Path, extension: str, label: Callable[[int], str]) -> Path:
         write_tar(root / "test" / f"{shard}.tar", [member for sample in rows for member in sample])
     (root / "test" / "nshards.txt").write_text(f"{SHARDS}\n")
     return root
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    return Evaluate(tmp_path, capsys)
 
 
 @pytest.fixture
@@ -88,34 +91,40 @@ def theirs(monkeypatch: pytest.MonkeyPatch, model: Path, data: Path, *more: str)
     plain = ("--no_amp", "--num_workers", "0", "--batch_size", "16", "--quiet")
     common = ("eval", "--model_type", "m2_encoder", "--model", model, "--dataset", f"wds/{data.name}")
     assert run_command(monkeypatch, *common, *places, *plain, *more) == 0
-    found: dict[str, float] = json.loads(output.read_text())["metrics"]
-    return found
+    found: dict[str, Any] = json.loads(output.read_text())
+    assert (found["model"], found["pretrained"]) == (str(model), "none")
+    metrics: dict[str, float] = found["metrics"]
+    return metrics
 
 
-def ours(model: Path, data: Path, measure: Callable[[Part], Any]) -> dict[str, float]:
-    dataset = read_set(data, layout="clip_benchmark", language="en")
-    with FeatureEncoder(open_model(model), batch_size=16) as encoder:
-        encoded = encoder.encode_set(dataset)
-        part = Part(encoder, encoded, Wishes(("standard",), None, ("t2i", "i2t")), (), None, NUMBER)
-        (found,) = measure(part)
-    return {each.metric: each.value / 100 for each in found.measurements}
+def ours(evaluate: Evaluate, model: Path, data: Path, measure: str, **wanted: str) -> dict[str, float]:
+    """The records of `m2-evaluate`, as shares."""
+    settings = ("evaluation.own.sets.own.layout=clip_benchmark", f"+evaluation.own.measures=[{measure}]")
+    found = evaluate(f"model={model}", *own(data, *settings))
+    assert found.code == 0, found.err
+    records = [each for each in found.report["records"] if all(each[key] == value for key, value in wanted.items())]
+    return {each["metric"]: each["value"] / 100 for each in records}
 
 
-def test_zero_shot_accuracy_is_that_of_the_suite(monkeypatch: pytest.MonkeyPatch, export: Path, classes: Path) -> None:
+def test_zero_shot_accuracy_is_that_of_m2_evaluate(
+    monkeypatch: pytest.MonkeyPatch, export: Path, classes: Path, evaluate: Evaluate
+) -> None:
     found = theirs(monkeypatch, export, classes, "--task", "zeroshot_classification")
-    own = ours(export, classes, measure_zero_shot)
-    assert found["acc1"] == pytest.approx(own["top1"], abs=1e-9)
-    assert found["acc5"] == pytest.approx(own["top5"], abs=1e-9)
-    assert found["mean_per_class_recall"] == pytest.approx(own["mean_per_class"], abs=1e-9)
+    mine = ours(evaluate, export, classes, "zero_shot", templates="of the set")
+    assert found["acc1"] == pytest.approx(mine["top1"], abs=1e-9)
+    assert found["acc5"] == pytest.approx(mine["top5"], abs=1e-9)
+    assert found["mean_per_class_recall"] == pytest.approx(mine["mean_per_class"], abs=1e-9)
     assert 0 < found["acc1"] < found["acc5"] < 1
 
 
-def test_recalls_are_those_of_the_suite(monkeypatch: pytest.MonkeyPatch, export: Path, captions: Path) -> None:
+def test_recalls_are_those_of_m2_evaluate(
+    monkeypatch: pytest.MonkeyPatch, export: Path, captions: Path, evaluate: Evaluate
+) -> None:
     found = theirs(monkeypatch, export, captions, "--task", "zeroshot_retrieval", "--recall_k", "1", "5", "10")
-    own = ours(export, captions, measure_retrievals)
+    mine = ours(evaluate, export, captions, "retrieval")
     for k in (1, 5, 10):
-        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(own[f"t2i_r@{k}"], abs=1e-6)
-        assert found[f"text_retrieval_recall@{k}"] == pytest.approx(own[f"i2t_r@{k}"], abs=1e-6)
+        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(mine[f"t2i_r@{k}"], abs=1e-6)
+        assert found[f"text_retrieval_recall@{k}"] == pytest.approx(mine[f"i2t_r@{k}"], abs=1e-6)
     assert 0 < found["image_retrieval_recall@10"] < 1
 
 
@@ -163,7 +172,20 @@ def test_result_that_could_not_be_written_is_refused_before_anything_is_measured
 
 @pytest.mark.parametrize("arguments", [["--model", "a"], ["--model", "a/b", "--output", "x.json"], ["--output", "x"]])
 def test_other_outputs_are_left_alone(arguments: list[str]) -> None:
-    door.check_output(arguments)
+    assert door.prepare_arguments(arguments) == arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (["--model_type", "m2_encoder", "--model", "a"], ["--pretrained", "none"]),
+        (["--model_type=m2_encoder"], ["--pretrained", "none"]),
+        (["--model_type", "m2_encoder", "--pretrained", "step=3.ckpt"], []),
+        (["--model_type", "open_clip"], []),
+    ],
+)
+def test_weights_that_nobody_named_are_not_in_the_result(given: list[str], added: list[str]) -> None:
+    assert door.prepare_arguments(given) == [*given, *added]
 
 
 def test_model_that_is_not_there_ends_in_one_line(
