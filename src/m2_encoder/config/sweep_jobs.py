@@ -153,7 +153,9 @@ def describe_outcomes(outcomes: Sequence[JobOutcome]) -> list[str]:
     silent = "its process ended without a word"
     ended = [each._replace(state="failed", reason=silent) if each.state == "at work" else each for each in outcomes]
     words = [{"skipped": "finished before"}.get(each.state, each.state) for each in ended]
-    line = f"{len(ended)} jobs: " + ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+    line = f"{len(ended)} {'job' if len(ended) == 1 else 'jobs'}: " + ", ".join(
+        f"{words.count(word)} {word}" for word in dict.fromkeys(words)
+    )
     rest = [f"  {each.name}: {each.state} ({each.reason})" for each in ended if not is_done(each)]
     return [line, *rest]
 
