@@ -195,7 +195,7 @@ def test_folder_that_is_no_export(tmp_path: Path) -> None:
 
 def test_a_run_without_an_export_says_how_to_take_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match='this run has no export; load\\(..., checkpoint="last"\\)'):
+    with pytest.raises(UserError, match=r'this run has no export; load\(\.\.\., checkpoint="last"\)'):
         load(tmp_path)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+from m2_encoder.errors import in_one_line
 from m2_encoder.files import write_json
 
 JOBS_FOLDER: Final = "jobs"
@@ -97,7 +98,7 @@ def settings_digest(cfg: Mapping[str, Any]) -> str:
 def describe_crash(error: BaseException) -> str:
     """An unexpected error in one line; its traceback goes to stderr."""
     traceback.print_exception(error, file=sys.stderr)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return in_one_line(error)
 
 
 def describe_job(outcome: JobOutcome, number: int, outcomes: Sequence[JobOutcome] | None, *, since: float) -> str:
