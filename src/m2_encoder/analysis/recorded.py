@@ -90,7 +90,7 @@ class RecordedRun:
     @property
     def samples_seen(self) -> int:
         """Pairs seen by the last step that was logged, of all ranks."""
-        return int(max((line.get("samples_seen", 0) for line in self.log), default=0))
+        return self._samples_at(self.steps)
 
     @cached_property
     def facts(self) -> Table:
