@@ -36,6 +36,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_early_is_finished(m2_train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     labels = ("run.task=ablation", "run.tags=[short,cpu]", "run.notes=a note")
     run = m2_train(*STOPS, *labels, f"{THRESHOLD}=-1.0")
