@@ -58,6 +58,15 @@ def name_some(names: Collection[str], most: int = 5, limit: int = 120) -> str:
     return ", ".join(abridge(name, limit) for name in islice(names, most)) + more
 
 
+def in_one_line(error: BaseException) -> str:
+    """An error of somebody else's code: its class, and its message on one line.
+
+    >>> in_one_line(ValueError("no such", "file"))
+    "ValueError: ('no such', 'file')"
+    """
+    return abridge(f"{type(error).__name__}: {' '.join(str(error).split())}", MAX_LINE // 2)
+
+
 class Problem(NamedTuple):
     """One mistake of the user."""
 

@@ -188,6 +188,9 @@ def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
     path = Path(name)
     if name and path.is_dir():  # the empty name would be the current folder
         inside = path / "export"
+        if (path / "checkpoints").is_dir() and not inside.is_dir() and not (path / CONFIG_FILE).exists():
+            fix = 'load(..., checkpoint="last") takes a checkpoint, m2-export run.name=NAME writes an export'
+            raise UserError(f"{path}: this run has no export; {fix}")
         exported = read_exported(inside if not (path / CONFIG_FILE).exists() and inside.is_dir() else path)
         return exported.config, exported
     if path.is_file():

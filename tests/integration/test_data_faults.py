@@ -74,7 +74,17 @@ def test_batches_stay_full_and_the_same_and_counts_are_exact(
     assert documented[fault.name].rest == row.rest, f"write {DOCUMENT.path} anew: {COMMAND}"
 
 
-@pytest.mark.parametrize("fatal", fatals(), ids=lambda fatal: fatal.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "fatal",
+    [
+        pytest.param(
+            fatal,
+            marks=pytest.mark.slow if "never ends, in the check" in fatal.name else (),
+            id=fatal.name.replace(" ", "-"),
+        )
+        for fatal in fatals()
+    ],
+)
 def test_what_ends_a_run_is_one_clear_line(tmp_path: Path, fatal: Fatal, documented: dict[str, Row]) -> None:
     ended = end(fatal, tmp_path)
     assert ended.code == 2, ended.err

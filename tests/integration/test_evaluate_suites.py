@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +17,6 @@ from torch import Tensor
 from m2_encoder.cli.evaluate_suites import check_models
 from m2_encoder.config.problems import format_problem
 from m2_encoder.errors import UserError
-from m2_encoder.evaluation.feature_store import SUFFIX
 from m2_encoder.evaluation.suite import prepare_tasks
 from m2_encoder.evaluation.tasks.suite import Suite
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -103,6 +99,7 @@ def test_wrong_settings_are_listed_at_once(made: Path, evaluate: Evaluate) -> No
     ("given", "said"),
     [
         (("model=???", "evaluation=[emoji]"), "m2-evaluate: model=???: must be given; add model="),
+        (("model=ONE", "evaluation=[]"), "evaluation=[]: measures nothing; choose a task or a suite"),
         (("model=ONE", "evaluation=[own]", "page=a.html", "output=./a.html"), "page=a.html: is given for two outputs"),
     ],
 )
@@ -120,6 +117,8 @@ def test_wrong_choices(made: Path, evaluate: Evaluate, given: tuple[str, ...], s
         ("features:a.npz", [RETRIEVAL], None, "evaluation.0 measures one model of this project; choose suites"),
         ("m2-encoder-1b", [RETRIEVAL], "a.html", "a named model needs its checkpoint; add weights=FILE"),
         ("hf:a", [SUITE], None, None),
+        (["hf:a", "features:a.npz"], [SUITE], None, "model=features:a.npz: no such file or folder: a.npz"),
+        (["hf:a", "hf:./a"], [SUITE], None, "model=hf:./a: no such file or folder: ./a"),
     ],
 )
 def test_wrong_models(model: Any, tasks: list[str], page: str | None, said: str | None) -> None:
@@ -162,6 +161,14 @@ def test_sets_that_cannot_be_read(
         own_settings["labels"] = str(tmp_path / settings["labels"])
     with pytest.raises(UserError, match=said):
         prepare_tasks({"x": Suite(sets={"own": own_settings})}, lambda path: tmp_path / path)
+
+
+def test_all_missing_sets_are_named(tmp_path: Path) -> None:
+    suites = {name: Suite(sets={"a": None, "b": {"path": "c"}}, root=name) for name in ("one", "two")}
+    with pytest.raises(UserError) as caught:
+        prepare_tasks(suites, lambda path: tmp_path / path)
+    assert [problem.key for problem in caught.value.problems] == ["evaluation.one.sets", "evaluation.two.sets"]
+    assert f"no such folder or file: {tmp_path}/two/a, {tmp_path}/c; put them there" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -329,68 +336,3 @@ def test_full_disk_at_the_page_loses_no_number(made: Path, evaluate: Evaluate, m
     assert f"m2-evaluate: page={evaluate.page}: cannot be written (No space left on device)" in found.err
     assert not evaluate.page.exists()
     assert found.numbers("mean_recall")
-
-
-_LIMITED = """
-import os, resource, signal, sys
-from m2_encoder.cli.commands import EVALUATE
-from m2_encoder.models.m2_encoder import M2Encoder
-log, size, kill_at = sys.argv[1:4]
-if int(size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
-encode, calls = M2Encoder.encode_image, []
-def counted(self, images):
-    if len(calls) == int(kill_at):
-        os.kill(os.getpid(), signal.SIGKILL)
-    calls.append(1)
-    with open(log, "a") as file:
-        file.write(f"{len(images)}\\n")
-    return encode(self, images)
-M2Encoder.encode_image = counted
-sys.argv[1:] = sys.argv[4:]
-sys.exit(EVALUATE())
-"""
-
-
-def _start(repo_root: Path, log: Path, *lines: str, size: int = 0, kill_at: int = -1) -> tuple[int, str, str]:
-    more = ["num_workers=0", "batch_size=2", "device=cpu"]
-    done = subprocess.run(
-        [sys.executable, "-c", _LIMITED, str(log), str(size), str(kill_at), *lines, *more],
-        env={**os.environ, "PYTHONPATH": str(repo_root / "src")}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stderr, done.stdout
-
-
-@pytest.mark.slow
-def test_killed_at_any_picture_no_picture_is_encoded_twice(made: Path, repo_root: Path, tmp_path: Path) -> None:
-    captioned(tmp_path / "set", 10)
-    output, log = tmp_path / "report.json", tmp_path / "log"
-    lines = [f"model={made / 'one'}", *own(tmp_path / "set"), f"features={tmp_path / 'fs'}", f"output={output}"]
-    for calls in (1, 0, 2):
-        code, *_ = _start(repo_root, log, *lines, kill_at=calls)
-        assert code == -signal.SIGKILL
-        assert not output.exists()
-    assert _start(repo_root, log, *lines)[:2] == (0, "")
-    assert output.exists()
-    encoded = [int(line) for line in log.read_text().split()]
-    assert sum(encoded[:5]) == 10, "each once; what costs are measured on comes after"
-
-
-@pytest.mark.slow
-def test_a_real_full_disk(made: Path, repo_root: Path, tmp_path: Path) -> None:
-    log, output, page = tmp_path / "log", tmp_path / "report.json", tmp_path / "page.html"
-    lines = [f"model={made / 'one'}", *own(made / "own"), f"features={tmp_path / 'fs'}"]
-    for size in (100, 250, 400):
-        code, said, _ = _start(repo_root, log, *lines, size=size)
-        assert code == 2
-        assert "File too large; make room there and start again; what is finished is kept" in said
-        assert len(said.splitlines()) == 1
-    assert [path.suffix for path in tmp_path.rglob("pictures/*")] == [SUFFIX], "one file goes on"
-    assert _start(repo_root, log, *lines)[:2] == (0, "")
-    code, said, out = _start(repo_root, log, *lines, f"output={output}", f"page={page}", size=5000)
-    assert code == 2
-    assert said.splitlines()[0] == "m2-evaluate: 2 problems:"
-    assert '"metric": "mean_recall"' in out, "numbers that took long are printed"
-    assert not output.exists()
-    assert not page.exists()
-    assert not list(tmp_path.glob(".*")), "nothing half is left"

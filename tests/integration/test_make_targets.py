@@ -33,7 +33,8 @@ def make(repo_root: Path, tmp_path: Path) -> Make:
 
 def _short(tmp_path: Path, emoji_folder: Path) -> str:
     places = f"run.folder={tmp_path / 'runs'} data.folder={emoji_folder}"
-    return f"{places} logger=csv trainer.max_steps=2 scheduler.warmup_steps=1 evaluation=[] run.export=false"
+    steps = "trainer.max_steps=2 trainer.val_check_interval=2 scheduler.warmup_steps=1"
+    return f"{places} {steps} logger=csv evaluation=[] run.export=false"
 
 
 def test_train(make: Make, tmp_path: Path, emoji_folder: Path) -> None:
@@ -42,6 +43,7 @@ def test_train(make: Make, tmp_path: Path, emoji_folder: Path) -> None:
     assert (tmp_path / "runs" / "one" / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_job_that_fails_ends_in_an_error_and_goes_on(
     make: Make, tmp_path: Path, emoji_folder: Path
 ) -> None:

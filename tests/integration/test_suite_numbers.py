@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import re
+import tarfile
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -271,3 +274,42 @@ def test_names_are_no_markup(evaluate: Evaluate, folder: Path, tmp_path: Path) -
     assert "<b>m" not in page
     assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; &#39;x&#39; [bold]y[/bold] {{ 7*7 }} 0" in page
     assert "<b>m'o" in found.out
+
+
+def test_several_classes_at_once(evaluate: Evaluate, tmp_path: Path) -> None:
+    """A web dataset of CLIP_benchmark with npy labels; average precision by its definition."""
+    labels = torch.rand(20, 4) < 0.4
+    labels[0] = True
+    folder = tmp_path / "wds"
+    (folder / "test").mkdir(parents=True)
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for row in range(20):
+            for suffix, content in (("png", _png(row)), ("npy", _npy(labels[row]))):
+                member = tarfile.TarInfo(f"{row:02d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    for name, text in (("test/nshards", "1"), ("dataset_type", "multilabel"), ("classnames", "ant\nbee\ncow\ndog")):
+        (folder / f"{name}.txt").write_text(f"{text}\n", encoding="utf-8")
+    pictures, names = (functional.normalize(torch.randn(number, 8), dim=1) for number in (20, 4))
+    first = save_features(tmp_path / "i.npz", {f"0.tar:{row:02d}.png": pictures[row] for row in range(20)})
+    second = save_features(tmp_path / "t.npz", dict(zip(("ant", "bee", "cow", "dog"), names, strict=True)))
+    lines = own(folder, "evaluation.own.sets.own.layout=clip_benchmark", "+evaluation.own.templates=[none]")
+    found = evaluate(f"model='features:{first},{second}'", *lines)
+    assert (found.code, found.err) == (0, "")
+    precisions = []
+    for number in range(4):
+        right = labels[(pictures @ names[number]).argsort(descending=True), number].float()
+        precisions.append(float((right.cumsum(0) / torch.arange(1, 21))[right.bool()].mean()))
+    assert found.number("map")["value"] == pytest.approx(100 * sum(precisions) / 4, abs=1e-3)
+
+
+def _png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    draw(number).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _npy(values: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values.numpy().astype(np.int64))
+    return buffer.getvalue()

@@ -100,6 +100,7 @@ def test_epochs_say_how_long_a_run_is_and_when_it_validates(
     assert (_steps(folder, "train/")[-1], _steps(folder, "val/")) == (12, [2, 4, 6, 8, 12])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_not_stopped_wherever_in_an_epoch(
     start: Start, tmp_path: Path, seen: list[tuple[str, ...]]
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_dev_run_leaves_nothing_and_blocks_nothing(
     assert _content(tmp_path / "r") == before
 
 
+@pytest.mark.slow
 def test_a_debug_run_is_replaced_by_the_next_and_never_counts(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

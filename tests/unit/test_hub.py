@@ -193,6 +193,12 @@ def test_folder_that_is_no_export(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_run_without_an_export_says_how_to_take_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r'this run has no export; load\(\.\.\., checkpoint="last"\)'):
+        load(tmp_path)
+
+
 def test_checkpoint_given_as_model(weights: Path) -> None:
     with pytest.raises(UserError, match="is a file; name its architecture and pass it as weights"):
         load(weights)

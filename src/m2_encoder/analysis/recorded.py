@@ -27,7 +27,8 @@ from m2_encoder.runs.folder import CHECK_FILE, CONFIG_FILE, read_config
 from m2_encoder.runs.folder import flatten as flatten
 
 METRICS_FILE = "metrics.jsonl"
-_AXES = ("step", "samples_seen")
+_SAMPLES = "samples_seen"
+_AXES = ("step", _SAMPLES)
 
 
 class Curve(NamedTuple):
@@ -89,7 +90,7 @@ class RecordedRun:
     @property
     def samples_seen(self) -> int:
         """Pairs seen by the last step that was logged, of all ranks."""
-        return int(max((line.get("samples_seen", 0) for line in self.log), default=0))
+        return self._samples_at(self.steps)
 
     @cached_property
     def facts(self) -> Table:
@@ -135,8 +136,20 @@ class RecordedRun:
         if not lines:
             logged = dict.fromkeys(name for line in self.log for name in line if not _is_axis(name))
             raise UserError(f"{self.name}: logged no {metric!r}{_among(metric, list(logged))}")
-        steps, samples = ([int(line.get(axis, 0)) for line in lines] for axis in _AXES)
-        return Curve(steps, samples, [line[metric] for line in lines])
+        steps = [int(line.get("step", 0)) for line in lines]
+        return Curve(steps, [self._samples_at(step) for step in steps], [line[metric] for line in lines])
+
+    def _samples_at(self, step: int) -> int:
+        """Pairs seen after a step; between those that were logged, a batch for every step."""
+        known = self._logged_samples
+        if step in known:
+            return known[step]
+        before = max((each for each in known if each < step), default=0)
+        return known.get(before, 0) + (step - before) * int(self.settings.get("data.global_batch_size") or 0)
+
+    @cached_property
+    def _logged_samples(self) -> dict[int, int]:
+        return {int(line["step"]): int(line[_SAMPLES]) for line in self.log if {"step", _SAMPLES} <= line.keys()}
 
     def curves(self, pattern: str) -> dict[str, Curve]:
         """The logged metrics whose names match, such as `val/*/mean_recall`; empty where none does."""
@@ -194,7 +207,7 @@ class RecordedRun:
         """What was found in its shards before the first step; empty where they were not looked into (`data=emoji`)."""
         check = _read_json(self.folder / CHECK_FILE, "start the run again with run.resume=auto")
         rows = [{"source": name, **flatten(found)} for name, found in check.get("sources", {}).items()]
-        return Table(list(dict.fromkeys(name for row in rows for name in row)), rows)
+        return Table(list(dict.fromkeys(["source", *(name for row in rows for name in row)])), rows)
 
     @cached_property
     def checkpoints(self) -> dict[int, Path]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import math
 import os
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +24,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.runs.folder import CONFIG_FILE
 
 _COMBINATION = "combination"
+_RECALL = "/mean_recall"
 _FOLLOWS = ("run", "trainer", "scheduler", "callbacks", "logger")  # what is set by something else, more often than not
 _PLACE = ("run.name", "run.folder", "run.resume")
 
@@ -59,13 +61,27 @@ class Runs(Sequence[RecordedRun]):
     def varies(self) -> list[str]:
         """The settings that are not the same in all runs, but for where a run lies.
 
-        Of the runs of a sweep, only what was swept: `optimizer`, and not what an optimizer brings along.
+        Of the runs of a sweep, what was swept: `optimizer`, and not what an optimizer brings along; and what else
+        differs between runs with the same swept values, as after a sweep went on with other settings.
         """
-        is_sweep = all(run.swept for run in self)
-        keys = dict.fromkeys(key for run in self for key in (run.swept if is_sweep else run.settings))
-        for key in _PLACE:
-            keys.pop(key, None)
-        return [key for key in keys if len({repr(run.settings.get(key)) for run in self}) > 1]
+        keys = dict.fromkeys(key for run in self for key in run.settings)
+        if all(run.swept for run in self):
+            swept = dict.fromkeys(key for run in self for key in run.swept)
+            keys = swept | dict.fromkeys(key for key in keys if self._differs_beside(key, swept))
+        return [key for key in keys if key not in _PLACE and len({repr(run.settings.get(key)) for run in self}) > 1]
+
+    def _differs_beside(self, key: str, swept: Iterable[str]) -> bool:
+        """Whether a setting has several values where the `swept` ones but the seed are the same.
+
+        One that takes the value of the seed, as `objective.itm.seed` does, is the seed.
+        """
+        if all(run.settings.get(key) in (None, run.settings.get(SEED)) for run in self):
+            return False
+        found: dict[tuple[str, ...], set[str]] = {}
+        for run in self:
+            place = tuple(repr(run.settings.get(each)) for each in swept if each != SEED)
+            found.setdefault(place, set()).add(repr(run.settings.get(key)))
+        return any(len(values) > 1 for values in found.values())
 
     @cached_property
     def factors(self) -> list[str]:
@@ -87,16 +103,28 @@ class Runs(Sequence[RecordedRun]):
         ended = (name for run in self for name in run.summary.get("metrics", {}))
         logged = (name for run in self for line in run.log for name in line)
         found = (list(dict.fromkeys(filter(_is_recall, names))) for names in (ended, logged))
-        return next(filter(None, found), [])
+        names = next(filter(None, found), [])
+        sets = [name.removesuffix(_RECALL) for name in names]  # of val/emoji_zh and val/emoji_en, val/emoji is the mean
+        return [name for name, each in zip(names, sets, strict=True) if not any(s.startswith(f"{each}_") for s in sets)]
 
     def scored(self, *metrics: str) -> list[Scored]:
         """Settings and score of each run: the mean of its final `metrics`, by default of `validation_recalls`.
 
-        A run that has not all of them is left out.
+        A run that has not all of them, or one that is not finite, is left out.
+
+        Raises:
+            UserError: if no run has such a metric.
         """
         chosen = metrics or tuple(self.validation_recalls)
+        self._check_metrics(metrics)
         having = [run for run in self if chosen and set(chosen) <= set(run.metrics)]
-        return [Scored(run.settings, statistics.fmean(map(run.final, chosen))) for run in having]
+        scores = [Scored(run.settings, statistics.fmean(map(run.final, chosen))) for run in having]
+        return [each for each in scores if math.isfinite(each.score)]
+
+    def _check_metrics(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self and all(name not in run.metrics for run in self):
+                self[0].final(name)  # says what there is
 
     def differences(self, *metrics: str) -> list[Difference]:
         """What each factor does to the score: its best level against the others, over pairs of equal seed.
@@ -139,14 +167,14 @@ class Runs(Sequence[RecordedRun]):
             over: the setting to average over; None for a row per run.
 
         Raises:
-            UserError: if no run has such a metric.
+            UserError: if no run has such a metric, or the setting `over`.
         """
         if not self:
             raise UserError("there is no run to compare; m2-train writes one to outputs/<run.name>")
         names = metrics or self.recalls
-        missing = [name for name in names if all(name not in run.metrics for run in self)]
-        if missing or not names:
-            self[0].final(missing[0] if missing else "mean_recall")  # says what there is
+        self._check_metrics(names or ["mean_recall"])
+        if over not in (None, SEED) and all(over not in run.settings for run in self):
+            raise UserError(f"over={over!r}: is no setting; what varies is {', '.join(self.varies) or 'nothing'}")
         keys = [key for key in self.factors if key != over]
         keys += [SEED] if over != SEED and SEED in self.varies else []
         groups: dict[tuple[str, ...], list[RecordedRun]] = {}
@@ -228,4 +256,4 @@ def _name(settings: Mapping[str, Any], factors: Sequence[str]) -> str:
 
 
 def _is_recall(name: str) -> bool:
-    return name.endswith("/mean_recall")
+    return name.endswith(_RECALL)

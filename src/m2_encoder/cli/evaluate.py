@@ -78,6 +78,8 @@ def check_evaluate(cfg: dict[str, Any]) -> list[Problem]:
     ]
     if isinstance(cfg["rerank"], int) and all(problem.key != "rerank" for problem in problems):
         problems += rerank_problems(cfg)
+    if cfg["evaluation"] == {} and cfg["rerank"] is None:
+        problems.append(Problem("evaluation", [], "measures nothing", "choose a task or a suite"))
     data = cfg["data"]
     if data == EMBEDDED and all(problem.key not in ("folder", "heldout_style") for problem in problems):
         problems += emoji_folder_problems("folder", cfg["folder"], {"heldout_style": cfg["heldout_style"]})

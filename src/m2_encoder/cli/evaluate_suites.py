@@ -71,7 +71,9 @@ def check_models(cfg: Mapping[str, Any]) -> Iterator[Problem]:
         if len(models) > 1 and cfg[key] is not None:
             yield Problem(key, cfg[key], "goes with one model, and there are several", "export that model first")
     for model in dict.fromkeys(models):
-        if not _kind(model) and not _is_folder(model):
+        if _kind(model):
+            yield from (Problem("model", model, f"no such file or folder: {path}") for path in _missing(model))
+        elif not _is_folder(model):
             yield from model_problems({**cfg, "model": model})
 
 
@@ -79,6 +81,17 @@ def _kind(model: str) -> str:
     """What comes before the colon of somebody else's model; "" for ours, and for a folder."""
     kind, colon, _ = model.partition(":")
     return kind if colon and kind in KINDS else ""
+
+
+def _missing(model: str) -> list[str]:
+    """Places on this machine that somebody else's model names, and where nothing is; names of a hub are no places."""
+    kind, _, place = model.partition(":")
+    if kind == "features":
+        paths = place.split(",")
+    else:
+        is_place = kind == "sentence-transformers" or place.startswith(("/", "./", "../", "~"))
+        paths = [place] if is_place and kind != "open_clip" else []
+    return [path for path in paths if path and not Path(path).expanduser().exists()]
 
 
 def _is_folder(model: str) -> bool:

@@ -7,6 +7,7 @@ up on its own, what is wrong is collected, and the rest is composed, so that its
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ class Composer:
         self._config_name = config_name
         self._fixed = list(fixed)
         self._default: DictConfig | None = None
+        self._loaded: dict[tuple[str, ...], DictConfig] = {}
         self._options: dict[str, list[str]] = {}  # Hydra reads all configurations again whenever it is asked
 
     def groups(self) -> dict[str, list[str]]:
@@ -135,7 +137,7 @@ class Composer:
         reasons = {id(override): self._group_problem(override, preset) for override in groups}
         choices = [override for override in groups if reasons[id(override)] is None]
         try:
-            base = self._load(choices) if choices else self._load_default()
+            base = self._load_once(choices) if choices else self._load_default()
         except UserError as error:
             problems += find_problems(error)
             base, choices = self._load_default(), []
@@ -195,6 +197,13 @@ class Composer:
         except UserError:
             return base
 
+    def _load_once(self, overrides: Sequence[Override]) -> DictConfig:
+        """As `_load`, of a few choices that all jobs of a sweep have: Hydra reads some thirty files for each."""
+        key = tuple(override.input_line or "" for override in overrides)
+        if key not in self._loaded:
+            self._loaded[key] = self._load(overrides)
+        return copy.deepcopy(self._loaded[key])
+
     def _load(self, overrides: Sequence[Override]) -> DictConfig:
         lines = [line for override in overrides if (line := override.input_line)]
         try:
@@ -249,7 +258,7 @@ class Composer:
         """The configuration with the preset of a sweep, which may choose an experiment; None without one."""
         own = [each for each in groups if each.key_or_group == PRESETS and not each.is_add()]
         lines = [each for each in own if each.value() in self.options(PRESETS)]
-        return self._load(lines) if lines else None
+        return self._load_once(lines) if lines else None
 
     def _group_problem(self, override: Override, preset: DictConfig | None) -> Problem | None:
         group, line, options = override.key_or_group, override.input_line, self.options(override.key_or_group)

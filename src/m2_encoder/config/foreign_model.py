@@ -11,7 +11,7 @@ from m2_encoder.config.check import Parameters, check_targets, check_values, rea
 from m2_encoder.config.problems import UNSET
 from m2_encoder.config.schema import ForeignModel, is_foreign
 from m2_encoder.config.targets import TargetError, find_target
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.two_towers import TowersConfig
 from m2_encoder.tokenizers.sentencepiece_tokenizer import OFFICIAL_CONTEXT_LENGTH
@@ -34,6 +34,8 @@ def check_model(model: Any) -> Iterator[Problem]:
         yield Problem("model._target_", model["_target_"], error.rule, error.fix)
         return
     own = read_parameters(ForeignModel)
+    if model.get("image_size") is None:
+        yield Problem("model.image_size", NOTHING, "is missing", "add model.image_size=N, the side of its images")
     yield from check_values("model", {key: value for key, value in model.items() if key in own}, own)
     if isinstance(tokenizer := model.get("tokenizer"), Mapping):
         if "_target_" not in tokenizer:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from m2_encoder.config.command import Command
 
 EXIT_USER_ERROR: Final = 2
+_OF_LIGHTNING: Final = "MisconfigurationException"
 FULL_ERROR: Final = "HYDRA_FULL_ERROR"
 GROUP_VARIABLE: Final = "WANDB_RUN_GROUP"
 """W&B's own: the runs of a sweep are one group there, unless the user names another."""
@@ -279,10 +280,15 @@ def place_of(command: Command, cfg: dict[str, Any]) -> object:
 
 
 def find_user_error(error: BaseException | None, place: object) -> UserError | None:
-    """The user's mistake among the causes of an error; a full disk is one that can happen at any file of `place`."""
+    """The user's mistake among the causes of an error, also where Lightning found it.
+
+    A full disk is one that can happen at any file of `place`.
+    """
     while error is not None and not isinstance(error, UserError):
         if isinstance(error, OSError) and is_full(error):
             where = f" for {error.filename}" if error.filename else f" in {place}" if place else ""
             return UserError(f"{error.strerror}{where}: make room there and start again; what is finished is kept")
+        if type(error).__name__ == _OF_LIGHTNING:  # which is not imported for its name alone
+            return UserError(" ".join(str(error).split()))
         error = error.__cause__
     return error

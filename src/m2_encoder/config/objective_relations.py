@@ -108,7 +108,8 @@ def build_objectives(known: Known) -> Iterator[Problem]:
     foreign = str(known("model._target_")) if known.has("model._target_") else None
     shape: Any
     if foreign is not None:
-        shape = dataclasses.replace(towers_config(known("model")), feature_dim=_ANY_WIDTH)
+        model = {**known("model"), "image_size": known("model.image_size")}
+        shape = dataclasses.replace(towers_config(model), feature_dim=_ANY_WIDTH)
     else:
         fields = {field: known(f"model.{field}") for field in MODEL_FIELDS if known.has(f"model.{field}")}
         shape = build_model_config({"name": known("model.name"), **fields})

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+from m2_encoder.errors import in_one_line
 from m2_encoder.files import write_json
 
 JOBS_FOLDER: Final = "jobs"
@@ -97,7 +98,7 @@ def settings_digest(cfg: Mapping[str, Any]) -> str:
 def describe_crash(error: BaseException) -> str:
     """An unexpected error in one line; its traceback goes to stderr."""
     traceback.print_exception(error, file=sys.stderr)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return in_one_line(error)
 
 
 def describe_job(outcome: JobOutcome, number: int, outcomes: Sequence[JobOutcome] | None, *, since: float) -> str:
@@ -153,7 +154,9 @@ def describe_outcomes(outcomes: Sequence[JobOutcome]) -> list[str]:
     silent = "its process ended without a word"
     ended = [each._replace(state="failed", reason=silent) if each.state == "at work" else each for each in outcomes]
     words = [{"skipped": "finished before"}.get(each.state, each.state) for each in ended]
-    line = f"{len(ended)} jobs: " + ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+    line = f"{len(ended)} {'job' if len(ended) == 1 else 'jobs'}: " + ", ".join(
+        f"{words.count(word)} {word}" for word in dict.fromkeys(words)
+    )
     rest = [f"  {each.name}: {each.state} ({each.reason})" for each in ended if not is_done(each)]
     return [line, *rest]
 

@@ -21,7 +21,7 @@ from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.data.samples.language import detect_language
 from m2_encoder.data.validation_chunks import ValidationChunks
 from m2_encoder.data.webdataset_module import BatchSize
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, in_one_line
 from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.types import LANGUAGES, ImageTextBatch
 
@@ -147,15 +147,18 @@ class _Pairs:
         for method in ("__len__", "__getitem__"):
             if not hasattr(dataset, method):
                 rule = f"has no {method}: give a map-style dataset, whose items are pairs"
-                raise UserError(rule, key=key, value=type(dataset).__name__)
+                raise UserError(rule, key=f"data.{key}", value=type(dataset).__name__)
         if not len(self):
-            raise UserError("has no items", key=key, value=type(dataset).__name__)
+            raise UserError("has no items", key=f"data.{key}", value=type(dataset).__name__)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Pair:
-        item = self._dataset[index]
+        try:
+            item = self._dataset[index]
+        except Exception as error:
+            raise self._refuse(index, f"cannot be read: {in_one_line(error)}") from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise self._refuse(index, f"is {type(item).__name__}, no pair (image, caption)")
         image, said = item

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2_encoder.errors import UserError, abridge, under
+from m2_encoder.errors import Problem, UserError, abridge, under
 from m2_encoder.evaluation.tables import CellTable, print_cells, print_table
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
 from m2_encoder.files import write_json, write_text
@@ -22,11 +22,23 @@ def prepare_tasks(tasks: Mapping[str, EvaluationTask], find: Callable[[str], Pat
     """Lets tasks look at what they measure on; `find` gives the place of a path.
 
     Raises:
-        UserError: for what one of them misses.
+        UserError: for what they miss, all of them.
     """
-    for name, task in tasks.items():
+    errors = [error for name, task in tasks.items() if (error := _find_error(name, task, find)) is not None]
+    if len(errors) > 1:
+        problems = [Problem(each.key or "", each.value, each.text) for each in errors]
+        raise UserError("; ".join(map(str, errors)), problems=problems)
+    if errors:
+        raise errors[0]
+
+
+def _find_error(name: str, task: EvaluationTask, find: Callable[[str], Path]) -> UserError | None:
+    try:
         with under(f"evaluation.{name}"):
             task.prepare(find)
+    except UserError as error:
+        return error
+    return None
 
 
 def run_tasks(tasks: Mapping[str, EvaluationTask], context: EvaluationContext) -> dict[str, TaskResult]:

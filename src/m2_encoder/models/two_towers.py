@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, in_one_line
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.types import TextTokens
 
@@ -158,6 +158,22 @@ class TwoTowers(nn.Module):
                 rule = f"has no method {name}; give it encode_image(images) and encode_text(ids), or a module around it"
                 raise UserError(rule, key="_target_", value=self.config.name)
 
+    def _encode_two(self, images: Tensor, text: TextTokens) -> dict[str, Tensor]:
+        found = {}
+        calls = {"encode_image": (self.encode_image, images), "encode_text": (self.encode_text, text)}
+        for name, (encode, given) in calls.items():
+            try:
+                found[name] = encode(given)  # type: ignore[operator]
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(
+                    f"{name} fails: {in_one_line(error)}", key="_target_", value=self.config.name
+                ) from error
+            if not found[name].isfinite().all():
+                raise UserError(f"{name} gives features that are not finite", key="_target_", value=self.config.name)
+        return found
+
     def _check_scale(self) -> None:
         scale = getattr(self.towers, "logit_scale", None)
         if not isinstance(scale, Tensor):
@@ -175,7 +191,7 @@ class TwoTowers(nn.Module):
         self.eval()
         images = torch.rand((2, 3, self.config.image_size, self.config.image_size), generator=torch.Generator())
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            features = {"encode_image": self.encode_image(images), "encode_text": self.encode_text(text)}
+            features = self._encode_two(images, text)
             shapes = {name: tuple(value.shape) for name, value in features.items()}
             wrong = next((name for name, shape in shapes.items() if len(shape) != 2 or shape[0] != 2), None)
             if wrong is not None or len(set(shapes.values())) > 1:

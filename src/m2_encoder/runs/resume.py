@@ -67,6 +67,7 @@ _HYDRA_KEYS: Final = ("_target_", "_partial_", "_convert_", "_recursive_")
 _PACKAGE: Final = "m2_encoder."
 _TOKENIZER_TASK: Final = "m2_encoder.training.visual_tokenizer_module.VisualTokenizerModule"
 _AS_BEFORE: Final = "as in the run that is continued"
+_ONLY_LOOKS: Final = ("callbacks", "logger", "evaluation")
 _NEW_NAME: Final = "give another run.name"
 _LOAD_ERROR: Final = "Error(s) in loading state_dict"
 
@@ -143,11 +144,14 @@ def check_resume(
 def _refuse_strangers(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
     """Nothing of `before` is built; but a run of what this command does not name is not this command's to go on with.
 
+    What only looks at a run may be dropped: its callbacks, loggers and evaluations.
+
     Raises:
         UserError: naming every target that neither the package has nor the command names.
     """
-    own = {target for target in find_targets(before) if target.startswith(_PACKAGE)}
-    refuse_foreign(before, named={*find_targets(cfg), *own})
+    needed = {key: value for key, value in before.items() if key not in _ONLY_LOOKS}
+    own = {target for target in find_targets(needed) if target.startswith(_PACKAGE)}
+    refuse_foreign(needed, named={*find_targets(cfg), *own})
 
 
 def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[Problem]:

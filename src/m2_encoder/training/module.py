@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import lightning
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from m2_encoder.distributed.gradients import clip_gradients
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, in_one_line
 from m2_encoder.evaluation.metrics import RECALL_KS
 from m2_encoder.evaluation.recall_metric import RetrievalRecall
 from m2_encoder.models.config import M2EncoderConfig
@@ -39,6 +40,17 @@ from m2_encoder.training.step_report import report_step
 from m2_encoder.types import LANGUAGES, ContrastiveTopology, ImageTextBatch, RetrievalBatch
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _refusing(part: str) -> Iterator[None]:
+    """What somebody else's part of a run refuses, as the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot be built: {in_one_line(error)}", key=part) from error
 
 
 class PretrainModule(lightning.LightningModule):
@@ -131,9 +143,16 @@ class PretrainModule(lightning.LightningModule):
             prepare(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Make the optimizer, and its schedule by step."""
-        optimizer = self._build_optimizer(self)  # objectives may have parameters of their own
-        schedule = LRSchedulerConfigType(scheduler=self._build_scheduler(optimizer), interval="step")
+        """Make the optimizer, and its schedule by step.
+
+        Raises:
+            UserError: if either refuses its settings.
+        """
+        with _refusing("optimizer"):
+            optimizer = self._build_optimizer(self)  # objectives may have parameters of their own
+        with _refusing("scheduler"):
+            scheduler = self._build_scheduler(optimizer)
+        schedule = LRSchedulerConfigType(scheduler=scheduler, interval="step")
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=schedule)
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:

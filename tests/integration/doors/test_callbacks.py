@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_early_is_finished(m2_train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     labels = ("run.task=ablation", "run.tags=[short,cpu]", "run.notes=a note")
     run = m2_train(*STOPS, *labels, f"{THRESHOLD}=-1.0")
@@ -63,6 +65,20 @@ def test_a_run_that_was_stopped_early_is_finished(m2_train: Train, capsys: pytes
     m2_train(*STOPS, "run.resume=auto")
     assert "continuing at step 2 of 4" in capsys.readouterr().out
     assert read_summary(run)["steps"] == 4
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_at_the_same_step(tmp_path: Path, emoji_folder: Path, repo_root: Path) -> None:
+    places = (f"run.folder={tmp_path}", f"data.folder={emoji_folder}", "run.name=two", "trainer.val_check_interval=2")
+    ranks = ("strategy=grouped_ddp", "trainer.devices=2", "trainer.accelerator=cpu", "scheduler.warmup_steps=1")
+    command = [sys.executable, "-m", "m2_encoder.cli.train", "+experiment=smoke", *STOPS, *places, *ranks]
+    done = subprocess.run([*command, f"{THRESHOLD}=-1.0"], cwd=repo_root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "steps        2 of 4, finished early (early stopping: val/emoji_val/mean_recall=" in done.stdout
+    assert read_summary(tmp_path / "two")["steps"] == 2
+    done = subprocess.run([*command, "run.resume=auto"], cwd=repo_root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert read_summary(tmp_path / "two")["steps"] == 4
 
 
 def test_the_best_weights_are_exported(m2_train: Train) -> None:

@@ -263,6 +263,45 @@ def test_values_of_a_sweep_are_those_that_were_swept(tmp_path: Path) -> None:
     assert read_runs(tmp_path / "outputs").varies == ["optimizer.lr", "trainer.max_steps"]
 
 
+def test_a_sweep_that_went_on_with_other_settings_shows_them(tmp_path: Path) -> None:
+    for seed, lr in ((0, 0.1), (1, 0.1), (2, 0.2), (3, 0.2)):
+        folder = write_run(
+            tmp_path / f"a-seed={seed}", lr=lr, seed=seed, recall=float(seed), objective={"itm": {"seed": seed}}
+        )
+        write_outcome(tmp_path / "sweep", JobOutcome(folder.name, "finished", str(folder), swept=[f"seed={seed}"]))
+    runs = read_runs(tmp_path / "sweep")
+    assert runs.varies == ["seed", "optimizer.lr"]
+    assert [row["runs"] for row in runs.table()] == [2, 2]
+
+
+def test_measures_that_are_not_there_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", lr=0.1, recall=4.0)
+    write_run(tmp_path / "b", lr=0.2, recall=float("nan"))
+    runs = read_runs(tmp_path)
+    for compare in (runs.scored, runs.differences, runs.by_combination, runs.rivals, runs.table):
+        with pytest.raises(UserError, match="no metric 'nosuch'"):
+            compare("nosuch")
+    with pytest.raises(UserError, match="over='nosuch': is no setting"):
+        runs.table(over="nosuch")
+    assert runs.by_combination() == {"lr=0.1": [4.0]}
+
+
+def test_a_mean_of_languages_stands_for_no_set_of_its_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    recalls = {f"val/set{part}/mean_recall": 1.0 for part in ("_zh", "_en", "")} | {"val/other/mean_recall": 2.0}
+    (folder / "summary.json").write_text(json.dumps({"finished": True, "metrics": recalls}), encoding="utf-8")
+    assert read_runs(tmp_path).recalls == ["val/set_zh/mean_recall", "val/set_en/mean_recall", "val/other/mean_recall"]
+
+
+def test_samples_of_lines_that_do_not_say(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", data={"global_batch_size": 8})
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps({'step': step, RECALL: 1.0})}\n" for step in (3, 5))
+    run = read_run(folder)
+    assert run.curve(RECALL).samples == [24, 40]
+    assert run.sources.column("source") == []
+
+
 def test_a_comparison_of_no_runs_says_so(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     with pytest.raises(UserError, match="no run to compare"):

@@ -63,6 +63,20 @@ class Wrapped(Towers):
         return {"features": super().encode_image(images)}
 
 
+class Broken(Towers):
+    """Gives no numbers."""
+
+    def encode_text(self, ids: Tensor) -> Any:
+        return super().encode_text(ids) * torch.nan
+
+
+class Asking(Towers):
+    """Wants more than ids and mask."""
+
+    def encode_text(self, ids: Tensor, mask: Tensor, extra: Tensor) -> Any:  # type: ignore[override]
+        return super().encode_text(ids)
+
+
 def wrap(make: Any = Towers, **changes: Any) -> TwoTowers:
     return TwoTowers(make, CONFIG, text=TEXT, pad_id=9, **changes)
 
@@ -124,6 +138,8 @@ def test_layers_that_mix_rows_are_named() -> None:
         (partial(nn.Linear, 2, 2), "has no method encode_image; give it encode_image"),
         (dict, "makes dict, which is no torch.nn.Module"),
         (partial(Towers, text_width=4), r"encode_image gives \(2, 5\) for two, encode_text gives \(2, 4\) for two"),
+        (Broken, "encode_text gives features that are not finite"),
+        (Asking, "encode_text fails: TypeError: .*'extra'"),
         (Wrapped, "an encoder gives dict; it must give a tensor of features"),
         (partial(Towers, scale=torch.tensor(100.0)), "its logit_scale is 100, .* keep its logarithm.*: 4.605"),
         (partial(Towers, scale=torch.tensor(14.2857)), "keep its logarithm, as CLIP does: 2.659"),

@@ -15,7 +15,7 @@ from m2_encoder.config.problems import find_problems, format_problem
 from m2_encoder.errors import UserError
 from m2_encoder.runs.build import build_module, build_objectives
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, write_config
-from m2_encoder.runs.resume import check_resume, describe_changes
+from m2_encoder.runs.resume import _refuse_strangers, check_resume, describe_changes
 
 Resume = Callable[[tuple[str, ...], tuple[str, ...]], list[str]]
 TOKENIZER = ("+experiment=visual_tokenizer", "task.num_codes=16")
@@ -117,12 +117,15 @@ def test_a_size_that_is_written_out_is_no_change(tmp_path: Path, composer: Compo
     assert describe_changes(tmp_path / CONFIG_FILE, cfgs[1]) == []
 
 
-def test_a_run_that_names_a_strangers_code_is_not_gone_on_with(resume: Resume) -> None:
-    own = "+callbacks.own={_target_: lightning.pytorch.callbacks.Timer}"
-    assert resume((*SMALL, own), (*SMALL, own)) == []
-    (problem,) = resume((*SMALL, own), SMALL)
-    assert problem.startswith("callbacks.own._target_=lightning.pytorch.callbacks.Timer: is named by a saved config")
-    assert "--config-dir FOLDER" in problem
+def test_a_run_that_names_a_strangers_code_is_not_gone_on_with() -> None:
+    own: dict[str, Any] = {"optimizer": {"_target_": "mine.Sgd"}}
+    _refuse_strangers(own, own)
+    with pytest.raises(UserError, match=r"optimizer\._target_=mine\.Sgd: is named by a saved config.*--config-dir"):
+        _refuse_strangers(own, {})
+
+
+def test_what_only_looked_at_a_run_may_be_left_out(resume: Resume) -> None:
+    assert resume((*SMALL, "+callbacks.own={_target_: lightning.pytorch.callbacks.Timer}"), SMALL) == []
 
 
 def test_steps_that_are_done_are_said_once(resume: Resume) -> None:

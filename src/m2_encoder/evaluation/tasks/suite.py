@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 
 from m2_encoder.bounds import Rule, Text, check_bounds
 from m2_encoder.data.emoji.dataset import default_emoji_folder, emoji_settings, write_emoji_shards
-from m2_encoder.errors import UserError, name_some
+from m2_encoder.errors import UserError, name_some, under
 from m2_encoder.evaluation.features import EncodedSet
 from m2_encoder.evaluation.measures.protocols import M2_RELEASE, STANDARD
 from m2_encoder.evaluation.measures.result import Measurement
@@ -109,15 +109,13 @@ class Suite(EvaluationTask):
 
     def _read(self, name: str, settings: Mapping[str, Any], find: Callable[[str], Path]) -> None:
         own = {key: value for key, value in settings.items() if key not in ("train", "path") and value is not None}
-        try:
+        with under(f"sets.{name}"):
             self._sets[name] = read_set(self._place(name, find), name=name, **own)
             if (train := settings.get("train")) is not None:
                 more = train if isinstance(train, Mapping) else {"path": train}
                 other = {key: value for key, value in more.items() if key != "path"}
                 place = find(str(more["path"])) if "path" in more else self._place(name, find)
                 self._train[name] = read_set(place, name=f"{name} train", **{**own, **other})
-        except UserError as error:
-            raise error.under(f"sets.{name}") from error
 
     def _check_languages(self) -> None:
         """Refuses languages of which no set has one; of several, some sets may lack some."""

@@ -218,8 +218,9 @@ class BestCheckpoint(Monitoring):
 
 
 def unknown_metric(key: str, monitor: str, there: Sequence[str]) -> UserError:
-    """That a metric does not exist, and which do, the likest ones first."""
-    names = sorted(name for name in there if "/" in name)
-    names.sort(key=lambda name: -difflib.SequenceMatcher(None, monitor[:200], name).ratio())
+    """That a metric does not exist, and which do: the likest ones first, then those of validation."""
+    names = sorted((name for name in there if "/" in name), key=lambda name: not name.startswith("val/"))
+    like = difflib.get_close_matches(monitor[:200], names)
+    names = list(dict.fromkeys((*like, *names)))
     fix = f"the metrics are {name_some(names, 12, 60)}" if names else "it has logged none at all"
     return UserError(f"is no metric of this run; {fix}", key=f"{key}.monitor", value=monitor)

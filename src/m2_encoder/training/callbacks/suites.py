@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.tensor import DTensor
 
-from m2_encoder.bounds import Count, check_bounds
+from m2_encoder.bounds import Count, Workers, check_bounds
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.encode import Tokenize
@@ -44,7 +44,7 @@ class MeasureSuites(lightning.Callback):
         suites: Sequence[str] | None = None,
         every_n_validations: Count = 1,
         batch_size: Count = 256,
-        num_workers: int = 2,
+        num_workers: Workers = 2,
     ) -> None:
         self._names, self._every = suites, every_n_validations
         self._batch_size, self._num_workers = batch_size, num_workers
