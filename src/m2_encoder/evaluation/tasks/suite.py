@@ -95,7 +95,7 @@ class Suite(EvaluationTask):
         """
         missing = [str(path) for path in self._places(find) if not path.exists()]
         if missing:
-            fix = "put them there, give evaluation.SUITE.root or sets.NAME.path, or leave a set out with ~"
+            fix = "put them there, set root or sets.NAME.path, or leave a set out with ~"
             raise UserError(f"no such folder or file: {name_some(missing)}; {fix}", key="sets")
         self._check_templates()
         for name, settings in self._settings.items():
