@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -86,3 +87,30 @@ def test_a_real_full_disk(made: Path, repo_root: Path, tmp_path: Path) -> None:
     assert not output.exists()
     assert not page.exists()
     assert not list(tmp_path.glob(".*")), "nothing half is left"
+
+
+def test_ranks_share_the_work_and_find_the_same_numbers(made: Path, repo_root: Path, tmp_path: Path) -> None:
+    captioned(tmp_path / "set", 7)  # which neither two nor three divide
+    program = tmp_path / "run.py"
+    program.write_text("import sys\nfrom m2_encoder.cli.commands import EVALUATE\nsys.exit(EVALUATE())\n")
+    found = []
+    for world in (1, 2, 3):
+        output = tmp_path / f"{world}.json"
+        lines = [
+            f"model={made / 'one'}",
+            *own(tmp_path / "set"),
+            f"output={output}",
+            f"features={tmp_path / str(world)}",
+        ]
+        command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", str(program)]
+        environment = {**os.environ, "PYTHONPATH": str(repo_root / "src"), "OMP_NUM_THREADS": "1"}
+        more = ["device=cpu", "batch_size=2"]
+        done = subprocess.run(
+            [sys.executable, "-m", *command, *lines, *more],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("numbers: ") == 1
+        records = json.loads(output.read_text(encoding="utf-8"))["records"]
+        found.append([{key: value for key, value in each.items() if key != "seconds"} for each in records])
+    assert found[0] == found[1] == found[2]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
+from torch.distributed import ProcessGroup
 
 from m2_encoder.bounds import Count, Rows, Rule, Text, Workers
 from m2_encoder.checkpoints.exported import CONFIG_FILE
@@ -18,7 +19,7 @@ from m2_encoder.checkpoints.matching_head import has_head, read_head
 from m2_encoder.cli.evaluate_suites import Measured, check_models, measure_suites, refuse_failed
 from m2_encoder.config.check import check_settings, check_targets
 from m2_encoder.config.emoji_folder import emoji_folder_problems, find_emoji_folder
-from m2_encoder.config.model_choice import find_path, is_model_name, load_from, output_problems
+from m2_encoder.config.model_choice import device_of, find_path, is_model_name, load_from, output_problems
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import find_problems
 from m2_encoder.config.schema import Pictures, check_tasks
@@ -26,6 +27,8 @@ from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EmojiStyle, Split, write
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set
 from m2_encoder.data.retrieval_source import describe_source
+from m2_encoder.distributed.launched import joined_ranks
+from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.suite import prepare_tasks, print_results, run_tasks, summarize
 from m2_encoder.evaluation.tables import open_console
@@ -118,27 +121,33 @@ def run_evaluate(cfg: dict[str, Any]) -> None:
         UserError: for a model or a set that cannot be used, or an output that cannot be written; of several models,
             after the numbers of the others are printed and written.
     """
-    started = time.time()
+    with joined_ranks(device_of(cfg["device"])) as group:
+        _evaluate(cfg, group)
+
+
+def _evaluate(cfg: dict[str, Any], group: ProcessGroup | None) -> None:
+    started, is_first = time.time(), is_first_rank()
     console = open_console()
+    console.quiet = not is_first
     tasks = build_tasks(cfg["evaluation"])
     suites = {name: task for name, task in tasks.items() if isinstance(task, Suite)}
     report: dict[str, Any] = {"model": cfg["model"]}
     found: Measured | None = None
     with console.status("reading the sets"):
         prepare_tasks(suites, find_path)
-    if len(suites) < len(tasks):
+    if len(suites) < len(tasks) and is_first:
         report |= _measure_one(cfg, {name: task for name, task in tasks.items() if name not in suites}, console)
     if suites:
-        found = measure_suites(cfg, suites, console)
+        found = measure_suites(cfg, suites, console, group)
         report |= found.to_dict()
     failed: list[Exception] = [] if found is None else [*found.failed]
     try:
-        if cfg["output"] is not None:
+        if cfg["output"] is not None and is_first:
             _write(cfg["output"], {**report, "seconds": round(time.time() - started, 3), **describe_run()})
     except UserError as error:
         failed.append(error)
     try:
-        if cfg["page"] is not None and found is not None:
+        if cfg["page"] is not None and found is not None and is_first:
             found.write_page(Path(cfg["page"]).expanduser())
     except UserError as error:
         failed.append(error)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import Unset, find_problems, refuse_all
 from m2_encoder.config.targets import TargetError, find_target
+from m2_encoder.distributed.ranks import is_first_rank
 from m2_encoder.errors import Problem, UserError, abridge
 from m2_encoder.evaluation.cost import measure_cost
 from m2_encoder.evaluation.features import FeatureEncoder
@@ -131,8 +133,12 @@ class Measured(NamedTuple):
         say(f"page: {path}")
 
 
-def measure_suites(cfg: Mapping[str, Any], suites: Mapping[str, Suite], console: Console) -> Measured:
+def measure_suites(
+    cfg: Mapping[str, Any], suites: Mapping[str, Suite], console: Console, group: ProcessGroup | None = None
+) -> Measured:
     """Measures all models on all suites that are prepared, one model at a time, and prints tables.
+
+    Ranks of a `group` share the pictures and texts; each ends with all numbers.
 
     Features are kept in `cfg["features"]` as they come, so that the same command goes on where it was stopped. A model
     that fails does not keep the others from being measured.
@@ -144,7 +150,7 @@ def measure_suites(cfg: Mapping[str, Any], suites: Mapping[str, Suite], console:
     found = Measured(f"{', '.join(names.values())} on {', '.join(suites)}", [], [], [], {}, [])
     for spec, called in names.items():
         try:
-            facts, results = _measure_model(cfg, spec, called, suites, console)
+            facts, results = _measure_model(cfg, spec, called, suites, console, group)
         except Exception as error:  # whatever a peer's library raises
             if len(names) == 1:
                 raise
@@ -163,7 +169,7 @@ def measure_suites(cfg: Mapping[str, Any], suites: Mapping[str, Suite], console:
         print_cells(console, table)
     if len(found.facts) > 1:
         print_cells(console, cost_table(found.facts))
-    for name, lines in found.left_out.items():
+    for name, lines in found.left_out.items() if is_first_rank() else ():
         say(f"{name}: pictures that could not be used: {len(lines):,}, such as {abridge(lines[0])}")
     return found
 
@@ -185,14 +191,19 @@ def _of_model(error: Exception, spec: str) -> Exception:
 
 
 def _measure_model(
-    cfg: Mapping[str, Any], spec: str, called: str, suites: Mapping[str, Suite], console: Console
+    cfg: Mapping[str, Any],
+    spec: str,
+    called: str,
+    suites: Mapping[str, Suite],
+    console: Console,
+    group: ProcessGroup | None,
 ) -> tuple[ModelFacts, dict[str, TaskResult]]:
     """One model; nothing of it is left in memory but what was found."""
     with console.status(f"{called}: opening"):
         model = _open(cfg, spec, called)
     with console.status(f"{called}: encoding and measuring"):
         store = None if cfg["features"] is None else find_path(cfg["features"])
-        more = {"batch_size": cfg["batch_size"], "num_workers": cfg["num_workers"]}
+        more: dict[str, Any] = {"batch_size": cfg["batch_size"], "num_workers": cfg["num_workers"], "group": group}
         with FeatureEncoder(model, store=store, **more) as encoder:
             context = EvaluationContext(
                 model=cast("nn.Module", model.model), tokenizer=model.tokenizer, sets={}, files=encoder

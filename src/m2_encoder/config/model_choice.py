@@ -226,7 +226,9 @@ def device_of(value: str) -> str:
     """What `auto` stands for on this machine."""
     if value != "auto":
         return value
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{rank}" if (rank := os.environ.get("LOCAL_RANK")) else "cuda"
 
 
 def _device_problems(value: object) -> list[Problem]:
