@@ -228,7 +228,7 @@ SEVERAL_FAULTS = [
     (["trainer.accelerator=gpu"], 1),
     (["--cfg", "job", "foo=1", "seed=[1"], 2),
     (["-m", "foo=1,2"], 2),
-    (["-m", "optimizer.lr=1e-3,-1"], 1),
+    (["-m", "optimizer.lr=-2,-1"], 2),
     (["--cfg", "job", "--multirun"], 1),
     (["--resolve"], 1),
     (["--experimental-rerun", "x.pickle"], 1),

@@ -71,7 +71,7 @@ def test_sixty_combinations(composer: Composer, tmp_path: Path) -> None:
             assert problem.key, f"{lines}: {said} names no setting"
             assert problem.fix or ";" in problem.rule or "no such" in problem.rule, f"{lines}: {said} says no way out"
     accepted = sum(not problems for _, problems in found)
-    assert accepted > _COMBINATIONS // 20
+    assert accepted >= _COMBINATIONS // 20
     assert accepted < _COMBINATIONS
 
 
