@@ -66,7 +66,7 @@ def settings() -> tuple[RunFault, ...]:
         RunFault("run name of 300 letters", "run.name", _train(f"run.name={'n' * 300}")),
         RunFault("run name in Chinese", "实验一", _chinese, 0, "checkpoints, export and metrics"),
         RunFault("folder of runs that is a file", "run.folder", _file_as_folder),
-        RunFault("sweep whose jobs are all wrong", "optimizer.lr=-1", _train("-m", "optimizer.lr=-2,-1")),
+        RunFault("sweep whose jobs are all wrong", "optimizer.lr=-1", _train("-m", "optimizer.lr=-1", "seed=0,1")),
     )
 
 
