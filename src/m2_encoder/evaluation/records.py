@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
-from typing import Any, Final, NamedTuple
-
-from m2_encoder.errors import UserError
-from m2_encoder.files import write_text
-
-RECORDS_FILE: Final = "results.jsonl"
+from typing import Any, NamedTuple
 
 
 class Published(NamedTuple):
@@ -102,26 +95,3 @@ def _published() -> Mapping[tuple[str, ...], Published]:
         tuple(row[key] for key in keys): Published(float(row["value"]), row["source"])
         for row in csv.DictReader(text.splitlines())
     }
-
-
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Writes a line of JSON per record; the file is whole or not there.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    write_text(path, "".join(f"{json.dumps(each.to_dict(), ensure_ascii=False)}\n" for each in records))
-
-
-def read_records(path: Path) -> list[Record]:
-    """Reads what `write_records` wrote.
-
-    Raises:
-        UserError: for a file that is missing or holds something else.
-    """
-    known = {field.name for field in dataclasses.fields(Record)}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [Record(**{key: value for key, value in json.loads(line).items() if key in known}) for line in lines]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no records of m2-evaluate: {error}") from error

@@ -6,10 +6,9 @@ of the gallery, all pictures of a content are right for its captions, and each c
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, Split
 from m2_encoder.data.emoji.folder import EMOJI_MARKER
-from m2_encoder.data.packing.records import URL_SCHEMES, stamp_files
+from m2_encoder.data.packing.records import URL_SCHEMES
 from m2_encoder.data.retrieval_contents import SetContents, SetRows, check_sample, hash_picture
 from m2_encoder.data.retrieval_source import ImagePlace, SetSample, read_place, read_samples
 from m2_encoder.errors import UserError, name_some
@@ -39,12 +38,6 @@ class PlacedPictures(Pictures):
     def read(self, number: int) -> bytes:
         """The content of a picture's file."""
         return read_place(self.places[number])
-
-    def _describe_places(self) -> Iterator[str]:
-        yield stamp_files(dict.fromkeys(place.path for place in self.places if place.rows is None))
-        yield json.dumps([(place.offset, place.size, place.row) for place in self.places])
-        for rows in {id(place.rows): place.rows for place in self.places if place.rows is not None}.values():
-            yield from (rows.fingerprint(), rows.stamp())
 
 
 def read_own(

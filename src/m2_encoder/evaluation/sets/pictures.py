@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import overload
 
@@ -16,7 +15,6 @@ import numpy.typing as npt
 
 from m2_encoder.data.images.opening import read_picture_file
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
-from m2_encoder.data.packing.records import stamp_files
 from m2_encoder.errors import ImageError, UserError, name_some
 from m2_encoder.evaluation.sets.base import Picture
 
@@ -24,7 +22,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _SHOWN = 3  # names in a message
 
 
-class Pictures(Sequence[Picture]):
+class Pictures(Sequence[Picture], ABC):
     """Pictures by number; a subclass says how one is read."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -47,23 +45,13 @@ class Pictures(Sequence[Picture]):
         number %= len(self)
         return Picture(self.names[number], partial(self.read, number))
 
+    @abstractmethod
     def read(self, number: int) -> bytes:
         """The content of a picture's file.
 
         Raises:
             OSError, UserError: if it is not there any more.
         """
-        raise NotImplementedError
-
-    def stamp(self) -> str:
-        """Hash of the names and places of all pictures, and of the sizes and times of writing of their files."""
-        digest = hashlib.sha256(json.dumps(list(self.names)).encode())
-        for part in self._describe_places():
-            digest.update(part.encode() + b";")
-        return digest.hexdigest()
-
-    def _describe_places(self) -> Iterator[str]:
-        raise NotImplementedError
 
 
 class FilePictures(Pictures):
@@ -80,9 +68,6 @@ class FilePictures(Pictures):
             return read_picture_file(path)
         except ImageError as error:
             raise ImageError(f"{path}: {error.text}") from error
-
-    def _describe_places(self) -> Iterator[str]:
-        yield stamp_files(os.path.join(self.root, name) for name in self.names)
 
 
 class PartPictures(Pictures):
@@ -112,27 +97,6 @@ class PartPictures(Pictures):
             return base64.b64decode(content.strip().translate(_URL_SAFE), validate=True)
         except binascii.Error as error:
             raise ImageError(f"{path}: {self.names[number]} is not base64: {error}") from error
-
-    def _describe_places(self) -> Iterator[str]:
-        yield stamp_files(self.paths)
-        yield hashlib.sha256(np.ascontiguousarray(self.parts).tobytes()).hexdigest()
-
-
-def stamp_pictures(pictures: Sequence[Picture]) -> str:
-    """Changes when pictures of a set are others, or written again: what features of them belong to.
-
-    Of pictures on disk nothing is read; moving a folder, with the times of its files, keeps it. Of other pictures the
-    content is hashed.
-
-    Raises:
-        OSError, UserError: if one of those others cannot be read.
-    """
-    if isinstance(pictures, Pictures):
-        return pictures.stamp()
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(json.dumps(picture.name).encode() + hashlib.sha256(picture.read()).digest())
-    return digest.hexdigest()
 
 
 def read_part(path: str, offset: int, size: int) -> bytes:
@@ -171,20 +135,6 @@ def require_files(root: str | os.PathLike[str], names: Sequence[str], *, listed_
             f"{listed_by}: {len(missing):,} of {len(names):,} pictures are not in {root}: "
             f"{name_some(missing, _SHOWN)}; complete the download, or say with images=FOLDER where they are"
         )
-
-
-def list_pictures(folder: str | os.PathLike[str]) -> list[str]:
-    """Names of the pictures of a folder, sorted; hidden files are left out, folders below it are not entered.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            found = [entry.name for entry in entries if is_picture(entry.name) and not entry.is_dir()]
-    except OSError as error:
-        raise UserError(f"{os.fspath(folder)}: the folder cannot be read: {error.strerror}") from error
-    return sorted(found)
 
 
 def is_picture(name: str) -> bool:

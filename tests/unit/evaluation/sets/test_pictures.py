@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from m2_encoder.errors import ImageError, UserError
-from m2_encoder.evaluation.sets.base import Picture
-from m2_encoder.evaluation.sets.pictures import FilePictures, PartPictures, find_missing, stamp_pictures
+from m2_encoder.evaluation.sets.pictures import FilePictures, PartPictures, find_missing
 
 
 def test_files_parts_and_copies_for_workers(tmp_path: Path) -> None:
@@ -55,28 +54,3 @@ def test_folders_are_listed_once(tmp_path: Path) -> None:
     (tmp_path / "a" / "1").touch()
     (tmp_path / "2").touch()
     assert find_missing(tmp_path, ["a/1", "2", "a/3", "b/1"]) == ["a/3", "b/1"]
-
-
-def test_a_stamp_changes_with_what_is_on_disk(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    for name in ("1", "2"):
-        (tmp_path / "a" / name).write_bytes(b"one")
-
-    def stamps(names: tuple[str, ...] = ("1", "2"), offset: int = 0) -> list[str]:
-        parts = np.array([[0, offset, 3]] * len(names))
-        found = [
-            FilePictures(tmp_path / "a", names),
-            PartPictures(names, [str(tmp_path / "a" / "2")], parts),
-            [Picture(name, (tmp_path / "a" / name).read_bytes) for name in names],
-        ]
-        return [stamp_pictures(pictures) for pictures in found]
-
-    first = stamps()
-    assert first == stamps()
-    assert len({*first, *stamps(("2", "1")), *stamps(("1",))}) == 9
-    assert stamps(offset=1)[1] != first[1]
-    (tmp_path / "a").rename(tmp_path / "b")
-    (tmp_path / "b").rename(tmp_path / "a")
-    assert stamps() == first, "the same files, moved"
-    (tmp_path / "a" / "2").write_bytes(b"other")
-    assert not set(stamps()) & set(first)
