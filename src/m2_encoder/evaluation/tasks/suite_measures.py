@@ -148,7 +148,11 @@ def measure_zero_shot(part: Part) -> Iterator[Found]:
         known = torch.tensor([bool(name) for name in names])
         if not bool(known.any()) or (classes.targets.dim() == 1 and not bool(known[classes.targets].any())):
             continue
-        for templates, is_ours in _templates_of(part, language, classes.templates):
+        wanted = list(_templates_of(part, language, classes.templates))
+        if not wanted:
+            fix = "add none, or a file, or leave the language out by languages"
+            raise UserError(f"none of them is in {language}; {fix}", key="templates", value=list(part.templates))
+        for templates, is_ours in wanted:
             vectors = _class_vectors(part.encoder, [name for name in names if name], language, templates)
             remark = "" if bool(known.all()) else f"{int(known.sum()):,} of {len(names):,} classes have a name"
             if classes.targets.dim() == 2:

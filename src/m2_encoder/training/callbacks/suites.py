@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.distributed.tensor import DTensor
 
 from m2_encoder.bounds import Count, Workers, check_bounds
 from m2_encoder.data.images.transforms import EvalTransform
@@ -77,6 +77,9 @@ class MeasureSuites(lightning.Callback):
         """
         if not isinstance(pl_module, PretrainModule):
             raise UserError("measures encoders; this task has none", key="callbacks.suites")
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            rule = "cannot measure weights that are split over ranks"
+            raise UserError(f"{rule}; leave it out with strategy=grouped_fsdp", key="callbacks.suites")
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure, and log what was found."""
@@ -87,9 +90,6 @@ class MeasureSuites(lightning.Callback):
             return
         assert isinstance(pl_module, PretrainModule)
         model = pl_module.model
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            rule = "cannot measure weights that are split over ranks"
-            raise UserError(f"{rule}; leave it out with strategy=grouped_fsdp", key="callbacks.suites")
         preprocess = EvalTransform(model.config.image_size, pictures=self._pictures)
         wrapped = wrap_towers(model, preprocess, self._tokenizer, name="model")
         group = dist.group.WORLD if trainer.world_size > 1 else None
