@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 from m2_encoder.data.emoji.dataset import write_emoji_shards
@@ -57,6 +58,15 @@ def hangups_heard() -> Iterator[None]:
 def _seeded() -> None:
     """Every test starts from the same torch seed, whatever ran before it."""
     torch.manual_seed(20240126)
+
+
+@pytest.fixture(autouse=True)
+def _no_group_left() -> Iterator[None]:
+    """No test leaves a process group behind, which would change how the next ones train."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("left a process group behind; destroy it, or do this in a process of its own")
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,18 @@ class QuietWandbLogger(WandbLogger):
         self._try(lambda: self._log(metrics, 0 if step is None else int(step)))
 
     @rank_zero_only
+    def log_table(
+        self, key: str, columns: Any = None, data: Any = None, dataframe: Any = None, step: int | None = None
+    ) -> None:
+        """As Lightning's; a failure stops no run."""
+        self._try(lambda: super(QuietWandbLogger, self).log_table(key, columns, data, dataframe, step))
+
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """As Lightning's; a failure stops no run."""
+        self._try(lambda: super(QuietWandbLogger, self).log_image(key, images, step, **kwargs))
+
+    @rank_zero_only
     def replay(self, path: Path) -> None:
         """Hand over all steps of a `metrics.jsonl` that W&B does not have."""
         rows = list(read_rows(path))

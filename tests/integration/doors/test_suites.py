@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from PIL import Image
 
+from m2_encoder.runs.loggers import forget_service
 from tests.integration.doors.conftest import Train
 from tests.support.suites import captioned
+from tests.support.wandb_file import read_page
 
 LOOP = ("trainer.limit_val_batches=1", "trainer.max_steps=4", "run.export=false")
 
@@ -37,6 +42,25 @@ def test_measured_at_validations_watched_and_at_the_end(m2_train: Train, tmp_pat
     (recall,) = (each["value"] for each in summary["records"] if wanted.items() <= each.items())
     assert recall == pytest.approx(measured[4]), "the same model, by itself and in the loop"
     assert "| own | zh |" in (run / "results.md").read_text(encoding="utf-8")
+
+
+def test_tables_and_galleries_reach_wandb(m2_train: Train, tmp_path: Path) -> None:
+    found = _suite(captioned(tmp_path / "set", 6))
+    run = m2_train(*found, *LOOP, "callbacks=[default,suites]", "logger=wandb")
+    forget_service()  # which writes the last of it
+    (place,) = (run / "wandb").glob("offline-run-*")
+    page = read_page(place)
+    tables = {name: table for name, table in page.tables.items() if name.startswith("eval/own/")}
+    assert any(row[:2] == ["own", "zh"] for table in tables.values() for row in table["data"])
+    for language in ("zh", "en"):
+        for which in ("best", "worst"):
+            rows = [row[f"eval/own_{language}/{which}"] for row in page.history if f"eval/own_{language}/{which}" in row]
+            assert len(rows) == 2, "at both validations"
+            (caption, *_) = rows[-1]["captions"]
+            assert re.fullmatch(r".+ \(rank \d of 6\)", caption)
+            with Image.open(place / "files" / rows[-1]["filenames"][0]) as strip:
+                assert strip.height == 96
+                assert strip.width > 5 * 96
 
 
 def test_every_second_validation(m2_train: Train, tmp_path: Path) -> None:
@@ -66,6 +90,8 @@ def test_refused_before_a_step(
         monkeypatch.delenv(name)
     found = [] if any(line.startswith("evaluation=") for line in lines) else _suite(captioned(tmp_path / "set", 3))
     run = m2_train(*found, *LOOP, "callbacks=[default,suites]", *lines, code=2)
+    if dist.is_initialized():  # by the strategy of split weights
+        dist.destroy_process_group()
     assert said in capsys.readouterr().err
     assert not (run / "checkpoints").exists()
 

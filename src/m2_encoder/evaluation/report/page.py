@@ -24,6 +24,7 @@ _TASKS: Final = ("retrieval", "text retrieval", "classification", "probe", "geom
 
 _THUMBNAIL_PX: Final = 96
 _JPEG_QUALITY: Final = 80
+_GAP_PX: Final = 8
 
 
 class ModelFacts(NamedTuple):
@@ -147,6 +148,17 @@ def thumbnail(image: Image.Image) -> str:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def draw_strip(found: Found) -> Image.Image:
+    """The right picture, a gap, and the pictures that were found, in a row."""
+    heads = [found.right, *found.found]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(each.partition(",")[2]))) for each in heads]
+    strip = Image.new("RGB", (len(heads) * (_THUMBNAIL_PX + _GAP_PX) + _GAP_PX, _THUMBNAIL_PX), "white")
+    for place, picture in enumerate(pictures):
+        left = place * (_THUMBNAIL_PX + _GAP_PX) + (2 * _GAP_PX if place else 0)
+        strip.paste(picture, (left + (_THUMBNAIL_PX - picture.width) // 2, (_THUMBNAIL_PX - picture.height) // 2))
+    return strip
 
 
 def order_of_language(language: str) -> tuple[int, str]:

@@ -16,9 +16,10 @@ from m2_encoder.errors import UserError
 from m2_encoder.evaluation.encode import Tokenize
 from m2_encoder.evaluation.features import FeatureEncoder
 from m2_encoder.evaluation.models.own import wrap_towers
+from m2_encoder.evaluation.report.page import draw_strip
 from m2_encoder.evaluation.suite import run_tasks
 from m2_encoder.evaluation.tables import CellTable
-from m2_encoder.evaluation.tasks.base import EvaluationContext
+from m2_encoder.evaluation.tasks.base import EvaluationContext, TaskResult
 from m2_encoder.evaluation.tasks.suite import Suite
 from m2_encoder.pictures import PicturePolicy
 from m2_encoder.training.module import PretrainModule
@@ -27,8 +28,8 @@ from m2_encoder.training.module import PretrainModule
 class MeasureSuites(lightning.Callback):
     """Measures suites of `evaluation` at validations; early stopping and the best checkpoint may watch what they find.
 
-    Metrics are named `eval/<set>_<language>/<metric>`. Pictures are shared among the ranks. Loggers that take tables
-    get those that the terminal shows at the end.
+    Metrics are named `eval/<set>_<language>/<metric>`. Pictures are shared among the ranks. Loggers with `log_table` and
+    `log_image`, as that of W&B, get the tables of the terminal and galleries of the best and worst retrievals.
 
     Args:
         suites: names in `evaluation`; None for all suites there.
@@ -99,7 +100,7 @@ class MeasureSuites(lightning.Callback):
             results = run_tasks(self._suites, context)
         for name, result in results.items():
             pl_module.log_dict(dict(result.metrics), rank_zero_only=False)
-            _log_tables(trainer, name, [row for row in result.rows if isinstance(row, CellTable)])
+            _log_media(trainer, name, result)
 
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were."""
@@ -110,12 +111,20 @@ class MeasureSuites(lightning.Callback):
         self._seen = int(state_dict.get("seen", 0))
 
 
-def _log_tables(trainer: lightning.Trainer, name: str, tables: Sequence[CellTable]) -> None:
-    """To loggers that take tables, as that of W&B does."""
+def _log_media(trainer: lightning.Trainer, name: str, result: TaskResult) -> None:
+    """Tables and galleries, to loggers that take them, as that of W&B does."""
     if not trainer.is_global_zero:
         return
+    step = trainer.global_step
     for logger in trainer.loggers:
-        log: Any = getattr(logger, "log_table", None)
-        for table in tables if log is not None else ():
-            key = f"eval/{name}/{table.title.partition(',')[0].lower().replace(' ', '_')}"
-            log(key, columns=list(table.headings), data=[list(row) for row in table.rows], step=trainer.global_step)
+        log_table: Any = getattr(logger, "log_table", None)
+        for table in result.rows if log_table is not None else ():
+            if isinstance(table, CellTable):
+                key = f"eval/{name}/{table.title.partition(',')[0].lower().replace(' ', '_')}"
+                log_table(key, columns=list(table.headings), data=[list(row) for row in table.rows], step=step)
+        log_image: Any = getattr(logger, "log_image", None)
+        for gallery in result.galleries if log_image is not None else ():
+            for which, queries in (("best", gallery.best), ("worst", gallery.worst)):
+                key = f"eval/{gallery.dataset}_{gallery.language}/{which}"
+                captions = [f"{each.query} (rank {each.rank} of {gallery.gallery_size})" for each in queries]
+                log_image(key, images=[draw_strip(each) for each in queries], caption=captions, step=step)
