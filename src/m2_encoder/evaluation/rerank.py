@@ -8,7 +8,7 @@ once, at most K per query. Memory: hidden states of texts stay on the CPU, those
 Letters: n images · m texts · Q queries · M gallery items · K candidates · P pairs · T text tokens · D width ·
 E feature dim · S image side in pixels.
 
-Reference: ALBEF (arXiv:2107.07651), section 4, and R2D2 (arXiv:2205.03860) rerank in this way; both add the similarity
+Reference: ALBEF (arXiv:2107.07651), section 5, and R2D2 (arXiv:2205.03860) rerank in this way; both add the similarity
 of features to the score, which is not done here.
 """
 

@@ -77,7 +77,7 @@ def measure_uniformity(features: Tensor) -> Measurement:
 def measure_gap(first: Tensor, second: Tensor, *, metric: str = "modality_gap") -> Measurement:
     """Distance between the centres of two kinds of features, 0 to 2: images and texts, or texts of two languages.
 
-    Reference: Liang et al. (arXiv:2203.02053), section 4, the length of Delta_gap.
+    Reference: Liang et al. (arXiv:2203.02053), the length of Delta_gap.
 
     Args:
         first: (n, E), any floating dtype.
