@@ -119,6 +119,22 @@ PLAN: Final = _command(
     ),
 )
 
+SERVE: Final = _command(
+    "m2-serve",
+    summary="Serve a search page, and answer immich, MT-Photos and other programs that ask for features.",
+    examples=(
+        "m2-serve index=photos.index",
+        "m2-serve index=drawings model=outputs/emoji/export open=true  # the built-in drawings, in a browser",
+        "m2-serve index=photos.index host=0.0.0.0 port=3003            # others can see the pictures",
+        "m2-serve model=outputs/emoji/export host=0.0.0.0 api_key=KEY  # immich and MT-Photos alone",
+    ),
+    notes=(
+        "The address that is printed shows the page to browsers; /api lists what programs can ask. Only files that the",
+        "index names and that lie below its folder are served. Nothing is asked of other machines.",
+        "docs/serving.md says what to set in immich and MT-Photos.",
+    ),
+)
+
 DATA_EMOJI: Final = _command(
     "m2-data emoji",
     summary="Unpack the built-in bilingual emoji set to WebDataset tars, one folder per split.",
@@ -219,18 +235,19 @@ DATA_CURATE: Final = _command(
     ),
 )
 
-SERVE: Final = _command(
-    "m2-serve",
-    summary="Serve a search page, and answer immich, MT-Photos and other programs that ask for features.",
+SEARCH_INDEX: Final = _command(
+    "m2-search index",
+    summary="Make an index of a folder of pictures, or bring one up to date.",
     examples=(
-        "m2-serve index=photos.index",
-        "m2-serve index=drawings model=outputs/emoji/export open=true  # the built-in drawings, in a browser",
-        "m2-serve index=photos.index host=0.0.0.0 port=3003            # others can see the pictures",
-        "m2-serve model=outputs/emoji/export host=0.0.0.0 api_key=KEY  # immich and MT-Photos alone",
+        "m2-search index photos model=outputs/emoji/export",
+        "m2-search index photos  # again: what is new, changed or gone since then",
+        "m2-search index photos output=p.index model=m2-encoder-0.4b weights=m2_encoder_0.4B.ckpt tokenizer=sp.model",
     ),
     notes=(
-        "The address that is printed shows the page to browsers; /api lists what programs can ask. Only files that the",
-        "index names and that lie below its folder are served. Nothing is asked of other machines.",
-        "docs/serving.md says what to set in immich and MT-Photos.",
+        "A picture is known by path, size and time of its file; only what is new or changed is encoded. A run that was",
+        "stopped, however it ended, goes on when it is started again. Pictures are only read. What cannot be used is",
+        "listed on stderr, and tried again the next time.",
+        "",
+        "Exit codes: 0 all pictures are in it, 1 some were skipped, 2 the index is as it was: the message says why.",
     ),
 )

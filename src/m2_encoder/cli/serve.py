@@ -134,7 +134,7 @@ def run_serve(cfg: dict[str, Any]) -> int:
 def _open(cfg: dict[str, Any]) -> tuple[PictureIndex | None, EvaluatedModel]:
     """The index, if one is asked for, and the model."""
     device = device_of(cfg["device"])
-    given = {key: _place(cfg[key]) for key in ("model", "weights", "tokenizer")}
+    given: dict[str, Any] = {key: _place(cfg[key]) for key in ("model", "weights", "tokenizer")}
     if cfg["index"] not in (None, DRAWINGS):
         index = open_index(find_path(cfg["index"]))
         return index, open_index_model(index, **given, device=device)

@@ -145,8 +145,6 @@ def _read_part(values: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _answer(found: Found, started: float) -> Response:
-    results = [
-        {"name": name, "score": round(score, 6)} for name, score in zip(found.names, found.scores, strict=True)
-    ]
+    results = [{"name": name, "score": round(score, 6)} for name, score in zip(found.names, found.scores, strict=True)]
     took = round((time.perf_counter() - started) * 1000, 1)
     return JSONResponse({"total": found.total, "end": found.end, "took_ms": took, "results": results})

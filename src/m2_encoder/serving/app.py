@@ -25,7 +25,7 @@ from m2_encoder.serving.finder import Finder
 from m2_encoder.serving.gallery import Gallery
 from m2_encoder.serving.guard import Guard
 from m2_encoder.serving.openapi import describe_api
-from m2_encoder.serving.page import Page, greet_immich, wants_page
+from m2_encoder.serving.page import Page, wants_page
 from m2_encoder.serving.refusals import Refusal
 
 
@@ -60,13 +60,6 @@ def build_app(
     encoder = Encoder(model, batch_size=limits.batch_size, max_waiting=limits.max_waiting)
     gallery = None if index is None else Gallery(index.root, index.names)
     finder = None if index is None or gallery is None else Finder(index, gallery, encoder, find_end)
-    page, reference = Page("search.html"), Page("api.html")
-
-    async def root(request: Request) -> Response:
-        return await page.show(request) if wants_page(request) else await greet_immich()
-
-    async def openapi(_request: Request) -> Response:
-        return JSONResponse(describe_api(limits.max_body_bytes))
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -80,9 +73,7 @@ def build_app(
     answers = mt_photos.endpoints(encoder, api_key)
     return Starlette(
         routes=[
-            Route("/", root),
-            Route("/api", reference.show),
-            Route("/api/openapi.json", openapi),
+            *_pages(limits),
             *Api(encoder, gallery, finder).routes(),
             Route("/ping", immich.ping),
             Route("/predict", immich.predict_with(encoder), methods=["POST"]),
@@ -100,6 +91,19 @@ def build_app(
         },
         lifespan=lifespan,
     )
+
+
+def _pages(limits: ServerLimits) -> list[Route]:
+    """What people look at, and its like for programs."""
+    page, reference = Page("search.html"), Page("api.html")
+
+    async def root(request: Request) -> Response:
+        return await page.show(request) if wants_page(request) else immich.greet()
+
+    async def openapi(_request: Request) -> Response:
+        return JSONResponse(describe_api(limits.max_body_bytes))
+
+    return [Route("/", root), Route("/api", reference.show), Route("/api/openapi.json", openapi)]
 
 
 async def _refuse(request: Request, error: Any) -> Response:

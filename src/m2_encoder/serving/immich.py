@@ -1,7 +1,7 @@
 """The interface by which immich asks its machine learning server, for the jobs of smart search.
 
-`POST /predict` is a form with `entries`, a JSON object {task: {type: {"modelName": …, "options": …}}}, and either `text`
-or the file `image`. immich names a model because its column of vectors has that model's width; any status but 2xx makes
+`POST /predict` is a form with `entries`, a JSON object {task: {type: {"modelName": …, "options": …}}}, and the field
+`text` or the file `image`. immich names a model because its column of vectors has that model's width; any status but 2xx makes
 it ask its next server.
 """
 
@@ -34,6 +34,11 @@ _TYPES: Final = ("textual", "visual")
 def choose_name(feature_dim: int) -> str | None:
     """The model to choose in immich for features of a width; None if none of its columns is wide enough."""
     return next((name for name, width in WIDTHS.items() if width >= feature_dim), None)
+
+
+def greet() -> Response:
+    """What immich's own server says at `/`."""
+    return JSONResponse({"message": "Immich ML"})
 
 
 async def ping(_request: Request) -> Response:
@@ -77,16 +82,15 @@ def _read_entries(entries: str | None, feature_dim: int) -> tuple[str, int]:
     if not isinstance(types, dict) or len(types) != 1 or (kind := next(iter(types))) not in _TYPES:
         raise invalid(f"entries must be one job, {_TASK}.textual or {_TASK}.visual")
     entry = types[kind]
-    name = entry.get("modelName") if isinstance(entry, dict) else None
-    if not isinstance(name, str):
+    model = entry.get("modelName") if isinstance(entry, dict) else None
+    if not isinstance(model, str):
         raise invalid(f"{_TASK}.{kind} must have a modelName")
-    width = WIDTHS.get(name)
+    width = WIDTHS.get(model)
     if width is None or width < feature_dim:
-        usable = ", ".join(each for each, wide in WIDTHS.items() if wide >= feature_dim)
+        usable = ", ".join(name for name, wide in WIDTHS.items() if wide >= feature_dim)
         advice = f"choose one of: {usable}" if usable else "its columns are too narrow for this model"
-        raise Refusal(
-            422, "other_model", f"{abridge(name, 80)} does not fit features of {feature_dim} numbers; in immich {advice}"
-        )
+        said = f"{abridge(model, 80)} does not fit features of {feature_dim} numbers; in immich {advice}"
+        raise Refusal(422, "other_model", said)
     return kind, width
 
 

@@ -12,7 +12,11 @@ _PART: Final = {
     "start": {"type": "integer", "minimum": 0, "default": 0, "description": "results to leave out at the beginning"},
     "count": {"type": "integer", "minimum": 1, "maximum": MAX_COUNT, "default": 60},
 }
-_FILE: Final = {"type": "string", "format": "binary", "description": "a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC file"}
+_FILE: Final = {
+    "type": "string",
+    "format": "binary",
+    "description": "a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC file",
+}
 _NAME: Final = {
     "name": "name",
     "in": "path",

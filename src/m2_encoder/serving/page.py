@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Final
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 
 _INLINE: Final = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
@@ -43,14 +43,7 @@ class Page:
 
     async def show(self, _request: Request) -> Response:
         """The page."""
-        return HTMLResponse(
-            self._html, headers={"Content-Security-Policy": self._policy, "Cache-Control": "no-cache"}
-        )
-
-
-async def greet_immich() -> Response:
-    """What immich's own server says at `/`."""
-    return JSONResponse({"message": "Immich ML"})
+        return HTMLResponse(self._html, headers={"Content-Security-Policy": self._policy, "Cache-Control": "no-cache"})
 
 
 def wants_page(request: Request) -> bool:

@@ -36,11 +36,12 @@ def listen(host: str, port: int) -> socket.socket:
         opened.listen(_BACKLOG)
     except OSError as error:
         opened.close()
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise UserError("is no address of this machine", key="host", value=host) from error
-        fix = "another program listens there; choose another, such as" if error.errno == errno.EADDRINUSE else "not allowed"
-        said = f"{fix} port={port + 1 if port < 65535 else 0}" if error.errno == errno.EADDRINUSE else error.strerror
-        raise UserError(str(said), key="port", value=port) from error
+        key, value, rule = "port", str(port), str(error.strerror)
+        if error.errno == errno.EADDRINUSE:
+            rule = f"another program listens there; choose another, such as port={port + 1 if port < 65535 else 0}"
+        elif error.errno == errno.EADDRNOTAVAIL:
+            key, value, rule = "host", host, "is no address of this machine"
+        raise UserError(rule, key=key, value=value) from error
     return opened
 
 
