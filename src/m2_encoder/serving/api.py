@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -128,7 +129,7 @@ class Api:
     async def file(self, request: Request) -> Response:
         """A picture itself."""
         check_keys(request.query_params, ())
-        found = self._need(self._gallery).find(request.path_params["name"])
+        found = await asyncio.to_thread(self._need(self._gallery).find, request.path_params["name"])
         return FileResponse(found.path, media_type=found.media_type, headers={"ETag": found.tag})
 
     @staticmethod

@@ -78,14 +78,14 @@ class Gallery:
             Refusal: 404, if the index does not name it, it is gone, or it lies elsewhere; 415 if it is no picture.
         """
         self.row_of(name)
-        path = Path(os.path.realpath(self._root / name))
-        if not path.is_relative_to(self._root):
-            raise Refusal(404, "elsewhere", f"{name} is a link to a file outside of the indexed folder")
         try:
-            with path.open("rb") as file:
+            path = Path(os.path.realpath(self._root / name))
+            if not path.is_relative_to(self._root):
+                raise Refusal(404, "elsewhere", f"{name} is a link to a file outside of the indexed folder")
+            with open(path, "rb", opener=_open_now) as file:
                 status = os.fstat(file.fileno())
                 head = file.read(_HEAD_BYTES) if stat.S_ISREG(status.st_mode) else b""
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # of a name with a NUL
             raise Refusal(404, "gone", f"{name} is not there any more: index the folder again") from error
         if (kind := name_format(head)) not in FORMATS:
             raise Refusal(415, "no_picture", f"{name} is no picture any more: index the folder again")
@@ -133,6 +133,11 @@ class Gallery:
             self._cached_bytes += len(made[1]) - (0 if before is None else len(before[1]))
             while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
                 self._cached_bytes -= len(self._cache.popitem(last=False)[1][1])
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Opens a file without waiting, as a pipe would have one do that nobody writes to."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def make_thumbnail(content: bytes, size: int) -> bytes:

@@ -1,8 +1,8 @@
 """The interface by which immich asks its machine learning server, for the jobs of smart search.
 
 `POST /predict` is a form with `entries`, a JSON object {task: {type: {"modelName": …, "options": …}}}, and the field
-`text` or the file `image`. immich names a model because its column of vectors has that model's width; any status but 2xx makes
-it ask its next server.
+`text` or the file `image`. immich names a model because its column of vectors has the width of that; any status but 2xx
+makes it ask its next server.
 """
 
 from __future__ import annotations
