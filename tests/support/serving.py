@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import http.client
 import json
 import threading
@@ -24,6 +23,7 @@ from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.evaluation.models.own import wrap_towers
+from m2_encoder.picture_search.index import IndexModel, PictureIndex
 from m2_encoder.serving.server import listen, url_of
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
@@ -49,19 +49,14 @@ def small_model() -> EvaluatedModel:
     return wrap_towers(small_encoder(tokenizer), EvalTransform(32), tokenizer, name="small")
 
 
-@dataclasses.dataclass
-class MemoryIndex:
-    """What servers use of a `PictureIndex`."""
-
-    root: Path
-    names: list[str]
-    features: npt.NDArray[np.float32]
-    model: str = "small"
-
-    def search(self, queries: npt.ArrayLike, k: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        scores = np.asarray(queries, dtype=np.float32) @ self.features.T
-        rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(scores, rows, axis=1), rows
+def index_in_memory(root: Path, names: list[str], features: npt.NDArray[np.float32]) -> PictureIndex:
+    """An index that was never on disk."""
+    unknown = np.zeros(len(names), dtype=np.int64)
+    made_by = IndexModel("small", None, None, "official", "")
+    return PictureIndex(
+        path=root, root=root, names=names, sizes=unknown, times=unknown, features=features, made_by=made_by,
+        skipped=[], neighbours=None,
+    )  # fmt: skip
 
 
 def write_picture(path: Path, seed: int, size: tuple[int, int] = (60, 40)) -> Path:
@@ -72,12 +67,11 @@ def write_picture(path: Path, seed: int, size: tuple[int, int] = (60, 40)) -> Pa
     return path
 
 
-def index_in_memory(root: Path, names: list[str], model: EvaluatedModel) -> MemoryIndex:
-    """An index of files that are there."""
+def encode_files(root: Path, names: list[str], model: EvaluatedModel) -> npt.NDArray[np.float32]:
+    """Features of picture files, (n, 16)."""
     assert model.model is not None
     with torch.no_grad():
-        pixels = torch.stack([model.preprocess(root / name) for name in names])
-        return MemoryIndex(root, names, model.model.encode_image(pixels).numpy())
+        return model.model.encode_image(torch.stack([model.preprocess(root / name) for name in names])).numpy()
 
 
 class Answer(NamedTuple):

@@ -105,7 +105,6 @@ def run_serve(cfg: dict[str, Any]) -> int:
         app = build_app(
             model,
             index=index,
-            find_end=lambda _query, scores: min(12, len(scores)),
             api_key=cfg["api_key"],
             only_loopback=only_loopback,
             limits=ServerLimits(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -18,7 +18,6 @@ from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.serving import immich, mt_photos
 from m2_encoder.serving.api import Api
-from m2_encoder.serving.batches import Features
 from m2_encoder.serving.bodies import BodyLimits
 from m2_encoder.serving.encoder import Encoder
 from m2_encoder.serving.finder import Finder
@@ -42,7 +41,6 @@ def build_app(
     model: EvaluatedModel,
     *,
     index: PictureIndex | None,
-    find_end: Callable[[Features, Features], int],
     api_key: str | None,
     only_loopback: bool,
     limits: ServerLimits,
@@ -52,14 +50,13 @@ def build_app(
     Args:
         model: with a text tower; the one that made the index.
         index: of the pictures to search; None answers immich and MT-Photos alone.
-        find_end: see `Finder`.
         api_key: of MT-Photos; None refuses it.
         only_loopback: whether it is served on loopback alone.
         limits: what it takes.
     """
     encoder = Encoder(model, batch_size=limits.batch_size, max_waiting=limits.max_waiting)
     gallery = None if index is None else Gallery(index.root, index.names)
-    finder = None if index is None or gallery is None else Finder(index, gallery, encoder, find_end)
+    finder = None if index is None or gallery is None else Finder(index, gallery, encoder)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

@@ -6,15 +6,16 @@ Letters: N pictures · D feature dim.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from m2_encoder.errors import UserError
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.picture_search.query import Term, parse_query
+from m2_encoder.picture_search.results import find_results
 from m2_encoder.serving.batches import Features
 from m2_encoder.serving.encoder import Encoder
 from m2_encoder.serving.gallery import Gallery
@@ -22,6 +23,7 @@ from m2_encoder.serving.refusals import busy, invalid
 
 _MAX_WAITING: Final = 64
 _SHORTEST: Final = 1e-3
+_SEEN_FOR_END: Final = 1000  # results among which the probable end is looked for, whatever part is asked for
 
 
 class Found(NamedTuple):
@@ -40,27 +42,18 @@ class Finder:
         index: of at least one picture.
         gallery: its files.
         encoder: the model.
-        find_end: the feature of a query, (D,), and the scores of its best results, best first, to the number of those
-            that probably belong to it.
     """
 
-    def __init__(
-        self,
-        index: PictureIndex,
-        gallery: Gallery,
-        encoder: Encoder,
-        find_end: Callable[[Features, Features], int],
-    ) -> None:
+    def __init__(self, index: PictureIndex, gallery: Gallery, encoder: Encoder) -> None:
         self._index = index
         self._gallery = gallery
         self._encoder = encoder
-        self._find_end = find_end
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
         self._waiting = 0
 
     def list_names(self, start: int, count: int) -> tuple[list[str], int]:
         """A part of all names, in their order, and the number of all."""
-        return self._index.names[start : start + count], len(self._index.names)
+        return self._index.names[start : start + count], len(self._index)
 
     async def search(self, query: str | None, picture: bytes | None, start: int, count: int) -> Found:
         """Results for a query as `parse_query` reads it, for the content of a picture's file, or for their sum.
@@ -111,18 +104,12 @@ class Finder:
             self._waiting -= 1
 
     def _find_now(self, feature: Features, start: int, count: int, without: int | None) -> Found:
-        index, total = self._index, len(self._index.names) - (without is not None)
-        wanted = max(start + count, MAX_TO_END) + (without is not None)
-        scores, rows = (each[0] for each in index.search(feature[None], min(wanted, len(index.names))))
-        kept: Any = slice(None) if without is None else rows != without
-        scores, rows = scores[kept][: wanted - (without is not None)], rows[kept]
-        end = self._find_end(feature, scores[:MAX_TO_END])
-        part = slice(start, start + count)
-        return Found([index.names[row] for row in rows[part]], scores[part].tolist(), end, total)
-
-
-MAX_TO_END: Final = 1000
-"""Results among which the probable end is looked for."""
+        own = () if without is None else (without,)
+        top = max(start + count, _SEEN_FOR_END)
+        found = find_results(self._index, feature, top, query="", without=own)
+        part = found.rows[start : start + count]
+        names, scores = [each.name for each in part], [each.score for each in part]
+        return Found(names, scores, found.end, len(self._index) - len(own))
 
 
 def _parse(query: str) -> list[Term]:

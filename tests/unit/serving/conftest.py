@@ -15,8 +15,9 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 from m2_encoder.evaluation.models.base import EvaluatedModel
+from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.serving.app import ServerLimits, build_app
-from tests.support.serving import Client, MemoryIndex, index_in_memory, running, small_model, write_picture
+from tests.support.serving import Client, encode_files, index_in_memory, running, small_model, write_picture
 
 API_KEY = "sesame"
 LIMITS = ServerLimits(batch_size=8, max_body_bytes=2**20, max_waiting=32)
@@ -28,25 +29,27 @@ def model() -> EvaluatedModel:
 
 
 @pytest.fixture(scope="session")
-def index(model: EvaluatedModel, tmp_path_factory: pytest.TempPathFactory) -> MemoryIndex:
+def index(model: EvaluatedModel, tmp_path_factory: pytest.TempPathFactory) -> PictureIndex:
     """Thirty pictures; read-only by agreement."""
     root = tmp_path_factory.mktemp("photos")
-    names = [*(f"beach/{number}.png" for number in range(25)), *(f"我的 图片/{number} #?%41.jpg" for number in range(5))]
+    names = [
+        *(f"beach/{number}.png" for number in range(25)),
+        *(f"我的 图片/{number} #?%41.jpg" for number in range(5)),
+    ]
     for seed, name in enumerate(names):
         write_picture(root / name, seed)
-    return index_in_memory(root, names, model)
+    return index_in_memory(root, names, encode_files(root, names, model))
 
 
 @pytest.fixture(scope="session")
-def server(model: EvaluatedModel, index: Any) -> Iterator[Client]:
-    app = build_app(model, index=index, find_end=lambda _query, scores: min(4, len(scores)), api_key=API_KEY,
-                    only_loopback=True, limits=LIMITS)  # fmt: skip
+def server(model: EvaluatedModel, index: PictureIndex) -> Iterator[Client]:
+    app = build_app(model, index=index, api_key=API_KEY, only_loopback=True, limits=LIMITS)
     with running(app) as client:
         yield client
 
 
 @pytest.fixture
-def photo(index: MemoryIndex) -> Path:
+def photo(index: PictureIndex) -> Path:
     """A file that is in the index."""
     return index.root / "beach/3.png"
 

@@ -20,7 +20,16 @@ from m2_encoder.serving.immich import choose_name
 from tests.support.serving import Client, small_encoder, small_tokenizer
 from tests.unit.serving.conftest import API_KEY
 
-TEXTS = ["一只猫", "a dog\non  the \t beach", "红色的水果 and a cup", "", "长" * 250, "word " * 100, "😀", "\u3000全角\u3000空格"]
+TEXTS = [
+    "一只猫",
+    "a dog\non  the \t beach",
+    "红色的水果 and a cup",
+    "",
+    "长" * 250,
+    "word " * 100,
+    "😀",
+    "\u3000全角\u3000空格",
+]
 
 
 @pytest.fixture(scope="module")

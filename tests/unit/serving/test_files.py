@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from m2_encoder.evaluation.models.base import EvaluatedModel
+from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.serving.app import build_app
 from m2_encoder.serving.gallery import make_thumbnail
-from tests.support.serving import Client, MemoryIndex, running, write_picture
+from tests.support.serving import Client, index_in_memory, running, write_picture
 from tests.unit.serving.conftest import LIMITS
 
 SECRET = b"\x89PNG\r\n\x1a\n the secret of another folder"
@@ -51,8 +52,8 @@ def client(model: EvaluatedModel, folder: Path) -> Iterator[Client]:
         "page.png", "drawing.png", "pipe.png", "../secret.png", str(folder.parent / "secret.png"),
         "../photos.old/c.png", "deep/../../secret.png", "nul\0.png",
     ]  # fmt: skip
-    index = MemoryIndex(folder, names, np.eye(len(names), 16, dtype=np.float32))
-    app = build_app(model, index=index, find_end=lambda *_: 0, api_key=None, only_loopback=True, limits=LIMITS)  # type: ignore[arg-type]
+    index = index_in_memory(folder, names, np.eye(len(names), 16, dtype=np.float32))
+    app = build_app(model, index=index, api_key=None, only_loopback=True, limits=LIMITS)
     with running(app) as client:
         yield client
 
@@ -117,7 +118,7 @@ def test_a_file_that_is_gone_or_changed_since(client: Client, folder: Path) -> N
     assert client.get("/api/files/a.png").json["code"] == "gone"
 
 
-def test_names_with_any_sign(server: Client, index: MemoryIndex) -> None:
+def test_names_with_any_sign(server: Client, index: PictureIndex) -> None:
     name = "我的 图片/3 #?%41.jpg"
     assert server.get(f"/api/files/{quote(name)}").body == (index.root / name).read_bytes()
 
