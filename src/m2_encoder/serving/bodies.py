@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -118,16 +118,21 @@ async def read_form(request: Request) -> AsyncIterator[FormData]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         raise Refusal(415, "no_form", f"the body must be multipart/form-data, not {kind or 'without a content-type'}")
+    bounds: dict[str, Any] = {"max_files": MAX_PARTS, "max_fields": MAX_PARTS, "max_part_size": MAX_JSON_BYTES}
+    parser = MultiPartParser(request.headers, request.stream(), **bounds)
     try:
         async with _in_time():
-            form = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=MAX_JSON_BYTES)
-    except (Refusal, ClientDisconnect):
-        raise
-    except HTTPException as error:
-        raise Refusal(400, "no_form", f"the form cannot be read: {error.detail}") from error
-    except Exception as error:
+            form = await parser.parse()
+        whole = sum(isinstance(part, UploadFile) for _, part in form.multi_items())
+        if whole < len(parser._files_to_close_on_error):
+            raise ValueError("it ends within a file")
+    except BaseException as error:
+        for file in parser._files_to_close_on_error:  # older versions close them for some errors alone
+            file.close()
+        if isinstance(error, Refusal | ClientDisconnect) or not isinstance(error, Exception):
+            raise
         # Not too broad: what damaged forms raise is not documented, and says the same whatever its type.
-        raise Refusal(400, "no_form", f"the form cannot be read: {error}") from error
+        raise Refusal(400, "no_form", f"the form cannot be read: {getattr(error, 'message', error)}") from error
     try:
         yield form
     finally:

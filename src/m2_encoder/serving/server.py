@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -77,4 +78,5 @@ def serve(app: ASGIApp, opened: socket.socket, *, on_start: Callable[[], object]
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_S,
     )
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # damaged forms are the client's to hear of
     Server(config).run(sockets=[opened])
