@@ -37,12 +37,12 @@ def listen(host: str, port: int) -> socket.socket:
         opened.listen(_BACKLOG)
     except OSError as error:
         opened.close()
-        key, value, rule = "port", str(port), str(error.strerror)
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError("is no address of this machine", key="host", value=host) from error
+        rule = str(error.strerror)
         if error.errno == errno.EADDRINUSE:
             rule = f"another program listens there; choose another, such as port={port + 1 if port < 65535 else 0}"
-        elif error.errno == errno.EADDRNOTAVAIL:
-            key, value, rule = "host", host, "is no address of this machine"
-        raise UserError(rule, key=key, value=value) from error
+        raise UserError(rule, key="port", value=port) from error
     return opened
 
 
