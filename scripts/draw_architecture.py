@@ -40,7 +40,10 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
     },
     {"data": "shards, order, samples, images, masks, loading"},
     {"hub": "load(), list_models()"},
-    {"evaluation": "metrics, tasks, models and their features, the suite, pictures"},
+    {
+        "evaluation": "metrics, tasks, models and their features, the suite, pictures",
+        "exports": "formats of other tools, and whether they give our features",
+    },
     {
         "training": "one step, optimizers, adaptation, callbacks",
         "curation": "what is dropped before training",

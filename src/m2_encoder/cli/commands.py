@@ -77,12 +77,21 @@ EVALUATE: Final = _command(
 
 EXPORT: Final = _command(
     "m2-export",
-    summary="Write a run's checkpoint as a folder for m2_encoder.load: configuration, weights, tokenizer, model card.",
+    groups=("to",),
+    summary="Write a model as a folder for m2_encoder.load and for other tools, and prove that they give its features.",
     examples=(
         "m2-export run.name=emoji",
         "m2-export run.name=emoji checkpoint=step=500.ckpt output=outputs/emoji/export-500",
+        "m2-export run.name=emoji 'to=[native,onnx]' output=outputs/emoji/onnx",
+        "m2-export model=outputs/emoji/export 'to=[onnx]' to.onnx.dtype=float16 output=half",
+        "m2-export model=m2-encoder-0.4b weights=m2_encoder_0.4B.ckpt tokenizer=sp.model 'to=[onnx]' output=graphs",
     ),
-    notes=("checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",),
+    notes=(
+        "checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",
+        "Every format is tried on 64 texts and 32 pictures; one whose features are not those of load is not written.",
+        "",
+        "Exit codes: 0 all formats written, 1 some of them, 2 none: the message says why.",
+    ),
 )
 
 EMBED: Final = _command(
