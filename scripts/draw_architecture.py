@@ -49,10 +49,13 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
         "curation": "what is dropped before training",
         "config": "from the command line to a checked configuration",
     },
-    {"search": "trials of a search for good values"},
+    {
+        "search": "trials of a search for good values",
+        "picture_search": "indexes of people's pictures, and queries",
+    },
     {"runs": "the life of a training run"},
     {"analysis": "runs as data, for notebooks"},
-    {"cli": "m2-train, m2-evaluate, m2-export, m2-embed, m2-plan, m2-data"},
+    {"cli": "m2-train, m2-evaluate, m2-export, m2-embed, m2-search, m2-plan, m2-data"},
 )
 """From below: by layer, what is in it. A layer imports itself and layers of earlier lines, and what `BESIDE` adds."""
 

@@ -61,6 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     # Opened by name, by `evaluation.models.base.import_peer`.
     "open_clip": {"evaluation.models.open_clip_model"},
     "transformers": {"evaluation.models.transformers_model"},
+    "usearch": {"picture_search"},
     "clip_benchmark": {"evaluation.doors.clip_benchmark"},
     "mteb": {"evaluation.doors.mieb"},
     "matplotlib": {"analysis.picture", "analysis.style", "data.inspect.figure", "planning.figure"},

@@ -227,3 +227,20 @@ DATA_CURATE: Final = _command(
         "image and one .json per sample; other members of a sample are not carried over.",
     ),
 )
+
+SEARCH_INDEX: Final = _command(
+    "m2-search index",
+    summary="Make an index of a folder of pictures, or bring one up to date.",
+    examples=(
+        "m2-search index photos model=outputs/emoji/export",
+        "m2-search index photos  # again: what is new, changed or gone since then",
+        "m2-search index photos output=p.index model=m2-encoder-0.4b weights=m2_encoder_0.4B.ckpt tokenizer=sp.model",
+    ),
+    notes=(
+        "A picture is known by path, size and time of its file; only what is new or changed is encoded. A run that was",
+        "stopped, however it ended, goes on when it is started again. Pictures are only read. What cannot be used is",
+        "listed on stderr, and tried again the next time.",
+        "",
+        "Exit codes: 0 all pictures are in it, 1 some were skipped, 2 the index is as it was: the message says why.",
+    ),
+)

@@ -141,6 +141,16 @@ class SentencePieceTokenizer:
         return frozenset(index for index, is_control, is_unused in flags if is_control or is_unused)
 
     @property
+    def literal_ids(self) -> dict[str, int]:
+        """Ids of the literal pieces that are cut out of a text, by piece."""
+        return dict(self._literal_ids)
+
+    @property
+    def blanks(self) -> list[tuple[str, str]]:
+        """Runs of spaces and the pieces that stand for them, longest first."""
+        return list(self._blanks)
+
+    @property
     def model_bytes(self) -> bytes:
         """Content of the SentencePiece file."""
         return self._model_bytes

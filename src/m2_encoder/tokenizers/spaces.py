@@ -13,14 +13,15 @@ _SPACE = r"\s\u0085"
 _PICTURE = "\\u00a9\\u00ae\\u203c-\\u2bff\\u3030\\u303d\\u3297\\u3299\\ufe0f\\U0001f000-\\U0001faff"
 # A zero-width joiner makes one picture of two, as in 👩‍🚀; anywhere else it joins nothing that can be seen.
 _LONE_JOINER = f"(?<![{_PICTURE}])\\u200d|\\u200d(?![{_PICTURE}])"
-_DROPPED = re.compile(f"[{_INVISIBLE}]+|{_LONE_JOINER}")
+_DROPPED = f"[{_INVISIBLE}]+|{_LONE_JOINER}"
 # Chinese characters and their punctuation, which are written without spaces.
 _HAN = (
     "\\u3001-\\u301f\\u3400-\\u4dbf\\u4e00-\\u9fff\\uf900-\\ufaff\\uff01-\\uff0f\\uff1a-\\uff20\\uff3b-\\uff40\\uff5b-\\uff65"
     "\\U00020000-\\U000323af"
 )
-_BETWEEN_HAN = re.compile(f"(?<=[{_HAN}]) (?=[{_HAN}])")
-_BLANKS = re.compile(f"[{_SPACE}]+")
+_BETWEEN_HAN = f"(?<=[{_HAN}]) (?=[{_HAN}])"
+_BLANKS = f"[{_SPACE}]+"
+_drop, _join_blanks, _close_han = (re.compile(pattern) for pattern in (_DROPPED, _BLANKS, _BETWEEN_HAN))
 
 
 def normalise_spaces(text: str) -> str:
@@ -33,5 +34,19 @@ def normalise_spaces(text: str) -> str:
     """
     if text.isascii() and text.isprintable() and "  " not in text:
         return text.strip(" ")
-    text = _BLANKS.sub(" ", _DROPPED.sub("", text)).strip(" ")
-    return _BETWEEN_HAN.sub("", text) if " " in text else text
+    text = _join_blanks.sub(" ", _drop.sub("", text)).strip(" ")
+    return _close_han.sub("", text) if " " in text else text
+
+
+def space_rules() -> list[tuple[str, str]]:
+    """`normalise_spaces` as (regular expression, replacement), one after the other, for engines other than Python's.
+
+    Characters stand for themselves, since engines write escapes in different ways.
+    """
+    rules = [(_DROPPED, ""), (_BLANKS, " "), ("^ | $", ""), (_BETWEEN_HAN, "")]
+    return [(_write_out(pattern), replacement) for pattern, replacement in rules]
+
+
+def _write_out(pattern: str) -> str:
+    pattern = pattern.replace(r"\s", r"\s\x1c-\x1f")  # of other engines, it lacks these
+    return re.sub(r"\\(?:x(..)|u(.{4})|U(.{8}))", lambda code: chr(int(code[1] or code[2] or code[3], 16)), pattern)

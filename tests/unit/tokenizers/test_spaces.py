@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2_encoder.tokenizers.spaces import normalise_spaces
+from m2_encoder.tokenizers.spaces import normalise_spaces, space_rules
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,11 @@ def test_any_text(text: str) -> None:
     assert not any(character.isspace() and character != " " for character in clean)
     visible = [c for c in text if unicodedata.category(c)[0] in "NPS" or (c.isalpha() and c.isascii())]
     assert [c for c in clean if c in set(visible)] == visible
+
+
+@given(st.text(st.sampled_from("a 一，\t\u3000\u200b\u200d👩🚀\ufe0f\x1c\x85\x00\U000e0100"), max_size=12))
+def test_rules_for_other_engines_are_the_same(text: str) -> None:
+    tidied = text
+    for pattern, replacement in space_rules():
+        tidied = re.sub(pattern, replacement, tidied)
+    assert tidied == normalise_spaces(text)

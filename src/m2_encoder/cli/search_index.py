@@ -1,0 +1,143 @@
+"""`m2-search index`: makes an index of a folder of pictures, or brings one up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from m2_encoder.bounds import Rows, Text, Workers
+from m2_encoder.config.check import check_settings
+from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems
+from m2_encoder.config.output import say
+from m2_encoder.config.problems import UNSET, Unset, find_problems
+from m2_encoder.config.schema import Pictures
+from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.evaluation.models.base import import_peer
+from m2_encoder.picture_search.index import INDEX_FILE, IndexModel, open_index
+from m2_encoder.picture_search.model import SearchModel, open_search_model
+from m2_encoder.picture_search.update import DType, check_index_folder, update_index
+
+EXIT_SKIPPED: Final = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexSettings:
+    """The keys of m2-search index; `conf/commands/search_index.yaml` says what they mean."""
+
+    photos: Text
+    output: Text | None
+    model: Any
+    weights: Any
+    tokenizer: Any
+    pictures: Pictures
+    dtype: DType
+    neighbours: bool | None
+    batch_size: Rows
+    num_workers: Workers
+    device: Any
+
+
+def check_index(cfg: dict[str, Any]) -> list[Problem]:
+    """Problems of a configuration of m2-search index, before the model is loaded."""
+    problems = check_settings(IndexSettings, cfg)
+    if isinstance(cfg["photos"], Unset) or any(problem.key in ("photos", "output") for problem in problems):
+        return problems
+    photos, output = _places(cfg)
+    if not photos.is_dir():
+        rule = "is a file; give the folder it is in" if photos.is_file() else "no such folder"
+        return [*problems, Problem("photos", cfg["photos"], rule)]
+    try:
+        check_index_folder(output, photos)
+        if cfg["neighbours"] is True:
+            import_peer("usearch.index", "indexes with a graph of neighbours", extra="usearch")
+    except UserError as error:
+        return [*problems, *find_problems(error)]
+    has_index = (output / INDEX_FILE).is_file()
+    if cfg["model"] is None and not has_index:
+        fix = "add model=FOLDER, one that m2-export wrote"
+        return [*problems, Problem("model", NOTHING, "must be given for a new index", fix)]
+    if cfg["model"] is not None:
+        problems += model_problems(cfg)
+    else:
+        given = [key for key in ("weights", "tokenizer", "pictures") if cfg[key] is not None]
+        problems += [Problem(key, cfg[key], "belongs to a model; add model=") for key in given]
+        problems += [each for each in model_problems({**cfg, "model": UNSET}) if each.key == "device"]
+    if is_model_name(cfg["model"]) and cfg["tokenizer"] is None:
+        problems.append(Problem("tokenizer", None, "words need the SentencePiece file of a named model"))
+    return problems
+
+
+def run_index(cfg: dict[str, Any]) -> int:
+    """Writes the index; returns 1 if pictures were skipped.
+
+    Raises:
+        UserError: if no picture can be used.
+    """
+    photos, output = _places(cfg)
+    with _progress() as progress:
+        task = progress.add_task("pictures", total=None, skipped="")
+
+        def report(done: int, total: int, skipped: int) -> None:
+            note = f"[yellow]{skipped:,} skipped" if skipped else ""
+            progress.update(task, completed=done, total=total, skipped=note)
+
+        changes = update_index(
+            output,
+            photos,
+            _open_model(cfg, output),
+            dtype=cfg["dtype"],
+            neighbours=cfg["neighbours"],
+            batch_size=cfg["batch_size"],
+            num_workers=cfg["num_workers"],
+            report=report,
+        )
+    count = changes.new + changes.changed + changes.unchanged
+    parts = [f"{changes.new:,} new", f"{changes.changed:,} changed", f"{changes.deleted:,} deleted"]
+    say(f"{count:,} pictures ({', '.join(parts)}): {os.path.relpath(output)}")
+    if not changes.skipped:
+        return 0
+    say(f"m2-search index: {len(changes.skipped):,} skipped:", error=True)
+    say(*(f"  {item.name}: {item.reason}" for item in changes.skipped), error=True)
+    return EXIT_SKIPPED
+
+
+def _places(cfg: dict[str, Any]) -> tuple[Path, Path]:
+    """The folder of the pictures, and that of the index."""
+    photos = Path(os.path.abspath(os.path.expanduser(cfg["photos"])))
+    output = photos.with_name(f"{photos.name}.index") if cfg["output"] is None else Path(cfg["output"]).expanduser()
+    return photos, Path(os.path.abspath(output))
+
+
+def _open_model(cfg: dict[str, Any], output: Path) -> SearchModel:
+    """The model that is given, or that of the index."""
+    if cfg["model"] is None:
+        made_by: IndexModel = open_index(output).made_by
+        given: dict[str, Any] = {**made_by._asdict(), "device": device_of(cfg["device"])}
+        del given["fingerprint"]
+        return open_search_model(**given)
+    model, weights, tokenizer = cfg["model"], cfg["weights"], cfg["tokenizer"]
+    is_url = str(weights).startswith(("http://", "https://"))
+    return open_search_model(
+        model if is_model_name(model) else find_path(model),
+        weights=weights if weights is None or is_url else find_path(weights),
+        tokenizer=None if tokenizer is None else find_path(tokenizer),
+        pictures=cfg["pictures"],
+        device=device_of(cfg["device"]),
+    )
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(show_speed=True),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[skipped]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True))
