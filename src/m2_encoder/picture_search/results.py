@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.data.images.opening import read_picture_file
-from m2_encoder.errors import UserError, abridge
+from m2_encoder.errors import ImageError, UserError, abridge
 from m2_encoder.picture_search.ending import find_end
 from m2_encoder.picture_search.index import PictureIndex
 
@@ -62,23 +62,37 @@ def find_results(
     )
 
 
+def cut_tail(results: Results) -> Results:
+    """The results before the probable end."""
+    return results._replace(rows=results.rows[: results.end])
+
+
+def find_row(index: PictureIndex, name: str) -> int | None:
+    """The row of a picture, by its name in the index or by the path of its file; None if it is not in the index."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return index.rows.get(name)
+    whole, root = path.resolve(), index.root.resolve()
+    row = index.rows.get(whole.relative_to(root).as_posix()) if whole.is_relative_to(root) else None
+    if row is None:
+        return None
+    found = path.stat()
+    return row if (found.st_size, found.st_mtime_ns) == (index.sizes[row], index.times[row]) else None
+
+
 def read_picture(index: PictureIndex, name: str) -> bytes | npt.NDArray[np.float32]:
-    """A picture of a query: the feature of one of the index by its name, or the content of any other file.
+    """A picture of a query: its feature, if the index has it, or else the content of a file.
 
     Raises:
         UserError: if there is neither; its key is `query`.
     """
-    path = Path(name).expanduser()
-    if not path.exists():
-        row = index.rows.get(name)
-        if row is None:
-            rule = "no such file, and no such picture in the index"
-            raise UserError(f"{abridge(name, 120)}: {rule}; words in a combination stand in quotes", key="query")
+    if (row := find_row(index, name)) is not None:
         return np.asarray(index.features[row], dtype=np.float32)
     try:
-        return read_picture_file(path)
-    except UserError as error:
-        raise UserError(f"{abridge(name, 120)}: {error.text}", key="query") from error
+        return read_picture_file(Path(name).expanduser())
+    except ImageError as error:
+        rule = f"{error.text}, and no picture of the index; words in a combination stand in quotes"
+        raise UserError(f"{abridge(name, 120)}: {rule}", key="query") from error
 
 
 def table_of(results: Results) -> str:

@@ -11,7 +11,7 @@ import pytest
 from m2_encoder.errors import UserError
 from m2_encoder.picture_search.index import PictureIndex, open_index
 from m2_encoder.picture_search.model import SearchModel
-from m2_encoder.picture_search.results import Result, Results, find_results, json_of, read_picture, table_of
+from m2_encoder.picture_search.results import Result, Results, find_results, find_row, json_of, read_picture, table_of
 from m2_encoder.picture_search.update import update_index
 
 
@@ -34,11 +34,17 @@ def test_results_leave_out_the_query_itself(index: PictureIndex) -> None:
 
 
 def test_picture_by_file_or_by_its_name_in_the_index(index: PictureIndex, photos: Path) -> None:
-    assert read_picture(index, str(photos / "b.png")) == (photos / "b.png").read_bytes()
+    assert np.array_equal(read_picture(index, str(photos / "b.png")), index.features[index.rows["b.png"]])
+    assert find_row(index, str(photos / "c" / ".." / "b.png")) == index.rows["b.png"]
+    other = photos.with_name("b.png")
+    other.write_bytes((photos / "a.jpg").read_bytes())
+    assert read_picture(index, str(other)) == other.read_bytes()
+    (photos / "b.png").write_bytes(other.read_bytes())
+    assert read_picture(index, str(photos / "b.png")) == other.read_bytes(), "not what the index had seen"
     named = read_picture(index, "c/猫.png")
     assert isinstance(named, np.ndarray)
     assert np.array_equal(named, index.features[index.names.index("c/猫.png")])
-    for name, message in (("none.png", "no such file, and no such picture"), (str(photos), "is a folder")):
+    for name, message in (("none.png", "no such file, and no picture of the index"), (str(photos), "is a folder")):
         with pytest.raises(UserError, match=message) as caught:
             read_picture(index, name)
         assert caught.value.key == "query"
