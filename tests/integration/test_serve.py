@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -75,24 +76,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def started(folder: Path, repo_root: Path) -> Iterator[Started]:
-    """The command, with the defaults of all but the port."""
-    (folder / "offline").mkdir()
-    (folder / "offline" / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
-    paths = [str(folder / "offline"), str(repo_root / "src"), *filter(None, sys.path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    errors = folder / "errors.txt"
-    with errors.open("w") as stderr:
-        process = subprocess.Popen(
+@contextlib.contextmanager
+def _start(folder: Path, repo_root: Path, *, name: str, first: str = "") -> Iterator[Started]:
+    """The command, with the defaults of all but the port; `first` runs before anything in its process."""
+    offline, errors = folder / name, folder / f"{name}.txt"
+    offline.mkdir()
+    (offline / "sitecustomize.py").write_text(first, encoding="utf-8")
+    paths = [str(offline), str(repo_root / "src"), *filter(None, sys.path)]
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
             [sys.executable, "-c", START, f"index={folder / 'photos.index'}", "port=0", "api_key=sesame"],
-            stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, cwd=folder,
-        )  # fmt: skip
+            stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        ) as process,
+    ):  # fmt: skip
         try:
             yield Started(process, errors)
         finally:
             process.kill()
-            process.wait()
 
 
 def _ask_all(client: Client, folder: Path, number: int) -> Answer:
@@ -125,48 +127,38 @@ def _ask_all(client: Client, folder: Path, number: int) -> Answer:
 GOOD = (0, 1, 2, 3, 4, 5, 9)
 
 
-def test_a_process_answers_all_doors_at_once_and_ends_by_ctrl_c(started: Started, folder: Path) -> None:
-    client = started.client
-    assert started.line.startswith("12 pictures, ")
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda number: _ask_all(client, folder, number), range(80)))
-    for number, answer in enumerate(answers):
-        assert (answer.status == 200) == (number % 10 in GOOD), (number, answer)
-        assert answer.status < 500
-    loaded = load(folder / "export")
-    with torch.no_grad():
-        wanted = loaded.model.encode_text(loaded.tokenizer(["a dog 12"]))[0].numpy()
-    cosine = np.array([float(each) for each in answers[12].json["result"]]) @ wanted
-    assert cosine >= 0.9999
-    assert b"<title>" in client.get("/", Accept="text/html").body
-    started.process.send_signal(signal.SIGINT)
-    assert started.process.wait(20) == 0
-    assert started.errors.read_text(encoding="utf-8") == "m2-serve: ended\n", "nothing was looked up or connected to"
+def test_a_process_answers_all_doors_at_once_and_ends_by_ctrl_c(folder: Path, repo_root: Path) -> None:
+    with _start(folder, repo_root, name="offline", first=NO_NETWORK) as started:
+        client = started.client
+        assert started.line.startswith("12 pictures, ")
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda number: _ask_all(client, folder, number), range(80)))
+        for number, answer in enumerate(answers):
+            assert (answer.status == 200) == (number % 10 in GOOD), (number, answer)
+            assert answer.status < 500
+        loaded = load(folder / "export")
+        with torch.no_grad():
+            wanted = loaded.model.encode_text(loaded.tokenizer(["a dog 12"]))[0].numpy()
+        cosine = np.array([float(each) for each in answers[12].json["result"]]) @ wanted
+        assert cosine >= 0.9999
+        assert b"<title>" in client.get("/", Accept="text/html").body
+        started.process.send_signal(signal.SIGINT)
+        assert started.process.wait(20) == 0
+        assert started.errors.read_text(encoding="utf-8") == "m2-serve: ended\n", (
+            "nothing was looked up or connected to"
+        )
 
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_thousands_of_requests(folder: Path, repo_root: Path) -> None:
-    errors = folder / "errors-slow.txt"
-    paths = os.pathsep.join([str(repo_root / "src"), *filter(None, sys.path)])
-    with errors.open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-c", START, f"index={folder / 'photos.index'}", "port=0", "api_key=sesame"],
-            stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "PYTHONPATH": paths}, cwd=folder,
-        )  # fmt: skip
-    try:
-        server = Started(process, errors)
+    with _start(folder, repo_root, name="long") as started, ThreadPoolExecutor(8) as pool:
         sizes = []
-        with ThreadPoolExecutor(8) as pool:
-            for part in range(6):
-                numbers = range(part * 1000, part * 1000 + 1000)
-                for answer in pool.map(lambda number: _ask_all(server.client, folder, number), numbers):
-                    assert answer.status < 500
-                time.sleep(0.2)
-                sizes.append(server.resident_mb())
+        for part in range(6):
+            numbers = range(part * 1000, part * 1000 + 1000)
+            for answer in pool.map(lambda number: _ask_all(started.client, folder, number), numbers):
+                assert answer.status < 500
+            time.sleep(0.2)
+            sizes.append(started.resident_mb())
         assert sizes[-1] - sizes[1] < 15, sizes
-        handles = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
-        assert handles < 60
-    finally:
-        process.kill()
-        process.wait()
-    assert errors.read_text(encoding="utf-8") == ""
+        assert len(list(Path(f"/proc/{started.process.pid}/fd").iterdir())) < 60
+    assert started.errors.read_text(encoding="utf-8") == ""
