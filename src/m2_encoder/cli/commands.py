@@ -77,12 +77,21 @@ EVALUATE: Final = _command(
 
 EXPORT: Final = _command(
     "m2-export",
-    summary="Write a run's checkpoint as a folder for m2_encoder.load: configuration, weights, tokenizer, model card.",
+    groups=("to",),
+    summary="Write a model as a folder for m2_encoder.load and for other tools, and prove that they give its features.",
     examples=(
         "m2-export run.name=emoji",
         "m2-export run.name=emoji checkpoint=step=500.ckpt output=outputs/emoji/export-500",
+        "m2-export run.name=emoji 'to=[native,onnx]' output=outputs/emoji/onnx",
+        "m2-export model=outputs/emoji/export 'to=[onnx]' to.onnx.dtype=float16 output=half",
+        "m2-export model=m2-encoder-0.4b weights=m2_encoder_0.4B.ckpt tokenizer=sp.model 'to=[onnx]' output=graphs",
     ),
-    notes=("checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",),
+    notes=(
+        "checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",
+        "Every format is tried on 64 texts and 32 pictures; one whose features are not those of load is not written.",
+        "",
+        "Exit codes: 0 all formats written, 1 some of them, 2 none: the message says why.",
+    ),
 )
 
 EMBED: Final = _command(
@@ -233,5 +242,47 @@ SEARCH_INDEX: Final = _command(
         "listed on stderr, and tried again the next time.",
         "",
         "Exit codes: 0 all pictures are in it, 1 some were skipped, 2 the index is as it was: the message says why.",
+    ),
+)
+
+_QUERY_NOTES: Final = (
+    "The line in the list is where it probably ends: pictures behind it are hardly nearer to the query than the rest",
+    "of the folder is. tail=false leaves them out. The model is the one that made the index.",
+)
+
+SEARCH_QUERY: Final = _command(
+    "m2-search query",
+    module="search_query",
+    summary="Find pictures by words in Chinese or English, by a picture, or by a sum of both.",
+    examples=(
+        'm2-search query photos.index "红色的水果"',
+        'm2-search query photos.index \'2*"狗" + pool.jpg - "水果"\' sheet=dogs.png',
+        'm2-search query photos.index "a dog in the snow" tail=false format=paths',
+    ),
+    notes=(
+        "In a sum words stand in quotes and pictures do not; a picture is a file, or a name as the index has it.",
+        "What is no sum is words as they are.",
+        *_QUERY_NOTES,
+    ),
+)
+
+SEARCH_SIMILAR: Final = _command(
+    "m2-search similar",
+    module="search_query",
+    summary="Find the pictures that are most like one.",
+    examples=(
+        "m2-search similar photos.index beach/pool.jpg",
+        "m2-search similar photos.index ~/elsewhere/dog.png sheet=like.png",
+    ),
+    notes=_QUERY_NOTES,
+)
+
+SEARCH_DUPLICATES: Final = _command(
+    "m2-search duplicates",
+    summary="List groups of near-equal pictures: copies, other sizes and formats, series of shots.",
+    examples=("m2-search duplicates photos.index", "m2-search duplicates photos.index threshold=0.95 sheet=twins.png"),
+    notes=(
+        "Features are compared, not bytes: what a model takes for the same is the same. Nothing is removed. Each",
+        "group begins with its largest file; format=paths gives the others, one a line.",
     ),
 )

@@ -15,11 +15,17 @@ from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import find_conf
 from m2_encoder.errors import UserError, abridge
 
-SUB_COMMANDS: Final = {
-    command.name.removeprefix("m2-search "): command for command in (commands.SEARCH_INDEX,)
-}  # fmt: skip
+_COMMANDS: Final = (
+    commands.SEARCH_INDEX, commands.SEARCH_QUERY, commands.SEARCH_SIMILAR, commands.SEARCH_DUPLICATES,
+)  # fmt: skip
+SUB_COMMANDS: Final = {command.name.removeprefix("m2-search "): command for command in _COMMANDS}
 
-PLACES: Final[Mapping[str, tuple[str, ...]]] = {"index": ("photos",)}
+PLACES: Final[Mapping[str, tuple[str, ...]]] = {
+    "index": ("photos",),
+    "query": ("index", "query"),
+    "similar": ("index", "picture"),
+    "duplicates": ("index",),
+}
 """What arguments without a key are, by sub-command and in their order."""
 
 
@@ -69,7 +75,9 @@ def _main(arguments: list[str]) -> int:
         width = max(map(len, SUB_COMMANDS))
         print("m2-search: search in a folder of pictures\n\nSub-commands (each has its own --help):")
         print("\n".join(f"  {name:<{width}}  {command.summary}" for name, command in SUB_COMMANDS.items()))
-        print("\nExample:\n  m2-search index photos model=outputs/emoji/export")
+        print(
+            "\nExample:\n  m2-search index photos model=outputs/emoji/export\n  m2-search query photos.index 红色的水果"
+        )
         return 0 if arguments else EXIT_USER_ERROR
     command = SUB_COMMANDS.get(arguments[0])
     if command is None:

@@ -80,11 +80,11 @@ def run_index(cfg: dict[str, Any]) -> int:
     """
     photos, output = _places(cfg)
     with _progress() as progress:
-        task = progress.add_task("pictures", total=None, skipped="")
+        task = progress.add_task("pictures", total=None, skipped="", visible=False)
 
         def report(done: int, total: int, skipped: int) -> None:
             note = f"[yellow]{skipped:,} skipped" if skipped else ""
-            progress.update(task, completed=done, total=total, skipped=note)
+            progress.update(task, completed=done, total=total, skipped=note, visible=total > 0)
 
         changes = update_index(
             output,

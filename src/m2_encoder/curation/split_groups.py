@@ -86,17 +86,17 @@ def group_samples(samples: Sequence[SplitSample], options: GlueOptions) -> Group
     for classes in causes.values():
         for places in classes.values():
             for other in places[1:]:
-                _join(parents, places[0], other)
+                join(parents, places[0], other)
     glued = {kind: sum(map(len, classes.values())) for kind, classes in causes.items()}
     if options.near_images is not None:
         near = set()
         for first, second in _near_pairs(samples, options.near_images, options.near_color):
             near |= {first, second}
-            _join(parents, first, second)
+            join(parents, first, second)
         glued["similar picture"] = len(near - {place for places in causes["picture"].values() for place in places})
     members: dict[int, list[int]] = {}
     for place in range(len(samples)):
-        members.setdefault(_find(parents, place), []).append(place)
+        members.setdefault(find_root(parents, place), []).append(place)
     frequent = {str(text): len(places) for text, places in captions.items() if len(places) > limit}
     groups = list(members.values())
     cause = _find_cause(max(groups, key=len, default=[]), causes)
@@ -176,13 +176,15 @@ def _find_cause(group: Sequence[int], causes: dict[str, dict[str | bytes, list[i
     return Glue(kind, key.rpartition("\0")[2] if isinstance(key, str) else "", count)
 
 
-def _find(parents: list[int], place: int) -> int:
+def find_root(parents: list[int], place: int) -> int:
+    """The least place of the group that a place is in; `parents` begin as `range(n)`."""
     while parents[place] != place:
         parents[place] = parents[parents[place]]
         place = parents[place]
     return place
 
 
-def _join(parents: list[int], first: int, second: int) -> None:
-    first, second = sorted((_find(parents, first), _find(parents, second)))
+def join(parents: list[int], first: int, second: int) -> None:
+    """Makes one group of those of two places."""
+    first, second = sorted((find_root(parents, first), find_root(parents, second)))
     parents[second] = first

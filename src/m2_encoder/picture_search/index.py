@@ -43,6 +43,7 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 _TILE_ROWS: Final = 8192  # pictures that are compared at once; of float16 they are converted then
+_SAMPLE: Final = 2000  # pictures, by which a query's scores are judged
 _SPARE: Final = 32  # more neighbours than asked for, of which the exact scores choose
 _ATTEMPTS: Final = 3  # to open an index that is replaced meanwhile
 
@@ -118,10 +119,10 @@ class PictureIndex:
         found = find_nearest(wanted, torch.from_numpy(self.features), k, chunk_size=_TILE_ROWS)
         return found.scores.float().numpy(), found.rows.numpy()
 
-    def sample(self, number: int) -> Floats:
-        """Features of evenly spread pictures, (at most `number`, D)."""
-        step = max(1, -(-len(self) // number))
-        return np.asarray(self.features[::step], dtype=np.float32)
+    @cached_property
+    def sample(self) -> Floats:
+        """Features of evenly spread pictures, (at most 2,000, D)."""
+        return np.asarray(self.features[:: -(-len(self) // _SAMPLE)], dtype=np.float32)
 
     @cached_property
     def _graph(self) -> Any:

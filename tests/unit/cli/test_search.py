@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from m2_encoder import load
 from m2_encoder.cli import search
 from m2_encoder.cli.search import name_places
 from m2_encoder.config.overrides import parse_override
 from m2_encoder.errors import UserError
 from m2_encoder.picture_search.index import open_index
+from m2_encoder.picture_search.model import open_search_model
+from m2_encoder.picture_search.update import update_index
 from tests.support.pictures import export_small, write_picture
 
 Run = Callable[..., tuple[int, str, str]]
@@ -47,6 +53,129 @@ def test_index_made_and_brought_up_to_date(run: Run, exported: Path, tmp_path: P
     code, out, err = run("index", "my photos", "num_workers=0")
     assert (code, out) == (1, "3 pictures (0 new, 0 changed, 0 deleted): my photos.index\n")
     assert "1 skipped:\n  bad.png: not an image that is read here" in err
+
+
+@pytest.fixture(scope="session")
+def place(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `photos.index` of six pictures and two copies of the first one, of which one is smaller."""
+    folder = tmp_path_factory.mktemp("indexed")
+    for number in range(6):
+        write_picture(folder / "photos" / f"{number} 图.png", number, side=48)
+    whole = Image.open(folder / "photos" / "0 图.png")
+    whole.save(folder / "photos" / "copy.bmp")
+    whole.resize((36, 36), Image.Resampling.BICUBIC).save(folder / "photos" / "small.webp", lossless=True)
+    model = open_search_model(exported)
+    update_index(folder / "photos.index", folder / "photos", model, dtype="float32", num_workers=0)
+    return folder
+
+
+@pytest.fixture
+def indexed(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The index, beside which the commands run; nothing in either changes."""
+    monkeypatch.chdir(place)
+    return place / "photos.index"
+
+
+def test_query_finds_what_the_model_says(run: Run, exported: Path, indexed: Path) -> None:
+    model, preprocess, tokenizer = load(exported)
+    index = open_index(indexed)
+    with torch.no_grad():
+        images = torch.cat([model.encode_image(preprocess(index.root / name)[None]) for name in index.names])
+        words = model.encode_text(tokenizer(["红色的水果", "a dog"]))
+    for query, feature in (("红色的水果", words[0]), ("2*“a dog” - 红.png", None)):
+        if feature is None:
+            (index.root.parent / "红.png").write_bytes((index.root / index.names[3]).read_bytes())
+            feature = 2 * words[1] - images[3]
+            feature = feature / feature.norm()
+        expected = (images @ feature).sort(descending=True, stable=True)
+        code, out, err = run("query", "photos.index", query, "format=json", "top=3")
+        assert (code, err) == (0, "")
+        found = json.loads(out)
+        assert [row["name"] for row in found["results"]] == [index.names[row] for row in expected.indices[:3]]
+        assert [row["score"] for row in found["results"]] == pytest.approx(expected.values[:3].tolist(), abs=1e-5)
+        assert [row["is_likely"] for row in found["results"]] == [number < found["end"] for number in range(3)]
+
+
+def test_forms_of_results(run: Run, indexed: Path, tmp_path: Path) -> None:
+    code, table, _ = run("query", "photos.index", "狗", f"sheet={tmp_path}/new/sheet.png")
+    assert code == 0
+    assert table.startswith("狗: the first 8 of 8 pictures\nrank  cosine  picture\n   1")
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        assert sheet.width > 1000
+    code, paths, _ = run("query", "photos.index", "狗", "format=paths")
+    assert code == 0
+    assert len(paths.splitlines()) == 8
+    assert all(Path(path).is_file() for path in paths.splitlines())
+    code, likely, _ = run("query", "photos.index", "狗", "format=paths", "tail=false")
+    assert code == 0
+    assert paths.startswith(likely)
+    end = json.loads(run("query", "photos.index", "狗", "format=json")[1])["end"]
+    assert len(likely.splitlines()) == end < 8
+
+
+def test_similar_needs_no_model_for_a_picture_of_the_index(run: Run, exported: Path, indexed: Path) -> None:
+    gone = exported.rename(exported.with_name("gone"))
+    try:
+        code, out, _ = run("similar", "photos.index", "0 图.png", "format=json", "top=3")
+        assert code == 0
+        assert json.loads(out)["results"][0]["name"] == "copy.bmp"
+        assert "0 图.png" not in out.split("results")[1]
+        code, _, err = run("query", "photos.index", "狗")
+        assert code == 2
+        assert "no such folder" in err
+        assert run("query", "photos.index", "狗", f"model={gone}")[0] == 0
+    finally:
+        gone.rename(exported)
+
+
+def test_duplicates_are_copies_and_nothing_else(run: Run, indexed: Path, tmp_path: Path) -> None:
+    code, out, _ = run("duplicates", "photos.index", "format=json", f"sheet={tmp_path}/twins.png")
+    assert code == 0
+    (group,) = json.loads(out)["groups"]
+    assert group["names"] == ["copy.bmp", "small.webp", "0 图.png"], "the largest file first"
+    assert 0.98 <= group["least"] <= 1
+    assert (tmp_path / "twins.png").is_file()
+    code, out, _ = run("duplicates", "photos.index", "threshold=1")
+    assert code == 0
+    assert "1 groups of near-equal pictures, 1 more than one of each" in out
+    assert run("duplicates", "photos.index", "format=paths")[1].splitlines() == [
+        str(indexed.with_name("photos") / name) for name in ("small.webp", "0 图.png")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("query", "photos.index"), "query=???: must be given"),
+        (("query", "nowhere", "狗"), "index=nowhere: no such index"),
+        (("query", "photos", "狗"), "holds no index.json: no index"),
+        (("query", "photos.index", '"狗" + 水果'), "cannot be read from + 水果 on"),
+        (("query", "photos.index", "none.jpg"), "none.jpg: no such file, and no picture of the index"),
+        (("query", "photos.index", "狗", "top=0"), "top=0"),
+        (("query", "photos.index", "狗", "sheet=a.jpg"), "sheet=a.jpg: must end in .png"),
+        (("query", "photos.index", "狗", "sheet=old.png"), "old.png: exists"),
+        (("query", "photos.index", "狗", "model=nowhere/export"), "model=nowhere/export: no such folder"),
+        (("query", "photos.index", "狗", "tokenizer=old.png"), "belongs to a model; add model="),
+        (("similar", "photos.index", "none.jpg"), "picture: none.jpg: no such file"),
+        (("similar", "photos.index", "bad.png"), "bad.png: not an image that is read here"),
+        (("duplicates", "photos.index", "threshold=2"), "threshold=2"),
+    ],
+)
+def test_queries_that_cannot_be_answered(run: Run, indexed: Path, arguments: tuple[str, ...], message: str) -> None:
+    indexed.with_name("old.png").touch()
+    indexed.with_name("bad.png").write_text("none")
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("query", ["${oc.env:HOME}", "E=mc2", "{a}", "[b", "it's 100%", "-x", "a,b"])
+def test_odd_words_are_words(run: Run, indexed: Path, query: str) -> None:
+    code, out, err = run("query", "photos.index", query, "format=json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["query"] == query
 
 
 @pytest.mark.parametrize(

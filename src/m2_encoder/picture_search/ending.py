@@ -1,0 +1,38 @@
+"""Where a list of results probably ends.
+
+A cosine says little by itself: for one query 0.3 is a find, for another the whole gallery lies above it. So a score is
+compared with those that the same query has on a sample of the gallery, of mean m and deviation s. A result is kept if
+it has most of the lift of the best one over m, and if it rises over m by more than the best of so many unrelated
+pictures would by chance; that bound is the expected maximum of N normal values, lowered, because scores are not normal
+and a lost find costs more than a picture too many. Both bounds are in units of the query itself: no model and no
+language has a threshold of its own. `benchmarks/result_endings.py` measures them.
+
+Letters: k results · S sample · N pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+_LIFT: Final = 0.9  # of the best result, that the last one has
+_CHANCE: Final = 0.7  # of the expected maximum, in deviations
+
+
+def find_end(scores: npt.ArrayLike, sample: npt.ArrayLike, total: int) -> int:
+    """How many of the first results probably belong to the query; 0 if probably none does.
+
+    Args:
+        scores: of the results, best first, (k,); without the picture that was the query.
+        sample: of pictures evenly spread over the gallery, by the same query, (S,).
+        total: N.
+    """
+    found, spread = np.asarray(scores, dtype=np.float64), np.asarray(sample, dtype=np.float64)
+    if not len(found) or not len(spread):
+        return len(found)
+    mean = spread.mean()
+    chance = _CHANCE * math.sqrt(2 * math.log(max(total, 2))) * spread.std()
+    return int(np.count_nonzero(found >= mean + max(_LIFT * (found[0] - mean), chance)))
