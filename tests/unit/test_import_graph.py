@@ -44,7 +44,9 @@ THIRD_PARTY: dict[str, set[str]] = {
     "sentencepiece": {"tokenizers"},
     "jieba": {"tokenizers"},
     "torchmetrics": {"evaluation", "training"},
+    "onnx": {"exports.immich"},
     "onnxruntime": {"exports.run_graphs"},
+    "tokenizers": {"exports.immich"},
     "rich": {
         "cli",
         "data.inspect.tables",
