@@ -44,7 +44,9 @@ THIRD_PARTY: dict[str, set[str]] = {
     "sentencepiece": {"tokenizers"},
     "jieba": {"tokenizers"},
     "torchmetrics": {"evaluation", "training"},
+    "onnx": {"exports.immich"},
     "onnxruntime": {"exports.run_graphs"},
+    "tokenizers": {"exports.immich"},
     "rich": {
         "cli",
         "data.inspect.tables",
@@ -60,7 +62,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "yaml": {"cli", "config", "runs"},
     # Opened by name, by `evaluation.models.base.import_peer`.
     "open_clip": {"evaluation.models.open_clip_model"},
-    "transformers": {"evaluation.models.transformers_model"},
+    "transformers": {"evaluation.models.transformers_model", "exports.remote_code"},
     "usearch": {"picture_search"},
     "starlette": {"serving"},
     "uvicorn": {"serving"},

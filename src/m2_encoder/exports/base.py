@@ -117,7 +117,10 @@ class ExportFormat(ABC):
 
     @abstractmethod
     def write(self, folder: Path, source: ExportSource) -> None:
-        """Writes all files at a path where nothing is."""
+        """Writes all files at a path where nothing is.
+
+        Other formats of the same export may share work beside it, in `folder.parent`, which is removed at the end.
+        """
 
     @abstractmethod
     def measure(self, folder: Path, source: ExportSource) -> Measured:

@@ -98,30 +98,58 @@ def graph_bytes(config: M2EncoderConfig, *, bytes_per_value: int) -> dict[Litera
     }
 
 
-def write_graphs(
-    model: M2Encoder,
-    image_path: Path,
-    text_path: Path,
-    *,
-    dtype: torch.dtype,
-    end_id: int,
-    context_length: int,
-    metadata: Mapping[str, str],
-    external_data: bool,
-) -> None:
-    """Writes both graphs; batch and tokens are free, inputs are fp32 and int64, outputs fp32 for every dtype."""
-    config = model.config
-    if dtype != torch.float32:
-        model = copy.deepcopy(model).to(dtype)
+class GraphSettings(NamedTuple):
+    """What decides on two graphs."""
+
+    dtype: torch.dtype  # of weights and computation
+    context_length: int  # most tokens of a text
+    external_data: bool  # whether weights lie in files of their own
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of files, as transformers.js has it."""
+        return "" if self.dtype == torch.float32 else "_fp16"
+
+
+class Graphs(NamedTuple):
+    """Two files, with their weights beside them where those are files of their own."""
+
+    image: Path
+    text: Path
+
+
+def share_graphs(
+    scratch: Path, model: M2Encoder, settings: GraphSettings, *, end_id: int, metadata: Mapping[str, str]
+) -> Graphs:
+    """Both graphs, made once for all formats that want the same; batch and tokens are free.
+
+    Inputs are fp32 and int64, outputs fp32 for every dtype.
+
+    Args:
+        scratch: a folder that these formats share, of one model.
+        model: fp32, in evaluation mode.
+        settings: of the graphs.
+        end_id: of the end token.
+        metadata: stored in both files.
+    """
+    folder = scratch / "-".join(str(each) for each in settings)
+    graphs = Graphs(*(folder / f"{name}_model{settings.suffix}.onnx" for name in ("vision", "text")))
+    if folder.is_dir():
+        return graphs
+    folder.mkdir(parents=True)
+    config, length = model.config, settings.context_length
+    if settings.dtype != torch.float32:
+        model = copy.deepcopy(model).to(settings.dtype)
     batch = torch.export.Dim("batch")
     # A batch of 1 would be taken for a constant.
     images = torch.zeros(2, 3, config.image_size, config.image_size)
     image = _export(ImageGraph(model), images, ("pixel_values", "image_embeds"), {0: batch})
-    _save(image, image_path, metadata, external_data)
-    ids = torch.full((2, min(7, context_length)), end_id)
-    free = {0: batch, 1: torch.export.Dim("tokens", min=2, max=context_length)} if context_length > 2 else {0: batch}
-    text = TextGraph(model, end_id=end_id, context_length=context_length)
-    _save(_export(text, ids, ("input_ids", "text_embeds"), free), text_path, metadata, external_data)
+    _save(image, graphs.image, metadata, settings.external_data)
+    ids = torch.full((2, min(7, length)), end_id)
+    free = {0: batch, 1: torch.export.Dim("tokens", min=2, max=length)} if length > 2 else {0: batch}
+    text = TextGraph(model, end_id=end_id, context_length=length)
+    _save(_export(text, ids, ("input_ids", "text_embeds"), free), graphs.text, metadata, settings.external_data)
+    return graphs
 
 
 def _normalise(features: Tensor) -> Tensor:
@@ -145,7 +173,6 @@ def _export(module: nn.Module, example: Tensor, names: tuple[str, str], free: Ma
 
 
 def _save(program: Any, path: Path, metadata: Mapping[str, str], external_data: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     program.model.metadata_props.update(metadata)
     program.model.graph.name = path.stem
     program.save(path, external_data=external_data)
@@ -175,18 +202,18 @@ class GraphRun(NamedTuple):
     peak_bytes: int  # of that process, which holds both graphs
 
 
-def run_graphs(image_path: Path, text_path: Path, *, pixels: Tensor, rows: Sequence[Sequence[int]]) -> GraphRun:
+def run_graphs(graphs: Graphs, *, pixels: Tensor, rows: Sequence[Sequence[int]]) -> GraphRun:
     """Features by ONNX Runtime, of each sample alone and of some in a batch.
 
     Args:
-        image_path: of the image graph.
-        text_path: of the text graph.
+        graphs: to run.
         pixels: (n, 3, S, S) fp32.
         rows: ids of each text, without padding but what the tool adds.
 
     Raises:
         UserError: if ONNX Runtime cannot run them, or a sample in a batch has other features than alone.
     """
+    names = " and ".join(path.name for path in graphs)
     lengths = np.array([len(row) for row in rows])
     ids = np.full((len(rows), lengths.max()), rows[0][-1], np.int64)
     for number, row in enumerate(rows):
@@ -194,16 +221,16 @@ def run_graphs(image_path: Path, text_path: Path, *, pixels: Tensor, rows: Seque
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
         np.savez(inputs, pixels=pixels.numpy(), ids=ids, lengths=lengths)
-        paths = (_RUNNER, image_path, text_path, inputs, outputs)
+        paths = (_RUNNER, *graphs, inputs, outputs)
         threads = str(torch.get_num_threads())
         command = [sys.executable, *(os.fspath(path) for path in paths), threads]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UserError(f"ONNX Runtime cannot run {image_path.name} and {text_path.name}: {abridge(said[-1], 300)}")
+            raise UserError(f"ONNX Runtime cannot run {names}: {abridge(said[-1], 300)}")
         with np.load(outputs) as found:
             images, texts = (torch.from_numpy(found[name]) for name in ("images", "texts"))
             facts = {name: float(found[name]) for name in ("image_ms", "text_ms", "peak_bytes", "batch_difference")}
     if not facts["batch_difference"] < 1e-2:
-        raise UserError(f"{image_path.name} and {text_path.name}: features depend on the batch")
+        raise UserError(f"{names}: features depend on the batch")
     return GraphRun(Features(images, texts), facts["image_ms"], facts["text_ms"], int(facts["peak_bytes"]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -15,7 +17,7 @@ from annotated_types import Ge
 from m2_encoder.bounds import Tokens, check_bounds
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.exports.base import BOUND_FP16, BOUND_FP32, ExportFormat, ExportSource, Features, Measured, compare
-from m2_encoder.exports.graphs import MAX_BYTES, graph_bytes, run_graphs, write_graphs
+from m2_encoder.exports.graphs import MAX_BYTES, Graphs, GraphSettings, graph_bytes, run_graphs, share_graphs
 from m2_encoder.exports.samples import TEXTS
 from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
 
@@ -53,35 +55,25 @@ class Onnx(ExportFormat):
     def problems(self, config: M2EncoderConfig) -> Iterator[Problem]:
         """As the base class says."""
         yield from missing_extra(NEEDED)
-        longest = config.num_text_positions - NUM_RESERVED_POSITIONS
-        if self.context_length is not None and self.context_length > longest:
-            rule = f"the model has positions for {longest} tokens"
-            yield Problem("context_length", self.context_length, rule, f"give at most {longest}")
-        sizes = graph_bytes(config, bytes_per_value=self.dtype.itemsize)
-        large = [f"{kind} {size / 1e9:.1f} GB" for kind, size in sizes.items() if size > _SHARE * MAX_BYTES]
-        if large and not self.external_data:
-            rule = f"one ONNX file holds at most 2 GB, this model takes {' and '.join(large)}"
+        yield from context_problems(self.context_length, config)
+        if not self.external_data and (rule := size_rule(config, bytes_per_value=self.dtype.itemsize)):
             yield Problem("external_data", self.external_data, rule, "weights then need files of their own: give true")
 
     def write(self, folder: Path, source: ExportSource) -> None:
         """As the base class says."""
         length = self.context_length or source.tokenizer.context_length
-        write_graphs(
-            source.model,
-            folder / self.image_file,
-            folder / self.text_file,
-            dtype=self.dtype,
-            end_id=source.tokenizer.end_id,
-            context_length=length,
-            metadata=describe_source(source, context_length=length),
-            external_data=self.external_data,
-        )
+        settings = GraphSettings(self.dtype, length, self.external_data)
+        graphs = make_graphs(folder.parent, source, settings)
+        (folder / FOLDER).mkdir(parents=True)
+        for path in graphs.image.parent.iterdir():
+            _link(path, folder / FOLDER / path.name)
 
     def measure(self, folder: Path, source: ExportSource) -> Measured:
         """As the base class says."""
         tokens = source.tokenizer(TEXTS, self.context_length)
         rows = [ids[mask].tolist() for ids, mask in zip(*tokens, strict=True)]
-        run = run_graphs(folder / self.image_file, folder / self.text_file, pixels=source.pixels, rows=rows)
+        graphs = Graphs(folder / self.image_file, folder / self.text_file)
+        run = run_graphs(graphs, pixels=source.pixels, rows=rows)
         ours = Features(source.image_features, source.text_features(context_length=self.context_length))
         return Measured(*compare(ours, run.features), run.image_ms, run.text_ms, run.peak_bytes)
 
@@ -94,6 +86,35 @@ class Onnx(ExportFormat):
             f"normalised) and `{self.text_file}` (`input_ids` (B, T) int64, padded with {source.tokenizer.end_id}). "
             "Both give L2-normalised features; their metadata say how pictures and texts are read."
         )
+
+
+def _link(path: Path, target: Path) -> None:
+    """The same file under another name; a copy on disks that have only one name for each."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
+def context_problems(context_length: int | None, config: M2EncoderConfig) -> Iterator[Problem]:
+    """A problem if texts would be longer than the model can read."""
+    longest = config.num_text_positions - NUM_RESERVED_POSITIONS
+    if context_length is not None and context_length > longest:
+        rule = f"the model has positions for {longest} tokens"
+        yield Problem("context_length", context_length, rule, f"give at most {longest}")
+
+
+def size_rule(config: M2EncoderConfig, *, bytes_per_value: int) -> str:
+    """What a model breaks whose graphs are larger than a file can be; empty if they are not."""
+    sizes = graph_bytes(config, bytes_per_value=bytes_per_value)
+    large = [f"{kind} {size / 1e9:.1f} GB" for kind, size in sizes.items() if size > _SHARE * MAX_BYTES]
+    return f"one ONNX file holds at most 2 GB, this model takes {' and '.join(large)}" if large else ""
+
+
+def make_graphs(scratch: Path, source: ExportSource, settings: GraphSettings) -> Graphs:
+    """As `share_graphs`, with what is known of the source."""
+    metadata = describe_source(source, context_length=settings.context_length)
+    return share_graphs(scratch, source.model, settings, end_id=source.tokenizer.end_id, metadata=metadata)
 
 
 def missing_extra(modules: tuple[str, ...]) -> Iterator[Problem]:

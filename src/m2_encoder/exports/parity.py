@@ -148,7 +148,9 @@ def without_formats(card: str) -> str:
 
 def _section(folder: Path, parity: Parity, kept: Sequence[FormatResult]) -> str:
     parts = [f"\n{_CARD_START}"]
-    parts += [f"### {each.name}\n\n{each.usage}\n" for each in kept]
+    for each in kept:
+        notes = "".join(f"\n- {note}" for note in each.measured.notes)
+        parts.append(f"### {each.name}\n\n{each.usage}\n{notes}\n" if notes else f"### {each.name}\n\n{each.usage}\n")
     texts, pictures = len(TEXTS), len(make_pictures())
     lead = (
         f"{texts} 条文本和 {pictures} 张图片，逐个与 `load()` 对比 / "

@@ -1,4 +1,4 @@
-"""A small model with the built-in tokenizer, written once as a folder for `load` and as ONNX graphs."""
+"""A small model with the built-in tokenizer, written once in all formats."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from m2_encoder.checkpoints.export import export_model
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.exports.base import ExportSource
+from m2_encoder.exports.immich import Immich
 from m2_encoder.exports.native import Native
 from m2_encoder.exports.onnx_format import Onnx
 from m2_encoder.exports.parity import Parity
@@ -41,7 +42,8 @@ def source() -> ExportSource:
 
 @pytest.fixture(scope="session")
 def exported(source: ExportSource, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in ("onnx", "onnxscript", "onnxruntime", "tokenizers"):
         pytest.importorskip(name, reason="needs the extra export")
-    folder = tmp_path_factory.mktemp("exports") / "both"
-    return Exported(folder, write_export(folder, source=source, formats={"native": Native(), "onnx": Onnx()}))
+    folder = tmp_path_factory.mktemp("exports") / "all"
+    formats = {"native": Native(), "onnx": Onnx(), "immich": Immich()}
+    return Exported(folder, write_export(folder, source=source, formats=formats))

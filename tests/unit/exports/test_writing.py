@@ -56,7 +56,7 @@ def test_the_folder_for_load_is_that_of_export_model(exported: Exported, source:
         assert (tmp_path / "now" / name).read_bytes() == (before / name).read_bytes()
         if name != "README.md":
             assert (exported.folder / name).read_bytes() == (before / name).read_bytes()
-    assert {path.name for path in exported.folder.iterdir()} == names | {"onnx", "parity.json"}
+    assert {path.name for path in exported.folder.iterdir()} == names | {"clip", "onnx", "parity.json"}
     assert torch.equal(load(exported.folder).model.text_proj.weight, source.model.text_proj.weight)
 
 
