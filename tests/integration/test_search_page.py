@@ -22,6 +22,8 @@ from m2_encoder.serving.app import ServerLimits, build_app
 from tests.support.browser import Tab, chromium
 from tests.support.serving import Client, encode_files, index_in_memory, running, small_model, write_picture
 
+pytestmark = pytest.mark.slow
+
 TILES = "[...document.querySelectorAll('.tile')]"
 NAMES = f"{TILES}.map(tile => tile.getAttribute('aria-label'))"
 SHOWN = "document.querySelectorAll('.tile img.shown').length"
@@ -202,6 +204,10 @@ def test_similar_pictures_by_keyboard_and_back(tab: Tab, server: Client) -> None
     tab.run("history.back()")
     tab.wait(f"{NAMES}[0] === {json.dumps(_expected(server, 'cat')[0])}")
     assert tab.run("document.getElementById('query').value") == "cat"
+    tab.run(f"document.getElementById('query').focus(); {TILES}[1].click()")
+    tab.press("s")
+    tab.wait(f"{NAMES}[0] === {json.dumps(similar[0])}")
+    assert tab.run("document.getElementById('query').value") == "", "the key is no text"
 
 
 def test_a_broken_file_keeps_its_place(tab: Tab) -> None:
@@ -231,11 +237,11 @@ def test_both_languages_fit_a_phone(tab: Tab) -> None:
         tab.wait(f"document.documentElement.lang === '{language}' && {STATUS}.includes('{word}')")
         tab.run("change({like: '00003.png', text: '', picture: null})")
         tab.wait(f"!document.getElementById('chip').hidden && {NAMES}[0] !== '00000.png'")
-        assert tab.run("document.scrollingElement.scrollWidth <= innerWidth"), language
+        assert tab.run("document.scrollingElement.scrollWidth <= 360"), language
         tab.run(f"{TILES}[0].click()")
         tab.wait("document.getElementById('viewer').open")
         wide = (
-            "[...document.querySelectorAll('#about *')].every(each => each.getBoundingClientRect().right <= innerWidth)"
+            "[...document.querySelectorAll('#about *')].every(each => each.getBoundingClientRect().right <= 360)"
         )
         assert tab.run(wide), language
         tab.press("Escape")
