@@ -64,6 +64,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "open_clip": {"evaluation.models.open_clip_model"},
     "transformers": {"evaluation.models.transformers_model", "exports.remote_code", "exports.run_transformers"},
     "usearch": {"picture_search"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
     "clip_benchmark": {"evaluation.doors.clip_benchmark"},
     "mteb": {"evaluation.doors.mieb"},
     "matplotlib": {"analysis.picture", "analysis.style", "data.inspect.figure", "planning.figure"},
