@@ -62,7 +62,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "yaml": {"cli", "config", "runs"},
     # Opened by name, by `evaluation.models.base.import_peer`.
     "open_clip": {"evaluation.models.open_clip_model"},
-    "transformers": {"evaluation.models.transformers_model", "exports.remote_code"},
+    "transformers": {"evaluation.models.transformers_model", "exports.remote_code", "exports.run_transformers"},
     "usearch": {"picture_search"},
     "starlette": {"serving"},
     "uvicorn": {"serving"},
