@@ -77,12 +77,21 @@ EVALUATE: Final = _command(
 
 EXPORT: Final = _command(
     "m2-export",
-    summary="Write a run's checkpoint as a folder for m2_encoder.load: configuration, weights, tokenizer, model card.",
+    groups=("to",),
+    summary="Write a model as a folder for m2_encoder.load and for other tools, and prove that they give its features.",
     examples=(
         "m2-export run.name=emoji",
         "m2-export run.name=emoji checkpoint=step=500.ckpt output=outputs/emoji/export-500",
+        "m2-export run.name=emoji 'to=[native,onnx]' output=outputs/emoji/onnx",
+        "m2-export model=outputs/emoji/export 'to=[onnx]' to.onnx.dtype=float16 output=half",
+        "m2-export model=m2-encoder-0.4b weights=m2_encoder_0.4B.ckpt tokenizer=sp.model 'to=[onnx]' output=graphs",
     ),
-    notes=("checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",),
+    notes=(
+        "checkpoint: `last`, the name of a file in the run's checkpoints/, or the path of a copy of one.",
+        "Every format is tried on 64 texts and 32 pictures; one whose features are not those of load is not written.",
+        "",
+        "Exit codes: 0 all formats written, 1 some of them, 2 none: the message says why.",
+    ),
 )
 
 EMBED: Final = _command(
@@ -116,6 +125,22 @@ PLAN: Final = _command(
         "g ranks of its group; the baselines contrast the rows of all ranks, and may accumulate micro-batches with a",
         "loss of their own. Constants, and where they come from, are in conf/cluster/hardware. The plan ends with",
         "what it leaves out.",
+    ),
+)
+
+SERVE: Final = _command(
+    "m2-serve",
+    summary="Serve a search page, and answer immich, MT-Photos and other programs that ask for features.",
+    examples=(
+        "m2-serve index=photos.index",
+        "m2-serve index=drawings model=outputs/emoji/export open=true  # the built-in drawings, in a browser",
+        "m2-serve index=photos.index host=0.0.0.0 port=3003            # others can see the pictures",
+        "m2-serve model=outputs/emoji/export host=0.0.0.0 api_key=KEY  # immich and MT-Photos alone",
+    ),
+    notes=(
+        "The address that is printed shows the page to browsers; /api lists what programs can ask. Only files that the",
+        "index names and that lie below its folder are served. Nothing is asked of other machines.",
+        "docs/serving.md says what to set in immich and MT-Photos.",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""`m2-export`: a run's checkpoint as a folder that `m2_encoder.load` reads."""
+"""`m2-export`: a model as a folder that `m2_encoder.load` and other tools read."""
 
 from __future__ import annotations
 
@@ -10,31 +10,40 @@ from typing import Any
 from m2_encoder.bounds import Text
 from m2_encoder.checkpoints.matching_head import read_head
 from m2_encoder.checkpoints.training_state import LAST_NAME, read_step
-from m2_encoder.config.check import check_settings
-from m2_encoder.config.output import say
-from m2_encoder.config.paths import anchor, default_run_folder
-from m2_encoder.config.problems import UNSET
-from m2_encoder.config.schema import is_foreign
-from m2_encoder.config.trusted import refuse_foreign
-from m2_encoder.errors import CheckpointError, Problem
-from m2_encoder.runs.ending import RunEnd
-from m2_encoder.runs.export import (
-    EXPORT_FOLDER,
-    export_foreign,
-    export_run,
-    find_head,
-    read_foreign,
-    read_trained,
+from m2_encoder.cli.export_sources import (
+    architecture_of,
+    model_source,
+    named_checkpoint,
+    output_of,
+    run_problems,
+    run_source,
+    source_problems,
 )
-from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_run
-from m2_encoder.runs.opening import find_checkpoint
+from m2_encoder.config.check import check_settings, check_targets
+from m2_encoder.config.output import say
+from m2_encoder.config.paths import default_run_folder
+from m2_encoder.config.problems import UNSET, find_problems
+from m2_encoder.config.schema import Pictures, check_tasks, is_foreign
+from m2_encoder.config.trusted import refuse_foreign
+from m2_encoder.errors import NOTHING, Problem, UserError
+from m2_encoder.evaluation.tables import open_console
+from m2_encoder.exports.base import ExportSource
+from m2_encoder.exports.native import Native
+from m2_encoder.exports.parity import print_parity
+from m2_encoder.exports.writing import MissedError, write_export
+from m2_encoder.runs.build import build_formats
+from m2_encoder.runs.ending import RunEnd
+from m2_encoder.runs.export import export_foreign, find_head, read_foreign, read_trained
+from m2_encoder.runs.folder import CONFIG_FILE, read_run
+
+EXIT_MISSED = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPlace:
     """The keys of `run`."""
 
-    name: Text
+    name: Text | None
     folder: Text
 
 
@@ -42,72 +51,86 @@ class RunPlace:
 class ExportSettings:
     """The keys of m2-export; `conf/commands/export.yaml` says what they mean."""
 
+    to: Mapping[str, Any]
     run: RunPlace
     checkpoint: Text
+    model: Any
+    weights: Any
+    tokenizer: Any
+    pictures: Pictures
     output: Text | None
     overwrite: bool
 
 
 def check_export(cfg: dict[str, Any]) -> list[Problem]:
     """What is wrong with a configuration of `m2-export`."""
-    problems = check_settings(ExportSettings, cfg)
-    if problems or UNSET in (cfg["run"]["name"], cfg["run"]["folder"]):
+    problems = [*check_settings(ExportSettings, cfg), *check_tasks(cfg["to"], "to"), *check_targets(cfg, given={})]
+    if problems or UNSET in (cfg["run"]["name"], cfg["run"]["folder"], cfg["model"], *cfg["to"].values()):
         return problems  # what is missing has been reported
-    folder, name, output = default_run_folder(cfg), cfg["run"]["name"], _output(cfg)
+    if not cfg["to"]:
+        return [Problem("to", [], "writes nothing", "choose native, onnx or others")]
+    if cfg["model"] is None and cfg["run"]["name"] is None:
+        fix = "add run.name=NAME, or model=FOLDER for a model that is exported already"
+        return [Problem("run.name", "???", "must be given", fix)]
+    return (run_problems(cfg) if cfg["model"] is None else source_problems(cfg)) or _format_problems(cfg)
+
+
+def _format_problems(cfg: dict[str, Any]) -> list[Problem]:
+    """What keeps this model from being written in these formats."""
     try:
-        checkpoint = _checkpoint(cfg)
-    except CheckpointError as error:
-        return [Problem("checkpoint", cfg["checkpoint"], str(error), "give the path of a whole one")]
-    if not (folder / CONFIG_FILE).is_file():
-        names = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG_FILE}"))
-        known = f"; there is: {', '.join(names)}" if names else ""
-        problems.append(Problem("run.name", name, f"no run in {folder}{known}", "train it first with m2-train"))
-    elif read_run(folder / CONFIG_FILE).get("task") is not None:
-        rule = "trained no encoder but what task= names"
-        fix = f"m2-train exports that itself, to {folder / EXPORT_FOLDER}, unless run.export=false"
-        return [Problem("run.name", name, rule, fix)]
-    elif not checkpoint.is_file():
-        fix = "give `last` or the path of a checkpoint"
-        problems.append(Problem("checkpoint", cfg["checkpoint"], f"no file {checkpoint}", fix))
-    elif (owner := checkpoint.resolve().parent.parent) != folder.resolve() and (owner / CONFIG_FILE).is_file():
-        # A copy of a checkpoint may lie where no run is.
-        elsewhere = "" if owner.parent == folder.resolve().parent else f" run.folder={owner.parent}"
-        fix = f"use run.name={owner.name}{elsewhere}"
-        problems.append(Problem("checkpoint", cfg["checkpoint"], f"is of the run in {owner}", fix))
-    if output.exists() and not cfg["overwrite"]:
-        fix = "add overwrite=true, or give another output"
-        problems.append(Problem("output", str(output), "exists already", fix))
-    return problems
+        formats = build_formats(cfg["to"])
+        if _is_foreign_run(cfg):
+            names = [name for name, each in formats.items() if not isinstance(each, Native)]
+            rule = "somebody else's model is exported as native alone"
+            return [Problem(f"to.{name}", NOTHING, rule, "leave it out") for name in names]
+        config = architecture_of(cfg)
+    except UserError as error:
+        return find_problems(error)
+    return [
+        problem._replace(key=f"to.{name}.{problem.key}".rstrip("."))
+        for name, each in formats.items()
+        for problem in each.problems(config)
+    ]
 
 
-def _checkpoint(cfg: Mapping[str, Any]) -> Path:
-    """The checkpoint that is named, or where it would be."""
-    named, folder = str(cfg["checkpoint"]), default_run_folder(dict(cfg))
-    return find_checkpoint(folder, named) or (folder / LAST_CHECKPOINT if named == "last" else anchor(named))
-
-
-def _output(cfg: Mapping[str, Any]) -> Path:
-    return anchor(cfg["output"]) if cfg["output"] else default_run_folder(dict(cfg)) / EXPORT_FOLDER
+def _is_foreign_run(cfg: dict[str, Any]) -> bool:
+    return cfg["model"] is None and is_foreign(read_run(default_run_folder(cfg) / CONFIG_FILE)["model"])
 
 
 def run_export(cfg: dict[str, Any]) -> int:
-    """Exports and says where."""
+    """Exports and says where; returns 1 if a format was left out."""
+    output = output_of(cfg)
+    if cfg["model"] is not None:
+        return _write(cfg, output, model_source(cfg))
     folder = default_run_folder(cfg)
     trained = read_run(folder / CONFIG_FILE)
     model_node = trained["model"] if is_foreign(trained["model"]) else None
     refuse_foreign({"adaptation": trained.get("adaptation"), "model": model_node})
-    checkpoint = _checkpoint(cfg)
+    checkpoint = named_checkpoint(cfg)
     end = RunEnd(read_step(checkpoint), trained["trainer"]["max_steps"])
-    places = {"output": _output(cfg), "overwrite": cfg["overwrite"]}
     if model_node is not None:
-        written = export_foreign(folder, model=read_foreign(trained, checkpoint), cfg=trained, end=end, **places)
+        model = read_foreign(trained, checkpoint)
+        written = export_foreign(folder, model=model, cfg=trained, end=end, output=output, overwrite=cfg["overwrite"])
         say(f"exported {checkpoint.name}, step {end}, to {written}; its README.md says how to load it")
         return 0
-    model = read_trained(trained, checkpoint)
     found = find_head(trained)
     head = found and read_head(checkpoint, name=found.name, text_expert=found.text_expert)
-    output = export_run(folder, model=model, cfg=trained, end=end, matching=head, **places)
-    if checkpoint.name != LAST_NAME:
-        say(f"exported {checkpoint.name}, step {end}")
-    say(f"exported to {output}; use it with m2_encoder.load({str(output)!r})")
-    return 0
+    source = run_source(folder, model=read_trained(trained, checkpoint), cfg=trained, end=end, matching=head)
+    return _write(cfg, output, source, note="" if checkpoint.name == LAST_NAME else f"{checkpoint.name}, step {end}")
+
+
+def _write(cfg: dict[str, Any], output: Path, source: ExportSource, *, note: str = "") -> int:
+    """Writes all formats and prints what they were found to give."""
+    console, formats = open_console(), build_formats(cfg["to"])
+    try:
+        with console.status("writing and trying " + ", ".join(formats)):
+            parity = write_export(output, source=source, formats=formats, overwrite=cfg["overwrite"])
+    except MissedError as error:
+        print_parity(console, error.parity)
+        raise
+    print_parity(console, parity)
+    if note:
+        say(f"exported {note}")
+    is_native = any(isinstance(formats[each.name], Native) and each.holds for each in parity.results)
+    say(f"exported to {output}" + (f"; use it with m2_encoder.load({str(output)!r})" if is_native else ""))
+    return EXIT_MISSED if parity.missed else 0

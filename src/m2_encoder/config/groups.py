@@ -15,7 +15,7 @@ from m2_encoder.config.overrides import line_problem
 from m2_encoder.config.paths import find_conf
 from m2_encoder.errors import Problem
 
-CHOSEN_AS_LISTS: Final = ("objective", "evaluation", "logger", "callbacks")
+CHOSEN_AS_LISTS: Final = ("objective", "evaluation", "logger", "callbacks", "to")
 """Groups of which several options are chosen, each below a key of its own."""
 
 OptionFiles = Mapping[str, tuple[Path, Mapping[str, Any]]]

@@ -267,9 +267,9 @@ def _name_choice(problem: Problem) -> Problem:
     )
 
 
-def check_tasks(tasks: Any) -> list[Problem]:
-    """Evaluation tasks from which nothing could be built."""
-    return [problem for name, value in _entries(tasks) for problem in _check_entry("evaluation", name, value)]
+def check_tasks(tasks: Any, group: str = "evaluation") -> list[Problem]:
+    """Evaluation tasks, or options of another group, from which nothing could be built."""
+    return [problem for name, value in _entries(tasks) for problem in _check_entry(group, name, value)]
 
 
 def _entries(node: Any) -> list[tuple[str, Any]]:

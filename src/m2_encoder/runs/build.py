@@ -30,6 +30,7 @@ from m2_encoder.evaluation.tasks.masked import Masked
 from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture
 from m2_encoder.evaluation.tasks.reconstruction import Reconstruction
 from m2_encoder.evaluation.tasks.retrieval import Retrieval
+from m2_encoder.exports.base import ExportFormat
 from m2_encoder.hub import load
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -277,6 +278,17 @@ def _build_plugins(cluster: str) -> list[ClusterEnvironment]:
     if cluster == "torchrun" or TorchElasticEnvironment.detect():
         return [TorchElasticEnvironment()]
     return [LightningEnvironment()]
+
+
+def build_formats(nodes: Mapping[str, Any]) -> dict[str, ExportFormat]:
+    """Formats of an export by name.
+
+    Raises:
+        UserError: for something else.
+    """
+    made = {name: instantiate(node) for name, node in nodes.items()}
+    check_kind("to", nodes, made, ExportFormat)
+    return made
 
 
 def build_tasks(nodes: Mapping[str, Any] | None) -> dict[str, EvaluationTask]:

@@ -65,22 +65,35 @@ def export_run(
     output: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Exports a model with what its run's folder knows about it.
+    """Exports a model with what its run's folder knows about it; arguments are those of `read_facts`, too.
 
-    `summary.json` in the run's folder gives the metrics, if it is there and of this step. Returns the folder written.
+    Returns the folder written.
     """
-    facts = describe_run()
+    facts = read_facts(run_folder, cfg=cfg, end=end, matching=matching)
     return export_model(
         output or run_folder / EXPORT_FOLDER,
         model=model,
         tokenizer=build_tokenizer(cfg["model"], model.config),
-        pictures=_pictures_of(cfg),
-        metrics=read_metrics(run_folder / SUMMARY_FILE, step=end.taken_step),
-        provenance=_origin(cfg, facts) | {"versions": ", ".join(map(" ".join, facts["versions"].items()))},
-        card=_card(cfg, end, matching),
         matching=matching,
         overwrite=overwrite,
+        **facts,
     )
+
+
+def read_facts(
+    run_folder: Path, *, cfg: Mapping[str, Any], end: RunEnd, matching: MatchingHead | None = None
+) -> dict[str, Any]:
+    """What `export_model` and `model_card` are told about a run's model: pictures, metrics, provenance, card.
+
+    `summary.json` in the run's folder gives the metrics, if it is there and of this step.
+    """
+    facts = describe_run()
+    return {
+        "pictures": _pictures_of(cfg),
+        "metrics": read_metrics(run_folder / SUMMARY_FILE, step=end.taken_step),
+        "provenance": _origin(cfg, facts) | {"versions": ", ".join(map(" ".join, facts["versions"].items()))},
+        "card": _card(cfg, end, matching),
+    }
 
 
 def export_foreign(

@@ -1,0 +1,181 @@
+"""immich: the cache folder of a model that it lists, with our graphs in it.
+
+immich takes models by name from a list, which also tells the width of features in its database. Ours goes under the
+name of a listed model that is as wide, or wider: zeros behind a feature change no cosine.
+
+Letters: B batch · T tokens · S side · E feature dim · W width in immich's database.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import torch
+from annotated_types import Ge
+from PIL import Image
+from torch import Tensor
+
+from m2_encoder.bounds import Tokens, check_bounds
+from m2_encoder.data.images.transforms import open_image
+from m2_encoder.errors import NOTHING, Problem
+from m2_encoder.exports.base import ExportFormat, ExportSource, Features, Measured, compare
+from m2_encoder.exports.graphs import Graphs, GraphSettings, run_graphs
+from m2_encoder.exports.onnx_format import NEEDED, context_problems, make_graphs, missing_extra, size_rule
+from m2_encoder.exports.samples import TEXTS, make_pictures
+from m2_encoder.exports.tokenizer_json import TOKENIZER_CONFIG, TOKENIZER_JSON, write_tokenizer_json
+from m2_encoder.files import write_json
+from m2_encoder.models.config import M2EncoderConfig
+
+LISTED: Final = {512: "ViT-B-32__openai", 768: "ViT-L-14__openai", 1024: "ViT-H-14__laion2b-s32b-b79k"}
+"""Names that immich lists, by the width of their features."""
+
+
+class Immich(ExportFormat):
+    """`clip/NAME/` as immich's cache has it: `config.json`, `textual/`, `visual/`.
+
+    Texts are cut at the right and padded to one length, as immich does it; pictures are squashed to a square.
+
+    Args:
+        context_length: tokens of every query; None: the model's own.
+    """
+
+    @check_bounds
+    def __init__(self, *, context_length: Annotated[Tokens, Ge(3)] | None = None) -> None:
+        self.context_length = context_length
+
+    def problems(self, config: M2EncoderConfig) -> Iterator[Problem]:
+        """As the base class says."""
+        yield from missing_extra((*NEEDED, "tokenizers"))
+        yield from context_problems(self.context_length, config)
+        if rule := size_rule(config, bytes_per_value=4):
+            yield Problem("", NOTHING, rule, "leave it out; immich cannot be given a model of this size")
+        if config.feature_dim > max(LISTED):
+            rule = f"features of {config.feature_dim} numbers are wider than those of any model that immich lists"
+            yield Problem("", NOTHING, rule, "leave it out")
+
+    def write(self, folder: Path, source: ExportSource) -> None:
+        """As the base class says."""
+        length, size = self._length(source), source.model.config.image_size
+        graphs = make_graphs(folder.parent, source, GraphSettings(torch.float32, length, False))
+        width, home = listed_width(source.model.config.feature_dim), folder / self._home(source)
+        for part in ("textual", "visual"):
+            (home / part).mkdir(parents=True)
+        write_json(home / "config.json", {"embed_dim": width, "text_cfg": {"context_length": length}})
+        _adapt(graphs.text, home / "textual" / "model.onnx", "text", (length,), width)
+        write_tokenizer_json(source.tokenizer, home / "textual")
+        _adapt(graphs.image, home / "visual" / "model.onnx", "image", (3, size, size), width)
+        preprocess = {
+            "size": [size, size],
+            "mode": "RGB",
+            "mean": [0.0, 0.0, 0.0],  # the graph normalises
+            "std": [1.0, 1.0, 1.0],
+            "interpolation": "bicubic",
+            "resize_mode": "squash",
+            "fill_color": 0,
+        }
+        write_json(home / "visual" / "preprocess_cfg.json", preprocess)
+
+    def measure(self, folder: Path, source: ExportSource) -> Measured:
+        """As the base class says; texts go through `tokenizer.json`, and ours are cut at the right, too."""
+        home, length = folder / self._home(source), self._length(source)
+        texts = [" ".join(text.split()) for text in TEXTS]
+        rows = _tokenize(home / "textual", texts, length)
+        graphs = Graphs(home / "visual" / "model.onnx", home / "textual" / "model.onnx")
+        run = run_graphs(graphs, pixels=source.pixels, rows=rows)
+        texts_ours = source.text_features(texts, context_length=length, truncation_side="right")
+        width = listed_width(source.model.config.feature_dim)
+        ours = Features(*(_widen(features, width) for features in (source.image_features, texts_ours)))
+        found = compare(ours, run.features)
+        return Measured(*found, run.image_ms, run.text_ms, run.peak_bytes, (self._crop_note(source),))
+
+    def usage(self, source: ExportSource) -> str:
+        """As the base class says."""
+        home = self._home(source)
+        name = home.name
+        return (
+            f"把 `{home}` 复制到 immich 机器学习容器的模型缓存 `/cache/{home}`，在管理设置里选择模型 `{name}`，"
+            "然后对全部资源重新运行“智能搜索”。\n\n"
+            f"Copy `{home}` to `/cache/{home}` of immich's machine learning container, choose the model `{name}` in "
+            "its settings, and run Smart Search again on all assets. The name is that of a listed model of this width; "
+            "the weights are these."
+        )
+
+    def _length(self, source: ExportSource) -> int:
+        return self.context_length or source.tokenizer.context_length
+
+    def _home(self, source: ExportSource) -> Path:
+        return Path("clip") / LISTED[listed_width(source.model.config.feature_dim)]
+
+    def _crop_note(self, source: ExportSource) -> str:
+        """What versions lose that ignore `resize_mode`: they cut the longer side off."""
+        size, pictures = source.model.config.image_size, source.loaded.preprocess.pictures
+        opened = [open_image(picture.content, pictures=pictures) for picture in make_pictures()]
+        rows = [row for row, image in enumerate(opened) if image.width != image.height]
+        pixels = torch.stack([_crop(opened[row], size) for row in rows])
+        with torch.inference_mode():
+            cropped = torch.cat([source.model.encode_image(batch) for batch in pixels.split(8)])
+        cosines = torch.nn.functional.cosine_similarity(cropped, source.image_features[rows])
+        return (
+            f"versions of immich before mid-2026 crop instead of squashing: over {len(rows)} sample pictures that are "
+            f"no squares, the cosine to the right feature is {float(cosines.median()):.2f} (median)"
+        )
+
+
+def listed_width(feature_dim: int) -> int:
+    """W: the least width of a listed model that features fit in."""
+    return min(width for width in LISTED if width >= feature_dim)
+
+
+def _widen(features: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(features, (0, width - features.shape[1]))
+
+
+def _tokenize(folder: Path, texts: Sequence[str], length: int) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    pad = config["pad_token"]
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_truncation(max_length=length)
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def _crop(image: Image.Image, size: int) -> Tensor:
+    """The shorter side to `size`, the middle of the longer one; (3, S, S) fp32 in 0..1."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1) / 255
+
+
+def _adapt(path: Path, target: Path, name: str, shape: Sequence[int], width: int) -> None:
+    """Writes a graph with another input, (B, *shape), and with zeros behind its features, (B, W)."""
+    import onnx
+
+    model: Any = onnx.load(path)
+    graph, helper = model.graph, onnx.helper
+    (old,), (features,) = graph.input, graph.output
+    is_text = old.type.tensor_type.elem_type == onnx.TensorProto.INT64
+    kind = onnx.TensorProto.INT32 if is_text else onnx.TensorProto.FLOAT
+    first = helper.make_node("Cast", [name], [old.name], to=old.type.tensor_type.elem_type)
+    nodes = [first, *graph.node]
+    wide = features.name
+    if missing := width - features.type.tensor_type.shape.dim[1].dim_value:
+        wide, zeros = "features", helper.make_tensor("zeros_behind", onnx.TensorProto.INT64, [4], [0, 0, 0, missing])
+        graph.initializer.append(zeros)
+        nodes.append(helper.make_node("Pad", [features.name, zeros.name], [wide]))
+    for entries, new in (
+        (graph.node, nodes),
+        (graph.input, [helper.make_tensor_value_info(name, kind, ["batch", *shape])]),
+        (graph.output, [helper.make_tensor_value_info(wide, onnx.TensorProto.FLOAT, ["batch", width])]),
+        (graph.value_info, []),  # which has the old shapes
+    ):
+        kept = [type(each).FromString(each.SerializeToString()) for each in new]
+        del entries[:]
+        entries.extend(kept)
+    onnx.save(model, target)

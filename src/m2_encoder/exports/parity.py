@@ -1,0 +1,170 @@
+"""What an export was found to give: a table on the terminal, `parity.json`, and a part of the model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+
+from m2_encoder.checkpoints.exported import CARD_FILE
+from m2_encoder.exports.base import Measured
+from m2_encoder.exports.samples import TEXTS, make_pictures
+from m2_encoder.files import file_sha256, write_json
+from m2_encoder.record import describe_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PARITY_FILE: Final = "parity.json"
+_CARD_START: Final = "## Formats · 各工具的格式\n"
+_REFERENCE: Final = "torch"
+
+
+class FormatResult(NamedTuple):
+    """One format after it was tried."""
+
+    name: str  # as in `to=[...]`
+    bound: float  # smallest cosine that it must reach
+    measured: Measured
+    files: Mapping[str, int]  # path in the export to bytes; without the model card, which all formats share
+    usage: str  # for the model card
+
+    @property
+    def holds(self) -> bool:
+        """Whether it gives our features within its bound."""
+        return self.measured.smallest_cosine >= self.bound
+
+
+class Parity(NamedTuple):
+    """All formats of an export."""
+
+    results: Sequence[FormatResult]
+    torch_ms: tuple[float, float] | None  # medians of one picture and one text; None where nothing else was timed
+
+    @property
+    def missed(self) -> list[FormatResult]:
+        """Those that are not written."""
+        return [each for each in self.results if not each.holds]
+
+
+def print_parity(console: Console, parity: Parity) -> None:
+    """The table, and a line for each format that missed its bound."""
+    from rich.text import Text
+
+    console.print(_table(parity))
+    for each in parity.missed:
+        rule = (
+            f"{each.name}: smallest cosine {each.measured.smallest_cosine:.7f}, {each.bound} is the least: not written"
+        )
+        console.print(Text(rule, style="bold red"), soft_wrap=True)
+
+
+def _table(parity: Parity) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=f"{len(TEXTS)} texts and {len(make_pictures())} pictures against load()")
+    table.add_column("format")
+    for heading in ("largest\ndifference", "smallest\ncosine", "MB", "ms a\npicture", "ms a\ntext", "peak\nMB"):
+        table.add_column(heading, justify="right")
+    for row in _rows(parity):
+        table.add_row(*row)
+    return table
+
+
+def _rows(parity: Parity) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    if parity.torch_ms is not None:
+        image_ms, text_ms = parity.torch_ms
+        rows.append((_REFERENCE, "", "", "", _number(image_ms), _number(text_ms), ""))
+    for each in parity.results:
+        found = each.measured
+        rows.append(
+            (
+                each.name,
+                f"{found.largest_difference:.1e}" if found.largest_difference else "0",
+                f"{found.smallest_cosine:.7f}",
+                _number(sum(each.files.values()) / 1e6),
+                _number(found.image_ms),
+                _number(found.text_ms),
+                "" if found.peak_bytes is None else f"{found.peak_bytes / 1e6:,.0f}",
+            )
+        )
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def write_parity(folder: Path, parity: Parity, card: str) -> None:
+    """Writes `parity.json`, and the card with what it says about formats."""
+    kept = [each for each in parity.results if each.holds]
+    write_json(folder / PARITY_FILE, _content(parity))
+    (folder / CARD_FILE).write_text(without_formats(card) + _section(folder, parity, kept), encoding="utf-8")
+
+
+def _content(parity: Parity) -> dict[str, Any]:
+    facts = describe_run()
+    return {
+        "texts": len(TEXTS),
+        "pictures": len(make_pictures()),
+        "threads": torch.get_num_threads(),
+        "versions": facts["versions"],
+        "torch_ms": None if parity.torch_ms is None else dict(zip(("image", "text"), parity.torch_ms, strict=True)),
+        "formats": {
+            each.name: {
+                "written": each.holds,
+                "bound": each.bound,
+                **dataclasses.asdict(_Plain(*each.measured)),
+                "files": dict(each.files),
+            }
+            for each in parity.results
+        },
+    }
+
+
+@dataclasses.dataclass
+class _Plain:
+    """`Measured` in the order and under the names of `parity.json`."""
+
+    largest_difference: float
+    smallest_cosine: float
+    image_ms: float | None
+    text_ms: float | None
+    peak_bytes: int | None
+    notes: Sequence[str]
+
+
+def without_formats(card: str) -> str:
+    """A card as it is before `write_parity`."""
+    before, found, _ = card.partition(f"\n{_CARD_START}")
+    return before if found else card
+
+
+def _section(folder: Path, parity: Parity, kept: Sequence[FormatResult]) -> str:
+    parts = [f"\n{_CARD_START}"]
+    for each in kept:
+        notes = "".join(f"\n- {note}" for note in each.measured.notes)
+        parts.append(f"### {each.name}\n\n{each.usage}\n{notes}\n" if notes else f"### {each.name}\n\n{each.usage}\n")
+    texts, pictures = len(TEXTS), len(make_pictures())
+    lead = (
+        f"{texts} 条文本和 {pictures} 张图片，逐个与 `load()` 对比 / "
+        f"{texts} texts and {pictures} pictures, one at a time, against `load()`:\n"
+    )
+    header = ("format", "largest difference", "smallest cosine", "MB", "ms a picture", "ms a text", "peak MB")
+    names = {_REFERENCE, *(each.name for each in kept)}
+    parts += [lead, _markdown(header, [row for row in _rows(parity) if row[0] in names])]
+    written = sorted({name for each in kept for name in each.files})  # some are of several formats
+    files = [(name, f"{(folder / name).stat().st_size:,}", f"`{file_sha256(folder / name)}`") for name in written]
+    parts += ["校验和 / Checksums:\n", _markdown(("file", "bytes", "sha256"), files)]
+    return "\n".join(parts)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
