@@ -7,6 +7,7 @@ VENV    ?= .venv
 THREADS ?= 2
 TRAIN   ?= m2-train +experiment=emoji run.resume=auto
 SWEEP   ?= m2-train sweep=emoji
+SERVE   ?= m2-serve index=drawings model=outputs/emoji/export open=true
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -42,6 +43,10 @@ test: install ## all tests that need neither a GPU, the network nor much patienc
 	$(PYTEST)
 
 ##@ Look
+
+.PHONY: serve
+serve: install ## a page that searches the built-in drawings by the trained model, in a browser
+	$(BIN)/$(SERVE)
 
 .PHONY: notebooks
 notebooks: install ## execute all notebooks on small runs: outputs/notebooks/*.ipynb, with pictures

@@ -53,9 +53,9 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
         "search": "trials of a search for good values",
         "picture_search": "indexes of people's pictures, and queries",
     },
-    {"runs": "the life of a training run"},
+    {"runs": "the life of a training run", "serving": "a search page, and what immich and MT-Photos ask"},
     {"analysis": "runs as data, for notebooks"},
-    {"cli": "m2-train, m2-evaluate, m2-export, m2-embed, m2-search, m2-plan, m2-data"},
+    {"cli": "m2-train, m2-evaluate, m2-export, m2-embed, m2-search, m2-serve, m2-plan, m2-data"},
 )
 """From below: by layer, what is in it. A layer imports itself and layers of earlier lines, and what `BESIDE` adds."""
 

@@ -63,7 +63,7 @@ def test_every_target_is_listed_with_what_it_does(make: Make, repo_root: Path) -
     text = (repo_root / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^\.PHONY: (\S+)$", text, re.MULTILINE)
     listed = make("help").stdout
-    assert {"train", "sweep", "notebooks", "test", "check"} <= {*targets}
+    assert {"train", "sweep", "notebooks", "serve", "test", "check"} <= {*targets}
     for target in targets:
         assert re.search(rf"^  {target} +\S", listed, re.MULTILINE), target
 
@@ -73,6 +73,7 @@ def test_every_target_is_listed_with_what_it_does(make: Make, repo_root: Path) -
     [
         ("train", "m2-train +experiment=emoji run.resume=auto"),
         ("sweep", "m2-train sweep=emoji"),
+        ("serve", "m2-serve index=drawings model=outputs/emoji/export open=true"),
         ("notebooks", "python scripts/run_notebooks.py --small"),
         ("test", "pytest -q --numprocesses=2"),
         ("test-slow", '-m "slow and not gpu'),

@@ -62,8 +62,10 @@ THIRD_PARTY: dict[str, set[str]] = {
     "yaml": {"cli", "config", "runs"},
     # Opened by name, by `evaluation.models.base.import_peer`.
     "open_clip": {"evaluation.models.open_clip_model"},
-    "transformers": {"evaluation.models.transformers_model"},
+    "transformers": {"evaluation.models.transformers_model", "exports.remote_code", "exports.run_transformers"},
     "usearch": {"picture_search"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
     "clip_benchmark": {"evaluation.doors.clip_benchmark"},
     "mteb": {"evaluation.doors.mieb"},
     "matplotlib": {"analysis.picture", "analysis.style", "data.inspect.figure", "planning.figure"},

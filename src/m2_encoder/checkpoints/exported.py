@@ -34,8 +34,14 @@ CONFIG_METADATA_KEY = "m2_encoder_config"
 READING_METADATA_KEY = "m2_encoder_reading"
 """Of the weights, the same for how texts and pictures are read (`reading_text`); older exports lack it."""
 
-_FREE = ("metrics", "provenance")
-"""Entries of `config.json` that decide on nothing."""
+_FREE = frozenset(
+    {
+        "metrics", "provenance",
+        "architectures", "auto_map", "dtype", "embed_dim", "eos_token_id", "hidden_size", "model_type", "pad_token_id",
+        "projection_dim", "text_cfg", "vision_cfg",
+    }
+)  # fmt: skip
+"""Entries of `config.json` by which `load` decides nothing: records, and what other libraries read."""
 
 
 class ExportedFolder(NamedTuple):

@@ -128,6 +128,22 @@ PLAN: Final = _command(
     ),
 )
 
+SERVE: Final = _command(
+    "m2-serve",
+    summary="Serve a search page, and answer immich, MT-Photos and other programs that ask for features.",
+    examples=(
+        "m2-serve index=photos.index",
+        "m2-serve index=drawings model=outputs/emoji/export open=true  # the built-in drawings, in a browser",
+        "m2-serve index=photos.index host=0.0.0.0 port=3003            # others can see the pictures",
+        "m2-serve model=outputs/emoji/export host=0.0.0.0 api_key=KEY  # immich and MT-Photos alone",
+    ),
+    notes=(
+        "The address that is printed shows the page to browsers; /api lists what programs can ask. Only files that the",
+        "index names and that lie below its folder are served. Nothing is asked of other machines.",
+        "docs/serving.md says what to set in immich and MT-Photos.",
+    ),
+)
+
 DATA_EMOJI: Final = _command(
     "m2-data emoji",
     summary="Unpack the built-in bilingual emoji set to WebDataset tars, one folder per split.",

@@ -160,9 +160,8 @@ def _section(folder: Path, parity: Parity, kept: Sequence[FormatResult]) -> str:
     header = ("format", "largest difference", "smallest cosine", "MB", "ms a picture", "ms a text", "peak MB")
     names = {_REFERENCE, *(each.name for each in kept)}
     parts += [lead, _markdown(header, [row for row in _rows(parity) if row[0] in names])]
-    files = [
-        (name, f"{size:,}", f"`{file_sha256(folder / name)}`") for each in kept for name, size in each.files.items()
-    ]
+    written = sorted({name for each in kept for name in each.files})  # some are of several formats
+    files = [(name, f"{(folder / name).stat().st_size:,}", f"`{file_sha256(folder / name)}`") for name in written]
     parts += ["校验和 / Checksums:\n", _markdown(("file", "bytes", "sha256"), files)]
     return "\n".join(parts)
 

@@ -21,7 +21,7 @@ _STAGES: Final = ".stages"
 def write_export(
     output: Path, *, source: ExportSource, formats: Mapping[str, ExportFormat], overwrite: bool = False
 ) -> Parity:
-    """Writes formats in their order, tries each, and keeps those that give our features.
+    """Writes formats in their order, that of `load` first, tries each, and keeps those that give our features.
 
     Where the only format is that of `load`, nothing else is written; otherwise also `parity.json` and a card that
     says how to open each. If all formats miss their bounds, there is no folder; `Parity.missed` names those that are
@@ -32,7 +32,7 @@ def write_export(
     """
     results = []
     with atomic_folder(output, overwrite=overwrite, error=CheckpointError) as folder:
-        for name, each in formats.items():
+        for name, each in _native_first(formats):
             staged = folder / _STAGES / name
             try:
                 each.write(staged, source)
@@ -54,6 +54,11 @@ def write_export(
         if not is_plain:
             write_parity(folder, parity, source.card)
     return parity
+
+
+def _native_first(formats: Mapping[str, ExportFormat]) -> list[tuple[str, ExportFormat]]:
+    """Other formats may add to files of the folder that `load` reads."""
+    return sorted(formats.items(), key=lambda item: not isinstance(item[1], Native))
 
 
 class MissedError(CheckpointError):

@@ -46,7 +46,7 @@ def load(entry: str, *arguments: str) -> tuple[str, set[str]]:
 @pytest.mark.parametrize(
     ("entry", "arguments"),
     [
-        *((f"commands:{name}", ("--help",)) for name in ("TRAIN", "EVALUATE", "EXPORT", "EMBED", "PLAN")),
+        *((f"commands:{name}", ("--help",)) for name in ("TRAIN", "EVALUATE", "EXPORT", "EMBED", "PLAN", "SERVE")),
         *(("data:main", (name, "--help")) for name in ("emoji", "pack", "check", "stats", "curate")),
         ("data:main", ("--help",)),
     ],

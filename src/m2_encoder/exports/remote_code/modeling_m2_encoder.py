@@ -1,0 +1,222 @@
+"""An M2-Encoder for Hugging Face transformers; Apache-2.0.
+
+Features are those of `m2_encoder.load` on the same folder. Pixels come normalised, as the image processor of the folder
+leaves them: (x - 0.5) / 0.5. Names of parameters are those of `model.safetensors`, unused ones included.
+
+Letters: B rows · S side of a picture · T tokens · D width · E feature dim.
+
+Reference: M2-Encoder (arXiv:2401.15896); multiway transformers: BEiT-3 (arXiv:2208.10442).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_m2_encoder import M2EncoderConfig
+
+_RESERVED = 2  # rows of both position tables that nothing reads
+
+
+@dataclass
+class M2EncoderOutput(ModelOutput):
+    """What `M2EncoderModel.forward` returns; what was not asked for is None."""
+
+    loss: Tensor | None = None  # (), with `return_loss`
+    logits_per_image: Tensor | None = None  # (B of images, B of texts)
+    logits_per_text: Tensor | None = None  # (B of texts, B of images)
+    text_embeds: Tensor | None = None  # (B, E), L2-normalised
+    image_embeds: Tensor | None = None  # (B, E), L2-normalised
+
+
+class TransformerExpert(nn.Module):
+    """All parameters of one layer for one kind of token."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        width, hidden, eps = model["embed_dim"], model["ffn_ratio"] * model["embed_dim"], model["layer_norm_eps"]
+        self.num_heads = model["num_heads"]
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.attention_inner_norm = nn.LayerNorm(width, eps=eps)
+        self.out_proj = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, hidden)
+        self.ffn_inner_norm = nn.LayerNorm(hidden, eps=eps)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """One layer over (B, N, D); `mask` is True on tokens, (B, N) bool."""
+        normed = self.attention_norm(x)
+        q, k, v = (
+            proj(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        keys = None if mask is None else mask[:, None, None, :]
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
+        x = x + self.out_proj(self.attention_inner_norm(attended))
+        return x + self.fc2(self.ffn_inner_norm(functional.gelu(self.fc1(self.ffn_norm(x)))))
+
+
+class MultiwayLayer(nn.Module):
+    """Two experts; here one of them sees the whole sequence."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        self.vision_expert = TransformerExpert(model)
+        self.text_expert = TransformerExpert(model)
+
+
+class MultiwayNorm(nn.Module):
+    """A norm for each expert."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        self.vision_expert = nn.LayerNorm(model["embed_dim"], eps=model["layer_norm_eps"])
+        self.text_expert = nn.LayerNorm(model["embed_dim"], eps=model["layer_norm_eps"])
+
+
+class MultiwayEncoder(nn.Module):
+    """A stack of layers and a norm."""
+
+    def __init__(self, model: dict[str, Any], num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MultiwayLayer(model) for _ in range(num_layers))
+        self.norm = MultiwayNorm(model)
+
+    def forward(self, x: Tensor, expert: str, mask: Tensor | None = None) -> Tensor:
+        """Hidden states of (B, N, D) by one of the experts; those of padded tokens are meaningless."""
+        if mask is not None:
+            x = x * mask.unsqueeze(-1).to(x.dtype)
+        for layer in self.layers:
+            x = getattr(layer, expert)(x, mask)
+        return getattr(self.norm, expert)(x)
+
+
+class ImageEmbedding(nn.Module):
+    """Patches, a first token and positions."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        width, patch = model["embed_dim"], model["patch_size"]
+        tokens = (model["image_size"] // patch) ** 2 + 1
+        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Embedding(tokens + _RESERVED, width)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, S, S) to (B, N, D)."""
+        patches = self.proj(pixel_values.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        cls = self.cls_token.expand(len(patches), -1, -1)
+        return torch.cat([cls, patches], dim=1) + self.positions.weight[_RESERVED:]
+
+
+class TextEmbedding(nn.Module):
+    """Tokens and positions."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(model["vocab_size"], model["embed_dim"])
+        self.positions = nn.Embedding(model["num_text_positions"], model["embed_dim"])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) to (B, T, D)."""
+        return self.tokens(input_ids) + self.positions.weight[_RESERVED : _RESERVED + input_ids.shape[1]]
+
+
+class M2EncoderModel(PreTrainedModel):
+    """Features of pictures and of Chinese and English texts, in one space."""
+
+    config_class = M2EncoderConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        super().__init__(config)
+        model = config.model
+        width, features = model["embed_dim"], model["feature_dim"]
+        scale = -math.log(model["initial_temperature"])
+        self.logit_scale = nn.Parameter(torch.tensor(scale))
+        self.logit_vl_scale = nn.Parameter(torch.tensor(scale))
+        self.image_embed = ImageEmbedding(model)
+        self.text_embed = TextEmbedding(model)
+        self.backbone = MultiwayEncoder(model, model["num_layers"])
+        self.vl_encoder = MultiwayEncoder(model, model["num_vl_layers"])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pooler = nn.Linear(width, width)
+        self.text_proj = nn.Linear(width, features, bias=False)
+        self.image_proj = nn.Linear(width, features, bias=False)
+        self.vl_text_proj = nn.Linear(width, features, bias=False)
+        self.vl_image_proj = nn.Linear(width, features, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of tokens."""
+        return self.text_embed.tokens
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """L2-normalised features of pictures, (B, E), of what the image processor returns, (B, 3, S, S)."""
+        side = self.config.model["image_size"]
+        if pixel_values.shape[1:] != (3, side, side):
+            raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}, expected (B, 3, {side}, {side})")
+        hidden = self.vl_encoder(self.backbone(self.image_embed(pixel_values), "vision_expert"), "vision_expert")
+        return functional.normalize(self.vl_image_proj(hidden[:, 0]), dim=-1)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """L2-normalised features of texts, (B, E), of what the tokenizer returns; without a mask nothing is padding."""
+        longest = self.config.model["num_text_positions"] - _RESERVED
+        if input_ids.shape[1] > longest:
+            raise ValueError(f"a text has {input_ids.shape[1]} tokens, the model holds {longest}: use truncation=True")
+        mask = None if attention_mask is None else attention_mask.bool()
+        hidden = self.backbone(self.text_embed(input_ids), "text_expert", mask)
+        return functional.normalize(self.vl_text_proj(self.vl_encoder(hidden, "vision_expert", mask)[:, 0]), dim=-1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_loss: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> M2EncoderOutput | tuple[Tensor, ...]:
+        """Features of what is given, and similarities where both are.
+
+        Args:
+            input_ids: tokens of texts, (B, T).
+            pixel_values: pictures, (B, 3, S, S).
+            attention_mask: of the texts: 1 on tokens, 0 on padding, (B, T).
+            return_loss: whether to compare picture i with text i against all others of this call (InfoNCE, both ways).
+            return_dict: False for a plain tuple.
+
+        Raises:
+            ValueError: with `return_loss`, unless there are as many pictures as texts.
+        """
+        images = None if pixel_values is None else self.get_image_features(pixel_values)
+        texts = None if input_ids is None else self.get_text_features(input_ids, attention_mask)
+        logits = loss = None
+        if images is not None and texts is not None:
+            scale = self.logit_scale.float().exp()
+            logits = scale * images.float() @ texts.float().t()
+        if return_loss:
+            if logits is None or logits.shape[0] != logits.shape[1]:
+                raise ValueError("return_loss needs as many pictures (pixel_values) as texts (input_ids)")
+            target = torch.arange(len(logits), device=logits.device)
+            loss = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.t(), target)) / 2
+        output = M2EncoderOutput(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.t(),
+            text_embeds=texts,
+            image_embeds=images,
+        )
+        return output.to_tuple() if return_dict is False else output

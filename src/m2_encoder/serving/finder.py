@@ -1,0 +1,119 @@
+"""Finds pictures of an index for words, pictures and combinations of both.
+
+Letters: N pictures · D feature dim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from m2_encoder.errors import UserError
+from m2_encoder.picture_search.index import PictureIndex
+from m2_encoder.picture_search.query import Term, parse_query
+from m2_encoder.picture_search.results import find_results
+from m2_encoder.serving.batches import Features
+from m2_encoder.serving.encoder import Encoder
+from m2_encoder.serving.gallery import Gallery
+from m2_encoder.serving.refusals import busy, invalid
+
+_MAX_WAITING: Final = 64
+_SHORTEST: Final = 1e-3
+_SEEN_FOR_END: Final = 1000  # results among which the probable end is looked for, whatever part is asked for
+
+
+class Found(NamedTuple):
+    """A part of a list of results."""
+
+    names: list[str]
+    scores: list[float]  # cosines, best first
+    end: int  # results of the whole list before its probable end
+    total: int  # of the whole list
+
+
+class Finder:
+    """An index with the model that made it.
+
+    Args:
+        index: of at least one picture.
+        gallery: its files.
+        encoder: the model.
+    """
+
+    def __init__(self, index: PictureIndex, gallery: Gallery, encoder: Encoder) -> None:
+        self._index = index
+        self._gallery = gallery
+        self._encoder = encoder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
+        self._waiting = 0
+
+    def list_names(self, start: int, count: int) -> tuple[list[str], int]:
+        """A part of all names, in their order, and the number of all."""
+        return self._index.names[start : start + count], len(self._index)
+
+    async def search(self, query: str | None, picture: bytes | None, start: int, count: int) -> Found:
+        """Results for a query as `parse_query` reads it, for the content of a picture's file, or for their sum.
+
+        Raises:
+            Refusal: for a query that cannot be read, or names a picture that the index has not; as `Encoder`.
+        """
+        terms = [] if query is None else _parse(query)
+        return await self._find(await self._encode(terms, picture), start, count)
+
+    async def similar(self, name: str, start: int, count: int) -> Found:
+        """The pictures that are most like one of the index, without itself.
+
+        Raises:
+            Refusal: 404 for a name that it has not.
+        """
+        row = self._gallery.row_of(name)
+        return await self._find(np.asarray(self._index.features[row], dtype=np.float32), start, count, without=row)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    async def _encode(self, terms: Sequence[Term], picture: bytes | None) -> Features:
+        """The feature of a query, (D,): the weighted sum of its terms, normalised."""
+        words = [term.content for term in terms if term.kind == "words"]
+        rows = [self._gallery.row_of(term.content) for term in terms if term.kind == "picture"]
+        weights = [term.weight for kind in ("words", "picture") for term in terms if term.kind == kind]
+        parts = [*(await self._encoder.texts(words) if words else ()), *(self._index.features[row] for row in rows)]
+        if picture is not None:
+            parts.append((await self._encoder.picture(picture)).features)
+            weights.append(1.0)
+        total = np.einsum("n,nd->d", np.array(weights), np.array(parts, dtype=np.float64))
+        length = float(np.linalg.norm(total))
+        if length < _SHORTEST:
+            raise invalid("the terms of the query cancel each other; nothing is left to search for")
+        return (total / length).astype(np.float32)
+
+    async def _find(self, feature: Features, start: int, count: int, without: int | None = None) -> Found:
+        if self._waiting >= _MAX_WAITING:
+            raise busy(f"{self._waiting} searches wait")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._find_now, feature, start, count, without
+            )
+        finally:
+            self._waiting -= 1
+
+    def _find_now(self, feature: Features, start: int, count: int, without: int | None) -> Found:
+        own = () if without is None else (without,)
+        top = max(start + count, _SEEN_FOR_END)
+        found = find_results(self._index, feature, top, query="", without=own)
+        part = found.rows[start : start + count]
+        names, scores = [each.name for each in part], [each.score for each in part]
+        return Found(names, scores, found.end, len(self._index) - len(own))
+
+
+def _parse(query: str) -> list[Term]:
+    try:
+        return parse_query(query)
+    except UserError as error:
+        raise invalid(f"the query {error.text}") from error

@@ -1,0 +1,66 @@
+"""A server in a thread, with an index in memory, that nothing but loopback can be reached from."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra serve")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("python_multipart", reason="needs the extra serve")
+
+from m2_encoder.evaluation.models.base import EvaluatedModel
+from m2_encoder.picture_search.index import PictureIndex
+from m2_encoder.serving.app import ServerLimits, build_app
+from tests.support.serving import Client, encode_files, index_in_memory, running, small_model, write_picture
+
+API_KEY = "sesame"
+LIMITS = ServerLimits(batch_size=8, max_body_bytes=2**20, max_waiting=32)
+
+
+@pytest.fixture(scope="session")
+def model() -> EvaluatedModel:
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def index(model: EvaluatedModel, tmp_path_factory: pytest.TempPathFactory) -> PictureIndex:
+    """Thirty pictures; read-only by agreement."""
+    root = tmp_path_factory.mktemp("photos")
+    names = [
+        *(f"beach/{number}.png" for number in range(25)),
+        *(f"我的 图片/{number} #?%41.jpg" for number in range(5)),
+    ]
+    for seed, name in enumerate(names):
+        write_picture(root / name, seed)
+    return index_in_memory(root, names, encode_files(root, names, model))
+
+
+@pytest.fixture(scope="session")
+def server(model: EvaluatedModel, index: PictureIndex) -> Iterator[Client]:
+    app = build_app(model, index=index, api_key=API_KEY, only_loopback=True, limits=LIMITS)
+    with running(app) as client:
+        yield client
+
+
+@pytest.fixture
+def photo(index: PictureIndex) -> Path:
+    """A file that is in the index."""
+    return index.root / "beach/3.png"
+
+
+@pytest.fixture(autouse=True)
+def _loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects to another machine fails the test."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        assert self.family == socket.AF_UNIX or ipaddress.ip_address(address[0]).is_loopback, address
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)

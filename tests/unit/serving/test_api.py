@@ -1,0 +1,138 @@
+"""The JSON interface: what is found equals the model called by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m2_encoder.evaluation.models.base import EvaluatedModel
+from m2_encoder.picture_search.ending import find_end
+from m2_encoder.picture_search.index import PictureIndex
+from m2_encoder.serving.app import build_app
+from tests.support.serving import Client, running, small_encoder, small_tokenizer
+from tests.unit.serving.conftest import LIMITS
+
+
+def _text_features(*texts: str) -> np.ndarray:
+    tokenizer = small_tokenizer()
+    with torch.no_grad():
+        return small_encoder(tokenizer).encode_text(tokenizer(list(texts))).numpy()
+
+
+def _normal(feature: np.ndarray) -> np.ndarray:
+    return feature / np.linalg.norm(feature)
+
+
+def _expect(answer: object, index: PictureIndex, feature: np.ndarray, count: int, without: str = "") -> None:
+    """The answer has the best pictures for a feature."""
+    scores = index.features @ feature
+    best = [index.names[row] for row in np.argsort(-scores) if index.names[row] != without][:count]
+    results = answer["results"]  # type: ignore[index]
+    assert [each["name"] for each in results] == best
+    wanted = [scores[index.names.index(name)] for name in best]
+    np.testing.assert_allclose([each["score"] for each in results], wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("query", ["红色的水果", "a red fruit", "一只 cat 在 beach\n上"])
+def test_words(server: Client, index: PictureIndex, query: str) -> None:
+    answer = server.post("/api/search", {"query": query, "count": 7})
+    assert answer.status == 200
+    _expect(answer.json, index, _text_features(query)[0], 7)
+    feature = _text_features(query)[0]
+    scores = index.features @ feature
+    assert (answer.json["total"], answer.json["end"]) == (30, find_end(-np.sort(-scores), scores, 30))
+
+
+def test_a_sum_of_words_and_pictures(server: Client, index: PictureIndex) -> None:
+    dog, fruit = _text_features("狗", "水果")
+    feature = _normal(2 * dog + index.features[3] - fruit)
+    _expect(server.post("/api/search", {"query": '2*"狗" + beach/3.png - "水果"'}).json, index, feature, 30)
+
+
+def test_a_picture_alone_and_with_words(server: Client, index: PictureIndex, photo: Path) -> None:
+    alone = server.send_form("/api/search", {"image": photo.read_bytes(), "count": "3"}).json
+    assert alone["results"][0] == {"name": "beach/3.png", "score": pytest.approx(1, abs=1e-5)}
+    both = server.send_form("/api/search", {"image": photo.read_bytes(), "query": "猫"}).json
+    _expect(both, index, _normal(index.features[3] + _text_features("猫")[0]), 30)
+
+
+def test_similar_pictures_are_without_itself(server: Client, index: PictureIndex) -> None:
+    name = "我的 图片/2 #?%41.jpg"
+    answer = server.post("/api/similar", {"name": name, "count": 5}).json
+    _expect(answer, index, index.features[index.names.index(name)], 5, without=name)
+    assert answer["total"] == 29
+
+
+def test_parts_of_a_list_join_without_a_gap(server: Client) -> None:
+    for path, body in (("/api/search", {"query": "猫"}), ("/api/similar", {"name": "beach/0.png"})):
+        whole = server.post(path, {**body, "count": 30}).json["results"]
+        parts = [server.post(path, {**body, "start": start, "count": 7}).json["results"] for start in range(0, 35, 7)]
+        assert [each for part in parts for each in part] == whole
+    names = [server.get(f"/api/pictures?start={start}&count=16").json["results"] for start in (0, 16, 32)]
+    assert len({each["name"] for part in names for each in part}) == 30
+
+
+def test_features_equal_the_model_called_by_hand(server: Client, index: PictureIndex, photo: Path) -> None:
+    texts = ["一只猫", "a cat", "", "x" * 5000]
+    answer = server.post("/api/embed", {"texts": texts}).json
+    np.testing.assert_allclose(answer["features"], _text_features(*texts), atol=1e-5)
+    picture = server.send_form("/api/embed", {"image": photo.read_bytes()}).json
+    np.testing.assert_allclose(picture["features"][0], index.features[3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "query is missing"),
+        ({"query": " \n"}, "query is empty"),
+        ({"query": 3}, "query must be a text"),
+        ({"query": "cat", "count": 0}, "count=0: must be a whole number, 1 to 500"),
+        ({"query": "cat", "count": 501}, "count=501"),
+        ({"query": "cat", "count": True}, "count=True"),
+        ({"query": "cat", "start": -1}, "start=-1"),
+        ({"query": "cat", "top": 3}, "top is unknown here; known: query, start, count"),
+        ({"query": '"cat" - "cat"'}, "cancel each other"),
+        ({"query": "\ud800"}, "no Unicode"),
+        ([], "must be a JSON object"),
+    ],
+)
+def test_what_makes_no_sense_is_named(server: Client, body: object, said: str) -> None:
+    answer = server.post("/api/search", body)
+    assert (answer.status, answer.json["code"]) == (422, "invalid")
+    assert said in answer.json["detail"]
+
+
+def test_pictures_that_the_index_has_not(server: Client) -> None:
+    for path, body in (
+        ("/api/similar", {"name": "beach/99.png"}),
+        ("/api/search", {"query": "/etc/hostname.png"}),
+        ("/api/search", {"query": '"cat" + ../secret.jpg'}),
+    ):
+        answer = server.post(path, body)
+        assert (answer.status, answer.json["code"]) == (404, "no_picture_of_this_name"), body
+
+
+def test_without_an_index(model: EvaluatedModel, photo: Path) -> None:
+    app = build_app(model, index=None, api_key=None, only_loopback=True, limits=LIMITS)
+    with running(app) as client:
+        assert client.get("/api/status").json == {"model": "small", "feature_dim": 16, "pictures": None}
+        for answer in (client.post("/api/search", {"query": "cat"}), client.get("/api/thumbnails/a.png")):
+            assert (answer.status, answer.json["code"]) == (404, "no_index")
+        assert client.post("/api/embed", {"texts": ["猫"]}).status == 200
+        entries = json.dumps({"clip": {"visual": {"modelName": "ViT-B-32__openai"}}})
+        assert client.send_form("/predict", {"entries": entries, "image": photo.read_bytes()}).status == 200
+
+
+def test_the_document_names_every_address(server: Client) -> None:
+    document = server.get("/api/openapi.json").json
+    assert document["openapi"].startswith("3.1")
+    for path, methods in document["paths"].items():
+        for method in methods:
+            answer = server.ask(method.upper(), path.replace("{name}", "beach/0.png"))
+            assert answer.status not in (404, 405), path
+    names = {path.split("/")[2] for path in document["paths"]}
+    assert names == {"search", "similar", "pictures", "embed", "status", "thumbnails", "files"}
