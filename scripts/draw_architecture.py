@@ -42,7 +42,6 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
     {"hub": "load(), list_models()"},
     {
         "evaluation": "metrics, tasks, models and their features, the suite, pictures",
-        "exports": "formats of other tools, and whether they give our features",
     },
     {
         "training": "one step, optimizers, adaptation, callbacks",
@@ -53,6 +52,7 @@ LEVELS: Final[tuple[dict[str, str], ...]] = (
         "search": "trials of a search for good values",
         "picture_search": "indexes of people's pictures, and queries",
     },
+    {"exports": "formats of other tools, and whether they give our features"},
     {"runs": "the life of a training run", "serving": "a search page, and what immich and MT-Photos ask"},
     {"analysis": "runs as data, for notebooks"},
     {"cli": "m2-train, m2-evaluate, m2-export, m2-embed, m2-search, m2-serve, m2-plan, m2-data"},

@@ -18,8 +18,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-_LIFT: Final = 0.9  # of the best result, that the last one has
-_CHANCE: Final = 0.7  # of the expected maximum, in deviations
+LIFT: Final = 0.9
+"""Of the best result, that the last one has."""
+
+CHANCE: Final = 0.7
+"""Of the expected maximum, in deviations."""
 
 
 def find_end(scores: npt.ArrayLike, sample: npt.ArrayLike, total: int) -> int:
@@ -34,5 +37,5 @@ def find_end(scores: npt.ArrayLike, sample: npt.ArrayLike, total: int) -> int:
     if not len(found) or not len(spread):
         return len(found)
     mean = spread.mean()
-    chance = _CHANCE * math.sqrt(2 * math.log(max(total, 2))) * spread.std()
-    return int(np.count_nonzero(found >= mean + max(_LIFT * (found[0] - mean), chance)))
+    chance = CHANCE * math.sqrt(2 * math.log(max(total, 2))) * spread.std()
+    return int(np.count_nonzero(found >= mean + max(LIFT * (found[0] - mean), chance)))

@@ -38,12 +38,14 @@ LOCK_FILE: Final = "lock"
 ENCODING_FOLDER: Final = "encoding"
 FORMAT: Final = "m2-encoder picture index"
 VERSION: Final = 1
+SAMPLE: Final = 2000
+"""Pictures, by which the scores of a query are judged."""
+
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 _TILE_ROWS: Final = 8192  # pictures that are compared at once; of float16 they are converted then
-_SAMPLE: Final = 2000  # pictures, by which a query's scores are judged
 _SPARE: Final = 32  # more neighbours than asked for, of which the exact scores choose
 _ATTEMPTS: Final = 3  # to open an index that is replaced meanwhile
 
@@ -122,7 +124,7 @@ class PictureIndex:
     @cached_property
     def sample(self) -> Floats:
         """Features of evenly spread pictures, (at most 2,000, D)."""
-        return np.asarray(self.features[:: -(-len(self) // _SAMPLE)], dtype=np.float32)
+        return np.asarray(self.features[:: -(-len(self) // SAMPLE)], dtype=np.float32)
 
     @cached_property
     def _graph(self) -> Any:

@@ -6,7 +6,6 @@ A file is served if the index names it, it lies below the folder with all links 
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import stat
 import threading
@@ -16,13 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from PIL import Image
-
-from m2_encoder.data.images.opening import FORMATS, name_format, open_picture, read_picture_file
-from m2_encoder.data.images.rgb import to_rgb
-from m2_encoder.data.images.transforms import MAX_PIXELS
+from m2_encoder.data.images.opening import FORMATS, name_format, read_picture_file
 from m2_encoder.errors import ImageError
-from m2_encoder.pictures import STANDARD
+from m2_encoder.picture_search.thumbnails import make_thumbnail
 from m2_encoder.serving.refusals import Refusal, busy, invalid
 
 SIZES: Final = (320, 1600)
@@ -31,7 +26,6 @@ SIZES: Final = (320, 1600)
 _CACHE_BYTES: Final = 64 * 2**20
 _MAX_WAITING: Final = 512
 _THREADS: Final = 2
-_DRAWING_PX: Final = 128  # what is not larger is enlarged by the page, with all that a JPEG adds
 _HEAD_BYTES: Final = 1024  # tell a format
 _MEDIA_TYPES: Final = {"HEIF": "image/heic"}
 
@@ -138,24 +132,3 @@ class Gallery:
 def _open_now(path: str, flags: int) -> int:
     """Opens a file without waiting, as a pipe would have one do that nobody writes to."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def make_thumbnail(content: bytes, size: int) -> bytes:
-    """A JPEG, upright and on white, whose longer side has at most `size` pixels; nothing is enlarged.
-
-    Raises:
-        ImageError: if the content is no picture, damaged or too large.
-    """
-    output = io.BytesIO()
-    try:
-        with open_picture(content) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are decoded")
-            if image.format == "JPEG":
-                image.draft("RGB", (size, size))  # decodes at a fraction of its size, still larger than asked for
-            small = to_rgb(image, STANDARD)
-            small.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=2.0)
-            small.save(output, "JPEG", quality=85 if max(small.size) > _DRAWING_PX else 95)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"too large: {error}") from error
-    return output.getvalue()

@@ -16,7 +16,7 @@ from PIL import Image
 from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.serving.app import build_app
-from m2_encoder.serving.gallery import make_thumbnail
+from m2_encoder.picture_search.thumbnails import make_thumbnail
 from tests.support.serving import Client, index_in_memory, running, write_picture
 from tests.unit.serving.conftest import LIMITS
 
