@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST    := OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses=$(THREADS) --dist=loadfile --no-loadscope-reorder
 MEASURED  := $(VENV)/.benchmark
 BENCHES   := benchmark-encode benchmark-contrastive benchmark-data benchmark-data_plan benchmark-curation \
-             benchmark-objectives benchmark-objective_mixtures benchmark-evaluation
+             benchmark-objectives benchmark-objective_mixtures benchmark-evaluation benchmark-export
 
 ##@ Start here
 

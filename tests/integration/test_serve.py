@@ -139,7 +139,7 @@ def test_a_process_answers_all_doors_at_once_and_ends_by_ctrl_c(folder: Path, re
         loaded = load(folder / "export")
         with torch.no_grad():
             wanted = loaded.model.encode_text(loaded.tokenizer(["a dog 12"]))[0].numpy()
-        cosine = np.array([float(each) for each in answers[12].json["result"]]) @ wanted
+        cosine = np.array([float(each) for each in answers[12].json["result"][:16]]) @ wanted
         assert cosine >= 0.9999
         assert b"<title>" in client.get("/", Accept="text/html").body
         started.process.send_signal(signal.SIGINT)

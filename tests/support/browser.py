@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,14 @@ from typing import Any
 import pytest
 
 _TIMEOUT_S = 60.0
+# The browser reads commands from file 3 and writes to 4; either may be one of the given ones.
+_AS_3_AND_4 = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -124,10 +133,10 @@ def chromium(folder: Path) -> Iterator[Tab]:
     flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
     # What a browser asks of its maker by itself is none of the page's doing.
     quiet = "--disable-background-networking --disable-component-update --disable-sync --disable-extensions"
-    script = f'exec "$0" {flags} {quiet} --user-data-dir="$1" about:blank 3<&{theirs_in} 4>&{theirs_out}'
+    command = [program, *flags.split(), *quiet.split(), f"--user-data-dir={folder}", "about:blank"]
     process = subprocess.Popen(
-        ["sh", "-c", script, program, str(folder)], pass_fds=(theirs_in, theirs_out), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", _AS_3_AND_4, str(theirs_in), str(theirs_out), *command],
+        pass_fds=(theirs_in, theirs_out), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(theirs_in)
     os.close(theirs_out)

@@ -130,9 +130,9 @@ def write_form(fields: Mapping[str, str | bytes], boundary: str) -> bytes:
 
 
 @contextlib.contextmanager
-def running(app: Starlette, host: str = "127.0.0.1") -> Iterator[Client]:
+def running(app: Starlette, port: int = 0) -> Iterator[Client]:
     """A server in a thread of this process."""
-    opened = listen(host, 0)
+    opened = listen("127.0.0.1", port)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", http="h11", lifespan="on"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()
@@ -140,7 +140,7 @@ def running(app: Starlette, host: str = "127.0.0.1") -> Iterator[Client]:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             threading.Event().wait(0.01)
-        yield Client(url_of(opened, host))
+        yield Client(url_of(opened, "127.0.0.1"))
     finally:
         server.should_exit = True
         thread.join()

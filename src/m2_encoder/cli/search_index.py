@@ -51,6 +51,8 @@ def check_index(cfg: dict[str, Any]) -> list[Problem]:
     if not photos.is_dir():
         rule = "is a file; give the folder it is in" if photos.is_file() else "no such folder"
         return [*problems, Problem("photos", cfg["photos"], rule)]
+    if not photos.name and cfg["output"] is None:
+        return [*problems, Problem("output", None, "must be given for the root of a disk")]
     try:
         check_index_folder(output, photos)
         if cfg["neighbours"] is True:
@@ -109,7 +111,8 @@ def run_index(cfg: dict[str, Any]) -> int:
 def _places(cfg: dict[str, Any]) -> tuple[Path, Path]:
     """The folder of the pictures, and that of the index."""
     photos = Path(os.path.abspath(os.path.expanduser(cfg["photos"])))
-    output = photos.with_name(f"{photos.name}.index") if cfg["output"] is None else Path(cfg["output"]).expanduser()
+    beside = photos.parent / f"{photos.name}.index"
+    output = beside if cfg["output"] is None else Path(cfg["output"]).expanduser()
     return photos, Path(os.path.abspath(output))
 
 

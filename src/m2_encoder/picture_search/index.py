@@ -137,6 +137,8 @@ class PictureIndex:
         rows = np.empty((len(queries), k), dtype=np.int64)
         for number, query in enumerate(queries):
             near = np.sort(self._graph.search(query, k + _SPARE).keys.astype(np.int64))
+            if len(near) < k:  # it lost its way; all of them are compared
+                near = np.arange(len(self))
             exact = self.features[near].astype(np.float64) @ query.astype(np.float64)
             best = np.argsort(-exact, kind="stable")[:k]
             scores[number], rows[number] = exact[best], near[best]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import uuid
@@ -27,7 +28,7 @@ from m2_encoder.evaluation.features import FeatureEncoder
 from m2_encoder.evaluation.inputs import list_images
 from m2_encoder.evaluation.models.base import import_peer
 from m2_encoder.evaluation.sets.pictures import FilePictures
-from m2_encoder.files import LockedError, atomic_file, hold_lock, write_json
+from m2_encoder.files import LockedError, atomic_file, hold_lock, write_text
 from m2_encoder.picture_search.index import (
     ENCODING_FOLDER,
     FORMAT,
@@ -169,6 +170,8 @@ def _update(work: _Work) -> Changes:
     listed = _list(work.root, work.folder)
     _keep_unreadable(listed, old)
     now = {name: _File(*each) for name, *each in zip(listed.names, listed.sizes, listed.times, strict=True)}
+    if _wants_graph(work, len(now)):
+        _import_usearch()  # before hours of encoding
     made, skipped = _encode(work, [name for name, file in now.items() if old.get(name) != file])
     skipped = sorted([*listed.skipped, *skipped])
     left_out = {each.name for each in skipped}
@@ -272,10 +275,10 @@ def _write(work: _Work, found: _Found) -> None:
         neighbours = None if before.neighbours is None else before.neighbours.name
     else:
         _write_features(folder / features, work, found)
-    if not (len(names) > LARGE if work.neighbours is None else work.neighbours):
+    if not _wants_graph(work, len(names)):
         neighbours = None
     elif neighbours is None:
-        neighbours = _write_neighbours(folder, features)
+        neighbours = write_neighbours(folder, features)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -288,7 +291,7 @@ def _write(work: _Work, found: _Found) -> None:
         "sizes": [found.files[name].size for name in names],
         "times": [found.files[name].time for name in names],
     }
-    write_json(folder / INDEX_FILE, content)
+    write_text(folder / INDEX_FILE, json.dumps(content, ensure_ascii=False))
     remove_leftovers(folder, {features, neighbours})
 
 
@@ -307,13 +310,13 @@ def _write_features(path: Path, work: _Work, found: _Found) -> None:
             file.write(np.stack(rows).tobytes())
 
 
-def _write_neighbours(folder: Path, features: str) -> str:
+def write_neighbours(folder: Path, features: str) -> str:
     """A graph of neighbours over features of float16, by usearch.
 
     Raises:
         UserError: without usearch.
     """
-    usearch = import_peer("usearch.index", "indexes with a graph of neighbours", extra="usearch")
+    usearch = _import_usearch()
     rows = np.load(folder / features, mmap_mode="r", allow_pickle=False)
     graph = usearch.Index(ndim=rows.shape[1], metric="ip", dtype="f16")
     for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -323,6 +326,15 @@ def _write_neighbours(folder: Path, features: str) -> str:
     with atomic_file(folder / name) as temporary:
         graph.save(str(temporary))
     return name
+
+
+def _wants_graph(work: _Work, count: int) -> bool:
+    return count > LARGE if work.neighbours is None else work.neighbours
+
+
+def _import_usearch() -> Any:
+    what = f"indexes of more than {LARGE:,} pictures, or with neighbours=true,"
+    return import_peer("usearch.index", what, extra="usearch")
 
 
 def remove_leftovers(folder: Path, named: Iterable[str | None]) -> None:

@@ -1,15 +1,16 @@
 """The interface by which MT-Photos asks its AI server, for searching by text.
 
-All requests are POST and have the header `api-key`. Vectors are lists of strings with 16 decimals; MT-Photos pads
-nothing, its user sets the width of the model there.
+All requests are POST and have the header `api-key`. Vectors are lists of strings with 16 decimals, of a width that its
+user chooses there, 512 or 768; zeros fill up shorter ones, which leaves cosines as they are.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -18,7 +19,10 @@ from m2_encoder.serving.bodies import read_file, read_form, read_json
 from m2_encoder.serving.encoder import Encoder
 from m2_encoder.serving.refusals import Refusal, invalid
 
-PATHS = ("/check", "/clip/img", "/clip/txt")
+PATHS: Final = ("/check", "/clip/img", "/clip/txt")
+
+WIDTHS: Final = (512, 768)
+"""Of its columns."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -61,4 +65,6 @@ def endpoints(encoder: Encoder, api_key: str | None) -> dict[str, Endpoint]:
 
 
 def _answer(features: Features) -> Response:
-    return JSONResponse({"result": [f"{value:.16f}" for value in features.tolist()]})
+    width = next((each for each in WIDTHS if each >= len(features)), len(features))
+    padded = np.pad(features, (0, width - len(features)))
+    return JSONResponse({"result": [f"{value:.16f}" for value in padded.tolist()]})

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,18 @@ def test_graph_finds_what_comparing_all_finds(tmp_path: Path, model: SearchModel
     update_index(tmp_path / "graph", photos, model, num_workers=0)
     assert open_index(tmp_path / "graph").neighbours is None
     assert module.LARGE == 200_000
+
+
+def test_large_index_asks_for_its_package_before_it_encodes(
+    update: Update, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LARGE", 4)
+    monkeypatch.setitem(sys.modules, "usearch", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"more than 4 pictures.*install it with pip install 'm2-encoder\[usearch\]'"):
+        update()
+    assert not (tmp_path / "i" / "encoding").exists()
+    assert update(neighbours=False).new == 5
 
 
 def test_reader_keeps_the_index_that_it_opened(update: Update, tmp_path: Path, photos: Path) -> None:
