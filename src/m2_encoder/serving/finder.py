@@ -13,9 +13,9 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from m2_encoder.errors import UserError
+from m2_encoder.picture_search.ending import find_end
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.picture_search.query import Term, parse_query
-from m2_encoder.picture_search.results import find_results
 from m2_encoder.serving.batches import Features
 from m2_encoder.serving.encoder import Encoder
 from m2_encoder.serving.gallery import Gallery
@@ -23,6 +23,7 @@ from m2_encoder.serving.refusals import busy, invalid
 
 _MAX_WAITING: Final = 64
 _SHORTEST: Final = 1e-3
+_COPY: Final = 0.999  # the cosine of two pictures that are the same
 _SEEN_FOR_END: Final = 1000  # results among which the probable end is looked for, whatever part is asked for
 
 
@@ -104,12 +105,16 @@ class Finder:
             self._waiting -= 1
 
     def _find_now(self, feature: Features, start: int, count: int, without: int | None) -> Found:
-        own = () if without is None else (without,)
-        top = max(start + count, _SEEN_FOR_END)
-        found = find_results(self._index, feature, top, query="", without=own)
-        part = found.rows[start : start + count]
-        names, scores = [each.name for each in part], [each.score for each in part]
-        return Found(names, scores, found.end, len(self._index) - len(own))
+        index, left_out = self._index, int(without is not None)
+        top = max(start + count, _SEEN_FOR_END) + left_out
+        scores, rows = (each[0] for each in index.search(feature[None], top))
+        if without is not None:
+            scores, rows = scores[rows != without], rows[rows != without]
+        # Copies of a picture that is searched for say nothing about how alike others can be.
+        copies = int(np.count_nonzero(scores >= _COPY))
+        end = copies + find_end(scores[copies:], index.sample @ feature, len(index))
+        part = slice(start, start + count)
+        return Found([index.names[row] for row in rows[part]], scores[part].tolist(), end, len(index) - left_out)
 
 
 def _parse(query: str) -> list[Term]:
