@@ -5,7 +5,8 @@ compared with those that the same query has on a sample of the gallery, of mean 
 it has most of the lift of the best one over m, and if it rises over m by more than the best of so many unrelated
 pictures would by chance; that bound is the expected maximum of N normal values, lowered, because scores are not normal
 and a lost find costs more than a picture too many. Both bounds are in units of the query itself: no model and no
-language has a threshold of its own. `benchmarks/result_endings.py` measures them.
+language has a threshold of its own. Copies of a picture that is searched for stand before the line and say nothing
+about how alike others can be. `benchmarks/result_endings.py` measures them.
 
 Letters: k results · S sample · N pictures.
 """
@@ -18,6 +19,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+_COPY: Final = 0.999  # the cosine of two pictures that are the same, features of float16 included
 _LIFT: Final = 0.9  # of the best result, that the last one has
 _CHANCE: Final = 0.7  # of the expected maximum, in deviations
 
@@ -31,8 +33,10 @@ def find_end(scores: npt.ArrayLike, sample: npt.ArrayLike, total: int) -> int:
         total: N.
     """
     found, spread = np.asarray(scores, dtype=np.float64), np.asarray(sample, dtype=np.float64)
+    copies = int(np.count_nonzero(found >= _COPY))
+    found = found[copies:]
     if not len(found) or not len(spread):
-        return len(found)
+        return copies + len(found)
     mean = spread.mean()
     chance = _CHANCE * math.sqrt(2 * math.log(max(total, 2))) * spread.std()
-    return int(np.count_nonzero(found >= mean + max(_LIFT * (found[0] - mean), chance)))
+    return copies + int(np.count_nonzero(found >= mean + max(_LIFT * (found[0] - mean), chance)))
