@@ -5,7 +5,8 @@ two constants of the line were chosen on drawings that the model was trained on 
 known concepts in another style, unknown concepts, and stamps of Tux Paint with names of their own
 (`apt install tuxpaint-stamps-default`; left out where they are not installed). Beside the line stand the first ten, one
 threshold for all queries (the best for the first gallery, by F1), the line after neutral prompts were subtracted, and
-the best end that each list has, which no rule can know. `absent` are words that name nothing in the gallery.
+the best end that each list has, which no rule can know. `absent` are words that name nothing in the
+gallery. The figures at the end compare the bound against chance with what neutral prompts reach.
 
     make train
     python benchmarks/result_endings.py --model outputs/emoji/export \
@@ -27,9 +28,9 @@ from _common import Report, parse_arguments
 from m2_encoder.data.emoji.dataset import EMOJI_STYLES, load_emoji_concepts, load_emoji_images
 from m2_encoder.evaluation.encode import encode_images, encode_texts
 from m2_encoder.evaluation.models.base import EvaluatedModel
-from m2_encoder.evaluation.prompts import load_templates
+from m2_encoder.evaluation.prompts import PLACE, load_templates
 from m2_encoder.evaluation.sets.tuxpaint import DEBIAN_FOLDER, read_tuxpaint
-from m2_encoder.picture_search.ending import find_end
+from m2_encoder.picture_search.ending import chance_lift, find_end
 from m2_encoder.picture_search.model import open_search_model
 
 Floats = npt.NDArray[np.float32]
@@ -147,6 +148,12 @@ def best_ends(gallery: Gallery) -> dict[str, Any]:
     return measure(gallery._replace(absent=gallery.absent[:0]), judge)
 
 
+def neutral_lift(gallery: Gallery, neutral: Floats) -> float:
+    """How far the best picture of a neutral prompt rises over the mean, in deviations; the median of all prompts."""
+    scores = neutral @ gallery.pictures.T
+    return float(np.median((scores.max(axis=1) - scores.mean(axis=1)) / scores.std(axis=1)))
+
+
 def flat(threshold: float) -> Judge:
     return lambda scores, _: int(np.count_nonzero(scores >= threshold))
 
@@ -163,18 +170,10 @@ def main() -> None:
     )
     report = Report("where results end: precision and recall, percent")
     model = open_search_model(arguments.model).encoder
-    neutral = {
-        language: encode_words(
-            model,
-            [
-                text
-                for family in ("general", "photos")
-                for text in load_templates(family, language).rows
-                if text != "{}"
-            ],
-        ).mean(axis=0)
-        for language in ("zh", "en")
-    }
+    neutral = {}
+    for language in ("zh", "en"):
+        rows = [row for family in ("general", "photos") for row in load_templates(family, language).rows]
+        neutral[language] = encode_words(model, [row.replace(PLACE, "") for row in rows if row != PLACE])
     galleries = [*emoji_galleries(model), *stamp_galleries(model)]
     threshold = best_threshold([each for each in galleries if each.name == "drawings trained on"])
     for each in galleries:
@@ -186,12 +185,17 @@ def main() -> None:
         what = f"{each.name}, {each.language}"
         report.add(f"{what}: line", pictures=total, queries=len(each.queries), **measure(each, line))
         report.add(f"{what}: line, minus neutral prompts", pictures=total, queries=len(each.queries),
-                   **measure(each, line, minus=neutral[each.language]))  # fmt: skip
+                   **measure(each, line, minus=neutral[each.language].mean(axis=0)))  # fmt: skip
         report.add(f"{what}: first ten", pictures=total, queries=len(each.queries), **measure(each, lambda *_: 10))
         report.add(f"{what}: one threshold", pictures=total, queries=len(each.queries),
                    **measure(each, flat(threshold)))  # fmt: skip
         report.add(f"{what}: best end", pictures=total, queries=len(each.queries), **best_ends(each))
     report.figures["one threshold"] = threshold
+    for each in galleries:
+        lift, bound = neutral_lift(each, neutral[each.language]), chance_lift(len(each.pictures))
+        report.figures[f"{each.name}, {each.language}"] = (
+            f"neutral prompts rise by {lift:.2f}, the bound is {bound:.2f}"
+        )
     report.finish(json_path=arguments.json)
 
 

@@ -74,6 +74,10 @@ COMMANDS: tuple[tuple[Command, tuple[str, ...]], ...] = (
     (commands.DATA_SPLIT, ("source={tars}", "output=sides", "max_repeats=20")),
     (commands.DATA_TOKENIZER, ("source={text}", "output=t.model")),
     (commands.DATA_CURATE, ("shards={tars}", "output=curated", "score.model=tiny")),
+    (commands.SEARCH_INDEX, ("photos={folder}", "model=tiny", "weights={text}", "tokenizer={text}")),
+    (commands.SEARCH_QUERY, ("index=photos.index", "query=dog")),
+    (commands.SEARCH_SIMILAR, ("index=photos.index", "picture=dog.jpg")),
+    (commands.SEARCH_DUPLICATES, ("index=photos.index",)),
 )  # fmt: skip
 
 

@@ -240,9 +240,7 @@ def test_both_languages_fit_a_phone(tab: Tab) -> None:
         assert tab.run("document.scrollingElement.scrollWidth <= 360"), language
         tab.run(f"{TILES}[0].click()")
         tab.wait("document.getElementById('viewer').open")
-        wide = (
-            "[...document.querySelectorAll('#about *')].every(each => each.getBoundingClientRect().right <= 360)"
-        )
+        wide = "[...document.querySelectorAll('#about *')].every(each => each.getBoundingClientRect().right <= 360)"
         assert tab.run(wide), language
         tab.press("Escape")
         tab.run("document.getElementById('home').click()")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -77,7 +78,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def _start(folder: Path, repo_root: Path, *, name: str, first: str = "") -> Iterator[Started]:
+def _start(
+    folder: Path, repo_root: Path, *, name: str, first: str = "", given: tuple[str, ...] = ("index=photos.index",)
+) -> Iterator[Started]:
     """The command, with the defaults of all but the port; `first` runs before anything in its process."""
     offline, errors = folder / name, folder / f"{name}.txt"
     offline.mkdir()
@@ -86,7 +89,7 @@ def _start(folder: Path, repo_root: Path, *, name: str, first: str = "") -> Iter
     with (
         errors.open("w") as stderr,
         subprocess.Popen(
-            [sys.executable, "-c", START, f"index={folder / 'photos.index'}", "port=0", "api_key=sesame"],
+            [sys.executable, "-c", START, *given, "port=0", "api_key=sesame"],
             stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=folder,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         ) as process,
@@ -162,3 +165,16 @@ def test_memory_stays_flat_over_thousands_of_requests(folder: Path, repo_root: P
         assert sizes[-1] - sizes[1] < 15, sizes
         assert len(list(Path(f"/proc/{started.process.pid}/fd").iterdir())) < 60
     assert started.errors.read_text(encoding="utf-8") == ""
+
+
+@pytest.mark.slow
+def test_the_built_in_drawings_are_indexed_once(folder: Path, repo_root: Path) -> None:
+    given = ("index=drawings", f"model={folder / 'export'}")
+    with _start(folder, repo_root, name="drawings", given=given) as started:
+        assert started.line.startswith("7,074 pictures, ")
+        found = started.client.post("/api/search", {"query": "红苹果", "count": 1}).json["results"]
+        assert started.client.get(f"/api/thumbnails/{quote(found[0]['name'])}").status == 200
+    (made,) = (folder / "outputs" / "drawings").glob("*.index/features-*.npy")
+    with _start(folder, repo_root, name="again", given=given) as started:
+        assert started.line.startswith("7,074 pictures, ")
+    assert [*made.parent.glob("features-*.npy")] == [made]

@@ -70,9 +70,11 @@ def _model_problems(cfg: dict[str, Any]) -> list[Problem]:
     index, model = cfg["index"], cfg["model"]
     if isinstance(index, str) and index != DRAWINGS:
         try:
-            open_index(find_path(index))
+            root = open_index(find_path(index)).root
         except UserError as error:
             return find_problems(error.under("index"))
+        if not root.is_dir():
+            return [Problem("index", index, f"its pictures were in {root}, which is not there", "index them again")]
     if model is None and (index is None or index == DRAWINGS):
         return [Problem("model", NOTHING, "must be given", "add model=FOLDER, one that m2-export wrote")]
     if model is None:

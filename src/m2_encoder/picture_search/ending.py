@@ -2,10 +2,11 @@
 
 A cosine says little by itself: for one query 0.3 is a find, for another the whole gallery lies above it. So a score is
 compared with those that the same query has on a sample of the gallery, of mean m and deviation s. A result is kept if
-it has most of the lift of the best one over m, and if it rises over m by more than the best of so many unrelated
-pictures would by chance; that bound is the expected maximum of N normal values, lowered, because scores are not normal
-and a lost find costs more than a picture too many. Both bounds are in units of the query itself: no model and no
-language has a threshold of its own. `benchmarks/result_endings.py` measures them.
+it has most of the lift of the best one over m, and if it rises over m by more than the best picture of a query that
+asks for nothing. That bound is the expected maximum of N normal values, lowered to what neutral prompts such as "a
+picture of" reach in galleries of 150 to 7,000 pictures. Both bounds are in units of the query itself: no model and no
+language has a threshold of its own. Copies of a picture that is searched for stand before the line and say nothing
+about how alike others can be. `benchmarks/result_endings.py` measures all of it.
 
 Letters: k results · S sample · N pictures.
 """
@@ -18,11 +19,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-LIFT: Final = 0.9
-"""Of the best result, that the last one has."""
+COPY: Final = 0.999
+"""Cosine of two pictures that are the same, features of float16 included."""
 
-CHANCE: Final = 0.7
-"""Of the expected maximum, in deviations."""
+LIFT: Final = 0.9
+"""Share of the lift of the best result that the last one has."""
+
+_CHANCE: Final = 0.7  # of the expected maximum, in deviations: the best of a neutral prompt
 
 
 def find_end(scores: npt.ArrayLike, sample: npt.ArrayLike, total: int) -> int:
@@ -34,8 +37,15 @@ def find_end(scores: npt.ArrayLike, sample: npt.ArrayLike, total: int) -> int:
         total: N.
     """
     found, spread = np.asarray(scores, dtype=np.float64), np.asarray(sample, dtype=np.float64)
+    copies = int(np.count_nonzero(found >= COPY))
+    found = found[copies:]
     if not len(found) or not len(spread):
-        return len(found)
+        return copies + len(found)
     mean = spread.mean()
-    chance = CHANCE * math.sqrt(2 * math.log(max(total, 2))) * spread.std()
-    return int(np.count_nonzero(found >= mean + max(LIFT * (found[0] - mean), chance)))
+    chance = chance_lift(total) * spread.std()
+    return copies + int(np.count_nonzero(found >= mean + max(LIFT * (found[0] - mean), chance)))
+
+
+def chance_lift(total: int) -> float:
+    """How far the best of so many pictures rises over their mean for a query that asks for nothing, in deviations."""
+    return _CHANCE * math.sqrt(2 * math.log(max(total, 2)))

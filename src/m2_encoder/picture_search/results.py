@@ -51,7 +51,8 @@ def find_results(
     scores, rows = index.search(feature[None], top + len(without))
     kept = ~np.isin(rows[0], list(without))
     found, found_rows = scores[0][kept][:top], rows[0][kept][:top]
-    end = find_end(found, index.sample @ feature, len(index))
+    # Not `@`: BLAS starts threads for it, which wait for each other where many queries come at once.
+    end = find_end(found, np.einsum("sd,d->s", index.sample, feature), len(index))
     return Results(
         query,
         [

@@ -18,6 +18,7 @@ from m2_encoder.serving.bodies import read_field, read_file, read_form, read_jso
 from m2_encoder.serving.encoder import Encoder
 from m2_encoder.serving.finder import Finder, Found
 from m2_encoder.serving.gallery import SIZES, Gallery
+from m2_encoder.serving.index_watch import IndexWatch
 from m2_encoder.serving.refusals import Refusal, invalid
 from m2_encoder.serving.settings import check_keys, read_number, read_text
 
@@ -38,12 +39,16 @@ class Api:
         encoder: the model.
         gallery: files of the index; None without one.
         finder: what searches it; None without one.
+        watch: knows whether there is a newer one; None without one.
     """
 
-    def __init__(self, encoder: Encoder, gallery: Gallery | None, finder: Finder | None) -> None:
+    def __init__(
+        self, encoder: Encoder, gallery: Gallery | None, finder: Finder | None, watch: IndexWatch | None
+    ) -> None:
         self._encoder = encoder
         self._gallery = gallery
         self._finder = finder
+        self._watch = watch
 
     def routes(self) -> list[Route]:
         """Their addresses."""
@@ -59,7 +64,7 @@ class Api:
 
     async def status(self, _request: Request) -> Response:
         """What is served."""
-        pictures = None if self._finder is None else self._finder.list_names(0, 0)[1]
+        pictures = None if self._finder is None else (await self._current()).list_names(0, 0)[1]
         return JSONResponse(
             {"model": self._encoder.name, "feature_dim": self._encoder.feature_dim, "pictures": pictures}
         )
@@ -68,12 +73,12 @@ class Api:
         """All pictures, in the order of their names."""
         values = request.query_params
         check_keys(values, ("start", "count"))
-        names, total = self._need(self._finder).list_names(*_read_part(values))
+        names, total = (await self._current()).list_names(*_read_part(values))
         return JSONResponse({"total": total, "results": [{"name": name} for name in names]})
 
     async def search(self, request: Request) -> Response:
         """Results for a query, a picture, or both."""
-        finder, known = self._need(self._finder), ("query", "start", "count")
+        finder, known = await self._current(), ("query", "start", "count")
         image: bytes | None = None
         if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             async with read_form(request) as form:
@@ -89,7 +94,7 @@ class Api:
 
     async def similar(self, request: Request) -> Response:
         """Pictures like one of the index."""
-        finder, values = self._need(self._finder), await read_json(request)
+        finder, values = await self._current(), await read_json(request)
         check_keys(values, ("name", "start", "count"))
         started = time.perf_counter()
         return _answer(await finder.similar(read_text(values, "name"), *_read_part(values)), started)
@@ -131,6 +136,17 @@ class Api:
         check_keys(request.query_params, ())
         found = await asyncio.to_thread(self._need(self._gallery).find, request.path_params["name"])
         return FileResponse(found.path, media_type=found.media_type, headers={"ETag": found.tag})
+
+    async def _current(self) -> Finder:
+        """What searches the index as it is now.
+
+        Raises:
+            Refusal: 404, if none is served.
+        """
+        if self._watch is not None:
+            await self._watch.look()
+        finder: Finder = self._need(self._finder)
+        return finder
 
     @staticmethod
     def _need(part: Any) -> Any:

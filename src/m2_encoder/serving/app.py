@@ -23,6 +23,7 @@ from m2_encoder.serving.encoder import Encoder
 from m2_encoder.serving.finder import Finder
 from m2_encoder.serving.gallery import Gallery
 from m2_encoder.serving.guard import Guard
+from m2_encoder.serving.index_watch import IndexWatch
 from m2_encoder.serving.openapi import describe_api
 from m2_encoder.serving.page import Page, wants_page
 from m2_encoder.serving.refusals import Refusal
@@ -55,8 +56,7 @@ def build_app(
         limits: what it takes.
     """
     encoder = Encoder(model, batch_size=limits.batch_size, max_waiting=limits.max_waiting)
-    gallery = None if index is None else Gallery(index.root, index.names)
-    finder = None if index is None or gallery is None else Finder(index, gallery, encoder)
+    gallery, finder, watch = (None, None, None) if index is None else _shelve(index, encoder)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -71,7 +71,7 @@ def build_app(
     return Starlette(
         routes=[
             *_pages(limits),
-            *Api(encoder, gallery, finder).routes(),
+            *Api(encoder, gallery, finder, watch).routes(),
             Route("/ping", immich.ping),
             Route("/predict", immich.predict_with(encoder), methods=["POST"]),
             *(Route(path, answer, methods=["POST"]) for path, answer in answers.items()),
@@ -88,6 +88,17 @@ def build_app(
         },
         lifespan=lifespan,
     )
+
+
+def _shelve(index: PictureIndex, encoder: Encoder) -> tuple[Gallery, Finder, IndexWatch]:
+    """Files and search of an index, and of newer ones that take its place."""
+    gallery, finder = Gallery(index), Finder(index, encoder)
+
+    def use(newer: PictureIndex) -> None:
+        gallery.use(newer)
+        finder.use(newer)
+
+    return gallery, finder, IndexWatch(index, use)
 
 
 def _pages(limits: ServerLimits) -> list[Route]:

@@ -5,24 +5,27 @@ Letters: N pictures · D feature dim.
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from m2_encoder.errors import UserError
+from m2_encoder.picture_search.ending import find_end
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.picture_search.query import Term, parse_query
-from m2_encoder.picture_search.results import find_results
-from m2_encoder.serving.batches import Features
+from m2_encoder.serving.batches import Batches, Features
 from m2_encoder.serving.encoder import Encoder
-from m2_encoder.serving.gallery import Gallery
-from m2_encoder.serving.refusals import busy, invalid
+from m2_encoder.serving.gallery import row_of
+from m2_encoder.serving.refusals import invalid
 
 _MAX_WAITING: Final = 64
+_BATCH: Final = 16
 _SHORTEST: Final = 1e-3
+_COPY: Final = 0.999  # the cosine of two pictures that are the same
 _SEEN_FOR_END: Final = 1000  # results among which the probable end is looked for, whatever part is asked for
 
 
@@ -35,21 +38,36 @@ class Found(NamedTuple):
     total: int  # of the whole list
 
 
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """What is searched for."""
+
+    index: PictureIndex
+    feature: Features  # (D,)
+    start: int
+    count: int
+    without: int | None  # a row that is no result
+
+
 class Finder:
     """An index with the model that made it.
 
     Args:
-        index: of at least one picture.
-        gallery: its files.
+        index: of at least one picture; may be replaced by a newer one with `use`.
         encoder: the model.
     """
 
-    def __init__(self, index: PictureIndex, gallery: Gallery, encoder: Encoder) -> None:
+    def __init__(self, index: PictureIndex, encoder: Encoder) -> None:
         self._index = index
-        self._gallery = gallery
         self._encoder = encoder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
-        self._waiting = 0
+        self._searches: Batches[_Search, Found] = Batches(
+            _find_all, self._thread, batch_size=_BATCH, max_waiting=_MAX_WAITING
+        )
+
+    def use(self, index: PictureIndex) -> None:
+        """Takes a newer index from now on."""
+        self._index = index
 
     def list_names(self, start: int, count: int) -> tuple[list[str], int]:
         """A part of all names, in their order, and the number of all."""
@@ -61,8 +79,8 @@ class Finder:
         Raises:
             Refusal: for a query that cannot be read, or names a picture that the index has not; as `Encoder`.
         """
-        terms = [] if query is None else _parse(query)
-        return await self._find(await self._encode(terms, picture), start, count)
+        index, terms = self._index, [] if query is None else _parse(query)
+        return await self._find(index, await self._encode(index, terms, picture), start, count)
 
     async def similar(self, name: str, start: int, count: int) -> Found:
         """The pictures that are most like one of the index, without itself.
@@ -70,19 +88,19 @@ class Finder:
         Raises:
             Refusal: 404 for a name that it has not.
         """
-        row = self._gallery.row_of(name)
-        return await self._find(np.asarray(self._index.features[row], dtype=np.float32), start, count, without=row)
+        index, row = self._index, row_of(self._index, name)
+        return await self._find(index, np.asarray(index.features[row], dtype=np.float32), start, count, without=row)
 
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    async def _encode(self, terms: Sequence[Term], picture: bytes | None) -> Features:
+    async def _encode(self, index: PictureIndex, terms: Sequence[Term], picture: bytes | None) -> Features:
         """The feature of a query, (D,): the weighted sum of its terms, normalised."""
         words = [term.content for term in terms if term.kind == "words"]
-        rows = [self._gallery.row_of(term.content) for term in terms if term.kind == "picture"]
+        rows = [row_of(index, term.content) for term in terms if term.kind == "picture"]
         weights = [term.weight for kind in ("words", "picture") for term in terms if term.kind == kind]
-        parts = [*(await self._encoder.texts(words) if words else ()), *(self._index.features[row] for row in rows)]
+        parts = [*(await self._encoder.texts(words) if words else ()), *(index.features[row] for row in rows)]
         if picture is not None:
             parts.append((await self._encoder.picture(picture)).features)
             weights.append(1.0)
@@ -92,24 +110,36 @@ class Finder:
             raise invalid("the terms of the query cancel each other; nothing is left to search for")
         return (total / length).astype(np.float32)
 
-    async def _find(self, feature: Features, start: int, count: int, without: int | None = None) -> Found:
-        if self._waiting >= _MAX_WAITING:
-            raise busy(f"{self._waiting} searches wait")
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._find_now, feature, start, count, without
-            )
-        finally:
-            self._waiting -= 1
+    async def _find(
+        self, index: PictureIndex, feature: Features, start: int, count: int, without: int | None = None
+    ) -> Found:
+        return (await self._searches.run([_Search(index, feature, start, count, without)]))[0]
 
-    def _find_now(self, feature: Features, start: int, count: int, without: int | None) -> Found:
-        own = () if without is None else (without,)
-        top = max(start + count, _SEEN_FOR_END)
-        found = find_results(self._index, feature, top, query="", without=own)
-        part = found.rows[start : start + count]
-        names, scores = [each.name for each in part], [each.score for each in part]
-        return Found(names, scores, found.end, len(self._index) - len(own))
+
+def _find_all(searches: list[_Search]) -> list[Found]:
+    """Searches that met: those of one index read it once, which for few queries is most of the time."""
+    together: dict[tuple[int, int], list[int]] = {}
+    for number, each in enumerate(searches):
+        top = max(each.start + each.count, _SEEN_FOR_END) + 1  # one may be left out
+        together.setdefault((id(each.index), top), []).append(number)
+    found: dict[int, Found] = {}
+    for (_, top), numbers in together.items():
+        queries = np.stack([searches[number].feature for number in numbers])
+        for number, scores, rows in zip(numbers, *searches[numbers[0]].index.search(queries, top), strict=True):
+            found[number] = _take_part(searches[number], scores, rows)
+    return [found[number] for number in range(len(searches))]
+
+
+def _take_part(search: _Search, scores: Features, rows: npt.NDArray[np.int64]) -> Found:
+    index, total = search.index, len(search.index)
+    if search.without is not None:
+        total -= 1
+        scores, rows = scores[rows != search.without], rows[rows != search.without]
+    # Copies of a picture that is searched for say nothing about how alike others can be.
+    copies = int(np.count_nonzero(scores >= _COPY))
+    end = copies + find_end(scores[copies:], index.sample @ search.feature, len(index))
+    part = slice(search.start, search.start + search.count)
+    return Found([index.names[row] for row in rows[part]], scores[part].tolist(), end, total)
 
 
 def _parse(query: str) -> list[Term]:

@@ -10,13 +10,13 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from m2_encoder.data.images.opening import FORMATS, name_format, read_picture_file
 from m2_encoder.errors import ImageError
+from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.picture_search.thumbnails import make_thumbnail
 from m2_encoder.serving.refusals import Refusal, busy, invalid
 
@@ -42,28 +42,20 @@ class Gallery:
     """The files of an index.
 
     Args:
-        root: the indexed folder.
-        names: paths of the files below it, with `/`.
+        index: may be replaced by a newer one with `use`.
     """
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
-        self._root = Path(os.path.realpath(root))
-        self._row_of = {name: row for row, name in enumerate(names)}
+    def __init__(self, index: PictureIndex) -> None:
+        self._index = index
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="thumbnail")
         self._cache: OrderedDict[tuple[str, int], tuple[str, bytes]] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
         self._waiting = 0
 
-    def row_of(self, name: str) -> int:
-        """The row of a file in the index.
-
-        Raises:
-            Refusal: 404, if it has none.
-        """
-        if (row := self._row_of.get(name)) is None:
-            raise Refusal(404, "no_picture_of_this_name", f"the index has no picture {name}")
-        return row
+    def use(self, index: PictureIndex) -> None:
+        """Takes a newer index from now on."""
+        self._index = index
 
     def find(self, name: str) -> PictureFile:
         """The file of a name.
@@ -71,10 +63,12 @@ class Gallery:
         Raises:
             Refusal: 404, if the index does not name it, it is gone, or it lies elsewhere; 415 if it is no picture.
         """
-        self.row_of(name)
+        index = self._index
+        row_of(index, name)
+        root = Path(os.path.realpath(index.root))
         try:
-            path = Path(os.path.realpath(self._root / name))
-            if not path.is_relative_to(self._root):
+            path = Path(os.path.realpath(root / name))
+            if not path.is_relative_to(root):
                 raise Refusal(404, "elsewhere", f"{name} is a link to a file outside of the indexed folder")
             with open(path, "rb", opener=_open_now) as file:
                 status = os.fstat(file.fileno())
@@ -127,6 +121,17 @@ class Gallery:
             self._cached_bytes += len(made[1]) - (0 if before is None else len(before[1]))
             while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
                 self._cached_bytes -= len(self._cache.popitem(last=False)[1][1])
+
+
+def row_of(index: PictureIndex, name: str) -> int:
+    """The row of a file in an index.
+
+    Raises:
+        Refusal: 404, if it has none.
+    """
+    if (row := index.rows.get(name)) is None:
+        raise Refusal(404, "no_picture_of_this_name", f"the index has no picture {name}")
+    return row
 
 
 def _open_now(path: str, flags: int) -> int:

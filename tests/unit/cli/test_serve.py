@@ -89,6 +89,17 @@ def test_a_port_that_is_taken(run: Run, index: Path) -> None:
     assert f"port={port}: another program listens there; choose another" in err
 
 
+def test_pictures_that_were_moved(run: Run, index: Path) -> None:
+    photos = index.parent / "photos"
+    photos.rename(index.parent / "moved")
+    try:
+        code, _, err = run(f"index={index}", "port=0")
+    finally:
+        (index.parent / "moved").rename(photos)
+    assert code == 2
+    assert f"its pictures were in {photos}, which is not there; index them again" in err
+
+
 def test_the_model_must_be_that_of_the_index(run: Run, index: Path, tmp_path: Path) -> None:
     import torch
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from m2_encoder import load
 from m2_encoder.errors import UserError
@@ -46,6 +51,22 @@ def test_both_formats_share_a_folder_in_any_order(source: ExportSource, tmp_path
     assert card.count("| model.safetensors |") == 1
     assert "SentenceTransformer(folder" in card
     assert load(tmp_path / "out").model.config == source.model.config
+
+
+@pytest.mark.slow
+def test_what_the_card_shows_runs(source: ExportSource, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="the card shows it")
+    each = Transformers()
+    each.write(tmp_path / "export", source)
+    (code,) = re.findall(r"```python\n(.+?)```", each.usage(source), re.DOTALL)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "cat.jpg")
+    code = code.replace("path/to/this/folder", "export")
+    apart = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **apart}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tensor(") == 2
 
 
 @pytest.mark.slow

@@ -33,6 +33,14 @@ def test_scale_and_offset_of_scores_do_not_matter() -> None:
     assert plain == find_end(scores[:20] * 0.1 - 0.7, scores * 0.1 - 0.7, 2003) == 2
 
 
+def test_copies_of_the_query_do_not_decide() -> None:
+    scores = np.sort(np.concatenate([[0.6, 0.58, 0.57], noise()]))[::-1]
+    with_copies = np.concatenate([[1.0004, 0.9996], scores])
+    assert find_end(scores[:20], scores, 2003) == 3
+    assert find_end(with_copies[:20], scores, 2005) == 5
+    assert find_end([1.0, 1.0], scores, 2005) == 2
+
+
 def test_lists_without_contrast() -> None:
     assert find_end([], [], 0) == 0
     assert find_end([0.5], [0.5], 1) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.picture_search.ending import find_end
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.serving.app import build_app
-from tests.support.serving import Client, running, small_encoder, small_tokenizer
+from tests.support.serving import Client, index_in_memory, running, small_encoder, small_tokenizer
 from tests.unit.serving.conftest import LIMITS
 
 
@@ -65,6 +66,35 @@ def test_similar_pictures_are_without_itself(server: Client, index: PictureIndex
     answer = server.post("/api/similar", {"name": name, "count": 5}).json
     _expect(answer, index, index.features[index.names.index(name)], 5, without=name)
     assert answer["total"] == 29
+
+
+def test_copies_of_the_picture_do_not_decide_where_results_end(model: EvaluatedModel, index: PictureIndex) -> None:
+    rng = np.random.default_rng(1)
+    far = rng.normal(size=(200, 16))
+    alike = far[0] + rng.normal(scale=0.15, size=(5, 16))
+    rows = np.concatenate([far[:1], far[:1], alike, far[1:]])
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    names = [f"{number}.png" for number in range(len(rows))]
+    app = build_app(model, index=index_in_memory(index.root, names, rows), api_key=None, only_loopback=True,
+                    limits=LIMITS)  # fmt: skip
+    with running(app) as client:
+        answer = client.post("/api/similar", {"name": "0.png", "count": 6}).json
+    assert answer["results"][0]["name"] == "1.png"
+    assert {each["name"] for each in answer["results"][1:]} == {f"{number}.png" for number in range(2, 7)}
+    scores = np.sort(rows[2:] @ rows[0])[::-1]
+    assert answer["end"] == 1 + find_end(scores, rows @ rows[0], len(rows))
+    assert answer["end"] > 3
+
+
+def test_searches_that_meet_are_told_apart(server: Client, index: PictureIndex) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        texts = [f"水果 {number}" for number in range(60)]
+        answers = list(pool.map(lambda text: server.post("/api/search", {"query": text, "count": 9}).json, texts))
+        alike = list(pool.map(lambda name: server.post("/api/similar", {"name": name}).json, index.names))
+    for text, answer in zip(texts, answers, strict=True):
+        _expect(answer, index, _text_features(text)[0], 9)
+    for name, answer in zip(index.names, alike, strict=True):
+        _expect(answer, index, index.features[index.names.index(name)], 60, without=name)
 
 
 def test_parts_of_a_list_join_without_a_gap(server: Client) -> None:

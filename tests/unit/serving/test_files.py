@@ -15,9 +15,9 @@ from PIL import Image
 
 from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.picture_search.index import PictureIndex
-from m2_encoder.serving.app import build_app
 from m2_encoder.picture_search.thumbnails import make_thumbnail
-from tests.support.serving import Client, index_in_memory, running, write_picture
+from m2_encoder.serving.app import build_app
+from tests.support.serving import Client, encode_files, index_in_memory, running, write_picture
 from tests.unit.serving.conftest import LIMITS
 
 SECRET = b"\x89PNG\r\n\x1a\n the secret of another folder"
@@ -146,6 +146,21 @@ def test_a_thumbnail_is_upright_and_on_white() -> None:
     assert up[0] > 240
     assert max(up[1:]) < 20
     assert min(down) > 240
+
+
+def test_a_phone_s_heic_is_shown_and_found(model: EvaluatedModel, index: PictureIndex, tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra heic")
+    with Image.open(index.root / "beach/3.png") as image:
+        heif.from_pillow(image.convert("RGB")).save(tmp_path / "a.heic", quality=95)
+    write_picture(tmp_path / "b.png", 50)
+    names = ["a.heic", "b.png"]
+    made = index_in_memory(tmp_path, names, encode_files(tmp_path, names, model))
+    app = build_app(model, index=made, api_key=None, only_loopback=True, limits=LIMITS)
+    with running(app) as client:
+        assert client.get("/api/thumbnails/a.heic").headers["content-type"] == "image/jpeg"
+        assert client.get("/api/files/a.heic").headers["content-type"] == "image/heic"
+        found = client.send_form("/api/search", {"image": (tmp_path / "a.heic").read_bytes()}).json
+    assert found["results"][0] == {"name": "a.heic", "score": pytest.approx(1, abs=1e-5)}
 
 
 def test_a_file_may_be_read_in_parts(server: Client, photo: Path) -> None:

@@ -85,9 +85,9 @@ function rank(query, { names, features, ending }, without) {
   const order = [...scores.keys()].filter(row => row !== without).sort((a, b) => scores[b] - scores[a] || a - b);
   const sample = scores.filter((_, row) => row % ending.step === 0), mean = sample.reduce((sum, each) => sum + each, 0) / sample.length;
   const spread = Math.sqrt(sample.reduce((sum, each) => sum + (each - mean) ** 2, 0) / sample.length);
-  const chance = ending.chance * Math.sqrt(2 * Math.log(Math.max(names.length, 2))) * spread;
-  const least = order.length ? mean + Math.max(ending.lift * (scores[order[0]] - mean), chance) : 0;
-  return { order, scores, end: order.slice(0, 1000).filter(row => scores[row] >= least).length };
+  const copies = order.findIndex(row => scores[row] < ending.copy), rest = copies < 0 ? [] : order.slice(copies, 1000);
+  const least = rest.length ? mean + Math.max(ending.lift * (scores[rest[0]] - mean), ending.chance * spread) : 0;
+  return { order, scores, end: (copies < 0 ? order.length : copies) + rest.filter(row => scores[row] >= least).length };
 }
 
 const drawn = new Map();  /* addresses of thumbnails by row */
