@@ -90,7 +90,17 @@ function rank(query, { names, features, ending }, without) {
   return { order, scores, end: (copies < 0 ? order.length : copies) + rest.filter(row => scores[row] >= least).length };
 }
 
-const drawn = new Map();  /* addresses of thumbnails by row */
+/* Small pictures of neighbouring rows. */
+const packs = new Map();
+function thumbnails(number) {
+  if (!packs.has(number)) packs.set(number, once(async () => {
+    const { sizes, bytes } = await data(`thumbnails-${number}`), all = bytesOf(bytes);
+    let from = 0;
+    return sizes.map(size => new Blob([all.subarray(from, from += size)]));
+  }));
+  return packs.get(number)();
+}
+const drawn = new Map();  /* addresses by row */
 let last = null;
 const backend = {
   words: {
@@ -113,11 +123,9 @@ const backend = {
   async draw(image, name) {
     image.dataset.wanted = name;
     try {
-      const { rows, packs } = await gallery(), row = rows.get(name), pack = packs.findLastIndex(first => first <= row);
-      if (!drawn.has(row)) {
-        const { sizes, bytes } = await data(`thumbnails-${pack}`), all = bytesOf(bytes);
-        sizes.reduce((from, size, at) => { drawn.set(packs[pack] + at, URL.createObjectURL(new Blob([all.subarray(from, from + size)]))); return from + size; }, 0);
-      }
+      const { rows, packs: firsts } = await gallery(), row = rows.get(name), pack = firsts.findLastIndex(first => first <= row);
+      const blob = (await thumbnails(pack))[row - firsts[pack]];
+      if (!drawn.has(row)) drawn.set(row, URL.createObjectURL(blob));
       if (image.dataset.wanted === name) image.src = drawn.get(row);
     } catch { image.dataset.again = "1"; image.dispatchEvent(new Event("error")); }
   },
