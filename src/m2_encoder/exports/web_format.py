@@ -121,6 +121,7 @@ class Web(ExportFormat):
         home = folder / FOLDER
         (home / "data").mkdir(parents=True)
         recipe, characters = describe_tokenizer(source.tokenizer)
+        index = self._open(folder.parent / "pictures", source)
         settings = GraphSettings(torch.float32, source.tokenizer.context_length, False)
         graphs = make_graphs(folder.parent, source, settings)
         runtime = runtime_folder()
@@ -134,7 +135,7 @@ class Web(ExportFormat):
             "policy": source.loaded.preprocess.pictures.to_dict(),
         }
         _write_data(home, "image", image)
-        self._write_pictures(home, self._open(folder.parent / "pictures", source))
+        self._write_pictures(home, index)
         write_text(home / "index.html", _page())
         self._write_licences(home / "licences")
 
@@ -179,11 +180,11 @@ class Web(ExportFormat):
         """`pictures.js` and all thumbnails, those of neighbouring names together."""
         firsts: list[int] = []
         for first, pack in _packs(index):
-            content = {"sizes": [len(each) for each in pack], "bytes": base64.b64encode(b"".join(pack)).decode("ascii")}
-            _write_data(home, f"thumbnails-{len(firsts)}", content)
+            bytes_ = base64.b64encode(b"".join(pack)).decode("ascii")
+            _write_data(home, f"thumbnails-{len(firsts)}", {"sizes": [len(each) for each in pack], "bytes": bytes_})
             firsts.append(first)
         features = np.ascontiguousarray(index.features, dtype="<f2")
-        content = {
+        content: dict[str, Any] = {
             "names": index.names,
             "features": base64.b64encode(features.tobytes()).decode("ascii"),
             "packs": firsts,
