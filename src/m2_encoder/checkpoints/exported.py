@@ -34,14 +34,16 @@ CONFIG_METADATA_KEY = "m2_encoder_config"
 READING_METADATA_KEY = "m2_encoder_reading"
 """Of the weights, the same for how texts and pictures are read (`reading_text`); older exports lack it."""
 
-_FREE = frozenset(
+FOREIGN_KEYS = frozenset(
     {
-        "metrics", "provenance",
         "architectures", "auto_map", "dtype", "embed_dim", "eos_token_id", "hidden_size", "model_type", "pad_token_id",
         "projection_dim", "text_cfg", "vision_cfg",
     }
 )  # fmt: skip
-"""Entries of `config.json` by which `load` decides nothing: records, and what other libraries read."""
+"""Entries of `config.json` that other libraries read."""
+
+_FREE = FOREIGN_KEYS | {"metrics", "provenance"}
+"""Entries of `config.json` by which `load` decides nothing."""
 
 
 class ExportedFolder(NamedTuple):

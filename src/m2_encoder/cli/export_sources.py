@@ -12,7 +12,15 @@ from typing import Any
 from m2_encoder.checkpoints.card import CardInfo, model_card
 from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.export import export_model
-from m2_encoder.checkpoints.exported import CARD_FILE, CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, read_exported
+from m2_encoder.checkpoints.exported import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FOREIGN_KEYS,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    read_exported,
+)
+from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
 from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.model_choice import (
@@ -29,7 +37,7 @@ from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import CheckpointError, Problem
 from m2_encoder.exports.base import ExportSource
 from m2_encoder.exports.parity import without_formats
-from m2_encoder.files import file_sha256
+from m2_encoder.files import file_sha256, write_json
 from m2_encoder.hub import LoadedModel
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -164,10 +172,15 @@ def _is_whole(cfg: Mapping[str, Any]) -> bool:
 
 
 def _copy_native(folder: Path, output: Path) -> None:
+    """Without what other formats have added."""
     output.mkdir(parents=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, HEAD_FILE):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)
+    content = read_small_json(output / CONFIG_FILE)
+    own = {key: value for key, value in content.items() if key not in FOREIGN_KEYS}
+    if own != content:
+        write_json(output / CONFIG_FILE, own)
     card = (folder / CARD_FILE).read_text(encoding="utf-8")
     (output / CARD_FILE).write_text(without_formats(card), encoding="utf-8")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,8 +31,10 @@ def write_export(
     Raises:
         UserError: if the folder exists, the disk refuses, or a format cannot be written or tried.
     """
-    results = []
+    results: list[FormatResult] = []
+    taken: dict[Path, str] = {}
     with atomic_folder(output, overwrite=overwrite, error=CheckpointError) as folder:
+        (folder / _STAGES).mkdir()
         for name, each in _native_first(formats):
             staged = folder / _STAGES / name
             try:
@@ -43,12 +46,11 @@ def write_export(
             sizes = {os.fspath(path): (staged / path).stat().st_size for path in found if path.name != CARD_FILE}
             results.append(FormatResult(name, each.bound, measured, sizes, each.usage(source)))
             if results[-1].holds:
-                for path in found:
-                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(staged / path, folder / path)
+                _move(staged, folder, found, taken, name, is_native=isinstance(each, Native))
         shutil.rmtree(folder / _STAGES)
         is_plain = all(isinstance(each, Native) for each in formats.values())
-        parity = Parity(results, None if is_plain else source.milliseconds())
+        kept = [each._replace(files=_sizes(folder, each)) if each.holds else each for each in results]
+        parity = Parity(kept, None if is_plain else source.milliseconds())
         if len(parity.missed) == len(results):
             raise MissedError(parity)
         if not is_plain:
@@ -59,6 +61,25 @@ def write_export(
 def _native_first(formats: Mapping[str, ExportFormat]) -> list[tuple[str, ExportFormat]]:
     """Other formats may add to files of the folder that `load` reads."""
     return sorted(formats.items(), key=lambda item: not isinstance(item[1], Native))
+
+
+def _move(
+    staged: Path, folder: Path, paths: Sequence[Path], taken: dict[Path, str], name: str, is_native: bool
+) -> None:
+    """Files of a format to their place; those of the folder for `load` may be replaced by others that it reads, too."""
+    for path in paths:
+        target = folder / path
+        if (other := taken.get(path)) is not None and not filecmp.cmp(staged / path, target, shallow=False):
+            raise UserError(f"{other} and {name} both write {path}; give them folders of their own", key=f"to.{name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged / path, target)
+        if not is_native:
+            taken[path] = name
+
+
+def _sizes(folder: Path, result: FormatResult) -> dict[str, int]:
+    """As they are in the end: a later format may have added to a file."""
+    return {path: (folder / path).stat().st_size for path in result.files}
 
 
 class MissedError(CheckpointError):

@@ -55,8 +55,8 @@ class Encoder:
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         bounds = {"batch_size": batch_size, "max_waiting": max_waiting}
-        self._texts: Batches[str] = Batches(self._encode_texts, self._model_thread, **bounds)
-        self._pictures: Batches[Tensor] = Batches(self._encode_pictures, self._model_thread, **bounds)
+        self._texts: Batches[str, Features] = Batches(self._encode_texts, self._model_thread, **bounds)
+        self._pictures: Batches[Tensor, Features] = Batches(self._encode_pictures, self._model_thread, **bounds)
         self.name = model.name
         self.feature_dim = model.facts.embed_dim
 
@@ -73,7 +73,7 @@ class Encoder:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise invalid(f"the text is no Unicode: half a character at place {error.start + 1}") from error
-        return await self._texts.encode(texts)
+        return np.stack(await self._texts.run(texts))
 
     async def picture(self, content: bytes) -> EncodedPicture:
         """Features of a picture file.
@@ -92,7 +92,7 @@ class Encoder:
         finally:
             self._decoding -= 1
         pixels, width, height = decoded
-        return EncodedPicture((await self._pictures.encode([pixels]))[0], width, height)
+        return EncodedPicture((await self._pictures.run([pixels]))[0], width, height)
 
     def close(self) -> None:
         """Ends the threads; what they are at is finished."""

@@ -5,23 +5,25 @@ Letters: N pictures · D feature dim.
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from m2_encoder.errors import UserError
 from m2_encoder.picture_search.ending import find_end
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.picture_search.query import Term, parse_query
-from m2_encoder.serving.batches import Features
+from m2_encoder.serving.batches import Batches, Features
 from m2_encoder.serving.encoder import Encoder
 from m2_encoder.serving.gallery import row_of
-from m2_encoder.serving.refusals import busy, invalid
+from m2_encoder.serving.refusals import invalid
 
 _MAX_WAITING: Final = 64
+_BATCH: Final = 16
 _SHORTEST: Final = 1e-3
 _COPY: Final = 0.999  # the cosine of two pictures that are the same
 _SEEN_FOR_END: Final = 1000  # results among which the probable end is looked for, whatever part is asked for
@@ -36,6 +38,17 @@ class Found(NamedTuple):
     total: int  # of the whole list
 
 
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """What is searched for."""
+
+    index: PictureIndex
+    feature: Features  # (D,)
+    start: int
+    count: int
+    without: int | None  # a row that is no result
+
+
 class Finder:
     """An index with the model that made it.
 
@@ -48,7 +61,9 @@ class Finder:
         self._index = index
         self._encoder = encoder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
-        self._waiting = 0
+        self._searches: Batches[_Search, Found] = Batches(
+            _find_all, self._thread, batch_size=_BATCH, max_waiting=_MAX_WAITING
+        )
 
     def use(self, index: PictureIndex) -> None:
         """Takes a newer index from now on."""
@@ -98,28 +113,33 @@ class Finder:
     async def _find(
         self, index: PictureIndex, feature: Features, start: int, count: int, without: int | None = None
     ) -> Found:
-        if self._waiting >= _MAX_WAITING:
-            raise busy(f"{self._waiting} searches wait")
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._thread, _find_now, index, feature, start, count, without
-            )
-        finally:
-            self._waiting -= 1
+        return (await self._searches.run([_Search(index, feature, start, count, without)]))[0]
 
 
-def _find_now(index: PictureIndex, feature: Features, start: int, count: int, without: int | None) -> Found:
-    left_out = int(without is not None)
-    top = max(start + count, _SEEN_FOR_END) + left_out
-    scores, rows = (each[0] for each in index.search(feature[None], top))
-    if without is not None:
-        scores, rows = scores[rows != without], rows[rows != without]
+def _find_all(searches: list[_Search]) -> list[Found]:
+    """Searches that met: those of one index read it once, which for few queries is most of the time."""
+    together: dict[tuple[int, int], list[int]] = {}
+    for number, each in enumerate(searches):
+        top = max(each.start + each.count, _SEEN_FOR_END) + 1  # one may be left out
+        together.setdefault((id(each.index), top), []).append(number)
+    found: dict[int, Found] = {}
+    for (_, top), numbers in together.items():
+        queries = np.stack([searches[number].feature for number in numbers])
+        for number, scores, rows in zip(numbers, *searches[numbers[0]].index.search(queries, top), strict=True):
+            found[number] = _take_part(searches[number], scores, rows)
+    return [found[number] for number in range(len(searches))]
+
+
+def _take_part(search: _Search, scores: Features, rows: npt.NDArray[np.int64]) -> Found:
+    index, total = search.index, len(search.index)
+    if search.without is not None:
+        total -= 1
+        scores, rows = scores[rows != search.without], rows[rows != search.without]
     # Copies of a picture that is searched for say nothing about how alike others can be.
     copies = int(np.count_nonzero(scores >= _COPY))
-    end = copies + find_end(scores[copies:], index.sample @ feature, len(index))
-    part = slice(start, start + count)
-    return Found([index.names[row] for row in rows[part]], scores[part].tolist(), end, len(index) - left_out)
+    end = copies + find_end(scores[copies:], index.sample @ search.feature, len(index))
+    part = slice(search.start, search.start + search.count)
+    return Found([index.names[row] for row in rows[part]], scores[part].tolist(), end, total)
 
 
 def _parse(query: str) -> list[Term]:

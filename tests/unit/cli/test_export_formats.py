@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,16 @@ def start(monkeypatch: pytest.MonkeyPatch, repo_root: Path) -> Start:
     return run
 
 
-def test_an_export_is_taken_as_it_is(start: Start, exported: Path, tmp_path: Path) -> None:
-    assert start(f"model={exported}", f"output={tmp_path / 'copy'}") == 0
+@pytest.mark.parametrize("has_more", [False, True])
+def test_an_export_is_taken_as_it_is(start: Start, exported: Path, tmp_path: Path, has_more: bool) -> None:
+    """What other formats have added to it is left out."""
+    given = exported
+    if has_more:
+        given = Path(shutil.copytree(exported, tmp_path / "more"))
+        content = json.loads((given / "config.json").read_text(encoding="utf-8"))
+        (given / "config.json").write_text(json.dumps({**content, "auto_map": {"AutoModel": "modeling.Model"}}))
+        (given / "README.md").write_text((given / "README.md").read_text() + "\n## Formats · 各工具的格式\n\nMany.\n")
+    assert start(f"model={given}", f"output={tmp_path / 'copy'}") == 0
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {path.name for path in exported.iterdir()}
     for path in exported.iterdir():
         assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()

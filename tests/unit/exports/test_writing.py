@@ -143,3 +143,35 @@ def test_samples_have_what_trips_tools() -> None:
     assert any(image.getexif().get(0x0112) == 6 for image in pictures.values())
     assert any(image.width >= 10 * image.height for image in pictures.values())
     assert make_pictures.__wrapped__() == make_pictures()
+
+
+class Added(ExportFormat):
+    """Writes one file."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def write(self, folder: Path, source: ExportSource) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text(self.text, encoding="utf-8")
+
+    def measure(self, folder: Path, source: ExportSource) -> Measured:
+        return Measured(0.0, 1.0)
+
+    def usage(self, source: ExportSource) -> str:
+        return ""
+
+
+def test_the_folder_for_load_may_be_added_to_in_any_order(source: ExportSource, tmp_path: Path) -> None:
+    formats: dict[str, ExportFormat] = {"more": Added("{}"), "native": Native(), "same": Added("{}")}
+    parity = write_export(tmp_path / "out", source=source, formats=formats)
+    assert (tmp_path / "out" / "config.json").read_text(encoding="utf-8") == "{}"
+    assert [each.name for each in parity.results] == ["native", "more", "same"]
+    assert all(each.files["config.json"] == 2 for each in parity.results)
+
+
+def test_two_formats_cannot_write_one_file(source: ExportSource, tmp_path: Path) -> None:
+    formats: dict[str, ExportFormat] = {"one": Added("1"), "other": Added("2")}
+    with pytest.raises(UserError, match=r"to\.other: one and other both write config\.json"):
+        write_export(tmp_path / "out", source=source, formats=formats)
+    assert not [*tmp_path.iterdir()]

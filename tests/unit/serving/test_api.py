@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,17 @@ def test_copies_of_the_picture_do_not_decide_where_results_end(model: EvaluatedM
     scores = np.sort(rows[2:] @ rows[0])[::-1]
     assert answer["end"] == 1 + find_end(scores, rows @ rows[0], len(rows))
     assert answer["end"] > 3
+
+
+def test_searches_that_meet_are_told_apart(server: Client, index: PictureIndex) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        texts = [f"水果 {number}" for number in range(60)]
+        answers = list(pool.map(lambda text: server.post("/api/search", {"query": text, "count": 9}).json, texts))
+        alike = list(pool.map(lambda name: server.post("/api/similar", {"name": name}).json, index.names))
+    for text, answer in zip(texts, answers, strict=True):
+        _expect(answer, index, _text_features(text)[0], 9)
+    for name, answer in zip(index.names, alike, strict=True):
+        _expect(answer, index, index.features[index.names.index(name)], 60, without=name)
 
 
 def test_parts_of_a_list_join_without_a_gap(server: Client) -> None:

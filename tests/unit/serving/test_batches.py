@@ -30,7 +30,7 @@ class Scripted:
         return np.array([[item, item] for item in items], dtype=np.float32)
 
 
-def _run(body: Callable[[Batches[int], Scripted], Coroutine[Any, Any, None]], **bounds: int) -> Scripted:
+def _run(body: Callable[[Batches[int, Features], Scripted], Coroutine[Any, Any, None]], **bounds: int) -> Scripted:
     encode = Scripted()
     with ThreadPoolExecutor(1) as thread:
         try:
@@ -40,56 +40,56 @@ def _run(body: Callable[[Batches[int], Scripted], Coroutine[Any, Any, None]], **
     return encode
 
 
-async def _start(batches: Batches[int], *requests: list[int]) -> list[asyncio.Task[Features]]:
-    tasks = [asyncio.create_task(batches.encode(items)) for items in requests]
+async def _start(batches: Batches[int, Features], *requests: list[int]) -> list[asyncio.Task[list[Features]]]:
+    tasks = [asyncio.create_task(batches.run(items)) for items in requests]
     await asyncio.sleep(0.02)
     return tasks
 
 
 def test_what_waits_while_the_model_works_shares_the_next_calls() -> None:
-    async def body(batches: Batches[int], encode: Scripted) -> None:
+    async def body(batches: Batches[int, Features], encode: Scripted) -> None:
         tasks = await _start(batches, [1], [2], [3, 4], [5], [6, 7])
         encode.may_go.set()
         found = await asyncio.gather(*tasks)
-        assert [rows[:, 0].tolist() for rows in found] == [[1], [2], [3, 4], [5], [6, 7]]
+        assert [[int(row[0]) for row in rows] for rows in found] == [[1], [2], [3, 4], [5], [6, 7]]
 
     # They were started in one turn of the loop, so that the first call has as many as fit.
     assert _run(body).calls == [[1, 2, 3, 4], [5, 6, 7]]
 
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
-    async def body(batches: Batches[int], encode: Scripted) -> None:
+    async def body(batches: Batches[int, Features], encode: Scripted) -> None:
         tasks = await _start(batches, [1, 2], [3, 4])
         more = await _start(batches, [5, 6, 7, 8])
         with pytest.raises(Refusal) as refused:
-            await batches.encode([9])
+            await batches.run([9])
         assert (refused.value.status, refused.value.code) == (503, "busy")
         assert refused.value.headers == {"Retry-After": "1"}
         encode.may_go.set()
         await asyncio.gather(*tasks, *more)
-        assert (await batches.encode([9])).tolist() == [[9, 9]]
+        assert [row.tolist() for row in await batches.run([9])] == [[9, 9]]
 
     _run(body, max_waiting=4, batch_size=4)
 
 
 def test_who_hung_up_is_not_computed() -> None:
-    async def body(batches: Batches[int], encode: Scripted) -> None:
+    async def body(batches: Batches[int, Features], encode: Scripted) -> None:
         tasks = await _start(batches, [1])
         gone, stays = await _start(batches, [2], [3])
         gone.cancel()
         await asyncio.sleep(0.02)
         encode.may_go.set()
-        assert (await stays).tolist() == [[3, 3]]
+        assert [row.tolist() for row in await stays] == [[3, 3]]
         await asyncio.gather(*tasks)
 
     assert _run(body).calls == [[1], [3]]
 
 
 def test_an_error_reaches_those_of_its_call_alone() -> None:
-    async def body(batches: Batches[int], encode: Scripted) -> None:
+    async def body(batches: Batches[int, Features], encode: Scripted) -> None:
         encode.may_go.set()
-        found = await asyncio.gather(*(batches.encode([n]) for n in (1, 13, 2)), return_exceptions=True)
+        found = await asyncio.gather(*(batches.run([n]) for n in (1, 13, 2)), return_exceptions=True)
         assert all(isinstance(each, ValueError) for each in found)
-        assert (await batches.encode([5])).tolist() == [[5, 5]]
+        assert [row.tolist() for row in await batches.run([5])] == [[5, 5]]
 
     _run(body)
