@@ -2,8 +2,8 @@
 
     python run_transformers.py FOLDER INPUTS.json OUTPUTS.npz THREADS
 
-It imports nothing of this package, so that the folder alone must do. Inputs are paths of pictures as `pictures`, others
-as `files`, and `texts`.
+It imports nothing of this package, so that the folder alone must do. Inputs are `texts`, `pictures`, which are paths of
+files that any library reads alike, and `files`, the same as they were before.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ from transformers.image_utils import load_image
 
 
 def run(folder: str, inputs: str, outputs: str, threads: str) -> None:
-    """Writes features, (n, E), (k, E) and (m, E), medians in ms, and whether two ways of doing the same differ."""
+    """Writes features, (n, E), (n, E) and (m, E), medians in ms, and whether two ways of doing the same differ."""
     torch.set_num_threads(int(threads))
     given = json.loads(Path(inputs).read_text(encoding="utf-8"))
-    model, again = (AutoModel.from_pretrained(folder, trust_remote_code=True).eval() for _ in range(2))
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    state = again.state_dict()
     with torch.inference_mode():
         pictures = [_read_picture(processor, path) for path in given["pictures"]]
         images, image_ms = _encode(model.get_image_features, pictures)
-        files, _ = _encode(model.get_image_features, [_read_picture(processor, path) for path in given["files"]])
+        files = images.copy()
+        for row, path in enumerate(given["files"]):
+            pixels = _read_picture(processor, path)
+            if not pixels["pixel_values"].equal(pictures[row]["pixel_values"]):
+                files[row] = model.get_image_features(**pixels).numpy()
         texts, text_ms = _encode(model.get_text_features, [_read_texts(processor, [text]) for text in given["texts"]])
         batch = model.get_text_features(**_read_texts(processor, given["texts"]))
+    peak_bytes = _peak()  # of one model
+    again = AutoModel.from_pretrained(folder, trust_remote_code=True).state_dict()
     np.savez(
         outputs,
         images=images,
@@ -42,8 +47,8 @@ def run(folder: str, inputs: str, outputs: str, threads: str) -> None:
         image_ms=image_ms,
         text_ms=text_ms,
         batch_difference=np.abs(batch.numpy() - texts).max(),
-        loads_differ=any(not value.equal(state[name]) for name, value in model.state_dict().items()),
-        peak_bytes=_peak(),
+        loads_differ=any(not value.equal(again[name]) for name, value in model.state_dict().items()),
+        peak_bytes=peak_bytes,
     )
 
 

@@ -34,6 +34,7 @@ def write_export(
     results: list[FormatResult] = []
     taken: dict[Path, str] = {}
     with atomic_folder(output, overwrite=overwrite, error=CheckpointError) as folder:
+        (folder / _STAGES).mkdir()
         for name, each in _native_first(formats):
             staged = folder / _STAGES / name
             try:
