@@ -149,8 +149,9 @@ def benchmarks_section(root: Path) -> str:
         report = json.loads(path.read_text(encoding="utf-8"))
         machine = report["machine"]
         where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
-        for key in (key for key in _FIGURES if key in report.get("figures", {})):
-            value = report.get("figures", {})[key]
+        figures = report.get("figures", {})
+        for key in (key for key in _FIGURES if key in figures):
+            value = figures[key]
             shown = ("no", "yes")[value] if isinstance(value, bool) else format_figure(value)
             lines.append([_FIGURES[key], shown, where, f"`{path.relative_to(root)}`"])
     if len(lines) == 2:
