@@ -74,3 +74,9 @@ def _no_account(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test, nor a command it starts, uploads to the developer's W&B account."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks a hub for weights."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -15,6 +15,7 @@ import torch
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import CONFIG_FILE, ExportedFolder, find_pictures, read_exported
 from m2_encoder.checkpoints.io import build_model, read_state
+from m2_encoder.checkpoints.released import RELEASES, find_release, find_tokenizer_beside
 from m2_encoder.checkpoints.vocabulary import fit_vocabulary
 from m2_encoder.checkpoints.weight_files import check_download, find_weights
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
@@ -25,11 +26,6 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.pictures import OFFICIAL, STANDARD, PicturePolicy, read_policy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
-_OFFICIAL_FILES: Mapping[str, str] = {
-    "m2-encoder-0.4b": "m2_encoder_0.4B.ckpt",
-    "m2-encoder-1b": "m2_encoder_1B.ckpt",
-    "m2-encoder-10b": "m2_encoder_10B.ckpt",
-}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -82,8 +78,10 @@ def load(
         checkpoint: of a run's folder, in place of its export: a step, a name such as `step=500`, `last`, or a path.
         weights: a checkpoint: any wrapper of the official format, safetensors, or one of our training
             checkpoints; a path or an http(s) URL. A URL is downloaded once to `~/.cache/m2_encoder` (or
-            `M2_ENCODER_CACHE`) and may end in `#sha256=...`. The network is never used otherwise.
-        tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed to encode images.
+            `M2_ENCODER_CACHE`) and may end in `#sha256=...`. None, with a name of released weights, looks for these on
+            this machine and then at hubs, see `checkpoints.released`; the network is never used otherwise.
+        tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed to encode images. None takes `sp.model`
+            beside released weights.
         image_size: pixels; if it differs from the model's, the position table is resized and `preprocess` follows.
         pictures: what `preprocess` makes of orientation, alpha and 16-bit levels: a policy, its name (`standard`,
             `official`, `older`) or values. By default as the model was trained: what its export says (`older` where
@@ -112,8 +110,11 @@ def load(
         raise UserError("map_tokenizer: there is no tokenizer to map the weights to; add tokenizer=FILE")
     text = _build_tokenizer(config, tokenizer, exported)
     path = _weights_path(config, weights, exported)
+    if weights is None and exported is None and tokenizer is None:
+        text = _build_tokenizer(config, find_tokenizer_beside(path), None)
     state = read_state(path)
-    if isinstance(text, SentencePieceTokenizer) and (weights is not None or tokenizer is not None):
+    is_its_own = exported is not None and weights is None and tokenizer is None
+    if isinstance(text, SentencePieceTokenizer) and not is_its_own:
         fit_vocabulary(state, text, weights=path, mapped=map_tokenizer)
         if map_tokenizer:
             config = dataclasses.replace(config, vocab_size=text.vocab_size)
@@ -152,7 +153,7 @@ def choose_pictures(
         return found
     if exported is not None:
         return exported.pictures
-    return OFFICIAL if config.name in (*_OFFICIAL_FILES, "official") else STANDARD
+    return OFFICIAL if config.name in (*RELEASES, "official") else STANDARD
 
 
 def read_tokenizer(exported: ExportedFolder, *, context_length: int | None = None) -> SentencePieceTokenizer:
@@ -220,12 +221,9 @@ def _weights_path(
         return Path(weights)
     if exported is not None:
         return exported.weights
-    official = _OFFICIAL_FILES.get(config.name)
-    what = (
-        f"download {official} from the official M2-Encoder release and pass weights={official!r}"
-        if official
-        else "pass weights=<checkpoint>, or load the folder of a trained model"
-    )
+    if config.name in RELEASES:
+        return find_release(config.name)
+    what = "pass weights=<checkpoint>, or load the folder of a trained model"
     raise UserError(f"no weights given for {config.name!r}: {what}. A model with random weights is M2Encoder(config)")
 
 

@@ -109,7 +109,8 @@ def test_words_find_what_the_interface_finds(tab: Tab, server: Client, query: st
     if end < 100:
         before = "[...document.querySelector('.end').parentNode.children].indexOf(document.querySelector('.end'))"
         assert tab.run(before) == end
-        assert tab.run("document.querySelectorAll('.tile:not(.after)').length") == end
+        if end:  # where nothing fits, nothing is paler than the rest
+            assert tab.run("document.querySelectorAll('.tile:not(.after)').length") == end
 
 
 def test_results_come_while_one_types_but_not_while_one_composes(tab: Tab, server: Client) -> None:

@@ -19,6 +19,8 @@ class FileServer(ThreadingHTTPServer):
         ranges: honour `Range` headers.
         with_length: send `Content-Length`.
         requested_ranges: the `Range` header of every request, None where there was none.
+        linked: redirect to another path, with this hash, as hubs do.
+        paths: of every request.
     """
 
     daemon_threads = True
@@ -31,6 +33,8 @@ class FileServer(ThreadingHTTPServer):
         self.ranges = True
         self.with_length = True
         self.requested_ranges: list[str | None] = []
+        self.linked: str | None = None
+        self.paths: list[str] = []
 
     def url(self, path: str = "weights.ckpt") -> str:
         """Address of the file under some name."""
@@ -41,6 +45,14 @@ class _Handler(BaseHTTPRequestHandler):
     server: FileServer
 
     def do_GET(self) -> None:
+        self.server.paths.append(self.path)
+        if self.server.linked is not None and not self.path.startswith("/stored/"):
+            self.send_response(302)
+            self.send_header("Location", f"/stored{self.path}")
+            self.send_header("X-Linked-Etag", f'"{self.server.linked}"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         wanted = self.headers.get("Range")
         self.server.requested_ranges.append(wanted)
         if self.server.status is not None:

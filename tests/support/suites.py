@@ -70,11 +70,12 @@ def own(path: Path, *lines: str) -> list[str]:
     return ["evaluation=[own]", f"evaluation.own.sets.own.path={path}", *lines]
 
 
-def small_export(folder: Path, *, seed: int = 0) -> Path:
+def small_export(folder: Path, *, seed: int = 0, **more: Any) -> Path:
     """A random model as m2-export writes it."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    return export_model(folder, model=M2Encoder(tiny_config(vocab_size=tokenizer.vocab_size)), tokenizer=tokenizer)
+    model = M2Encoder(tiny_config(vocab_size=tokenizer.vocab_size))
+    return export_model(folder, model=model, tokenizer=tokenizer, **more)
 
 
 def draw(number: int) -> Image.Image:

@@ -45,6 +45,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "jieba": {"tokenizers"},
     "torchmetrics": {"evaluation", "training"},
     "onnx": {"exports.immich"},
+    "onnx_ir": {"exports.graphs"},
     "onnxruntime": {"exports.run_graphs"},
     "tokenizers": {"exports.immich"},
     "rich": {

@@ -53,7 +53,8 @@ def download(
 
     An interrupted download leaves a `.part` file, and the next call continues there if the server can. The final name
     appears only once the length, and the hash if one is given, are right. Two processes that want the same file wait
-    for each other. A fragment `#sha256=<64 hex digits>` of the url is verified, of a copy in the cache, too;
+    for each other. A fragment `#sha256=<64 hex digits>` of the url is verified, of a copy in the cache, too; so is, of
+    what was fetched, the hash that hubs send with a redirection (`X-Linked-Etag`).
     `timeout_s` is the longest silence of the server. `check` raises a `CheckpointError` for a file that is no such
     file, as a page of an error served in its place; that file is not kept.
 
@@ -66,8 +67,7 @@ def download(
     except ValueError as error:
         raise CheckpointError(f"cannot download {url}: {error}") from error
     sha256 = _expected_sha256(fragment, url)
-    # The hash of the whole url is in the name, so different files never collide.
-    target = Path(folder or cache_folder()) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    target = _target(url, name, folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(target.with_name(f"{target.name}.lock")):
@@ -86,6 +86,22 @@ def download(
         reason = getattr(error, "reason", None) or error
         raise CheckpointError(f"cannot download {address}: {reason}") from error
     return target
+
+
+def has_part(url: str, *, folder: str | os.PathLike[str] | None = None) -> bool:
+    """Whether an earlier download of a url broke off, and would be continued."""
+    name = Path(unquote(urlsplit(urldefrag(url)[0]).path)).name or "weights"
+    part = _part_of(_target(url, name, folder))
+    return part.is_file() and part.stat().st_size > 0
+
+
+def _target(url: str, name: str, folder: str | os.PathLike[str] | None) -> Path:
+    """The hash of the whole url is in the name, so different files never collide."""
+    return Path(folder or cache_folder()) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+
+
+def _part_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
 
 
 @contextmanager
@@ -108,17 +124,17 @@ def _fetch(
     address: str, target: Path, *, sha256: str | None, timeout_s: float, check: Callable[[Path], object] | None
 ) -> None:
     """Download into `.part`, continuing an earlier one, check it and rename it."""
-    part = target.with_name(f"{target.name}.part")
+    part, redirections = _part_of(target), _Redirections()
     offset = part.stat().st_size if part.is_file() else 0
     try:
-        response = _open(address, offset, timeout_s)
+        response = _open(address, offset, timeout_s, redirections)
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
         # The earlier part is not a beginning of what the server has now.
         error.close()
         part.unlink()
-        offset, response = 0, _open(address, 0, timeout_s)
+        offset, response = 0, _open(address, 0, timeout_s, redirections)
     with response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             offset = 0
@@ -142,7 +158,7 @@ def _fetch(
         )
     if received == 0:
         raise CheckpointError(f"cannot download {address}: the server sent an empty file")
-    _verify(part, sha256, address)
+    _verify(part, sha256 or redirections.sha256, address)
     if check is not None:
         try:
             check(part)
@@ -153,11 +169,23 @@ def _fetch(
     os.replace(part, target)
 
 
-def _open(address: str, offset: int, timeout_s: float) -> Any:
+class _Redirections(urllib.request.HTTPRedirectHandler):
+    """Follows them, and keeps the hash that a hub sends with the first one."""
+
+    sha256: str | None = None
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        found = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("X-Linked-Etag") or "")
+        self.sha256 = self.sha256 or (found and found[1])
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open(address: str, offset: int, timeout_s: float, redirections: _Redirections) -> Any:
     headers = {"User-Agent": "m2-encoder", "Accept-Encoding": "identity"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
-    return urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=timeout_s)
+    opener = urllib.request.build_opener(redirections)  # with the proxies of the environment
+    return opener.open(urllib.request.Request(address, headers=headers), timeout=timeout_s)
 
 
 def _total_bytes(response: Any, offset: int) -> int | None:

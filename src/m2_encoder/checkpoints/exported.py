@@ -139,6 +139,15 @@ def find_pictures(weights: str | os.PathLike[str]) -> PicturePolicy | None:
         raise CheckpointError(f"{folder / CONFIG_FILE}: damaged or edited ({error}); export the model again") from error
 
 
+def read_heldout_style(folder: str | os.PathLike[str]) -> str:
+    """The drawing style that training left out, as an export says, or the one in a run's folder; "" if none does."""
+    for place in (Path(folder), Path(folder) / "export"):
+        if read_format(place) is not None:
+            origin = read_small_json(place / CONFIG_FILE).get("provenance")
+            return str(origin.get("heldout_style") or "") if isinstance(origin, Mapping) else ""
+    return ""
+
+
 def _pictures_of(content: Mapping[str, Any]) -> PicturePolicy:
     """The policy in a `config.json`; exports from before there was one do not say it."""
     facts = content.get("preprocess")

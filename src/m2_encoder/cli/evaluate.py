@@ -13,8 +13,7 @@ from annotated_types import Ge
 from torch.distributed import ProcessGroup
 
 from m2_encoder.bounds import Count, Rows, Rule, Text, Workers
-from m2_encoder.checkpoints.exported import CONFIG_FILE
-from m2_encoder.checkpoints.formats import read_small_json
+from m2_encoder.checkpoints.exported import CONFIG_FILE, read_heldout_style
 from m2_encoder.checkpoints.matching_head import has_head, read_head
 from m2_encoder.cli.evaluate_suites import Measured, check_models, measure_suites, refuse_failed
 from m2_encoder.config.check import check_settings, check_targets
@@ -204,9 +203,8 @@ def _remark_on_style(cfg: Mapping[str, Any]) -> str | None:
     """What to say if the model says that it was trained on drawings of `heldout_style`."""
     if cfg["data"] != EMBEDDED or cfg["weights"] is not None or is_model_name(cfg["model"]):
         return None
-    origin = read_small_json(find_path(cfg["model"]) / CONFIG_FILE).get("provenance")
-    trained = origin.get("heldout_style") if isinstance(origin, Mapping) else None
-    if trained in (None, cfg["heldout_style"]):
+    trained = read_heldout_style(find_path(cfg["model"]))
+    if trained in ("", cfg["heldout_style"]):
         return None
     return (
         f"warning: no style is unseen here: {cfg['model']} was trained with heldout_style={trained}, "

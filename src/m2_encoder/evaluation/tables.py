@@ -34,6 +34,7 @@ _MAX_TITLE = 80  # characters of a set's title on the terminal
 _TITLE_WIDTH = 18  # of a split's title, so that the table fits 80 columns
 _LABEL_WIDTH = 22  # that labels get at least
 _WIDTH_WITHOUT_TERMINAL = 110
+_ENDLESS = 1000  # columns that no table needs
 
 
 class ResultRow(NamedTuple):
@@ -65,24 +66,27 @@ class CellTable(NamedTuple):
 
 
 def print_cells(console: Console, table: CellTable) -> None:
-    """Prints a table of cells; a label that repeats the one above is left out."""
+    """Prints a table of cells, none of them cut; a label that repeats the one above is left out."""
     from rich import box
+    from rich.measure import Measurement
     from rich.table import Table
 
     shown = Table(title=table.title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
     shown.padding, shown.pad_edge, shown.collapse_padding = (0, 1), False, True
     for number, heading in enumerate(table.headings):
+        widest = max((len(row[number]) for row in table.rows), default=0)
         if number < table.num_labels:
-            widest = max((len(row[number]) for row in table.rows), default=0)
             shown.add_column(heading, overflow="fold", min_width=min(widest, _LABEL_WIDTH))
         else:
-            shown.add_column(heading, justify="right")
+            shown.add_column(heading, justify="right", min_width=widest)
     before: Sequence[str] = ()
     for row in table.rows:
         same = next((n for n, (a, b) in enumerate(zip(row, before, strict=False)) if a != b), 0)
         shown.add_row(*("" if n < min(same, table.num_labels - 1) else cell for n, cell in enumerate(row)))
         before = row
-    console.print(shown)
+    needed = Measurement.get(console, console.options.update(width=_ENDLESS), shown)
+    shown.width = max(needed.minimum, min(needed.maximum, console.width if console.is_terminal else _ENDLESS))
+    console.print(shown, crop=False)
     for note in table.notes:
         console.print(f"  {abridge(note)}", style="dim", soft_wrap=True, highlight=False)
 

@@ -175,7 +175,12 @@ def _export(module: nn.Module, example: Tensor, names: tuple[str, str], free: Ma
 def _save(program: Any, path: Path, metadata: Mapping[str, str], external_data: bool) -> None:
     program.model.metadata_props.update(metadata)
     program.model.graph.name = path.stem
-    program.save(path, external_data=external_data)
+    if external_data:
+        program.save(path, external_data=True)
+    else:
+        import onnx_ir
+
+        onnx_ir.save(program.model, path)  # of `program.save`, one file ends at 1.5 GB already
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from m2_encoder.exports.samples import TEXTS
 from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
 
 FOLDER: Final = "onnx"
-NEEDED: Final = ("onnx", "onnxscript", "onnxruntime")
+NEEDED: Final = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 _SHARE: Final = 0.99  # of the largest file that weights may take; the graph itself is small
 
 

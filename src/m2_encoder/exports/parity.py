@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 PARITY_FILE: Final = "parity.json"
 _CARD_START: Final = "## Formats · 各工具的格式\n"
 _REFERENCE: Final = "torch"
+_TOOLS: Final = ("onnx", "onnxruntime", "onnxscript", "tokenizers", "transformers")
 
 
 class FormatResult(NamedTuple):
@@ -110,12 +113,11 @@ def write_parity(folder: Path, parity: Parity, card: str) -> None:
 
 
 def _content(parity: Parity) -> dict[str, Any]:
-    facts = describe_run()
     return {
         "texts": len(TEXTS),
         "pictures": len(make_pictures()),
         "threads": torch.get_num_threads(),
-        "versions": facts["versions"],
+        "versions": describe_run()["versions"] | _tool_versions(),
         "torch_ms": None if parity.torch_ms is None else dict(zip(("image", "text"), parity.torch_ms, strict=True)),
         "formats": {
             each.name: {
@@ -127,6 +129,15 @@ def _content(parity: Parity) -> dict[str, Any]:
             for each in parity.results
         },
     }
+
+
+def _tool_versions() -> dict[str, str]:
+    """Of the libraries that formats are written and tried with, as far as they are there."""
+    found = {}
+    for name in _TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 @dataclasses.dataclass

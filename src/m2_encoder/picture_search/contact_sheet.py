@@ -99,7 +99,7 @@ def _draw_cell(canvas: Canvas, cell: Cell, root: Path, x: float, y: float) -> No
     try:
         canvas.picture(_thumbnail(root / cell.name), x + _INSET, y + _INSET, _SIDE)
     except ImageError as error:
-        for number, line in enumerate(wrap_text(error.text, 11, _SIDE - 8, max_lines=4)):
+        for number, line in enumerate(wrap_text(error.text.removeprefix("image bytes: "), 11, _SIDE - 8, max_lines=4)):
             canvas.text(line, x + _CARD / 2, y + 60 + 15 * number, 11, color=AMBER, anchor="ms")
     color = GREEN if cell.is_likely else SOFT
     end = canvas.text(cell.note, x + 2, y + _CARD + 17, 11.5, color=color, bold=cell.is_likely)

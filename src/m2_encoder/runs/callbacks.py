@@ -55,8 +55,9 @@ def build_callbacks(
         if isinstance(made[name], MeasureSuites):
             pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
             tokenizer = build_any_tokenizer(cfg["model"])
+            style = str(cfg["data"].get("heldout_style") or "")
             with under(f"callbacks.{name}"):
-                made[name].attach(tasks or {}, tokenizer=tokenizer, pictures=pictures)
+                made[name].attach(tasks or {}, tokenizer=tokenizer, pictures=pictures, heldout_style=style)
     check_kind("callbacks", cfg["callbacks"], made, lightning.Callback)
     _check_monitors(made, module)
     switches = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}

@@ -151,7 +151,8 @@ def _encoder_of_files(
         return None
     pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
     preprocess = EvalTransform(model.config.image_size, pictures=pictures)
-    return FeatureEncoder(wrap_towers(model, preprocess, tokenizer, name=str(cfg["run"]["name"])), num_workers=2)
+    name, style = str(cfg["run"]["name"]), str(_section(cfg, "data").get("heldout_style") or "")
+    return FeatureEncoder(wrap_towers(model, preprocess, tokenizer, name=name, heldout_style=style), num_workers=2)
 
 
 def _throughput(metrics_file: Path) -> dict[str, float]:

@@ -54,7 +54,8 @@ def test_tables_and_galleries_reach_wandb(m2_train: Train, tmp_path: Path) -> No
     assert any(row[:2] == ["own", "zh"] for table in tables.values() for row in table["data"])
     for language in ("zh", "en"):
         for which in ("best", "worst"):
-            rows = [row[f"eval/own_{language}/{which}"] for row in page.history if f"eval/own_{language}/{which}" in row]
+            name = f"eval/own_{language}/{which}"
+            rows = [row[name] for row in page.history if name in row]
             assert len(rows) == 2, "at both validations"
             (caption, *_) = rows[-1]["captions"]
             assert re.fullmatch(r".+ \(rank \d of 6\)", caption)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rich.console import Console
 
 from m2_encoder.evaluation.metrics import retrieval_metrics
-from m2_encoder.evaluation.tables import format_percent, markdown_table, tabulate
+from m2_encoder.evaluation.tables import CellTable, format_percent, markdown_table, print_cells, tabulate
 
 
 def example() -> dict[str, dict[str, dict[str, float]]]:
@@ -37,3 +38,13 @@ def test_markdown_has_a_cell_for_every_column() -> None:
 @pytest.mark.parametrize(("value", "text"), [(0, "0.00"), (0.067, "0.07"), (1, "1.0"), (99.96, "100.0")])
 def test_small_numbers_keep_two_decimals(value: float, text: str) -> None:
     assert format_percent(value) == text
+
+
+def test_no_cell_is_cut_however_narrow_the_terminal() -> None:
+    rows = [["a set of mine", f"{n}.{n}%", "18.6–30.6", "1,234,567"] for n in range(3)]
+    table = CellTable("Cells", ["set", "a long heading", "95 %", "n"], rows)
+    for console in (Console(width=20, force_terminal=True, color_system=None), Console(width=20)):
+        with console.capture() as shown:
+            print_cells(console, table)
+        for row in rows:
+            assert all(cell in shown.get() for cell in row[1:]), shown.get()

@@ -72,6 +72,7 @@ def test_numbers_are_printed_stored_and_in_the_card(exported: Exported) -> None:
         for name in ("text_model.onnx", "vision_model.onnx")
     }
     assert stored["formats"]["native"]["largest_difference"] == 0
+    assert {"torch", "onnxruntime"} <= stored["versions"].keys()
     card = (exported.folder / "README.md").read_text(encoding="utf-8")
     assert without_formats(card) == CARD
     assert "onnx/text_model.onnx" in card

@@ -50,6 +50,7 @@ class EvaluatedModel:
         fingerprint: SHA-256 of weights, architecture, preprocessing and tokenizer; the same in every process.
         table: features that were made elsewhere, in the place of a model.
         no_texts: why it has no features of texts; empty if it has.
+        heldout_style: drawing style of the built-in set that its training left out; empty if it does not say.
     """
 
     name: str
@@ -60,6 +61,7 @@ class EvaluatedModel:
     fingerprint: str
     table: FeatureTable | None = None
     no_texts: str = ""
+    heldout_style: str = ""
 
     def require_texts(self) -> None:
         """Refuse to go on without a text tower.

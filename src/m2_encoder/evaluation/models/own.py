@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.checkpoints.download import is_url
+from m2_encoder.checkpoints.exported import read_heldout_style
 from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import UserError
@@ -47,12 +48,23 @@ def open_own(
     loaded = load(model, checkpoint=checkpoint, weights=weights, tokenizer=tokenizer, pictures=pictures)
     text = loaded.tokenizer if isinstance(loaded.tokenizer, SentencePieceTokenizer) else None
     return wrap_towers(
-        loaded.model, loaded.preprocess, text, name=name, weight_bytes=_file_bytes(model, checkpoint, weights)
+        loaded.model,
+        loaded.preprocess,
+        text,
+        name=name,
+        weight_bytes=_file_bytes(model, checkpoint, weights),
+        heldout_style=read_heldout_style(model) if weights is None else "",
     )
 
 
 def wrap_towers(
-    model: Encoder, preprocess: EvalTransform, tokenizer: Tokenize | None, *, name: str, weight_bytes: int = 0
+    model: Encoder,
+    preprocess: EvalTransform,
+    tokenizer: Tokenize | None,
+    *,
+    name: str,
+    weight_bytes: int = 0,
+    heldout_style: str = "",
 ) -> EvaluatedModel:
     """A model in memory, such as one that was just trained.
 
@@ -62,6 +74,7 @@ def wrap_towers(
         tokenizer: of its texts; None if there is none.
         name: in tables and records.
         weight_bytes: of its file; 0 for what its tensors take.
+        heldout_style: drawing style of the built-in set that its training left out, if it was trained on that set.
     """
     config, text = model.config, tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else None
     tokenizing: dict[str, Any] = {}
@@ -103,6 +116,7 @@ def wrap_towers(
             model, facts, architecture={**dataclasses.asdict(config), "name": ""}, tokenizer=content
         ),
         no_texts=_NO_TEXTS if tokenizer is None else "",
+        heldout_style=heldout_style,
     )
 
 

@@ -45,7 +45,8 @@ def _table(task: str, records: Sequence[Record]) -> CellTable:
         summary = next((found[name] for name in _SUMMARY if name in found), first)
         cells = [words[label] for label in labels] + [number(found[m].value) if m in found else "" for m in metrics]
         interval = "" if summary.low is None else f"{number(summary.low)}–{number(summary.high)}"
-        rows.append([*cells, interval, number(summary.chance), number(summary.published), f"{summary.n:,}"])
+        about = [interval, number(summary.chance), number(summary.published), f"{summary.n:,}"]
+        rows.append([*cells, *([""] * len(about) if task == "geometry" else about)])  # its numbers have no common n
     headings = [*labels, *(metric.replace("_", " ") for metric in metrics), "95 %", "chance", "published", "n"]
     filled = [n for n in range(len(headings)) if n < len(labels) or any(row[n] not in ("", "–") for row in rows)]
     shown = [[row[number] for number in filled] for row in rows]

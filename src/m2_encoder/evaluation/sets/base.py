@@ -54,6 +54,7 @@ class EvaluationSet:
         parallel: texts of two languages that say the same, as pairs of rows, (P, 2) int64, by (language, language).
         counts: what became of the samples, for records: read, left out and why.
         comparable: whether its size and rules are those of the published benchmark; a reason if they are not.
+        style: the drawing style of all its pictures, where they are of the built-in set.
     """
 
     name: str
@@ -65,3 +66,4 @@ class EvaluationSet:
     parallel: Mapping[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
     counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     comparable: str = ""
+    style: str = ""

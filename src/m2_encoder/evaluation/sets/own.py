@@ -6,6 +6,7 @@ of the gallery, all pictures of a content are right for its captions, and each c
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ from stat import S_ISREG
 
 from torch import Tensor
 
-from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, Split
+from m2_encoder.checkpoints.formats import read_small_json
+from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EmojiStyle, Split
 from m2_encoder.data.emoji.folder import EMOJI_MARKER
 from m2_encoder.data.packing.records import URL_SCHEMES
 from m2_encoder.data.retrieval_contents import SetContents, SetRows, check_sample, hash_picture
@@ -63,12 +65,19 @@ def read_own(
     return compare_size(_read_samples(str(root), own))
 
 
-def read_emoji(path: str | os.PathLike[str], *, split: Split | None = None, name: str | None = None) -> EvaluationSet:
+def read_emoji(
+    path: str | os.PathLike[str],
+    *,
+    split: Split | None = None,
+    heldout_style: EmojiStyle | None = None,
+    name: str | None = None,
+) -> EvaluationSet:
     """Read a split of the unpacked built-in set, whose Chinese and English names of a concept say the same.
 
     Args:
         path: of the folder of a split; or of the whole set, with `split`.
         split: which one.
+        heldout_style: the style that the set must keep from training; None for whichever it does.
         name: in tables; by default "emoji_" and the split.
 
     Raises:
@@ -81,7 +90,12 @@ def read_emoji(path: str | os.PathLike[str], *, split: Split | None = None, name
         root = expect(root / split, "emoji")
     elif split not in (None, root.resolve().name):
         raise UserError(f"{root} is a split itself", key="split", value=split)
-    return compare_size(_read_samples(str(root), name or f"emoji_{root.resolve().name}", is_marked=True))
+    styles = read_small_json(root / "index.json").get("styles")
+    style = str(styles[0]) if isinstance(styles, list) and len(styles) == 1 else ""
+    if heldout_style is not None and style not in ("", heldout_style):
+        raise UserError(f"the drawings in {root} are of {style}", key="heldout_style", value=heldout_style)
+    found = compare_size(_read_samples(str(root), name or f"emoji_{root.resolve().name}", is_marked=True))
+    return dataclasses.replace(found, style=style)
 
 
 def _read_samples(where: str, name: str, *, is_marked: bool = False) -> EvaluationSet:

@@ -182,7 +182,8 @@ class Suite(EvaluationTask):
         if (path := settings.get("path")) is not None:
             return find(str(path))
         if settings.get("layout") == _EMOJI:
-            return write_emoji_shards(find(str(default_emoji_folder(emoji_settings()))))
+            style = {"heldout_style": settings["heldout_style"]} if settings.get("heldout_style") else {}
+            return write_emoji_shards(find(str(default_emoji_folder(emoji_settings(**style)))), **style)
         return find(str(Path(self._root) / name))
 
     def _parts(
@@ -199,6 +200,8 @@ class Suite(EvaluationTask):
     ) -> Iterator[Record]:
         assert context.files is not None
         model, dataset = context.files.model, encoded.dataset
+        is_seen = dataset.style and model.heldout_style not in ("", dataset.style)
+        seen = f"{model.name} was trained on drawings of {dataset.style}" if is_seen else ""
         for each in found.measurements:
             published = None
             if found.as_published and not (found.subset or found.remark or dataset.comparable):
@@ -216,7 +219,7 @@ class Suite(EvaluationTask):
                 templates=found.templates,
                 published=None if published is None else published.value,
                 source="" if published is None else published.source,
-                remark="; ".join(filter(None, (dataset.comparable, found.remark))),
+                remark="; ".join(filter(None, (dataset.comparable, found.remark, seen))),
                 left_out=len(encoded.left_out),
                 seconds=seconds,
                 preprocessing=model.facts.preprocessing,

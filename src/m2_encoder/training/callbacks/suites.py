@@ -28,8 +28,8 @@ from m2_encoder.training.module import PretrainModule
 class MeasureSuites(lightning.Callback):
     """Measures suites of `evaluation` at validations; early stopping and the best checkpoint may watch what they find.
 
-    Metrics are named `eval/<set>_<language>/<metric>`. Pictures are shared among the ranks. Loggers with `log_table` and
-    `log_image`, as that of W&B, get the tables of the terminal and galleries of the best and worst retrievals.
+    Metrics are named `eval/<set>_<language>/<metric>`. Pictures are shared among the ranks. Loggers with `log_table`
+    and `log_image`, as that of W&B, get the tables of the terminal and galleries of the best and worst retrievals.
 
     Args:
         suites: names in `evaluation`; None for all suites there.
@@ -52,8 +52,10 @@ class MeasureSuites(lightning.Callback):
         self._suites: dict[str, Suite] = {}
         self._seen = 0
 
-    def attach(self, tasks: Mapping[str, Any], *, tokenizer: Tokenize, pictures: PicturePolicy) -> None:
-        """Takes its suites from the tasks of a run.
+    def attach(
+        self, tasks: Mapping[str, Any], *, tokenizer: Tokenize, pictures: PicturePolicy, heldout_style: str = ""
+    ) -> None:
+        """Takes its suites from the tasks of a run, and what else that knows of its model.
 
         Raises:
             UserError: for a name that is no suite there, or if there is none.
@@ -68,7 +70,7 @@ class MeasureSuites(lightning.Callback):
         if not self._suites:
             fix = "choose one there, as in evaluation=[retrieval,emoji]"
             raise UserError(f"evaluation has no suite; {fix}", key="suites")
-        self._tokenizer, self._pictures = tokenizer, pictures
+        self._tokenizer, self._pictures, self._heldout_style = tokenizer, pictures, heldout_style
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuse a model that cannot be measured here.
@@ -92,7 +94,7 @@ class MeasureSuites(lightning.Callback):
         assert isinstance(pl_module, PretrainModule)
         model = pl_module.model
         preprocess = EvalTransform(model.config.image_size, pictures=self._pictures)
-        wrapped = wrap_towers(model, preprocess, self._tokenizer, name="model")
+        wrapped = wrap_towers(model, preprocess, self._tokenizer, name="model", heldout_style=self._heldout_style)
         group = dist.group.WORLD if trainer.world_size > 1 else None
         more: dict[str, Any] = {"batch_size": self._batch_size, "num_workers": self._num_workers, "group": group}
         with FeatureEncoder(wrapped, **more) as encoder:

@@ -104,7 +104,7 @@ def test_a_set_without_a_layout_is_read(tmp_path: Path) -> None:
 def test_the_page_names_every_layout_with_its_settings(repo_root: Path) -> None:
     page = (repo_root / "docs" / "evaluation_sets.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:4:2] for line in page.splitlines() if line.startswith("| `")]
-    said = {name.strip(" `"): set(re.findall("`([a-z]+)`", settings)) for name, settings in rows}
+    said = {name.strip(" `"): set(re.findall("`([a-z_]+)`", settings)) for name, settings in rows}
     assert said == {
         name: set(inspect.signature(reader).parameters) - {"path", "name"} for name, reader in READERS.items()
     }

@@ -172,3 +172,7 @@ def test_a_split_of_the_emoji_set(emoji_folder: Path) -> None:
     ]
     with pytest.raises(UserError, match="split=None: one of train, val"):
         read_emoji(emoji_folder)
+    assert found.style == "twemoji"
+    assert read_emoji(emoji_folder, split="val").style == "", "of several styles"
+    with pytest.raises(UserError, match=r"heldout_style=noto: the drawings in .*heldout_families are of twemoji"):
+        read_emoji(emoji_folder, split="heldout_families", heldout_style="noto")
