@@ -64,9 +64,9 @@ def group(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], dict[st
             continue
         place = (each["model"], each["dataset"], each.get("subset", ""), each["language"])
         row = found.setdefault(place, {})
-        row[each["metric"]] = round(each["value"], 2)
+        row[each["metric"]] = round(each["value"], 4)
         if each["metric"] == "mean_recall":
-            row |= {key: round(each[key], 2) for key in ("low", "high", "chance")}
+            row |= {key: round(each[key], 4) for key in ("low", "high", "chance")}
             row["n"] = each["n"]
     return found
 

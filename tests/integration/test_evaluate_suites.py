@@ -336,15 +336,3 @@ def test_full_disk_at_the_page_loses_no_number(made: Path, evaluate: Evaluate, m
     assert f"m2-evaluate: page={evaluate.page}: cannot be written (No space left on device)" in found.err
     assert not evaluate.page.exists()
     assert found.numbers("mean_recall")
-
-
-def test_a_style_that_was_trained_on_is_said(evaluate: Evaluate, emoji_folder: Path, tmp_path: Path) -> None:
-    honest = small_export(tmp_path / "honest", provenance={"heldout_style": "twemoji"})
-    other = small_export(tmp_path / "other", provenance={"heldout_style": "noto"}, seed=1)
-    places = f"evaluation.own.sets.own.path={emoji_folder}", "+evaluation.own.sets.own.split=heldout_families"
-    more = "evaluation.own.sets.own.layout=emoji", "+evaluation.own.measures=[retrieval]"
-    found = evaluate(f"model=[{honest},{other}]", "evaluation=[own]", *places, *more)
-    assert found.code == 0, found.err
-    remarks = {each["model"]: each.get("remark", "") for each in found.report["records"]}
-    assert remarks == {"honest": "", "other": "other was trained on drawings of twemoji"}
-    assert "own: other was trained on drawings of twemoji" in " ".join(found.out.split())

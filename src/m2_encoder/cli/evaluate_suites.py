@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
@@ -18,8 +20,8 @@ from m2_encoder.config.output import say
 from m2_encoder.config.problems import Unset, find_problems, refuse_all
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.distributed.ranks import is_first_rank
-from m2_encoder.errors import Problem, UserError, abridge
-from m2_encoder.evaluation.cost import measure_cost
+from m2_encoder.errors import Problem, UserError, abridge, under
+from m2_encoder.evaluation.cost import held_bytes, measure_cost
 from m2_encoder.evaluation.features import FeatureEncoder
 from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.evaluation.models.opening import KINDS, open_model
@@ -27,7 +29,6 @@ from m2_encoder.evaluation.records import Record
 from m2_encoder.evaluation.report.page import Gallery, ModelFacts, write_page
 from m2_encoder.evaluation.report.terminal import cost_table, record_tables
 from m2_encoder.evaluation.sets.base import EvaluationSet
-from m2_encoder.evaluation.suite import run_tasks
 from m2_encoder.evaluation.tables import print_cells
 from m2_encoder.evaluation.tasks.base import EvaluationContext, TaskResult
 from m2_encoder.evaluation.tasks.suite import Suite
@@ -36,6 +37,11 @@ from m2_encoder.record import describe_run
 if TYPE_CHECKING:
     from rich.console import Console
 
+_LIBRARIES: Final = {
+    "open_clip": "open_clip",
+    "hf": "transformers",
+    "sentence-transformers": "sentence_transformers",
+}
 _COST_ITEMS: Final = 8  # pictures and texts that times are taken of
 
 
@@ -109,7 +115,26 @@ class Measured(NamedTuple):
     facts: list[ModelFacts]
     galleries: list[Gallery]
     left_out: dict[str, list[str]]  # pictures that could not be used and why, by set
-    failed: list[Exception]  # of models that could not be measured; numbers of the others are here
+    failed: list[Exception]  # of models and sets that could not be measured; numbers of the others are here
+
+    def add(self, facts: ModelFacts, results: Sequence[TaskResult]) -> None:
+        """Takes what was found of a model."""
+        self.facts.append(facts)
+        for result in results:
+            self.records.extend(result.records)
+            self.galleries.extend(result.galleries)
+            for name, lines in result.left_out.items():
+                self.left_out[name] = list(dict.fromkeys([*self.left_out.get(name, ()), *lines]))
+
+    def print(self, console: Console) -> None:
+        """Prints tables, and what was left out."""
+        for table in record_tables(self.records):
+            console.print()
+            print_cells(console, table)
+        if len(self.facts) > 1:
+            print_cells(console, cost_table(self.facts))
+        for name, lines in self.left_out.items() if is_first_rank() else ():
+            say(f"{name}: pictures that could not be used: {len(lines):,}, such as {abridge(lines[0])}")
 
     def to_dict(self) -> dict[str, Any]:
         """What goes to the output file: the models, a record for every number, and the pictures left out."""
@@ -146,32 +171,46 @@ def measure_suites(
     Raises:
         UserError: if no model could be measured.
     """
+    _look_at_sets(suites)
     names = _distinct_names(list_models_of(cfg))
-    found = Measured(f"{', '.join(names.values())} on {', '.join(suites)}", [], [], [], {}, [])
+    for kind in {_kind(spec) for spec in names}:  # so that their libraries count as no model's memory
+        with suppress(ImportError):
+            importlib.import_module(_LIBRARIES.get(kind, "torch"))
+    found = Measured("", [], [], [], {}, [])
     for spec, called in names.items():
         try:
-            facts, results = _measure_model(cfg, spec, called, suites, console, group)
+            facts, results, failed = _measure_model(cfg, spec, called, suites, console, group)
         except Exception as error:  # whatever a peer's library raises
             if len(names) == 1:
                 raise
             found.failed.append(_of_model(error, spec))
             continue
-        found.facts.append(facts)
-        for result in results.values():
-            found.records.extend(result.records)
-            found.galleries.extend(result.galleries)
-            for name, lines in result.left_out.items():
-                found.left_out[name] = list(dict.fromkeys([*found.left_out.get(name, ()), *lines]))
+        found.failed.extend(failed if len(names) == 1 else [_with_name(each, called) for each in failed])
+        if results:
+            found.add(facts, results)
     if not found.facts:
         refuse_failed(found.failed)
-    for table in record_tables(found.records):
-        console.print()
-        print_cells(console, table)
-    if len(found.facts) > 1:
-        print_cells(console, cost_table(found.facts))
-    for name, lines in found.left_out.items() if is_first_rank() else ():
-        say(f"{name}: pictures that could not be used: {len(lines):,}, such as {abridge(lines[0])}")
-    return found
+    found.print(console)
+    return found._replace(title=f"{', '.join(each.name for each in found.facts)} on {', '.join(suites)}")
+
+
+def _look_at_sets(suites: Mapping[str, Suite]) -> None:
+    """Says which languages are nowhere; refuses two sets of one name, which could not be told apart later."""
+    owners: dict[str, str] = {}
+    for suite, task in suites.items():
+        if task.absent_languages and is_first_rank():
+            say(f"{suite}: no set has texts in {', '.join(task.absent_languages)}")
+        for name, dataset in task.sets.items():
+            place = f"evaluation.{suite}.sets.{name}"
+            if (owner := owners.setdefault(dataset.name, place)) != place:
+                raise UserError(f"its set is called {dataset.name}, as that of {owner}; give name", key=place)
+
+
+def _with_name(error: Exception, called: str) -> Exception:
+    """The same error of a set with the model that it is of, if it does not say that."""
+    if not isinstance(error, UserError) or called in error.text:
+        return error
+    return UserError(f"{called}: {error.text}", key=error.key, value=error.value)
 
 
 def refuse_failed(failed: Sequence[Exception]) -> None:
@@ -197,8 +236,9 @@ def _measure_model(
     suites: Mapping[str, Suite],
     console: Console,
     group: ProcessGroup | None,
-) -> tuple[ModelFacts, dict[str, TaskResult]]:
-    """One model; nothing of it is left in memory but what was found."""
+) -> tuple[ModelFacts, list[TaskResult], list[Exception]]:
+    """One model: its facts, what was found on each set, and what failed on others; nothing else is left in memory."""
+    held = held_bytes()
     with console.status(f"{called}: opening"):
         model = _open(cfg, spec, called)
     with console.status(f"{called}: encoding and measuring"):
@@ -208,9 +248,30 @@ def _measure_model(
             context = EvaluationContext(
                 model=cast("nn.Module", model.model), tokenizer=model.tokenizer, sets={}, files=encoder
             )
-            results = run_tasks(suites, context)
+            results, failed = _measure_sets(suites, context)
+            if not results and len({str(getattr(each, "text", each)) for each in failed}) == 1:
+                raise _of_all_sets(failed[0])
         is_compared = len(list_models_of(cfg)) > 1 or cfg["page"] is not None
-        return _facts(model, suites, cfg) if is_compared else _bare_facts(model), results
+        return _facts(model, suites, cfg, held) if is_compared else _bare_facts(model), results, failed
+
+
+def _of_all_sets(error: Exception) -> Exception:
+    """The same error without the set that it came from: it is the model's."""
+    return UserError(error.text) if isinstance(error, UserError) else error
+
+
+def _measure_sets(suites: Mapping[str, Suite], context: EvaluationContext) -> tuple[list[TaskResult], list[Exception]]:
+    """Set by set: one that cannot be used does not keep the others from being measured."""
+    results: list[TaskResult] = []
+    failed: list[Exception] = []
+    for suite, task in suites.items():
+        for name in task.sets:
+            try:
+                with under(f"evaluation.{suite}.sets.{name}"):
+                    results.append(task.measure_sets(context, [name]))
+            except Exception as error:  # noqa: PERF203 - once per set; whatever a peer's library raises
+                failed.append(error)
+    return results, failed
 
 
 def _open(cfg: Mapping[str, Any], spec: str, name: str) -> EvaluatedModel:
@@ -251,15 +312,15 @@ def _bare_facts(model: EvaluatedModel) -> ModelFacts:
     )
 
 
-def _facts(model: EvaluatedModel, suites: Mapping[str, Suite], cfg: Mapping[str, Any]) -> ModelFacts:
-    """With what it costs, measured now on a few pictures and texts of the first set."""
+def _facts(model: EvaluatedModel, suites: Mapping[str, Suite], cfg: Mapping[str, Any], held: int) -> ModelFacts:
+    """With what it costs, measured now on a few pictures and texts of the first set; `held` were there before it."""
     if model.model is None:
         return _bare_facts(model)
     first = next(iter(next(iter(suites.values())).sets.values()))
     contents = list(islice(_usable(first, model), _COST_ITEMS))
     texts = [text for found in first.texts.values() for text in found.rows[:_COST_ITEMS]] or ["a photo", "照片"]
     size = min(32, cfg["batch_size"])
-    cost = measure_cost(model, contents, texts, batch_size=size)
+    cost = measure_cost(model, contents, texts, batch_size=size, held=held)
     return _bare_facts(model)._replace(
         peak_mb=cost.get("peak_memory_mb"),
         ms_per_image=cost.get(f"image_ms@{size}"),

@@ -5,11 +5,14 @@ Letters: N rows of a batch.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +35,7 @@ def measure_cost(
     *,
     batch_size: int = 32,
     repeats: int = 7,
+    held: int = 0,
 ) -> dict[str, float]:
     """Times and memory of a model, on its device; pictures and texts are repeated to fill a batch.
 
@@ -41,12 +45,13 @@ def measure_cost(
         texts: at least one, unless the model has no text tower.
         batch_size: N.
         repeats: timed calls, after two that are not counted.
+        held: bytes that do not count as memory of the model, such as `held_bytes()` from before it was opened.
 
     Returns:
         `image_ms@1`, `image_ms@N`, `text_ms@1`, `text_ms@N`: medians over calls of the time of a batch of 1 and N, per
         picture or text, of the towers alone; `preprocess_ms` of one picture, decoding included; `peak_memory_mb`, 2**20
-        bytes: on CUDA what tensors took at most, with the weights; else the most that this process held meanwhile, with
-        the libraries that it has loaded.
+        bytes: on CUDA what tensors took at most, with the weights; else the most that this process held meanwhile,
+        beyond `held`.
 
     Raises:
         UserError: without pictures or texts.
@@ -70,8 +75,20 @@ def measure_cost(
             tokens = type(made)(made.ids.to(device), made.mask.to(device))
             taken = _median_ms(lambda tokens=tokens: towers.encode_text(tokens), device, repeats)  # type: ignore[misc]
             costs[f"text_ms@{size}"] = taken / size
-        costs["peak_memory_mb"] = _peak_bytes(device) / 2**20
+        peak = _peak_bytes(device)
+        costs["peak_memory_mb"] = (peak if device.type == "cuda" else max(0, peak - held)) / 2**20
     return costs
+
+
+def held_bytes() -> int:
+    """What this process holds now, after what it no longer needs went back to the system; 0 where that is unknown."""
+    gc.collect()
+    if not _STATUS.exists():
+        return 0
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmRSS:"))
+    return 1024 * int(line.split()[1])
 
 
 def _median_ms(call: Callable[[], object], device: torch.device, repeats: int) -> float:

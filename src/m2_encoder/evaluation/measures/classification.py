@@ -93,14 +93,15 @@ def summarize_accuracy(
     means = 100.0 * bootstrap_means(hits, seed=seed)
     found = []
     for number, k in enumerate(ks):
-        low, high = interval(means[:, number])
+        low, high = interval(means[:, number], len(hits))
         chance = chances[TOP_KS.index(k)]
         found.append(Measurement(f"{name}top{k}", ranks.recall(k), len(hits), low, high, chance, ranks.tie_share))
     totals = torch.bincount(targets, minlength=classes)
     right = torch.bincount(targets[hits[:, 0]], minlength=classes)
     present = totals > 0
     per_class = 100.0 * right.double() / totals
-    low, high = interval(100.0 * bootstrap_class_means(right[present], totals[present], seed=seed))
+    resampled = 100.0 * bootstrap_class_means(right[present], totals[present], seed=seed)
+    low, high = interval(resampled, len(hits))
     mean = float(per_class[present].mean())
     found.append(Measurement(f"{name}mean_per_class", mean, len(hits), low, high, chances[-1], ranks.tie_share))
     return Classification(tuple(found), ranks, per_class)

@@ -1,12 +1,14 @@
 """95 % intervals by the percentile bootstrap: what the number would be for other queries of the same kind.
 
-It says how far the choice of queries moves a number; not how far another seed of training or other prompts would. At 0
-and at 100 percent it has no width, and with few queries it is somewhat too narrow.
+It says how far the choice of queries moves a number; not how far another seed of training or other prompts would. Where
+no query or every one succeeds, resamples are all alike, and the exact binomial bound stands in their place. With few
+queries it is somewhat too narrow.
 
 Letters: Q queries · K numbers of each · R resamples · n pictures · C classes.
 
 Reference: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3 (percentile); Davison and
-Hinkley, Bootstrap Methods and their Application (1997), section 3.8 (groups drawn whole).
+Hinkley, Bootstrap Methods and their Application (1997), section 3.8 (groups drawn whole); Clopper and Pearson,
+Biometrika 26 (1934), for none and all.
 """
 
 from __future__ import annotations
@@ -96,8 +98,16 @@ def _draw(number: int, resamples: int, seed: int) -> Iterator[Tensor]:
         yield times.scatter_add_(1, drawn, torch.ones_like(times))
 
 
-def interval(resampled: Tensor) -> tuple[float, float]:
-    """The middle 95 % of resampled numbers, (R,)."""
+def interval(resampled: Tensor, draws: int | None = None) -> tuple[float, float]:
+    """The middle 95 % of resampled numbers, (R,).
+
+    Args:
+        resampled: percentages of queries that succeed, if `draws` is given.
+        draws: queries, or groups of them, that were drawn: for the bound where all resamples are 0, or all are 100.
+    """
     tail = (1 - LEVEL) / 2
     low, high = resampled.quantile(torch.tensor([tail, 1 - tail], dtype=resampled.dtype)).tolist()
+    if draws and low == high and low in (0.0, 100.0):
+        reach = 100.0 * (1 - tail ** (1 / draws))
+        return (0.0, reach) if low == 0 else (100.0 - reach, 100.0)
     return low, high

@@ -28,6 +28,7 @@ class Direction(NamedTuple):
     queries: Tensor  # rows of the side that asks, those with a right item, (Q,) int64
     ranks: Ranks  # of these rows
     measurements: tuple[Measurement, ...]  # R@k
+    mean: Measurement  # of these, such as "t2i_mean_recall"
 
 
 class Retrieval(NamedTuple):
@@ -95,14 +96,15 @@ def summarize_retrieval(
     Arguments are those of `measure_retrieval`.
     """
     check_ks(ks)
-    found, resampled = [], []
+    found, resampled, fewest = [], [], 0
     back_pairs = pairs.flip(1) if back_pairs is None else back_pairs
     for name, ranks, own in zip(names, (first, second), (pairs, back_pairs), strict=True):
-        direction, means = _summarize_direction(name, ranks, own.cpu(), ks, seed)
+        direction, means, draws = _summarize_direction(name, ranks, own.cpu(), ks, seed)
         found.append(direction)
         resampled.append(means)
+        fewest = min(fewest or draws, draws)
     recalls = [each for direction in found for each in direction.measurements]
-    low, high = interval(torch.cat(resampled, dim=1).mean(dim=1))
+    low, high = interval(torch.cat(resampled, dim=1).mean(dim=1), fewest)
     queries = sum(len(direction.queries) for direction in found)
     mean = Measurement(
         "mean_recall",
@@ -118,8 +120,8 @@ def summarize_retrieval(
 
 def _summarize_direction(
     name: str, ranks: Ranks, pairs: Tensor, ks: Sequence[int], seed: int
-) -> tuple[Direction, Tensor]:
-    """A direction, and its recalls over resampled queries, (R, len(ks)) in percent."""
+) -> tuple[Direction, Tensor, int]:
+    """A direction, its recalls over resampled queries, (R, len(ks)) in percent, and how many groups were drawn."""
     positives = torch.bincount(pairs[:, 0], minlength=len(ranks.ranks))
     # Queries with the same right item stand and fall together: they are drawn together.
     groups = torch.full_like(positives, ranks.num_gallery).scatter_reduce(0, pairs[:, 0], pairs[:, 1], "amin")
@@ -127,9 +129,12 @@ def _summarize_direction(
     ranks = ranks.of(queries)
     hits = torch.stack([ranks.hits(k) for k in ks], dim=1)
     means = 100.0 * bootstrap_means(hits, groups[queries], seed=seed)
-    found = []
+    draws, found = len(groups[queries].unique()), []
     for number, k in enumerate(ks):
-        low, high = interval(means[:, number])
+        low, high = interval(means[:, number], draws)
         chance = mean_chance(ranks.num_gallery, k, positives[queries])
         found.append(Measurement(f"{name}_r@{k}", ranks.recall(k), len(queries), low, high, chance, ranks.tie_share))
-    return Direction(name, queries, ranks, tuple(found)), means
+    low, high = interval(means.mean(dim=1), draws)
+    value, chance = (sum(each) / len(ks) for each in zip(*((m.value, m.chance or 0.0) for m in found), strict=True))
+    mean = Measurement(f"{name}_mean_recall", value, len(queries), low, high, chance, ranks.tie_share)
+    return Direction(name, queries, ranks, tuple(found), mean), means, draws

@@ -281,13 +281,17 @@ def _bounds(values: Sequence[float]) -> tuple[float, float]:
 
 def _scales(low: float, high: float, bottom: float, top: float, place: Any, label: str) -> list[str]:
     """Ticks of both axes, with their labels."""
-    shapes = []
+    ticks = []
     for power in range(math.floor(low), math.ceil(high) + 1):
         for digit in (1, 2, 5):
             value = digit * 10.0**power
-            if low <= math.log10(value) <= high:
-                x, _ = place((value, bottom))
-                shapes.append(f'<text class="tick" x="{x}" y="{_HEIGHT - _BOTTOM + 16}">{value:g}</text>')
+            ticks += [value] if low <= math.log10(value) <= high else []
+    if len(ticks) < 2:  # all models cost about the same
+        ticks = [10 ** (low + (high - low) * share) for share in (0.1, 0.5, 0.9)]
+    shapes = [
+        f'<text class="tick" x="{place((value, bottom))[0]}" y="{_HEIGHT - _BOTTOM + 16}">{value:.3g}</text>'
+        for value in ticks
+    ]
     step = max(0.5, round((top - bottom) / 4, 1))
     for number in range(math.ceil(bottom / step), math.floor(top / step) + 1):
         _, y = place((10**low, number * step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -56,6 +57,13 @@ def read_set(path: str | os.PathLike[str], *, layout: str | None = None, **setti
         known = [each for each in inspect.signature(READERS[name]).parameters if each != "path"]
         if unknown := [each for each in settings if each not in known]:
             raise UserError(f"no setting of layout {name}; it has {', '.join(known)}", key=unknown[0])
-        return READERS[name](path, **settings)
+        return _without_empty_languages(READERS[name](path, **settings))
     except OSError as error:
         raise UserError(f"{error.filename or os.fspath(path)}: cannot be read: {error.strerror}") from error
+
+
+def _without_empty_languages(found: EvaluationSet) -> EvaluationSet:
+    """The set without languages in which there is no text, such as an empty list of captions everywhere."""
+    texts = {language: texts for language, texts in found.texts.items() if texts.rows}
+    parallel = {both: pairs for both, pairs in found.parallel.items() if texts.keys() >= set(both)}
+    return dataclasses.replace(found, texts=texts, parallel=parallel)

@@ -21,7 +21,15 @@ from m2_encoder.evaluation.sets.base import EvaluationSet
 from m2_encoder.evaluation.sets.reading import read_set
 from m2_encoder.evaluation.tables import cells_to_markdown
 from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask, TaskResult
-from m2_encoder.evaluation.tasks.suite_measures import EACH, MEASURES, PICTURES_ALONE, Found, Part, Wishes
+from m2_encoder.evaluation.tasks.suite_measures import (
+    EACH,
+    MEASURES,
+    PICTURES_ALONE,
+    Found,
+    Part,
+    Wishes,
+    has_something,
+)
 
 _EMOJI: Final = "emoji"
 
@@ -55,6 +63,7 @@ class Suite(EvaluationTask):
         sets: by name, each with `path` (by default the name, in `root`), `layout`, and settings of that layout's
             reader in `evaluation.sets`, None as if not given; `train` is another path, or settings, of pictures that
             probes learn from.
+        only: names of the sets that are measured; None for all.
         root: folder of sets without a path of their own.
         measures: names in `suite_measures.MEASURES`; one that a set has nothing for is left out there.
         protocols: of retrieval.
@@ -69,6 +78,7 @@ class Suite(EvaluationTask):
         self,
         *,
         sets: Sets,
+        only: Sequence[str] | None = None,
         root: Text = "outputs/benchmarks",
         measures: Measures = tuple(MEASURES),
         protocols: Protocols = (STANDARD,),
@@ -77,10 +87,17 @@ class Suite(EvaluationTask):
         directions: Directions = _DIRECTIONS,
     ) -> None:
         self._settings, self._root, self._measures = dict(sets), root, tuple(measures)
+        self._only = None if only is None else tuple(only)
         self._wishes = Wishes(tuple(protocols), None if languages is None else tuple(languages), tuple(directions))
         self._templates = tuple(templates)
         self._sets: dict[str, EvaluationSet] = {}
         self._train: dict[str, EvaluationSet] = {}
+        self._absent: list[str] = []
+
+    @property
+    def absent_languages(self) -> Sequence[str]:
+        """Languages that were asked for, and that no set has."""
+        return self._absent
 
     @property
     def sets(self) -> Mapping[str, EvaluationSet]:
@@ -93,14 +110,26 @@ class Suite(EvaluationTask):
         Raises:
             UserError: for sets that are not there, all of them by name, or the first that is not as its layout wants.
         """
-        missing = [str(path) for path in self._places(find) if not path.exists()]
+        if self._only is not None:
+            if unknown := [name for name in self._only if name not in self._settings]:
+                raise UserError(f"no such set; there are {', '.join(self._settings)}", key="only", value=unknown[0])
+            self._settings = {name: self._settings[name] for name in self._only}
+        missing = {name: paths for name, paths in self._missing(find).items() if paths}
         if missing:
-            fix = "put them there, set root or sets.NAME.path, or leave a set out with ~"
-            raise UserError(f"no such folder or file: {name_some(missing)}; {fix}", key="sets")
+            there = [name for name in self._settings if name not in missing]
+            fix = f"measure what is there by only=[{','.join(there)}]" if there else "leave this suite out"
+            said = name_some([path for paths in missing.values() for path in paths])
+            raise UserError(
+                f"no such folder or file: {said}; put them there, set root or sets.NAME.path, or {fix}", key="sets"
+            )
         self._check_templates()
         for name, settings in self._settings.items():
             self._read(name, settings or {}, find)
         self._check_languages()
+        both = [(each, self._train.get(name)) for name, each in self._sets.items()]
+        if not any(has_something(measure, *each) for measure in self._measures for each in both):
+            rule = f"nothing to measure: {', '.join(self._sets)} has nothing for {', '.join(self._measures)}"
+            raise UserError(rule, key="sets")
 
     def _check_templates(self) -> None:
         for template in self._templates:
@@ -109,26 +138,36 @@ class Suite(EvaluationTask):
 
     def _read(self, name: str, settings: Mapping[str, Any], find: Callable[[str], Path]) -> None:
         own = {key: value for key, value in settings.items() if key not in ("train", "path") and value is not None}
+        own.setdefault("name", name)
         with under(f"sets.{name}"):
-            self._sets[name] = read_set(self._place(name, find), name=name, **own)
+            self._sets[name] = read_set(self._place(name, find), **own)
             if (train := settings.get("train")) is not None:
                 more = train if isinstance(train, Mapping) else {"path": train}
                 other = {key: value for key, value in more.items() if key != "path"}
                 place = find(str(more["path"])) if "path" in more else self._place(name, find)
-                self._train[name] = read_set(place, name=f"{name} train", **{**own, **other})
+                self._train[name] = read_set(place, **{**own, "name": f"{own['name']} train", **other})
 
     def _check_languages(self) -> None:
-        """Refuses languages of which no set has one; of several, some sets may lack some."""
+        """Refuses languages of which no set has one."""
         there: dict[str, None] = {}
         for each in self._sets.values():
             there |= dict.fromkeys([*each.texts, *(each.classes.names if each.classes else ())])
         wanted = self._wishes.languages
-        if wanted is not None and there and not set(wanted) & set(there):
+        self._absent = [each for each in wanted or () if each not in there]
+        if wanted and there and len(self._absent) == len(wanted):
             rule = f"none of these is in its sets; there are {name_some(list(there), 20)}"
             raise UserError(rule, key="languages", value=f"[{', '.join(wanted)}]")
 
     def measure(self, context: EvaluationContext) -> TaskResult:
         """Records of all sets."""
+        return self.measure_sets(context)
+
+    def measure_sets(self, context: EvaluationContext, names: Sequence[str] | None = None) -> TaskResult:
+        """Records of some of its sets, by the names in `sets`; None for all.
+
+        Raises:
+            UserError: for a model that cannot encode files, and sets that cannot be used.
+        """
         encoder = context.files
         if encoder is None:
             raise UserError("this model cannot encode files of pictures; leave the suite out")
@@ -138,6 +177,8 @@ class Suite(EvaluationTask):
         galleries: list[Gallery] = []
         left_out: dict[str, list[str]] = {}
         for name, dataset in self._sets.items():
+            if names is not None and name not in names:
+                continue
             started = time.monotonic()
             wanted = self._languages_of(dataset)
             encoded = encoder.encode_set(dataset, languages=wanted)
@@ -151,8 +192,6 @@ class Suite(EvaluationTask):
             for each in found:
                 records += self._records(each, encoded, context, seconds)
                 galleries += [each.gallery] if each.gallery is not None else []
-        if not records:
-            raise UserError(f"nothing to measure: {', '.join(self._sets)} has nothing for {', '.join(self._measures)}")
         metrics = {_name_of(each): each.value for each in records}
         tables = record_tables(records)
         return TaskResult(
@@ -170,12 +209,14 @@ class Suite(EvaluationTask):
             return []
         return [key for key in dataset.texts if self._wishes.languages is None or key in self._wishes.languages]
 
-    def _places(self, find: Callable[[str], Path]) -> Iterator[Path]:
+    def _missing(self, find: Callable[[str], Path]) -> dict[str, list[str]]:
+        """By set, the places where nothing is."""
+        missing = {}
         for name, settings in self._settings.items():
-            yield self._place(name, find)
             train = (settings or {}).get("train")
-            if isinstance(train, str):
-                yield find(train)
+            places = [self._place(name, find), *([find(train)] if isinstance(train, str) else [])]
+            missing[name] = [str(place) for place in places if not place.exists()]
+        return missing
 
     def _place(self, name: str, find: Callable[[str], Path]) -> Path:
         settings = self._settings[name] or {}

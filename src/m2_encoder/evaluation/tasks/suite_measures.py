@@ -6,14 +6,16 @@ Letters: n pictures · m texts · C classes · T templates · E feature dim.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from m2_encoder.data.images.transforms import open_image
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.feature_store import text_key
 from m2_encoder.evaluation.features import EncodedSet, FeatureEncoder
 from m2_encoder.evaluation.measures.classification import class_vectors, measure_classification, measure_multilabel
@@ -27,6 +29,7 @@ from m2_encoder.evaluation.measures.retrieval import Retrieval, measure_retrieva
 from m2_encoder.evaluation.prompts import FAMILIES, Templates, digest_texts, expand, load_templates
 from m2_encoder.evaluation.report.page import Found as FoundPictures
 from m2_encoder.evaluation.report.page import Gallery, thumbnail
+from m2_encoder.evaluation.sets.base import EvaluationSet
 from m2_encoder.evaluation.sets.reducing import keep_pictures
 from m2_encoder.pictures import STANDARD
 
@@ -35,6 +38,7 @@ EACH: Final = "/each"
 
 _SHOWN: Final = 5  # queries of a gallery, of each kind
 _FOUND: Final = 4  # pictures beside each
+_QUERY_CHARACTERS: Final = 300  # of a query in a gallery
 
 
 class Wishes(NamedTuple):
@@ -120,10 +124,8 @@ def _wanted(found: Retrieval, directions: Sequence[str]) -> list[Measurement]:
     """All numbers; of a benchmark with one direction, those and their mean."""
     if len(directions) > 1:
         return list(found.measurements)
-    own = [each for each in found.measurements if each.metric.startswith(f"{directions[0]}_")]
-    mean = sum(each.value for each in own) / len(own)
-    chance = sum(each.chance or 0.0 for each in own) / len(own)
-    return [*own, Measurement(f"{directions[0]}_mean_recall", mean, own[0].n, chance=chance, ties=own[0].ties)]
+    (own,) = (each for each in found.directions if each.name == directions[0])
+    return [*own.measurements, own.mean]
 
 
 def measure_text_retrieval(part: Part) -> Iterator[Found]:
@@ -148,13 +150,14 @@ def measure_zero_shot(part: Part) -> Iterator[Found]:
         known = torch.tensor([bool(name) for name in names])
         if not bool(known.any()) or (classes.targets.dim() == 1 and not bool(known[classes.targets].any())):
             continue
+        remarks = [] if bool(known.all()) else [f"{int(known.sum()):,} of {len(names):,} classes have a name"]
         wanted = list(_templates_of(part, language, classes.templates))
         if not wanted:
-            fix = "add none, or a file, or leave the language out by languages"
-            raise UserError(f"none of them is in {language}; {fix}", key="templates", value=list(part.templates))
+            remarks.append(f"names alone, as no template is in {language}")
+            wanted = [(load_templates("none", language), True)]
+        remark = "; ".join(remarks)
         for templates, is_ours in wanted:
             vectors = _class_vectors(part.encoder, [name for name in names if name], language, templates)
-            remark = "" if bool(known.all()) else f"{int(known.sum()):,} of {len(names):,} classes have a name"
             if classes.targets.dim() == 2:
                 measurements = [measure_multilabel(part.encoded.images, vectors, classes.targets[:, known])]
             else:
@@ -182,19 +185,19 @@ def _templates_of(part: Part, language: str, own: Mapping[str, tuple[str, ...]])
     """The wanted sets of templates in a language, and whether this package has them; those of the set come first."""
     if language in own:
         yield Templates("of the set", own[language]), False
-    for source in part.templates:
-        if isinstance(source, Mapping):
-            if language in source:
-                yield load_templates(str(source[language]), language), str(source[language]) in FAMILIES
-            continue
-        family, _, each = str(source).rpartition("/") if str(source).endswith(EACH) else (str(source), "", "")
+    sources = [each.get(language) if isinstance(each, Mapping) else each for each in part.templates]
+    families = {str(source): str(source).removesuffix(EACH) for source in sources if source is not None}
+    stems = Counter(Path(family).stem for family in {*families.values()})
+    for source, family in families.items():
         try:
             templates = load_templates(family, language)
         except UserError:
             if family not in FAMILIES:
                 raise
             continue  # a family of the package is in Chinese and English
-        for one in [Templates(row, (row,)) for row in templates.rows] if each else [templates]:
+        if stems[templates.name] > 1:  # files of one name in several folders
+            templates = templates._replace(name=family)
+        for one in [Templates(row, (row,)) for row in templates.rows] if source != family else [templates]:
             yield one, family in FAMILIES
 
 
@@ -236,6 +239,15 @@ def measure_probes(part: Part) -> Iterator[Found]:
     yield Found("probe", measurements, label_set=own.label_set, remark=remark)
 
 
+def has_something(measure: str, dataset: EvaluationSet, train: EvaluationSet | None) -> bool:
+    """Whether a measure finds in a set what it needs."""
+    if measure == "text_retrieval":
+        return bool(dataset.parallel)
+    if measure in ("zero_shot", "probes"):
+        return dataset.classes is not None and (measure == "zero_shot" or train is not None)
+    return bool(dataset.texts)
+
+
 MEASURES: Final[Mapping[str, Callable[[Part], Iterator[Found]]]] = {
     "retrieval": measure_retrievals,
     "text_retrieval": measure_text_retrieval,
@@ -263,7 +275,8 @@ def _gallery(part: Part, language: str, found: Retrieval, features: Tensor) -> G
         for row, near in zip(rows.tolist(), nearest.tolist(), strict=True):
             text = int(direction.queries[row])
             right = int(pairs[pairs[:, 0] == text][0, 1])
-            query, rank = encoded.dataset.texts[language].rows[text], int(direction.ranks.ranks[row])
+            query = abridge(encoded.dataset.texts[language].rows[text], _QUERY_CHARACTERS)
+            rank = int(direction.ranks.ranks[row])
             shown.append(
                 FoundPictures(query, rank, _thumbnail(part, right), tuple(_thumbnail(part, each) for each in near))
             )

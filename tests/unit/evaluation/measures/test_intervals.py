@@ -79,3 +79,14 @@ def test_equal_seeds_draw_equal_rows() -> None:
     values = torch.randn(50, 1)
     assert torch.equal(bootstrap_means(values, seed=1), bootstrap_means(values, seed=1))
     assert not torch.equal(bootstrap_means(values, seed=1), bootstrap_means(values, seed=2))
+
+
+@pytest.mark.parametrize("queries", [1, 7, 200])
+def test_none_and_all_have_the_exact_binomial_bound(queries: int) -> None:
+    none = bootstrap_means(torch.zeros(queries, 1), resamples=50)[:, 0]
+    low, high = interval(100 * none, queries)
+    assert low == 0.0
+    # With this share of successes, no success at all comes in 2.5 % of all trials.
+    assert (1 - high / 100) ** queries == pytest.approx(0.025)
+    assert interval(100 * (1 - none), queries) == pytest.approx((100 - high, 100.0))
+    assert interval(none) == (0.0, 0.0), "numbers that are no shares"
