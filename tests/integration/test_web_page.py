@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m2_encoder.exports.samples import TEXTS
+from m2_encoder.exports.samples import TEXTS, make_pictures
+from m2_encoder.exports.web_format import Web
+from m2_encoder.exports.writing import write_export
 from m2_encoder.picture_search.query import encode_query, parse_query
 from m2_encoder.picture_search.results import Results, find_results, read_picture
 from tests.support.browser import Tab, chromium
-from tests.support.web_page import NUMBER, WebPage, need_web, write_web_page
+from tests.support.web_page import NUMBER, WebPage, need_web, web_source, write_web_page
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +136,13 @@ def test_a_dropped_picture_finds_itself(tab: Tab, page: WebPage) -> None:
     np.testing.assert_allclose(feature, page.index.features[page.index.rows[name]], atol=1e-3)
 
 
+def test_files_of_all_kinds_get_nearly_our_features(tab: Tab, page: WebPage) -> None:
+    """Decoded by the browser: alpha, palettes, grey, 16 bits, CMYK, EXIF, 1 to 1,200 pixels."""
+    for picture, ours in zip(make_pictures(), page.source.image_features, strict=True):
+        found = tab.run(f"encodePicture({_file_of(picture.content)}).then(found => [...found])")
+        assert np.dot(found, ours.numpy()) > 0.999, picture.name
+
+
 def test_what_cannot_be_searched_is_said(tab: Tab) -> None:
     tab.run(f"usePicture({_file_of(b'broken')})")
     tab.wait(f"{BANNER}.includes('no picture that can be read')")
@@ -192,3 +201,18 @@ def test_any_static_host_serves_it(browser: Tab, page: WebPage) -> None:
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
+
+
+def test_the_built_in_drawings(browser: Tab, tmp_path: Path) -> None:
+    need_web()
+    write_export(tmp_path / "export", source=web_source(), formats={"web": Web()})
+    home = tmp_path / "export" / "web"
+    assert (home / "licences" / "drawings.md").is_file()
+    assert len([*(home / "licences" / "licenses").iterdir()]) >= 4
+    assert sum(path.stat().st_size for path in home.rglob("*")) < 30e6
+    browser.open()
+    browser.go((home / "index.html").as_uri())
+    browser.wait(f"{SHOWN} > 3 && {STATUS} === 'All 7,074 pictures'")
+    _search(browser, "红苹果")
+    browser.wait(f"{STATUS}.includes('7,074 in all')")
+    browser.call("Page.close")

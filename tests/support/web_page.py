@@ -63,6 +63,7 @@ def write_web_page(folder: Path) -> WebPage:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((400, 200)).save(path)
+    (photos / "broken.png").write_bytes(b"broken")
     source = web_source()
     source.write_native(folder / "native")
     model = open_search_model(folder / "native")

@@ -55,10 +55,13 @@ class Parity(NamedTuple):
 
 
 def print_parity(console: Console, parity: Parity) -> None:
-    """The table, and a line for each format that missed its bound."""
+    """The table, what else was found, and a line for each format that missed its bound."""
     from rich.text import Text
 
     console.print(_table(parity))
+    for each in parity.results:
+        for note in each.measured.notes:
+            console.print(Text(f"{each.name}: {note}"), soft_wrap=True)
     for each in parity.missed:
         rule = (
             f"{each.name}: smallest cosine {each.measured.smallest_cosine:.7f}, {each.bound} is the least: not written"

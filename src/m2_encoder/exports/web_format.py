@@ -33,7 +33,7 @@ from m2_encoder.config.model_choice import find_path
 from m2_encoder.data.emoji.drawings import write_drawings
 from m2_encoder.data.images.opening import name_format, open_picture, read_picture_file
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
-from m2_encoder.errors import ImageError, Problem, UserError
+from m2_encoder.errors import ImageError, Problem, UserError, name_some
 from m2_encoder.evaluation.models.own import wrap_towers
 from m2_encoder.exports.base import ExportFormat, ExportSource, Features, Measured, compare
 from m2_encoder.exports.graphs import Graphs, GraphSettings, graph_bytes, run_graphs
@@ -150,7 +150,7 @@ class Web(ExportFormat):
             rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
             run = run_graphs(graphs, pixels=source.pixels, rows=rows)
         ours = Features(source.image_features, source.text_features(TEXTS))
-        return Measured(*compare(ours, run.features), run.image_ms, run.text_ms, run.peak_bytes, (_describe(home),))
+        return Measured(*compare(ours, run.features), run.image_ms, run.text_ms, run.peak_bytes, _describe(home))
 
     def usage(self, source: ExportSource) -> str:
         """As the base class says."""
@@ -190,6 +190,7 @@ class Web(ExportFormat):
             "packs": firsts,
             "ending": {"copy": COPY, "lift": LIFT, "chance": chance_lift(len(index)), "step": -(-len(index) // SAMPLE)},
             "suffixes": PICTURE_SUFFIXES,
+            "skipped": [each.name for each in index.skipped],
         }
         _write_data(home, "pictures", content)
 
@@ -269,15 +270,18 @@ def _thumbnail(path: Path) -> bytes:
         return b""
 
 
-def _describe(home: Path) -> str:
-    """What a browser loads, and when."""
+def _describe(home: Path) -> list[str]:
+    """What a browser loads, and when; and what is not in the page."""
 
     def megabytes(*patterns: str) -> str:
         return f"{sum(path.stat().st_size for each in patterns for path in home.glob(each)) / 1e6:.1f} MB"
 
-    count = len(read_data(home, "pictures")["names"])
-    return (
-        f"{count:,} pictures; a browser loads {megabytes('index.html', 'data/pictures.js')} at once, "
+    found = read_data(home, "pictures")
+    notes = [
+        f"{len(found['names']):,} pictures; a browser loads {megabytes('index.html', 'data/pictures.js')} at once, "
         f"{megabytes('data/runtime.js', 'data/text.js')} with the first words, {megabytes('data/image.js')} with the "
         f"first picture, and up to {megabytes('data/thumbnails-*.js')} of small pictures as they are shown"
-    )
+    ]
+    if skipped := found["skipped"]:
+        notes.append(f"left out, because it cannot be read: {name_some(skipped)}")
+    return notes

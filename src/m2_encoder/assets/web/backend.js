@@ -29,7 +29,9 @@ const gallery = once(async () => {
     const exponent = (bits >> 10) & 31, rest = bits & 1023;
     table[bits] = (bits >> 15 ? -1 : 1) * (exponent ? 2 ** (exponent - 15) * (1 + rest / 1024) : 2 ** -14 * (rest / 1024));
   }
-  return { ...found, features: Float32Array.from(halves, bits => table[bits]), rows: new Map(found.names.map((name, row) => [name, row])) };
+  const features = new Float32Array(halves.length);
+  for (let at = 0; at < halves.length; at++) features[at] = table[halves[at]];
+  return { ...found, features, rows: new Map(found.names.map((name, row) => [name, row])) };
 });
 const runtime = once(async () => {
   const { script, wasm } = await data("runtime"), address = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
