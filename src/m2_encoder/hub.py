@@ -80,8 +80,7 @@ def load(
             checkpoints; a path or an http(s) URL. A URL is downloaded once to `~/.cache/m2_encoder` (or
             `M2_ENCODER_CACHE`) and may end in `#sha256=...`. None, with a name of released weights, looks for these on
             this machine and then at hubs, see `checkpoints.released`; the network is never used otherwise.
-        tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed to encode images. None takes `sp.model`
-            beside released weights.
+        tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed for images, nor beside released weights.
         image_size: pixels; if it differs from the model's, the position table is resized and `preprocess` follows.
         pictures: what `preprocess` makes of orientation, alpha and 16-bit levels: a policy, its name (`standard`,
             `official`, `older`) or values. By default as the model was trained: what its export says (`older` where
@@ -108,19 +107,26 @@ def load(
     device, dtype = _checked_device(device), _checked_dtype(dtype)
     if map_tokenizer and tokenizer is None:
         raise UserError("map_tokenizer: there is no tokenizer to map the weights to; add tokenizer=FILE")
-    text = _build_tokenizer(config, tokenizer, exported)
-    path = _weights_path(config, weights, exported)
-    if weights is None and exported is None and tokenizer is None:
-        text = _build_tokenizer(config, find_tokenizer_beside(path), None)
+    text, path = _find_files(config, tokenizer, weights, exported)
     state = read_state(path)
-    is_its_own = exported is not None and weights is None and tokenizer is None
-    if isinstance(text, SentencePieceTokenizer) and not is_its_own:
+    if isinstance(text, SentencePieceTokenizer) and (exported is None or weights is not None or tokenizer is not None):
         fit_vocabulary(state, text, weights=path, mapped=map_tokenizer)
         if map_tokenizer:
             config = dataclasses.replace(config, vocab_size=text.vocab_size)
     encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
     return LoadedModel(encoder, EvalTransform(config.image_size, pictures=policy), text)
+
+
+def _find_files(
+    config: M2EncoderConfig, tokenizer: Any, weights: str | os.PathLike[str] | None, exported: ExportedFolder | None
+) -> tuple[SentencePieceTokenizer | MissingTokenizer, Path]:
+    """Tokenizer and weights; released weights come with the tokenizer beside them."""
+    text = _build_tokenizer(config, tokenizer, exported)
+    path = _weights_path(config, weights, exported)
+    if weights is None and exported is None and tokenizer is None:
+        text = _build_tokenizer(config, find_tokenizer_beside(path), None)
+    return text, path
 
 
 def _load_checkpoint(folder: object, checkpoint: object, pictures: object, *places: object) -> LoadedModel:

@@ -44,7 +44,7 @@ FILES = {block.file: block for block in [*BLOCKS, *MEASURE] if block.file}
 SNIPPETS = [block for block in BLOCKS if block.kind == "python" and not block.file]
 COMMANDS = [words for block in [*BLOCKS, *MEASURE] if block.kind == "bash" for words in commands(block)]
 TRAINING = [words for words in COMMANDS if words[0] == "m2-train"]
-QUICK = ("m2-data", "m2-evaluate", "m2-embed", "m2-export", "m2-plan")
+QUICK = ("m2-data", "m2-evaluate", "m2-embed", "m2-export", "m2-plan", "m2-search")
 
 # The run that the other blocks build on: the README's own experiment, cut short.
 SHORT_RUN = (

@@ -77,16 +77,7 @@ def wrap_towers(
         heldout_style: drawing style of the built-in set that its training left out, if it was trained on that set.
     """
     config, text = model.config, tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else None
-    tokenizing: dict[str, Any] = {}
-    if text is not None:
-        tokenizing = {
-            "tokenizer": "SentencePiece",
-            "truncation_side": text.truncation_side,
-            "normalise": text.normalise,
-            "context_length": text.context_length,
-        }
-    elif tokenizer is not None:
-        tokenizing = {"tokenizer": type(tokenizer).__name__, "context_length": config.context_length}
+    tokenizing = _tokenizing(tokenizer, config.context_length)
     facts = ModelFacts(
         kind="m2",
         parameters=count_parameters(model),
@@ -118,6 +109,18 @@ def wrap_towers(
         no_texts=_NO_TEXTS if tokenizer is None else "",
         heldout_style=heldout_style,
     )
+
+
+def _tokenizing(tokenizer: Tokenize | None, context_length: int) -> dict[str, Any]:
+    """What texts go through, as plain values."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return {
+            "tokenizer": "SentencePiece",
+            "truncation_side": tokenizer.truncation_side,
+            "normalise": tokenizer.normalise,
+            "context_length": tokenizer.context_length,
+        }
+    return {} if tokenizer is None else {"tokenizer": type(tokenizer).__name__, "context_length": context_length}
 
 
 def _file_bytes(model: str, checkpoint: str | None, weights: str | None) -> int:
