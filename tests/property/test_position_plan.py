@@ -127,6 +127,7 @@ def read(
         parts.append([rows(next(batches)) for _ in range(steps)])
         states.append({key: value for key, value in loader.state_dict().items() if key != "manifest"})
         last = loader.state_dict()
+        loader.close()
     assert all(each == states[0] for each in states)
     return [[row for group in zip(*parts_, strict=True) for row in group] for parts_ in zip(*parts, strict=True)], last
 

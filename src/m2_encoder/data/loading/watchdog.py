@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -69,6 +69,11 @@ def _watch_workers(loader: DataLoader[Any], board: StageBoard, workers: int, tim
             wait.begin()
     finally:
         wait.end()
+        # Not left to the garbage collector: where that ends the queues first, workers never hear that they are to end,
+        # and torch waits ten seconds for each.
+        end: Callable[[], None] | None = getattr(iterator, "_shutdown_workers", None)
+        if end is not None:
+            end()
 
 
 class _Wait:

@@ -13,8 +13,10 @@ from typing import Any, Final, NamedTuple
 
 from PIL import Image
 
+from m2_encoder.data.images.transforms import open_image
 from m2_encoder.evaluation.records import Record
 from m2_encoder.files import write_text
+from m2_encoder.pictures import STANDARD
 
 HEADLINES: Final = ("mean_recall", "t2i_mean_recall", "i2t_mean_recall", "top1", "map", "r@1", "linear_top1")
 """The metric of a set that stands for it in short tables and plots, the first that is there."""
@@ -152,10 +154,12 @@ def thumbnail(image: Image.Image) -> str:
 
 def draw_strip(found: Found) -> Image.Image:
     """The right picture, a gap, and the pictures that were found, in a row."""
-    heads = [found.right, *found.found]
-    pictures = [Image.open(io.BytesIO(base64.b64decode(each.partition(",")[2]))) for each in heads]
-    strip = Image.new("RGB", (len(heads) * (_THUMBNAIL_PX + _GAP_PX) + _GAP_PX, _THUMBNAIL_PX), "white")
-    for place, picture in enumerate(pictures):
+    shown = [found.right, *found.found]
+    strip = Image.new("RGB", (len(shown) * (_THUMBNAIL_PX + _GAP_PX) + _GAP_PX, _THUMBNAIL_PX), "white")
+    for place, url in enumerate(shown):
+        if not url:  # a picture that cannot be shown
+            continue
+        picture = open_image(base64.b64decode(url.partition(",")[2]), pictures=STANDARD)
         left = place * (_THUMBNAIL_PX + _GAP_PX) + (2 * _GAP_PX if place else 0)
         strip.paste(picture, (left + (_THUMBNAIL_PX - picture.width) // 2, (_THUMBNAIL_PX - picture.height) // 2))
     return strip
