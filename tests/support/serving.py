@@ -133,7 +133,9 @@ def write_form(fields: Mapping[str, str | bytes], boundary: str) -> bytes:
 def running(app: Starlette, port: int = 0) -> Iterator[Client]:
     """A server in a thread of this process."""
     opened = listen("127.0.0.1", port)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", http="h11", lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="critical", ws="none", http="h11", lifespan="on", timeout_graceful_shutdown=2)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()
     try:
