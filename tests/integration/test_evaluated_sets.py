@@ -52,6 +52,16 @@ def test_a_set_that_fails_does_not_take_the_others_with_it(made: Path, evaluate:
     assert evaluate.page.is_file()
 
 
+def test_a_first_set_that_fails_costs_no_number(made: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    bad = captioned(tmp_path / "bad", 2, broken=(0, 1))
+    more = f"+evaluation.own.sets.good={{layout: own, path: {made / 'own'}}}"
+    found = evaluate(f"model={made / 'one'}", *own(bad), more, f"page={evaluate.page}")
+    assert found.code == 2
+    assert {each["dataset"] for each in found.report["records"]} == {"good"}
+    assert found.report["models"][0]["ms_per_image"] > 0, "measured on pictures of the other set"
+    assert evaluate.page.is_file()
+
+
 def test_a_set_has_the_name_that_it_is_given_and_no_two_have_one(made: Path, evaluate: Evaluate) -> None:
     named = "+evaluation.own.sets.own.name=我的/照片"
     found = evaluate(f"model={made / 'one'}", *own(made / "own"), named)

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from m2_encoder.cli import commands
-from m2_encoder.config.command import run_command
-from m2_encoder.config.job import EXIT_USER_ERROR, report_problems
-from m2_encoder.config.output import lasting_output, say
+from m2_encoder.cli.sub_commands import run_sub_command
+from m2_encoder.config.output import say
 from m2_encoder.config.overrides import quote_value
-from m2_encoder.errors import Problem, UserError, abridge
+from m2_encoder.errors import Problem, UserError
 
 
 def check_emoji(cfg: dict[str, Any]) -> list[Problem]:
@@ -80,32 +79,16 @@ def name_sources(argv: Sequence[str], key: str) -> list[str]:
     return [named, *(argument for i, argument in enumerate(argv) if i not in plain)]
 
 
+def _name(sub_command: str, argv: Sequence[str]) -> list[str]:
+    if sub_command == "emoji":  # the others read something: `m2-data check tars`
+        return list(argv)
+    return name_sources(argv, "shards" if sub_command == "curate" else "source")
+
+
 def main() -> int:
     """Entry point of `m2-data`: the first argument names the sub-command."""
-    with lasting_output():
-        return _main(sys.argv[1:])
-
-
-def _main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in {"--help", "-h"}:
-        width = max(map(len, SUB_COMMANDS))
-        print("m2-data: prepare data\n\nSub-commands (each has its own --help):")
-        print("\n".join(f"  {name:<{width}}  {command.summary}" for name, command in SUB_COMMANDS.items()))
-        print("\nExample:\n  m2-data emoji folder=emoji-tars")
-        return 0 if arguments else EXIT_USER_ERROR
-    command = SUB_COMMANDS.get(arguments[0])
-    if command is None:
-        known = ", ".join(SUB_COMMANDS)
-        say(f"m2-data: {abridge(arguments[0], 100)}: no such sub-command; choose from {known}", error=True)
-        return EXIT_USER_ERROR
-    argv = arguments[1:]
-    if arguments[0] != "emoji":  # the others read something: `m2-data check tars`
-        try:
-            argv = name_sources(argv, "shards" if arguments[0] == "curate" else "source")
-        except UserError as error:
-            report_problems(command.name, error)
-            return EXIT_USER_ERROR
-    return run_command(command, argv)
+    example = "  m2-data emoji folder=emoji-tars"
+    return run_sub_command("m2-data", sys.argv[1:], SUB_COMMANDS, _name, about="prepare data", example=example)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 from m2_encoder.bounds import Rows, Workers
 from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.exported import WEIGHTS_FILE
 from m2_encoder.checkpoints.weight_files import find_weights
+from m2_encoder.cli.progress import show_encoding
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
 from m2_encoder.config.output import say
@@ -87,16 +85,8 @@ def run_embed(cfg: dict[str, Any]) -> int:
         batches = embed_images(model, items, to_uint8, batch_size=size, num_workers=workers)
     skipped: list[Skipped] = []
     done = 0
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(show_speed=True),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[skipped]}"),
-    )
     with (
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        show_encoding() as progress,
         open_feature_file(
             output,
             feature_dim=model.config.feature_dim,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems
+from m2_encoder.config.model_choice import arguments_of_load, find_path, is_model_name, model_problems
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import Unset, find_problems, refuse_all
 from m2_encoder.config.targets import TargetError, find_target
@@ -276,18 +276,8 @@ def _measure_sets(suites: Mapping[str, Suite], context: EvaluationContext) -> tu
 
 def _open(cfg: Mapping[str, Any], spec: str, name: str) -> EvaluatedModel:
     path = spec if _kind(spec) or is_model_name(spec) else str(find_path(spec))
-    weights, tokenizer = cfg["weights"], cfg["tokenizer"]
-    is_url = str(weights).startswith(("http://", "https://"))
     try:
-        return open_model(
-            path,
-            name=name,
-            weights=weights if weights is None or is_url else str(find_path(weights)),
-            tokenizer=None if tokenizer is None else str(find_path(tokenizer)),
-            pictures=cfg["pictures"],
-            device=device_of(cfg["device"]),
-            trust=cfg["trust"],
-        )
+        return open_model(path, name=name, trust=cfg["trust"], **arguments_of_load(cfg))
     except UserError as error:
         raise _of_model(error, spec) from error
 
@@ -313,11 +303,14 @@ def _bare_facts(model: EvaluatedModel) -> ModelFacts:
 
 
 def _facts(model: EvaluatedModel, suites: Mapping[str, Suite], cfg: Mapping[str, Any], held: int) -> ModelFacts:
-    """With what it costs, measured now on a few pictures and texts of the first set; `held` were there before it."""
+    """With what it costs, measured now on the first usable pictures, and texts beside; `held` were there before it."""
     if model.model is None:
         return _bare_facts(model)
-    first = next(iter(next(iter(suites.values())).sets.values()))
-    contents = list(islice(_usable(first, model), _COST_ITEMS))
+    for first in (dataset for task in suites.values() for dataset in task.sets.values()):
+        if contents := list(islice(_usable(first, model), _COST_ITEMS)):
+            break
+    else:
+        return _bare_facts(model)
     texts = [text for found in first.texts.values() for text in found.rows[:_COST_ITEMS]] or ["a photo", "照片"]
     size = min(32, cfg["batch_size"])
     cost = measure_cost(model, contents, texts, batch_size=size, held=held)

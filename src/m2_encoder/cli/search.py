@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from m2_encoder.cli import commands
-from m2_encoder.config.command import run_command
+from m2_encoder.cli.sub_commands import run_sub_command
 from m2_encoder.config.help import read_values
-from m2_encoder.config.job import EXIT_USER_ERROR, report_problems
-from m2_encoder.config.output import lasting_output, say
 from m2_encoder.config.overrides import quote_value
 from m2_encoder.config.paths import find_conf
 from m2_encoder.errors import UserError, abridge
@@ -64,34 +62,21 @@ def _escape(text: str) -> str:
     return text.replace("${", "\\${")
 
 
+def _name(sub_command: str, argv: Sequence[str]) -> list[str]:
+    values = read_values(find_conf() / "commands" / f"{SUB_COMMANDS[sub_command].config_name}.yaml")
+    return name_places(argv, PLACES[sub_command], [line.partition("=")[0] for line, _ in values])
+
+
 def main() -> int:
     """Entry point of `m2-search`: the first argument names the sub-command."""
-    with lasting_output():
-        return _main(sys.argv[1:])
-
-
-def _main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in {"--help", "-h"}:
-        width = max(map(len, SUB_COMMANDS))
-        print("m2-search: search in a folder of pictures\n\nSub-commands (each has its own --help):")
-        print("\n".join(f"  {name:<{width}}  {command.summary}" for name, command in SUB_COMMANDS.items()))
-        print(
-            "\nExample:\n  m2-search index photos model=outputs/emoji/export\n  m2-search query photos.index 红色的水果"
-        )
-        return 0 if arguments else EXIT_USER_ERROR
-    command = SUB_COMMANDS.get(arguments[0])
-    if command is None:
-        known = ", ".join(SUB_COMMANDS)
-        say(f"m2-search: {abridge(arguments[0], 100)}: no such sub-command; choose from {known}", error=True)
-        return EXIT_USER_ERROR
-    try:
-        values = read_values(find_conf() / "commands" / f"{command.config_name}.yaml")
-        keys = [line.partition("=")[0] for line, _ in values]
-        argv = name_places(arguments[1:], PLACES[arguments[0]], keys)
-    except UserError as error:
-        report_problems(command.name, error)
-        return EXIT_USER_ERROR
-    return run_command(command, argv)
+    return run_sub_command(
+        "m2-search",
+        sys.argv[1:],
+        SUB_COMMANDS,
+        _name,
+        about="search in a folder of pictures",
+        example="  m2-search index photos model=outputs/emoji/export\n  m2-search query photos.index 红色的水果",
+    )
 
 
 if __name__ == "__main__":

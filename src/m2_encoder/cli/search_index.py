@@ -7,12 +7,16 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 from m2_encoder.bounds import Rows, Text, Workers
+from m2_encoder.cli.progress import show_encoding
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems
+from m2_encoder.config.model_choice import (
+    arguments_of_load,
+    device_of,
+    find_path,
+    is_model_name,
+    model_problems,
+)
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import UNSET, Unset, find_problems
 from m2_encoder.config.schema import Pictures
@@ -81,7 +85,7 @@ def run_index(cfg: dict[str, Any]) -> int:
         UserError: if no picture can be used.
     """
     photos, output = _places(cfg)
-    with _progress() as progress:
+    with show_encoding() as progress:
         task = progress.add_task("pictures", total=None, skipped="", visible=False)
 
         def report(done: int, total: int, skipped: int) -> None:
@@ -123,24 +127,5 @@ def _open_model(cfg: dict[str, Any], output: Path) -> SearchModel:
         given: dict[str, Any] = {**made_by._asdict(), "device": device_of(cfg["device"])}
         del given["fingerprint"]
         return open_search_model(**given)
-    model, weights, tokenizer = cfg["model"], cfg["weights"], cfg["tokenizer"]
-    is_url = str(weights).startswith(("http://", "https://"))
-    return open_search_model(
-        model if is_model_name(model) else find_path(model),
-        weights=weights if weights is None or is_url else find_path(weights),
-        tokenizer=None if tokenizer is None else find_path(tokenizer),
-        pictures=cfg["pictures"],
-        device=device_of(cfg["device"]),
-    )
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(show_speed=True),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[skipped]}"),
-    )
-    return Progress(*columns, console=Console(stderr=True))
+    model = cfg["model"] if is_model_name(cfg["model"]) else find_path(cfg["model"])
+    return open_search_model(model, **arguments_of_load(cfg))

@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 from safetensors.torch import load_file
 
+from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT, read_exported, read_format
 from m2_encoder.config.foreign_model import constructor_node, towers_config
 from m2_encoder.config.paths import anchor
@@ -64,8 +65,7 @@ def model_problems(cfg: Mapping[str, Any]) -> list[Problem]:
             problems.append(Problem("model", model, "is a run's folder", inside))
     for key in ("weights", "tokenizer"):
         value = cfg[key]
-        is_url = key == "weights" and str(value).startswith(("http://", "https://"))
-        if value is None or is_url:
+        if value is None or (key == "weights" and is_url(value)):
             continue
         path = find_path(value) if isinstance(value, str) else None
         if path is None or not (path.is_file() or (key == "weights" and path.is_dir())):
@@ -205,15 +205,19 @@ def load_from(cfg: dict[str, Any]) -> LoadedModel:
     Raises:
         UserError: as `m2_encoder.load`.
     """
-    model, weights, tokenizer = cfg["model"], cfg["weights"], cfg["tokenizer"]
-    is_url = str(weights).startswith(("http://", "https://"))
-    return load(
-        model if is_model_name(model) else find_path(model),
-        weights=weights if weights is None or is_url else find_path(weights),
-        tokenizer=None if tokenizer is None else find_path(tokenizer),
-        pictures=cfg["pictures"],
-        device=device_of(cfg["device"]),
-    )
+    model = cfg["model"] if is_model_name(cfg["model"]) else find_path(cfg["model"])
+    return load(model, **arguments_of_load(cfg))
+
+
+def arguments_of_load(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `m2_encoder.load` beside the model: paths are found where the command was started."""
+    weights, tokenizer = cfg["weights"], cfg["tokenizer"]
+    return {
+        "weights": weights if weights is None or is_url(weights) else find_path(weights),
+        "tokenizer": None if tokenizer is None else find_path(tokenizer),
+        "pictures": cfg["pictures"],
+        "device": device_of(cfg["device"]),
+    }
 
 
 def is_model_name(model: object) -> bool:
