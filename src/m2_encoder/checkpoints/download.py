@@ -1,6 +1,7 @@
 """Weights behind a URL: fetched once into a cache folder, resumable, verified.
 
-The only module behind `load` that touches the network, and only when somebody gives a URL.
+The only module behind `load` that touches the network: for a URL that somebody gives, or released weights by name that
+are not on this machine (`checkpoints.released`).
 """
 
 from __future__ import annotations
