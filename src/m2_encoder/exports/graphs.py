@@ -81,7 +81,8 @@ class TextGraph(nn.Module):
         last = (places * (input_ids != self.end_id)).amax(dim=1, keepdim=True)
         mask = places <= last + 1
         embedded = model.text_embed.tokens(input_ids) + self.positions[:length]
-        lower = model.backbone(embedded, num_image_tokens=0, token_mask=mask)
+        is_chinese = model.text_embed.find_chinese(input_ids, mask)
+        lower = model.backbone(embedded, num_image_tokens=0, token_mask=mask, is_chinese=is_chinese)
         hidden = model.vl_encoder(lower, num_image_tokens=length, token_mask=mask, first_token_only=True)
         return _normalise(model.vl_text_proj(hidden[:, 0]))
 
