@@ -24,7 +24,7 @@ from m2_encoder.config.model_choice import build_any_tokenizer, build_towers, fi
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.data.masking.batch_masking import build_masking
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, under
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.evaluation.tasks.masked import Masked
 from m2_encoder.evaluation.tasks.masked_picture import MaskedPicture
@@ -225,6 +225,8 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig | None) -> A
     if not isinstance(adaptation, Adaptation):
         rule = "must be a subclass of m2_encoder.training.adaptation.Adaptation; derive it from that"
         raise UserError(rule, key="adaptation._target_", value=node["_target_"])
+    with under("adaptation"):
+        adaptation.prepare(cast("Any", build_any_tokenizer(cfg["model"])))
     if model is not None:
         check_adaptation(adaptation, model)
     return adaptation

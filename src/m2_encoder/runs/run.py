@@ -257,7 +257,7 @@ def _take_model(module: lightning.LightningModule) -> Taken:
         return module.tokenizer, {}
     if not isinstance(module, PretrainModule):
         return module, {}
-    model = gather_model(module.model, module.adaptation.apply)
+    model = gather_model(module.model, module.build_unfilled)
     merged = None if model is None else merge_adaptation(module.adaptation, model)
     return merged, module.trained_objectives()
 
