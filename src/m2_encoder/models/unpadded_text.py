@@ -83,7 +83,9 @@ def append_keys(
     """
     if more is None:
         return k, v, mask
-    k, v = (torch.cat([own, each.expand(len(own), -1, -1, -1)], dim=2) for own, each in zip((k, v), more, strict=True))
+    k, v = (
+        torch.cat([own, each.expand(own.shape[0], -1, -1, -1)], dim=2) for own, each in zip((k, v), more, strict=True)
+    )
     return k, v, None if mask is None else functional.pad(mask, (0, more[0].shape[2]), value=True)
 
 
