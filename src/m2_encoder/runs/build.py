@@ -43,7 +43,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.two_towers import TowersConfig, TwoTowers
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.objectives.files import Resources
+from m2_encoder.objectives.files import START, Resources
 from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.runs.callbacks import build_callbacks
 from m2_encoder.runs.folder import UNSAID
@@ -92,7 +92,9 @@ def build_objectives(cfg: Mapping[str, Any]) -> dict[str, Objective]:
         return {}
     config: Any = model_shape(cfg["model"])
     tokenizer: Any = build_any_tokenizer(cfg["model"])
-    resources = Resources(tokenizer, config, find_path, partial(_load_encoder, tokenizer), _load_visual_tokenizer)
+    resources = Resources(
+        tokenizer, config, find_path, partial(_load_encoder, cfg["model"], tokenizer), _load_visual_tokenizer
+    )
     for name, objective in objectives.items():
         _prepare(name, objective, resources)
     return objectives
@@ -105,7 +107,9 @@ def _prepare(name: str, objective: Objective, resources: Resources) -> None:
         raise error.under(f"objective.{name}") from error
 
 
-def _load_encoder(tokenizer: Any, argument: str, name: str, weights: str | None) -> M2Encoder:
+def _load_encoder(model: Mapping[str, Any], tokenizer: Any, argument: str, name: str, weights: str | None) -> M2Encoder:
+    if name == START and (start := load_start(model)) is not None:
+        return start
     named = is_model_name(name)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         rule = "reads other ids than model.tokenizer makes, which is no SentencePiece model"

@@ -151,7 +151,7 @@ def _table(records: Sequence[Record], labels: Sequence[str], own: set[str]) -> t
             [
                 f"{place} (yours)" if before.dataset in own else place,
                 language,
-                metric.replace("_", " "),
+                "zero-shot top1" if metric == "top1" else metric.replace("_", " "),
                 *(number(found[label].value) for label in labels),
                 f"({said})" if _overlap(before, after) else said,
                 f"{_interval(before)} → {_interval(after)}",
