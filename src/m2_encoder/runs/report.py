@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from m2_encoder.checkpoints.tensors import find_non_finite
-from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
+from m2_encoder.checkpoints.training_state import AVERAGE_KEY, CHECKPOINT_FOLDER
 from m2_encoder.config.paths import is_debug
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.images.transforms import EvalTransform
@@ -111,6 +111,8 @@ def _facts_of(end: RunEnd, best: BestCheckpoint | None) -> dict[str, Any]:
         own = {"file": f"{CHECKPOINT_FOLDER}/{BEST_NAME}", "step": best.step}
         progress["best_checkpoint"] = {**own, "metric": best.monitor, "value": best.value}
         progress["evaluated_step"] = end.taken_step
+    if end.averaged:
+        progress["evaluated_weights"] = AVERAGE_KEY
     return progress
 
 
@@ -130,6 +132,8 @@ def _progress(end: RunEnd, best: BestCheckpoint | None, *, debug: bool) -> list[
     if best is not None:
         taken = "evaluated here" if end.taken is not None else "run.final=best evaluates and exports it"
         lines.append(("best", f"step {best.step:,}: {best.monitor} {best.value:.4g}; {taken}"))
+    if end.averaged:
+        lines.append(("weights", f"the moving average, of step {end.taken_step:,}"))
     return lines
 
 

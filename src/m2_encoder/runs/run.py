@@ -39,7 +39,7 @@ from m2_encoder.runs.build import (
     load_start,
     validation_name_of,
 )
-from m2_encoder.runs.callbacks import build_callbacks, find_best, find_stop, take_best
+from m2_encoder.runs.callbacks import FinalWeights, build_callbacks, find_best, find_stop, take_final
 from m2_encoder.runs.ending import Results, describe_end
 from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import (
@@ -128,13 +128,13 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         with watching(trainer):
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
-            best = take_best(run.module, callbacks, folder) if cfg["run"].get("final") == "best" else None
+            final = take_final(cfg["run"].get("final", "last"), run.module, callbacks, folder)
             taken = _take_model(run.module)
         _say_profile(trainer)
         if any(each.is_over for each in pruning):
             results = Results({}, (), folder, trainer.global_step)
             _end_pruned(run, cfg)
-        results = _finish(run, taken, tasks, cfg, folder, trained=trained, best=best, times=times)
+        results = _finish(run, taken, tasks, cfg, folder, trained=trained, final=final, times=times)
     finally:
         close_loggers(trainer, results)  # last: a server may keep it waiting
     return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **results.metrics}
@@ -210,12 +210,12 @@ def _finish(
     folder: Path,
     *,
     trained: dict[str, Any],
-    best: int | None,
+    final: FinalWeights,
     times: FitTimes,
 ) -> Results:
     """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first.
 
-    `best` is the step whose weights were taken in place of the last ones.
+    `final` says which weights were taken in place of the last ones.
     """
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
@@ -224,7 +224,8 @@ def _finish(
         steps = run.trainer.global_step
         say(f"run {cfg['run']['name']}: debug run: {steps} step(s) and validation went through")
         return Results({}, (), folder, steps)
-    end = describe_end(run.trainer, trained["trainer"]["max_steps"], debug=is_debug(cfg))._replace(taken=best)
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"], debug=is_debug(cfg))
+    end = end._replace(taken=final.step, averaged=final.averaged)
     is_measured = isinstance(model, VisualTokenizer) or gives_features(model)
     results = report_run(
         tasks if is_measured else {},
