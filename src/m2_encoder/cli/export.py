@@ -8,13 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.bounds import Text
-<<<<<<< HEAD
-from m2_encoder.checkpoints.matching_head import read_head
-from m2_encoder.checkpoints.training_state import LAST_NAME, read_step
-from m2_encoder.cli.export_mixed import is_mixed, mixed_source
-=======
 from m2_encoder.checkpoints.training_state import LAST_NAME
->>>>>>> next
+from m2_encoder.cli.export_mixed import is_mixed, mixed_source
 from m2_encoder.cli.export_sources import (
     architecture_of,
     model_source,
