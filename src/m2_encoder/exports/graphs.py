@@ -93,9 +93,10 @@ def graph_bytes(config: M2EncoderConfig, *, bytes_per_value: int) -> dict[Litera
         model = M2Encoder(config)
     layers = [*model.backbone.layers, *model.vl_encoder.layers]
     common = sum(p.numel() for layer in layers for p in layer.vision_expert.parameters())
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".adapters." in name)
     return {
         "image": bytes_per_value * (common + sum(p.numel() for p in model.image_embed.parameters())),
-        "text": bytes_per_value * (common + model.text_embed.tokens.weight.numel()),
+        "text": bytes_per_value * (common + adapters + model.text_embed.tokens.weight.numel()),
     }
 
 
