@@ -101,6 +101,19 @@ def merge_adapter(state: dict[str, Tensor], adapter: LoraAdapter) -> None:
     state.update({name: torch.tensor(value) for name, value in adapter.scales.items()})
 
 
+def merge_adapter_of(state: dict[str, Tensor], folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """`read_adapter` and `merge_adapter`, with the folder as the argument `adapter` in errors; returns the state.
+
+    Raises:
+        CheckpointError: as both.
+    """
+    try:
+        merge_adapter(state, read_adapter(folder))
+    except CheckpointError as error:
+        raise CheckpointError(error.text, key="adapter", value=os.fspath(folder)) from error
+    return state
+
+
 def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
     """Write both files into a folder.
 
@@ -139,20 +152,20 @@ def read_adapter(folder: str | os.PathLike[str]) -> LoraAdapter:
     """
     folder = Path(folder)
     if missing := [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder}: no adapter: there is no {missing[0]}; m2-export to=[peft] writes one")
+        raise CheckpointError(f"no adapter: there is no {missing[0]}; m2-export to=[peft] writes one")
     config = read_small_json(folder / ADAPTER_CONFIG)
     odd = [f"{key}={config[key]}" for key in _OFF if config.get(key)]
     odd += [f"peft_type={config.get('peft_type')}"] if config.get("peft_type") != "LORA" else []
     odd += [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
     if odd:
-        raise CheckpointError(f"{folder}: {odd[0]} is not read, only plain LoRA")
+        raise CheckpointError(f"{odd[0]} is not read, only plain LoRA")
     tensors = read_safetensors(folder / ADAPTER_WEIGHTS)
     pairs, whole = _sort(folder, tensors)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not isinstance(alpha, int | float) or not all(
         down.shape[0] == up.shape[1] == rank for down, up in pairs.values()
     ):  # fmt: skip
-        raise CheckpointError(f"{folder}: damaged: r={rank} and lora_alpha={alpha} do not fit its matrices")
+        raise CheckpointError(f"damaged: r={rank} and lora_alpha={alpha} do not fit its matrices")
     own = _read_own(folder)
     return LoraAdapter(
         rank=rank,
@@ -168,21 +181,21 @@ def read_adapter(folder: str | os.PathLike[str]) -> LoraAdapter:
 def _sort(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Pairs by module, and what was saved as a whole by name."""
     if (broken := find_non_finite(tensors)) is not None:
-        raise CheckpointError(f"{folder}: {broken} holds values that are NaN or infinite")
+        raise CheckpointError(f"{broken} holds values that are NaN or infinite")
     named = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
     pairs = {}
     for name in [name for name in named if name.endswith(_DOWN)]:
         module = name.removesuffix(_DOWN)
         if f"{module}{_UP}" not in named:
-            raise CheckpointError(f"{folder}: damaged: it has {name} without its other half")
+            raise CheckpointError(f"damaged: it has {name} without its other half")
         down, up = named.pop(name), named.pop(f"{module}{_UP}")
         if down.dim() != 2 or up.dim() != 2:
-            raise CheckpointError(f"{folder}: {module} is no matrix; only those are read")
+            raise CheckpointError(f"{module} is no matrix; only those are read")
         pairs[module] = (down, up)
     if odd := [name for name in named if "lora_" in name]:
-        raise CheckpointError(f"{folder}: {odd[0]} is not read, only updates of matrices")
+        raise CheckpointError(f"{odd[0]} is not read, only updates of matrices")
     if not pairs:
-        raise CheckpointError(f"{folder}: holds no low-rank update")
+        raise CheckpointError("holds no low-rank update")
     return pairs, named
 
 

@@ -127,7 +127,7 @@ class Lora(Adaptation):
             self._begun = read_adapter(Path(self._start).expanduser())
             check_base(weights, self._begun)
         except UserError as error:
-            raise UserError(str(error), key="start", value=self._start) from error
+            raise UserError(error.text, key="start", value=self._start) from error
         found = self._begun
         if (found.rank, found.alpha) != (self._rank, self._alpha):
             rule = f"has rank {found.rank} and alpha {found.alpha:g}; use rank={found.rank} alpha={found.alpha:g}"
