@@ -16,12 +16,12 @@ from annotated_types import Ge
 
 from m2_encoder.bounds import Tokens, check_bounds
 from m2_encoder.errors import NOTHING, Problem
+from m2_encoder.evaluation.models.onnx_model import FOLDER
 from m2_encoder.exports.base import BOUND_FP16, BOUND_FP32, ExportFormat, ExportSource, Features, Measured, compare
 from m2_encoder.exports.graphs import MAX_BYTES, Graphs, GraphSettings, graph_bytes, run_graphs, share_graphs
 from m2_encoder.exports.samples import TEXTS
 from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
 
-FOLDER: Final = "onnx"
 NEEDED: Final = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 _SHARE: Final = 0.99  # of the largest file that weights may take; the graph itself is small
 
@@ -148,6 +148,7 @@ def describe_source(source: ExportSource, *, context_length: int) -> dict[str, s
     return {
         "m2_encoder": importlib.metadata.version("m2-encoder"),
         "model": config.name,
+        "fingerprint": source.fingerprint,
         "feature_dim": str(config.feature_dim),
         "logit_scale": repr(float(source.model.logit_scale)),
         "preprocess": json.dumps(preprocess),
