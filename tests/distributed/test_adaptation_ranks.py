@@ -23,7 +23,8 @@ from tests.support.objectives import Numbers, build_bench, make_batch, part_of, 
 from tests.support.ranks import run_ranks
 
 RANKS, ROWS = 2, 8  # of all ranks
-PIECES = ((1, True), (2, False), (4, True))
+RUNS = {"contrast": ((1, True), (4, True)), "mixture": ((2, False), (4, True))}
+"""Objectives, with how many pieces a rank's rows are encoded in, and whether again in backward."""
 CASES: dict[str, Callable[[], Adaptation]] = {
     "image tower": lambda: Locked(towers=["image"]),
     "text tower": lambda: Locked(towers=["text"], logit_scale=True),
@@ -39,8 +40,8 @@ def run_cases(rank: int, group: dist.ProcessGroup | None) -> dict[str, Numbers]:
     ranks = 1 if group is None else RANKS
     batch = part_of(make_batch(ROWS, 2), rank, ranks)
     for name, build in CASES.items():
-        for kind in ("contrast", "mixture"):
-            for pieces, recompute in PIECES if ranks > 1 else PIECES[:1]:
+        for kind, ways in RUNS.items():
+            for pieces, recompute in ways if ranks > 1 else ((1, True),):
                 objectives = {"itc": ImageTextContrastive()}
                 if kind == "mixture":
                     objectives |= {"cmlm": MaskedLanguage(weight=0.5), "matching": BlockMatching()}
@@ -66,8 +67,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Numbers
     return run_ranks(work, RANKS, folder=tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("pieces", [pieces for pieces, _ in PIECES])
-@pytest.mark.parametrize("kind", ["contrast", "mixture"])
+@pytest.mark.parametrize(("kind", "pieces"), [(kind, pieces) for kind, ways in RUNS.items() for pieces, _ in ways])
 @pytest.mark.parametrize("name", list(CASES))
 def test_ranks_and_pieces_equal_one_process(
     name: str, kind: str, pieces: int, alone: dict[str, Numbers], together: list[dict[str, Numbers]]
