@@ -100,10 +100,9 @@ def load(
         checkpoint: of a run's folder, in place of its export: a step, a name such as `step=500`, `last`, or a path.
         weights: a checkpoint: any wrapper of the official format, safetensors, or one of our training
             checkpoints; a path or an http(s) URL. A URL is downloaded once to `~/.cache/m2_encoder` (or
-            `M2_ENCODER_CACHE`) and may end in `#sha256=...`. None, with a name of released weights, looks for these on
-            this machine and then at hubs, see `checkpoints.released`; the network is never used otherwise.
-        tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed for images. None, with released weights,
-            looks for theirs as for these.
+            `M2_ENCODER_CACHE`) and may end in `#sha256=...`. None, with a name of released weights, looks for these and
+            for their tokenizer, here and then at hubs, see `checkpoints.released`; no network is used otherwise.
+        tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed for images.
         image_size: pixels; if it differs from the model's, the position table is resized and `preprocess` follows.
         pictures: what `preprocess` makes of orientation, alpha and 16-bit levels: a policy, its name (`standard`,
             `official`, `older`) or values. By default as the model was trained: what its export says (`older` where
