@@ -92,7 +92,8 @@ def train(name: str, lines: Sequence[str], seed: int, *, quick: bool) -> dict[st
             f"+data.validation.stamps={PLACE / 'sides' / 'val'}",
         )
         short = ("trainer.max_steps=4", "trainer.val_check_interval=2", "scheduler.warmup_steps=1") if quick else ()
-        fixed = (f"run.folder={PLACE / 'runs'}", f"run.name={called}", "run.resume=auto", f"seed={seed}", "logger=[]")
+        fixed = (f"run.folder={PLACE / 'runs'}", f"run.name={called}", f"seed={seed}")
+        fixed += ("run.resume=auto", "run.final=last", "logger=[]")  # to choose a step by the numbers would flatter
         run("m2-train", "+experiment=adapt", f"model.weights={START}", *data, *fixed, *lines, *short)
     return dict(json.loads(summary.read_text(encoding="utf-8")))
 
