@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.errors import Problem
 from m2_encoder.exports.samples import TEXTS, make_pictures
 from m2_encoder.hub import LoadedModel
@@ -57,7 +58,7 @@ class Measured(NamedTuple):
     image_ms: float | None = None  # median of one picture, batch of 1; None where nothing was timed
     text_ms: float | None = None  # the same of one text
     peak_bytes: int | None = None  # of the memory of a process that does only this
-    notes: Sequence[str] = ()  # what else was found
+    notes: Sequence[Words] = ()  # what else was found
     recall: Recall | None = None  # where weights were rounded to 8 bits
 
 

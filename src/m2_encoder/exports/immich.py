@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from m2_encoder.bounds import Text, Tokens, check_bounds
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.data.images.transforms import open_image
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.exports.base import ExportFormat, ExportSource, Features, Measured, compare
@@ -110,7 +111,7 @@ class Immich(ExportFormat):
         name, other = home.parts[1], "v2/" if self.revision == DEFAULT_REVISION else "../"
         variable = f"`MACHINE_LEARNING_MODEL_REVISION={self.revision}`"
         return (
-            f"停止 immich 的机器学习容器，删除模型缓存中的 `/cache/clip/{name}`（较新版本在其中存有由旧权重准备好的副本），"
+            f"停止 immich 的机器学习容器，删除模型缓存中的 `/cache/clip/{name}`（较新版本在其中存有旧权重的副本）；"
             f"把 `{home}` 复制到 `/cache/{home}`，在管理设置里选择模型 `{name}`，然后对全部资源重新运行“智能搜索”。"
             f"此路径对应 {variable}（默认 `{DEFAULT_REVISION}`）；其他设置对应 `{other}`。\n\n"
             f"Stop immich's machine learning, delete `/cache/clip/{name}` from its model cache (newer versions keep "
@@ -127,7 +128,7 @@ class Immich(ExportFormat):
         home = Path("clip") / LISTED[listed_width(source.model.config.feature_dim)]
         return home if self.revision == DEFAULT_REVISION else home / self.revision
 
-    def _crop_note(self, source: ExportSource) -> str:
+    def _crop_note(self, source: ExportSource) -> Words:
         """What versions lose that ignore `resize_mode`: they cut the longer side off."""
         size, pictures = source.model.config.image_size, source.loaded.preprocess.pictures
         opened = [open_image(picture.content, pictures=pictures) for picture in make_pictures()]
@@ -136,9 +137,12 @@ class Immich(ExportFormat):
         with torch.inference_mode():
             cropped = torch.cat([source.model.encode_image(batch) for batch in pixels.split(8)])
         cosines = torch.nn.functional.cosine_similarity(cropped, source.image_features[rows])
-        return (
+        median, least = float(cosines.median()), float(cosines.min())
+        return Words(
             f"versions of immich before mid-2026 crop instead of squashing: over {len(rows)} sample pictures that are "
-            f"no squares, the cosine to the right feature is {float(cosines.median()):.2f} (median)"
+            f"no squares, the cosine to the right feature is {median:.2f} (median), {least:.2f} at worst",
+            f"2026 年中以前的 immich 裁剪而不是压成正方形：{len(rows)} 张非正方形样本图片与正确特征的余弦中位数为 "
+            f"{median:.2f}，最低 {least:.2f}",
         )
 
 

@@ -16,6 +16,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from m2_encoder.bounds import Tokens, check_bounds
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.exports.base import (
     BOUND_FP16,
@@ -134,15 +135,24 @@ class Onnx(ExportFormat):
         gap = _INT8_GAP if self.dtype == torch.int8 else BATCH_GAP
         return run_graphs(graphs, pixels=pixels, rows=rows, batch_gap=gap)
 
-    def _warnings(self, run: GraphRun, recall: Recall | None) -> tuple[str, ...]:
+    def _warnings(self, run: GraphRun, recall: Recall | None) -> tuple[Words, ...]:
         found = []
         if self.dtype == torch.int8:
+            gap = f"{run.batch_difference:.3f}"
             found.append(
-                f"{WARNING}all matrix products are rounded to 8 bits; numbers of a feature change with what else is in "
-                f"the batch, by up to {run.batch_difference:.3f} here; compare results on pictures of your own"
+                Words(
+                    f"{WARNING}all matrix products are rounded to 8 bits; numbers of a feature change with what else "
+                    f"is in the batch, by up to {gap} here; compare results on pictures of your own",
+                    f"警告：所有矩阵乘法都舍入到 8 位；特征随同批的输入而变，这里至多 {gap}；请用自己的图片比较",
+                )
             )
         if recall is not None and not recall.decides:
-            found.append(f"{WARNING}{recall.silence}; the cosine decided alone")
+            found.append(
+                Words(
+                    f"{WARNING}{recall.silence}; the cosine decided alone",
+                    f"警告：召回率不能说明问题，模型自己只找到 {recall.ours_mean:.1f} %；仅由余弦决定",
+                )
+            )
         return tuple(found)
 
 
