@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,10 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 from m2_encoder import load
-from m2_encoder.checkpoints.export import export_model
 from m2_encoder.picture_search.model import open_search_model
 from m2_encoder.picture_search.update import update_index
-from tests.support.serving import Answer, Client, small_encoder, small_tokenizer, write_picture
+from tests.support.graphs import small_graphs
+from tests.support.serving import Answer, Client, write_picture
 
 # Python imports this module first: no socket of the process connects, or looks up, beyond this machine.
 NO_NETWORK = """
@@ -64,12 +65,14 @@ class Started:
         return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
+RUNTIMES = {"torch": "torch", "onnx": "ONNX Runtime"}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, twelve pictures and their index."""
+    """A model with graphs, twelve pictures and their index."""
     folder = tmp_path_factory.mktemp("serve")
-    tokenizer = small_tokenizer()
-    export_model(folder / "export", model=small_encoder(tokenizer), tokenizer=tokenizer)
+    shutil.copytree(small_graphs(tmp_path_factory), folder / "export")
     for seed in range(12):
         write_picture(folder / "photos" / f"{seed:02}.png", seed)
     update_index(folder / "photos.index", folder / "photos", open_search_model(folder / "export"), num_workers=0)
@@ -130,10 +133,14 @@ def _ask_all(client: Client, folder: Path, number: int) -> Answer:
 GOOD = (0, 1, 2, 3, 4, 5, 9)
 
 
-def test_a_process_answers_all_doors_at_once_and_ends_by_ctrl_c(folder: Path, repo_root: Path) -> None:
-    with _start(folder, repo_root, name="offline", first=NO_NETWORK) as started:
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_process_answers_all_doors_at_once_and_ends_by_ctrl_c(folder: Path, repo_root: Path, runtime: str) -> None:
+    given = ("index=photos.index", f"runtime={runtime}")
+    with _start(folder, repo_root, name=f"offline-{runtime}", first=NO_NETWORK, given=given) as started:
         client = started.client
         assert started.line.startswith("12 pictures, ")
+        assert f"export on {RUNTIMES[runtime]}: http" in started.line
+        assert client.get("/api/status").json["runtime"] == runtime
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda number: _ask_all(client, folder, number), range(80)))
         for number, answer in enumerate(answers):
@@ -153,8 +160,13 @@ def test_a_process_answers_all_doors_at_once_and_ends_by_ctrl_c(folder: Path, re
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_thousands_of_requests(folder: Path, repo_root: Path) -> None:
-    with _start(folder, repo_root, name="long") as started, ThreadPoolExecutor(8) as pool:
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_memory_stays_flat_over_thousands_of_requests(folder: Path, repo_root: Path, runtime: str) -> None:
+    given = ("index=photos.index", f"runtime={runtime}")
+    with (
+        _start(folder, repo_root, name=f"long-{runtime}", given=given) as started,
+        ThreadPoolExecutor(8) as pool,
+    ):
         sizes = []
         for part in range(6):
             numbers = range(part * 1000, part * 1000 + 1000)

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+from torch import Tensor
 
 from m2_encoder.checkpoints.digests import check_zip
 from m2_encoder.errors import CheckpointError
 
 CHECKPOINT_FOLDER: Final = "checkpoints"
 LAST_NAME: Final = "last.ckpt"
+
+AVERAGE_KEY: Final = "average"
+"""Of a checkpoint with a moving average: its `weights`, whole, fp32 at least, and whether they were `validated`."""
 
 
 class Newest(NamedTuple):
@@ -46,6 +50,23 @@ def read_step(checkpoint: Path) -> int:
         CheckpointError: if the file is damaged or something else.
     """
     return int(read_content(checkpoint)["global_step"])
+
+
+def read_average(checkpoint: Path, *, final: str) -> dict[str, Tensor]:
+    """What stands in the place of trained weights, by names of the training module, where `run.final` wants that.
+
+    That is the moving average with `final="ema"`, and with `"best"` where it was the average that was validated.
+
+    Raises:
+        CheckpointError: if the average is wanted, and there is none.
+    """
+    if final not in ("ema", "best"):
+        return {}
+    average = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(AVERAGE_KEY)
+    if average is None and final == "ema":
+        raise CheckpointError(f"{checkpoint}: holds no average of the weights; callbacks=[default,ema] keeps one")
+    is_taken = average is not None and (final == "ema" or average["validated"])
+    return dict(average["weights"]) if is_taken else {}
 
 
 def find_newest(folder: Path) -> Newest | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.bounds import Text
-from m2_encoder.checkpoints.matching_head import read_head
-from m2_encoder.checkpoints.training_state import LAST_NAME, read_step
+from m2_encoder.checkpoints.training_state import LAST_NAME
+from m2_encoder.cli.export_mixed import is_mixed, mixed_source
 from m2_encoder.cli.export_sources import (
     architecture_of,
     model_source,
@@ -32,8 +32,7 @@ from m2_encoder.exports.native import Native
 from m2_encoder.exports.parity import print_parity
 from m2_encoder.exports.writing import MissedError, write_export
 from m2_encoder.runs.build import build_formats
-from m2_encoder.runs.ending import RunEnd
-from m2_encoder.runs.export import export_foreign, find_head, read_foreign, read_trained
+from m2_encoder.runs.export import export_foreign, find_end, read_foreign, read_trained, read_trained_head
 from m2_encoder.runs.folder import CONFIG_FILE, read_run
 
 EXIT_MISSED = 1
@@ -55,6 +54,7 @@ class ExportSettings:
     run: RunPlace
     checkpoint: Text
     model: Any
+    shares: Any
     weights: Any
     tokenizer: Any
     pictures: Pictures
@@ -101,20 +101,19 @@ def run_export(cfg: dict[str, Any]) -> int:
     """Exports and says where; returns 1 if a format was left out."""
     output = output_of(cfg)
     if cfg["model"] is not None:
-        return _write(cfg, output, model_source(cfg))
+        return _write(cfg, output, mixed_source(cfg) if is_mixed(cfg) else model_source(cfg))
     folder = default_run_folder(cfg)
     trained = read_run(folder / CONFIG_FILE)
     model_node = trained["model"] if is_foreign(trained["model"]) else None
     refuse_foreign({"adaptation": trained.get("adaptation"), "model": model_node})
     checkpoint = named_checkpoint(cfg)
-    end = RunEnd(read_step(checkpoint), trained["trainer"]["max_steps"])
+    end = find_end(trained, checkpoint)
     if model_node is not None:
         model = read_foreign(trained, checkpoint)
         written = export_foreign(folder, model=model, cfg=trained, end=end, output=output, overwrite=cfg["overwrite"])
         say(f"exported {checkpoint.name}, step {end}, to {written}; its README.md says how to load it")
         return 0
-    found = find_head(trained)
-    head = found and read_head(checkpoint, name=found.name, text_expert=found.text_expert)
+    head = read_trained_head(trained, checkpoint)
     source = run_source(folder, model=read_trained(trained, checkpoint), cfg=trained, end=end, matching=head)
     return _write(cfg, output, source, note="" if checkpoint.name == LAST_NAME else f"{checkpoint.name}, step {end}")
 

@@ -16,6 +16,7 @@ from m2_encoder.config.model_choice import (
     find_path,
     is_model_name,
     model_problems,
+    runtime_problems,
 )
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import UNSET, Unset, find_problems
@@ -23,7 +24,7 @@ from m2_encoder.config.schema import Pictures
 from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.evaluation.models.base import import_peer
 from m2_encoder.picture_search.index import INDEX_FILE, IndexModel, open_index
-from m2_encoder.picture_search.model import SearchModel, open_search_model
+from m2_encoder.picture_search.model import Runtime, SearchModel, open_search_model
 from m2_encoder.picture_search.update import DType, check_index_folder, update_index
 
 EXIT_SKIPPED: Final = 1
@@ -44,6 +45,7 @@ class IndexSettings:
     batch_size: Rows
     num_workers: Workers
     device: Any
+    runtime: Runtime
 
 
 def check_index(cfg: dict[str, Any]) -> list[Problem]:
@@ -75,7 +77,7 @@ def check_index(cfg: dict[str, Any]) -> list[Problem]:
         problems += [each for each in model_problems({**cfg, "model": UNSET}) if each.key == "device"]
     if is_model_name(cfg["model"]) and cfg["tokenizer"] is None:
         problems.append(Problem("tokenizer", None, "words need the SentencePiece file of a named model"))
-    return problems
+    return problems or runtime_problems(cfg, of_index=open_index(output).made_by.model if has_index else None)
 
 
 def run_index(cfg: dict[str, Any]) -> int:
@@ -126,6 +128,6 @@ def _open_model(cfg: dict[str, Any], output: Path) -> SearchModel:
         made_by: IndexModel = open_index(output).made_by
         given: dict[str, Any] = {**made_by._asdict(), "device": device_of(cfg["device"])}
         del given["fingerprint"]
-        return open_search_model(**given)
+        return open_search_model(**given, runtime=cfg["runtime"])
     model = cfg["model"] if is_model_name(cfg["model"]) else find_path(cfg["model"])
-    return open_search_model(model, **arguments_of_load(cfg))
+    return open_search_model(model, **arguments_of_load(cfg), runtime=cfg["runtime"])

@@ -11,14 +11,21 @@ import numpy as np
 
 from m2_encoder.bounds import Count, Text
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems, takes_files
+from m2_encoder.config.model_choice import (
+    device_of,
+    find_path,
+    is_model_name,
+    model_problems,
+    runtime_problems,
+    takes_files,
+)
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import UNSET, find_problems
 from m2_encoder.errors import Problem, UserError, abridge
 from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.picture_search.contact_sheet import MAX_PICTURES, Cell, Section, draw_sheet
 from m2_encoder.picture_search.index import PictureIndex, open_index
-from m2_encoder.picture_search.model import open_index_model
+from m2_encoder.picture_search.model import Runtime, open_index_model
 from m2_encoder.picture_search.query import Term, encode_query, parse_query
 from m2_encoder.picture_search.results import (
     Results,
@@ -51,6 +58,7 @@ class _RankedSettings(ShownSettings):
     weights: Any
     tokenizer: Any
     device: Any
+    runtime: Runtime
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,8 +142,12 @@ def _ranked_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     if cfg["model"] is None:
         given = [key for key in ("weights", "tokenizer") if cfg[key] is not None]
         problems += [Problem(key, cfg[key], "belongs to a model; add model=") for key in given]
-        return [*problems, *(each for each in model_problems({**cfg, "model": UNSET}) if each.key == "device")]
-    return [*problems, *model_problems(cfg)]
+        problems += [each for each in model_problems({**cfg, "model": UNSET}) if each.key == "device"]
+    else:
+        problems += model_problems(cfg)
+    if problems or not isinstance(cfg["index"], str):
+        return problems
+    return runtime_problems(cfg, of_index=open_index(find_path(cfg["index"])).made_by.model)
 
 
 def _show(cfg: Mapping[str, Any], index: PictureIndex, terms: list[Term]) -> int:
@@ -168,6 +180,7 @@ def _open_model(cfg: Mapping[str, Any], index: PictureIndex) -> EvaluatedModel:
         weights=None if weights is None else find_path(weights),
         tokenizer=None if tokenizer is None else find_path(tokenizer),
         device=device_of(cfg["device"]),
+        runtime=cfg["runtime"],
     )
 
 

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import webbrowser
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 from annotated_types import Ge, Le
@@ -17,7 +18,7 @@ from rich.progress import Progress
 from m2_encoder.bounds import Text
 from m2_encoder.checkpoints.download import is_url
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems
+from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems, runtime_problems
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import UNSET, find_problems
@@ -25,13 +26,14 @@ from m2_encoder.data.emoji.drawings import write_drawings
 from m2_encoder.errors import NOTHING, Problem, UserError
 from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.picture_search.index import PictureIndex, open_index
-from m2_encoder.picture_search.model import SearchModel, open_index_model, open_search_model
+from m2_encoder.picture_search.model import Runtime, SearchModel, open_index_model, open_search_model
 from m2_encoder.picture_search.update import update_index
 
 DRAWINGS: Final = "drawings"
 """In place of an index: the built-in drawings."""
 
 _FOLDER: Final = "outputs/drawings"
+_CALLED: Final[Mapping[Runtime, str]] = {"torch": "torch", "onnx": "ONNX Runtime"}
 _PACKAGES: Final = ("starlette", "uvicorn", "python_multipart")
 
 
@@ -44,6 +46,7 @@ class ServeSettings:
     weights: Any
     tokenizer: Any
     device: Any
+    runtime: Runtime
     host: Text
     port: Annotated[int, Ge(0), Le(65535)]
     api_key: Text | None
@@ -63,7 +66,12 @@ def check_serve(cfg: dict[str, Any]) -> list[Problem]:
     key = cfg["api_key"]
     if isinstance(key, str) and not (key.isascii() and key.isprintable()):
         problems.append(Problem("api_key", NOTHING, "must be of ASCII letters, digits and signs, as headers are"))
-    return [*problems, *_model_problems(cfg)]
+    problems += _model_problems(cfg)
+    if problems:
+        return problems
+    has_index = cfg["index"] not in (None, DRAWINGS)
+    of_index = open_index(find_path(cfg["index"])).made_by.model if has_index else None
+    return runtime_problems(cfg, of_index=of_index)
 
 
 def _model_problems(cfg: dict[str, Any]) -> list[Problem]:
@@ -119,7 +127,7 @@ def run_serve(cfg: dict[str, Any]) -> int:
 
         def tell() -> None:
             pictures = "no index: immich and MT-Photos alone" if index is None else f"{len(index):,} pictures"
-            say(f"{pictures}, {model.name}: {url}  (Ctrl-C ends it)")
+            say(f"{pictures}, {model.name} on {_CALLED[cfg['runtime']]}: {url}  (Ctrl-C ends it)")
             if not only_loopback:
                 say(f"m2-serve: whoever reaches port {cfg['port']} of this machine can see the pictures", error=True)
             if cfg["open"]:
@@ -136,10 +144,11 @@ def _open(cfg: dict[str, Any]) -> tuple[PictureIndex | None, EvaluatedModel]:
     """The index, if one is asked for, and the model."""
     device = device_of(cfg["device"])
     given: dict[str, Any] = {key: _place(cfg[key]) for key in ("model", "weights", "tokenizer")}
+    how: dict[str, Any] = {"device": device, "runtime": cfg["runtime"]}
     if cfg["index"] not in (None, DRAWINGS):
         index = open_index(find_path(cfg["index"]))
-        return index, open_index_model(index, **given, device=device)
-    opened = open_search_model(**given, device=device)
+        return index, open_index_model(index, **given, **how)
+    opened = open_search_model(**given, **how)
     return None if cfg["index"] is None else _index_drawings(opened), opened.encoder
 
 

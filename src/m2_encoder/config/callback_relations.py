@@ -10,6 +10,7 @@ from m2_encoder.errors import NOTHING, Problem
 
 _CHECKPOINT: Final = "m2_encoder.training.callbacks.checkpoint.RunCheckpoint"
 _BEST: Final = "m2_encoder.training.callbacks.monitors.BestCheckpoint"
+_AVERAGE: Final = "m2_encoder.training.callbacks.average.WeightAverage"
 _STOPS: Final = "m2_encoder.training.callbacks.monitors.StopEarly"
 
 
@@ -33,6 +34,17 @@ def check_best(known: Known) -> Iterator[Problem]:
     elif names and not _named(known, _CHECKPOINT):
         fix = "use callbacks=[default,best_checkpoint]"
         yield Problem(f"callbacks.{names[0]}", NOTHING, "needs callbacks.checkpoint, which writes the file", fix)
+
+
+def check_average(known: Known) -> Iterator[Problem]:
+    """The moving average of the weights: one at most."""
+    names = _named(known, _AVERAGE)
+    if known("run.final", "last") == "ema" and not names:
+        fix = "use callbacks=[default,ema], or run.final=last"
+        yield Problem("run.final", "ema", "needs a callback that keeps an average of the weights", fix)
+    if len(names) > 1:
+        rule = f"is the second one, after callbacks.{names[0]}; a checkpoint holds one average"
+        yield Problem(f"callbacks.{names[1]}", NOTHING, rule, f"leave it out: ~callbacks.{names[1]}")
 
 
 def check_validations(known: Known) -> Iterator[Problem]:

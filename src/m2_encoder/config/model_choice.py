@@ -23,6 +23,7 @@ from m2_encoder.config.problems import Unset
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import Problem, UserError
+from m2_encoder.evaluation.models.onnx_model import find_graphs
 from m2_encoder.hub import LoadedModel, list_models, load, read_tokenizer
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.two_towers import TowersConfig, TwoTowers
@@ -247,6 +248,34 @@ def _device_problems(value: object) -> list[Problem]:
         usable = ", ".join(name for name, there in available.items() if there)
         return [Problem("device", value, "this machine has none", f"choose auto or {usable}")]
     return []
+
+
+def runtime_problems(cfg: Mapping[str, Any], *, of_index: str | None = None) -> list[Problem]:
+    """What keeps the graphs of `runtime: onnx` from being used, without opening them; nothing of `torch`.
+
+    Args:
+        cfg: whose other keys are checked.
+        of_index: the model of an index, where `model` is null.
+    """
+    if cfg["runtime"] != "onnx":
+        return []
+    problems = []
+    if importlib.util.find_spec("onnxruntime") is None:
+        fix = "install it with pip install 'm2-encoder[export]'"
+        problems.append(Problem("runtime", "onnx", "needs an extra (onnxruntime)", fix))
+    if cfg["device"] not in ("auto", "cpu"):
+        problems.append(Problem("device", cfg["device"], "graphs run on the CPU alone", "leave it out"))
+    model = cfg["model"] or of_index
+    if is_model_name(model):
+        fix = "export it with m2-export 'to=[native,onnx]', and give the folder as model="
+        return [*problems, Problem("runtime", "onnx", f"{model} is a name, and graphs lie in a folder", fix)]
+    given = [key for key in ("weights", "pictures") if cfg.get(key) is not None]
+    problems += [Problem(key, cfg[key], "graphs have their own", "leave it out, or export with it") for key in given]
+    try:
+        find_graphs(find_path(str(model)))
+    except UserError as error:
+        problems.append(Problem("runtime", "onnx", error.text))
+    return problems
 
 
 def output_problems(cfg: Mapping[str, Any]) -> list[Problem]:

@@ -321,6 +321,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_task_heads,
     callback_relations.check_kept,
     callback_relations.check_best,
+    callback_relations.check_average,
     callback_relations.check_validations,
     _check_folders,
     _check_emoji_folder,

@@ -63,7 +63,7 @@ class Run:
     checkpoint_every: Annotated[Count, Example("500")]  # steps
     keep_last: Annotated[Count | None, Example("3")] = 3  # checkpoints; None, as in older configurations: all
     keep_every: Annotated[Count | None, Example("5000")] = None  # steps
-    final: Literal["last", "best"] = "last"  # the checkpoint that is evaluated and exported
+    final: Literal["last", "best", "ema"] = "last"  # the weights that are evaluated and exported
     export: bool  # write the trained model at the end
     task: Text | None = None  # what the run is for
     tags: Annotated[Sequence[Word], Example("[a,b]")] = ()  # words to find it by

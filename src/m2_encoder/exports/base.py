@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.errors import Problem
+from m2_encoder.evaluation.models.own import wrap_towers
 from m2_encoder.exports.samples import TEXTS, make_pictures
 from m2_encoder.hub import LoadedModel
 from m2_encoder.models.config import M2EncoderConfig
@@ -86,6 +87,12 @@ class ExportSource:
         """The one the model was trained with."""
         assert isinstance(self.loaded.tokenizer, SentencePieceTokenizer)
         return self.loaded.tokenizer
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """That of the model in indexes and records."""
+        loaded = self.loaded
+        return wrap_towers(loaded.model, loaded.preprocess, self.tokenizer, name="").fingerprint
 
     @functools.cached_property
     def pixels(self) -> Tensor:

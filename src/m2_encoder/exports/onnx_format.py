@@ -18,6 +18,7 @@ from torch import Tensor
 from m2_encoder.bounds import Tokens, check_bounds
 from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.errors import NOTHING, Problem
+from m2_encoder.evaluation.models.onnx_model import FOLDER
 from m2_encoder.exports.base import (
     BOUND_FP16,
     BOUND_FP32,
@@ -44,7 +45,6 @@ from m2_encoder.exports.recall import Recall, measure_recall
 from m2_encoder.exports.samples import TEXTS
 from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
 
-FOLDER: Final = "onnx"
 NEEDED: Final = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 _BOUNDS: Final = {torch.float32: BOUND_FP32, torch.float16: BOUND_FP16, torch.int8: BOUND_INT8}
 _INT8_GAP: Final = 0.1  # activations of a batch have one scale
@@ -216,6 +216,7 @@ def describe_source(source: ExportSource, *, context_length: int) -> dict[str, s
     return {
         "m2_encoder": importlib.metadata.version("m2-encoder"),
         "model": config.name,
+        "fingerprint": source.fingerprint,
         "feature_dim": str(config.feature_dim),
         "logit_scale": repr(float(source.model.logit_scale)),
         "preprocess": json.dumps(preprocess),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -91,12 +91,12 @@ def shard_model(
         register_fsdp_forward_method(model, name)
 
 
-def gather_model(model: Encoder, prepare: Callable[[Any], None] | None = None) -> Encoder | None:
+def gather_model(model: Encoder, build: Callable[[], Encoder] | None = None) -> Encoder | None:
     """The whole model on the first rank; collective over the ranks that share the weights.
 
     Args:
         model: sharded or not.
-        prepare: changes a plain model so that it has the parameters of this one (`Adaptation.apply`).
+        build: makes a model with the parameters of this one, whose values do not count; None for a plain one.
 
     Returns:
         The model itself if it is whole. Otherwise a whole copy on the CPU on the first rank, None on the others.
@@ -106,17 +106,16 @@ def gather_model(model: Encoder, prepare: Callable[[Any], None] | None = None) -
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() != 0:
         return None
-    whole: Encoder
-    if isinstance(model, TwoTowers):
-        whole = model.build_again()
-    else:
-        with torch.device("meta"):
-            whole = M2Encoder(model.config)
-    if prepare is not None:
-        with torch.device("cpu" if isinstance(model, TwoTowers) else "meta"):
-            prepare(whole)
+    whole = _build_again(model) if build is None else build()
     whole.load_state_dict(state, assign=True)
     return whole
+
+
+def _build_again(model: Encoder) -> Encoder:
+    if isinstance(model, TwoTowers):
+        return model.build_again()
+    with torch.device("meta"):
+        return M2Encoder(model.config)
 
 
 @torch.no_grad()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from m2_encoder.checkpoints.download import is_url
 from m2_encoder.errors import UserError
 from m2_encoder.evaluation.models.base import EvaluatedModel
+from m2_encoder.evaluation.models.onnx_model import open_graphs
 from m2_encoder.evaluation.models.opening import move_model
 from m2_encoder.evaluation.models.own import wrap_towers
 from m2_encoder.hub import load
 from m2_encoder.picture_search.index import IndexModel, PictureIndex
-from m2_encoder.pictures import PicturePolicy
+from m2_encoder.pictures import PicturePolicy, read_policy
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+Runtime = Literal["torch", "onnx"]
+"""What computes features: torch with the weights, or ONNX Runtime with the graphs of an export, on the CPU."""
 
 
 class SearchModel(NamedTuple):
@@ -33,25 +37,32 @@ def open_search_model(
     tokenizer: str | os.PathLike[str] | None = None,
     pictures: PicturePolicy | str | Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
+    runtime: Runtime = "torch",
 ) -> SearchModel:
     """Opens a model for search; the arguments are those of `m2_encoder.load`, whose paths are recorded whole.
 
+    With `runtime="onnx"` the model is an exported folder with graphs, and `weights`, `pictures` and `device` say
+    nothing.
+
     Raises:
-        UserError: as `load`; or if the model has no tokenizer.
+        UserError: as `load`, or `open_graphs`; or if the model has no tokenizer.
     """
-    loaded = load(model, weights=weights, tokenizer=tokenizer, pictures=pictures)
-    if not isinstance(loaded.tokenizer, SentencePieceTokenizer):
-        raise UserError("words need the SentencePiece file of a named model; add tokenizer=FILE", key="tokenizer")
     name = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
-    encoder = wrap_towers(loaded.model, loaded.preprocess, loaded.tokenizer, name=name)
+    if runtime == "onnx":
+        encoder = open_graphs(model, name=name, tokenizer=tokenizer)
+    else:
+        loaded = load(model, weights=weights, tokenizer=tokenizer, pictures=pictures)
+        if not isinstance(loaded.tokenizer, SentencePieceTokenizer):
+            raise UserError("words need the SentencePiece file of a named model; add tokenizer=FILE", key="tokenizer")
+        encoder = wrap_towers(loaded.model, loaded.preprocess, loaded.tokenizer, name=name)
     made_by = IndexModel(
         model=name,
         weights=_whole(weights),
         tokenizer=_whole(tokenizer),
-        pictures=loaded.preprocess.pictures.to_setting(),
+        pictures=read_policy(encoder.facts.preprocessing["pictures"]).to_setting(),
         fingerprint=encoder.fingerprint,
     )
-    return SearchModel(move_model(encoder, device), made_by)
+    return SearchModel(encoder if runtime == "onnx" else move_model(encoder, device), made_by)
 
 
 def open_index_model(
@@ -61,6 +72,7 @@ def open_index_model(
     weights: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
+    runtime: Runtime = "torch",
 ) -> EvaluatedModel:
     """Opens the model that made an index; `model`, `weights` and `tokenizer` say where it is now, if it was moved.
 
@@ -74,6 +86,7 @@ def open_index_model(
         tokenizer=tokenizer or (None if model else made_by.tokenizer),
         pictures=made_by.pictures,
         device=device,
+        runtime=runtime,
     )
     require_same(index, opened.made_by)
     return opened.encoder

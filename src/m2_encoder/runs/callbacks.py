@@ -5,7 +5,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from m2_encoder.checkpoints.digests import check_zip
-from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, read_content, read_step
+from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, read_average, read_content, read_step
 from m2_encoder.config.check import read_parameters
 from m2_encoder.config.model_choice import build_any_tokenizer
 from m2_encoder.errors import CheckpointError, under
@@ -22,6 +22,7 @@ from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.runs.folder import LAST_CHECKPOINT
 from m2_encoder.runs.sinks import check_kind
+from m2_encoder.training.callbacks.average import find_average
 from m2_encoder.training.callbacks.checkpoint import BEST_NAME
 from m2_encoder.training.callbacks.monitors import BestCheckpoint, Monitoring, StopEarly, unknown_metric
 from m2_encoder.training.callbacks.suites import MeasureSuites
@@ -102,22 +103,46 @@ def find_best(callbacks: Iterable[Any]) -> BestCheckpoint | None:
     return next((each for each in callbacks if isinstance(each, BestCheckpoint) and each.value is not None), None)
 
 
-def take_best(module: lightning.LightningModule, callbacks: Sequence[lightning.Callback], folder: Path) -> int | None:
-    """Gives a trained module the weights of the best checkpoint; its step, or None where no validation chose one.
+class FinalWeights(NamedTuple):
+    """Which weights a run is evaluated and exported with, if not those that it ended with."""
 
-    Every rank calls it, also where weights are split.
+    step: int | None = None  # the best one
+    averaged: bool = False  # whether they are the moving average of that step, or of the last one
+
+
+def take_final(
+    final: str, module: lightning.LightningModule, callbacks: Sequence[lightning.Callback], folder: Path
+) -> FinalWeights:
+    """Gives a trained module the weights that `run.final` names; every rank calls it, also where weights are split.
+
+    Raises:
+        CheckpointError: as `take_best`.
+    """
+    average = find_average(callbacks)
+    if final == "ema" and average is not None:
+        average.take(module)
+        return FinalWeights(averaged=True)
+    return take_best(module, callbacks, folder) if final == "best" else FinalWeights()
+
+
+def take_best(module: lightning.LightningModule, callbacks: Sequence[lightning.Callback], folder: Path) -> FinalWeights:
+    """Gives a trained module the weights of the best checkpoint; nothing where no validation chose one.
+
+    They are the moving average where that was validated. Every rank calls it, also where weights are split.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or of another step.
     """
     best = find_best(callbacks)
     if best is None:
-        return None
+        return FinalWeights()
     path = folder / CHECKPOINT_FOLDER / BEST_NAME
     if not path.is_file() or read_step(path) != best.step:
         rule = f"is {'missing' if not path.is_file() else 'another one'}, and the best step was {best.step}"
         raise CheckpointError(f"{path}: {rule}; use run.final=last")
     check_zip(path)
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    set_model_state_dict(module, content["state_dict"], options=StateDictOptions(full_state_dict=True))
-    return best.step
+    average = read_average(path, final="best")
+    state = {**content["state_dict"], **average}
+    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
+    return FinalWeights(best.step, bool(average))

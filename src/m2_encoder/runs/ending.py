@@ -18,6 +18,7 @@ class RunEnd(NamedTuple):
     reason: str = ""  # why it ended before that, if that is known
     stopped: bool = False  # whether it was to end there, because nothing was left to gain
     taken: int | None = None  # the step whose weights are evaluated and exported, if that is not the last one
+    averaged: bool = False  # whether the weights are a moving average
 
     @property
     def is_finished(self) -> bool:
@@ -31,6 +32,7 @@ class RunEnd(NamedTuple):
 
     def __str__(self) -> str:
         best = "" if self.taken is None else f"; the weights are those of step {self.taken:,}, the best"
+        best += "; the weights are a moving average" if self.averaged else ""
         if self.step >= self.planned:
             return f"{self.step:,}{f' ({self.reason})' if self.reason else ''}{best}"
         how = "finished" if self.stopped else "ended"

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from m2_encoder.checkpoints.card import CardInfo, build_card
 from m2_encoder.checkpoints.export import export_model
-from m2_encoder.checkpoints.io import load_model
-from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
+from m2_encoder.checkpoints.io import build_model, read_state
+from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead, head_of_state, read_head
 from m2_encoder.checkpoints.towers import export_towers
+from m2_encoder.checkpoints.training_state import AVERAGE_KEY, read_average, read_step
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import check_stored, find_tokenizer
 from m2_encoder.config.model_choice import build_any_tokenizer, build_model_config, build_tokenizer, build_towers
@@ -90,7 +92,7 @@ def read_facts(
     facts = describe_run()
     return {
         "pictures": _pictures_of(cfg),
-        "metrics": read_metrics(run_folder / SUMMARY_FILE, step=end.taken_step),
+        "metrics": read_metrics(run_folder / SUMMARY_FILE, step=end.taken_step, averaged=end.averaged),
         "provenance": _origin(cfg, facts) | {"versions": ", ".join(map(" ".join, facts["versions"].items()))},
         "card": _card(cfg, end, matching),
     }
@@ -112,7 +114,7 @@ def export_foreign(
         tokenizer=build_any_tokenizer(cfg["model"]),
         target=str(cfg["model"]["_target_"]),
         pictures=_pictures_of(cfg),
-        metrics=read_metrics(run_folder / SUMMARY_FILE, step=end.step),
+        metrics=read_metrics(run_folder / SUMMARY_FILE, step=end.taken_step, averaged=end.averaged),
         provenance={**_origin(cfg, describe_run()), "steps": str(end)},
         overwrite=overwrite,
     )
@@ -128,7 +130,7 @@ def read_foreign(cfg: Mapping[str, Any], checkpoint: Path) -> TwoTowers:
     adaptation = build_adaptation(cfg, None)
     adaptation.apply(cast("M2Encoder", towers))
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    own = _of_model({**state, **read_average(checkpoint, final=_final(cfg))})
     try:
         towers.load_state_dict(own)
     except RuntimeError as error:
@@ -137,7 +139,7 @@ def read_foreign(cfg: Mapping[str, Any], checkpoint: Path) -> TwoTowers:
 
 
 def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
-    """The plain model of a run's checkpoint.
+    """The plain model of a run's checkpoint, of its moving average where the run's `run.final` names that.
 
     Raises:
         CheckpointError: if its parameters or its tokenizer are not those of the run.
@@ -146,8 +148,42 @@ def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
     adaptation = build_adaptation(cfg, config)
     tokenizer = build_tokenizer(cfg["model"], config)
     check_stored(find_tokenizer(checkpoint).sha256, tokenizer, weights=checkpoint)
-    model = load_model(config, checkpoint, prepare=adaptation.apply)
+    state = read_state(checkpoint) | _of_model(read_average(checkpoint, final=_final(cfg)))
+    model = build_model(config, state, source=str(checkpoint), prepare=adaptation.apply)
     return merge_adaptation(adaptation, model.requires_grad_(False))
+
+
+def find_end(cfg: Mapping[str, Any], checkpoint: Path) -> RunEnd:
+    """Where a run was at one of its checkpoints, and which of its weights are taken.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read, or lacks the average that `run.final` names.
+    """
+    averaged = bool(read_average(checkpoint, final=_final(cfg)))
+    return RunEnd(read_step(checkpoint), cfg["trainer"]["max_steps"], averaged=averaged)
+
+
+def read_trained_head(cfg: Mapping[str, Any], checkpoint: Path) -> MatchingHead | None:
+    """The matching head of a run's checkpoint; None without one.
+
+    Raises:
+        CheckpointError: as `read_head`.
+    """
+    found = find_head(cfg)
+    if found is None:
+        return None
+    if average := read_average(checkpoint, final=_final(cfg)):
+        return head_of_state(average, name=found.name, text_expert=found.text_expert)
+    return read_head(checkpoint, name=found.name, text_expert=found.text_expert)
+
+
+def _final(cfg: Mapping[str, Any]) -> str:
+    return str(cfg["run"].get("final", "last"))
+
+
+def _of_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the parameters of a training module, those of its model."""
+    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
 def export_visual_tokenizer(
@@ -179,12 +215,15 @@ def _card(cfg: Mapping[str, Any], end: RunEnd, matching: MatchingHead | None) ->
     return dataclasses.replace(card, training={**card.training, "matching head": use})
 
 
-def read_metrics(path: Path, *, step: int | None = None) -> dict[str, dict[str, dict[str, float]]]:
-    """Final metrics of a `summary.json` as split, language, metric; empty if there is none, or it is of another step.
+def read_metrics(
+    path: Path, *, step: int | None = None, averaged: bool = False
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Final metrics of a `summary.json` as split, language, metric; empty if there is none, or it is of other weights.
 
     Args:
         path: of the file; those of earlier versions do not say their step.
         step: that of the model; None for any.
+        averaged: with a step, whether the model is a moving average.
 
     Raises:
         UserError: if the file is damaged.
@@ -193,7 +232,8 @@ def read_metrics(path: Path, *, step: int | None = None) -> dict[str, dict[str, 
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if step is not None and content.get("evaluated_step", content.get("steps", step)) != step:
+        is_other = content.get("evaluated_step", content.get("steps", step)) != step
+        if step is not None and (is_other or averaged != (content.get("evaluated_weights") == AVERAGE_KEY)):
             return {}
         table = content.get("table", {})
         return {

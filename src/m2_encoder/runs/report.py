@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from m2_encoder.checkpoints.tensors import find_non_finite
-from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
+from m2_encoder.checkpoints.training_state import AVERAGE_KEY, CHECKPOINT_FOLDER
 from m2_encoder.config.paths import is_debug
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.images.transforms import EvalTransform
@@ -52,11 +52,13 @@ def report_run(
     end: RunEnd,
     best: BestCheckpoint | None,
     times: FitTimes,
+    start: Callable[[], M2Encoder] | None = None,
 ) -> Results:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
 
     `summary.json`, `results.md` and pictures in the run's folder are replaced. Returns the final metrics by the
-    names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`, and the pictures.
+    names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`, and the pictures. `start` loads the model that
+    the run started from; None if it started from random weights.
 
     Raises:
         UserError: if a parameter of the model is not finite, or its features.
@@ -77,6 +79,7 @@ def report_run(
             matching=trained_head(objectives),
             run=_run_facts(cfg, run_folder, end, datamodule),
             files=_encoder_of_files(tasks, model, tokenizer, cfg),
+            start=start,
         )
         results = run_tasks(tasks, context)
     wall_time_s = round(time.time() - times.started, 3)
@@ -108,6 +111,8 @@ def _facts_of(end: RunEnd, best: BestCheckpoint | None) -> dict[str, Any]:
         own = {"file": f"{CHECKPOINT_FOLDER}/{BEST_NAME}", "step": best.step}
         progress["best_checkpoint"] = {**own, "metric": best.monitor, "value": best.value}
         progress["evaluated_step"] = end.taken_step
+    if end.averaged:
+        progress["evaluated_weights"] = AVERAGE_KEY
     return progress
 
 
@@ -127,6 +132,8 @@ def _progress(end: RunEnd, best: BestCheckpoint | None, *, debug: bool) -> list[
     if best is not None:
         taken = "evaluated here" if end.taken is not None else "run.final=best evaluates and exports it"
         lines.append(("best", f"step {best.step:,}: {best.monitor} {best.value:.4g}; {taken}"))
+    if end.averaged:
+        lines.append(("weights", f"the moving average, of step {end.taken_step:,}"))
     return lines
 
 

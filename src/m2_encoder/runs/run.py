@@ -6,7 +6,8 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -35,9 +36,10 @@ from m2_encoder.runs.build import (
     build_objectives,
     build_tasks,
     build_trainer,
+    load_start,
     validation_name_of,
 )
-from m2_encoder.runs.callbacks import build_callbacks, find_best, find_stop, take_best
+from m2_encoder.runs.callbacks import FinalWeights, build_callbacks, find_best, find_stop, take_final
 from m2_encoder.runs.ending import Results, describe_end
 from m2_encoder.runs.export import export_foreign, export_run, export_visual_tokenizer, trained_head
 from m2_encoder.runs.folder import (
@@ -126,13 +128,13 @@ def _train(cfg: dict[str, Any], ranks: StartedRanks) -> dict[str, float]:
         with watching(trainer):
             _fit(run, newest and newest.path, name=cfg["run"]["name"])
             first_step.pass_by(trainer)  # no step is left where all were done already
-            best = take_best(run.module, callbacks, folder) if cfg["run"].get("final") == "best" else None
+            final = take_final(cfg["run"].get("final", "last"), run.module, callbacks, folder)
             taken = _take_model(run.module)
         _say_profile(trainer)
         if any(each.is_over for each in pruning):
             results = Results({}, (), folder, trainer.global_step)
             _end_pruned(run, cfg)
-        results = _finish(run, taken, tasks, cfg, folder, trained=trained, best=best, times=times)
+        results = _finish(run, taken, tasks, cfg, folder, trained=trained, final=final, times=times)
     finally:
         close_loggers(trainer, results)  # last: a server may keep it waiting
     return {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **results.metrics}
@@ -208,12 +210,12 @@ def _finish(
     folder: Path,
     *,
     trained: dict[str, Any],
-    best: int | None,
+    final: FinalWeights,
     times: FitTimes,
 ) -> Results:
     """Evaluates and exports what was trained, by the configuration `trained`; empty on all ranks but the first.
 
-    `best` is the step whose weights were taken in place of the last ones.
+    `final` says which weights were taken in place of the last ones.
     """
     model, objectives = taken
     if model is None or not run.trainer.is_global_zero:
@@ -222,7 +224,8 @@ def _finish(
         steps = run.trainer.global_step
         say(f"run {cfg['run']['name']}: debug run: {steps} step(s) and validation went through")
         return Results({}, (), folder, steps)
-    end = describe_end(run.trainer, trained["trainer"]["max_steps"], debug=is_debug(cfg))._replace(taken=best)
+    end = describe_end(run.trainer, trained["trainer"]["max_steps"], debug=is_debug(cfg))
+    end = end._replace(taken=final.step, averaged=final.averaged)
     is_measured = isinstance(model, VisualTokenizer) or gives_features(model)
     results = report_run(
         tasks if is_measured else {},
@@ -235,6 +238,7 @@ def _finish(
         end=end,
         best=find_best(run.trainer.callbacks),  # type: ignore[attr-defined]
         times=times,
+        start=_start_of(trained),
     )
     if not cfg["run"]["export"] or is_debug(cfg):
         return results
@@ -251,13 +255,20 @@ def _finish(
     return results
 
 
+def _start_of(cfg: Mapping[str, Any]) -> Callable[[], M2Encoder] | None:
+    """What loads the model that a run started from; None if there was none, or it was somebody else's."""
+    if is_foreign(cfg["model"]) or cfg["model"].get("weights") is None:
+        return None
+    return partial(load_start, cfg["model"])  # type: ignore[return-value]  # there are weights
+
+
 def _take_model(module: lightning.LightningModule) -> Taken:
     """What was trained, whole, and by which objectives; where weights are split, every rank takes part."""
     if isinstance(module, VisualTokenizerModule):
         return module.tokenizer, {}
     if not isinstance(module, PretrainModule):
         return module, {}
-    model = gather_model(module.model, module.adaptation.apply)
+    model = gather_model(module.model, module.build_unfilled)
     merged = None if model is None else merge_adaptation(module.adaptation, model)
     return merged, module.trained_objectives()
 

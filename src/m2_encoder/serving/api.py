@@ -65,9 +65,9 @@ class Api:
     async def status(self, _request: Request) -> Response:
         """What is served."""
         pictures = None if self._finder is None else (await self._current()).list_names(0, 0)[1]
-        return JSONResponse(
-            {"model": self._encoder.name, "feature_dim": self._encoder.feature_dim, "pictures": pictures}
-        )
+        encoder = self._encoder
+        model = {"model": encoder.name, "runtime": encoder.runtime, "feature_dim": encoder.feature_dim}
+        return JSONResponse({**model, "pictures": pictures})
 
     async def pictures(self, request: Request) -> Response:
         """All pictures, in the order of their names."""

@@ -18,6 +18,7 @@ from m2_encoder.data.images.opening import open_picture
 from m2_encoder.errors import ImageError
 from m2_encoder.evaluation.encode import encode_images, encode_texts
 from m2_encoder.evaluation.models.base import EvaluatedModel
+from m2_encoder.evaluation.models.onnx_model import GraphTowers
 from m2_encoder.serving.batches import Batches, Features
 from m2_encoder.serving.refusals import Refusal, busy, invalid
 
@@ -59,6 +60,7 @@ class Encoder:
         self._pictures: Batches[Tensor, Features] = Batches(self._encode_pictures, self._model_thread, **bounds)
         self.name = model.name
         self.feature_dim = model.facts.embed_dim
+        self.runtime = "onnx" if isinstance(model.model, GraphTowers) else "torch"
 
     async def texts(self, texts: Sequence[str]) -> Features:
         """Features of texts, (n, D), L2-normalised.

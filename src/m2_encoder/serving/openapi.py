@@ -118,6 +118,7 @@ def _encoding() -> dict[str, Any]:
                     _object(
                         {
                             "model": {"type": "string"},
+                            "runtime": {"type": "string", "enum": ["torch", "onnx"]},
                             "feature_dim": {"type": "integer"},
                             "pictures": {"type": ["integer", "null"]},
                         }

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from m2_encoder.errors import UserError
+from m2_encoder.errors import UserError, under
 
 if TYPE_CHECKING:  # checking a configuration loads no model
     from m2_encoder.models.config import M2EncoderConfig
     from m2_encoder.models.m2_encoder import M2Encoder
     from m2_encoder.models.two_towers import Encoder
+    from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 Model = TypeVar("Model", bound="Encoder")
 
@@ -24,9 +25,16 @@ Model = TypeVar("Model", bound="Encoder")
 class Adaptation(ABC):
     """Changes a model before training, and merges the change for evaluation and export.
 
-    Both methods also run on a model on `meta`, whose tensors have no values: to check them before a start, and to find
-    the names and shapes of a checkpoint's parameters.
+    `apply` and `merge` also run on a model on `meta`, whose tensors have no values: to check them before a start, and
+    to find the names and shapes of a checkpoint's parameters.
     """
+
+    def prepare(self, tokenizer: SentencePieceTokenizer) -> None:  # noqa: B027 (most need nothing)
+        """Take what depends on the tokenizer, and read files; called once, before `apply`.
+
+        Raises:
+            UserError: with the argument as its key, for a file that cannot be used.
+        """
 
     @abstractmethod
     def apply(self, model: M2Encoder) -> None:
@@ -39,9 +47,11 @@ class Adaptation(ABC):
 
     @abstractmethod
     def merge(self, model: M2Encoder) -> M2Encoder:
-        """Return a plain `M2Encoder` with the same outputs; may be the same object, changed in place.
+        """Return a plain model with the same outputs; may be the same object, changed in place.
 
-        Called without gradients, on a whole (not sharded) model, before the final evaluation and the export.
+        Plain is what `M2Encoder(model.config)` builds. Where an adaptation adds parts that the architecture knows, it
+        says so in `model.config`, which may differ from that of the run. Called without gradients, on a whole (not
+        sharded) model, before the final evaluation and the export.
         """
 
 
@@ -72,7 +82,7 @@ def merge_adaptation(adaptation: Adaptation, model: Model) -> Model:
         plain = model.build_again()
     else:
         with torch.device("meta"):
-            plain = M2Encoder(model.config)
+            plain = M2Encoder(merged.config)
     wanted, found = ({name: p.shape for name, p in each.state_dict().items()} for each in (plain, merged))
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -91,5 +101,6 @@ def check_adaptation(adaptation: Adaptation, config: M2EncoderConfig) -> None:
 
     with torch.device("meta"):
         model = M2Encoder(config)
-        adaptation.apply(model)
+        with under("adaptation"):
+            adaptation.apply(model)
         merge_adaptation(adaptation, model)

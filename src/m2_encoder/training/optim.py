@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from m2_encoder.bounds import Count, Example, Fraction, Index, NotNegative, check_bounds
 from m2_encoder.errors import UserError
+from m2_encoder.training.layer_rates import rate_ratios
 from m2_encoder.training.muon import MuonWithAdamW
 
 OptimizerFactory = Callable[[nn.Module], Optimizer]
@@ -27,6 +28,7 @@ LearningRate: TypeAlias = Annotated[float, Gt(0), Le(10), Example("1e-3")]
 Betas: TypeAlias = Annotated[Sequence[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)]
 Epsilon: TypeAlias = Annotated[float, Ge(1e-16), Le(1)]
 Ratio: TypeAlias = Annotated[float, Gt(0), Le(1000)]
+LayerDecay: TypeAlias = Annotated[float, Gt(0), Le(1)]
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -40,38 +42,52 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float, logit_scale_lr_ratio: float = 1.0
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    weight_decay: float,
+    logit_scale_lr_ratio: float = 1.0,
+    ratio: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters: with decay, without, and the scales and bias of logits.
 
-    A group has `params`, `lr`, `weight_decay`, the parameters' `names` (for `key_by_name`) and its own `name`.
+    A group has `params`, `lr`, `weight_decay`, the parameters' `names` (for `key_by_name`) and its own `name`; and
+    `lr_ratio` where that is not 1, as `ratio` says of a parameter's name. Those of one name go from the highest down.
     """
-    groups: dict[str, dict[str, Any]] = {
-        "decayed": {"params": [], "names": [], "lr": lr, "weight_decay": weight_decay},
-        "plain": {"params": [], "names": [], "lr": lr, "weight_decay": 0.0},
-        "scales": {"params": [], "names": [], "lr": lr * logit_scale_lr_ratio, "weight_decay": 0.0},
-    }
+    kinds = {"decayed": (lr, weight_decay), "plain": (lr, 0.0), "scales": (lr * logit_scale_lr_ratio, 0.0)}
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
             kind = "scales" if name.endswith(_SCALES) else "decayed" if is_decayed(name, parameter) else "plain"
-            groups[kind]["params"].append(parameter)
-            groups[kind]["names"].append(name)
-    return [{**group, "name": kind} for kind, group in groups.items() if group["params"]]
+            group = groups.setdefault((kind, ratio(name)), {"params": [], "names": []})
+            group["params"].append(parameter)
+            group["names"].append(name)
+    made = []
+    for (kind, own), group in sorted(groups.items(), key=lambda item: ([*kinds].index(item[0][0]), -item[0][1])):
+        rate, decay = kinds[kind]
+        scaled = {} if own == 1 else {"lr_ratio": own}
+        made.append({**group, "lr": rate * own, "weight_decay": decay, "name": kind, **scaled})
+    return made
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Learning rates of the next step, by the names of the groups; `group_0` and so on where they have none."""
-    rates: dict[str, float] = {}
+    """Learning rates of the next step, by the names of the groups; `group_0` and so on where they have none.
+
+    Of groups with one name, as `layer_decay` makes them, it is the highest; the lowest is `<name>_lowest`.
+    """
+    found: dict[str, list[float]] = {}
     for index, group in enumerate(optimizer.param_groups):
-        name = str(group.get("name") or f"group_{index}")
-        rates[f"{name}_{index}" if name in rates else name] = float(group["lr"])
-    return rates
+        found.setdefault(str(group.get("name") or f"group_{index}"), []).append(float(group["lr"]))
+    rates = {name: max(each) for name, each in found.items()}
+    return rates | {f"{name}_lowest": min(each) for name, each in found.items() if len(each) > 1}
 
 
 def main_learning_rate(optimizer: Optimizer) -> float:
     """That of `optimizer.lr` times the schedule; of an optimizer without our groups, that of its first one."""
-    rates = learning_rates(optimizer)
-    return next((rates[name] for name in ("decayed", "plain") if name in rates), next(iter(rates.values())))
+    groups = optimizer.param_groups
+    own = sorted((each for each in groups if each.get("name") in ("decayed", "plain")), key=lambda each: each["name"])
+    whole = next((each for each in own if "lr_ratio" not in each), (own or groups)[0])
+    return float(whole["lr"]) / float(whole.get("lr_ratio", 1.0))
 
 
 def name_groups(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +106,9 @@ def build_optimizer(
     eps: Epsilon = 1e-6,
     weight_decay: NotNegative = 0.2,
     logit_scale_lr_ratio: Ratio = 1.0,
+    layer_decay: LayerDecay = 1.0,
+    image_lr_ratio: Ratio = 1.0,
+    text_lr_ratio: Ratio = 1.0,
 ) -> AdamW:
     """AdamW with the groups of `parameter_groups`.
 
@@ -101,11 +120,22 @@ def build_optimizer(
         weight_decay: decoupled decay, on matrices and convolutions only (`is_decayed`).
         logit_scale_lr_ratio: learning rate of the logit scales, and of the bias of `SigmoidContrastive`, over `lr`.
             Short runs need more than 1: at usual rates a scale moves by less than 0.1 in a hundred steps.
+        layer_decay: learning rate of each layer over that of the one above it, from the heads (`lr`) down to the
+            embeddings; 1 for none. See `rate_ratios`.
+        image_lr_ratio: learning rate of the image tower over what it would be otherwise.
+        text_lr_ratio: that of the text tower.
 
     Reference: AdamW (arXiv:1711.05101); values of CLIP (arXiv:2103.00020), Table 19-20.
     """
+    named = list(module.named_parameters())
+    ratio = rate_ratios(
+        (name for name, _ in named),
+        layer_decay=layer_decay,
+        image_lr_ratio=image_lr_ratio,
+        text_lr_ratio=text_lr_ratio,
+    )
     groups = parameter_groups(
-        module.named_parameters(), lr=lr, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio
+        named, lr=lr, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio, ratio=ratio
     )
     if not groups:
         raise UserError("no parameter wants a gradient; there is nothing to train")
@@ -169,6 +199,9 @@ def build_muon(
     eps: Epsilon = 1e-6,
     weight_decay: NotNegative = 0.2,
     logit_scale_lr_ratio: Ratio = 1.0,
+    layer_decay: LayerDecay = 1.0,
+    image_lr_ratio: Ratio = 1.0,
+    text_lr_ratio: Ratio = 1.0,
 ) -> MuonWithAdamW:
     """Muon for the matrices inside the layers, AdamW as in `build_optimizer` for everything else.
 
@@ -181,15 +214,26 @@ def build_muon(
         eps: AdamW's.
         weight_decay: decoupled decay, on Muon's matrices and on AdamW's (`is_decayed`).
         logit_scale_lr_ratio: as in `build_optimizer`.
+        layer_decay: as in `build_optimizer`, of `matrix_lr`, too.
+        image_lr_ratio: as in `build_optimizer`, of `matrix_lr`, too.
+        text_lr_ratio: as in `build_optimizer`, of `matrix_lr`, too.
     """
+    ratio = rate_ratios(
+        (name for name, _ in module.named_parameters()),
+        layer_decay=layer_decay,
+        image_lr_ratio=image_lr_ratio,
+        text_lr_ratio=text_lr_ratio,
+    )
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     hidden = [(name, parameter) for name, parameter in named if is_hidden_matrix(name, parameter)]
     others = [(name, parameter) for name, parameter in named if not is_hidden_matrix(name, parameter)]
-    adamw = parameter_groups(others, lr=lr, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio)
+    adamw = parameter_groups(
+        others, lr=lr, weight_decay=weight_decay, logit_scale_lr_ratio=logit_scale_lr_ratio, ratio=ratio
+    )
     if not hidden or not adamw:
         raise UserError("Muon needs trainable matrices inside layers and other parameters; use optimizer=adamw")
     first, second = betas
-    matrices = parameter_groups(hidden, lr=matrix_lr, weight_decay=weight_decay)
+    matrices = parameter_groups(hidden, lr=matrix_lr, weight_decay=weight_decay, ratio=ratio)
     return MuonWithAdamW(
         muon=[{**group, "name": "matrices"} for group in matrices],
         adamw=adamw,

@@ -95,9 +95,37 @@ def test_the_best_weights_are_exported(m2_train: Train) -> None:
     assert m2_encoder.load(run, checkpoint="best").model is not None
 
 
+@pytest.mark.slow
+def test_the_moving_average_is_exported(m2_train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the end by choice, also of a run that ended before, and from a checkpoint."""
+    given = ("callbacks=[default,ema]", "callbacks.ema.decay=0.5", "trainer.max_steps=3", "scheduler.warmup_steps=0")
+    given += ("evaluation=[]", "optimizer.layer_decay=0.8")
+    run = m2_train(*given, "run.final=ema")
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    average = saved["average"]["weights"]
+    changed = [name for name, value in average.items() if not torch.equal(value, saved["state_dict"][name])]
+    assert len(changed) > 20
+    expected = saved["state_dict"] | average
+    for model in (m2_encoder.load(run / "export").model, m2_encoder.load(run, checkpoint="last").model):
+        assert all(torch.equal(value, expected[f"model.{name}"]) for name, value in model.state_dict().items())
+    assert "- steps: 3; the weights are a moving average" in (run / "export" / "README.md").read_text()
+    assert read_summary(run)["evaluated_weights"] == "average"
+    assert "weights      the moving average, of step 3" in capsys.readouterr().out
+    m2_train(*given, "run.resume=auto", "run.final=last")
+    plain = m2_encoder.load(run / "export").model.state_dict()
+    assert all(torch.equal(value, saved["state_dict"][f"model.{name}"]) for name, value in plain.items())
+    assert "evaluated_weights" not in read_summary(run)
+    m2_train(*given, "run.resume=auto", "run.final=ema")
+    again = m2_encoder.load(run / "export").model.state_dict()
+    assert all(torch.equal(value, expected[f"model.{name}"]) for name, value in again.items())
+
+
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
+        (("run.final=ema",), "run.final=ema: needs a callback that keeps an average of the weights; use callbacks="),
+        (("optimizer.layer_decay=1.5",), "optimizer.layer_decay=1.5: must be a number, above 0 and at most 1"),
+        (("callbacks=[default,ema]", "callbacks.ema.decay=1"), "callbacks.ema.decay=1: must be a number"),
         (
             ("callbacks=[default,early_stopping]", "callbacks.early_stopping.monitor=val/emoji_val_zh/recall"),
             "callbacks.early_stopping.monitor=val/emoji_val_zh/recall: is no metric of this run; the metrics are "

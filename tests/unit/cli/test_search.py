@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from m2_encoder.errors import UserError
 from m2_encoder.picture_search.index import open_index
 from m2_encoder.picture_search.model import open_search_model
 from m2_encoder.picture_search.update import update_index
+from tests.support.graphs import small_graphs
 from tests.support.pictures import export_small, write_picture
 
 Run = Callable[..., tuple[int, str, str]]
@@ -94,6 +96,42 @@ def test_query_finds_what_the_model_says(run: Run, exported: Path, indexed: Path
         assert [row["name"] for row in found["results"]] == [index.names[row] for row in expected.indices[:3]]
         assert [row["score"] for row in found["results"]] == pytest.approx(expected.values[:3].tolist(), abs=1e-5)
         assert [row["is_likely"] for row in found["results"]] == [number < found["end"] for number in range(3)]
+
+
+def test_graphs_in_place_of_weights(
+    run: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_graphs(tmp_path_factory)
+    for number in range(4):
+        write_picture(tmp_path / "photos" / f"{number}.png", number)
+    write_picture(tmp_path / "other.png", 9)
+    assert run("index", "photos", f"model={model}", "dtype=float32", "num_workers=0")[0] == 0
+    by_torch = [json.loads(run("query", "photos.index", query, "format=json")[1]) for query in ("狗", "other.png")]
+    monkeypatch.setattr("m2_encoder.picture_search.model.load", None)  # nobody opens the weights from now on
+    assert run("index", "photos", f"model={model}", "dtype=float32", "output=graphs.index", "runtime=onnx",
+               "num_workers=0")[0] == 0  # fmt: skip
+    write_picture(tmp_path / "photos" / "4.png", 4)
+    assert run("index", "photos", "runtime=onnx", "num_workers=0")[1].startswith("5 pictures (1 new, ")
+    one, other = open_index("photos.index"), open_index("graphs.index")
+    assert one.made_by == other.made_by
+    assert np.abs(np.asarray(one.features[:4]) - np.asarray(other.features)).max() < 1e-5
+    for query, expected in zip(("狗", "other.png"), by_torch, strict=True):
+        code, out, err = run("query", "graphs.index", query, "format=json", "runtime=onnx")
+        assert (code, err) == (0, "")
+        found = json.loads(out)["results"]
+        assert [row["name"] for row in found] == [row["name"] for row in expected["results"]]
+        scores = [row["score"] for row in expected["results"]]
+        assert [row["score"] for row in found] == pytest.approx(scores, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "command", [("index", "photos"), ("query", "photos.index", "a"), ("similar", "photos.index", "a")]
+)
+def test_folders_without_graphs(run: Run, indexed: Path, command: tuple[str, ...]) -> None:
+    code, _, err = run(*command, "runtime=onnx")
+    assert code == 2
+    assert "runtime=onnx: " in err
+    assert "missing; write them with m2-export model=" in err
 
 
 def test_forms_of_results(run: Run, indexed: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from m2_encoder.cli import commands, serve
 from m2_encoder.data.emoji.drawings import write_drawings
 from m2_encoder.picture_search.model import open_search_model
 from m2_encoder.picture_search.update import update_index
+from tests.support.graphs import small_graphs
 from tests.support.serving import small_encoder, small_tokenizer, write_picture
 
 Run = Callable[..., tuple[int, str, str]]
@@ -63,6 +64,14 @@ def index(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["index=nowhere.index"], "nowhere.index; write one with m2-search index"),
         (["index=INDEX", "tokenizer=x"], "tokenizer=x: belongs to a model; add model="),
         (["index=INDEX", "device=tpu"], "device=tpu"),
+        (["index=INDEX", "runtime=tensorrt"], "runtime=tensorrt"),
+        (["index=INDEX", "runtime=onnx"],
+         "runtime=onnx: MODEL: onnx/vision_model.onnx and onnx/text_model.onnx missing; write them with m2-export "
+         "model=MODEL 'to=[native,onnx]' output=NEW"),
+        (["index=INDEX", "runtime=onnx", "device=meta"], "device"),
+        (["model=m2-encoder-0.4b", "weights=INDEX/index.json", "tokenizer=INDEX/index.json", "runtime=onnx"],
+         "runtime=onnx: m2-encoder-0.4b is a name, and graphs lie in a folder"),
+        (["model=MODEL", "weights=INDEX/index.json", "runtime=onnx"], "graphs have their own; leave it out"),
         (["index=INDEX", "port=70000"], "port=70000: must be a whole number, in 0..65535"),
         (["index=INDEX", "max_waiting=0"], "max_waiting=0"),
         (["index=INDEX", "max_body_mb=0"], "max_body_mb=0"),
@@ -72,10 +81,10 @@ def index(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["index=INDEX", "ports=3"], "ports"),
     ],
 )  # fmt: skip
-def test_one_line_says_what_to_mend(run: Run, index: Path, arguments: list[str], said: str) -> None:
-    code, out, err = run(*(each.replace("INDEX", str(index)) for each in arguments))
+def test_one_line_says_what_to_mend(run: Run, index: Path, exported: Path, arguments: list[str], said: str) -> None:
+    code, out, err = run(*(each.replace("INDEX", str(index)).replace("MODEL", str(exported)) for each in arguments))
     assert (code, out) == (2, "")
-    assert said in err
+    assert said.replace("MODEL", str(exported)) in err
     assert "Traceback" not in err
 
 
@@ -111,6 +120,28 @@ def test_the_model_must_be_that_of_the_index(run: Run, index: Path, tmp_path: Pa
     code, _, err = run(f"index={index}", f"model={folder}", "port=0")
     assert code == 2
     assert "is not the model of" in err
+
+
+def test_graphs_must_be_of_the_model_of_the_index(
+    run: Run, exported: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    graphs = small_graphs(tmp_path_factory)  # whose pictures are read in another way, so that its features are others
+    write_picture(tmp_path / "photos" / "0.png", 0)
+    update_index(tmp_path / "photos.index", tmp_path / "photos", open_search_model(exported), num_workers=0)
+    code, _, err = run("index=photos.index", f"model={graphs}", "runtime=onnx", "port=0")
+    assert code == 2
+    assert "is not the model of" in err
+    assert "fingerprint" in err
+
+
+def test_without_onnx_runtime(
+    run: Run, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, find = small_graphs(tmp_path_factory), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    code, _, err = run(f"model={graphs}", "runtime=onnx", "port=0")
+    assert code == 2
+    assert "runtime=onnx: needs an extra (onnxruntime); install it with pip install 'm2-encoder[export]'" in err
 
 
 def test_without_the_extra(run: Run, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

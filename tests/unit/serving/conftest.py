@@ -15,8 +15,10 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 from m2_encoder.evaluation.models.base import EvaluatedModel
+from m2_encoder.evaluation.models.onnx_model import open_graphs
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.serving.app import ServerLimits, build_app
+from tests.support.graphs import small_graphs
 from tests.support.serving import Client, encode_files, index_in_memory, running, small_model, write_picture
 
 API_KEY = "sesame"
@@ -41,9 +43,13 @@ def index(model: EvaluatedModel, tmp_path_factory: pytest.TempPathFactory) -> Pi
     return index_in_memory(root, names, encode_files(root, names, model))
 
 
-@pytest.fixture(scope="session")
-def server(model: EvaluatedModel, index: PictureIndex) -> Iterator[Client]:
-    app = build_app(model, index=index, api_key=API_KEY, only_loopback=True, limits=LIMITS)
+@pytest.fixture(scope="session", params=["torch", "onnx"])
+def server(
+    request: pytest.FixtureRequest, model: EvaluatedModel, index: PictureIndex, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
+    """By both runtimes, from the same weights."""
+    served = model if request.param == "torch" else open_graphs(small_graphs(tmp_path_factory), name="small")
+    app = build_app(served, index=index, api_key=API_KEY, only_loopback=True, limits=LIMITS)
     with running(app) as client:
         yield client
 

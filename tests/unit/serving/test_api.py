@@ -149,7 +149,9 @@ def test_pictures_that_the_index_has_not(server: Client) -> None:
 def test_without_an_index(model: EvaluatedModel, photo: Path) -> None:
     app = build_app(model, index=None, api_key=None, only_loopback=True, limits=LIMITS)
     with running(app) as client:
-        assert client.get("/api/status").json == {"model": "small", "feature_dim": 16, "pictures": None}
+        assert client.get("/api/status").json == {
+            "model": "small", "runtime": "torch", "feature_dim": 16, "pictures": None,
+        }  # fmt: skip
         for answer in (client.post("/api/search", {"query": "cat"}), client.get("/api/thumbnails/a.png")):
             assert (answer.status, answer.json["code"]) == (404, "no_index")
         assert client.post("/api/embed", {"texts": ["猫"]}).status == 200

@@ -26,8 +26,8 @@ from m2_encoder.pictures import PicturePolicy
 class ModelFacts(NamedTuple):
     """What tables and records say of a model."""
 
-    kind: str  # what opened it: m2, open_clip, transformers, sentence-transformers, features
-    parameters: int  # scalars of all towers; 0 for files of features
+    kind: str  # what opened it: m2, onnx, open_clip, transformers, sentence-transformers, features
+    parameters: int  # scalars of all towers; 0 for files of features, and of graphs
     weight_bytes: int  # of the files of weights; of the tensors, where they come from a hub's cache
     embed_dim: int  # E
     image_size: int  # S, the larger side; 0 for files of features, and for models that take any size

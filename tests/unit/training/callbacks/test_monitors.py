@@ -125,7 +125,7 @@ def test_a_stopped_run_stays_so_with_the_same_settings_and_goes_on_with_others(
 
 def test_the_best_weights_are_taken(emoji_folder: Path, tmp_path: Path) -> None:
     run = Fitted(emoji_folder, tmp_path, steps=3)
-    assert take_best(run.module, [run.best], tmp_path) == 2
+    assert take_best(run.module, [run.best], tmp_path).step == 2
     assert equal(dict(run.module.state_dict()), weights(run.folder / "best.ckpt"))
     (run.folder / "best.ckpt").unlink()
     with pytest.raises(UserError, match=r"best\.ckpt: is missing, and the best step was 2; use run\.final=last"):
