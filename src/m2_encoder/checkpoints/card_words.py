@@ -46,6 +46,7 @@ SUMMARY: Final = "A bilingual (Chinese and English) image-text encoder."
 _TRAINED = "A bilingual Chinese and English image-text encoder of the M2-Encoder architecture, trained from"
 FROM_SCRATCH: Final = f"{_TRAINED} scratch with m2-train."
 FROM_WEIGHTS: Final = f"{_TRAINED} given weights with m2-train."
+MIXED: Final = "The weighted mean of the weights of several models (arXiv:2109.01903, arXiv:2203.05482)."
 EMOJI_LIMITS: Final = (
     "Trained on drawings of emoji alone: it knows nothing of photographs.",
     "Captions are names and keywords, not sentences.",
@@ -85,6 +86,7 @@ CHINESE: Final = {
     "seed": "随机种子",
     "matching head": "匹配头",
     "run": "训练名",
+    "mixed": "混合",
     "model": "模型",
     "weights": "权重",
     "weights_sha256": "权重的校验和",
@@ -112,6 +114,7 @@ CHINESE: Final = {
     SUMMARY: "中英双语图文编码器。",
     FROM_SCRATCH: "M2-Encoder 结构的中英双语图文编码器，用 m2-train 从头训练。",
     FROM_WEIGHTS: "M2-Encoder 结构的中英双语图文编码器，用 m2-train 从给定的权重继续训练。",
+    MIXED: "几个模型权重的加权平均（arXiv:2109.01903，arXiv:2203.05482）。",
     EMOJI_LIMITS[0]: "只用 emoji 图画训练，对照片一无所知。",
     EMOJI_LIMITS[1]: "训练文本是名称和关键词，不是句子。",
     EMOJI_LIMITS[2]: "没见过的画风和概念只用于报告，没有据此选择任何训练设置。",
