@@ -11,7 +11,6 @@ from typing import Any
 
 from m2_encoder.checkpoints.card import CardInfo, files_section, model_card
 from m2_encoder.checkpoints.card_words import OF_ITS_WEIGHTS
-from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.exported import (
     CARD_FILE,
@@ -23,7 +22,6 @@ from m2_encoder.checkpoints.exported import (
 )
 from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
-from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.cli.export_mixed import is_mixed, mixed_problems
 from m2_encoder.config.model_choice import (
     build_model_config,
@@ -32,6 +30,8 @@ from m2_encoder.config.model_choice import (
     is_model_name,
     load_from,
     model_problems,
+    needs_tokenizer,
+    weights_of,
 )
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
@@ -40,7 +40,7 @@ from m2_encoder.errors import CheckpointError, Problem
 from m2_encoder.exports.base import ExportSource
 from m2_encoder.exports.parity import without_formats
 from m2_encoder.files import file_sha256, write_json
-from m2_encoder.hub import LoadedModel
+from m2_encoder.hub import LoadedModel, find_name
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.record import describe_run
@@ -49,7 +49,6 @@ from m2_encoder.runs.export import EXPORT_FOLDER, export_run, read_facts
 from m2_encoder.runs.folder import CONFIG_FILE as RUN_CONFIG
 from m2_encoder.runs.folder import LAST_CHECKPOINT, read_run
 from m2_encoder.runs.opening import find_checkpoint
-from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 _OF_MODELS = ("weights", "tokenizer", "pictures")
 _CPU = {"device": "cpu"}
@@ -104,7 +103,7 @@ def source_problems(cfg: Mapping[str, Any]) -> list[Problem]:
         problems.append(Problem("checkpoint", cfg["checkpoint"], "belongs to a run", "leave it out, or give weights="))
     if cfg["output"] is None:
         problems.append(Problem("output", None, "must be given with model", "add output=FOLDER"))
-    if is_model_name(cfg["model"]) and cfg["tokenizer"] is None:
+    if needs_tokenizer(cfg):
         rule = "an export holds the SentencePiece file of its model"
         problems.append(Problem("tokenizer", None, rule, "add tokenizer=FILE"))
     return [*problems, *_output_problems(cfg)]
@@ -127,14 +126,9 @@ def architecture_of(cfg: Mapping[str, Any]) -> M2EncoderConfig:
         return build_model_config(read_run(default_run_folder(dict(cfg)) / RUN_CONFIG)["model"])
     if is_mixed(cfg):
         return read_exported(find_path(cfg["model"][0])).config
-    if is_model_name(cfg["model"]):
-        return next(config for name, config in NAME_TO_CONFIG.items() if _spelt(name) == _spelt(str(cfg["model"])))
+    if (name := find_name(cfg["model"])) is not None:
+        return NAME_TO_CONFIG[name]
     return read_exported(find_path(cfg["model"])).config
-
-
-def _spelt(name: str) -> str:
-    """The same for all spellings of a model's name."""
-    return name.lower().replace(".", "_").replace("-", "_")
 
 
 def run_source(
@@ -158,6 +152,7 @@ def model_source(cfg: dict[str, Any]) -> ExportSource:
         UserError: as `m2_encoder.load`.
     """
     loaded = load_from({**cfg, **_CPU})
+    tokenizer = loaded.require_tokenizer()
     folder = find_path(cfg["model"])
     if _is_whole(cfg) and (folder / CARD_FILE).is_file():
         return ExportSource(loaded, (folder / CARD_FILE).read_text(encoding="utf-8"), partial(_copy_native, folder))
@@ -167,8 +162,7 @@ def model_source(cfg: dict[str, Any]) -> ExportSource:
         "provenance": _origin(cfg),
         "card": CardInfo(licence=OF_ITS_WEIGHTS),
     }
-    assert isinstance(loaded.tokenizer, SentencePieceTokenizer)
-    write = partial(export_model, model=loaded.model, tokenizer=loaded.tokenizer, **facts)
+    write = partial(export_model, model=loaded.model, tokenizer=tokenizer, **facts)
     return ExportSource(loaded, model_card(loaded.model, **facts), write)
 
 
@@ -194,8 +188,7 @@ def _copy_native(folder: Path, output: Path) -> None:
 
 def _origin(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Where the weights come from; no paths of this machine."""
-    weights = str(cfg["weights"] or find_path(cfg["model"]) / WEIGHTS_FILE)
-    path = Path(weights) if is_url(weights) else find_weights(find_path(weights))
+    weights, path = weights_of(cfg)
     facts = describe_run()
     return {
         "model": os.path.basename(str(cfg["model"]).rstrip("/")),
