@@ -50,7 +50,7 @@ from m2_encoder.runs.folder import CONFIG_FILE as RUN_CONFIG
 from m2_encoder.runs.folder import LAST_CHECKPOINT, read_run
 from m2_encoder.runs.opening import find_checkpoint
 
-_OF_MODELS = ("weights", "tokenizer", "pictures")
+_OF_MODELS = ("weights", "tokenizer", "pictures", "adapter")
 _CPU = {"device": "cpu"}
 
 
@@ -151,7 +151,7 @@ def model_source(cfg: dict[str, Any]) -> ExportSource:
     Raises:
         UserError: as `m2_encoder.load`.
     """
-    loaded = load_from({**cfg, **_CPU})
+    loaded = load_from({**cfg, **_CPU}, adapter=None if cfg["adapter"] is None else anchor(cfg["adapter"]))
     tokenizer = loaded.require_tokenizer()
     folder = find_path(cfg["model"])
     if _is_whole(cfg) and (folder / CARD_FILE).is_file():
@@ -194,6 +194,7 @@ def _origin(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "model": os.path.basename(str(cfg["model"]).rstrip("/")),
         "weights": weights.rsplit("/", 1)[-1],
         **({"weights_sha256": file_sha256(path)} if path.is_file() else {}),
+        **({} if cfg["adapter"] is None else {"adapter": os.path.basename(str(cfg["adapter"]).rstrip("/"))}),
         "git_revision": facts["git_revision"],
         "versions": ", ".join(map(" ".join, facts["versions"].items())),
     }
