@@ -9,6 +9,7 @@ from typing import Any
 
 from m2_encoder.bounds import Text
 from m2_encoder.checkpoints.training_state import LAST_NAME
+from m2_encoder.cli.export_mixed import is_mixed, mixed_source
 from m2_encoder.cli.export_sources import (
     architecture_of,
     model_source,
@@ -53,6 +54,7 @@ class ExportSettings:
     run: RunPlace
     checkpoint: Text
     model: Any
+    shares: Any
     weights: Any
     tokenizer: Any
     pictures: Pictures
@@ -99,7 +101,7 @@ def run_export(cfg: dict[str, Any]) -> int:
     """Exports and says where; returns 1 if a format was left out."""
     output = output_of(cfg)
     if cfg["model"] is not None:
-        return _write(cfg, output, model_source(cfg))
+        return _write(cfg, output, mixed_source(cfg) if is_mixed(cfg) else model_source(cfg))
     folder = default_run_folder(cfg)
     trained = read_run(folder / CONFIG_FILE)
     model_node = trained["model"] if is_foreign(trained["model"]) else None

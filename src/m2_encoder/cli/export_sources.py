@@ -23,6 +23,7 @@ from m2_encoder.checkpoints.exported import (
 from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
 from m2_encoder.checkpoints.weight_files import find_weights
+from m2_encoder.cli.export_mixed import is_mixed, mixed_problems
 from m2_encoder.config.model_choice import (
     build_model_config,
     build_tokenizer,
@@ -93,7 +94,9 @@ def run_problems(cfg: Mapping[str, Any]) -> list[Problem]:
 
 def source_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with `model` and what belongs to it."""
-    problems = model_problems({**cfg, **_CPU})
+    problems = mixed_problems(cfg) if is_mixed(cfg) else model_problems({**cfg, **_CPU})
+    if cfg["shares"] is not None and not is_mixed(cfg):
+        problems.append(Problem("shares", cfg["shares"], "is of several models", "leave it out, or give model=[A,B]"))
     if cfg["run"]["name"] not in (None, UNSET):
         problems.append(Problem("run.name", cfg["run"]["name"], "model is given, too", "give one of them"))
     if cfg["checkpoint"] != "last":
@@ -121,6 +124,8 @@ def architecture_of(cfg: Mapping[str, Any]) -> M2EncoderConfig:
     """Of the model that is to be exported, before it is read."""
     if cfg["model"] is None:
         return build_model_config(read_run(default_run_folder(dict(cfg)) / RUN_CONFIG)["model"])
+    if is_mixed(cfg):
+        return read_exported(find_path(cfg["model"][0])).config
     if is_model_name(cfg["model"]):
         return next(config for name, config in NAME_TO_CONFIG.items() if _spelt(name) == _spelt(str(cfg["model"])))
     return read_exported(find_path(cfg["model"])).config

@@ -12,7 +12,7 @@ from m2_encoder.config.model_choice import NO_ENCODER, find_path, format_of, is_
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.errors import Problem
 from m2_encoder.objectives.base import active
-from m2_encoder.objectives.files import FileKind
+from m2_encoder.objectives.files import START, FileKind
 
 
 class NamedFile(NamedTuple):
@@ -22,6 +22,11 @@ class NamedFile(NamedTuple):
     value: str  # of that setting
     kind: FileKind  # as the objective's class says
     weights: str | None  # value of `<key>_weights`; None where there is none
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is the model that the run starts from."""
+        return self.kind.content == "encoder" and self.value == START
 
     def locate(self) -> tuple[str, str, Path]:
         """The file itself, after the key and the value that say where it lies."""
@@ -64,8 +69,13 @@ def check_files(known: Known) -> Iterator[Problem]:
     checks = {"file": _check_file, "encoder": _check_encoder, "visual tokenizer": _check_visual_tokenizer}
     weights = {name: {**node, "weight": known(f"objective.{name}.weight", 1.0)} for name, node in nodes.items()}
     for file in find_files(weights):
-        if known(file.key, None) is not None:
+        if known(file.key, None) is None:
+            continue
+        if not file.is_start:
             yield from checks[file.kind.content](file)
+        elif known("model.weights", None) is None:
+            rule = "is the model of model.weights, and there is none"
+            yield Problem(file.key, file.value, rule, "add model.weights=FOLDER, or give a folder of m2-export")
 
 
 def _check_file(file: NamedFile) -> Iterator[Problem]:

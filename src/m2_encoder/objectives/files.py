@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
+START: Final = "start"
+"""An encoder: the model that the run starts from, by `model.weights`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FileKind:
     """What kind of file an argument of an objective names.
 
     Attributes:
-        content: "file"; "encoder" for a folder that `m2-export` wrote, or a name of `list_models` with its checkpoint
-            in the argument `<argument>_weights`; "visual tokenizer" for a folder that a run exported.
+        content: "file"; "encoder" for a folder that `m2-export` wrote, a name of `list_models` with its checkpoint in
+            the argument `<argument>_weights`, or `START`; "visual tokenizer" for a folder that a run exported.
         fix: of the error for a missing plain file.
         check: raises ValueError if a plain file holds something else; called before anything starts.
     """

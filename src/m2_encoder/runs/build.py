@@ -14,13 +14,19 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler
-from torch import Tensor
 
 from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import pack_tokenizer
 from m2_encoder.config.check import read_parameters
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, find_emoji_folder
-from m2_encoder.config.model_choice import build_any_tokenizer, build_towers, find_path, is_model_name, model_shape
+from m2_encoder.config.model_choice import (
+    build_any_tokenizer,
+    build_model_config,
+    build_towers,
+    find_path,
+    is_model_name,
+    model_shape,
+)
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.data.masking.batch_masking import build_masking
@@ -37,7 +43,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.two_towers import TowersConfig, TwoTowers
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.objectives.files import Resources
+from m2_encoder.objectives.files import START, Resources
 from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.runs.callbacks import build_callbacks
 from m2_encoder.runs.folder import UNSAID
@@ -86,7 +92,9 @@ def build_objectives(cfg: Mapping[str, Any]) -> dict[str, Objective]:
         return {}
     config: Any = model_shape(cfg["model"])
     tokenizer: Any = build_any_tokenizer(cfg["model"])
-    resources = Resources(tokenizer, config, find_path, partial(_load_encoder, tokenizer), _load_visual_tokenizer)
+    resources = Resources(
+        tokenizer, config, find_path, partial(_load_encoder, cfg["model"], tokenizer), _load_visual_tokenizer
+    )
     for name, objective in objectives.items():
         _prepare(name, objective, resources)
     return objectives
@@ -99,7 +107,9 @@ def _prepare(name: str, objective: Objective, resources: Resources) -> None:
         raise error.under(f"objective.{name}") from error
 
 
-def _load_encoder(tokenizer: Any, argument: str, name: str, weights: str | None) -> M2Encoder:
+def _load_encoder(model: Mapping[str, Any], tokenizer: Any, argument: str, name: str, weights: str | None) -> M2Encoder:
+    if name == START and (start := load_start(model)) is not None:
+        return start
     named = is_model_name(name)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         rule = "reads other ids than model.tokenizer makes, which is no SentencePiece model"
@@ -184,7 +194,8 @@ def build_module(
         _check_pieces(towers, cfg["strategy"].get("micro_batches", 1))
         shared["adaptation"] = build_adaptation(cfg, None)
         return PretrainModule(model=towers, objectives=objectives, **shared)
-    initial_state = _load_initial_state(cfg["model"], shape, tokenizer)
+    start = load_start(cfg["model"], trainable=True)
+    initial_state = None if start is None else dict(start.state_dict())
     shared |= {"adaptation": build_adaptation(cfg, shape), "initial_state": initial_state}
     shared |= {"compiled": bool(cfg["trainer"].get("compile"))}
     shared |= {"tokenizer": pack_tokenizer(tokenizer.model_bytes, tokenizer.digest)}
@@ -197,17 +208,20 @@ def _check_pieces(towers: TwoTowers, micro_batches: int) -> None:
         raise UserError(f"{rule}; use 1", key="strategy.micro_batches", value=micro_batches)
 
 
-def _load_initial_state(
-    model: Mapping[str, Any], config: M2EncoderConfig, tokenizer: SentencePieceTokenizer
-) -> dict[str, Tensor] | None:
-    """Parameters to start from, or None to train from scratch."""
+def load_start(model: Mapping[str, Any], *, trainable: bool = False) -> M2Encoder | None:
+    """The model that `model.weights` names, from which a run starts; None to train from scratch.
+
+    Raises:
+        UserError: for weights that cannot be used.
+    """
     weights, mapped = model.get("weights"), model.get("map_tokenizer") or False
     if weights is None:
         return None
+    config, tokenizer = build_model_config(model), build_any_tokenizer(model)
     source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
     mapped = mapped if isinstance(mapped, bool) else anchor(mapped)
-    loaded = load(config, weights=source, tokenizer=tokenizer, trainable=True, map_tokenizer=mapped)
-    return dict(loaded.model.state_dict())
+    loaded = load(config, weights=source, tokenizer=cast("Any", tokenizer), trainable=trainable, map_tokenizer=mapped)
+    return loaded.model
 
 
 def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig | None) -> Adaptation:

@@ -19,6 +19,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from m2_encoder.checkpoints.download import is_url
+from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER, build_model_config
 from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.old_names import update_names
@@ -231,7 +233,11 @@ def find_frozen(cfg: Mapping[str, Any], *, trusted: Collection[str] | None = Non
     tokenizer = cfg["model"].get("tokenizer")
     if cfg.get("task") is None and isinstance(tokenizer, str) and tokenizer != EMBEDDED_TOKENIZER:
         found["model.tokenizer"] = Frozen("model.tokenizer", tokenizer, anchor(tokenizer))
-    found |= {file.key: Frozen(*file.locate()) for file in find_files(cfg.get("objective") or {}, trusted=trusted)}
+    files = find_files(cfg.get("objective") or {}, trusted=trusted)
+    found |= {file.key: Frozen(*file.locate()) for file in files if not file.is_start}
+    weights = cfg["model"].get("weights")
+    if isinstance(weights, str) and not is_url(weights) and any(file.is_start for file in files):
+        found["model.weights"] = Frozen("model.weights", weights, find_weights(anchor(weights)))
     return {what: each for what, each in found.items() if each.path.is_file()}
 
 

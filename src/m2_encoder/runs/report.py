@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,13 @@ def report_run(
     end: RunEnd,
     best: BestCheckpoint | None,
     times: FitTimes,
+    start: Callable[[], M2Encoder] | None = None,
 ) -> Results:
     """Evaluates a trained model, prints the tables and says where everything lies. Call it on one rank.
 
     `summary.json`, `results.md` and pictures in the run's folder are replaced. Returns the final metrics by the
-    names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`, and the pictures.
+    names of the loggers, such as `val/emoji_heldout_style_zh/t2i_r@10`, and the pictures. `start` loads the model that
+    the run started from; None if it started from random weights.
 
     Raises:
         UserError: if a parameter of the model is not finite, or its features.
@@ -77,6 +79,7 @@ def report_run(
             matching=trained_head(objectives),
             run=_run_facts(cfg, run_folder, end, datamodule),
             files=_encoder_of_files(tasks, model, tokenizer, cfg),
+            start=start,
         )
         results = run_tasks(tasks, context)
     wall_time_s = round(time.time() - times.started, 3)

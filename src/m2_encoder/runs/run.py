@@ -6,7 +6,8 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -35,6 +36,7 @@ from m2_encoder.runs.build import (
     build_objectives,
     build_tasks,
     build_trainer,
+    load_start,
     validation_name_of,
 )
 from m2_encoder.runs.callbacks import FinalWeights, build_callbacks, find_best, find_stop, take_final
@@ -236,6 +238,7 @@ def _finish(
         end=end,
         best=find_best(run.trainer.callbacks),  # type: ignore[attr-defined]
         times=times,
+        start=_start_of(trained),
     )
     if not cfg["run"]["export"] or is_debug(cfg):
         return results
@@ -250,6 +253,13 @@ def _finish(
         )
         say(f'  use it       m2_encoder.load("{short_path(exported)}")')
     return results
+
+
+def _start_of(cfg: Mapping[str, Any]) -> Callable[[], M2Encoder] | None:
+    """What loads the model that a run started from; None if there was none, or it was somebody else's."""
+    if is_foreign(cfg["model"]) or cfg["model"].get("weights") is None:
+        return None
+    return partial(load_start, cfg["model"])  # type: ignore[return-value]  # there are weights
 
 
 def _take_model(module: lightning.LightningModule) -> Taken:

@@ -13,11 +13,13 @@ from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.vocabulary import TOKEN_TABLE
 from m2_encoder.config.compose import Composer, open_composer
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
+from m2_encoder.config.problems import format_problem
+from m2_encoder.config.validate import validate_train
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.runs.build import build_module, build_objectives
 from m2_encoder.runs.export import read_trained
-from m2_encoder.runs.folder import LAST_CHECKPOINT, write_config
+from m2_encoder.runs.folder import LAST_CHECKPOINT, find_frozen, write_config
 from m2_encoder.runs.resume import check_resume
 from m2_encoder.tokenizers.training import train_tokenizer
 
@@ -75,3 +77,26 @@ def test_checkpoints_hold_their_tokenizer(composer: Composer, tmp_path: Path, ot
     with pytest.raises(UserError, match="is not that of the weights") as caught:
         check_resume(module, cfg, tmp_path / "r", checkpoint)
     assert caught.value.key == "model.tokenizer"
+
+
+def test_the_start_can_be_the_teacher(composer: Composer, tmp_path: Path) -> None:
+    config = build_model_config(composer.compose([*SMALL]).cfg["model"])
+    model = M2Encoder(config)
+    tokenizer = build_tokenizer(composer.compose([*SMALL]).cfg["model"], config)
+    export_model(tmp_path / "own", model=model, tokenizer=tokenizer)
+    cfg, module = _build(composer, "objective=[itc,keep]", f"model.weights={tmp_path / 'own'}")
+    (teacher,) = module.objectives["keep"]._teacher
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not any(name.startswith("objectives.keep") for name, _ in module.named_parameters()), "nothing to learn"
+    frozen = find_frozen(cfg)["model.weights"]
+    assert frozen.path == tmp_path / "own" / "model.safetensors", "a run does not go on with another teacher"
+
+
+def test_without_weights_there_is_no_such_teacher(composer: Composer) -> None:
+    problems = validate_train(composer.compose([*SMALL, "objective=[itc,keep]"]).cfg)
+    assert [format_problem(problem) for problem in problems] == [
+        "objective.keep.teacher=start: is the model of model.weights, and there is none; add model.weights=FOLDER, or "
+        "give a folder of m2-export"
+    ]

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
 
+import torch
 from torch import Tensor
 
 from m2_encoder.checkpoints.formats import read_small_json
@@ -22,7 +23,7 @@ from m2_encoder.data.packing.records import URL_SCHEMES
 from m2_encoder.data.retrieval_contents import SetContents, SetRows, check_sample, hash_picture
 from m2_encoder.data.retrieval_source import ImagePlace, SetSample, read_place, read_samples
 from m2_encoder.errors import UserError, name_some
-from m2_encoder.evaluation.sets.base import EvaluationSet, Texts
+from m2_encoder.evaluation.sets.base import Classes, EvaluationSet, Texts
 from m2_encoder.evaluation.sets.image_folder import read_image_folder
 from m2_encoder.evaluation.sets.layouts import expect
 from m2_encoder.evaluation.sets.pictures import Pictures
@@ -74,6 +75,8 @@ def read_emoji(
 ) -> EvaluationSet:
     """Read a split of the unpacked built-in set, whose Chinese and English names of a concept say the same.
 
+    Its classes are its concepts, by their names.
+
     Args:
         path: of the folder of a split; or of the whole set, with `split`.
         split: which one.
@@ -122,6 +125,7 @@ def _read_samples(where: str, name: str, *, is_marked: bool = False) -> Evaluati
         pictures=PlacedPictures([names[each] for each in shown], [places[each] for each in shown]),
         texts=texts,
         parallel=_pair_names(contents_of) if is_marked else {},
+        classes=_classes(rows) if is_marked else None,
         source=where,
         counts={**rows.reading._asdict(), "pictures": len(shown), **count_texts(texts)},
     )
@@ -170,6 +174,17 @@ def _texts(rows: SetRows) -> tuple[dict[str, Texts], dict[str, list[str]]]:
         texts[language] = Texts(tuple(text for _, text in queries), pair_rows(*zip(*pairs, strict=True)))
         contents[language] = [key for key, _ in queries]
     return texts, contents
+
+
+def _classes(rows: SetRows) -> Classes:
+    """The contents of pictures as classes, named by the first caption of each in a language."""
+    numbers: dict[str, int] = {}
+    targets = [numbers.setdefault(key, len(numbers)) for key in rows.keys]
+    names = {language: [""] * len(numbers) for language in rows.captions}
+    for language, captions in rows.captions.items():
+        for target, own in zip(targets, captions, strict=True):
+            names[language][target] = names[language][target] or next(iter(own), "")
+    return Classes("concepts", {key: tuple(each) for key, each in names.items()}, torch.tensor(targets))
 
 
 def _pair_names(contents: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], Tensor]:

@@ -53,6 +53,8 @@ class EvaluationContext:
     batch_size: int = DEFAULT_BATCH_SIZE  # images or texts per forward pass
     run: RunFacts = dataclasses.field(default_factory=RunFacts)
     files: FeatureEncoder | None = None  # the model for sets that are read from disk; None if it cannot encode these
+    # Loads the model that the run started from, on the CPU; None if it started from random weights, or is not known.
+    start: Callable[[], M2Encoder] | None = None
 
     def __post_init__(self) -> None:
         ordered = sorted(self.sets, key=lambda name: self.sets[name].split in _LAST_SPLITS)
