@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import CONFIG_FILE, ExportedFolder, find_pictures, read_exported
 from m2_encoder.checkpoints.io import build_model, read_state
-from m2_encoder.checkpoints.released import RELEASES, find_release, find_tokenizer_beside
+from m2_encoder.checkpoints.peft_files import merge_adapter_of
+from m2_encoder.checkpoints.released import RELEASES, find_release, find_release_tokenizer
 from m2_encoder.checkpoints.vocabulary import fit_vocabulary
 from m2_encoder.checkpoints.weight_files import check_download, find_weights
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.images.transforms import EvalTransform
-from m2_encoder.errors import UserError
+from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.pictures import OFFICIAL, STANDARD, PicturePolicy, read_policy
@@ -30,12 +32,20 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class MissingTokenizer:
-    """What `load` returns without a tokenizer: raises an error that says what to give."""
+    """What `load` returns without a tokenizer: raises an error that says what to give.
+
+    Args:
+        reason: why that of released weights was not found; empty for other weights.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
 
     def __call__(self, *_args: object, **_kwargs: object) -> NoReturn:
         """Raises the error."""
         raise UserError(
-            "no tokenizer was given; pass the SentencePiece file that belongs to the weights: "
+            self.reason
+            or "no tokenizer was given; pass the SentencePiece file that belongs to the weights: "
             'load(..., tokenizer="sp.model")'
         )
 
@@ -50,10 +60,24 @@ class LoadedModel(NamedTuple):
     preprocess: EvalTransform  # a PIL image, array or path to (3, S, S) float32 in 0..1
     tokenizer: SentencePieceTokenizer | MissingTokenizer  # texts to token ids and mask
 
+    def require_tokenizer(self) -> SentencePieceTokenizer:
+        """The tokenizer.
+
+        Raises:
+            UserError: if there is none, with what to give.
+        """
+        return self.tokenizer() if isinstance(self.tokenizer, MissingTokenizer) else self.tokenizer
+
 
 def list_models() -> list[str]:
     """Names that `load` and `M2EncoderConfig.from_name` know, smallest first."""
     return list(NAME_TO_CONFIG)
+
+
+def find_name(model: object) -> str | None:
+    """The name of `list_models()` that a text spells, with underscores or otherwise; None if it is none."""
+    known = {_canonical(name): name for name in NAME_TO_CONFIG}
+    return known.get(_canonical(model)) if isinstance(model, str) else None
 
 
 def load(
@@ -68,6 +92,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
     map_tokenizer: bool | str | os.PathLike[str] = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Load a model with everything needed to use it.
 
@@ -78,9 +103,9 @@ def load(
         checkpoint: of a run's folder, in place of its export: a step, a name such as `step=500`, `last`, or a path.
         weights: a checkpoint: any wrapper of the official format, safetensors, or one of our training
             checkpoints; a path or an http(s) URL. A URL is downloaded once to `~/.cache/m2_encoder` (or
-            `M2_ENCODER_CACHE`) and may end in `#sha256=...`. None, with a name of released weights, looks for these on
-            this machine and then at hubs, see `checkpoints.released`; the network is never used otherwise.
-        tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed for images, nor beside released weights.
+            `M2_ENCODER_CACHE`) and may end in `#sha256=...`. None, with a name of released weights, looks for these and
+            for their tokenizer, here and then at hubs, see `checkpoints.released`; no network is used otherwise.
+        tokenizer: a SentencePiece file, its bytes, or a tokenizer; not needed for images.
         image_size: pixels; if it differs from the model's, the position table is resized and `preprocess` follows.
         pictures: what `preprocess` makes of orientation, alpha and 16-bit levels: a policy, its name (`standard`,
             `official`, `older`) or values. By default as the model was trained: what its export says (`older` where
@@ -91,14 +116,14 @@ def load(
         map_tokenizer: what to do with a tokenizer that is not the weights' own. False refuses it; True gives each of
             its pieces the row of the same piece, and new ones the mean of the pieces they split into; a SentencePiece
             file is the tokenizer of weights that do not hold it, as the official ones. Such a model wants training.
+        adapter: folder of a low-rank adapter of ours or of peft's, to merge; ours are refused by other weights.
 
     Raises:
         UserError: for an unknown name, a missing or unusable file, or an impossible option. Weights are never
             random: `M2Encoder(config)` has random ones.
     """
     if checkpoint is not None:
-        if weights is not None or tokenizer is not None or image_size is not None or map_tokenizer:
-            raise UserError(f"checkpoint={checkpoint!r} has weights and a tokenizer of its own; give no others")
+        _refuse_beside(checkpoint, weights, tokenizer, image_size, adapter, map_tokenizer or None)
         return _load_checkpoint(model, checkpoint, pictures, _checked_device(device), _checked_dtype(dtype), trainable)
     config, exported = _resolve(model)
     config = config if image_size is None else dataclasses.replace(config, image_size=image_size)
@@ -108,24 +133,40 @@ def load(
     if map_tokenizer and tokenizer is None:
         raise UserError("map_tokenizer: there is no tokenizer to map the weights to; add tokenizer=FILE")
     text, path = _find_files(config, tokenizer, weights, exported)
-    state = read_state(path)
-    if isinstance(text, SentencePieceTokenizer) and (exported is None or weights is not None or tokenizer is not None):
-        fit_vocabulary(state, text, weights=path, mapped=map_tokenizer)
-        if map_tokenizer:
-            config = dataclasses.replace(config, vocab_size=text.vocab_size)
+    state = read_state(path) if adapter is None else merge_adapter_of(read_state(path), adapter)
+    if exported is None or weights is not None or tokenizer is not None:
+        config = _fit_text(config, state, text, path, map_tokenizer)
     encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
     return LoadedModel(encoder, EvalTransform(config.image_size, pictures=policy), text)
 
 
+def _refuse_beside(checkpoint: object, *given: object) -> None:
+    if any(each is not None for each in given):
+        raise UserError(f"checkpoint={checkpoint!r} has weights and a tokenizer of its own; give no others")
+
+
+def _fit_text(
+    config: M2EncoderConfig, state: dict[str, Tensor], text: object, path: Path, mapped: bool | str | os.PathLike[str]
+) -> M2EncoderConfig:
+    """Hold the token table against a tokenizer, or make it follow it."""
+    if not isinstance(text, SentencePieceTokenizer):
+        return config
+    fit_vocabulary(state, text, weights=path, mapped=mapped)
+    return dataclasses.replace(config, vocab_size=text.vocab_size) if mapped else config
+
+
 def _find_files(
     config: M2EncoderConfig, tokenizer: Any, weights: str | os.PathLike[str] | None, exported: ExportedFolder | None
 ) -> tuple[SentencePieceTokenizer | MissingTokenizer, Path]:
-    """Tokenizer and weights; released weights come with the tokenizer beside them."""
+    """Tokenizer and weights; released weights come with theirs."""
     text = _build_tokenizer(config, tokenizer, exported)
     path = _weights_path(config, weights, exported)
     if weights is None and exported is None and tokenizer is None:
-        text = _build_tokenizer(config, find_tokenizer_beside(path), None)
+        try:
+            text = _build_tokenizer(config, find_release_tokenizer(config.name, path), None)
+        except CheckpointError as error:
+            text = MissingTokenizer(error.text)
     return text, path
 
 
@@ -188,10 +229,9 @@ def _resolve(model: object) -> tuple[M2EncoderConfig, ExportedFolder | None]:
             f"model={model!r:.80} is no model; expected a name ({', '.join(NAME_TO_CONFIG)}), an "
             "M2EncoderConfig, or a folder written by m2-export"
         )
+    if (known := find_name(model)) is not None:
+        return NAME_TO_CONFIG[known], None
     name = os.fspath(model)
-    known = {_canonical(known): config for known, config in NAME_TO_CONFIG.items()}
-    if isinstance(model, str) and _canonical(name) in known:
-        return known[_canonical(name)], None
     path = Path(name)
     if name and path.is_dir():  # the empty name would be the current folder
         inside = path / "export"

@@ -115,7 +115,7 @@ def test_wrong_choices(made: Path, evaluate: Evaluate, given: tuple[str, ...], s
         ([], [SUITE], None, "names no model; give one, or several as model=[A,B]"),
         (["hf:a", "hf:b"], [RETRIEVAL, SUITE], None, "evaluation.0 measures one model of this project; choose suites"),
         ("features:a.npz", [RETRIEVAL], None, "evaluation.0 measures one model of this project; choose suites"),
-        ("m2-encoder-1b", [RETRIEVAL], "a.html", "a named model needs its checkpoint; add weights=FILE"),
+        ("m2-encoder-1b", [RETRIEVAL], "a.html", "m2_encoder_1B.ckpt is not on this machine"),
         ("hf:a", [SUITE], None, None),
         (["hf:a", "features:a.npz"], [SUITE], None, "model=features:a.npz: no such file or folder: a.npz"),
         (["hf:a", "hf:./a"], [SUITE], None, "model=hf:./a: no such file or folder: ./a"),

@@ -14,6 +14,7 @@ class FileServer(ThreadingHTTPServer):
 
     Attributes:
         content: what is served.
+        others: what is served in its place, by the ends of paths.
         status: answer with this error instead, if set.
         stop_after: end the connection after so many bytes of an answer.
         ranges: honour `Range` headers.
@@ -28,6 +29,7 @@ class FileServer(ThreadingHTTPServer):
     def __init__(self, content: bytes) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.content = content
+        self.others: dict[str, bytes] = {}
         self.status: int | None = None
         self.stop_after: int | None = None
         self.ranges = True
@@ -58,7 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.status is not None:
             self.send_error(self.server.status)
             return
-        content = self.server.content
+        found = (other for end, other in self.server.others.items() if self.path.endswith(end))
+        content = next(found, self.server.content)
         start = int(re.sub(r"\D", "", wanted)) if wanted and self.server.ranges else 0
         if start >= len(content):
             self.send_error(416)

@@ -76,7 +76,7 @@ def download(
                 _LOGGER.warning("%s: its copy %s has changed since; downloaded again", address, target)
                 target.unlink()  # whoever reads it keeps what was opened
             if not target.is_file():
-                _LOGGER.info("downloading %s to %s", address, target)
+                _LOGGER.warning("downloading %s to %s", address, target)  # commands show nothing below a warning
                 _fetch(address, target, sha256=sha256, timeout_s=timeout_s, check=check)
     except urllib.error.HTTPError as error:
         error.close()
@@ -87,6 +87,13 @@ def download(
         reason = getattr(error, "reason", None) or error
         raise CheckpointError(f"cannot download {address}: {reason}") from error
     return target
+
+
+def find_downloaded(url: str) -> Path | None:
+    """The file of a url in the cache, if an earlier download was finished; the network is not used."""
+    address = urldefrag(url)[0]
+    target = _target(url, Path(unquote(urlsplit(address).path)).name or "weights", None)
+    return target if target.is_file() else None
 
 
 def has_part(url: str, *, folder: str | os.PathLike[str] | None = None) -> bool:

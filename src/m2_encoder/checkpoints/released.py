@@ -1,16 +1,17 @@
-"""The released weights of M2-Encoder by name: in folders of this machine first, then from hubs.
+"""The released weights of M2-Encoder by name, and their tokenizer: in folders of this machine first, then from hubs.
 
 Nothing here was tried against the hubs themselves; which repositories hold them is what the official code says.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from m2_encoder.checkpoints.download import cache_folder, download, has_part
+from m2_encoder.checkpoints.download import cache_folder, download, find_downloaded, has_part
 from m2_encoder.checkpoints.weight_files import check_download
 from m2_encoder.errors import CheckpointError, UserError
 
@@ -18,8 +19,18 @@ FOLDER_VARIABLE: Final = "M2_ENCODER_WEIGHTS"
 """Environment variable that names a folder of released files."""
 
 TOKENIZER_FILE: Final = "sp.model"
-"""The official tokenizer, looked for beside the weights."""
+"""The official tokenizer, one for all weights."""
 
+TOKENIZER_SHA256: Final = "b7fe3bcc8d284fcb782691411e8b6fd4f45d7245565b094de6ab795e66bcd32f"
+"""Of that file in the repository of the official code; one from a hub must be the same."""
+
+_TOKENIZER_PLACES: Final = (TOKENIZER_FILE, f"vlmo/tokenizer/{TOKENIZER_FILE}")
+"""In the folder of released weights, and in that of the official code, which may hold them, too."""
+
+_TOKENIZER_SOURCE: Final = (
+    "https://raw.githubusercontent.com/alipay/Ant-Multi-Modal-Framework/main/prj/M2_Encoder/vlmo/tokenizer/sp.model"
+)
+_TOKENIZER_TIMEOUT_S: Final = 10.0  # of silence; pictures can be encoded without it
 _OFFLINE: Final = ("1", "on", "yes", "true")
 
 
@@ -51,43 +62,74 @@ def find_release(name: str) -> Path:
         UserError: if `M2_ENCODER_WEIGHTS` is no folder.
     """
     release = RELEASES[name]
-    if (found := next(_local_files(release), None)) is not None:
+    local = (folder / release.file for folder in _folders(release))
+    if (found := next(filter(Path.is_file, local), None)) is not None:
         return found
+    urls = [f"{hub}/{release.file}" for hub in _hubs(release)]
+    fetch = functools.partial(download, check=check_download)
+    fix = f"set {FOLDER_VARIABLE} to its folder, HF_ENDPOINT to a mirror, or pass weights={release.file!r}"
+    random = "A model with random weights is M2Encoder(config)"
+    return _fetch(f"{name}: {release.file}", urls, fetch, fix=f"{fix}. {random}")
+
+
+def find_release_tokenizer(name: str, weights: Path) -> Path:
+    """The official tokenizer for released weights: one on this machine, or a download.
+
+    Looked for beside the weights, then where `find_release` looks for weights, of all releases, and fetched from the
+    same hubs, and from the repository of the official code.
+
+    Raises:
+        CheckpointError: if no place has it, naming each and what it said.
+        UserError: if `M2_ENCODER_WEIGHTS` is no folder.
+    """
+    folders = [weights.parent, *(folder for release in RELEASES.values() for folder in _folders(release))]
+    for place in (folder / place for folder in folders for place in _TOKENIZER_PLACES):
+        if place.is_file():
+            return place
+    urls = [f"{hub}/{place}" for hub in _hubs(RELEASES[name]) for place in _TOKENIZER_PLACES]
+    urls = [f"{url}#sha256={TOKENIZER_SHA256}" for url in [*urls, _TOKENIZER_SOURCE]]
+    fetch = functools.partial(download, timeout_s=_TOKENIZER_TIMEOUT_S)
+    return _fetch(f"{name}: {TOKENIZER_FILE}", urls, fetch, fix=f"put it beside {weights}, or pass tokenizer=FILE")
+
+
+def is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids to fetch anything."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in _OFFLINE
+
+
+def _fetch(what: str, urls: Sequence[str], fetch: Callable[[str], Path], *, fix: str) -> Path:
+    """A file from the first address that has it, of which an earlier download counts.
+
+    Raises:
+        CheckpointError: naming all of them; for a download that broke off.
+    """
+    for url in urls:
+        if (found := find_downloaded(url)) is not None:
+            return found
     failed = []
-    for url in _addresses(release):
+    for url in () if is_offline() else urls:
         try:
-            return download(url, check=check_download)
+            return fetch(url)
         except CheckpointError as error:  # noqa: PERF203 - once per hub
             if has_part(url):
                 raise
-            failed.append(f"{url}: {str(error).removeprefix(f'cannot download {url}: ')}")
+            address = url.partition("#")[0]
+            failed.append(f"{address}: {str(error).removeprefix(f'cannot download {address}: ')}")
     tried = "; ".join(failed) if failed else "no hub is asked, as HF_HUB_OFFLINE is set"
-    fix = f"set {FOLDER_VARIABLE} to its folder, HF_ENDPOINT to a mirror, or pass weights={release.file!r}"
-    raise CheckpointError(
-        f"{name}: {release.file} is not on this machine, and could not be fetched ({tried}); {fix}. "
-        "A model with random weights is M2Encoder(config)"
-    )
+    raise CheckpointError(f"{what} is not on this machine, and could not be fetched ({tried}); {fix}")
 
 
-def find_tokenizer_beside(weights: Path) -> Path | None:
-    """The official tokenizer in the folder of released weights, as in the official code's `vlmo/tokenizer`, too."""
-    places = (weights.parent / TOKENIZER_FILE, weights.parent / "vlmo" / "tokenizer" / TOKENIZER_FILE)
-    return next((place for place in places if place.is_file()), None)
-
-
-def _local_files(release: Release) -> Iterator[Path]:
+def _folders(release: Release) -> Iterator[Path]:
+    """Where files of a release may lie on this machine."""
     named = os.environ.get(FOLDER_VARIABLE)
     if named and not Path(named).expanduser().is_dir():
         raise UserError("no such folder; give the one that holds the released files", key=FOLDER_VARIABLE, value=named)
     roots = [Path(named).expanduser()] if named else []
     owner, own = release.repository.split("/")
-    folders = [folder for root in roots for folder in (root, root / own, root / owner / own)]
-    folders += _modelscope_folders(owner, own)
-    folders += _hugging_face_folders(owner, own)
-    folders.append(cache_folder())
-    for folder in folders:
-        if (file := folder / release.file).is_file():
-            yield file
+    yield from (folder for root in roots for folder in (root, root / own, root / owner / own))
+    yield from _modelscope_folders(owner, own)
+    yield from _hugging_face_folders(owner, own)
+    yield cache_folder()
 
 
 def _modelscope_folders(owner: str, own: str) -> Iterator[Path]:
@@ -106,13 +148,10 @@ def _hugging_face_folders(owner: str, own: str) -> Iterator[Path]:
         yield from sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _addresses(release: Release) -> list[str]:
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in _OFFLINE:
-        return []
+def _hubs(release: Release) -> list[str]:
+    """Addresses that names of files of a release are added to."""
     mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
     scope = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-    found = [f"{mirror}/{release.repository}/resolve/main/{release.file}"] if mirror else []
-    found.append(f"https://{scope}/models/{release.repository}/resolve/master/{release.file}")
-    if not mirror:
-        found.append(f"https://huggingface.co/{release.repository}/resolve/main/{release.file}")
-    return found
+    modelscope = f"https://{scope}/models/{release.repository}/resolve/master"
+    hugging_face = f"{mirror or 'https://huggingface.co'}/{release.repository}/resolve/main"
+    return [hugging_face, modelscope] if mirror else [modelscope, hugging_face]

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.bounds import Rows, Workers
-from m2_encoder.checkpoints.download import is_url
-from m2_encoder.checkpoints.exported import WEIGHTS_FILE
-from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.cli.progress import show_encoding
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import find_path, load_from, model_problems
+from m2_encoder.config.model_choice import load_from, model_problems, needs_tokenizer, weights_of
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import Unset
 from m2_encoder.config.schema import Pictures
@@ -58,8 +55,7 @@ def check_embed(cfg: dict[str, Any]) -> list[Problem]:
         problems.append(Problem("images", images, rule))
     if texts is not None and not Path(str(texts)).expanduser().is_file():
         problems.append(Problem("texts", texts, "no such file", "give a UTF-8 file with one text per line"))
-    is_named = isinstance(cfg["model"], str) and not find_path(cfg["model"]).is_dir()
-    if texts is not None and cfg["tokenizer"] is None and is_named:
+    if texts is not None and needs_tokenizer(cfg):
         rule = "texts need the SentencePiece file of a named model"
         problems.append(Problem("tokenizer", None, rule, "add tokenizer=FILE"))
     if not isinstance(output, Unset):
@@ -79,7 +75,7 @@ def run_embed(cfg: dict[str, Any]) -> int:
     loaded = load_from(cfg)
     model, size, output = loaded.model, cfg["batch_size"], Path(cfg["output"]).expanduser()
     if cfg["texts"] is not None:
-        batches = embed_texts(model, items, loaded.tokenizer, batch_size=size)
+        batches = embed_texts(model, items, loaded.require_tokenizer(), batch_size=size)
     else:
         to_uint8, workers = loaded.preprocess.to_uint8, cfg["num_workers"]
         batches = embed_images(model, items, to_uint8, batch_size=size, num_workers=workers)
@@ -145,8 +141,7 @@ def _check_names_fit(output: str, num_bytes: int) -> None:
 
 def _provenance(cfg: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
     """Where the features come from; no times or machines, so the same input gives the same bytes."""
-    weights = str(cfg["weights"] or find_path(cfg["model"]) / WEIGHTS_FILE)
-    path = Path(weights) if is_url(weights) else find_weights(find_path(weights))
+    weights, path = weights_of(cfg)
     return {
         "model": cfg["model"],
         "weights": weights,

@@ -35,7 +35,6 @@ from m2_encoder.evaluation.tasks.base import EvaluationContext, EvaluationTask
 from m2_encoder.evaluation.tasks.rerank import Rerank
 from m2_encoder.evaluation.tasks.suite import Suite
 from m2_encoder.files import write_json
-from m2_encoder.hub import MissingTokenizer
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_tasks
 
@@ -158,8 +157,7 @@ def _measure_one(cfg: dict[str, Any], tasks: dict[str, EvaluationTask], console:
     loaded = load_from(cfg)
     if remark := _remark_on_style(cfg):
         console.print(remark, style="yellow", soft_wrap=True, highlight=False, markup=False)
-    if isinstance(loaded.tokenizer, MissingTokenizer):
-        loaded.tokenizer()  # says what to give
+    tokenizer = loaded.require_tokenizer()
     if cfg["rerank"] is not None:
         tasks["retrieval"] = Rerank(candidates=cfg["rerank"])
     # A named model, or one with weights of its own, brings no head.
@@ -169,7 +167,7 @@ def _measure_one(cfg: dict[str, Any], tasks: dict[str, EvaluationTask], console:
         matching = read_head(folder) if wants_head and folder is not None and has_head(folder) else None
         context = EvaluationContext(
             model=loaded.model,
-            tokenizer=loaded.tokenizer,
+            tokenizer=tokenizer,
             sets=_read_sets(cfg, loaded.preprocess),
             matching=matching,
             batch_size=cfg["batch_size"],

@@ -24,7 +24,7 @@ from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 EQUAL: Final = "equal"
 GREEDY: Final = "greedy"
-_ALONE: Final = ("weights", "tokenizer", "pictures")
+_ALONE: Final = ("weights", "tokenizer", "pictures", "adapter")
 
 
 def is_mixed(cfg: Mapping[str, Any]) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.checkpoints.card import CardInfo, model_card
-from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.exported import (
     CARD_FILE,
@@ -22,7 +21,6 @@ from m2_encoder.checkpoints.exported import (
 )
 from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead
-from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.cli.export_mixed import is_mixed, mixed_problems
 from m2_encoder.config.model_choice import (
     build_model_config,
@@ -31,6 +29,8 @@ from m2_encoder.config.model_choice import (
     is_model_name,
     load_from,
     model_problems,
+    needs_tokenizer,
+    weights_of,
 )
 from m2_encoder.config.paths import anchor, default_run_folder
 from m2_encoder.config.problems import UNSET
@@ -39,7 +39,7 @@ from m2_encoder.errors import CheckpointError, Problem
 from m2_encoder.exports.base import ExportSource
 from m2_encoder.exports.parity import without_formats
 from m2_encoder.files import file_sha256, write_json
-from m2_encoder.hub import LoadedModel
+from m2_encoder.hub import LoadedModel, find_name
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.record import describe_run
@@ -48,9 +48,8 @@ from m2_encoder.runs.export import EXPORT_FOLDER, export_run, read_facts
 from m2_encoder.runs.folder import CONFIG_FILE as RUN_CONFIG
 from m2_encoder.runs.folder import LAST_CHECKPOINT, read_run
 from m2_encoder.runs.opening import find_checkpoint
-from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
-_OF_MODELS = ("weights", "tokenizer", "pictures")
+_OF_MODELS = ("weights", "tokenizer", "pictures", "adapter")
 _CPU = {"device": "cpu"}
 
 
@@ -103,7 +102,7 @@ def source_problems(cfg: Mapping[str, Any]) -> list[Problem]:
         problems.append(Problem("checkpoint", cfg["checkpoint"], "belongs to a run", "leave it out, or give weights="))
     if cfg["output"] is None:
         problems.append(Problem("output", None, "must be given with model", "add output=FOLDER"))
-    if is_model_name(cfg["model"]) and cfg["tokenizer"] is None:
+    if needs_tokenizer(cfg):
         rule = "an export holds the SentencePiece file of its model"
         problems.append(Problem("tokenizer", None, rule, "add tokenizer=FILE"))
     return [*problems, *_output_problems(cfg)]
@@ -126,14 +125,9 @@ def architecture_of(cfg: Mapping[str, Any]) -> M2EncoderConfig:
         return build_model_config(read_run(default_run_folder(dict(cfg)) / RUN_CONFIG)["model"])
     if is_mixed(cfg):
         return read_exported(find_path(cfg["model"][0])).config
-    if is_model_name(cfg["model"]):
-        return next(config for name, config in NAME_TO_CONFIG.items() if _spelt(name) == _spelt(str(cfg["model"])))
+    if (name := find_name(cfg["model"])) is not None:
+        return NAME_TO_CONFIG[name]
     return read_exported(find_path(cfg["model"])).config
-
-
-def _spelt(name: str) -> str:
-    """The same for all spellings of a model's name."""
-    return name.lower().replace(".", "_").replace("-", "_")
 
 
 def run_source(
@@ -156,7 +150,8 @@ def model_source(cfg: dict[str, Any]) -> ExportSource:
     Raises:
         UserError: as `m2_encoder.load`.
     """
-    loaded = load_from({**cfg, **_CPU})
+    loaded = load_from({**cfg, **_CPU}, adapter=None if cfg["adapter"] is None else anchor(cfg["adapter"]))
+    tokenizer = loaded.require_tokenizer()
     folder = find_path(cfg["model"])
     if _is_whole(cfg) and (folder / CARD_FILE).is_file():
         return ExportSource(loaded, (folder / CARD_FILE).read_text(encoding="utf-8"), partial(_copy_native, folder))
@@ -166,8 +161,7 @@ def model_source(cfg: dict[str, Any]) -> ExportSource:
         "provenance": _origin(cfg),
         "card": CardInfo(licence="that of the weights it was made from"),
     }
-    assert isinstance(loaded.tokenizer, SentencePieceTokenizer)
-    write = partial(export_model, model=loaded.model, tokenizer=loaded.tokenizer, **facts)
+    write = partial(export_model, model=loaded.model, tokenizer=tokenizer, **facts)
     return ExportSource(loaded, model_card(loaded.model, **facts), write)
 
 
@@ -192,13 +186,13 @@ def _copy_native(folder: Path, output: Path) -> None:
 
 def _origin(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Where the weights come from; no paths of this machine."""
-    weights = str(cfg["weights"] or find_path(cfg["model"]) / WEIGHTS_FILE)
-    path = Path(weights) if is_url(weights) else find_weights(find_path(weights))
+    weights, path = weights_of(cfg)
     facts = describe_run()
     return {
         "model": os.path.basename(str(cfg["model"]).rstrip("/")),
         "weights": weights.rsplit("/", 1)[-1],
         **({"weights_sha256": file_sha256(path)} if path.is_file() else {}),
+        **({} if cfg["adapter"] is None else {"adapter": os.path.basename(str(cfg["adapter"]).rstrip("/"))}),
         "git_revision": facts["git_revision"],
         "versions": ", ".join(map(" ".join, facts["versions"].items())),
     }

@@ -16,6 +16,7 @@ from m2_encoder.config.model_choice import (
     find_path,
     is_model_name,
     model_problems,
+    needs_tokenizer,
     runtime_problems,
 )
 from m2_encoder.config.output import say
@@ -75,7 +76,7 @@ def check_index(cfg: dict[str, Any]) -> list[Problem]:
         given = [key for key in ("weights", "tokenizer", "pictures") if cfg[key] is not None]
         problems += [Problem(key, cfg[key], "belongs to a model; add model=") for key in given]
         problems += [each for each in model_problems({**cfg, "model": UNSET}) if each.key == "device"]
-    if is_model_name(cfg["model"]) and cfg["tokenizer"] is None:
+    if needs_tokenizer(cfg):
         problems.append(Problem("tokenizer", None, "words need the SentencePiece file of a named model"))
     return problems or runtime_problems(cfg, of_index=open_index(output).made_by.model if has_index else None)
 
@@ -87,6 +88,7 @@ def run_index(cfg: dict[str, Any]) -> int:
         UserError: if no picture can be used.
     """
     photos, output = _places(cfg)
+    model = _open_model(cfg, output)
     with show_encoding() as progress:
         task = progress.add_task("pictures", total=None, skipped="", visible=False)
 
@@ -97,7 +99,7 @@ def run_index(cfg: dict[str, Any]) -> int:
         changes = update_index(
             output,
             photos,
-            _open_model(cfg, output),
+            model,
             dtype=cfg["dtype"],
             neighbours=cfg["neighbours"],
             batch_size=cfg["batch_size"],

@@ -18,7 +18,14 @@ from rich.progress import Progress
 from m2_encoder.bounds import Text
 from m2_encoder.checkpoints.download import is_url
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import device_of, find_path, is_model_name, model_problems, runtime_problems
+from m2_encoder.config.model_choice import (
+    device_of,
+    find_path,
+    is_model_name,
+    model_problems,
+    needs_tokenizer,
+    runtime_problems,
+)
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import UNSET, find_problems
@@ -93,7 +100,7 @@ def _model_problems(cfg: dict[str, Any]) -> list[Problem]:
     if index == DRAWINGS and isinstance(model, str) and not is_model_name(model) and not find_path(model).is_dir():
         fix = "`make train` trains one there in minutes; or give the folder of another, one that m2-export wrote"
         return [Problem("model", model, "there is no trained model yet", fix)]
-    if is_model_name(model) and cfg["tokenizer"] is None:
+    if needs_tokenizer(cfg):
         problems.append(Problem("tokenizer", None, "words need the SentencePiece file of a named model"))
     return problems
 

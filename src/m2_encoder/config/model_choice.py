@@ -16,7 +16,15 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file
 
 from m2_encoder.checkpoints.download import is_url
-from m2_encoder.checkpoints.exported import CONFIG_FILE, VISUAL_TOKENIZER_FORMAT, read_exported, read_format
+from m2_encoder.checkpoints.exported import (
+    CONFIG_FILE,
+    VISUAL_TOKENIZER_FORMAT,
+    WEIGHTS_FILE,
+    read_exported,
+    read_format,
+)
+from m2_encoder.checkpoints.released import RELEASES, find_release, is_offline
+from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.foreign_model import constructor_node, towers_config
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
@@ -24,7 +32,7 @@ from m2_encoder.config.schema import is_foreign
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.models.onnx_model import find_graphs
-from m2_encoder.hub import LoadedModel, list_models, load, read_tokenizer
+from m2_encoder.hub import LoadedModel, find_name, list_models, load, read_tokenizer
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.two_towers import TowersConfig, TwoTowers
 from m2_encoder.tokenizers.foreign import ForeignTokenizer
@@ -50,12 +58,11 @@ def format_of(value: str) -> str | None:
 
 def model_problems(cfg: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with `model`, `weights`, `tokenizer` and `device`, without loading anything."""
-    problems = []
+    problems: list[Problem] = []
     model, weights = cfg["model"], cfg["weights"]
     if not isinstance(model, Unset):
         if is_model_name(model):
-            if weights is None:
-                problems.append(Problem("model", model, "a named model needs its checkpoint", "add weights=FILE"))
+            problems += _release_problems(model) if weights is None else ()
         elif not isinstance(model, str) or not find_path(model).is_dir():
             fix = f"give one that m2-export wrote, or one of {', '.join(list_models())} with weights="
             problems.append(Problem("model", model, "no such folder", fix))
@@ -72,6 +79,26 @@ def model_problems(cfg: Mapping[str, Any]) -> list[Problem]:
         if path is None or not (path.is_file() or (key == "weights" and path.is_dir())):
             problems.append(Problem(key, value, "no such file"))
     return [*problems, *_device_problems(cfg["device"])]
+
+
+def _release_problems(model: str) -> list[Problem]:
+    """Whether a name stands for released weights, and these are here, where nothing may be fetched."""
+    name = find_name(model)
+    if name is None or name not in RELEASES:
+        return [Problem("model", model, "a named model needs its checkpoint", "add weights=FILE")]
+    try:
+        if is_offline():
+            find_release(name)
+    except UserError as error:
+        return [Problem("model", model, error.text.removeprefix(f"{name}: "))]
+    return []
+
+
+def needs_tokenizer(cfg: Mapping[str, Any]) -> bool:
+    """Whether texts need `tokenizer` beside `model`: a name of weights that are not those released under it."""
+    if not is_model_name(cfg["model"]) or cfg["tokenizer"] is not None:
+        return False
+    return cfg["weights"] is not None or find_name(cfg["model"]) not in RELEASES
 
 
 def build_model_config(model: Mapping[str, Any]) -> M2EncoderConfig:
@@ -200,14 +227,14 @@ def tokenizer_of(cfg: Mapping[str, Any]) -> SentencePieceTokenizer | None:
         raise UserError(str(error).removeprefix(f"{anchor(path)}: "), key="tokenizer", value=tokenizer) from error
 
 
-def load_from(cfg: dict[str, Any]) -> LoadedModel:
-    """Loads the model that `model`, `weights`, `tokenizer`, `pictures` and `device` describe.
+def load_from(cfg: dict[str, Any], *, adapter: Path | None = None) -> LoadedModel:
+    """Loads the model that `model`, `weights`, `tokenizer`, `pictures` and `device` describe, with an adapter or none.
 
     Raises:
         UserError: as `m2_encoder.load`.
     """
     model = cfg["model"] if is_model_name(cfg["model"]) else find_path(cfg["model"])
-    return load(model, **arguments_of_load(cfg))
+    return load(model, adapter=adapter, **arguments_of_load(cfg))
 
 
 def arguments_of_load(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,10 +248,19 @@ def arguments_of_load(cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def weights_of(cfg: Mapping[str, Any]) -> tuple[str, Path]:
+    """What `weights` names, or stands for where it is null, and the file; of a URL, a path where nothing is."""
+    weights, name = cfg["weights"], find_name(cfg["model"])
+    if weights is None and name is not None:
+        path = find_release(name)
+        return path.name, path
+    weights = str(weights or find_path(cfg["model"]) / WEIGHTS_FILE)
+    return weights, Path(weights) if is_url(weights) else find_weights(find_path(weights))
+
+
 def is_model_name(model: object) -> bool:
     """Whether a value is a name of `list_models`, however it is spelt."""
-    names = {name.replace(".", "_").replace("-", "_") for name in list_models()}
-    return isinstance(model, str) and model.lower().replace(".", "_").replace("-", "_") in names
+    return find_name(model) is not None
 
 
 def device_of(value: str) -> str:

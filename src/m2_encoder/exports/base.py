@@ -11,11 +11,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from m2_encoder.checkpoints.peft_files import LoraAdapter
 from m2_encoder.errors import Problem
 from m2_encoder.evaluation.models.own import wrap_towers
 from m2_encoder.exports.samples import TEXTS, make_pictures
@@ -60,11 +61,13 @@ class ExportSource:
         loaded: the model in fp32 on the CPU, in evaluation mode; how it reads pictures and texts.
         card: its model card, Markdown.
         write_native: writes the folder that `load` reads, at a path where nothing is.
+        adapter: what was trained apart from the base, for a format that needs it; the model is merged.
     """
 
     loaded: LoadedModel
     card: str
     write_native: Callable[[Path], object]
+    adapter: LoraAdapter | None = None
 
     @property
     def model(self) -> M2Encoder:
@@ -117,6 +120,9 @@ class ExportFormat(ABC):
 
     bound: float = BOUND_FP32
     """Smallest cosine."""
+
+    needs_adapter: ClassVar[bool] = False
+    """Whether it is made of `ExportSource.adapter`."""
 
     def problems(self, config: M2EncoderConfig) -> Iterator[Problem]:
         """What keeps a model of this architecture from being written, before anything is read; keys as of the class."""

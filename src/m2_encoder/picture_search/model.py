@@ -17,7 +17,6 @@ from m2_encoder.evaluation.models.own import wrap_towers
 from m2_encoder.hub import load
 from m2_encoder.picture_search.index import IndexModel, PictureIndex
 from m2_encoder.pictures import PicturePolicy, read_policy
-from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 Runtime = Literal["torch", "onnx"]
 """What computes features: torch with the weights, or ONNX Runtime with the graphs of an export, on the CPU."""
@@ -52,9 +51,7 @@ def open_search_model(
         encoder = open_graphs(model, name=name, tokenizer=tokenizer)
     else:
         loaded = load(model, weights=weights, tokenizer=tokenizer, pictures=pictures)
-        if not isinstance(loaded.tokenizer, SentencePieceTokenizer):
-            raise UserError("words need the SentencePiece file of a named model; add tokenizer=FILE", key="tokenizer")
-        encoder = wrap_towers(loaded.model, loaded.preprocess, loaded.tokenizer, name=name)
+        encoder = wrap_towers(loaded.model, loaded.preprocess, loaded.require_tokenizer(), name=name)
     made_by = IndexModel(
         model=name,
         weights=_whole(weights),

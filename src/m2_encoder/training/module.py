@@ -184,8 +184,11 @@ class PretrainModule(lightning.LightningModule):
         return torch.stack(terms).sum() + self._zero_of_paused(outputs.keys())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Clamp the logit scales right after the update, before a checkpoint or anything else reads them."""
+        """Let the adaptation follow, and clamp the logit scales, before a checkpoint or anything else reads them."""
         super().optimizer_step(*args, **kwargs)
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        with torch.no_grad():
+            self.adaptation.after_step(cast("M2Encoder", self.model), optimizer)
         scales = self.model.logit_scales()
         with torch.no_grad():
             for scale in scales:

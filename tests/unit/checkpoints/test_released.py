@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from m2_encoder import CheckpointError, UserError, load
-from m2_encoder.checkpoints.released import RELEASES, Release, find_release
+from m2_encoder.checkpoints import released
+from m2_encoder.checkpoints.released import RELEASES, Release, find_release, find_release_tokenizer
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -166,7 +167,47 @@ def test_load_by_name_takes_the_tokenizer_beside(tmp_path: Path, monkeypatch: py
     assert torch.equal(
         loaded.model.encode_image(torch.zeros(1, 3, 32, 32)), model.eval().encode_image(torch.zeros(1, 3, 32, 32))
     )
-    with pytest.raises(UserError, match="no tokenizer was given"):
+    said = (
+        r"sp\.model is not on this machine, .*\(no hub is asked.*; put it beside .*tiny\.ckpt, or pass tokenizer=FILE"
+    )
+    with pytest.raises(UserError, match=said):
         loaded.tokenizer(["a"])
     (tmp_path / "sp.model").write_bytes(load_emoji_tokenizer_model())
     assert load("tiny").tokenizer(["a cat"]).ids.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "own/vlmo/tokenizer/sp.model",
+        "home/.cache/modelscope/hub/models/M2Cognition/M2-Encoder/sp.model",
+        "home/.cache/huggingface/hub/models--M2Cognition--M2_Encoder_Huge/snapshots/1/vlmo/tokenizer/sp.model",
+        "home/.cache/m2_encoder/sp.model",
+    ],
+)
+def test_the_tokenizer_of_any_release(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(tmp_path / place)
+    if place.startswith("own"):
+        monkeypatch.setenv("M2_ENCODER_WEIGHTS", str(tmp_path / "own"))
+    assert find_release_tokenizer(NAME, tmp_path / "elsewhere" / FILE) == file
+
+
+def test_the_tokenizer_is_fetched_and_must_be_the_known_one(
+    mirror: FileServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = load_emoji_tokenizer_model()
+    monkeypatch.setattr(released, "TOKENIZER_SHA256", hashlib.sha256(right).hexdigest())
+    monkeypatch.setattr(released, "_TOKENIZER_SOURCE", mirror.url("source/sp.model"))
+    mirror.others = {"source/sp.model": right}  # the mirror itself has something else
+    assert find_release_tokenizer(NAME, tmp_path / FILE).read_bytes() == right
+    assert [path.replace(f"/mirror/{REPOSITORY}/resolve/main", "") for path in mirror.paths] == [
+        "/sp.model", "/vlmo/tokenizer/sp.model", "/source/sp.model",
+    ]  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert find_release_tokenizer(NAME, tmp_path / FILE).read_bytes() == right, "it is in the cache"
+
+
+def test_what_was_fetched_is_found_offline(mirror: FileServer, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_release(NAME).read_bytes() == content
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert find_release(NAME).read_bytes() == content

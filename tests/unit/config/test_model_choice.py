@@ -25,7 +25,7 @@ def config(**changes: object) -> dict[str, object]:
     ("changes", "message"),
     [
         ({}, "model=tiny: a named model needs its checkpoint; add weights=FILE"),
-        ({"model": "m2_encoder_0_4b"}, "add weights=FILE"),
+        ({"model": "m2_encoder_0_4b"}, "m2_encoder_0.4B.ckpt is not on this machine"),
         ({"model": "nowhere/export"}, "model=nowhere/export: no such folder"),
         ({"model": 3}, "model=3: no such folder"),
         ({"weights": "nothing.ckpt"}, "weights=nothing.ckpt: no such file"),
