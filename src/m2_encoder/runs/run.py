@@ -356,5 +356,6 @@ def _quieten() -> None:
         ".*Total length of `list` across ranks is zero.*",  # no validation set was given
         ".*You (passed in|defined) a `val.*Skipping val loop.*",  # of other people's tasks and data, which is said
         ".*LeafSpec.*is deprecated.*",  # Lightning's use of a newer torch
+        r"Found \d+ module\(s\) in eval mode.*",  # locked towers are meant to be
     ):
         warnings.filterwarnings("ignore", message=remark)
