@@ -1,12 +1,9 @@
-"""A server in a thread, with an index in memory, that nothing but loopback can be reached from."""
+"""A server in a thread, with an index in memory."""
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -58,15 +55,3 @@ def server(
 def photo(index: PictureIndex) -> Path:
     """A file that is in the index."""
     return index.root / "beach/3.png"
-
-
-@pytest.fixture(autouse=True)
-def _loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever connects to another machine fails the test."""
-    connect = socket.socket.connect
-
-    def connect_here(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX or ipaddress.ip_address(address[0]).is_loopback, address
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", connect_here)
