@@ -33,7 +33,8 @@ def index(model: EvaluatedModel, tmp_path_factory: pytest.TempPathFactory) -> Pi
     root = tmp_path_factory.mktemp("photos")
     names = [
         *(f"beach/{number}.png" for number in range(25)),
-        *(f"我的 图片/{number} #?%41.jpg" for number in range(5)),
+        *(f"我的 图片/{number} #?%41.jpg" for number in range(4)),
+        "two\nlines\n.jpg",
     ]
     for seed, name in enumerate(names):
         write_picture(root / name, seed)
