@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor, nn
 
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import CONFIG_FILE, ExportedFolder, find_pictures, read_exported
 from m2_encoder.checkpoints.io import build_model, read_state
+from m2_encoder.checkpoints.peft_files import merge_adapter_of
 from m2_encoder.checkpoints.released import RELEASES, find_release, find_release_tokenizer
 from m2_encoder.checkpoints.vocabulary import fit_vocabulary
 from m2_encoder.checkpoints.weight_files import check_download, find_weights
@@ -90,6 +92,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
     map_tokenizer: bool | str | os.PathLike[str] = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Load a model with everything needed to use it.
 
@@ -113,14 +116,14 @@ def load(
         map_tokenizer: what to do with a tokenizer that is not the weights' own. False refuses it; True gives each of
             its pieces the row of the same piece, and new ones the mean of the pieces they split into; a SentencePiece
             file is the tokenizer of weights that do not hold it, as the official ones. Such a model wants training.
+        adapter: folder of a low-rank adapter of ours or of peft's, to merge; ours are refused by other weights.
 
     Raises:
         UserError: for an unknown name, a missing or unusable file, or an impossible option. Weights are never
             random: `M2Encoder(config)` has random ones.
     """
     if checkpoint is not None:
-        if weights is not None or tokenizer is not None or image_size is not None or map_tokenizer:
-            raise UserError(f"checkpoint={checkpoint!r} has weights and a tokenizer of its own; give no others")
+        _refuse_beside(checkpoint, weights, tokenizer, image_size, adapter, map_tokenizer or None)
         return _load_checkpoint(model, checkpoint, pictures, _checked_device(device), _checked_dtype(dtype), trainable)
     config, exported = _resolve(model)
     config = config if image_size is None else dataclasses.replace(config, image_size=image_size)
@@ -130,14 +133,45 @@ def load(
     if map_tokenizer and tokenizer is None:
         raise UserError("map_tokenizer: there is no tokenizer to map the weights to; add tokenizer=FILE")
     text, path = _find_files(config, tokenizer, weights, exported)
-    state = read_state(path)
-    if isinstance(text, SentencePieceTokenizer) and (exported is None or weights is not None or tokenizer is not None):
-        fit_vocabulary(state, text, weights=path, mapped=map_tokenizer)
-        if map_tokenizer:
-            config = dataclasses.replace(config, vocab_size=text.vocab_size)
+    state = read_state(path) if adapter is None else merge_adapter_of(read_state(path), adapter)
+    if exported is None or weights is not None or tokenizer is not None:
+        config = _fit_text(config, state, text, path, map_tokenizer)
     encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
     return LoadedModel(encoder, EvalTransform(config.image_size, pictures=policy), text)
+
+
+class TextTower(nn.Module):
+    """The text tower of a model of ours, as a part of `models.composed.ComposedTowers`.
+
+    Args:
+        model: as `load` takes it, such as a folder written by `m2-export`.
+        weights: as `load` takes it.
+    """
+
+    def __init__(self, model: str, weights: str | None = None) -> None:
+        super().__init__()
+        loaded = load(model, weights=weights, trainable=True)
+        self.encoder = loaded.model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """L2-normalised features, (B, E), of ids, (B, T), with True on tokens in the mask, (B, T)."""
+        return self.encoder.encode_text(ids, mask)
+
+
+def _refuse_beside(checkpoint: object, *given: object) -> None:
+    if any(each is not None for each in given):
+        raise UserError(f"checkpoint={checkpoint!r} has weights and a tokenizer of its own; give no others")
+
+
+def _fit_text(
+    config: M2EncoderConfig, state: dict[str, Tensor], text: object, path: Path, mapped: bool | str | os.PathLike[str]
+) -> M2EncoderConfig:
+    """Hold the token table against a tokenizer, or make it follow it."""
+    if not isinstance(text, SentencePieceTokenizer):
+        return config
+    fit_vocabulary(state, text, weights=path, mapped=mapped)
+    return dataclasses.replace(config, vocab_size=text.vocab_size) if mapped else config
 
 
 def _find_files(

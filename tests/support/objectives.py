@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import FeaturePair, Objective, ObjectiveInputs, ObjectiveOutput
+from m2_encoder.training.adaptation import Adaptation
 from m2_encoder.training.module import PretrainModule
 from m2_encoder.training.optim import build_optimizer, warmup_cosine
 from m2_encoder.training.step import split_rows
@@ -47,12 +48,19 @@ class Bench(PretrainModule):
         return self._evaluate(batch, self.trained_objectives())
 
 
-def build_bench(objectives: Mapping[str, Objective], *, config: M2EncoderConfig = CONFIG, **topology: Any) -> Bench:
+def build_bench(
+    objectives: Mapping[str, Objective],
+    *,
+    config: M2EncoderConfig = CONFIG,
+    adaptation: Adaptation | None = None,
+    **topology: Any,
+) -> Bench:
     """In fp64, with every parameter random, the same on every rank."""
     torch.manual_seed(3)
     module = Bench(
         model=config,
         objectives=objectives,
+        adaptation=adaptation,
         optimizer=partial(build_optimizer, lr=1e-3),
         scheduler=partial(warmup_cosine, warmup_steps=1, max_steps=2),
     )

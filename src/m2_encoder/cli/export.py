@@ -32,7 +32,15 @@ from m2_encoder.exports.native import Native
 from m2_encoder.exports.parity import print_parity
 from m2_encoder.exports.writing import MissedError, write_export
 from m2_encoder.runs.build import build_formats
-from m2_encoder.runs.export import export_foreign, find_end, read_foreign, read_trained, read_trained_head
+from m2_encoder.runs.export import (
+    export_foreign,
+    find_end,
+    read_adapter_of,
+    read_foreign,
+    read_trained,
+    read_trained_head,
+    trains_apart,
+)
 from m2_encoder.runs.folder import CONFIG_FILE, read_run
 
 EXIT_MISSED = 1
@@ -58,6 +66,7 @@ class ExportSettings:
     weights: Any
     tokenizer: Any
     pictures: Pictures
+    adapter: Text | None
     output: Text | None
     overwrite: bool
 
@@ -86,6 +95,9 @@ def _format_problems(cfg: dict[str, Any]) -> list[Problem]:
         config = architecture_of(cfg)
     except UserError as error:
         return find_problems(error)
+    if (apart := [name for name, each in formats.items() if each.needs_adapter]) and not _trains_apart(cfg):
+        rule = "keeps low-rank updates apart from their base, which a run with adaptation=lora alone has"
+        return [Problem(f"to.{name}", NOTHING, rule, "leave it out") for name in apart]
     return [
         problem._replace(key=f"to.{name}.{problem.key}".rstrip("."))
         for name, each in formats.items()
@@ -95,6 +107,10 @@ def _format_problems(cfg: dict[str, Any]) -> list[Problem]:
 
 def _is_foreign_run(cfg: dict[str, Any]) -> bool:
     return cfg["model"] is None and is_foreign(read_run(default_run_folder(cfg) / CONFIG_FILE)["model"])
+
+
+def _trains_apart(cfg: dict[str, Any]) -> bool:
+    return cfg["model"] is None and trains_apart(read_run(default_run_folder(cfg) / CONFIG_FILE))
 
 
 def run_export(cfg: dict[str, Any]) -> int:
@@ -115,6 +131,8 @@ def run_export(cfg: dict[str, Any]) -> int:
         return 0
     head = read_trained_head(trained, checkpoint)
     source = run_source(folder, model=read_trained(trained, checkpoint), cfg=trained, end=end, matching=head)
+    if any(each.needs_adapter for each in build_formats(cfg["to"]).values()):
+        source = dataclasses.replace(source, adapter=read_adapter_of(trained, checkpoint))
     return _write(cfg, output, source, note="" if checkpoint.name == LAST_NAME else f"{checkpoint.name}, step {end}")
 
 

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m2_encoder.checkpoints.card import CardInfo, model_card
+from m2_encoder.checkpoints.card import CardInfo, files_section, model_card
+from m2_encoder.checkpoints.card_words import OF_ITS_WEIGHTS
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.exported import (
     CARD_FILE,
@@ -49,7 +50,7 @@ from m2_encoder.runs.folder import CONFIG_FILE as RUN_CONFIG
 from m2_encoder.runs.folder import LAST_CHECKPOINT, read_run
 from m2_encoder.runs.opening import find_checkpoint
 
-_OF_MODELS = ("weights", "tokenizer", "pictures")
+_OF_MODELS = ("weights", "tokenizer", "pictures", "adapter")
 _CPU = {"device": "cpu"}
 
 
@@ -150,7 +151,7 @@ def model_source(cfg: dict[str, Any]) -> ExportSource:
     Raises:
         UserError: as `m2_encoder.load`.
     """
-    loaded = load_from({**cfg, **_CPU})
+    loaded = load_from({**cfg, **_CPU}, adapter=None if cfg["adapter"] is None else anchor(cfg["adapter"]))
     tokenizer = loaded.require_tokenizer()
     folder = find_path(cfg["model"])
     if _is_whole(cfg) and (folder / CARD_FILE).is_file():
@@ -159,7 +160,7 @@ def model_source(cfg: dict[str, Any]) -> ExportSource:
         "pictures": loaded.preprocess.pictures,
         "metrics": {},
         "provenance": _origin(cfg),
-        "card": CardInfo(licence="that of the weights it was made from"),
+        "card": CardInfo(licence=OF_ITS_WEIGHTS),
     }
     write = partial(export_model, model=loaded.model, tokenizer=tokenizer, **facts)
     return ExportSource(loaded, model_card(loaded.model, **facts), write)
@@ -181,7 +182,8 @@ def _copy_native(folder: Path, output: Path) -> None:
     if own != content:
         write_json(output / CONFIG_FILE, own)
     card = (folder / CARD_FILE).read_text(encoding="utf-8")
-    (output / CARD_FILE).write_text(without_formats(card), encoding="utf-8")
+    card = without_formats(card) + files_section(output, (WEIGHTS_FILE, TOKENIZER_FILE))
+    (output / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _origin(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +194,7 @@ def _origin(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "model": os.path.basename(str(cfg["model"]).rstrip("/")),
         "weights": weights.rsplit("/", 1)[-1],
         **({"weights_sha256": file_sha256(path)} if path.is_file() else {}),
+        **({} if cfg["adapter"] is None else {"adapter": os.path.basename(str(cfg["adapter"]).rstrip("/"))}),
         "git_revision": facts["git_revision"],
         "versions": ", ".join(map(" ".join, facts["versions"].items())),
     }

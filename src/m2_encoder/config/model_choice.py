@@ -227,14 +227,14 @@ def tokenizer_of(cfg: Mapping[str, Any]) -> SentencePieceTokenizer | None:
         raise UserError(str(error).removeprefix(f"{anchor(path)}: "), key="tokenizer", value=tokenizer) from error
 
 
-def load_from(cfg: dict[str, Any]) -> LoadedModel:
-    """Loads the model that `model`, `weights`, `tokenizer`, `pictures` and `device` describe.
+def load_from(cfg: dict[str, Any], *, adapter: Path | None = None) -> LoadedModel:
+    """Loads the model that `model`, `weights`, `tokenizer`, `pictures` and `device` describe, with an adapter or none.
 
     Raises:
         UserError: as `m2_encoder.load`.
     """
     model = cfg["model"] if is_model_name(cfg["model"]) else find_path(cfg["model"])
-    return load(model, **arguments_of_load(cfg))
+    return load(model, adapter=adapter, **arguments_of_load(cfg))
 
 
 def arguments_of_load(cfg: Mapping[str, Any]) -> dict[str, Any]:

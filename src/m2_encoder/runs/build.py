@@ -196,7 +196,10 @@ def build_module(
         return PretrainModule(model=towers, objectives=objectives, **shared)
     start = load_start(cfg["model"], trainable=True)
     initial_state = None if start is None else dict(start.state_dict())
-    shared |= {"adaptation": build_adaptation(cfg, shape), "initial_state": initial_state}
+    adaptation = build_adaptation(cfg, shape)
+    with under("adaptation"):
+        adaptation.begin(initial_state)
+    shared |= {"adaptation": adaptation, "initial_state": initial_state}
     shared |= {"compiled": bool(cfg["trainer"].get("compile"))}
     shared |= {"tokenizer": pack_tokenizer(tokenizer.model_bytes, tokenizer.digest)}
     return PretrainModule(model=shape, objectives=objectives, **shared)
@@ -235,6 +238,8 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig | None) -> A
         find_target(node["_target_"])
     except TargetError as error:  # of a run that was trained elsewhere
         raise UserError(error.text, key="adaptation._target_", value=node["_target_"]) from error
+    if isinstance(start := node.get("start"), str):
+        node = {**node, "start": str(anchor(start))}
     adaptation = instantiate(node)
     if not isinstance(adaptation, Adaptation):
         rule = "must be a subclass of m2_encoder.training.adaptation.Adaptation; derive it from that"

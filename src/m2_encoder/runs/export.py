@@ -15,12 +15,13 @@ from m2_encoder.checkpoints.card import CardInfo, build_card
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.io import build_model, read_state
 from m2_encoder.checkpoints.matching_head import HEAD_FILE, MatchingHead, head_of_state, read_head
+from m2_encoder.checkpoints.peft_files import LoraAdapter
 from m2_encoder.checkpoints.towers import export_towers
 from m2_encoder.checkpoints.training_state import AVERAGE_KEY, read_average, read_step
 from m2_encoder.checkpoints.visual_tokenizer import save_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import check_stored, find_tokenizer
 from m2_encoder.config.model_choice import build_any_tokenizer, build_model_config, build_tokenizer, build_towers
-from m2_encoder.errors import CheckpointError, UserError
+from m2_encoder.errors import CheckpointError, UserError, under
 from m2_encoder.evaluation.suite import SUMMARY_FILE
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.two_towers import TwoTowers
@@ -31,7 +32,9 @@ from m2_encoder.pictures import STANDARD, PicturePolicy, read_policy
 from m2_encoder.record import describe_run
 from m2_encoder.runs.build import build_adaptation
 from m2_encoder.runs.ending import RunEnd
-from m2_encoder.training.adaptation import merge_adaptation
+from m2_encoder.runs.folder import UNSAID
+from m2_encoder.training.adaptation import Adaptation, merge_adaptation
+from m2_encoder.training.adaptations.lora import Lora
 
 EXPORT_FOLDER: Final = "export"
 _MATCHING: Final = f"{Matching.__module__}.{Matching.__qualname__}"
@@ -144,13 +147,35 @@ def read_trained(cfg: Mapping[str, Any], checkpoint: Path) -> M2Encoder:
     Raises:
         CheckpointError: if its parameters or its tokenizer are not those of the run.
     """
+    model, adaptation = _read_adapted(cfg, checkpoint)
+    return merge_adaptation(adaptation, model)
+
+
+def trains_apart(cfg: Mapping[str, Any]) -> bool:
+    """Whether what a run trains can be kept apart from its base."""
+    return (UNSAID | dict(cfg))["adaptation"]["_target_"] == f"{Lora.__module__}.{Lora.__qualname__}"
+
+
+def read_adapter_of(cfg: Mapping[str, Any], checkpoint: Path) -> LoraAdapter:
+    """What a run with `trains_apart` has trained.
+
+    Raises:
+        UserError: as `read_trained`, or if there is nothing.
+    """
+    model, adaptation = _read_adapted(cfg, checkpoint)
+    assert isinstance(adaptation, Lora), "as trains_apart says"
+    with under("adaptation"):
+        return adaptation.take_adapter(model)
+
+
+def _read_adapted(cfg: Mapping[str, Any], checkpoint: Path) -> tuple[M2Encoder, Adaptation]:
     config = build_model_config(cfg["model"])
     adaptation = build_adaptation(cfg, config)
     tokenizer = build_tokenizer(cfg["model"], config)
     check_stored(find_tokenizer(checkpoint).sha256, tokenizer, weights=checkpoint)
     state = read_state(checkpoint) | _of_model(read_average(checkpoint, final=_final(cfg)))
     model = build_model(config, state, source=str(checkpoint), prepare=adaptation.apply)
-    return merge_adaptation(adaptation, model.requires_grad_(False))
+    return model.requires_grad_(False), adaptation
 
 
 def find_end(cfg: Mapping[str, Any], checkpoint: Path) -> RunEnd:

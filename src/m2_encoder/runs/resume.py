@@ -179,10 +179,21 @@ def _check_sizes(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[
     for key, (was, value) in sizes.items():
         if was != value:
             yield Problem(key, value, f"must be {show(was)}, {_AS_BEFORE}", f"leave it out, or {_NEW_NAME}")
+    yield from _check_fixed(*((UNSAID | dict(each))["adaptation"] for each in (before, cfg)))
     was, value = ((each.get("optimizer") or {}).get("_target_") for each in (before, cfg))
     if was is not None and was != value:  # which has another state
         rule = f"must be {was}, {_AS_BEFORE}"
         yield Problem("optimizer._target_", value, rule, f"leave optimizer=... out, or {_NEW_NAME}")
+
+
+def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
+    """Arguments of an adaptation that say what the numbers of a checkpoint mean."""
+    if before.get("_target_") != now.get("_target_"):
+        return  # parameters will tell
+    for key in getattr(find_target(str(now["_target_"])), "fixed", ()):
+        if (was := before.get(key)) != (value := now.get(key)):
+            rule = f"must be {show(was)}, {_AS_BEFORE}"
+            yield Problem(f"adaptation.{key}", value, rule, f"leave it out, or {_NEW_NAME}")
 
 
 def _find_idle(
@@ -219,7 +230,7 @@ def _find_idle(
 
 def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Key, value then and value now of changed settings whose effect a checkpoint restores as it was."""
-    nodes = [("optimizer", ""), ("scheduler", "")]
+    nodes = [("optimizer", ""), ("scheduler", ""), ("adaptation", "start")]
     shared = active(before.get("objective") or {}).keys() & active(cfg.get("objective") or {}).keys()
     nodes += [(f"objective.{name}", "initial_") for name in sorted(shared)]
     for path, prefix in nodes:

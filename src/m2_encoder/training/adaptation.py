@@ -7,9 +7,12 @@ To add one, subclass `Adaptation` in any module that Python can import, and name
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from m2_encoder.errors import UserError, under
 
@@ -27,13 +30,28 @@ class Adaptation(ABC):
 
     `apply` and `merge` also run on a model on `meta`, whose tensors have no values: to check them before a start, and
     to find the names and shapes of a checkpoint's parameters.
+
+    Attributes:
+        fixed: arguments that a run may not change when it goes on, though its checkpoint would fit.
     """
+
+    fixed: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, tokenizer: SentencePieceTokenizer) -> None:  # noqa: B027 (most need nothing)
         """Take what depends on the tokenizer, and read files; called once, before `apply`.
 
         Raises:
             UserError: with the argument as its key, for a file that cannot be used.
+        """
+
+    def begin(self, weights: Mapping[str, Tensor] | None) -> None:  # noqa: B027 (most need nothing)
+        """Read what training starts from beside the weights; called once, before `apply`, by what trains alone.
+
+        Args:
+            weights: parameters of the plain model by name; None for random ones.
+
+        Raises:
+            UserError: with the argument as its key, for what does not belong to these weights.
         """
 
     @abstractmethod
@@ -43,6 +61,12 @@ class Adaptation(ABC):
         Called once per process, on the initial weights, before they are sharded or replicated and before the optimizer
         is made. Parameters without `requires_grad` are neither trained nor decayed; every other one must get a gradient
         in every step. New parameters must be equal on all ranks; torch's seeded generator makes them so.
+        """
+
+    def after_step(self, model: M2Encoder, optimizer: Optimizer) -> None:  # noqa: B027 (most need nothing)
+        """Change the model further, after each step of the optimizer, whose groups still have that step's rates.
+
+        Parameters may be shards (`DTensor`). Those without a gradient were skipped by the optimizer.
         """
 
     @abstractmethod

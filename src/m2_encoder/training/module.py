@@ -112,6 +112,11 @@ class PretrainModule(lightning.LightningModule):
         self._last_losses: dict[str, Tensor] = {}
         self._paused: list[nn.Parameter] = []  # trained only by objectives that are paused in this step
 
+    def initial_temperature(self) -> float | None:
+        """1 / exp(logit_scale) of the weights that training starts from; None without any, and once it has started."""
+        scale = (self._initial_state or {}).get("logit_scale")
+        return None if scale is None else math.exp(-float(scale))
+
     def build_unfilled(self) -> Encoder:
         """The adapted model, of whose parameters names and shapes are right; what is to be trained stays as it is."""
         (given,) = self._given
@@ -179,8 +184,11 @@ class PretrainModule(lightning.LightningModule):
         return torch.stack(terms).sum() + self._zero_of_paused(outputs.keys())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Clamp the logit scales right after the update, before a checkpoint or anything else reads them."""
+        """Let the adaptation follow, and clamp the logit scales, before a checkpoint or anything else reads them."""
         super().optimizer_step(*args, **kwargs)
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        with torch.no_grad():
+            self.adaptation.after_step(cast("M2Encoder", self.model), optimizer)
         scales = self.model.logit_scales()
         with torch.no_grad():
             for scale in scales:
