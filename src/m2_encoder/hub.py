@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m2_encoder.checkpoints.download import download, is_url
 from m2_encoder.checkpoints.exported import CONFIG_FILE, ExportedFolder, find_pictures, read_exported
@@ -139,6 +139,24 @@ def load(
     encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)
     encoder.requires_grad_(trainable)
     return LoadedModel(encoder, EvalTransform(config.image_size, pictures=policy), text)
+
+
+class TextTower(nn.Module):
+    """The text tower of a model of ours, as a part of `models.composed.ComposedTowers`.
+
+    Args:
+        model: as `load` takes it, such as a folder written by `m2-export`.
+        weights: as `load` takes it.
+    """
+
+    def __init__(self, model: str, weights: str | None = None) -> None:
+        super().__init__()
+        loaded = load(model, weights=weights, trainable=True)
+        self.encoder = loaded.model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """L2-normalised features, (B, E), of ids, (B, T), with True on tokens in the mask, (B, T)."""
+        return self.encoder.encode_text(ids, mask)
 
 
 def _refuse_beside(checkpoint: object, *given: object) -> None:

@@ -326,7 +326,7 @@ def test_a_run_that_ended_early_is_exported_as_such_and_goes_on(
     assert start("+trainer.max_time={microseconds: 1}", "run.export=true") == 0
     assert given == [RunEnd(1, 2, "trainer.max_time")]
     card = (tmp_path / "r" / "export" / "README.md").read_text()
-    assert "- steps: 1 of 2, ended early (trainer.max_time)" in card
+    assert "- steps · 步数: 1 of 2, ended early (trainer.max_time)" in card
     for path in (tmp_path / "r" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
     assert f"{tmp_path / 'r' / 'checkpoints'}: no whole checkpoint (" in refuse(*GO_ON)

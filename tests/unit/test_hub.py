@@ -10,10 +10,12 @@ import torch
 
 from m2_encoder import CheckpointError, M2Encoder, M2EncoderConfig, UserError, list_models, load
 from m2_encoder.checkpoints.io import save_official, save_safetensors
+from m2_encoder.hub import MissingTokenizer, TextTower
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.closeness import assert_close_in_ulps
 from tests.support.file_server import serve
 from tests.support.models import random_model, small_config
+from tests.support.suites import small_export
 
 TEXTS = ["一只猫", "a cat", ""]
 
@@ -228,3 +230,12 @@ def test_wrong_option(model: M2Encoder, weights: Path, options: dict[str, object
         load(model.config, **{"weights": weights, **options})  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_text_tower_is_a_part_for_other_towers(tmp_path: Path) -> None:
+    folder = small_export(tmp_path / "export")
+    loaded, tower = load(folder), TextTower(str(folder)).eval()
+    assert not isinstance(loaded.tokenizer, MissingTokenizer)
+    text = loaded.tokenizer(["一只猫", "a bus on a road"])
+    torch.testing.assert_close(tower(text.ids, text.mask), loaded.model.encode_text(text))
+    assert all(parameter.requires_grad for parameter in tower.parameters())

@@ -46,7 +46,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "torchmetrics": {"evaluation", "training"},
     "onnx": {"exports.immich"},
     "onnx_ir": {"exports.graphs"},
-    "onnxruntime": {"evaluation.models.onnx_model", "exports.run_graphs"},
+    "onnxruntime": {"evaluation.models.onnx_model", "exports.rounding", "exports.run_graphs"},
     "tokenizers": {"exports.immich"},
     "rich": {
         "cli",

@@ -1,11 +1,28 @@
-"""The model card: what is known of a model of ours, as Markdown: data, licences, training, results, limits."""
+"""The model card: what is known of a model of ours, as Markdown: data, licences, training, results, limits.
+
+It is in Chinese and English; texts of users stay in their language.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
+from m2_encoder.checkpoints.card_words import (
+    CHINESE,
+    EMOJI_LIMITS,
+    FROM_SCRATCH,
+    FROM_WEIGHTS,
+    SUMMARY,
+    Words,
+    heading,
+    label,
+    line,
+    paragraphs,
+)
+from m2_encoder.files import file_sha256
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.pictures import STANDARD, PicturePolicy
 
@@ -14,6 +31,9 @@ Metrics = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 CHANCE = "chance"
 """A "language" of `Metrics`: what guessing would reach."""
+
+FILES_START: Final = heading("Files")
+"""The line that `files_section` begins with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,11 +82,6 @@ _CAPTIONS: Final = (
         name="emoji for Python", licence="BSD-3-Clause", note="aliases", url="https://github.com/carpedm20/emoji"
     ),
 )
-_EMOJI_LIMITS: Final = (
-    "Trained on drawings of emoji alone: it knows nothing of photographs.",
-    "Captions are names and keywords, not sentences.",
-    "Held-out style and families are for reporting; no training setting was chosen by them.",
-)
 
 
 def build_card(cfg: Mapping[str, Any], *, steps: str) -> CardInfo:
@@ -81,10 +96,7 @@ def build_card(cfg: Mapping[str, Any], *, steps: str) -> CardInfo:
     trained_on = [source for style, source in _DRAWINGS.items() if style != data.get("heldout_style")]
     return CardInfo(
         title=f"M2-Encoder, run {cfg['run']['name']}",
-        summary=(
-            "A bilingual Chinese and English image-text encoder of the M2-Encoder architecture, trained from "
-            f"{'scratch' if cfg['model'].get('weights') is None else 'given weights'} with m2-train."
-        ),
+        summary=FROM_SCRATCH if cfg["model"].get("weights") is None else FROM_WEIGHTS,
         data=(*trained_on, *_CAPTIONS) if is_emoji else (),
         training={
             "objectives": ", ".join(cfg["objective"]),
@@ -94,7 +106,7 @@ def build_card(cfg: Mapping[str, Any], *, steps: str) -> CardInfo:
             "precision": str(trainer.get("precision", "32-true")),
             "seed": str(cfg["seed"]),
         },
-        limits=_EMOJI_LIMITS if is_emoji else (),
+        limits=EMOJI_LIMITS if is_emoji else (),
     )
 
 
@@ -118,36 +130,58 @@ def model_card(
     Returns:
         The text of the card.
     """
-    config = model.config
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    licence = Words(
+        f"The weights: {card.licence}. Each training data source keeps its own licence.",
+        f"权重：{CHINESE.get(card.licence, card.licence)}。各训练数据来源保留各自的许可。",
+    )
     sections = [
-        f"# {card.title or config.name}",
-        card.summary or "A bilingual (Chinese and English) image-text encoder.",
+        f"# {card.title or model.config.name}",
+        paragraphs(card.summary or SUMMARY),
         _USAGE,
-        "## Architecture\n\n"
-        + _bullets(
-            {
-                "family": "M2-Encoder (arXiv:2401.15896), one feature space for images and both languages",
-                "parameters": f"{num_parameters:,}",
-                "image": f"{config.image_size} px, patches of {config.patch_size} px",
-                "pictures": str(pictures),
-                "text": f"up to {config.context_length} tokens, vocabulary of {config.vocab_size:,}",
-                "layers": f"{config.num_layers} backbone + {config.num_vl_layers} vision-language, width "
-                f"{config.embed_dim}, {config.num_heads} heads",
-                "features": f"{config.feature_dim} numbers, L2-normalised",
-            }
-        ),
+        heading("Architecture") + "\n\n" + _bullets(_architecture(model, pictures)),
         _data_section(card.data),
-        "## Training\n\n" + _bullets(card.training) if card.training else "",
+        heading("Training") + "\n\n" + _bullets(card.training) if card.training else "",
         _metrics_section(metrics),
-        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in card.limits) if card.limits else "",
-        "## Origin\n\n" + _bullets(provenance) if provenance else "",
-        f"## Licence\n\nThe weights: {card.licence}. Each training data source keeps its own licence.",
+        heading("Limits") + "\n\n" + "\n".join(f"- {line(limit)}" for limit in card.limits) if card.limits else "",
+        heading("Origin") + "\n\n" + _bullets(provenance) if provenance else "",
+        heading("Licence") + "\n\n" + licence.paragraphs,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-_USAGE = """## Use
+def files_section(folder: Path, names: Sequence[str]) -> str:
+    """The end of a card: sizes and checksums of files."""
+    rows = [(name, f"{(folder / name).stat().st_size:,}", f"`{file_sha256(folder / name)}`") for name in names]
+    return f"\n{FILES_START}\n\n" + table(("file", "bytes", "sha256"), rows) + "\n"
+
+
+def _architecture(model: M2Encoder, pictures: PicturePolicy) -> dict[str, str]:
+    config = model.config
+    backbone, both, width, heads = config.num_layers, config.num_vl_layers, config.embed_dim, config.num_heads
+    facts = {
+        "family": Words("one feature space for images and both languages", "图片和中英文共用一个特征空间"),
+        "image": Words(
+            f"{config.image_size} px, patches of {config.patch_size} px",
+            f"{config.image_size} 像素，块 {config.patch_size} 像素",
+        ),
+        "text": Words(
+            f"up to {config.context_length} tokens, vocabulary of {config.vocab_size:,}",
+            f"最多 {config.context_length} 个词元，词表 {config.vocab_size:,}",
+        ),
+        "layers": Words(
+            f"{backbone} backbone + {both} vision-language, width {width}, {heads} heads",
+            f"主干 {backbone} + 图文 {both}，宽 {width}，{heads} 头",
+        ),
+        "features": Words(f"{config.feature_dim} numbers, L2-normalised", f"{config.feature_dim} 个数，L2 归一化"),
+    }
+    return {
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        **{name: words.line for name, words in facts.items()},
+        "pictures": str(pictures),
+    }
+
+
+_USAGE = f"""{heading("Use")}
 
 ```python
 import torch
@@ -161,17 +195,17 @@ probabilities = model.similarity(image_features, text_features).softmax(dim=-1)
 
 
 def _bullets(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {label}: {value}" for label, value in facts.items())
+    return "\n".join(f"- {label(name)}: {value}" for name, value in facts.items())
 
 
 def _data_section(sources: Sequence[DataSource]) -> str:
     if not sources:
         return ""
     rows = [
-        (f"[{source.name}]({source.url})" if source.url else source.name, source.licence, source.note)
+        (f"[{source.name}]({source.url})" if source.url else source.name, source.licence, line(source.note))
         for source in sources
     ]
-    return "## Data\n\n" + _table(("source", "licence", "contributes"), rows)
+    return heading("Data") + "\n\n" + table(("source", "licence", "contributes"), rows)
 
 
 def _metrics_section(metrics: Metrics) -> str:
@@ -180,9 +214,9 @@ def _metrics_section(metrics: Metrics) -> str:
     for split, languages in metrics.items():
         names = list(dict.fromkeys(name for values in languages.values() for name in values))
         order = sorted(languages, key=lambda language: language.startswith(CHANCE))
-        rows = [(language, *(_percent(languages[language].get(name)) for name in names)) for language in order]
-        parts.append(f"### {split}\n\n" + _table(("", *names), rows))
-    return "\n\n".join(["## Results", "Percent.", *parts]) if parts else ""
+        rows = [(label(language), *(_percent(languages[language].get(name)) for name in names)) for language in order]
+        parts.append(heading(split, 3) + "\n\n" + table(("", *names), rows))
+    return "\n\n".join([heading("Results"), line("Percent."), *parts]) if parts else ""
 
 
 def _percent(value: float | None) -> str:
@@ -190,6 +224,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, Markdown, with headings in both languages."""
+    lines = [[label(name) for name in header], ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m2_encoder.checkpoints.card import CardInfo, Metrics, model_card
+from m2_encoder.checkpoints.card import CardInfo, Metrics, files_section, model_card
 from m2_encoder.checkpoints.exported import (
     CARD_FILE,
     CONFIG_FILE,
@@ -85,9 +85,9 @@ def export_model(
             content[CONFIG_KEY] = save_head(temporary, matching)
         save_safetensors(model, temporary / WEIGHTS_FILE, metadata=_metadata(config, tokenizer, content))
         (temporary / CONFIG_FILE).write_text(_json_text(content), encoding="utf-8")
-        (temporary / CARD_FILE).write_text(
-            model_card(model, card=card, pictures=pictures, metrics=metrics or {}, provenance=provenance or {}), "utf-8"
-        )
+        text = model_card(model, card=card, pictures=pictures, metrics=metrics or {}, provenance=provenance or {})
+        text += files_section(temporary, (WEIGHTS_FILE, TOKENIZER_FILE))
+        (temporary / CARD_FILE).write_text(text, encoding="utf-8")
     return folder
 
 

@@ -22,6 +22,8 @@ from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 _CARD = """\
 # {name}, run {run}
 
+`{target}` 的权重，用 m2-train 训练了 {steps} 步。`m2_encoder.load` 不会构建它：需要它的代码，权重沿用它自己的参数名。
+
 Weights of `{target}`, trained with m2-train for {steps} steps. `m2_encoder.load` does not build it: whoever has its
 code does, and loads the weights, whose names are its own.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from m2_encoder.checkpoints.card import CardInfo, model_card
+from m2_encoder.checkpoints.card_words import MIXED, OF_ITS_WEIGHTS
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.mixing import check_shares, mix_models
 from m2_encoder.config.model_choice import find_path, load_from, model_problems
@@ -101,8 +102,8 @@ def mixed_source(cfg: dict[str, Any]) -> ExportSource:
         "metrics": {},
         "provenance": origin,
         "card": CardInfo(
-            summary="The weighted mean of the weights of several models (arXiv:2109.01903, arXiv:2203.05482).",
-            licence="that of the weights it was made from",
+            summary=MIXED,
+            licence=OF_ITS_WEIGHTS,
         ),
     }
     assert isinstance(first.tokenizer, SentencePieceTokenizer)

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m2_encoder.checkpoints.card import CardInfo, model_card
+from m2_encoder.checkpoints.card import CardInfo, files_section, model_card
+from m2_encoder.checkpoints.card_words import OF_ITS_WEIGHTS
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.exported import (
     CARD_FILE,
@@ -159,7 +160,7 @@ def model_source(cfg: dict[str, Any]) -> ExportSource:
         "pictures": loaded.preprocess.pictures,
         "metrics": {},
         "provenance": _origin(cfg),
-        "card": CardInfo(licence="that of the weights it was made from"),
+        "card": CardInfo(licence=OF_ITS_WEIGHTS),
     }
     write = partial(export_model, model=loaded.model, tokenizer=tokenizer, **facts)
     return ExportSource(loaded, model_card(loaded.model, **facts), write)
@@ -181,7 +182,8 @@ def _copy_native(folder: Path, output: Path) -> None:
     if own != content:
         write_json(output / CONFIG_FILE, own)
     card = (folder / CARD_FILE).read_text(encoding="utf-8")
-    (output / CARD_FILE).write_text(without_formats(card), encoding="utf-8")
+    card = without_formats(card) + files_section(output, (WEIGHTS_FILE, TOKENIZER_FILE))
+    (output / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _origin(cfg: Mapping[str, Any]) -> dict[str, Any]:

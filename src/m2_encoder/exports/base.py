@@ -11,11 +11,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.checkpoints.peft_files import LoraAdapter
 from m2_encoder.errors import Problem
 from m2_encoder.evaluation.models.own import wrap_towers
@@ -25,11 +26,20 @@ from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
+if TYPE_CHECKING:
+    from m2_encoder.exports.recall import Recall
+
 BOUND_FP32: Final = 0.99999
 """Cosine to our own features that every sample must reach, or the format is not written."""
 
 BOUND_FP16: Final = 0.9999
 """The same for weights of 16 bits."""
+
+BOUND_INT8_TABLE: Final = 0.999
+"""The same for a token table of 8 bits; recall decides, too."""
+
+BOUND_INT8: Final = 0.95
+"""The same for matrices of 8 bits: it finds broken graphs, recall decides on the others."""
 
 _BATCH: Final = 8  # pictures of a pass
 _REPEATS: Final = 5
@@ -50,7 +60,8 @@ class Measured(NamedTuple):
     image_ms: float | None = None  # median of one picture, batch of 1; None where nothing was timed
     text_ms: float | None = None  # the same of one text
     peak_bytes: int | None = None  # of the memory of a process that does only this
-    notes: Sequence[str] = ()  # what else was found
+    notes: Sequence[Words] = ()  # what else was found
+    recall: Recall | None = None  # where weights were rounded to 8 bits
 
 
 @dataclasses.dataclass(frozen=True)

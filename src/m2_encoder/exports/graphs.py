@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from m2_encoder.errors import UserError, abridge
 from m2_encoder.exports.base import Features
+from m2_encoder.exports.rounding import RoundedTable, round_matrices
 from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 
@@ -32,8 +33,12 @@ OPSET: Final = 20
 MAX_BYTES: Final = 2**31 - 1
 """Of one ONNX file: it is a protobuf message."""
 
+BATCH_GAP: Final = 1e-2
+"""By how much a number of a feature may differ between a sample alone and in a batch."""
+
+_SUFFIXES: Final = {torch.float32: "", torch.float16: "_fp16", torch.int8: "_int8"}
 _RUNNER: Final = Path(__file__).with_name("run_graphs.py")
-_LOGGERS: Final = ("torch.onnx", "onnxscript", "onnx_ir")
+_LOGGERS: Final = ("", "torch.onnx", "onnxscript", "onnx_ir")  # the quantiser uses the first, that of all
 
 
 class ImageGraph(nn.Module):
@@ -63,11 +68,14 @@ class TextGraph(nn.Module):
         model: in evaluation mode, of the dtype to compute in.
         end_id: of the end token.
         context_length: most tokens of a text; longer ones are refused where the graph runs.
+        int8_table: whether the token table is kept in 8 bits.
     """
 
-    def __init__(self, model: M2Encoder, *, end_id: int, context_length: int) -> None:
+    def __init__(self, model: M2Encoder, *, end_id: int, context_length: int, int8_table: bool = False) -> None:
         super().__init__()
         self.model, self.end_id = model, end_id
+        table = model.text_embed.tokens
+        self.tokens = RoundedTable(table.weight) if int8_table else table
         rows = model.text_embed.positions.weight.detach()[NUM_RESERVED_POSITIONS:]
         self.positions = nn.Parameter(rows[:context_length].clone(), requires_grad=False)
 
@@ -80,7 +88,7 @@ class TextGraph(nn.Module):
         places = torch.arange(length, device=input_ids.device)
         last = (places * (input_ids != self.end_id)).amax(dim=1, keepdim=True)
         mask = places <= last + 1
-        embedded = model.text_embed.tokens(input_ids) + self.positions[:length]
+        embedded = self.tokens(input_ids).to(self.positions.dtype) + self.positions[:length]
         lower = model.backbone(embedded, num_image_tokens=0, token_mask=mask)
         hidden = model.vl_encoder(lower, num_image_tokens=length, token_mask=mask, first_token_only=True)
         return _normalise(model.vl_text_proj(hidden[:, 0]))
@@ -101,14 +109,15 @@ def graph_bytes(config: M2EncoderConfig, *, bytes_per_value: int) -> dict[Litera
 class GraphSettings(NamedTuple):
     """What decides on two graphs."""
 
-    dtype: torch.dtype  # of weights and computation
+    dtype: torch.dtype  # of weights and computation: fp32, fp16 or int8
     context_length: int  # most tokens of a text
-    external_data: bool  # whether weights lie in files of their own
+    external_data: bool = False  # whether weights lie in files of their own; not with int8
+    int8_table: bool = False  # whether the token table has 8 bits; it has with int8
 
     @property
     def suffix(self) -> str:
         """Of the names of files, as transformers.js has it."""
-        return "" if self.dtype == torch.float32 else "_fp16"
+        return _SUFFIXES[self.dtype]
 
 
 class Graphs(NamedTuple):
@@ -136,6 +145,14 @@ def share_graphs(
     graphs = Graphs(*(folder / f"{name}_model{settings.suffix}.onnx" for name in ("vision", "text")))
     if folder.is_dir():
         return graphs
+    if settings.dtype == torch.int8:
+        whole = settings._replace(dtype=torch.float32, int8_table=True)
+        made = share_graphs(scratch, model, whole, end_id=end_id, metadata=metadata)
+        folder.mkdir()
+        with _quiet():
+            for path, target in zip(made, graphs, strict=True):
+                round_matrices(path, target)
+        return graphs
     folder.mkdir(parents=True)
     config, length = model.config, settings.context_length
     if settings.dtype != torch.float32:
@@ -147,7 +164,7 @@ def share_graphs(
     _save(image, graphs.image, metadata, settings.external_data)
     ids = torch.full((2, min(7, length)), end_id)
     free = {0: batch, 1: torch.export.Dim("tokens", min=2, max=length)} if length > 2 else {0: batch}
-    text = TextGraph(model, end_id=end_id, context_length=length)
+    text = TextGraph(model, end_id=end_id, context_length=length, int8_table=settings.int8_table)
     _save(_export(text, ids, ("input_ids", "text_embeds"), free), graphs.text, metadata, settings.external_data)
     return graphs
 
@@ -205,15 +222,19 @@ class GraphRun(NamedTuple):
     image_ms: float  # median, one picture at a time
     text_ms: float  # median, one text at a time
     peak_bytes: int  # of that process, which holds both graphs
+    batch_difference: float  # largest, of a number of a feature alone and in a batch
 
 
-def run_graphs(graphs: Graphs, *, pixels: Tensor, rows: Sequence[Sequence[int]]) -> GraphRun:
+def run_graphs(
+    graphs: Graphs, *, pixels: Tensor, rows: Sequence[Sequence[int]], batch_gap: float = BATCH_GAP
+) -> GraphRun:
     """Features by ONNX Runtime, of each sample alone and of some in a batch.
 
     Args:
         graphs: to run.
         pixels: (n, 3, S, S) fp32.
         rows: ids of each text, without padding but what the tool adds.
+        batch_gap: by how much a number of a feature may differ in a batch.
 
     Raises:
         UserError: if ONNX Runtime cannot run them, or a sample in a batch has other features than alone.
@@ -236,6 +257,7 @@ def run_graphs(graphs: Graphs, *, pixels: Tensor, rows: Sequence[Sequence[int]])
         with np.load(outputs) as found:
             images, texts = (torch.from_numpy(found[name]) for name in ("images", "texts"))
             facts = {name: float(found[name]) for name in ("image_ms", "text_ms", "peak_bytes", "batch_difference")}
-    if not facts["batch_difference"] < 1e-2:
+    if not facts["batch_difference"] < batch_gap:
         raise UserError(f"{names}: features depend on the batch")
-    return GraphRun(Features(images, texts), facts["image_ms"], facts["text_ms"], int(facts["peak_bytes"]))
+    times = facts["image_ms"], facts["text_ms"]
+    return GraphRun(Features(images, texts), *times, int(facts["peak_bytes"]), facts["batch_difference"])

@@ -9,6 +9,7 @@ Letters: B batch · T tokens · S side · E feature dim · W width in immich's d
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -18,7 +19,8 @@ from annotated_types import Ge
 from PIL import Image
 from torch import Tensor
 
-from m2_encoder.bounds import Tokens, check_bounds
+from m2_encoder.bounds import Text, Tokens, check_bounds
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.data.images.transforms import open_image
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.exports.base import ExportFormat, ExportSource, Features, Measured, compare
@@ -32,24 +34,36 @@ from m2_encoder.models.config import M2EncoderConfig
 LISTED: Final = {512: "ViT-B-32__openai", 768: "ViT-L-14__openai", 1024: "ViT-H-14__laion2b-s32b-b79k"}
 """Names that immich lists, by the width of their features."""
 
+DEFAULT_REVISION: Final = "main"
+"""The revision that immich keeps in the folder of the model itself."""
+
+_REVISION: Final = re.compile(r"\w[\w.-]*")
+
 
 class Immich(ExportFormat):
-    """`clip/NAME/` as immich's cache has it: `config.json`, `textual/`, `visual/`.
+    """`clip/NAME/` as immich's cache has it, or `clip/NAME/REVISION/`: `config.json`, `textual/`, `visual/`.
 
     Texts are cut at the right and padded to one length, as immich does it; pictures are squashed to a square.
 
     Args:
         context_length: tokens of every query; None: the model's own.
+        revision: what immich's machine learning has as `MACHINE_LEARNING_MODEL_REVISION`, a variable of versions from
+            3.3 on. It adds a folder to the path, unless it is `main`, which is their default.
     """
 
     @check_bounds
-    def __init__(self, *, context_length: Annotated[Tokens, Ge(3)] | None = None) -> None:
-        self.context_length = context_length
+    def __init__(
+        self, *, context_length: Annotated[Tokens, Ge(3)] | None = None, revision: Text = DEFAULT_REVISION
+    ) -> None:
+        self.context_length, self.revision = context_length, revision
 
     def problems(self, config: M2EncoderConfig) -> Iterator[Problem]:
         """As the base class says."""
         yield from missing_extra((*NEEDED, "tokenizers"))
         yield from context_problems(self.context_length, config)
+        if not _REVISION.fullmatch(self.revision):
+            fix = f"give what MACHINE_LEARNING_MODEL_REVISION is, such as {DEFAULT_REVISION} or v2"
+            yield Problem("revision", self.revision, "must be the name of one folder", fix)
         if rule := size_rule(config, bytes_per_value=4):
             yield Problem("", NOTHING, rule, "leave it out; immich cannot be given a model of this size")
         if config.feature_dim > max(LISTED):
@@ -94,22 +108,27 @@ class Immich(ExportFormat):
     def usage(self, source: ExportSource) -> str:
         """As the base class says."""
         home = self._home(source)
-        name = home.name
+        name, other = home.parts[1], "v2/" if self.revision == DEFAULT_REVISION else "../"
+        variable = f"`MACHINE_LEARNING_MODEL_REVISION={self.revision}`"
         return (
-            f"把 `{home}` 复制到 immich 机器学习容器的模型缓存 `/cache/{home}`，在管理设置里选择模型 `{name}`，"
-            "然后对全部资源重新运行“智能搜索”。\n\n"
-            f"Copy `{home}` to `/cache/{home}` of immich's machine learning container, choose the model `{name}` in "
-            "its settings, and run Smart Search again on all assets. The name is that of a listed model of this width; "
-            "the weights are these."
+            f"停止 immich 的机器学习容器，删除模型缓存中的 `/cache/clip/{name}`（较新版本在其中存有旧权重的副本）；"
+            f"把 `{home}` 复制到 `/cache/{home}`，在管理设置里选择模型 `{name}`，然后对全部资源重新运行“智能搜索”。"
+            f"此路径对应 {variable}（默认 `{DEFAULT_REVISION}`）；其他设置对应 `{other}`。\n\n"
+            f"Stop immich's machine learning, delete `/cache/clip/{name}` from its model cache (newer versions keep "
+            f"copies there that they have prepared from the weights before), copy `{home}` to `/cache/{home}`, choose "
+            f"the model `{name}` in the settings, and run Smart Search again on all assets. The path is that of "
+            f"{variable} (`{DEFAULT_REVISION}` by default); other settings look in `{other}`. The name is that of a "
+            "listed model of this width; the weights are these."
         )
 
     def _length(self, source: ExportSource) -> int:
         return self.context_length or source.tokenizer.context_length
 
     def _home(self, source: ExportSource) -> Path:
-        return Path("clip") / LISTED[listed_width(source.model.config.feature_dim)]
+        home = Path("clip") / LISTED[listed_width(source.model.config.feature_dim)]
+        return home if self.revision == DEFAULT_REVISION else home / self.revision
 
-    def _crop_note(self, source: ExportSource) -> str:
+    def _crop_note(self, source: ExportSource) -> Words:
         """What versions lose that ignore `resize_mode`: they cut the longer side off."""
         size, pictures = source.model.config.image_size, source.loaded.preprocess.pictures
         opened = [open_image(picture.content, pictures=pictures) for picture in make_pictures()]
@@ -118,9 +137,12 @@ class Immich(ExportFormat):
         with torch.inference_mode():
             cropped = torch.cat([source.model.encode_image(batch) for batch in pixels.split(8)])
         cosines = torch.nn.functional.cosine_similarity(cropped, source.image_features[rows])
-        return (
+        median, least = float(cosines.median()), float(cosines.min())
+        return Words(
             f"versions of immich before mid-2026 crop instead of squashing: over {len(rows)} sample pictures that are "
-            f"no squares, the cosine to the right feature is {float(cosines.median()):.2f} (median)"
+            f"no squares, the cosine to the right feature is {median:.2f} (median), {least:.2f} at worst",
+            f"2026 年中以前的 immich 裁剪而不是压成正方形：{len(rows)} 张非正方形样本图片与正确特征的余弦中位数为 "
+            f"{median:.2f}，最低 {least:.2f}",
         )
 
 

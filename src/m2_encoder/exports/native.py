@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.checkpoints.exported import read_exported
 from m2_encoder.checkpoints.io import read_state
 from m2_encoder.errors import CheckpointError
@@ -26,7 +27,8 @@ class Native(ExportFormat):
         if stored.keys() != kept.keys():
             raise CheckpointError(f"{folder}: other weights were written than the model has")
         worst = max(float((kept[name].float() - value.float()).abs().max()) for name, value in stored.items())
-        return Measured(worst, 1.0 if worst == 0 else -1.0, notes=("weights equal to the bit",) if worst == 0 else ())
+        equal = (Words("weights equal to the bit", "权重逐位相等"),)
+        return Measured(worst, 1.0 if worst == 0 else -1.0, notes=equal if worst == 0 else ())
 
     def usage(self, source: ExportSource) -> str:
         """As the base class says."""

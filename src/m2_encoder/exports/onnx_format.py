@@ -7,33 +7,59 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import torch
 from annotated_types import Ge
+from torch import Tensor
 
 from m2_encoder.bounds import Tokens, check_bounds
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.errors import NOTHING, Problem
 from m2_encoder.evaluation.models.onnx_model import FOLDER
-from m2_encoder.exports.base import BOUND_FP16, BOUND_FP32, ExportFormat, ExportSource, Features, Measured, compare
-from m2_encoder.exports.graphs import MAX_BYTES, Graphs, GraphSettings, graph_bytes, run_graphs, share_graphs
+from m2_encoder.exports.base import (
+    BOUND_FP16,
+    BOUND_FP32,
+    BOUND_INT8,
+    BOUND_INT8_TABLE,
+    ExportFormat,
+    ExportSource,
+    Features,
+    Measured,
+    compare,
+)
+from m2_encoder.exports.graphs import (
+    BATCH_GAP,
+    MAX_BYTES,
+    GraphRun,
+    Graphs,
+    GraphSettings,
+    graph_bytes,
+    run_graphs,
+    share_graphs,
+)
+from m2_encoder.exports.parity import WARNING
+from m2_encoder.exports.recall import Recall, measure_recall
 from m2_encoder.exports.samples import TEXTS
 from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
 
 NEEDED: Final = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+_BOUNDS: Final = {torch.float32: BOUND_FP32, torch.float16: BOUND_FP16, torch.int8: BOUND_INT8}
+_INT8_GAP: Final = 0.1  # activations of a batch have one scale
 _SHARE: Final = 0.99  # of the largest file that weights may take; the graph itself is small
 
 
 class Onnx(ExportFormat):
-    """`onnx/vision_model.onnx` and `onnx/text_model.onnx`, with the suffix `_fp16` for float16.
+    """`onnx/vision_model.onnx` and `onnx/text_model.onnx`, with the suffix `_fp16` or `_int8` of their dtype.
 
     Batch and number of tokens are free. Pixels are fp32 in 0..1 and normalised inside; the mask of texts is derived
     inside; features come out L2-normalised in fp32. Metadata of both files say how pictures and texts are read.
 
     Args:
-        dtype: of weights and of what is computed.
+        dtype: of weights and of what is computed; int8 rounds all matrix products and the token table.
+        token_table: int8 rounds the table alone, and computes as before.
         context_length: most tokens of a text; None: the model's own.
         external_data: whether weights lie in files of their own (`*.onnx.data`), which graphs above 2 GB need.
     """
@@ -42,40 +68,52 @@ class Onnx(ExportFormat):
     def __init__(
         self,
         *,
-        dtype: Literal["float32", "float16"] = "float32",
+        dtype: Literal["float32", "float16", "int8"] = "float32",
+        token_table: Literal["float", "int8"] = "float",
         context_length: Annotated[Tokens, Ge(3)] | None = None,
         external_data: bool = False,
     ) -> None:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.context_length, self.external_data = context_length, external_data
-        self.bound = BOUND_FP32 if dtype == "float32" else BOUND_FP16
-        suffix = "" if dtype == "float32" else "_fp16"
+        self.int8_table = token_table == "int8"
+        self.bound = _BOUNDS[self.dtype] if not self.int8_table else min(_BOUNDS[self.dtype], BOUND_INT8_TABLE)
+        suffix = self._settings(0).suffix
         self.image_file, self.text_file = (f"{FOLDER}/{name}{suffix}.onnx" for name in ("vision_model", "text_model"))
 
     def problems(self, config: M2EncoderConfig) -> Iterator[Problem]:
         """As the base class says."""
         yield from missing_extra(NEEDED)
         yield from context_problems(self.context_length, config)
-        if not self.external_data and (rule := size_rule(config, bytes_per_value=self.dtype.itemsize)):
+        if self.dtype == torch.int8:
+            if self.external_data:
+                yield Problem("external_data", True, "int8 writes single files", "leave it out")
+            if rule := size_rule(config, bytes_per_value=4):
+                rule = f"the quantiser reads single files of fp32, but {rule}"
+                yield Problem("dtype", "int8", rule, "give float16 and external_data=true")
+        elif not self.external_data and (rule := size_rule(config, bytes_per_value=self.dtype.itemsize)):
             yield Problem("external_data", self.external_data, rule, "weights then need files of their own: give true")
 
     def write(self, folder: Path, source: ExportSource) -> None:
         """As the base class says."""
         length = self.context_length or source.tokenizer.context_length
-        settings = GraphSettings(self.dtype, length, self.external_data)
-        graphs = make_graphs(folder.parent, source, settings)
+        graphs = make_graphs(folder.parent, source, self._settings(length))
         (folder / FOLDER).mkdir(parents=True)
         for path in graphs.image.parent.iterdir():
             _link(path, folder / FOLDER / path.name)
 
     def measure(self, folder: Path, source: ExportSource) -> Measured:
         """As the base class says."""
-        tokens = source.tokenizer(TEXTS, self.context_length)
-        rows = [ids[mask].tolist() for ids, mask in zip(*tokens, strict=True)]
-        graphs = Graphs(folder / self.image_file, folder / self.text_file)
-        run = run_graphs(graphs, pixels=source.pixels, rows=rows)
+        run = self._run(folder, source, source.pixels, TEXTS)
         ours = Features(source.image_features, source.text_features(context_length=self.context_length))
-        return Measured(*compare(ours, run.features), run.image_ms, run.text_ms, run.peak_bytes)
+        recall = None
+        if self.int8_table or self.dtype == torch.int8:
+            recall = measure_recall(
+                source,
+                lambda pixels, texts: self._run(folder, source, pixels, texts).features,
+                context_length=self.context_length,
+            )
+        notes = self._warnings(run, recall)
+        return Measured(*compare(ours, run.features), run.image_ms, run.text_ms, run.peak_bytes, notes, recall)
 
     def usage(self, source: ExportSource) -> str:
         """As the base class says."""
@@ -86,6 +124,36 @@ class Onnx(ExportFormat):
             f"normalised) and `{self.text_file}` (`input_ids` (B, T) int64, padded with {source.tokenizer.end_id}). "
             "Both give L2-normalised features; their metadata say how pictures and texts are read."
         )
+
+    def _settings(self, context_length: int) -> GraphSettings:
+        return GraphSettings(self.dtype, context_length, self.external_data, self.int8_table)
+
+    def _run(self, folder: Path, source: ExportSource, pixels: Tensor, texts: Sequence[str]) -> GraphRun:
+        tokens = source.tokenizer(texts, self.context_length)
+        rows = [ids[mask].tolist() for ids, mask in zip(*tokens, strict=True)]
+        graphs = Graphs(folder / self.image_file, folder / self.text_file)
+        gap = _INT8_GAP if self.dtype == torch.int8 else BATCH_GAP
+        return run_graphs(graphs, pixels=pixels, rows=rows, batch_gap=gap)
+
+    def _warnings(self, run: GraphRun, recall: Recall | None) -> tuple[Words, ...]:
+        found = []
+        if self.dtype == torch.int8:
+            gap = f"{run.batch_difference:.3f}"
+            found.append(
+                Words(
+                    f"{WARNING}all matrix products are rounded to 8 bits; numbers of a feature change with what else "
+                    f"is in the batch, by up to {gap} here; compare results on pictures of your own",
+                    f"警告：所有矩阵乘法都舍入到 8 位；特征随同批的输入而变，这里至多 {gap}；请用自己的图片比较",
+                )
+            )
+        if recall is not None and not recall.decides:
+            found.append(
+                Words(
+                    f"{WARNING}{recall.silence}; the cosine decided alone",
+                    f"警告：召回率不能说明问题，模型自己只找到 {recall.ours_mean:.1f} %；仅由余弦决定",
+                )
+            )
+        return tuple(found)
 
 
 def _link(path: Path, target: Path) -> None:

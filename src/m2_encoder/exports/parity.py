@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
+from m2_encoder.checkpoints.card import FILES_START, files_section, table
+from m2_encoder.checkpoints.card_words import heading
 from m2_encoder.checkpoints.exported import CARD_FILE
 from m2_encoder.exports.base import Measured
+from m2_encoder.exports.recall import NUM_PICTURES
 from m2_encoder.exports.samples import TEXTS, make_pictures
-from m2_encoder.files import file_sha256, write_json
+from m2_encoder.files import write_json
 from m2_encoder.record import describe_run
 
 if TYPE_CHECKING:
@@ -22,8 +24,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PARITY_FILE: Final = "parity.json"
-_CARD_START: Final = "## Formats · 各工具的格式\n"
+_CARD_START: Final = heading("Formats")
 _REFERENCE: Final = "torch"
+_RECALL_HEADER: Final = ("", "zh t2i", "zh i2t", "en t2i", "en i2t", "mean")
+RECALL_TITLE: Final = f"% found among {NUM_PICTURES} built-in drawings, mean of R@1, 5 and 10"
+WARNING: Final = "warning: "
+"""How a note begins that users should not overlook."""
+
 _TOOLS: Final = ("onnx", "onnxruntime", "onnxscript", "tokenizers", "transformers")
 
 
@@ -39,7 +46,15 @@ class FormatResult(NamedTuple):
     @property
     def holds(self) -> bool:
         """Whether it gives our features within its bound."""
-        return self.measured.smallest_cosine >= self.bound
+        return not self.rule
+
+    @property
+    def rule(self) -> str:
+        """Why it does not; empty if it does."""
+        cosine, recall = self.measured.smallest_cosine, self.measured.recall
+        if not cosine >= self.bound:
+            return f"smallest cosine {cosine:.7f}, {self.bound} is the least"
+        return "" if recall is None else recall.rule(cosine)
 
 
 class Parity(NamedTuple):
@@ -59,28 +74,32 @@ def print_parity(console: Console, parity: Parity) -> None:
     from rich.text import Text
 
     console.print(_table(parity))
+    if rows := _recall_rows(parity.results):
+        console.print(_grid(RECALL_TITLE, _RECALL_HEADER, rows))
     for each in parity.results:
         for note in each.measured.notes:
-            console.print(Text(f"{each.name}: {note}"), soft_wrap=True)
+            style = "yellow" if note.en.startswith(WARNING) else ""
+            console.print(Text(f"{each.name}: {note.en}", style=style), soft_wrap=True)
     for each in parity.missed:
-        rule = (
-            f"{each.name}: smallest cosine {each.measured.smallest_cosine:.7f}, {each.bound} is the least: not written"
-        )
-        console.print(Text(rule, style="bold red"), soft_wrap=True)
+        console.print(Text(f"{each.name}: {each.rule}: not written", style="bold red"), soft_wrap=True)
 
 
 def _table(parity: Parity) -> Table:
+    tried = f"{len(TEXTS)} texts and {len(make_pictures())} pictures against load()"
+    header = ("format", "largest\ndifference", "smallest\ncosine", "MB", "ms a\npicture", "ms a\ntext", "peak\nMB")
+    return _grid("weights read back" if parity.torch_ms is None else tried, header, _rows(parity))
+
+
+def _grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    tried = f"{len(TEXTS)} texts and {len(make_pictures())} pictures against load()"
-    table = Table(box=box.SIMPLE_HEAD, title="weights read back" if parity.torch_ms is None else tried)
-    table.add_column("format")
-    for heading in ("largest\ndifference", "smallest\ncosine", "MB", "ms a\npicture", "ms a\ntext", "peak\nMB"):
-        table.add_column(heading, justify="right")
-    for row in _rows(parity):
-        table.add_row(*row)
-    return table
+    grid = Table(box=box.SIMPLE_HEAD, title=title)
+    for number, name in enumerate(header):
+        grid.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
 
 
 def _rows(parity: Parity) -> list[tuple[str, ...]]:
@@ -102,6 +121,20 @@ def _rows(parity: Parity) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _recall_rows(results: Sequence[FormatResult]) -> list[tuple[str, ...]]:
+    """Recall of the model, then of each format that has it; none if no format has."""
+    found = {each.name: each.measured.recall for each in results if each.measured.recall is not None}
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    lines = {
+        f"{_REFERENCE}, fp32": (first.ours, first.ours_mean),
+        **{name: (recall.theirs, recall.theirs_mean) for name, recall in found.items()},
+    }
+    rows = [(name, *(f"{value:.2f}" for value in (*values.values(), mean))) for name, (values, mean) in lines.items()]
+    return [*rows, ("chance", *[f"{first.chance:.2f}"] * (len(first.ours) + 1))]
 
 
 def _number(value: float | None) -> str:
@@ -126,7 +159,7 @@ def _content(parity: Parity) -> dict[str, Any]:
             each.name: {
                 "written": each.holds,
                 "bound": each.bound,
-                **dataclasses.asdict(_Plain(*each.measured)),
+                **_plain(each.measured),
                 "files": dict(each.files),
             }
             for each in parity.results
@@ -143,28 +176,20 @@ def _tool_versions() -> dict[str, str]:
     return found
 
 
-@dataclasses.dataclass
-class _Plain:
-    """`Measured` in the order and under the names of `parity.json`."""
-
-    largest_difference: float
-    smallest_cosine: float
-    image_ms: float | None
-    text_ms: float | None
-    peak_bytes: int | None
-    notes: Sequence[str]
+def _plain(found: Measured) -> dict[str, Any]:
+    recall = None if found.recall is None else found.recall._asdict()
+    return found._asdict() | {"notes": [note.en for note in found.notes], "recall": recall}
 
 
 def without_formats(card: str) -> str:
     """A card as it is before `write_parity`."""
-    before, found, _ = card.partition(f"\n{_CARD_START}")
-    return before if found else card
+    return card.partition(f"\n{_CARD_START}\n")[0].partition(f"\n{FILES_START}\n")[0]
 
 
 def _section(folder: Path, parity: Parity, kept: Sequence[FormatResult]) -> str:
-    parts = [f"\n{_CARD_START}"]
+    parts = [f"\n{_CARD_START}\n"]
     for each in kept:
-        notes = "".join(f"\n- {note}" for note in each.measured.notes)
+        notes = "".join(f"\n- {note.line}" for note in each.measured.notes)
         parts.append(f"### {each.name}\n\n{each.usage}\n{notes}\n" if notes else f"### {each.name}\n\n{each.usage}\n")
     texts, pictures = len(TEXTS), len(make_pictures())
     lead = (
@@ -173,13 +198,11 @@ def _section(folder: Path, parity: Parity, kept: Sequence[FormatResult]) -> str:
     )
     header = ("format", "largest difference", "smallest cosine", "MB", "ms a picture", "ms a text", "peak MB")
     names = {_REFERENCE, *(each.name for each in kept)}
-    parts += [lead, _markdown(header, [row for row in _rows(parity) if row[0] in names])]
+    parts += [lead, table(header, [row for row in _rows(parity) if row[0] in names]) + "\n"]
+    if recalls := _recall_rows(kept):
+        parts += [
+            f"内置图画 {NUM_PICTURES} 张，R@1、5、10 的平均 / {RECALL_TITLE}:\n",
+            table(_RECALL_HEADER, recalls) + "\n",
+        ]
     written = sorted({name for each in kept for name in each.files})  # some are of several formats
-    files = [(name, f"{(folder / name).stat().st_size:,}", f"`{file_sha256(folder / name)}`") for name in written]
-    parts += ["校验和 / Checksums:\n", _markdown(("file", "bytes", "sha256"), files)]
-    return "\n".join(parts)
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return "\n".join(parts) + files_section(folder, written)

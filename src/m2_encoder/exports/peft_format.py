@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Final
 
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.checkpoints.peft_files import read_adapter, write_adapter
 from m2_encoder.errors import CheckpointError
 from m2_encoder.exports.base import ExportFormat, ExportSource, Measured
@@ -35,7 +36,8 @@ class Peft(ExportFormat):
         ]
         both += [(own.whole[name], stored.whole[name]) for name in own.whole]
         worst = max(float((one.float() - other).abs().max()) for one, other in both)
-        return Measured(worst, 1.0 if worst == 0 else -1.0, notes=("numbers equal to the bit",) if worst == 0 else ())
+        equal = (Words("numbers equal to the bit", "数值逐位相等"),)
+        return Measured(worst, 1.0 if worst == 0 else -1.0, notes=equal if worst == 0 else ())
 
     def usage(self, source: ExportSource) -> str:
         """As the base class says."""

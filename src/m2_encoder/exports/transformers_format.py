@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.checkpoints.exported import CONFIG_FILE
 from m2_encoder.checkpoints.formats import read_small_json
 from m2_encoder.data.images.transforms import open_image
@@ -64,10 +65,12 @@ class Transformers(ExportFormat):
         images, files, texts = (torch.from_numpy(found[name]) for name in ("images", "files", "texts"))
         compared = compare(Features(source.image_features, source.text_features()), Features(images, texts))
         cosines = torch.nn.functional.cosine_similarity(files, source.image_features)
-        note = (
-            f"files that transformers opens by itself: {int((cosines < self.bound).sum())} of {len(cosines)} sample "
-            f"pictures have other features, the smallest cosine is {float(cosines.min()):.2f}; it drops alpha, obeys "
-            "the orientation and clips levels of 16 bits"
+        other, least = int((cosines < self.bound).sum()), float(cosines.min())
+        note = Words(
+            f"files that transformers opens by itself: {other} of {len(cosines)} sample pictures have other features, "
+            f"the smallest cosine is {least:.2f}; it drops alpha, obeys the orientation and clips levels of 16 bits",
+            f"由 transformers 自己打开的文件：{len(cosines)} 张样本图片中 {other} 张特征不同，最小余弦 {least:.2f}；"
+            "它丢弃透明度，遵循方向信息，截断 16 位灰度",
         )
         return Measured(*compared, float(found["image_ms"]), float(found["text_ms"]), int(found["peak_bytes"]), (note,))
 

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from m2_encoder.bounds import Text, check_bounds
+from m2_encoder.checkpoints.card_words import Words
 from m2_encoder.config.model_choice import find_path
 from m2_encoder.data.emoji.drawings import write_drawings
 from m2_encoder.data.images.opening import name_format, open_picture, read_picture_file
@@ -270,18 +271,25 @@ def _thumbnail(path: Path) -> bytes:
         return b""
 
 
-def _describe(home: Path) -> list[str]:
+def _describe(home: Path) -> list[Words]:
     """What a browser loads, and when; and what is not in the page."""
 
     def megabytes(*patterns: str) -> str:
         return f"{sum(path.stat().st_size for each in patterns for path in home.glob(each)) / 1e6:.1f} MB"
 
     found = read_data(home, "pictures")
+    number, page = f"{len(found['names']):,}", megabytes("index.html", "data/pictures.js")
+    text, image = megabytes("data/runtime.js", "data/text.js"), megabytes("data/image.js")
+    small = megabytes("data/thumbnails-*.js")
     notes = [
-        f"{len(found['names']):,} pictures; a browser loads {megabytes('index.html', 'data/pictures.js')} at once, "
-        f"{megabytes('data/runtime.js', 'data/text.js')} with the first words, {megabytes('data/image.js')} with the "
-        f"first picture, and up to {megabytes('data/thumbnails-*.js')} of small pictures as they are shown"
+        Words(
+            f"{number} pictures; a browser loads {page} at once, {text} with the first words, {image} with the first "
+            f"picture, and up to {small} of small pictures as they are shown",
+            f"{number} 张图片；浏览器一开始加载 {page}，首次输入文字时加载 {text}，首次用图片搜索时加载 {image}，"
+            f"小图随显示加载，至多 {small}",
+        )
     ]
     if skipped := found["skipped"]:
-        notes.append(f"left out, because it cannot be read: {name_some(skipped)}")
+        names = name_some(skipped)
+        notes.append(Words(f"left out, because it cannot be read: {names}", f"无法读取，未收入：{names}"))
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -131,18 +132,26 @@ def test_card_says_what_a_reader_needs(exported: Path) -> None:
         "# Emoji\n",
         "A small encoder.",
         "from m2_encoder import load",
-        "[Noto \\| Emoji](https://example.org/noto) | Apache-2.0 | drawings |",
-        "- steps: 3,000",
-        "### heldout_style",
+        "[Noto \\| Emoji](https://example.org/noto) | Apache-2.0 | 图画 / drawings |",
+        "- steps · 步数: 3,000",
+        "### heldout_style · 没见过的画风",
         "| zh | 41.3 | 61.0 |",
         "| en |  | 44.4 |",
-        "| chance | 0.07 | 0.67 |",
+        "| chance · 随机 | 0.07 | 0.67 |",
         "It has seen drawings only.",
-        "- run: emoji",
+        "- run · 训练名: emoji",
         "The weights: CC-BY-SA-4.0",
+        "权重：CC-BY-SA-4.0。",
     ):
         assert part in card, part
-    assert card.index("| zh |") < card.index("| chance |")
+    assert card.index("| zh |") < card.index("| chance ·")
+
+
+def test_card_ends_with_sizes_and_checksums(exported: Path) -> None:
+    _, end = (exported / "README.md").read_text("utf-8").split("\n## Files · 文件\n\n")
+    for name in ("model.safetensors", "tokenizer.model"):
+        content = (exported / name).read_bytes()
+        assert f"| {name} | {len(content):,} | `{hashlib.sha256(content).hexdigest()}` |" in end
 
 
 def test_card_without_any_information(model: M2Encoder) -> None:

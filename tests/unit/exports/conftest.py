@@ -45,7 +45,7 @@ def exported(source: ExportSource, tmp_path_factory: pytest.TempPathFactory) -> 
     for name in ("onnx", "onnxscript", "onnxruntime", "tokenizers"):
         pytest.importorskip(name, reason="needs the extra export")
     folder = tmp_path_factory.mktemp("exports") / "all"
-    formats = {"native": Native(), "onnx": Onnx(), "immich": Immich()}
+    formats = {"native": Native(), "onnx": Onnx(), "immich": Immich(), "immich_v2": Immich(revision="v2")}
     with pytest.MonkeyPatch.context() as patch:
         # As if weights were above 1.5 GB, from where on torch would write a second file of its own accord.
         patch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1)

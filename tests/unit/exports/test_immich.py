@@ -132,3 +132,34 @@ def test_names_are_those_of_models_as_wide(source: ExportSource) -> None:
         "features of 1025 numbers are wider than those of any model that immich lists"
     ]
     assert not [*Immich().problems(source.model.config)]
+
+
+def test_a_revision_is_a_folder_below_the_name(exported: Exported, source: ExportSource, tmp_path: Path) -> None:
+    """Versions from 3.3 on look there; they fix the batch by its name and keep an optimised copy of the graph."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
+    (result,) = (each for each in exported.parity.results if each.name == "immich_v2")
+    assert all(name.startswith("clip/ViT-B-32__openai/v2/") for name in result.files)
+    pinned = ImmichModel(exported.folder, "ViT-B-32__openai/v2")
+    (ours,) = source.text_features(["红色的水果"])
+    assert _cosine(pinned.text("红色的水果"), ours) >= 0.9999
+    options = onnxruntime.SessionOptions()
+    options.add_free_dimension_override_by_name("batch", 1)
+    options.optimized_model_filepath = str(tmp_path / "model.onnx")
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "model.data")
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    path = exported.folder / "clip" / "ViT-B-32__openai" / "v2" / "textual" / "model.onnx"
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    pinned.sessions["textual"] = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    assert _cosine(pinned.text("红色的水果"), ours) >= 0.9999
+    card = (exported.folder / "README.md").read_text(encoding="utf-8")
+    assert "`/cache/clip/ViT-B-32__openai/v2`" in card
+    assert "MACHINE_LEARNING_MODEL_REVISION=v2" in card
+
+
+@pytest.mark.parametrize(("revision", "is_wrong"), [("main", False), ("v2", False), ("../v2", True), (".hidden", True)])
+def test_a_revision_is_the_name_of_one_folder(source: ExportSource, revision: str, is_wrong: bool) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    keys = [each.key for each in Immich(revision=revision).problems(source.model.config)]
+    assert keys == (["revision"] if is_wrong else [])

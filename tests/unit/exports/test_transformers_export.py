@@ -43,7 +43,7 @@ def test_both_formats_share_a_folder_in_any_order(source: ExportSource, tmp_path
     found = {each.name: each.measured for each in parity.results}
     assert found["transformers"].smallest_cosine >= 0.99999
     assert found["transformers"].image_ms > 0 < found["transformers"].peak_bytes
-    (note,) = found["transformers"].notes
+    ((note, _),) = found["transformers"].notes
     assert "of 32 sample pictures have other features" in note
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "m2_encoder"

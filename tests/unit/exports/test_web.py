@@ -110,8 +110,8 @@ def test_queries_are_read_alike(tmp_path: Path) -> None:
 def test_the_folder_is_whole_in_itself(page: WebPage) -> None:
     (result,) = page.parity.results
     assert result.measured.smallest_cosine >= 0.99999
-    assert f"{NUMBER} pictures; a browser loads" in result.measured.notes[0]
-    assert result.measured.notes[1] == "left out, because it cannot be read: broken.png"
+    assert f"{NUMBER} pictures; a browser loads" in result.measured.notes[0].en
+    assert result.measured.notes[1].en == "left out, because it cannot be read: broken.png"
     html = (page.home / "index.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in html
     assert "/api/" not in html

@@ -82,6 +82,18 @@ def test_numbers_are_printed_stored_and_in_the_card(exported: Exported) -> None:
     assert "1.0000000" in out.getvalue()
 
 
+def test_a_card_has_one_list_of_files(source: ExportSource, tmp_path: Path) -> None:
+    native = source.write_native
+    native(tmp_path / "native")
+    card = (tmp_path / "native" / "README.md").read_text(encoding="utf-8")
+    again = ExportSource(source.loaded, card, native)
+    write_export(tmp_path / "out", source=again, formats={"native": Native(), "more": Added("{}", "more.json")})
+    written = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert written.count("| model.safetensors |") == card.count("| model.safetensors |") == 1
+    assert written.startswith(without_formats(card))
+    assert without_formats(written) == without_formats(card)
+
+
 @pytest.mark.parametrize("fault", ["zero", "nan"])
 def test_a_format_that_misses_its_bound_is_left_out(
     exported: Exported, source: ExportSource, tmp_path: Path, fault: str
@@ -149,12 +161,12 @@ def test_samples_have_what_trips_tools() -> None:
 class Added(ExportFormat):
     """Writes one file."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, name: str = "config.json") -> None:
+        self.text, self.name = text, name
 
     def write(self, folder: Path, source: ExportSource) -> None:
         folder.mkdir()
-        (folder / "config.json").write_text(self.text, encoding="utf-8")
+        (folder / self.name).write_text(self.text, encoding="utf-8")
 
     def measure(self, folder: Path, source: ExportSource) -> Measured:
         return Measured(0.0, 1.0)

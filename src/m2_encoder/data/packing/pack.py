@@ -41,6 +41,7 @@ class PackOptions(NamedTuple):
         images: what is done to images.
         downloads: how they are fetched; changes no bytes.
         retry_remote: pack shards again in which downloads failed.
+        joins_captions: samples without an identity get one from their captions: equal ones show the same.
     """
 
     samples_per_shard: int = 1000
@@ -48,6 +49,7 @@ class PackOptions(NamedTuple):
     images: ImageOptions = ImageOptions()
     downloads: DownloadOptions = DownloadOptions()
     retry_remote: bool = False
+    joins_captions: bool = False
 
 
 class PackSummary(NamedTuple):
@@ -159,6 +161,7 @@ def _tasks(source: Source, folder: Path, options: PackOptions) -> Iterator[Shard
             fingerprint=hash_json([settings, first, records.fingerprint()]),
             images=options.images,
             downloads=options.downloads,
+            joins_captions=options.joins_captions,
         )
         first += len(records)
 
@@ -171,6 +174,7 @@ def _settings(options: PackOptions) -> dict[str, Any]:
         "samples_per_shard": options.samples_per_shard,
         "pattern": options.pattern,
         "images": images,
+        **({"identity": "captions"} if options.joins_captions else {}),
     }
 
 
@@ -210,7 +214,9 @@ def _claim(folder: Path, markers: Path, settings: dict[str, Any], overwrite: boo
     if found is not None and found != settings:
         if not overwrite:
             changed = ", ".join(
-                key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]
+                key
+                for key in (settings | found if isinstance(found, dict) else settings)
+                if not isinstance(found, dict) or found.get(key) != settings.get(key)
             )
             raise UserError(
                 f"output={folder}: holds shards packed with other options ({changed}); give a new folder, or replace "

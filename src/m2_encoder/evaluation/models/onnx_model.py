@@ -29,8 +29,8 @@ from m2_encoder.types import TextTokens
 FOLDER: Final = "onnx"
 """Of an exported folder, that holds the graphs."""
 
-SUFFIXES: Final = ("", "_fp16")
-"""Of graphs that compute in 32 and in 16 bits; the first pair that is there is taken."""
+SUFFIXES: Final = ("", "_fp16", "_int8")
+"""Of graphs that compute in 32, in 16 and in 8 bits; the first pair that is there is taken."""
 
 _NAMES: Final = ("vision_model", "text_model")
 _SAME: Final = ("fingerprint", "preprocess", "tokenizer", "feature_dim")
@@ -45,7 +45,7 @@ class GraphFiles(NamedTuple):
 
 
 def find_graphs(folder: str | os.PathLike[str]) -> GraphFiles:
-    """The graphs in an exported folder; those of 32 bits, if there are both.
+    """The graphs in an exported folder; those of the most bits, if there are several.
 
     Raises:
         CheckpointError: if a graph is missing.

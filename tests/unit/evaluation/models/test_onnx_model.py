@@ -75,10 +75,11 @@ def test_features_and_fingerprint_are_those_of_torch(folder: Path, by_torch: Eva
     assert facts.weight_bytes == sum(path.stat().st_size for path in (folder / "onnx").iterdir())
 
 
-def test_graphs_of_16_bits(by_torch: EvaluatedModel, tmp_path: Path) -> None:
-    write_graphs(tmp_path / "half", dtype="float16")
-    graphs = open_graphs(tmp_path / "half", name="small")
-    assert gap(graphs, by_torch) >= 0.9999
+@pytest.mark.parametrize(("dtype", "least"), [("float16", 0.9999), pytest.param("int8", 0.95, marks=pytest.mark.slow)])
+def test_graphs_of_fewer_bits(by_torch: EvaluatedModel, tmp_path: Path, dtype: str, least: float) -> None:
+    write_graphs(tmp_path / "small", dtype=dtype)
+    graphs = open_graphs(tmp_path / "small", name="small")
+    assert gap(graphs, by_torch) >= least
     assert graphs.fingerprint == by_torch.fingerprint
 
 
