@@ -163,6 +163,7 @@ REFUSED = [
     (["model=towers", "objective=[itc,itm]"], "objective.itm: needs image and text encoded together"),
     (["model=towers", "objective.itc.heads=[features,backbone_features]"], "trains backbone_features"),
     (["model=towers", "strategy.activation_checkpointing=true"], "the layers of my_parts_of_mine.Towers are not known"),
+    (["model=towers", "adaptation=prompts"], "needs the layers of an M2-Encoder; those of my_parts_of_mine.Towers are"),
     (["model=towers", "+model.widht=3"], "unknown argument (did you mean width?)"),
     (["model=towers", "model._target_=my_parts_of_mine.Tower"], "has no Tower (did you mean Towers"),
     (["model=towers", "model.pixel_mean=[1]"], "3 numbers"),

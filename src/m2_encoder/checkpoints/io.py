@@ -206,8 +206,10 @@ def save_official(model: M2Encoder, path: str | os.PathLike[str]) -> None:
     The file appears whole or not at all. Tensors keep their dtype.
 
     Raises:
-        CheckpointError: if the file cannot be written.
+        CheckpointError: if the file cannot be written, or the model has prompts or adapters, which that format has not.
     """
+    if model.config.num_prompts or model.config.adapter_width:
+        raise CheckpointError("the official format has no prompts or adapters; use save_safetensors or export_model")
     state = to_official_state(_portable_state(model))
     with atomic_file(path, error=CheckpointError) as temporary:
         torch.save({"state_dict": state}, temporary)

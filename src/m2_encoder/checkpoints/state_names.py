@@ -6,6 +6,7 @@ What is left of a name must then be one of `adapters.NAME_TABLE` exactly.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -40,6 +41,11 @@ INNER_NAMES: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 AVERAGED_NAMES: Final = ("ema", "model_ema", "ema_model", "averaged_model")
 """What stands before the names of a moving average that is kept beside the plain weights."""
 
+_ADDED: Final = re.compile(
+    r"text_embed\.han_pieces|backbone\.layers\.\d+\.(prompts\.(vision|text)|adapters\.\w+\.(down|up)\.(weight|bias))"
+)
+"""Names of added parts (`models.added_parts`), for which there are no official ones."""
+
 _COUNTER: Final = "n_averaged"
 """How many updates an average of torch has seen; no parameter."""
 
@@ -59,7 +65,7 @@ class Name(NamedTuple):
 
 def our_name(name: str) -> str | None:
     """Our name of a parameter in the official spelling or in ours; None for anything else."""
-    return official_to_ours(name) or (name if ours_to_official(name) else None)
+    return official_to_ours(name) or (name if ours_to_official(name) or _ADDED.fullmatch(name) else None)
 
 
 def unwrap(content: object, path: Path, *, says: bool = True) -> dict[str, Tensor]:

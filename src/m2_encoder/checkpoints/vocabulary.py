@@ -20,10 +20,14 @@ from m2_encoder.checkpoints.formats import file_kind, read_safetensors_metadata,
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.errors import CheckpointError
+from m2_encoder.tokenizers.han_pieces import mark_han_pieces
 from m2_encoder.tokenizers.sentencepiece_tokenizer import OFFICIAL_VOCAB_SIZE, SentencePieceTokenizer
 
 TOKEN_TABLE: Final = "text_embed.tokens.weight"
 """The one parameter with a row for each piece."""
+
+HAN_PIECES: Final = "text_embed.han_pieces"
+"""A number for each piece, of models with adapters for languages."""
 
 CHECKPOINT_KEY: Final = "tokenizer"
 """Of a training checkpoint: `sha256`, and the SentencePiece file as `file`, (bytes,) uint8."""
@@ -114,6 +118,8 @@ def fit_vocabulary(
     if mapped is not True:
         _check(table.shape[0], stored, old, weights)
     state[TOKEN_TABLE], kept = map_rows(table, old, tokenizer)
+    if HAN_PIECES in state:
+        state[HAN_PIECES] = mark_han_pieces(tokenizer)
     _LOGGER.warning(
         "%s: %s of %s pieces of the tokenizer keep their row of the token table, %s begin as the mean of the pieces "
         "that they split into",

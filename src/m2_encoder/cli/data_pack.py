@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from annotated_types import Ge, Le
 from rich.console import Console
@@ -55,6 +55,9 @@ class PackSettings:
     image_root: Text | None
     encoding: Text | None
     columns: ColumnSettings
+    classes: Text | None
+    templates: Text | dict[Literal["zh", "en"], Text]
+    identity: Literal["captions"] | None
     language: LanguageName | None
     samples_per_shard: Annotated[int, Ge(1), Le(10**6)]
     pattern: Text
@@ -83,6 +86,8 @@ def check_pack(cfg: dict[str, Any]) -> list[Problem]:
         if cfg["encoding"] is not None:
             _check_encoding(cfg["encoding"])
         source = _find(cfg)
+        if cfg["classes"] is not None:
+            _with_classes(cfg, source)
         if source.format == "folder" and anchor(cfg["output"]).resolve().is_relative_to(source.paths[0].resolve()):
             inside = f"lies inside of source={cfg['source']}; give a folder outside of it"
             raise UserError(inside, key="output", value=cfg["output"])
@@ -95,6 +100,7 @@ def run_pack(cfg: dict[str, Any]) -> int:
     """Packs, shows progress, and says what became of the records; raises `UserError` as `pack`."""
     output = anchor(cfg["output"])
     source = _find(cfg)
+    source = source if cfg["classes"] is None else _with_classes(cfg, source)
     if source.left_out:
         names = f"{source.left_out[0].name}{' and others' if len(source.left_out) > 1 else ''}"
         said = f"packing the images below {source.paths[0]}, not the rows of {names}: name a table to pack these"
@@ -111,6 +117,7 @@ def run_pack(cfg: dict[str, Any]) -> int:
         ),
         downloads=DownloadOptions(threads=cfg["threads"], timeout_s=cfg["timeout_s"], retries=cfg["retries"]),
         retry_remote=cfg["retry_remote"],
+        joins_captions=cfg["identity"] == "captions",
     )
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -148,6 +155,12 @@ def _find(cfg: dict[str, Any]) -> Source:
         image_root=root,
         encoding=cfg["encoding"],
     )
+
+
+def _with_classes(cfg: dict[str, Any], source: Source) -> Source:
+    from m2_encoder.cli.class_captions import read_classes  # imports torch, which nothing else here needs
+
+    return source._replace(classes=read_classes(cfg, source))
 
 
 def _check_encoding(name: str) -> None:

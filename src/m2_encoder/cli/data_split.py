@@ -120,7 +120,8 @@ def _print_record(record: dict[str, Any], output: Path) -> None:
     for kind, count in record["glued"].items():
         say(f"    {count:>9,} samples share a {kind} with another one")
     shared = record["on_both_sides"]
-    why = f" (those of more than {record['max_repeats']:,} samples)" if shared["captions"] else ""
+    is_frequent = shared["captions"] and record["max_repeats"] is not None
+    why = f" (those of more than {record['max_repeats']:,} samples)" if is_frequent else ""
     say(f"  on both sides: {', '.join(f'{count:,} {what}' for what, count in shared.items())}{why}")
     if record["unusable"]:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in record["unusable"].items())

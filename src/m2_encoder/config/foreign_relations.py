@@ -14,6 +14,7 @@ from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
 
 _PACKAGE: Final = "m2_encoder."
 _FULL_TARGET: Final = "m2_encoder.training.adaptation.Full"
+_OWN_ADAPTATIONS: Final = "m2_encoder.training.adaptations."
 _FSDP: Final = "GroupedFSDPStrategy"
 _NEUTRAL: Final = (("micro_batches", 1), ("activation_checkpointing", False))
 _FEATURES: Final = frozenset({"features", "vision_expert_reader"})
@@ -63,6 +64,9 @@ def check_towers(known: Known) -> Iterator[Problem]:
     if known("model.map_tokenizer", None) is not None:
         rule = f"must be null: the token table of {known('model._target_')} is not known"
         yield Problem("model.map_tokenizer", known("model.map_tokenizer"), rule, "use model.map_tokenizer=null")
+    if str(adaptation := known("adaptation._target_", _FULL_TARGET)).startswith(_OWN_ADAPTATIONS):
+        rule = f"needs the layers of an M2-Encoder; those of {known('model._target_')} are not known"
+        yield Problem("adaptation._target_", adaptation, rule, "use adaptation=full, or one of your own")
 
 
 def needs_more(key: str, objective: Objective, model: str) -> Problem | None:

@@ -72,6 +72,10 @@ def _check_weights(known: Known) -> Iterator[Problem]:
     if weights is not None and not weights.startswith(("http://", "https://")) and not anchor(weights).exists():
         fix = "give the path of a checkpoint, or null to train from scratch"
         yield Problem("model.weights", weights, "no such file", fix)
+    for name in ("num_prompts", "adapter_width"):
+        if weights is None and (value := known(f"model.{name}", None)):
+            fix = "use adaptation=prompts or adaptation=adapters, or add model.weights=FILE"
+            yield Problem(f"model.{name}", value, "is of weights that were adapted, and there are none", fix)
 
 
 def _check_tokenizer(known: Known) -> Iterator[Problem]:

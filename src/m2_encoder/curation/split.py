@@ -25,10 +25,10 @@ from m2_encoder.curation.split_groups import (
     GlueOptions,
     Groups,
     SplitSample,
-    caption_form,
     choose_sides,
     group_samples,
 )
+from m2_encoder.data.samples.captions import caption_form
 from m2_encoder.data.samples.parse import SampleProblem, name_content, parse_sample_text
 from m2_encoder.data.shards.index import open_index, scan_samples
 from m2_encoder.data.shards.reader import OpenShard
@@ -146,7 +146,8 @@ def _run(
     if options.by == "folder" and not any(sample.folder for sample in samples):
         rule = "no sample has a folder in the `key` of its JSON, or in its name; choose identity or hash"
         raise UserError(rule, key="by", value=options.by)
-    groups = group_samples(samples, options.glue._replace(by_folder=options.by == "folder"))
+    glue = options.glue._replace(by_folder=options.by == "folder", by_picture=options.by == "picture")
+    groups = group_samples(samples, glue)
     held = choose_sides(samples, groups, share=options.share, by=options.by, seed=options.seed)
     _refuse_empty(samples, groups, held, options)
     sides = [
@@ -319,7 +320,7 @@ def _list_shards(paths: Sequence[str]) -> list[_Shard]:
 def _settings(options: SplitOptions) -> dict[str, Any]:
     values = options._asdict()
     glue = options.glue._asdict()
-    del values["glue"], glue["by_folder"]
+    del values["glue"], glue["by_folder"], glue["by_picture"]
     return {**values, "names": list(options.names), **glue}
 
 

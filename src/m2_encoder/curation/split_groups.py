@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias, get_args
@@ -12,11 +11,9 @@ import numpy as np
 
 from m2_encoder.curation.near import find_pairs
 
-By: TypeAlias = Literal["identity", "folder", "hash"]
+By: TypeAlias = Literal["identity", "folder", "hash", "picture"]
 BYS: Final = get_args(By)
 """How samples are split."""
-
-_SHOWN_CHARACTERS: Final = 64
 
 
 class SplitSample(NamedTuple):
@@ -37,6 +34,7 @@ class GlueOptions(NamedTuple):
     """What keeps samples together, beside equal pictures, captions and identities."""
 
     by_folder: bool = False  # the folder of their original path
+    by_picture: bool = False  # equal and similar pictures alone
     near_images: int | None = 2  # pictures that differ in so many of 64 bits; None: equal bytes alone
     near_color: int = 16  # and in so much of their mean colour, in each channel
     max_repeats: int | None = None  # captions of more samples do not keep them together; None: all do
@@ -64,22 +62,14 @@ class Groups(NamedTuple):
         return max(map(len, self.members), default=0)
 
 
-def caption_form(text: str) -> str:
-    """A form that equal captions share: case, width, spaces and invisible characters do not tell them apart."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    plain = " ".join("".join(sign for sign in plain if unicodedata.category(sign) != "Cf").split())
-    if len(plain) <= _SHOWN_CHARACTERS:
-        return plain
-    return f"{plain[:_SHOWN_CHARACTERS]}…{hashlib.blake2b(plain.encode(), digest_size=12).hexdigest()}"
-
-
 def group_samples(samples: Sequence[SplitSample], options: GlueOptions) -> Groups:
     """Connect samples that share a picture, a caption or an identity, over others if need be."""
     causes: dict[str, dict[str | bytes, list[int]]] = {"picture": _classes((each.image,) for each in samples)}
     captions = _classes(each.captions for each in samples)
     limit = len(samples) if options.max_repeats is None else options.max_repeats
-    causes["caption"] = {text: places for text, places in captions.items() if len(places) <= limit}
-    causes["identity"] = _classes((each.identity,) for each in samples)
+    if not options.by_picture:
+        causes["caption"] = {text: places for text, places in captions.items() if len(places) <= limit}
+        causes["identity"] = _classes((each.identity,) for each in samples)
     if options.by_folder:
         causes["folder"] = _classes((each.folder,) for each in samples)
     parents = list(range(len(samples)))
@@ -97,7 +87,8 @@ def group_samples(samples: Sequence[SplitSample], options: GlueOptions) -> Group
     members: dict[int, list[int]] = {}
     for place in range(len(samples)):
         members.setdefault(find_root(parents, place), []).append(place)
-    frequent = {str(text): len(places) for text, places in captions.items() if len(places) > limit}
+    is_frequent = {} if options.by_picture else captions
+    frequent = {str(text): len(places) for text, places in is_frequent.items() if len(places) > limit}
     groups = list(members.values())
     cause = _find_cause(max(groups, key=len, default=[]), causes)
     return Groups(groups, {kind: count for kind, count in glued.items() if count}, frequent, cause)

@@ -89,7 +89,8 @@ class TextGraph(nn.Module):
         last = (places * (input_ids != self.end_id)).amax(dim=1, keepdim=True)
         mask = places <= last + 1
         embedded = self.tokens(input_ids).to(self.positions.dtype) + self.positions[:length]
-        lower = model.backbone(embedded, num_image_tokens=0, token_mask=mask)
+        is_chinese = model.text_embed.find_chinese(input_ids, mask)
+        lower = model.backbone(embedded, num_image_tokens=0, token_mask=mask, is_chinese=is_chinese)
         hidden = model.vl_encoder(lower, num_image_tokens=length, token_mask=mask, first_token_only=True)
         return _normalise(model.vl_text_proj(hidden[:, 0]))
 
@@ -100,9 +101,10 @@ def graph_bytes(config: M2EncoderConfig, *, bytes_per_value: int) -> dict[Litera
         model = M2Encoder(config)
     layers = [*model.backbone.layers, *model.vl_encoder.layers]
     common = sum(p.numel() for layer in layers for p in layer.vision_expert.parameters())
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".adapters." in name)
     return {
         "image": bytes_per_value * (common + sum(p.numel() for p in model.image_embed.parameters())),
-        "text": bytes_per_value * (common + model.text_embed.tokens.weight.numel()),
+        "text": bytes_per_value * (common + adapters + model.text_embed.tokens.weight.numel()),
     }
 
 

@@ -14,11 +14,14 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Lt
 
-from m2_encoder.bounds import Count, Positive, check_fields, refuse
+from m2_encoder.bounds import Count, Index, Positive, check_fields, refuse
 from m2_encoder.errors import Problem, UserError
 
 NUM_RESERVED_POSITIONS = 2
 """Rows 0 and 1 of both position tables are never read: token t uses row t + 2."""
+
+_ADDED_PARTS = ("num_prompts", "prompt_layers", "adapter_width")
+"""Fields of parts that adaptations add; 0 where there is none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,11 @@ class M2EncoderConfig:
             little data from scratch, such positions drown the content, and the loss stays at chance.
         initial_temperature: 1 / exp(logit_scale) at the start. CLIP and the released constructor have 0.07. Short runs
             from scratch do better with more: a sharp softmax over random features makes them all alike.
+        num_prompts: prompts of each modality in each of the first `prompt_layers` layers of the backbone, which
+            `adaptation=prompts` adds; see `added_parts.Prompts`. 0 for none, in both.
+        prompt_layers: see there.
+        adapter_width: hidden width of a small module per language behind each layer of the backbone, which
+            `adaptation=adapters` adds; see `added_parts.LanguageAdapters`. 0 for none.
 
     Raises:
         UserError: if a value is impossible; all of them are listed at once.
@@ -67,6 +75,9 @@ class M2EncoderConfig:
     layer_norm_eps: Annotated[float, Ge(1e-12), Lt(1)] = 1e-5
     position_init_std: Positive = 1.0
     initial_temperature: Annotated[float, Ge(0.01), Le(1)] = 0.07
+    num_prompts: Annotated[Index, Le(2**12)] = 0
+    prompt_layers: Annotated[Index, Le(2**10)] = 0
+    adapter_width: Annotated[Index, Le(2**16)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,6 +95,12 @@ class M2EncoderConfig:
             rule = f"must be in 2..{longest}, with num_text_positions={self.num_text_positions}"
             fit = f"for example {max(2, longest)}"
             problems.append(Problem("context_length", self.context_length, rule, fit))
+        if (self.num_prompts > 0) != (self.prompt_layers > 0):
+            rule = f"and prompt_layers={self.prompt_layers} must both be 0, or both above 0"
+            problems.append(Problem("num_prompts", self.num_prompts, rule))
+        if self.prompt_layers > self.num_layers:
+            rule = f"must not exceed num_layers={self.num_layers}, the layers of the backbone"
+            problems.append(Problem("prompt_layers", self.prompt_layers, rule))
         refuse(problems)
 
     @property
@@ -102,8 +119,12 @@ class M2EncoderConfig:
         return self.num_image_tokens + NUM_RESERVED_POSITIONS
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values, ready for JSON."""
-        return dataclasses.asdict(self)
+        """All fields as plain values, ready for JSON; without those of added parts that the model has not.
+
+        So a plain model is described as ever, and versions of this package from before such parts read it.
+        """
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if value or name not in _ADDED_PARTS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> M2EncoderConfig:

@@ -86,14 +86,25 @@ def check_pixels(images: Tensor) -> None:
 
 
 class TextEmbedding(nn.Module):
-    """Token table and learned positions of texts; positions restart for a text behind an image."""
+    """Token table and learned positions of texts; positions restart for a text behind an image.
+
+    With `adapter_width`, the buffer `han_pieces` says which ids hold Chinese characters: 1 for those, else 0, (V,)
+    fp32, as files hold it.
+    """
 
     def __init__(self, config: M2EncoderConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.embed_dim)
         self.positions = nn.Embedding(config.num_text_positions, config.embed_dim)
+        if config.adapter_width:
+            self.register_buffer("han_pieces", torch.zeros(config.vocab_size))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed token ids (B, T) int64 to (B, T, D)."""
         stop = NUM_RESERVED_POSITIONS + ids.shape[1]
         return self.tokens(ids) + self.positions.weight[NUM_RESERVED_POSITIONS:stop]
+
+    def find_chinese(self, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """Whether texts hold a Chinese character, (B,) bool, by ids and mask (B, T); None without `han_pieces`."""
+        pieces = getattr(self, "han_pieces", None)
+        return None if pieces is None else ((pieces[ids] > 0) & mask).any(dim=1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
+from m2_encoder.models.added_parts import add_adapters, add_prompts, reset_added_parts
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding, check_pixels
 from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
@@ -51,6 +52,8 @@ class M2Encoder(nn.Module):
         self.text_embed = TextEmbedding(config)
         self.backbone = MultiwayEncoder(config, num_layers=config.num_layers)
         self.vl_encoder = MultiwayEncoder(config, num_layers=config.num_vl_layers)
+        add_prompts(self.backbone, config)
+        add_adapters(self.backbone, config)
         self.norm = nn.LayerNorm(width, eps=_UNUSED_NORM_EPS)
         self.pooler = nn.Linear(width, width)
         self.text_proj = nn.Linear(width, features, bias=False)
@@ -75,6 +78,7 @@ class M2Encoder(nn.Module):
         )
         init_encoder(self.backbone)
         init_encoder(self.vl_encoder)
+        reset_added_parts(self)
         self.norm.reset_parameters()
         init_heads(self.pooler, self.text_proj, self.image_proj, self.vl_text_proj, self.vl_image_proj)
 
@@ -226,11 +230,13 @@ class M2Encoder(nn.Module):
             attention_mask = attention_mask.bool()[..., :length, :length]
         image_mask = tokens.mask.new_ones((image.shape[0], num_image_tokens))
         token_mask = torch.cat([image_mask, tokens.mask.repeat_interleave(repeats, dim=0)], dim=1)
+        is_chinese = self.text_embed.find_chinese(*tokens)
         backbone_hidden = self.backbone(
             torch.cat([image, embedded], dim=1),
             num_image_tokens=num_image_tokens,
             token_mask=token_mask,
             attention_mask=attention_mask,
+            is_chinese=None if is_chinese is None else is_chinese.repeat_interleave(repeats, dim=0),
         )
         hidden = self.vl_encoder(
             backbone_hidden,
@@ -261,9 +267,7 @@ class M2Encoder(nn.Module):
         if attention_mask is not None or not has_padding(tokens.mask):
             return self._text_backbone(tokens, attention_mask=attention_mask)
         unpadded = UnpaddedText(tokens.mask)
-        return unpadded.pad(
-            self.backbone(unpadded.strip(self.text_embed(tokens.ids)), num_image_tokens=0, unpadded=unpadded)
-        )
+        return unpadded.pad(self._text_backbone(tokens, unpadded=unpadded))
 
     def finish_image(self, backbone_hidden: Tensor) -> HeadFeatures:
         """Features of both heads of what `encode_image_backbone` gave."""
@@ -363,7 +367,7 @@ class M2Encoder(nn.Module):
             first = lower[:, 0]
         else:
             unpadded = UnpaddedText(tokens.mask)
-            lower = self.backbone(unpadded.strip(self.text_embed(tokens.ids)), num_image_tokens=0, unpadded=unpadded)
+            lower = self._text_backbone(tokens, unpadded=unpadded)
             hidden = self.vl_encoder(lower, num_image_tokens=lower.shape[1], unpadded=unpadded, first_token_only=True)[
                 0
             ]
@@ -373,9 +377,18 @@ class M2Encoder(nn.Module):
             backbone_features=_normalize(self.text_proj(first)) if backbone else None,
         )
 
-    def _text_backbone(self, tokens: TextTokens, *, attention_mask: Tensor | None = None) -> Tensor:
+    def _text_backbone(
+        self, tokens: TextTokens, *, attention_mask: Tensor | None = None, unpadded: UnpaddedText | None = None
+    ) -> Tensor:
+        """(B, T, D), or with `unpadded`, which replaces all masks, (1, M, D)."""
+        x = self.text_embed(tokens.ids)
         return self.backbone(
-            self.text_embed(tokens.ids), num_image_tokens=0, token_mask=tokens.mask, attention_mask=attention_mask
+            x if unpadded is None else unpadded.strip(x),
+            num_image_tokens=0,
+            token_mask=tokens.mask if unpadded is None else None,
+            attention_mask=attention_mask,
+            unpadded=unpadded,
+            is_chinese=self.text_embed.find_chinese(*tokens),
         )
 
 

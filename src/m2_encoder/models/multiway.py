@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.selected_tokens import SelectedTokens
-from m2_encoder.models.unpadded_text import UnpaddedText, has_padding
+from m2_encoder.models.unpadded_text import UnpaddedText, append_keys, has_padding
 
 EXPERTS = ("vision_expert", "text_expert")
 """Names of the two branches (`A` and `B` in the official checkpoints)."""
@@ -84,13 +84,22 @@ class TransformerExpert(nn.Module):
 
 
 class MultiwayLayer(nn.Module):
-    """One layer: two experts, one attention over the whole sequence, stochastic depth on both residuals."""
+    """One layer: two experts, one attention over the whole sequence, stochastic depth on both residuals.
+
+    Attributes:
+        prompts: further keys and values of the attention, see `added_parts.Prompts`; None for none.
+        adapters: what text tokens pass behind the layer, see `added_parts.LanguageAdapters`; None for nothing.
+    """
+
+    prompts: nn.Module | None
+    adapters: nn.Module | None
 
     def __init__(self, config: M2EncoderConfig, *, drop_path: float) -> None:
         super().__init__()
         self.vision_expert = TransformerExpert(config)
         self.text_expert = TransformerExpert(config)
         self.drop_path = drop_path
+        self.prompts = self.adapters = None
 
     def forward(
         self,
@@ -99,6 +108,7 @@ class MultiwayLayer(nn.Module):
         num_image_tokens: int,
         mask: Tensor | None = None,
         unpadded: UnpaddedText | None = None,
+        is_chinese: Tensor | None = None,
         first_token_only: bool = False,
     ) -> Tensor:
         """Run the layer.
@@ -108,6 +118,7 @@ class MultiwayLayer(nn.Module):
             num_image_tokens: how many leading tokens the vision expert sees; the text expert sees the others.
             mask: True where a query may look at a key, broadcastable to (B, H, N, N) bool.
             unpadded: given if x holds texts without their padding, (1, M, D); then there is no mask.
+            is_chinese: of each token's text, (B, 1, 1) or (1, M, 1) bool; needed by `adapters` where there is text.
             first_token_only: compute the output of token 0 alone, with all tokens as keys: much cheaper for the last
                 layer before a head that reads only token 0.
 
@@ -124,15 +135,18 @@ class MultiwayLayer(nn.Module):
         q, k, v = (_join(heads, dim=2) for heads in zip(*parts, strict=True))
         if mask is not None and first_token_only and mask.shape[-2] > 1:
             mask = mask[..., :1, :]
+        prompts = self._project_prompts(routes)
         if unpadded is None:
+            k, v, mask = append_keys(k, v, mask, prompts)
             attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            attended = unpadded.attend(q, k, v)
+            attended = unpadded.attend(q, k, v, prompts)
 
         x = x[:, :num_outputs]
         routes = [(expert, start, min(stop, num_outputs)) for expert, start, stop in routes if start < num_outputs]
         x = x + self._drop(_join([e.attention_output(attended[:, :, a:b]) for e, a, b in routes], dim=1), unpadded)
-        return x + self._drop(_join([e.feed_forward(x[:, a:b]) for e, a, b in routes], dim=1), unpadded)
+        x = x + self._drop(_join([e.feed_forward(x[:, a:b]) for e, a, b in routes], dim=1), unpadded)
+        return self._adapt(x, num_image_tokens, is_chinese)
 
     def read(
         self,
@@ -147,7 +161,8 @@ class MultiwayLayer(nn.Module):
     ) -> Tensor:
         """`forward` on the sequence image + text, with the output of selected tokens only, (M, D).
 
-        Keys and values of an image are computed once for all of its texts.
+        Keys and values of an image are computed once for all of its texts. Only for layers without prompts and
+        adapters, such as those of the vision-language encoder.
 
         Args:
             image: (R / k, N, D); image i stands before texts k * i … k * i + k - 1.
@@ -174,6 +189,23 @@ class MultiwayLayer(nn.Module):
         branch = expert.attention_output(attended)
         x = x + self._drop_selected(selected.collect(branch), selected)
         return x + self._drop_selected(expert.feed_forward(x), selected)
+
+    def _project_prompts(self, routes: list[tuple[TransformerExpert, int, int]]) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the prompts of experts that see tokens, (1, H, P, D/H) each."""
+        if self.prompts is None:
+            return None
+        parts = [e.project_keys(self.prompts(of_text=e is self.text_expert).unsqueeze(0)) for e, _, _ in routes]
+        keys, values = zip(*parts, strict=True)
+        return _join(keys, dim=2), _join(values, dim=2)
+
+    def _adapt(self, x: Tensor, num_image_tokens: int, is_chinese: Tensor | None) -> Tensor:
+        """Send text tokens through the adapter of their language."""
+        if self.adapters is None or num_image_tokens >= x.shape[1]:
+            return x
+        assert is_chinese is not None, "whoever encodes texts says their language"
+        image, text = x[:, :num_image_tokens], x[:, num_image_tokens:]
+        adapted = self.adapters(text, is_chinese[:, : text.shape[1]])
+        return _join([image, adapted], dim=1) if num_image_tokens else adapted
 
     def _routes(self, length: int, num_image_tokens: int) -> list[tuple[TransformerExpert, int, int]]:
         split = (
@@ -244,6 +276,7 @@ class MultiwayEncoder(nn.Module):
         token_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         unpadded: UnpaddedText | None = None,
+        is_chinese: Tensor | None = None,
         first_token_only: bool = False,
     ) -> Tensor:
         """Encode a sequence.
@@ -256,6 +289,7 @@ class MultiwayEncoder(nn.Module):
                 keys; their own outputs are meaningless. None means that there is no padding.
             attention_mask: True where query i may look at key j, (N, N) or (B, N, N) bool.
             unpadded: given if x holds texts without their padding, (1, M, D); replaces both masks, one expert sees all.
+            is_chinese: of each text, (B,) bool, as `TextEmbedding.find_chinese` says it.
             first_token_only: return token 0 alone, at a lower cost; of every text if `unpadded`.
 
         Returns:
@@ -270,6 +304,9 @@ class MultiwayEncoder(nn.Module):
         if attention_mask is not None:
             allowed = attention_mask if attention_mask.dim() == 2 else attention_mask[:, None]
             mask = allowed if mask is None else mask & allowed
+        if is_chinese is not None:
+            per_token = is_chinese[:, None] if unpadded is None else is_chinese[unpadded.texts][None]
+            is_chinese = per_token.unsqueeze(-1)
         for i, layer in enumerate(self.layers):
             x = self._run(
                 layer,
@@ -277,6 +314,7 @@ class MultiwayEncoder(nn.Module):
                 num_image_tokens=num_image_tokens,
                 mask=mask,
                 unpadded=unpadded,
+                is_chinese=is_chinese,
                 first_token_only=first_token_only and i == len(self.layers) - 1,
             )
         return self.norm(x, num_image_tokens=num_image_tokens)

@@ -45,31 +45,48 @@ class UnpaddedText:
         """(1, M, D) to (B, T, D); padding holds some token's values."""
         return x[0].index_select(0, self.slots).unflatten(0, (self.batch_size, self.length))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, more: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attention within each text.
 
         Args:
             q: (1, H, M, head_dim), or (1, H, B, head_dim) to attend from the first tokens alone.
             k: (1, H, M, head_dim).
             v: (1, H, M, head_dim).
+            more: keys and values for all tokens of all texts, as `append_keys` takes them.
 
         Returns:
             The shape of q.
         """
+        k, v, mask = append_keys(self._pad(k), self._pad(v), self.key_mask, more)
         if q.shape[2] == self.batch_size:
-            first = functional.scaled_dot_product_attention(
-                q.transpose(0, 2), self._pad(k), self._pad(v), attn_mask=self.key_mask
-            )
+            first = functional.scaled_dot_product_attention(q.transpose(0, 2), k, v, attn_mask=mask)
             return first.transpose(0, 2)
-        attended = functional.scaled_dot_product_attention(
-            self._pad(q), self._pad(k), self._pad(v), attn_mask=self.key_mask
-        )
+        attended = functional.scaled_dot_product_attention(self._pad(q), k, v, attn_mask=mask)
         return attended.transpose(1, 2).flatten(0, 1).index_select(0, self.places).transpose(0, 1).unsqueeze(0)
 
     def _pad(self, heads: Tensor) -> Tensor:
         """(1, H, M, head_dim) to (B, H, T, head_dim); padding holds some token's values, which the mask hides."""
         rectangle = heads[0].transpose(0, 1).index_select(0, self.slots)
         return rectangle.unflatten(0, (self.batch_size, self.length)).transpose(1, 2)
+
+
+def append_keys(
+    k: Tensor, v: Tensor, mask: Tensor | None, more: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask of an attention, with keys that every query may look at behind the others.
+
+    Args:
+        k: (B, H, T, head_dim).
+        v: (B, H, T, head_dim).
+        mask: True where a query may look at a key, broadcastable to (B, H, queries, T) bool; None for everywhere.
+        more: keys and values, (1, H, P, head_dim) each; None for none.
+    """
+    if more is None:
+        return k, v, mask
+    k, v = (
+        torch.cat([own, each.expand(own.shape[0], -1, -1, -1)], dim=2) for own, each in zip((k, v), more, strict=True)
+    )
+    return k, v, None if mask is None else functional.pad(mask, (0, more[0].shape[2]), value=True)
 
 
 def has_padding(mask: Tensor) -> bool:

@@ -7,6 +7,7 @@ lie. Weights may be large, so that of a file above `WHOLE_BYTES` only samples ar
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -162,7 +163,7 @@ def fill_in(cfg: Mapping[str, Any]) -> dict[str, Any]:
         filled["trainer"] = {"compile": False, **trainer}
     model = {key: value for key, value in _mapping(cfg.get("model")).items() if key != "num_parameters"}
     if "name" in model and not is_foreign(model):
-        filled["model"] = model | build_model_config(model).to_dict()
+        filled["model"] = model | dataclasses.asdict(build_model_config(model))
     return filled
 
 

@@ -63,7 +63,7 @@ from m2_encoder.runs.report import labels_of, report_run, short_path
 from m2_encoder.runs.resume import check_resume, describe_changes, translate_load_error
 from m2_encoder.runs.signals import end_on_signals
 from m2_encoder.runs.sinks import begin_loggers, close_loggers
-from m2_encoder.runs.start import FirstStep, check_data, describe_start, write_check
+from m2_encoder.runs.start import FirstStep, check_data, describe_start, describe_temperature, write_check
 from m2_encoder.runs.times import FitTimes
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
@@ -186,6 +186,7 @@ class _Settled(NamedTuple):
 
 def _settle(cfg: dict[str, Any], folder: Path, *, resumes: bool) -> _Settled:
     cfg, remarks = settle_pictures(cfg, folder, resumes=resumes)
+    given = cfg["model"]
     filled = fill_in(cfg)
     if not is_foreign(cfg["model"]):
         count = count_parameters(cfg) if cfg.get("task") is None else None
@@ -199,6 +200,7 @@ def _settle(cfg: dict[str, Any], folder: Path, *, resumes: bool) -> _Settled:
     cfg, length = settle_length(cfg, datamodule)
     module = build_module(cfg, objectives, validation_name=validation_name_of(datamodule))
     remarks += [*length, *describe_foreign(cfg, module, datamodule)]
+    remarks += [] if resumes else describe_temperature(given, module)
     return _Settled(cfg, frozen, module, tasks, datamodule, remarks)
 
 

@@ -26,9 +26,20 @@ from m2_encoder.objectives.base import LocalObjective, Objective, PairObjective
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.schedule import ever_active
 from m2_encoder.runs.folder import CHECK_FILE
+from m2_encoder.training.module import PretrainModule
 from m2_encoder.types import LANGUAGES
 
 _MAX_NAME: Final = 40  # characters of a source in a table
+
+
+def describe_temperature(model: Mapping[str, Any], module: lightning.LightningModule) -> list[str]:
+    """That weights bring their temperature, and that a setting for it would change nothing; `model` as it was given."""
+    found = module.initial_temperature() if isinstance(module, PretrainModule) else None
+    if found is None:
+        return []
+    given = model.get("initial_temperature")
+    idle = "" if given is None else f"; model.initial_temperature={given} changes nothing"
+    return [f"starts from the temperature of the weights, {found:.3g} (a scale of {1 / found:.3g}){idle}"]
 
 
 def check_data(datamodule: lightning.LightningDataModule, folder: Path, *, resumes: bool) -> dict[str, Any] | None:

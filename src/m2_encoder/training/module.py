@@ -112,6 +112,11 @@ class PretrainModule(lightning.LightningModule):
         self._last_losses: dict[str, Tensor] = {}
         self._paused: list[nn.Parameter] = []  # trained only by objectives that are paused in this step
 
+    def initial_temperature(self) -> float | None:
+        """1 / exp(logit_scale) of the weights that training starts from; None without any, and once it has started."""
+        scale = (self._initial_state or {}).get("logit_scale")
+        return None if scale is None else math.exp(-float(scale))
+
     def build_unfilled(self) -> Encoder:
         """The adapted model, of whose parameters names and shapes are right; what is to be trained stays as it is."""
         (given,) = self._given

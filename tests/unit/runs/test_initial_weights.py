@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from m2_encoder.runs.build import build_module, build_objectives
 from m2_encoder.runs.export import read_trained
 from m2_encoder.runs.folder import LAST_CHECKPOINT, find_frozen, write_config
 from m2_encoder.runs.resume import check_resume
+from m2_encoder.runs.start import describe_temperature
 from m2_encoder.tokenizers.training import train_tokenizer
 
 SMALL = ("+experiment=smoke", "model.patch_size=8", "logger=csv", "run.name=r")
@@ -56,6 +58,25 @@ def test_weights_want_their_tokenizer_or_are_mapped(composer: Composer, tmp_path
         _build(composer, *lines)
     _, module = _build(composer, *lines, "model.map_tokenizer=true")
     assert module._initial_state[TOKEN_TABLE].shape[0] == 291
+
+
+def test_weights_keep_their_temperature(composer: Composer, tmp_path: Path) -> None:
+    cfg, module = _build(composer)
+    assert describe_temperature(cfg["model"], module) == []
+    config = build_model_config(cfg["model"])
+    model = M2Encoder(config)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(40))
+    export_model(tmp_path / "own", model=model, tokenizer=build_tokenizer(cfg["model"], config))
+    for lines, said in (
+        ((), "starts from the temperature of the weights, 0.025 (a scale of 40)"),
+        (("model.initial_temperature=0.2",), "… (a scale of 40); model.initial_temperature=0.2 changes nothing"),
+    ):
+        cfg, module = _build(composer, f"model.weights={tmp_path / 'own'}", *lines)
+        (line,) = describe_temperature(cfg["model"], module)
+        assert line.endswith(said.removeprefix("…"))
+        module.configure_model()
+        assert float(module.model.logit_scale.detach().exp()) == pytest.approx(40)
 
 
 def test_checkpoints_hold_their_tokenizer(composer: Composer, tmp_path: Path, other: Path) -> None:

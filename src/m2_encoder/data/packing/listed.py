@@ -27,7 +27,13 @@ from m2_encoder.data.packing.records import (
     stamp_files,
     stamp_images,
 )
-from m2_encoder.data.samples.parse import SampleProblem, parse_json_object, parse_sample_text, repeats_name
+from m2_encoder.data.samples.parse import (
+    CaptionText,
+    SampleProblem,
+    parse_json_object,
+    parse_sample_text,
+    repeats_name,
+)
 from m2_encoder.data.shards.names import decode_names, match_cases, walk_files
 from m2_encoder.errors import UserError, name_some
 
@@ -47,6 +53,13 @@ def batched(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
         yield group
 
 
+class ClassTexts(NamedTuple):
+    """What a folder of a class gives its pictures."""
+
+    captions: tuple[CaptionText, ...]
+    identity: str  # that they share
+
+
 @dataclasses.dataclass(frozen=True)
 class FolderSlice:
     """Images of a folder with captions in files of the same name."""
@@ -58,13 +71,15 @@ class FolderSlice:
     texts: tuple[tuple[str, str], ...]  # for each sample where its `.json` and its `.txt` are, if it has them
     language: str | None  # of `.txt` captions; None detects it
     extra: tuple[str, ...]  # keys of a `.json` that are kept
+    classes: Mapping[str, ClassTexts] | None = None  # by the first folder of a path, in place of captions in files
 
     def __len__(self) -> int:
         return len(self.images)
 
     def fingerprint(self) -> str:
         """Of the names; `stamp` tells whether the files are still the same."""
-        return hash_json(["folder", self.images, self.stems, self.repeated, self.language, self.extra])
+        own = [] if self.classes is None else [self.classes]
+        return hash_json(["folder", self.images, self.stems, self.repeated, self.language, self.extra, *own])
 
     def stamp(self) -> str:
         """Of images and captions."""
@@ -80,8 +95,17 @@ class FolderSlice:
             elif repeated:
                 used = f"another picture is called {stem}, too, and used: of several the first of"
                 yield Failure(name, "duplicate_key", f"{used} {', '.join(PICTURE_SUFFIXES[:7])} and so on")
+            elif self.classes is not None:
+                yield self._read_class(self.classes, image, stem, name)
             else:
                 yield self._read_one(image, stem, name, texts)
+
+    def _read_class(self, classes: Mapping[str, ClassTexts], image: str, stem: str, name: str) -> Record | Failure:
+        folder, _, rest = image.partition("/")
+        if not rest:
+            return Failure(name, "missing_caption", "lies in no folder of a class")
+        own = classes[folder]
+        return Record(name, os.path.join(self.root, image), own.captions, stem, {}, identity=own.identity)
 
     def _read_one(self, image: str, stem: str, name: str, texts: tuple[str, str]) -> Record | Failure:
         try:
@@ -99,11 +123,17 @@ class FolderSlice:
 
 
 def slice_folder(
-    folder: Path, size: int, *, language: str | None = None, extra: Sequence[str] = ()
+    folder: Path,
+    size: int,
+    *,
+    language: str | None = None,
+    extra: Sequence[str] = (),
+    classes: Mapping[str, ClassTexts] | None = None,
 ) -> Iterator[FolderSlice]:
     """Cut a folder, with all below it, into slices; samples are sorted by path.
 
-    Hidden files and folders, and what systems leave behind, are left out; links to folders are not followed.
+    Hidden files and folders, and what systems leave behind, are left out; links to folders are not followed. With
+    `classes`, by the names of the folders in it, texts beside pictures are not read, which is said.
 
     Raises:
         UserError: if it holds no image, or cannot be read.
@@ -111,12 +141,20 @@ def slice_folder(
     samples, unread = _list_samples(folder)
     if not any(sample.image for sample in samples):
         raise UserError(f"{folder}: no image in it; known suffixes: {', '.join(PICTURE_SUFFIXES)}")
-    _warn_of_second_texts(samples, unread)
+    if classes is None:
+        _warn_of_second_texts(samples, unread)
+    else:
+        samples = [sample for sample in samples if sample.image]
+        beside = (text for sample in samples for text in sample.texts if (folder / text).is_file())
+        if (first := next(beside, None)) is not None:
+            logger.warning("texts beside pictures, such as %s, are not read: their classes give the captions", first)
     keys = iter(decode_names([os.fsencode(sample.stem) for sample in samples]))
     for group in batched(samples, size):
         images, stems, repeated, texts, _ = zip(*group, strict=True)
         own = tuple(islice(keys, len(stems)))
-        yield FolderSlice(str(folder), images, own, repeated, texts, language, tuple(extra))
+        named = {image.partition("/")[0] for image in images}
+        used = None if classes is None else {name: each for name, each in classes.items() if name in named}
+        yield FolderSlice(str(folder), images, own, repeated, texts, language, tuple(extra), used)
 
 
 def has_pair(folder: Path) -> bool:

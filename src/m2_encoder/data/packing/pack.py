@@ -41,6 +41,7 @@ class PackOptions(NamedTuple):
         images: what is done to images.
         downloads: how they are fetched; changes no bytes.
         retry_remote: pack shards again in which downloads failed.
+        joins_captions: samples without an identity get one from their captions: equal ones show the same.
     """
 
     samples_per_shard: int = 1000
@@ -48,6 +49,7 @@ class PackOptions(NamedTuple):
     images: ImageOptions = ImageOptions()
     downloads: DownloadOptions = DownloadOptions()
     retry_remote: bool = False
+    joins_captions: bool = False
 
 
 class PackSummary(NamedTuple):
@@ -99,7 +101,9 @@ def pack(
                 if path.name.removesuffix(".json") not in known:
                     _refuse_other(folder, path.name.removesuffix(".json"), overwrite)
                     _remove_shard(path)
-            return _finish(folder, results, reused)
+            is_plain = source.format == "folder" and source.classes is None
+            hint = "; if its folders are classes, add classes=folders" if is_plain else ""
+            return _finish(folder, results, reused, hint)
     except OSError as error:  # of the disk, or of a source that went away
         raise UserError(f"{error}; mend that and start again, done shards stay", key="output", value=folder) from error
 
@@ -159,6 +163,7 @@ def _tasks(source: Source, folder: Path, options: PackOptions) -> Iterator[Shard
             fingerprint=hash_json([settings, first, records.fingerprint()]),
             images=options.images,
             downloads=options.downloads,
+            joins_captions=options.joins_captions,
         )
         first += len(records)
 
@@ -171,6 +176,7 @@ def _settings(options: PackOptions) -> dict[str, Any]:
         "samples_per_shard": options.samples_per_shard,
         "pattern": options.pattern,
         "images": images,
+        **({"identity": "captions"} if options.joins_captions else {}),
     }
 
 
@@ -210,7 +216,9 @@ def _claim(folder: Path, markers: Path, settings: dict[str, Any], overwrite: boo
     if found is not None and found != settings:
         if not overwrite:
             changed = ", ".join(
-                key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]
+                key
+                for key in (settings | found if isinstance(found, dict) else settings)
+                if not isinstance(found, dict) or found.get(key) != settings.get(key)
             )
             raise UserError(
                 f"output={folder}: holds shards packed with other options ({changed}); give a new folder, or replace "
@@ -238,7 +246,8 @@ def _remove_shard(marker: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _finish(folder: Path, results: list[ShardResult], reused: int) -> PackSummary:
+def _finish(folder: Path, results: list[ShardResult], reused: int, hint: str) -> PackSummary:
+    """The summary, written; `hint` is what helps where no picture has a caption."""
     failed: Counter[str] = Counter()
     captions: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
@@ -265,7 +274,8 @@ def _finish(folder: Path, results: list[ShardResult], reused: int) -> PackSummar
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in failed.most_common()) or "there are no records"
         first = next((item for result in results for item in result.failures), None)
         example = "" if first is None else f"; the first is {first.name}: {first.detail}"
-        raise UserError(f"nothing could be packed: {reasons}{example}; see {folder / FAILURES_FILE}")
+        hint = hint if set(failed) == {"missing_caption"} else ""
+        raise UserError(f"nothing could be packed: {reasons}{example}; see {folder / FAILURES_FILE}{hint}")
     shards = [{"name": result.name, "samples": result.samples, "bytes": result.num_bytes} for result in written]
     totals = {key: value for key, value in summary._asdict().items() if key not in ("reused", "shards")}
     write_json(folder / SUMMARY_FILE, {**totals, "shards": shards})

@@ -16,6 +16,7 @@ from m2_encoder.data.images.opening import read_picture_file
 from m2_encoder.data.packing.download import DownloadOptions, fetch
 from m2_encoder.data.packing.encoding import ImageOptions, PreparedImage, prepare_image
 from m2_encoder.data.packing.records import URL_SCHEMES, Failure, Record, Slice
+from m2_encoder.data.samples.captions import name_captions
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem
 from m2_encoder.data.shards.index import open_index
 from m2_encoder.errors import ImageError, UserError
@@ -37,6 +38,7 @@ class ShardTask(NamedTuple):
     fingerprint: str  # of the records and of all options that change bytes
     images: ImageOptions
     downloads: DownloadOptions
+    joins_captions: bool = False  # whether equal captions are equal identities, where the record has none
 
     @property
     def marker(self) -> Path:
@@ -120,6 +122,8 @@ def _write_tar(task: ShardTask, path: Path, stamp: str) -> ShardResult:
             except SampleProblem as problem:
                 failures.append(Failure(record.name, problem.reason, problem.detail))
                 continue
+            if task.joins_captions and record.identity is None:
+                record = record._replace(identity=name_captions(record.captions))
             key = f"{number:0{_KEY_DIGITS}d}"
             description = _describe(record, prepared, key)
             writer.write({"__key__": key, prepared.extension: prepared.content, "json": description})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.data.packing.lines import slice_chinese_clip, slice_json_lines
-from m2_encoder.data.packing.listed import has_pair, slice_csv, slice_folder
+from m2_encoder.data.packing.listed import ClassTexts, has_pair, slice_csv, slice_folder
 from m2_encoder.data.packing.records import Columns, Slice
 from m2_encoder.data.packing.tables import slice_parquet
 from m2_encoder.data.shards.paths import find_files
@@ -32,6 +32,7 @@ class Source(NamedTuple):
     columns: Columns  # what the columns of a table mean; also says languages, and what to keep, of the others
     encoding: str | None = None  # of CSV tables; None detects it
     left_out: tuple[Path, ...] = ()  # tables beside the images of a folder
+    classes: Mapping[str, ClassTexts] | None = None  # by folder, of a folder of classes
 
     def slices(self, size: int) -> Iterator[Slice]:
         """Cut it into slices of `size` records; those of a table's last slice may be fewer.
@@ -41,7 +42,8 @@ class Source(NamedTuple):
         """
         language = self.columns.default_language
         if self.format == "folder":
-            return slice_folder(self.paths[0], size, language=language, extra=self.columns.extra)
+            more: dict[str, Any] = {"extra": self.columns.extra, "classes": self.classes}
+            return slice_folder(self.paths[0], size, language=language, **more)
         if self.format == "chinese_clip":
             assert self.texts is not None, "find_source gives both files"
             return slice_chinese_clip(self.paths[0], self.texts, size, language=language)

@@ -9,7 +9,9 @@ VeCLIP (arXiv:2310.07699); sentences and keywords, HQ-CLIP (arXiv:2507.22431).
 
 from __future__ import annotations
 
+import hashlib
 import typing
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -28,6 +30,7 @@ CAPTION_ROLES = typing.get_args(Role)
 STORED_ROLES = CAPTION_ROLES[:-1]
 """What a stored caption can be: what something is called, or a sentence about an image and where that comes from."""
 
+_SHOWN_CHARACTERS = 64  # of a caption's form
 _PLAIN_ROLE = "original"  # of a caption without a role
 _SEPARATOR = {"en": ", ", "zh": "，"}
 
@@ -154,3 +157,17 @@ def _in_order(weights: Mapping[Any, float], names: Sequence[str]) -> dict[str, f
 def _draw(weights: Mapping[str, float], rng: np.random.Generator) -> str:
     share = list(accumulate(weights.values()))  # of a few: arrays would cost ten times as much
     return list(weights)[bisect_right(share, rng.random() * share[-1])]
+
+
+def caption_form(text: str) -> str:
+    """A form that equal captions share: case, width, spaces and invisible characters do not tell them apart."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    plain = " ".join("".join(sign for sign in plain if unicodedata.category(sign) != "Cf").split())
+    if len(plain) <= _SHOWN_CHARACTERS:
+        return plain
+    return f"{plain[:_SHOWN_CHARACTERS]}…{hashlib.blake2b(plain.encode(), digest_size=12).hexdigest()}"
+
+
+def name_captions(captions: Iterable[CaptionText]) -> str:
+    """A name that samples share whose captions are all equal, in any order."""
+    return " | ".join(sorted({caption_form(caption.text) for caption in captions}))

@@ -8,6 +8,7 @@ Letters: n training pictures · m test pictures · C classes · E feature dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -65,16 +66,21 @@ def measure_neighbours(
     Raises:
         UserError: if a feature is not finite, or targets do not fit.
     """
-    train, test = _prepared(train, test, num_classes)
+    train, test = prepare_sides(train, test, num_classes)
+    ranks = rank_by_votes(train, test, num_classes, neighbours)
+    return summarize_accuracy(ranks, test.targets, seed=seed, name="knn_", chances=_majority(train, test, num_classes))
+
+
+def rank_by_votes(train: Labelled, test: Labelled, num_classes: int, neighbours: int = NEIGHBOURS) -> Ranks:
+    """Rank of the right class by votes of the nearest unit features, as `measure_neighbours` counts them."""
     found = find_nearest(test.features, train.features, neighbours)
     votes = torch.zeros(len(test.features), num_classes, dtype=torch.float64, device=found.scores.device)
     # Less the highest cosine: nothing overflows, and votes of a query keep their proportions.
     weights = ((found.scores - found.scores[:, :1]) / TEMPERATURE).exp()
     votes.scatter_add_(1, train.targets[found.rows], weights)
     own = votes.gather(1, test.targets[:, None])
-    ranks = _rank_scores(votes, test.targets)
-    ranks = ranks._replace(ranks=torch.where(own[:, 0].cpu() > 0, ranks.ranks, num_classes + 1))
-    return summarize_accuracy(ranks, test.targets, seed=seed, name="knn_", chances=_majority(train, test, num_classes))
+    ranks = rank_scores(votes, test.targets)
+    return ranks._replace(ranks=torch.where(own[:, 0].cpu() > 0, ranks.ranks, num_classes + 1))
 
 
 def measure_linear(train: Labelled, test: Labelled, *, num_classes: int, seed: int = 0) -> LinearProbe:
@@ -96,22 +102,34 @@ def measure_linear(train: Labelled, test: Labelled, *, num_classes: int, seed: i
     Raises:
         UserError: if a feature is not finite, or targets do not fit.
     """
-    train, test = _prepared(train, test, num_classes)
+    train, test = prepare_sides(train, test, num_classes)
+    found = choose_penalty(train, num_classes, seed=seed)
+    if found is None:
+        raise UserError("no class has two training pictures: one of them must choose the penalty of the linear probe")
+    score, penalty = found
+    weights = fit_logistic(train, num_classes, penalty)
+    ranks = rank_scores(logits(test.features, weights), test.targets)
+    chances = _majority(train, test, num_classes)
+    classification = summarize_accuracy(ranks, test.targets, seed=seed, name="linear_", chances=chances)
+    return LinearProbe(classification, penalty, score)
+
+
+def choose_penalty(train: Labelled, num_classes: int, *, seed: int = 0) -> tuple[float, float] | None:
+    """Best top-1 on a held-out fifth of unit training features, percent, and the (largest) penalty that reached it.
+
+    None where no class has two pictures.
+    """
     held_out = _hold_out(train.targets, seed)
     if not held_out.any():
-        raise UserError("no class has two training pictures: one of them must choose the penalty of the linear probe")
+        return None
     kept, chosen = (Labelled(train.features[rows], train.targets[rows]) for rows in (~held_out, held_out))
     best = (-1.0, 0.0)
     start: Tensor | None = None
     for penalty in sorted(PENALTIES, reverse=True):
         start = fit_logistic(kept, num_classes, penalty, start=start)
-        score = _rank_scores(_logits(chosen.features, start), chosen.targets).recall(1)
+        score = rank_scores(logits(chosen.features, start), chosen.targets).recall(1)
         best = max(best, (score, penalty))
-    weights = fit_logistic(train, num_classes, best[1])
-    ranks = _rank_scores(_logits(test.features, weights), test.targets)
-    chances = _majority(train, test, num_classes)
-    found = summarize_accuracy(ranks, test.targets, seed=seed, name="linear_", chances=chances)
-    return LinearProbe(found, best[1], best[0])
+    return best
 
 
 def fit_logistic(train: Labelled, num_classes: int, penalty: float, *, start: Tensor | None = None) -> Tensor:
@@ -119,7 +137,16 @@ def fit_logistic(train: Labelled, num_classes: int, penalty: float, *, start: Te
     features, targets = train.features, train.targets
     shape = (features.shape[1] + 1, num_classes)
     initial = torch.zeros(shape, dtype=torch.float64, device=features.device) if start is None else start
-    weights = initial.clone().requires_grad_()
+
+    def loss(weights: Tensor) -> Tensor:
+        return cross_entropy(logits(features, weights), targets) + penalty / 2 * weights[:-1].square().sum()
+
+    return minimize(loss, initial)
+
+
+def minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Where a smooth convex function is least, by L-BFGS from `start`, fp64."""
+    weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=_MAX_ITERATIONS,
@@ -129,19 +156,23 @@ def fit_logistic(train: Labelled, num_classes: int, penalty: float, *, start: Te
         line_search_fn="strong_wolfe",
     )
 
-    def loss() -> Tensor:
+    def step() -> Tensor:
         optimizer.zero_grad()
-        value = cross_entropy(_logits(features, weights), targets) + penalty / 2 * weights[:-1].square().sum()
+        value = loss(weights)
         value.backward()
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)
+        optimizer.step(step)
     return weights.detach()
 
 
-def _prepared(train: Labelled, test: Labelled, num_classes: int) -> tuple[Labelled, Labelled]:
-    """Unit features in fp64."""
+def prepare_sides(train: Labelled, test: Labelled, num_classes: int) -> tuple[Labelled, Labelled]:
+    """Unit features in fp64, checked.
+
+    Raises:
+        UserError: if a feature is not finite, or targets do not fit.
+    """
     sides = {"train": train.features, "test": test.features}
     check_same_width(sides)
     check_finite(sides)
@@ -154,11 +185,12 @@ def _prepared(train: Labelled, test: Labelled, num_classes: int) -> tuple[Labell
     )
 
 
-def _logits(features: Tensor, weights: Tensor) -> Tensor:
+def logits(features: Tensor, weights: Tensor) -> Tensor:
+    """Scores of classes by what `fit_logistic` gives, (m, C)."""
     return features @ weights[:-1] + weights[-1]
 
 
-def _rank_scores(scores: Tensor, targets: Tensor) -> Ranks:
+def rank_scores(scores: Tensor, targets: Tensor) -> Ranks:
     """Rank of the right class by scores, (n, C); ties against it."""
     distance = scores - scores.gather(1, targets[:, None])
     distance.scatter_(1, targets[:, None], -torch.inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,9 +102,7 @@ def wrap_towers(
         preprocess=preprocess.to_uint8,  # a quarter of the memory; the model divides by 255
         tokenizer=tokenizer or refuse_texts,
         facts=facts,
-        fingerprint=make_fingerprint(
-            model, facts, architecture={**dataclasses.asdict(config), "name": ""}, tokenizer=content
-        ),
+        fingerprint=make_fingerprint(model, facts, architecture={**config.to_dict(), "name": ""}, tokenizer=content),
         no_texts=_NO_TEXTS if tokenizer is None else "",
         heldout_style=heldout_style,
     )

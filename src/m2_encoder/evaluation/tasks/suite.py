@@ -187,7 +187,7 @@ class Suite(EvaluationTask):
                 if part is not None and part.left_out:
                     left_out[called] = [f"{each.name}: {each.reason}" for each in part.left_out]
             parts = list(self._parts(name, encoded, train, context))
-            found = [each for part in parts for measure in self._measures for each in MEASURES[measure](part)]
+            found = [each for part in parts for each in self._measure_part(part)]
             seconds = round(time.monotonic() - started, 3)
             for each in found:
                 records += self._records(each, encoded, context, seconds)
@@ -202,6 +202,10 @@ class Suite(EvaluationTask):
             galleries=galleries,
             left_out=left_out,
         )
+
+    def _measure_part(self, part: Part) -> Iterator[Found]:
+        for measure in self._measures:
+            yield from MEASURES[measure](part)
 
     def _languages_of(self, dataset: EvaluationSet) -> list[str]:
         """Of the texts that are encoded; none if all that is asked needs pictures alone."""

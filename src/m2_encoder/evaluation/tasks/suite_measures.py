@@ -29,7 +29,7 @@ from m2_encoder.evaluation.measures.retrieval import Retrieval, measure_retrieva
 from m2_encoder.evaluation.prompts import FAMILIES, Templates, digest_texts, expand, load_templates
 from m2_encoder.evaluation.report.page import Found as FoundPictures
 from m2_encoder.evaluation.report.page import Gallery, thumbnail
-from m2_encoder.evaluation.sets.base import EvaluationSet
+from m2_encoder.evaluation.sets.base import Classes, EvaluationSet
 from m2_encoder.evaluation.sets.reducing import keep_pictures
 from m2_encoder.pictures import STANDARD
 
@@ -144,6 +144,31 @@ def measure_zero_shot(part: Part) -> Iterator[Found]:
     classes = part.encoded.dataset.classes
     if classes is None:
         return
+    for own in class_prompts(part, classes):
+        if classes.targets.dim() == 2:
+            measurements = [measure_multilabel(part.encoded.images, own.vectors, classes.targets[:, own.known])]
+        else:
+            numbers = torch.cumsum(own.known, 0) - 1
+            rows = own.known[classes.targets]
+            found = measure_classification(part.encoded.images[rows], own.vectors, numbers[classes.targets[rows]])
+            measurements = list(found.measurements)
+        more = (own.language, "", part.subset, classes.label_set, own.templates, own.remark)
+        yield Found("classification", measurements, *more, as_published=not own.is_ours)
+
+
+class ClassPrompts(NamedTuple):
+    """Class vectors of one language and set of templates."""
+
+    language: str
+    templates: str  # their name
+    is_ours: bool  # whether this package has the templates
+    known: Tensor  # classes that have a name, (C,) bool
+    vectors: Tensor  # of these, (number of them, E)
+    remark: str
+
+
+def class_prompts(part: Part, classes: Classes) -> Iterator[ClassPrompts]:
+    """Of every wanted language in which a picture's class has a name, with every wanted set of templates."""
     for language, names in classes.names.items():
         if part.wishes.languages is not None and language not in part.wishes.languages:
             continue
@@ -155,18 +180,9 @@ def measure_zero_shot(part: Part) -> Iterator[Found]:
         if not wanted:
             remarks.append(f"names alone, as no template is in {language}")
             wanted = [(load_templates("none", language), True)]
-        remark = "; ".join(remarks)
         for templates, is_ours in wanted:
             vectors = _class_vectors(part.encoder, [name for name in names if name], language, templates)
-            if classes.targets.dim() == 2:
-                measurements = [measure_multilabel(part.encoded.images, vectors, classes.targets[:, known])]
-            else:
-                numbers = torch.cumsum(known, 0) - 1
-                rows = known[classes.targets]
-                found = measure_classification(part.encoded.images[rows], vectors, numbers[classes.targets[rows]])
-                measurements = list(found.measurements)
-            more = (language, "", part.subset, classes.label_set, templates.name, remark)
-            yield Found("classification", measurements, *more, as_published=not is_ours)
+            yield ClassPrompts(language, templates.name, is_ours, known, vectors, "; ".join(remarks))
 
 
 def _class_vectors(encoder: FeatureEncoder, names: Sequence[str], language: str, templates: Templates) -> Tensor:

@@ -54,26 +54,70 @@ class TransformerExpert(nn.Module):
         self.ffn_inner_norm = nn.LayerNorm(hidden, eps=eps)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """One layer over (B, N, D); `mask` is True on tokens, (B, N) bool."""
-        normed = self.attention_norm(x)
+    def forward(self, x: Tensor, mask: Tensor | None, prompts: Tensor | None = None) -> Tensor:
+        """One layer over (B, N, D); `mask` is True on tokens, (B, N) bool; all look at prompts, too, (P, D)."""
+        sources = x if prompts is None else torch.cat([x, prompts.expand(len(x), -1, -1)], dim=1)
+        queries, sources = self.attention_norm(x), self.attention_norm(sources)
         q, k, v = (
             proj(normed).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            for proj, normed in ((self.q_proj, queries), (self.k_proj, sources), (self.v_proj, sources))
         )
-        keys = None if mask is None else mask[:, None, None, :]
+        more = 0 if prompts is None else len(prompts)
+        keys = None if mask is None else functional.pad(mask, (0, more), value=True)[:, None, None, :]
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
         x = x + self.out_proj(self.attention_inner_norm(attended))
         return x + self.fc2(self.ffn_inner_norm(functional.gelu(self.fc1(self.ffn_norm(x)))))
 
 
-class MultiwayLayer(nn.Module):
-    """Two experts; here one of them sees the whole sequence."""
+class Prompts(nn.Module):
+    """Further keys and values of a layer's attention, for each kind of token."""
 
     def __init__(self, model: dict[str, Any]) -> None:
         super().__init__()
+        self.vision = nn.Parameter(torch.zeros(model["num_prompts"], model["embed_dim"]))
+        self.text = nn.Parameter(torch.zeros(model["num_prompts"], model["embed_dim"]))
+
+
+class Adapter(nn.Module):
+    """What is added to the states of texts in one language."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        self.down = nn.Linear(model["embed_dim"], model["adapter_width"])
+        self.up = nn.Linear(model["adapter_width"], model["embed_dim"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return self.up(functional.gelu(self.down(x)))
+
+
+class LanguageAdapters(nn.Module):
+    """An adapter per language, of which each text takes its own."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        self.en, self.zh = Adapter(model), Adapter(model)
+
+    def forward(self, x: Tensor, is_chinese: Tensor) -> Tensor:
+        """(B, T, D) after the adapter of each text's language, (B,) bool."""
+        return x + torch.where(is_chinese[:, None, None], self.zh(x), self.en(x))
+
+
+class MultiwayLayer(nn.Module):
+    """Two experts, of which one sees the whole sequence here, and what an adaptation has added."""
+
+    def __init__(self, model: dict[str, Any], *, has_prompts: bool, has_adapters: bool) -> None:
+        super().__init__()
         self.vision_expert = TransformerExpert(model)
         self.text_expert = TransformerExpert(model)
+        self.prompts = Prompts(model) if has_prompts else None
+        self.adapters = LanguageAdapters(model) if has_adapters else None
+
+    def forward(self, x: Tensor, expert: str, mask: Tensor | None, is_chinese: Tensor | None) -> Tensor:
+        """(B, N, D) by one of the experts; `is_chinese` is of texts alone, (B,) bool."""
+        prompts = None if self.prompts is None else getattr(self.prompts, expert.split("_")[0])
+        x = getattr(self, expert)(x, mask, prompts)
+        return x if self.adapters is None or is_chinese is None else self.adapters(x, is_chinese)
 
 
 class MultiwayNorm(nn.Module):
@@ -88,17 +132,19 @@ class MultiwayNorm(nn.Module):
 class MultiwayEncoder(nn.Module):
     """A stack of layers and a norm."""
 
-    def __init__(self, model: dict[str, Any], num_layers: int) -> None:
+    def __init__(self, model: dict[str, Any], num_layers: int, *, prompts: int = 0, adapters: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(MultiwayLayer(model) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            MultiwayLayer(model, has_prompts=i < prompts, has_adapters=adapters) for i in range(num_layers)
+        )
         self.norm = MultiwayNorm(model)
 
-    def forward(self, x: Tensor, expert: str, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, expert: str, mask: Tensor | None = None, is_chinese: Tensor | None = None) -> Tensor:
         """Hidden states of (B, N, D) by one of the experts; those of padded tokens are meaningless."""
         if mask is not None:
             x = x * mask.unsqueeze(-1).to(x.dtype)
         for layer in self.layers:
-            x = getattr(layer, expert)(x, mask)
+            x = layer(x, expert, mask, is_chinese)
         return getattr(self.norm, expert)(x)
 
 
@@ -122,12 +168,23 @@ class ImageEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Tokens and positions."""
+    """Tokens and positions; `han_pieces` is 1 for ids with Chinese characters."""
+
+    han_pieces: Tensor
 
     def __init__(self, model: dict[str, Any]) -> None:
         super().__init__()
         self.tokens = nn.Embedding(model["vocab_size"], model["embed_dim"])
         self.positions = nn.Embedding(model["num_text_positions"], model["embed_dim"])
+        if model.get("adapter_width"):
+            self.register_buffer("han_pieces", torch.zeros(model["vocab_size"]))
+
+    def find_chinese(self, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Texts with a Chinese character, (B,) bool; None if no adapter wants to know."""
+        if not hasattr(self, "han_pieces"):
+            return None
+        found = self.han_pieces[input_ids] > 0
+        return (found if mask is None else found & mask).any(dim=1)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, T) to (B, T, D)."""
@@ -150,7 +207,12 @@ class M2EncoderModel(PreTrainedModel):
         self.logit_vl_scale = nn.Parameter(torch.tensor(scale))
         self.image_embed = ImageEmbedding(model)
         self.text_embed = TextEmbedding(model)
-        self.backbone = MultiwayEncoder(model, model["num_layers"])
+        self.backbone = MultiwayEncoder(
+            model,
+            model["num_layers"],
+            prompts=model.get("prompt_layers", 0),
+            adapters=model.get("adapter_width", 0) > 0,
+        )
         self.vl_encoder = MultiwayEncoder(model, model["num_vl_layers"])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pooler = nn.Linear(width, width)
@@ -178,7 +240,8 @@ class M2EncoderModel(PreTrainedModel):
         if input_ids.shape[1] > longest:
             raise ValueError(f"a text has {input_ids.shape[1]} tokens, the model holds {longest}: use truncation=True")
         mask = None if attention_mask is None else attention_mask.bool()
-        hidden = self.backbone(self.text_embed(input_ids), "text_expert", mask)
+        is_chinese = self.text_embed.find_chinese(input_ids, mask)
+        hidden = self.backbone(self.text_embed(input_ids), "text_expert", mask, is_chinese)
         return functional.normalize(self.vl_text_proj(self.vl_encoder(hidden, "vision_expert", mask)[:, 0]), dim=-1)
 
     def forward(
