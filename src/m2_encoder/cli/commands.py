@@ -114,11 +114,13 @@ EMBED: Final = _command(
 
 PLAN: Final = _command(
     "m2-plan",
+    groups=("adaptation",),
     summary="Predict memory, traffic and time of a training step, and find the best contrastive groups.",
     examples=(
         "m2-plan model=m2_encoder_1b cluster=a100_80g ranks=256",
         "m2-plan ranks=64 global_batch_size=65536 group_batch_size=32768 output=plan.json plot=plan.png",
         "m2-plan group_size=32 micro_batches=4 cluster=h100_80g hardware.inter_node_gb_per_s=50",
+        "m2-plan model=m2_encoder_0_4b ranks=1 global_batch_size=256 group_batch_size=256 adaptation=lora",
     ),
     notes=(
         "Nothing is trained and no device is needed. A rank contrasts its k micro-batches of B rows with those of the",

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from m2_encoder.config.output import say
-from m2_encoder.config.plan import build_plan, check_plan_settings
+from m2_encoder.config.plan import build_plan, check_plan_settings, name_adaptation
 from m2_encoder.errors import Problem
 from m2_encoder.evaluation.tables import open_console
 from m2_encoder.files import write_json
-from m2_encoder.planning.report import print_plan, to_report, train_overrides
+from m2_encoder.planning.report import adaptation_table, print_plan, to_report, train_overrides
 from m2_encoder.record import describe_run
 
 
@@ -22,8 +22,11 @@ def check_plan(cfg: dict[str, Any]) -> list[Problem]:
 def run_plan(cfg: dict[str, Any]) -> None:
     """Prints the plan; writes it as JSON and draws it where asked to. Raises `UserError` as `build_plan`."""
     plan = build_plan(cfg)
-    train = train_overrides(cfg, plan.best[0].setting, plan.hardware)
-    print_plan(open_console(), plan.cost, plan.request, plan.best, plan.baselines, cluster=cfg["cluster"], train=train)
+    words = [train_overrides(cfg, plan.best[0].setting, plan.hardware), *name_adaptation(cfg["adaptation"])]
+    console, train = open_console(), " ".join(words)
+    print_plan(console, plan.cost, plan.request, plan.best, plan.baselines, cluster=cfg["cluster"], train=train)
+    if plan.whole is not None:
+        console.print(adaptation_table(plan.best[0], plan.whole))
     if cfg["output"] is not None:
         report = {**to_report(*plan), "train": train, "cluster": cfg["cluster"], "configuration": cfg, **describe_run()}
         write_json(Path(cfg["output"]).expanduser(), report, key="output")

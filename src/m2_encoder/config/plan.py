@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import yaml
 from annotated_types import Ge, Le
 
 from m2_encoder.bounds import Count, Pixels, Positive, Rule, Text, Tokens
-from m2_encoder.config.check import check_settings, check_values, make_optional, read_parameters
+from m2_encoder.config.check import check_settings, check_targets, check_values, make_optional, read_parameters
+from m2_encoder.config.groups import read_options
 from m2_encoder.config.hardware_files import find_constants, read_constants
 from m2_encoder.config.model_choice import output_problems
 from m2_encoder.config.paths import find_conf
-from m2_encoder.config.problems import find_problems
-from m2_encoder.errors import Problem, UserError
+from m2_encoder.config.problems import find_problems, show
+from m2_encoder.config.targets import find_target
+from m2_encoder.errors import Problem, UserError, under
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
+from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.planning.cost import ModelCost, estimate_cost
 from m2_encoder.planning.hardware import Hardware
 from m2_encoder.planning.search import Request, ScalingPoint, find_baselines, find_best, scale_worlds
-from m2_encoder.planning.step import Prediction
+from m2_encoder.planning.step import Prediction, predict
 
 WORLD_SIZES: Final = tuple(2**power for power in range(3, 11))
 """Of the plot: 8 to 1,024 ranks."""
 _MODELS: Final = {name.replace("-", "_").replace(".", "_"): name for name in NAME_TO_CONFIG}
 """Options of m2-train's `model`, with the names of the architectures."""
+_FULL: Final = "m2_encoder.training.adaptation.Full"
 _CHOICES: Final = (
     "group_size", "micro_batches", "min_rows", "strategy", "recompute", "activation_checkpointing", "feature_bytes",
 )  # fmt: skip
@@ -56,6 +60,7 @@ class PlanSettings:
     plot: Text | None
     overwrite: bool
     hardware: Mapping[str, Any]
+    adaptation: Mapping[str, Any]
 
 
 class Plan(NamedTuple):
@@ -67,6 +72,7 @@ class Plan(NamedTuple):
     best: list[Prediction]  # for every group size, the fastest setting that fits; the fastest first
     baselines: list[Prediction]  # the same rows with a loss over all ranks, the good one first
     scaling: list[ScalingPoint]  # over world sizes, rows per rank as in the best setting
+    whole: Prediction | None  # the best setting with everything trained, where `adaptation` trains less
 
 
 def check_plan_settings(cfg: dict[str, Any]) -> list[Problem]:
@@ -74,6 +80,7 @@ def check_plan_settings(cfg: dict[str, Any]) -> list[Problem]:
     problems = check_settings(PlanSettings, cfg)
     if isinstance(cfg["hardware"], Mapping):
         problems += check_values("hardware", cfg["hardware"], make_optional(read_parameters(Hardware)))
+    problems += check_targets({"adaptation": cfg["adaptation"]}, given={})
     problems += output_problems(cfg)
     if not problems:
         try:
@@ -98,12 +105,12 @@ def build_plan(cfg: Mapping[str, Any]) -> Plan:
         fix = f"use {cfg['ranks'] // per_node * per_node} or hardware.devices_per_node=N"
         rule = f"must be a multiple of the {per_node} devices of a node; {fix}"
         raise UserError(rule, key="ranks", value=cfg["ranks"])
-    cost = estimate_cost(
-        M2EncoderConfig.from_name(_MODELS[cfg["model"]], **overrides),
-        precision=cfg["precision"],
-        text_tokens=cfg["text_tokens"],
-        heads=cfg["heads"],
-    )
+    model = M2EncoderConfig.from_name(_MODELS[cfg["model"]], **overrides)
+    options = {key: cfg[key] for key in ("precision", "text_tokens", "heads")}
+    whole = estimate_cost(model, **options)
+    with under("adaptation"):
+        adapt = _build_adaptation(cfg["adaptation"])
+        cost = whole if adapt is None else estimate_cost(model, **options, adapt=adapt)
     request = Request(
         world_size=cfg["ranks"],
         global_rows=cfg["global_batch_size"],
@@ -115,7 +122,29 @@ def build_plan(cfg: Mapping[str, Any]) -> Plan:
     planned = best[0].setting
     fixed = per_node if planned.group_size != per_node else 2 * per_node
     scaling = scale_worlds(cost, hardware, request, planned, world_sizes=WORLD_SIZES, fixed_group_size=fixed)
-    return Plan(cost, hardware, request, best, find_baselines(cost, hardware, request), scaling)
+    baselines = find_baselines(cost, hardware, request)
+    compared = None if adapt is None else predict(whole, hardware, planned)
+    return Plan(cost, hardware, request, best, baselines, scaling, compared)
+
+
+def name_adaptation(node: Mapping[str, Any]) -> list[str]:
+    """The overrides with which m2-train chooses an adaptation: its option, and what differs from that."""
+    if not node or node.get("_target_") == _FULL:
+        return []
+    for name, (_, content) in read_options("adaptation", find_conf(), None).items():
+        if content.get("_target_") == node["_target_"]:
+            changed = [key for key, value in node.items() if content.get(key) != value]
+            return [f"adaptation={name}", *(f"adaptation.{key}={show(node[key])}" for key in changed)]
+    return [f"adaptation._target_={node['_target_']}"]
+
+
+def _build_adaptation(node: Mapping[str, Any]) -> Callable[[M2Encoder], None] | None:
+    """What `adaptation` does to a model; None if it trains everything."""
+    if not node or node.get("_target_") == _FULL:
+        return None
+    made = find_target(str(node["_target_"]))
+    apply: Callable[[M2Encoder], None] = made(**{key: value for key, value in node.items() if key != "_target_"}).apply
+    return apply
 
 
 def read_hardware(cluster: str, overrides: Mapping[str, Any]) -> Hardware:
@@ -137,4 +166,4 @@ def read_hardware(cluster: str, overrides: Mapping[str, Any]) -> Hardware:
 def read_plan_settings() -> dict[str, Any]:
     """The keys of m2-plan with their defaults, from `conf/commands/plan.yaml`."""
     values: dict[str, Any] = yaml.safe_load((find_conf() / "commands" / "plan.yaml").read_text(encoding="utf-8"))
-    return values
+    return {key: value for key, value in values.items() if key != "defaults"}

@@ -240,7 +240,8 @@ def run_graphs(
         batch_gap: by how much a number of a feature may differ in a batch.
 
     Raises:
-        UserError: if ONNX Runtime cannot run them, or a sample in a batch has other features than alone.
+        UserError: if ONNX Runtime cannot run them, a sample in a batch has other features than alone, or the folder
+            for temporary files is full.
     """
     names = " and ".join(path.name for path in graphs)
     lengths = np.array([len(row) for row in rows])
@@ -249,7 +250,10 @@ def run_graphs(
         ids[number, : len(row)] = row
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
-        np.savez(inputs, pixels=pixels.numpy(), ids=ids, lengths=lengths)
+        try:
+            np.savez(inputs, pixels=pixels.numpy(), ids=ids, lengths=lengths)
+        except OSError as error:
+            raise UserError(f"cannot write samples to {folder}: {error}; make room there, or set TMPDIR") from error
         paths = (_RUNNER, *graphs, inputs, outputs)
         threads = str(torch.get_num_threads())
         command = [sys.executable, *(os.fspath(path) for path in paths), threads]

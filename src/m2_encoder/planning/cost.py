@@ -1,7 +1,8 @@
 """Costs of one image-text pair in an M2-Encoder: parameters, operations, bytes kept for backward.
 
-Parameters are counted on the real model, built without memory; operations and activations are formulas, which tests
-hold against the real model. A pass encodes images and texts to the feature of token 0, as training does.
+Parameters are counted on the real model, built without memory and adapted as training adapts it; operations and
+activations are formulas, which tests hold against the real model. A pass encodes images and texts to the feature of
+token 0, as training does.
 
 Letters: N tokens of an image or a text · D width · E feature dim · f feed-forward ratio · P patch side · S image side ·
 H heads.
@@ -10,9 +11,11 @@ H heads.
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 import torch
+from torch import nn
 
 from m2_encoder.errors import UserError
 from m2_encoder.models.config import M2EncoderConfig
@@ -23,6 +26,7 @@ from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 """Precisions of training that the formulas know, as Lightning names them."""
 _LOGIT_HEADS = {1: (), 2: ("backbone_features",)}
+_MATRICES: Final = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,21 +38,59 @@ class ModelCost:
     trainable_parameters: int  # those with a gradient
     layer_parameters: int  # of the largest layer, both experts
     root_parameters: int  # outside of the layers: embeddings, heads, norms
+    trainable_layer_parameters: int  # of the layer with most of them
+    trainable_root_parameters: int  # outside of the layers
     num_layers: int  # multiway layers, backbone and vision-language encoder
     feature_dim: int  # E
     heads: int  # contrastive heads h
     forward_flops: int  # multiplications and additions of a forward pass
-    backward_flops: int  # of the backward pass: twice that, without the gradient of the pixels
+    backward_flops: int  # of the backward pass: twice that where everything is trained, without that of the pixels
     activation_bytes: int  # kept for backward
     layer_activation_bytes: int  # kept by one full layer, of the larger modality
-    layer_input_bytes: int  # inputs of all layers, which activation checkpointing keeps instead
+    layer_input_bytes: int  # inputs of the layers passed backward, which activation checkpointing keeps instead
     work_bytes: int  # the two widest gradients of a backward pass, alive beside the activations
     batch_bytes: int  # pixels, in 8 bits, and token ids
     autocast_bytes_per_parameter: int  # copies of the weights that mixed precision keeps during a pass
 
 
+class _Layer(NamedTuple):
+    """A layer as one modality passes it; matrices in units of those of a plain layer, D²(4 + 2f)."""
+
+    matrices: float  # all of them: 1, and more where an adaptation adds some
+    trained: float  # of these, those with a gradient
+    is_trained: bool  # whether anything of it is
+    norm_is_trained: bool  # whether its first norm is
+    read: frozenset[str]  # matrices whose input is kept, as they or what stands beside them are trained
+    rank: float  # sum of the ranks of low-rank updates, whose inputs are kept, too
+
+
+class _Tower(NamedTuple):
+    """What one modality passes."""
+
+    tokens: int
+    embeds: bool  # whether anything of its embedding is trained
+    layers: tuple[_Layer, ...]  # backbone, then vision-language encoder
+    num_backbone: int  # of these, those of the backbone
+    heads: tuple[bool, ...]  # whether each projection is trained
+
+
+class _Sums(NamedTuple):
+    """Of one tower and pair."""
+
+    forward: float  # operations of its layers and heads
+    backward: float
+    kept: float  # bytes kept for backward
+    layer: int  # bytes that the largest layer keeps, of those that are passed backward
+    passed: int  # layers that are
+
+
 def estimate_cost(
-    config: M2EncoderConfig, *, precision: str = "bf16-mixed", text_tokens: int | None = None, heads: int = 1
+    config: M2EncoderConfig,
+    *,
+    precision: str = "bf16-mixed",
+    text_tokens: int | None = None,
+    heads: int = 1,
+    adapt: Callable[[M2Encoder], None] | None = None,
 ) -> ModelCost:
     """Costs of an architecture.
 
@@ -57,6 +99,7 @@ def estimate_cost(
         precision: one of `PRECISIONS`.
         text_tokens: mean tokens of a text (padding costs nothing); None: the context length, the most there can be.
         heads: contrastive heads: 1 for the features of the vision-language encoder, 2 for those of the backbone, too.
+        adapt: freezes or adds parameters, of a model on `meta`, as `Adaptation.apply`; None trains everything.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")
@@ -66,82 +109,146 @@ def estimate_cost(
     if heads not in _LOGIT_HEADS:
         raise UserError(f"heads={heads} must be 1 or 2")
     mixed = precision != "32-true"
-    counts = _count_parameters(config, heads)
+    model = _build(config, heads, adapt)
     patch_flops = 2 * 3 * config.patch_size**2 * config.embed_dim * config.grid_size**2
-    head_flops = heads * 2 * 2 * config.embed_dim * config.feature_dim
-    layer_flops = _layers_flops(config, config.num_image_tokens) + _layers_flops(config, tokens)
-    widest = max(config.num_image_tokens, tokens)
+    trains_patches = model.image_embed.proj.weight.requires_grad
+    towers = [
+        _read_tower(model, name, tokens=number, heads=heads)
+        for name, number in (("image", config.num_image_tokens), ("text", tokens))
+    ]
+    image, text = sums = [_add_up(config, tower, mixed=mixed) for tower in towers]
+    pixel_bytes = (2 if mixed else 4) * 3 * config.image_size**2  # the patch projection keeps the normalised pixels
+    layer_inputs = sum(each.passed * tower.tokens for each, tower in zip(sums, towers, strict=True))
     return ModelCost(
         name=config.name,
-        parameters=counts["all"],
-        trainable_parameters=counts["trainable"],
-        layer_parameters=counts["layer"],
-        root_parameters=counts["root"],
+        **_count_parameters(model),
         num_layers=config.num_layers + config.num_vl_layers,
         feature_dim=config.feature_dim,
         heads=heads,
-        forward_flops=patch_flops + layer_flops + head_flops,
-        backward_flops=patch_flops + 2 * (layer_flops + head_flops),
-        activation_bytes=_tower_bytes(config, config.num_image_tokens, mixed=mixed)
-        + _tower_bytes(config, tokens, mixed=mixed)
-        + (2 if mixed else 4) * 3 * config.image_size**2,  # the patch projection keeps the normalised pixels
-        layer_activation_bytes=_layer_bytes(config, widest, mixed=mixed),
-        layer_input_bytes=4
-        * (config.num_image_tokens + tokens)
-        * config.embed_dim
-        * (config.num_layers + config.num_vl_layers),
-        work_bytes=2 * 4 * config.ffn_ratio * config.embed_dim * widest,
+        forward_flops=round(patch_flops + image.forward + text.forward),
+        backward_flops=round(patch_flops * trains_patches + image.backward + text.backward),
+        activation_bytes=round(image.kept + text.kept + pixel_bytes * trains_patches),
+        layer_activation_bytes=max(image.layer, text.layer),
+        layer_input_bytes=4 * config.embed_dim * layer_inputs,
+        work_bytes=2 * 4 * config.ffn_ratio * config.embed_dim * max(config.num_image_tokens, tokens),
         batch_bytes=3 * config.image_size**2 + 8 * config.context_length,
         autocast_bytes_per_parameter=2 if mixed else 0,
     )
 
 
-@functools.lru_cache(maxsize=32)
-def _count_parameters(config: M2EncoderConfig, heads: int) -> dict[str, int]:
-    """Counts on the real model, of which no parameter takes memory."""
+def _build(config: M2EncoderConfig, heads: int, adapt: Callable[[M2Encoder], None] | None) -> M2Encoder:
+    """The model as a run trains it, of which no parameter takes memory."""
     with torch.device("meta"):
         model = M2Encoder(config)
+        if adapt is not None:
+            adapt(model)
     model.freeze_parts(OPTIONAL_PARTS.keys() - _LOGIT_HEADS[heads])
-    layers = [
-        sum(parameter.numel() for parameter in module.parameters())
-        for module in model.modules()
-        if isinstance(module, MultiwayLayer)
-    ]
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "all": everything,
-        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "layer": max(layers),
-        "root": everything - sum(layers),
-    }
+    return model
 
 
-def _layers_flops(config: M2EncoderConfig, tokens: int) -> int:
-    """Operations of all layers; the last one computes token 0 alone, for which it needs the keys and values of all."""
+def _count_parameters(model: M2Encoder) -> dict[str, int]:
+    def count(module: nn.Module, *, trained: bool) -> int:
+        return sum(each.numel() for each in module.parameters() if each.requires_grad or not trained)
+
+    layers = [module for module in model.modules() if isinstance(module, MultiwayLayer)]
+    found: dict[str, int] = {}
+    for prefix, trained in (("", False), ("trainable_", True)):
+        whole, inside = count(model, trained=trained), [count(layer, trained=trained) for layer in layers]
+        found |= {f"{prefix}parameters": whole, f"{prefix}layer_parameters": max(inside)}
+        found[f"{prefix}root_parameters"] = whole - sum(inside)
+    return found
+
+
+def _read_tower(model: M2Encoder, name: str, *, tokens: int, heads: int) -> _Tower:
+    """Of `image` or `text`; both pass the vision experts of the vision-language encoder."""
+    expert = "vision_expert" if name == "image" else "text_expert"
+    embedding = model.image_embed if name == "image" else model.text_embed
+    passed = [getattr(layer, expert) for layer in model.backbone.layers]
+    passed += [layer.vision_expert for layer in model.vl_encoder.layers]
+    config = model.config
+    plain = config.embed_dim**2 * (4 + 2 * config.ffn_ratio)
+    projections = [f"vl_{name}_proj", f"{name}_proj"][:heads]
+    return _Tower(
+        tokens=tokens,
+        embeds=any(parameter.requires_grad for parameter in embedding.parameters()),
+        layers=tuple(_read_layer(each, plain) for each in passed),
+        num_backbone=config.num_layers,
+        heads=tuple(getattr(model, each).weight.requires_grad for each in projections),
+    )
+
+
+def _read_layer(expert: nn.Module, plain: int) -> _Layer:
+    total, trained, rank, read = 0, 0, 0.0, set()
+    for name in _MATRICES:
+        weight, *beside = (each for each in getattr(expert, name).parameters() if each.ndim == 2)
+        numbers = [each.numel() for each in (weight, *beside)]
+        own = [number for each, number in zip((weight, *beside), numbers, strict=True) if each.requires_grad]
+        total, trained, rank = total + sum(numbers), trained + sum(own), rank + sum(numbers[1:]) / sum(weight.shape)
+        read |= {name} if own else set()
+    is_trained = any(each.requires_grad for each in expert.parameters())
+    norm_is_trained = any(each.requires_grad for each in expert.get_submodule("attention_norm").parameters())
+    return _Layer(total / plain, trained / plain, is_trained, norm_is_trained, frozenset(read), rank)
+
+
+def _add_up(config: M2EncoderConfig, tower: _Tower, *, mixed: bool) -> _Sums:
+    """From below: what is not above anything trained is not passed backward, and keeps nothing."""
+    width, tokens = config.embed_dim, tower.tokens
+    passes, forward, backward, kept, largest, passed = tower.embeds, 0.0, 0.0, 0.0, 0, 0
+    for number, layer in enumerate(tower.layers):
+        is_last = number == len(tower.layers) - 1
+        matrices, attention = _layer_flops(config, tokens, is_last=is_last)
+        forward += matrices * layer.matrices + attention
+        if layer.is_trained and not (passes or layer.norm_is_trained):  # the lowest: q, k and v end it
+            backward -= matrices * layer.matrices * 3 / (4 + 2 * config.ffn_ratio)
+        passes = passes or layer.is_trained
+        if passes:
+            passed += 1
+            backward += matrices * (layer.matrices + layer.trained) + 2 * attention
+            whole = _layer_bytes(config, tokens, layer, mixed=mixed)
+            kept += _last_bytes(config, tokens, layer, mixed=mixed) if is_last else whole
+            largest = max(largest, whole)
+        if number == tower.num_backbone - 1 and passes:
+            kept += 4 * tokens * width  # its final norm
+    head = 2 * width * config.feature_dim
+    forward += head * len(tower.heads)
+    backward += head * (sum(tower.heads) + (len(tower.heads) if passes else 0))
+    return _Sums(forward, backward, kept, largest, passed)
+
+
+def _layer_flops(config: M2EncoderConfig, tokens: int, *, is_last: bool) -> tuple[int, int]:
+    """Operations of its matrices and of its attention.
+
+    The last layer computes token 0 alone, for which it needs the keys and values of all.
+    """
     width = config.embed_dim
     matrices = 2 * width**2 * (4 + 2 * config.ffn_ratio)  # q, k, v, output and the feed-forward network, of one token
-    full = tokens * matrices + 2 * 2 * tokens**2 * width
-    last = tokens * 2 * 2 * width**2 + (matrices - 2 * 2 * width**2) + 2 * 2 * tokens * width
-    return (config.num_layers + config.num_vl_layers - 1) * full + last
+    if not is_last:
+        return tokens * matrices, 2 * 2 * tokens**2 * width
+    return tokens * 2 * 2 * width**2 + (matrices - 2 * 2 * width**2), 2 * 2 * tokens * width
 
 
-def _layer_bytes(config: M2EncoderConfig, tokens: int, *, mixed: bool) -> int:
+def _layer_bytes(config: M2EncoderConfig, tokens: int, layer: _Layer, *, mixed: bool) -> int:
     """Bytes that one full layer keeps for backward.
 
     In fp32: input, its norm, q, k, v, attention, its norm, the second residual and its norm, each (N, D); the first
     matrix's output, its activation and the norm of that, each (N, fD). Autocast runs norms in fp32, so it keeps their
-    inputs in 4 bytes and a copy of their outputs in 2, once per matrix that reads it: three for q, k and v.
+    inputs in 4 bytes and a copy of their outputs in 2, once per matrix that reads it: three for q, k and v. Outputs of
+    norms are kept for the gradients of the matrices that read them, so not where those are frozen.
     """
     wide = config.ffn_ratio
-    per_token = (30 + 8 * wide) if mixed else 4 * (9 + 3 * wide)
+    sizes = {name: wide if name == "fc2" else 1 for name in layer.read}
+    if mixed:
+        per_token = 20 + 6 * wide + 2 * sum(sizes.values())
+    else:
+        shared = max(0, len(layer.read & {"q_proj", "k_proj", "v_proj"}) - 1)
+        per_token = 4 * (6 + 2 * wide + sum(sizes.values()) - shared)
     statistics = 4 * config.num_heads + 4 * 2 * 4  # logsumexp of the attention; mean and deviation of four norms
-    return tokens * (per_token * config.embed_dim + statistics)
+    low = layer.rank * (2 if mixed else 4)
+    return round(tokens * (per_token * config.embed_dim + statistics + low))
 
 
-def _tower_bytes(config: M2EncoderConfig, tokens: int, *, mixed: bool) -> int:
-    """Bytes that one modality keeps for backward, without its embedding."""
-    num_full = config.num_layers + config.num_vl_layers - 1
-    final_norm = 4 * tokens * config.embed_dim
-    # The last layer keeps its input, the norm of it, keys and values of all tokens; the rest of it is one token wide.
-    last = (12 if mixed else 16) * tokens * config.embed_dim + _layer_bytes(config, 1, mixed=mixed)
-    return num_full * _layer_bytes(config, tokens, mixed=mixed) + final_norm + last
+def _last_bytes(config: M2EncoderConfig, tokens: int, layer: _Layer, *, mixed: bool) -> int:
+    """Bytes of the last layer: its input, the norm of it, keys and values of all tokens; the rest is one token wide."""
+    readers = len(layer.read & {"k_proj", "v_proj"})
+    per_token = 8 + 2 * readers if mixed else 12 + 4 * min(1, readers)
+    return per_token * tokens * config.embed_dim + _layer_bytes(config, 1, layer, mixed=mixed)

@@ -55,7 +55,8 @@ def estimate_memory(cost: ModelCost, hardware: Hardware, setting: Setting) -> Me
     if setting.strategy == "grouped_fsdp":
         layers = 2 * (cost.autocast_bytes_per_parameter or _FP32) * cost.layer_parameters
         weights = weights / setting.world_size + layers + _FP32 * cost.root_parameters
-        gradients = gradients / 2 / setting.world_size + _FP32 * (cost.layer_parameters + cost.root_parameters)
+        whole = cost.trainable_layer_parameters + cost.trainable_root_parameters
+        gradients = gradients / 2 / setting.world_size + _FP32 * whole
         optimizer = optimizer / setting.world_size
         copies = 0
     return Memory(

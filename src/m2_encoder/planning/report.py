@@ -120,6 +120,25 @@ def parts_table(predictions: Sequence[Prediction], part: str, *, title: str, sca
     return table
 
 
+def adaptation_table(adapted: Prediction, whole: Prediction) -> Table:
+    """What an adaptation spares: the same setting with everything trained beside it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
+    for heading, justify in (("the same setting", "left"), ("adapted", "right"), ("full", "right"), ("ratio", "right")):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    rows = {
+        "weights, GB": [each.memory.weights / 1e9 for each in (adapted, whole)],
+        "gradients, GB": [each.memory.gradients / 1e9 for each in (adapted, whole)],
+        "optimizer's state, GB": [each.memory.optimizer / 1e9 for each in (adapted, whole)],
+        "activations, GB": [each.memory.activations / 1e9 for each in (adapted, whole)],
+        "memory of a rank, GB": [each.memory.total / 1e9 for each in (adapted, whole)],
+        "gradients sent, MB": [each.gradient_bytes / 1e6 for each in (adapted, whole)],
+        "a step, ms": [each.time.total * 1e3 for each in (adapted, whole)],
+    }
+    for name, (mine, full) in rows.items():
+        table.add_row(name, f"{mine:,.2f}", f"{full:,.2f}", f"{mine / full:.2f}" if full else "")
+    return table
+
+
 def _part_rows(predictions: Sequence[Prediction], part: str, scale: float) -> list[list[str]]:
     """A line for every part that any prediction has, and the total last."""
     tuples = [getattr(item, part) for item in predictions]
@@ -156,6 +175,7 @@ def to_report(
     best: Sequence[Prediction],
     baselines: Sequence[Prediction],
     scaling: Sequence[ScalingPoint],
+    whole: Prediction | None = None,
 ) -> dict[str, Any]:
     """Everything as plain values, ready for JSON."""
     return {
@@ -166,6 +186,7 @@ def to_report(
             {key: to_plain(value) if isinstance(value, Prediction) else value for key, value in point._asdict().items()}
             for point in scaling
         ],
+        **({} if whole is None else {"trained_whole": to_plain(whole)}),
         "model": dataclasses.asdict(cost),
         "hardware": dataclasses.asdict(hardware),
         "wish": dataclasses.asdict(request),

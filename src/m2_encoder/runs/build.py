@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
 import lightning
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -240,7 +241,10 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig | None) -> A
         raise UserError(error.text, key="adaptation._target_", value=node["_target_"]) from error
     if isinstance(start := node.get("start"), str):
         node = {**node, "start": str(anchor(start))}
-    adaptation = instantiate(node)
+    try:
+        adaptation = instantiate(node)
+    except InstantiationException as error:
+        raise error.__cause__.under("adaptation") if isinstance(error.__cause__, UserError) else error from error
     if not isinstance(adaptation, Adaptation):
         rule = "must be a subclass of m2_encoder.training.adaptation.Adaptation; derive it from that"
         raise UserError(rule, key="adaptation._target_", value=node["_target_"])

@@ -238,3 +238,22 @@ def test_files_that_are_the_base_of_each_other(tmp_path: Path, repo_root: Path) 
         (tmp_path / f"{name}.yaml").write_text(f"base: {tmp_path / base}.yaml\nmfu: 0.3\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"cluster=.*a\.yaml: .*is its own base, by way of .*b\.yaml"):
         plan.read_hardware(str(tmp_path / "a.yaml"), {})
+
+
+def test_an_adaptation_is_planned_beside_full_training(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = ("model=m2_encoder_0_4b", "ranks=8", "global_batch_size=256", "group_batch_size=256")
+    report = _report(run, tmp_path / "plan.json", *setting, "adaptation=lora", "adaptation.rank=4")
+    out = capsys.readouterr().out
+    assert "adaptation=lora adaptation.rank=4" in report["train"]
+    assert "the same setting" in out
+    adapted, whole = report["best"], report["trained_whole"]
+    trained = report["model"]["trainable_parameters"]
+    assert f"{trained / 1e6:,.0f} M trained" in out
+    # by hand: rank times width and output of six matrices, two experts in 12 layers, without 3 unused text experts
+    assert trained == (2 * 12 - 3) * 4 * (4 * 2 * 768 + 2 * 5 * 768) + 1
+    assert adapted["memory"]["optimizer"] < 0.02 * whole["memory"]["optimizer"]
+    assert adapted["step_s"] < whole["step_s"]
+    assert run(*setting, "adaptation=lora", "adaptation.first_layer=12") == 2
+    assert "adaptation.first_layer=12: must be at most 11, the last layer of vl_encoder" in capsys.readouterr().err

@@ -17,6 +17,10 @@ from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
 from m2_encoder.planning.cost import ModelCost, estimate_cost
+from m2_encoder.training.adaptation import Adaptation
+from m2_encoder.training.adaptations.last import Last
+from m2_encoder.training.adaptations.locked import Locked
+from m2_encoder.training.adaptations.lora import Lora
 
 TINY = NAME_TO_CONFIG["tiny"]
 BASE = NAME_TO_CONFIG["m2-encoder-0.4b"]
@@ -132,6 +136,43 @@ def test_activations_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None
         kept = count()
     assert features[0].dtype == torch.bfloat16
     assert ROWS * estimate_cost(BASE).activation_bytes == pytest.approx(kept, rel=0.02)
+
+
+ADAPTATIONS: dict[str, Adaptation] = {
+    "lora": Lora(rank=4),
+    "lora of attention": Lora(rank=2, modules=["q_proj", "v_proj"], experts=["text_expert"]),
+    "lora from the middle": Lora(rank=4, first_layer=2),
+    "lora and norms": Lora(rank=4, also=["projections", "norms"]),
+    "image tower": Locked(towers=["image"]),
+    "first layers": Locked(layers=2, embeddings=["image", "text"]),
+    "last": Last(),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTATIONS)
+def test_adaptations_cost_what_torch_counts(name: str) -> None:
+    """In the lowest layer, backward ends a little earlier than the formulas say."""
+    adapt = ADAPTATIONS[name].apply
+    model = _trained(TINY, "cpu")
+    adapt(model)
+    model.freeze_parts(OPTIONAL_PARTS)
+    images, ids = _inputs(TINY, "cpu")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        features = torch.cat([model.encode_image(images), model.encode_text(ids)])
+    with FlopCounterMode(display=False) as backward:
+        features.sum().backward()
+    with _saved_bytes(model) as count:
+        features = torch.cat([model.encode_image(images), model.encode_text(ids)])
+    cost, full = (estimate_cost(TINY, precision="32-true", adapt=each) for each in (adapt, None))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert cost.trainable_parameters == trained
+    assert cost.trainable_layer_parameters <= cost.trainable_parameters - cost.trainable_root_parameters
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert ROWS * cost.forward_flops == pytest.approx(forward.get_total_flops(), rel=0.01)
+    assert ROWS * cost.backward_flops == pytest.approx(backward.get_total_flops(), rel=0.03)
+    assert ROWS * cost.activation_bytes == pytest.approx(count(), rel=0.04, abs=1e4)
+    assert cost.backward_flops < full.backward_flops
+    assert cost.activation_bytes < 1.02 * full.activation_bytes
 
 
 def test_short_texts_cost_less() -> None:
