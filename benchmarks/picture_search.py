@@ -4,36 +4,57 @@ Features are random: 64 directions mixed into 512 numbers, with noise, so that a
 Recall is of the first ten, against a product of all in fp64. Times are of the search alone, and of what a query does
 after it is encoded (`find_results`: search, and where the list ends). The graph needs the extra `usearch`.
 
+With the extra `serve`, `m2-serve` answers words over HTTP, too, in a process of its own: clients, each with one
+connection, share the cores with it, and a time is from the request to the last byte of the answer. Its model is small
+and has random weights, so that encoding of the words takes little of it. Before that, the first pictures of eight
+queries must be those that NumPy finds.
+
     python benchmarks/picture_search.py --json benchmarks/results/picture_search-MACHINE.json
 """
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import importlib.util
 import json
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from _common import Report, parse_arguments
 
+from m2_encoder import M2Encoder, M2EncoderConfig
+from m2_encoder.checkpoints.export import export_model
+from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.picture_search.index import FORMAT, INDEX_FILE, VERSION, IndexModel, PictureIndex, open_index
+from m2_encoder.picture_search.model import open_search_model
 from m2_encoder.picture_search.results import find_results
 from m2_encoder.picture_search.update import write_neighbours
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 PICTURES = 50_000
 WIDTH = 512
 DIRECTIONS = 64
 CLIENTS = 8
 K = 60
+SERVE = "import sys; from m2_encoder.cli import commands; sys.exit(commands.SERVE())"
 
 
-def make_index(folder: Path, features: npt.NDArray[np.float32], dtype: str, *, graph: bool) -> PictureIndex:
+def make_index(
+    folder: Path, features: npt.NDArray[np.float32], dtype: str, *, graph: bool, made_by: IndexModel | None = None
+) -> PictureIndex:
     """An index of features without pictures."""
     folder.mkdir()
     np.save(folder / "features-0.npy", features.astype(dtype))
@@ -41,7 +62,7 @@ def make_index(folder: Path, features: npt.NDArray[np.float32], dtype: str, *, g
         "format": FORMAT,
         "version": VERSION,
         "root": str(folder),
-        "model": IndexModel("none", None, None, "standard", "")._asdict(),
+        "model": (made_by or IndexModel("none", None, None, "standard", ""))._asdict(),
         "features": "features-0.npy",
         "neighbours": write_neighbours(folder, "features-0.npy") if graph else None,
         "skipped": [],
@@ -77,6 +98,67 @@ def time_calls(call: Callable[[int], object], number: int, clients: int) -> tupl
     return statistics.median(times), statistics.quantiles(times, n=100)[98], number / elapsed
 
 
+class Client:
+    """Asks one server; each thread on a connection of its own."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self.local = port, threading.local()
+
+    def post(self, path: str, values: object) -> Any:
+        """The answer to JSON."""
+        if not hasattr(self.local, "connection"):
+            self.local.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        self.local.connection.request("POST", path, json.dumps(values), {"Content-Type": "application/json"})
+        answer = self.local.connection.getresponse()
+        content = json.loads(answer.read())
+        assert answer.status == 200, content
+        return content
+
+
+@contextlib.contextmanager
+def served(folder: Path, index: Path) -> Iterator[Client]:
+    """m2-serve with an index, in a process of its own."""
+    command = [sys.executable, "-c", SERVE, f"index={index}", "port=0", "device=cpu"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+            assert found, line
+            yield Client(int(found[1]))
+        finally:
+            process.terminate()
+
+
+def measure_server(report: Report, folder: Path, features: npt.NDArray[np.float32], calls: int) -> None:
+    """Words over HTTP, from one client and from several at once."""
+    tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model())
+    config = M2EncoderConfig.from_name("tiny", feature_dim=WIDTH, vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(0)
+    export_model(folder / "export", model=M2Encoder(config), tokenizer=tokenizer)
+    made_by = open_search_model(folder / "export").made_by
+    for dtype in ("float32", "float16"):
+        index = make_index(folder / f"served-{dtype}", features, dtype, graph=False, made_by=made_by)
+        words = [f"a {colour} thing, number {number}" for number in range(calls) for colour in ("red", "蓝色的")]
+        with served(folder, index.path) as client:
+            wanted = np.array(client.post("/api/embed", {"texts": words[:8]})["features"])
+            best = np.argmax(np.asarray(index.features, dtype=np.float64) @ wanted.T, axis=0)
+            for word, row in zip(words[:8], best, strict=True):
+                found = client.post("/api/search", {"query": word, "count": K})["results"]
+                assert len(found) == K
+                assert found[0]["name"] == index.names[row], (word, found[0])
+
+            def search(i: int, client: Client = client, words: list[str] = words) -> object:
+                return client.post("/api/search", {"query": words[i], "count": K})
+
+            for clients in (1, CLIENTS):
+                median, slow, rate = time_calls(search, calls, clients)
+                report.add(
+                    f"{dtype}, all compared, m2-serve over HTTP", clients=clients, p50_ms=round(median, 2),
+                    p99_ms=round(slow, 2), per_s=round(rate, 1),
+                )  # fmt: skip
+
+
 def main() -> None:
     arguments = parse_arguments(__doc__)
     calls = 60 if arguments.quick else 400
@@ -110,6 +192,8 @@ def main() -> None:
                         megabytes=round(sum(path.stat().st_size for path in index.path.iterdir()) / 1e6, 1),
                         written_s=round(built, 1),
                     )  # fmt: skip
+        if all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn", "python_multipart")):
+            measure_server(report, Path(folder), features, calls)
     report.finish(json_path=arguments.json)
 
 

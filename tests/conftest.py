@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,23 @@ from hypothesis import settings
 
 from m2_encoder.data.emoji.dataset import write_emoji_shards
 from tests.support.once import build_once
+
+_CONNECTS = ("socket.connect", "socket.sendto")
+
+
+def _refuse_other_machines(event: str, arguments: tuple[Any, ...]) -> None:
+    """No test reaches another machine, whatever library asks: as if there were no network."""
+    if event not in _CONNECTS or not isinstance(arguments[1], tuple):
+        return
+    try:
+        is_here = ipaddress.ip_address(arguments[1][0].partition("%")[0]).is_loopback
+    except ValueError:
+        is_here = arguments[1][0] == "localhost"
+    if not is_here:
+        raise ConnectionRefusedError(f"tests run without a network; {arguments[1]} was asked for")
+
+
+sys.addaudithook(_refuse_other_machines)
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 

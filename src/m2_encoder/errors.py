@@ -22,7 +22,8 @@ MAX_LINE: Final = 500
 MAX_ENTRIES: Final = 20
 """Lines of a list that a command prints, at most."""
 
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves the cursor, ends or turns a line, or is half a character."""
 
 
 def abridge(text: str, limit: int = MAX_LINE) -> str:

@@ -12,6 +12,7 @@ from m2_encoder.errors import MAX_ENTRIES, MAX_LINE, Problem, abridge, abridge_l
         ("a cat", "a cat"),
         ("[/INST] :cat: 一只猫\u3000👩‍🚀", "[/INST] :cat: 一只猫\u3000👩‍🚀"),
         ("a\nb\x1b[31m\udcff", "a\\nb\\x1b[31m\\udcff"),
+        ("photo\u202egpj.exe\u2028next", "photo\\u202egpj.exe\\u2028next"),
         ("x" * 501, "x" * 298 + " … " + "x" * 199),
     ],
 )

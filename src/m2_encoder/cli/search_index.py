@@ -18,6 +18,7 @@ from m2_encoder.config.model_choice import (
     model_problems,
     needs_tokenizer,
     runtime_problems,
+    takes_files,
 )
 from m2_encoder.config.output import say
 from m2_encoder.config.problems import UNSET, Unset, find_problems
@@ -62,6 +63,10 @@ def check_index(cfg: dict[str, Any]) -> list[Problem]:
         return [*problems, Problem("output", None, "must be given for the root of a disk")]
     try:
         check_index_folder(output, photos)
+        above = next(parent for parent in (output, *output.parents) if parent.exists())
+        if not takes_files(above):
+            rule = f"cannot be written: {above} is no folder that you may write to"
+            return [*problems, Problem("output", str(output), rule, "give another place")]
         if cfg["neighbours"] is True:
             import_peer("usearch.index", "indexes with a graph of neighbours", extra="usearch")
     except UserError as error:

@@ -89,7 +89,8 @@ def _model_problems(cfg: dict[str, Any]) -> list[Problem]:
         except UserError as error:
             return find_problems(error.under("index"))
         if not root.is_dir():
-            return [Problem("index", index, f"its pictures were in {root}, which is not there", "index them again")]
+            fix = f"if they were moved, run m2-search index PHOTOS output={index}; nothing is encoded again"
+            return [Problem("index", index, f"its pictures were in {root}, which is not there", fix)]
     if model is None and (index is None or index == DRAWINGS):
         return [Problem("model", NOTHING, "must be given", "add model=FOLDER, one that m2-export wrote")]
     if model is None:

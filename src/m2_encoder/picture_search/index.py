@@ -184,12 +184,16 @@ def read_content(folder: Path) -> Mapping[str, Any]:
         if content["format"] != FORMAT:
             raise ValueError(content["format"])
         version = content["version"]
+    except NotADirectoryError as error:
+        raise UserError(f"{folder}: is a file; give the folder that m2-search index wrote") from error
     except FileNotFoundError as error:
         if not folder.is_dir():
             raise UserError(f"no such index: {folder}; write one with m2-search index PHOTOS") from error
         unfinished = (folder / ENCODING_FOLDER).is_dir()
-        how = "is not finished; m2-search index goes on with it" if unfinished else f"holds no {INDEX_FILE}: no index"
-        raise UserError(f"{folder} {how}") from error
+        none = f"holds no {INDEX_FILE}, so it is no index; write an index of it with m2-search index {folder}"
+        raise UserError(
+            f"{folder} {'is not finished; m2-search index goes on with it' if unfinished else none}"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged, or of something else; remove the folder and index again") from error
     if version != VERSION:

@@ -51,8 +51,7 @@ def find_results(
     scores, rows = index.search(feature[None], top + len(without))
     kept = ~np.isin(rows[0], list(without))
     found, found_rows = scores[0][kept][:top], rows[0][kept][:top]
-    # Not `@`: BLAS starts threads for it, which wait for each other where many queries come at once.
-    end = find_end(found, np.einsum("sd,d->s", index.sample, feature), len(index))
+    end = count_likely(index, found, feature)
     return Results(
         query,
         [
@@ -61,6 +60,18 @@ def find_results(
         ],
         end,
     )
+
+
+def count_likely(index: PictureIndex, scores: npt.NDArray[np.float32], feature: npt.NDArray[np.float32]) -> int:
+    """How many of the best pictures probably belong to a query.
+
+    Args:
+        index: open.
+        scores: of the best pictures, without those of the query, (k,).
+        feature: of the query, L2-normalised, (D,).
+    """
+    # Not `@`: BLAS starts threads for it, which wait for each other where many queries come at once.
+    return find_end(scores, np.einsum("sd,d->s", index.sample, feature), len(index))
 
 
 def cut_tail(results: Results) -> Results:

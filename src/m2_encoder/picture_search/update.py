@@ -151,7 +151,7 @@ def check_index_folder(folder: Path, root: Path) -> None:
     Raises:
         UserError: its key is `output`.
     """
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise UserError("is a file; give the name of a folder", key="output", value=str(folder))
     if not folder.is_dir():
         return

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -30,6 +31,23 @@ MAX_TEXTS: Final = 64
 
 _COUNT: Final = 60
 _FAR: Final = 10**9
+
+
+class _Names(Convertor[str]):
+    """Whatever a file may be called; Starlette's `path` ends at a line."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        """As it is."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """As it is."""
+        return value
+
+
+register_url_convertor("picture", _Names())
 
 
 class Api:
@@ -58,8 +76,8 @@ class Api:
             Route("/api/search", self.search, methods=["POST"]),
             Route("/api/similar", self.similar, methods=["POST"]),
             Route("/api/embed", self.embed, methods=["POST"]),
-            Route("/api/thumbnails/{name:path}", self.thumbnail),
-            Route("/api/files/{name:path}", self.file),
+            Route("/api/thumbnails/{name:picture}", self.thumbnail),
+            Route("/api/files/{name:picture}", self.file),
         ]
 
     async def status(self, _request: Request) -> Response:

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.errors import UserError
-from m2_encoder.picture_search.ending import find_end
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.picture_search.query import Term, parse_query
+from m2_encoder.picture_search.results import count_likely
 from m2_encoder.serving.batches import Batches, Features
 from m2_encoder.serving.encoder import Encoder
 from m2_encoder.serving.gallery import row_of
@@ -25,7 +25,6 @@ from m2_encoder.serving.refusals import invalid
 _MAX_WAITING: Final = 64
 _BATCH: Final = 16
 _SHORTEST: Final = 1e-3
-_COPY: Final = 0.999  # the cosine of two pictures that are the same
 _SEEN_FOR_END: Final = 1000  # results among which the probable end is looked for, whatever part is asked for
 
 
@@ -135,9 +134,7 @@ def _take_part(search: _Search, scores: Features, rows: npt.NDArray[np.int64]) -
     if search.without is not None:
         total -= 1
         scores, rows = scores[rows != search.without], rows[rows != search.without]
-    # Copies of a picture that is searched for say nothing about how alike others can be.
-    copies = int(np.count_nonzero(scores >= _COPY))
-    end = copies + find_end(scores[copies:], index.sample @ search.feature, len(index))
+    end = count_likely(index, scores, search.feature)
     part = slice(search.start, search.start + search.count)
     return Found([index.names[row] for row in rows[part]], scores[part].tolist(), end, total)
 

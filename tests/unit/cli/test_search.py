@@ -187,7 +187,7 @@ def test_duplicates_are_copies_and_nothing_else(run: Run, indexed: Path, tmp_pat
     [
         (("query", "photos.index"), "query=???: must be given"),
         (("query", "nowhere", "狗"), "index=nowhere: no such index"),
-        (("query", "photos", "狗"), "holds no index.json: no index"),
+        (("query", "photos", "狗"), "holds no index.json, so it is no index"),
         (("query", "photos.index", '"狗" + 水果'), "cannot be read from + 水果 on"),
         (("query", "photos.index", "none.jpg"), "none.jpg: no such file, and no picture of the index"),
         (("query", "photos.index", "狗", "top=0"), "top=0"),
@@ -224,6 +224,8 @@ def test_odd_words_are_words(run: Run, indexed: Path, query: str) -> None:
         (("photos",), ["model: must be given for a new index; add model=FOLDER"]),
         (("photos", "model=nowhere/export"), ["model=nowhere/export: no such folder"]),
         (("photos", "output=photos/0.png", "model=tiny"), ["photos/0.png: is a file; give the name of a folder"]),
+        (("photos", "output=/dev/null", "model=tiny"), ["/dev/null: is a file; give the name of a folder"]),
+        (("photos", "output=/proc/new/index", "model=tiny"), ["output=/proc/new/index: cannot be written"]),
         (("photos", "model=tiny"), ["a named model needs its checkpoint", "tokenizer=null: words need"]),
         (("photos", "dtype=int8", "batch_size=0"), ["dtype=int8", "batch_size=0"]),
         (("photos", "weights=x", "device=tpu"), ["model: must be given"]),

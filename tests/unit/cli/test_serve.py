@@ -107,7 +107,10 @@ def test_pictures_that_were_moved(run: Run, index: Path) -> None:
     finally:
         (index.parent / "moved").rename(photos)
     assert code == 2
-    assert f"its pictures were in {photos}, which is not there; index them again" in err
+    assert (
+        f"its pictures were in {photos}, which is not there; if they were moved, run m2-search index PHOTOS output="
+        in err
+    )
 
 
 def test_the_model_must_be_that_of_the_index(run: Run, index: Path, tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from PIL import Image
 
 from m2_encoder import M2Encoder, M2EncoderConfig, load
 from m2_encoder.checkpoints.export import export_model
+from m2_encoder.cli import search
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.exports.transformers_format import REMOTE_CODE, write_transformers
 from m2_encoder.hub import LoadedModel
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.models import random_model, small_config
+from tests.support.pictures import write_picture
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="opens what is written")
 
@@ -152,6 +154,31 @@ def test_sentence_transformers_gives_our_features(opened: Opened) -> None:
     hits = library.util.semantic_search(texts, images, top_k=2)
     best = (ours @ texts.t()).topk(2, dim=0).indices.t().tolist()
     assert [[hit["corpus_id"] for hit in row] for row in hits] == best
+
+
+def test_semantic_search_finds_what_m2_search_finds(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = pytest.importorskip("sentence_transformers", minversion="6.0", reason="opens what is written")
+    for number in range(30):
+        write_picture(tmp_path / "photos" / f"{number:02}.png", number, side=40)
+
+    def m2_search(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["m2-search", *arguments])
+        assert search.main() == 0
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    m2_search("index", "photos", f"model={opened.folder}", "num_workers=0", "device=cpu")
+    files = sorted((tmp_path / "photos").iterdir())
+    encoder = library.SentenceTransformer(str(opened.folder), trust_remote_code=True, device="cpu")
+    pictures = encoder.encode([Image.open(file) for file in files], convert_to_tensor=True)
+    queries = ["红色的水果", "a dog in the snow"]
+    theirs = library.util.semantic_search(encoder.encode(queries, convert_to_tensor=True), pictures, top_k=20)
+    for query, hits in zip(queries, theirs, strict=True):
+        ours = json.loads(m2_search("query", "photos.index", query, "format=json", "top=20", "device=cpu"))["results"]
+        assert [row["name"] for row in ours] == [files[hit["corpus_id"]].name for hit in hits]
+        assert [row["score"] for row in ours] == pytest.approx([hit["score"] for hit in hits], abs=1e-3)
 
 
 def test_trainer_lowers_the_loss_and_what_it_saves_opens_everywhere(opened: Opened, tmp_path: Path) -> None:

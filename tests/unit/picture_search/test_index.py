@@ -263,6 +263,10 @@ def test_damaged_indexes_are_one_line(update: Update, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             open_index(folder)
     (folder / INDEX_FILE).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"index\.json: is a file; give the folder that m2-search index wrote"):
+        open_index(folder / INDEX_FILE)
+    with pytest.raises(UserError, match=r"holds no index\.json.*; write an index of it with m2-search index"):
+        open_index(tmp_path)
     features.write_bytes(whole[:-5])
     with pytest.raises(UserError, match="damaged"):
         open_index(folder)

@@ -48,6 +48,22 @@ def test_words(server: Client, index: PictureIndex, query: str) -> None:
     assert (answer.json["total"], answer.json["end"]) == (30, find_end(-np.sort(-scores), scores, 30))
 
 
+def test_fifty_thousand_pictures_and_eight_clients(model: EvaluatedModel, tmp_path: Path) -> None:
+    features = np.random.default_rng(0).normal(size=(50_000, 16)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    index = index_in_memory(tmp_path, [f"{number}.jpg" for number in range(len(features))], features)
+    words = [f"红色的水果 {number}" for number in range(24)]
+    app = build_app(model, index=index, api_key=None, only_loopback=True, limits=LIMITS)
+    with running(app) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda query: client.post("/api/search", {"query": query}), words))
+    for answer, feature in zip(answers, _text_features(*words), strict=True):
+        scores = features @ feature
+        best = [index.names[row] for row in np.argsort(-scores)[:60]]
+        found = [each["name"] for each in answer.json["results"]]
+        assert found[:5] == best[:5]
+        assert len(set(found) & set(best)) >= 59, "two may be as good as each other"
+
+
 def test_a_sum_of_words_and_pictures(server: Client, index: PictureIndex) -> None:
     dog, fruit = _text_features("狗", "水果")
     feature = _normal(2 * dog + index.features[3] - fruit)

@@ -118,9 +118,10 @@ def test_a_file_that_is_gone_or_changed_since(client: Client, folder: Path) -> N
     assert client.get("/api/files/a.png").json["code"] == "gone"
 
 
-def test_names_with_any_sign(server: Client, index: PictureIndex) -> None:
-    name = "我的 图片/3 #?%41.jpg"
+@pytest.mark.parametrize("name", ["我的 图片/3 #?%41.jpg", "two\nlines\n.jpg"])
+def test_names_with_any_sign(server: Client, index: PictureIndex, name: str) -> None:
     assert server.get(f"/api/files/{quote(name)}").body == (index.root / name).read_bytes()
+    assert server.get(f"/api/thumbnails/{quote(name)}").status == 200
 
 
 def test_thumbnails(server: Client) -> None:
