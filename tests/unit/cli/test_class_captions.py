@@ -136,6 +136,15 @@ def test_what_does_not_fit_is_said_in_a_line(start: Start, tmp_path: Path, capsy
         assert said in only, only
 
 
+def test_pictures_in_folders_without_captions_may_be_classes(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_classes(tmp_path / "photos", 2)
+    assert start("pack", "source=photos", "output=tars", "workers=0") == 2
+    assert "4 missing_caption" in (said := capsys.readouterr().err)
+    assert said.strip().endswith("if its folders are classes, add classes=folders")
+
+
 def test_texts_beside_pictures_of_classes_are_not_read(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -101,7 +101,9 @@ def pack(
                 if path.name.removesuffix(".json") not in known:
                     _refuse_other(folder, path.name.removesuffix(".json"), overwrite)
                     _remove_shard(path)
-            return _finish(folder, results, reused)
+            is_plain = source.format == "folder" and source.classes is None
+            hint = "; if its folders are classes, add classes=folders" if is_plain else ""
+            return _finish(folder, results, reused, hint)
     except OSError as error:  # of the disk, or of a source that went away
         raise UserError(f"{error}; mend that and start again, done shards stay", key="output", value=folder) from error
 
@@ -244,7 +246,8 @@ def _remove_shard(marker: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _finish(folder: Path, results: list[ShardResult], reused: int) -> PackSummary:
+def _finish(folder: Path, results: list[ShardResult], reused: int, hint: str) -> PackSummary:
+    """The summary, written; `hint` is what helps where no picture has a caption."""
     failed: Counter[str] = Counter()
     captions: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
@@ -271,7 +274,8 @@ def _finish(folder: Path, results: list[ShardResult], reused: int) -> PackSummar
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in failed.most_common()) or "there are no records"
         first = next((item for result in results for item in result.failures), None)
         example = "" if first is None else f"; the first is {first.name}: {first.detail}"
-        raise UserError(f"nothing could be packed: {reasons}{example}; see {folder / FAILURES_FILE}")
+        hint = hint if set(failed) == {"missing_caption"} else ""
+        raise UserError(f"nothing could be packed: {reasons}{example}; see {folder / FAILURES_FILE}{hint}")
     shards = [{"name": result.name, "samples": result.samples, "bytes": result.num_bytes} for result in written]
     totals = {key: value for key, value in summary._asdict().items() if key not in ("reused", "shards")}
     write_json(folder / SUMMARY_FILE, {**totals, "shards": shards})
