@@ -74,8 +74,8 @@ class TextGraph(nn.Module):
     def __init__(self, model: M2Encoder, *, end_id: int, context_length: int, int8_table: bool = False) -> None:
         super().__init__()
         self.model, self.end_id = model, end_id
-        table = model.text_embed.tokens
-        self.tokens = RoundedTable(table.weight) if int8_table else table
+        # No second name for the plain table: with one, the exporter mixes up parameters.
+        self.table = RoundedTable(model.text_embed.tokens.weight) if int8_table else None
         rows = model.text_embed.positions.weight.detach()[NUM_RESERVED_POSITIONS:]
         self.positions = nn.Parameter(rows[:context_length].clone(), requires_grad=False)
 
@@ -88,7 +88,8 @@ class TextGraph(nn.Module):
         places = torch.arange(length, device=input_ids.device)
         last = (places * (input_ids != self.end_id)).amax(dim=1, keepdim=True)
         mask = places <= last + 1
-        embedded = self.tokens(input_ids).to(self.positions.dtype) + self.positions[:length]
+        tokens = model.text_embed.tokens if self.table is None else self.table
+        embedded = tokens(input_ids).to(self.positions.dtype) + self.positions[:length]
         is_chinese = model.text_embed.find_chinese(input_ids, mask)
         lower = model.backbone(embedded, num_image_tokens=0, token_mask=mask, is_chinese=is_chinese)
         hidden = model.vl_encoder(lower, num_image_tokens=length, token_mask=mask, first_token_only=True)
