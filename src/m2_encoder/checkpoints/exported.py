@@ -1,4 +1,9 @@
-"""Layout of an exported model: a folder with configuration, weights, tokenizer and model card."""
+"""Layout of an exported model: a folder with configuration, weights, tokenizer and model card.
+
+`config.json` leaves out what a plain model has not (`M2EncoderConfig.to_dict`), so older versions of this package read
+every plain model. One with prompts or adapters they refuse by the name of the unknown field, `adapter_width` for
+example: without these parts its features would be others.
+"""
 
 from __future__ import annotations
 

@@ -74,8 +74,8 @@ class TextGraph(nn.Module):
     def __init__(self, model: M2Encoder, *, end_id: int, context_length: int, int8_table: bool = False) -> None:
         super().__init__()
         self.model, self.end_id = model, end_id
-        table = model.text_embed.tokens
-        self.tokens = RoundedTable(table.weight) if int8_table else table
+        # No second name for the plain table: with one, the exporter mixes up parameters.
+        self.table = RoundedTable(model.text_embed.tokens.weight) if int8_table else None
         rows = model.text_embed.positions.weight.detach()[NUM_RESERVED_POSITIONS:]
         self.positions = nn.Parameter(rows[:context_length].clone(), requires_grad=False)
 
@@ -88,7 +88,8 @@ class TextGraph(nn.Module):
         places = torch.arange(length, device=input_ids.device)
         last = (places * (input_ids != self.end_id)).amax(dim=1, keepdim=True)
         mask = places <= last + 1
-        embedded = self.tokens(input_ids).to(self.positions.dtype) + self.positions[:length]
+        tokens = model.text_embed.tokens if self.table is None else self.table
+        embedded = tokens(input_ids).to(self.positions.dtype) + self.positions[:length]
         is_chinese = model.text_embed.find_chinese(input_ids, mask)
         lower = model.backbone(embedded, num_image_tokens=0, token_mask=mask, is_chinese=is_chinese)
         hidden = model.vl_encoder(lower, num_image_tokens=length, token_mask=mask, first_token_only=True)
@@ -239,7 +240,8 @@ def run_graphs(
         batch_gap: by how much a number of a feature may differ in a batch.
 
     Raises:
-        UserError: if ONNX Runtime cannot run them, or a sample in a batch has other features than alone.
+        UserError: if ONNX Runtime cannot run them, a sample in a batch has other features than alone, or the folder
+            for temporary files is full.
     """
     names = " and ".join(path.name for path in graphs)
     lengths = np.array([len(row) for row in rows])
@@ -248,7 +250,10 @@ def run_graphs(
         ids[number, : len(row)] = row
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
-        np.savez(inputs, pixels=pixels.numpy(), ids=ids, lengths=lengths)
+        try:
+            np.savez(inputs, pixels=pixels.numpy(), ids=ids, lengths=lengths)
+        except OSError as error:
+            raise UserError(f"cannot write samples to {folder}: {error}; make room there, or set TMPDIR") from error
         paths = (_RUNNER, *graphs, inputs, outputs)
         threads = str(torch.get_num_threads())
         command = [sys.executable, *(os.fspath(path) for path in paths), threads]

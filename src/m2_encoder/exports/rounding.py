@@ -5,6 +5,9 @@ Letters: B batch · T tokens · V vocabulary · D width.
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 from typing import Final
 
@@ -50,6 +53,9 @@ def round_matrices(path: Path, target: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    if shutil.disk_usage(target.parent).free < 2 * path.stat().st_size:
+        # It writes a copy first, and on a full disk goes on with half of it.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(target))
     quantize_dynamic(
         path,
         target,

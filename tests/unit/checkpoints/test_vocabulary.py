@@ -18,7 +18,9 @@ from m2_encoder.checkpoints.vocabulary import find_tokenizer, pack_tokenizer
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.tokenizers.han_pieces import mark_han_pieces
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from tests.support.added_parts import adapted_config, random_adapted_model
 from tests.support.damage import train_other_tokenizer
 from tests.support.models import random_model, small_config
 
@@ -144,3 +146,13 @@ def test_exports_say_whether_blanks_are_tidied(exported: Path, tmp_path: Path) -
     plain = SentencePieceTokenizer(exported / "tokenizer.model", context_length=length, normalise=False)
     export_model(tmp_path / "plain", model=model, tokenizer=plain)
     assert load(tmp_path / "plain").tokenizer.normalise is False  # type: ignore[union-attr]
+
+
+def test_mapped_pieces_still_tell_languages_apart(tmp_path: Path) -> None:
+    """A model with an adapter per language knows the Chinese pieces of its new tokenizer."""
+    model = random_adapted_model(adapted_config(vocab_size=OWN.vocab_size, num_text_positions=64))
+    model.text_embed.han_pieces.copy_(mark_han_pieces(OWN))
+    export_model(tmp_path / "out", model=model, tokenizer=OWN)
+    mapped = load(tmp_path / "out", tokenizer=OTHER, map_tokenizer=True).model
+    assert mapped.text_embed.han_pieces.equal(mark_han_pieces(OTHER))
+    assert mapped.text_embed.find_chinese(*OTHER(["a red cat", "红"])).tolist() == [False, True]

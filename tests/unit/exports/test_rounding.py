@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import errno
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from m2_encoder.errors import UserError
 from m2_encoder.exports.base import ExportSource, Features, Measured, compare
+from m2_encoder.exports.graphs import Graphs, run_graphs
 from m2_encoder.exports.onnx_format import Onnx
 from m2_encoder.exports.parity import WARNING, FormatResult
-from m2_encoder.exports.rounding import RoundedTable
+from m2_encoder.exports.rounding import RoundedTable, round_matrices
 from m2_encoder.exports.writing import write_export
 from m2_encoder.models.config import NAME_TO_CONFIG
 from m2_encoder.models.m2_encoder import M2Encoder
@@ -118,3 +123,21 @@ def test_what_cannot_be_rounded_is_known_before(name: str, external_data: bool, 
     pytest.importorskip("onnxscript", reason="needs the extra export")
     problems = [*Onnx(dtype="int8", external_data=external_data).problems(NAME_TO_CONFIG[name])]
     assert [problem.key for problem in problems] == ([named] if named else [])
+
+
+def test_a_disk_without_room_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quantiser itself goes on with half of a file."""
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    (tmp_path / "whole.onnx").write_bytes(bytes(100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=199))
+    with pytest.raises(OSError, match="No space left on device"):
+        round_matrices(tmp_path / "whole.onnx", tmp_path / "small.onnx")
+
+
+def test_a_full_folder_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError, match=r"cannot write samples to .*tmp.*No space left.*set TMPDIR"):
+        run_graphs(Graphs(Path("a.onnx"), Path("b.onnx")), pixels=torch.zeros(1, 3, 4, 4), rows=[[1, 2]])
