@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from m2_encoder.strategies.grouped_fsdp import GroupedFSDPStrategy
 from m2_encoder.strategies.single import LocalStrategy
 from m2_encoder.training.callbacks.average import WeightAverage
 from m2_encoder.training.callbacks.checkpoint import RunCheckpoint
+from m2_encoder.training.optim import build_optimizer
 from tests.support.ranks import run_lightning_ranks
 from tests.support.training import LIGHTNING_WARNINGS, make_datamodule, make_module, make_trainer
 
@@ -29,7 +31,8 @@ STEPS, DECAY = 4, 0.8
 def fit(folder: str, data: str, *, strategy: Any, devices: int = 2, steps: int = STEPS, **more: Any) -> dict[str, Any]:
     """A short run, or the rest of one; the metrics of its validations, and its average on the first rank."""
     lightning.seed_everything(3, workers=True, verbose=False)
-    module = make_module(max_steps=STEPS, lr=1e-2)
+    optimizer = partial(build_optimizer, lr=1e-2, layer_decay=0.7, text_lr_ratio=0.5)  # a group for each rate
+    module = make_module(max_steps=STEPS, optimizer=optimizer)
     average = WeightAverage(decay=DECAY, start_step=1)
     keeper = RunCheckpoint(folder=Path(folder), every_n_steps=more.pop("every", 1))
     resume = more.pop("resume", False)
