@@ -18,7 +18,7 @@ from m2_encoder.checkpoints.training_state import AVERAGE_KEY, CHECKPOINT_FOLDER
 from m2_encoder.config.paths import is_debug
 from m2_encoder.data.emoji.emoji_module import EmojiDataModule
 from m2_encoder.data.images.transforms import EvalTransform
-from m2_encoder.data.masking.batch_masking import build_masking
+from m2_encoder.data.masking.batch_masking import BatchMasking, build_masking
 from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.encode import Tokenize
 from m2_encoder.evaluation.features import FeatureEncoder
@@ -73,9 +73,7 @@ def report_run(
             tokenizer=tokenizer,
             sets=getattr(datamodule, "retrieval_sets", dict)(),
             objectives=objectives,
-            masking=build_masking(objectives, tokenizer, model.config)
-            if isinstance(model, M2Encoder) and isinstance(tokenizer, SentencePieceTokenizer)
-            else None,
+            masking=_masking_of(objectives, model, tokenizer),
             matching=trained_head(objectives),
             run=_run_facts(cfg, run_folder, end, datamodule),
             files=_encoder_of_files(tasks, model, tokenizer, cfg),
@@ -101,6 +99,12 @@ def report_run(
     minutes, seconds = divmod(round(wall_time_s), 60)
     console.print(Text.assemble("  ", (f"{'wall time':<12}", "bold"), f" {minutes} min {seconds:02d} s"))
     return Results(dict(summary["metrics"]), pictures, run_folder, end.step)
+
+
+def _masking_of(objectives: Mapping[str, Objective], model: nn.Module, tokenizer: Tokenize) -> BatchMasking | None:
+    if isinstance(model, M2Encoder) and isinstance(tokenizer, SentencePieceTokenizer):
+        return build_masking(objectives, tokenizer, model.config)
+    return None
 
 
 def _facts_of(end: RunEnd, best: BestCheckpoint | None) -> dict[str, Any]:
