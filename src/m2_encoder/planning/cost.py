@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
@@ -163,21 +163,27 @@ def _read_tower(model: M2Encoder, name: str, *, tokens: int, heads: int) -> _Tow
     """Of `image` or `text`; both pass the vision experts of the vision-language encoder."""
     expert = "vision_expert" if name == "image" else "text_expert"
     embedding = model.image_embed if name == "image" else model.text_embed
-    passed = [getattr(layer, expert) for layer in model.backbone.layers]
-    passed += [layer.vision_expert for layer in model.vl_encoder.layers]
+    passed = [(getattr(layer, expert), _adds(layer, name)) for layer in model.backbone.layers]
+    passed += [(layer.vision_expert, False) for layer in model.vl_encoder.layers]
     config = model.config
     plain = config.embed_dim**2 * (4 + 2 * config.ffn_ratio)
     projections = [f"vl_{name}_proj", f"{name}_proj"][:heads]
     return _Tower(
         tokens=tokens,
         embeds=any(parameter.requires_grad for parameter in embedding.parameters()),
-        layers=tuple(_read_layer(each, plain) for each in passed),
+        layers=tuple(_read_layer(each, plain, adds=adds) for each, adds in passed),
         num_backbone=config.num_layers,
         heads=tuple(getattr(model, each).weight.requires_grad for each in projections),
     )
 
 
-def _read_layer(expert: nn.Module, plain: int) -> _Layer:
+def _adds(layer: Any, name: str) -> bool:
+    """Whether prompts of a layer are trained, or adapters, which texts alone pass; they are too small to count more."""
+    parts = [layer.prompts, layer.adapters if name == "text" else None]
+    return any(each.requires_grad for part in parts if part is not None for each in part.parameters())
+
+
+def _read_layer(expert: nn.Module, plain: int, *, adds: bool) -> _Layer:
     total, trained, rank, read = 0, 0, 0.0, set()
     for name in _MATRICES:
         weight, *beside = (each for each in getattr(expert, name).parameters() if each.ndim == 2)
@@ -185,7 +191,7 @@ def _read_layer(expert: nn.Module, plain: int) -> _Layer:
         own = [number for each, number in zip((weight, *beside), numbers, strict=True) if each.requires_grad]
         total, trained, rank = total + sum(numbers), trained + sum(own), rank + sum(numbers[1:]) / sum(weight.shape)
         read |= {name} if own else set()
-    is_trained = any(each.requires_grad for each in expert.parameters())
+    is_trained = adds or any(each.requires_grad for each in expert.parameters())
     norm_is_trained = any(each.requires_grad for each in expert.get_submodule("attention_norm").parameters())
     return _Layer(total / plain, trained / plain, is_trained, norm_is_trained, frozenset(read), rank)
 

@@ -57,7 +57,6 @@ class PerLanguage(Adaptation):
 
     def apply(self, model: M2Encoder) -> None:
         """Freeze the model, and give its layers adapters that change nothing yet."""
-        assert self._pieces is not None, "prepare comes first"
         config = model.config
         if config.adapter_width:
             rule = "would replace the adapters that the model has; use the weights before, or adaptation=full"
@@ -67,7 +66,8 @@ class PerLanguage(Adaptation):
         with torch.device(model.logit_scale.device):
             add_adapters(model.backbone, model.config)
             pieces = torch.zeros(config.vocab_size)
-        if not pieces.is_meta:
+        if not pieces.is_meta:  # where only shapes count, no tokenizer is needed
+            assert self._pieces is not None, "prepare comes first"
             pieces[: len(self._pieces)] = self._pieces
         model.text_embed.register_buffer("han_pieces", pieces)
         for layer in model.backbone.layers:
