@@ -45,7 +45,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "prompts": ("adaptation=prompts", "optimizer.lr=1.0e-3"),
     "adapters": ("adaptation=adapters", "optimizer.lr=1.0e-3"),
 }
-SETS = {"stamps": "stamps", "emoji_heldout_style": "known drawings", "emoji_heldout_families": "unseen drawings"}
+SETS = {"mine": "stamps", "emoji_heldout_style": "known drawings", "emoji_heldout_families": "unseen drawings"}
 
 
 def run(command: str, *lines: str) -> None:
@@ -89,7 +89,7 @@ def train(name: str, lines: Sequence[str], seed: int, *, quick: bool) -> dict[st
     if not summary.is_file():
         data = (
             f"data.sources.main.shards={PLACE / 'sides' / 'train'}",
-            f"+data.validation.stamps={PLACE / 'sides' / 'val'}",
+            f"data.validation.mine={PLACE / 'sides' / 'val'}",
         )
         short = ("trainer.max_steps=4", "trainer.val_check_interval=2", "scheduler.warmup_steps=1") if quick else ()
         fixed = (f"run.folder={PLACE / 'runs'}", f"run.name={called}", f"seed={seed}")

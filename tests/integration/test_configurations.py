@@ -12,14 +12,19 @@ from hydra.utils import instantiate
 from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf
 
+from m2_encoder.checkpoints.export import export_model
 from m2_encoder.config import validate
 from m2_encoder.config.compose import Composer, open_composer
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import Problem
+from m2_encoder.models.config import NAME_TO_CONFIG
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.runs.build import build_run
 from m2_encoder.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, read_config, write_config
+from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from tests.support.shards import write_numbers
+from tests.support.suites import captioned
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -58,6 +63,13 @@ def test_experiment_builds(composer: Composer, outputs: str, spm: str, experimen
         assert validate.validate_train(composition.cfg, on_this_machine=False) == []
         assert composition.cfg["trainer"]["num_nodes"] == 32
         lines += [spm, "strategy=single", "~strategy.group_nodes", "trainer.devices=1", "trainer.num_nodes=1"]
+    if experiment == "adapt":  # what a user gives
+        tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=24)
+        start = export_model(tmp_path / "start", model=M2Encoder(NAME_TO_CONFIG["tiny"]), tokenizer=tokenizer)
+        (tmp_path / "tars").mkdir()
+        (shard,) = write_numbers(tmp_path / "tars", [3])
+        mine = captioned(tmp_path / "mine", 3)
+        lines += [f"model.weights={start}", f"data.sources.main.shards={shard}", f"data.validation.mine={mine}"]
     cfg = _compose(composer, *lines)
     run = build_run(cfg, tmp_path / "run")
     with torch.device("meta"):

@@ -30,6 +30,7 @@ from m2_encoder.files import find_holder
 from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 
 MAX_CPU_RANKS: Final = 8
+_FORGETTING_TARGET: Final = "m2_encoder.evaluation.tasks.forgetting.Forgetting"
 _FULL_TARGET: Final = "m2_encoder.training.adaptation.Full"
 _TOKENIZER_TARGET: Final = "m2_encoder.training.visual_tokenizer_module.VisualTokenizerModule"
 _SINGLE_TARGET: Final = "m2_encoder.strategies.single.LocalStrategy"
@@ -76,6 +77,10 @@ def _check_weights(known: Known) -> Iterator[Problem]:
         if weights is None and (value := known(f"model.{name}", None)):
             fix = "use adaptation=prompts or adaptation=adapters, or add model.weights=FILE"
             yield Problem(f"model.{name}", value, "is of weights that were adapted, and there are none", fix)
+    for name, node in (known("evaluation", None) or {}).items():
+        if weights is None and isinstance(node, Mapping) and node.get("_target_") == _FORGETTING_TARGET:
+            fix = "add model.weights=FOLDER of m2-export or FILE, or leave it out of evaluation"
+            yield Problem(f"evaluation.{name}", NOTHING, "compares with what a run starts from, model.weights", fix)
 
 
 def _check_tokenizer(known: Known) -> Iterator[Problem]:

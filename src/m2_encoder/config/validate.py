@@ -99,6 +99,15 @@ def _find_trusted(changed: Collection[str] | None) -> set[str]:
     return set(_NODES_OF_LIGHTNING) - {key.partition(".")[0] for key in changed if key not in bounded}
 
 
+_OF_USERS: Final = {
+    "model.tokenizer": "emoji",
+    "model.weights": "https://localhost/weights.ckpt",
+    "data.sources.main.shards": "tars",
+    "data.validation.mine": "tars",
+}
+"""Values that an experiment leaves to the user alone, and what stands for them where experiments are checked."""
+
+
 def validate_experiments() -> dict[str, list[str]]:
     """Composes and validates every shipped experiment.
 
@@ -111,8 +120,11 @@ def validate_experiments() -> dict[str, list[str]]:
             # A run of that name may lie in outputs; that says nothing about the configuration.
             lines = ["run.resume=auto", *([f"+experiment={name}"] if name else [])]
             composition = composer.compose(lines)
-            if any(problem.key == "model.tokenizer" for problem in composition.problems):
-                composition = composer.compose([*lines, "model.tokenizer=emoji"])  # which file, the user alone can say
+            missing = {problem.key for problem in composition.problems} & _OF_USERS.keys()
+            if "forgetting" in (composition.cfg.get("evaluation") or {}):
+                missing.add("model.weights")
+            if missing:
+                composition = composer.compose([*lines, *(f"{key}={_OF_USERS[key]}" for key in sorted(missing))])
             problems = validate_train(composition.cfg, on_this_machine=False)
             found[name] = [
                 format_problem(each) for each in composition.without_echoes([*composition.problems, *problems])

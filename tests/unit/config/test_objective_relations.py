@@ -142,3 +142,13 @@ def test_names_that_mean_something_else(problems: Problems, name: str) -> None:
     target = "m2_encoder.objectives.contrastive.ImageTextContrastive"
     (problem,) = problems(f"+objective.{name}={{_target_: {target}, weight: 1.0}}")
     assert problem.startswith(f"objective.{name}: an objective cannot have this name, which means something else; ")
+
+
+def test_what_is_forgotten_needs_a_start(problems: Problems, tmp_path: Path) -> None:
+    (tmp_path / "weights.ckpt").touch()
+    chosen = ("evaluation=[retrieval,forgetting]",)
+    assert problems(*chosen) == [
+        "evaluation.forgetting: compares with what a run starts from, model.weights; add model.weights=FOLDER of "
+        "m2-export or FILE, or leave it out of evaluation"
+    ]
+    assert problems(*chosen, f"model.weights={tmp_path / 'weights.ckpt'}") == []
