@@ -15,8 +15,10 @@ from m2_encoder.checkpoints.card_words import (
     EMOJI_LIMITS,
     FROM_SCRATCH,
     FROM_WEIGHTS,
+    HOW_TO_READ,
     SUMMARY,
     Words,
+    describe_pictures,
     heading,
     label,
     line,
@@ -177,7 +179,7 @@ def _architecture(model: M2Encoder, pictures: PicturePolicy) -> dict[str, str]:
     return {
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         **{name: words.line for name, words in facts.items()},
-        "pictures": str(pictures),
+        "pictures": describe_pictures(pictures).line,
     }
 
 
@@ -216,7 +218,7 @@ def _metrics_section(metrics: Metrics) -> str:
         order = sorted(languages, key=lambda language: language.startswith(CHANCE))
         rows = [(label(language), *(_percent(languages[language].get(name)) for name in names)) for language in order]
         parts.append(heading(split, 3) + "\n\n" + table(("", *names), rows))
-    return "\n\n".join([heading("Results"), line("Percent."), *parts]) if parts else ""
+    return "\n\n".join([heading("Results"), paragraphs(HOW_TO_READ), *parts]) if parts else ""
 
 
 def _percent(value: float | None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from m2_encoder.pictures import PicturePolicy
+
 
 class Words(NamedTuple):
     """The same in both languages."""
@@ -52,6 +54,10 @@ EMOJI_LIMITS: Final = (
     "Captions are names and keywords, not sentences.",
     "Held-out style and families are for reporting; no training setting was chosen by them.",
 )
+HOW_TO_READ: Final = (
+    "Percent. t2i: pictures for a text, i2t: texts for a picture; r@k: queries with a right result among the first k; "
+    "mean_recall: the mean of the six; chance: guessing."
+)
 OF_ITS_WEIGHTS: Final = "that of the weights it was made from"
 
 CHINESE: Final = {
@@ -74,7 +80,7 @@ CHINESE: Final = {
     "family": "系列",
     "parameters": "参数",
     "image": "图片",
-    "pictures": "像素",
+    "pictures": "图片的读法",
     "text": "文本",
     "layers": "层",
     "features": "特征",
@@ -119,6 +125,25 @@ CHINESE: Final = {
     EMOJI_LIMITS[1]: "训练文本是名称和关键词，不是句子。",
     EMOJI_LIMITS[2]: "没见过的画风和概念只用于报告，没有据此选择任何训练设置。",
     OF_ITS_WEIGHTS: "与原权重相同",
-    "Percent.": "百分比。",
+    HOW_TO_READ: "百分比。t2i 为以文搜图，i2t 为以图搜文；r@k：前 k 个结果中有正确结果的查询所占比例；"
+    "mean_recall：六者的平均；chance：随机猜测。",
 }
 """Chinese of all that the project itself says; other texts are of users and stay as they are."""
+
+_POLICY: Final = {
+    "obeyed": "遵从 EXIF 方向",
+    "ignored": "忽略 EXIF 方向",
+    "scaled": "16 位缩放为 8 位",
+    "clipped": "16 位截断为 8 位",
+    "dropped": "丢弃透明通道",
+    "white": "透明处为白色",
+    "grey": "透明处为灰色",
+    "black": "透明处为黑色",
+}
+
+
+def describe_pictures(policy: PicturePolicy) -> Words:
+    """How pictures become pixels."""
+    return Words(
+        str(policy), "，".join(_POLICY[each] for each in (policy.orientation, policy.background, policy.depth))
+    )

@@ -61,6 +61,7 @@ MAX_PICTURES: Final = 50_000
 """All of them are compared with a query, on one core."""
 
 _PACK_BYTES: Final = 2**20
+_NAMED: Final = 5  # pictures that could not be read
 _THUMBNAIL_PX: Final = 320
 _SCRIPTS: Final = ("tokenizer.js", "query.js", "picture.js", "backend.js")
 _BACKEND: Final = re.compile(r"<!-- backend -->.*<!-- /backend -->", re.DOTALL)
@@ -290,6 +291,12 @@ def _describe(home: Path) -> list[Words]:
         )
     ]
     if skipped := found["skipped"]:
-        names = name_some(skipped)
-        notes.append(Words(f"left out, because it cannot be read: {names}", f"无法读取，未收入：{names}"))
+        shown = ", ".join(skipped[:_NAMED])
+        more = len(skipped) - _NAMED
+        notes.append(
+            Words(
+                f"left out, because they cannot be read: {name_some(skipped, _NAMED)}",
+                f"无法读取，未收入：{shown}" + (f"，另有 {more} 张" if more > 0 else ""),
+            )
+        )
     return notes

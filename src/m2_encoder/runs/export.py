@@ -92,13 +92,23 @@ def read_facts(
 
     `summary.json` in the run's folder gives the metrics, if it is there and of this step.
     """
-    facts = describe_run()
+    facts = _facts_of_training(run_folder)
     return {
         "pictures": _pictures_of(cfg),
         "metrics": read_metrics(run_folder / SUMMARY_FILE, step=end.taken_step, averaged=end.averaged),
         "provenance": _origin(cfg, facts) | {"versions": ", ".join(map(" ".join, facts["versions"].items()))},
         "card": _card(cfg, end, matching),
     }
+
+
+def _facts_of_training(run_folder: Path) -> dict[str, Any]:
+    """Revision, versions and command of the training, as `summary.json` has them; of this process without one."""
+    now = describe_run()
+    try:
+        summary = json.loads((run_folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return {key: summary[key] if type(summary.get(key)) is type(value) else value for key, value in now.items()}
+    except (OSError, ValueError, AttributeError):  # none was written, or `read_metrics` says what is wrong with it
+        return now
 
 
 def export_foreign(

@@ -142,3 +142,14 @@ def test_a_checkpoint_of_another_run_is_refused(
     copied = tmp_path / "kept.ckpt"
     shutil.copy(run_folder / "checkpoints" / "last.ckpt", copied)
     assert start("run.name=try", f"checkpoint={copied}") == 0
+
+
+def test_the_origin_is_that_of_the_training(start: Start, run_folder: Path) -> None:
+    """An export that is made later, by another revision, says by what the model was trained."""
+    summary = json.loads((run_folder / "summary.json").read_text(encoding="utf-8"))
+    trained = {"git_revision": "0123456", "command": "m2-train +experiment=smoke", "versions": {"torch": "2.0"}}
+    (run_folder / "summary.json").write_text(json.dumps(summary | trained), encoding="utf-8")
+    assert start("run.name=try") == 0
+    origin = json.loads((run_folder / "export" / "config.json").read_text(encoding="utf-8"))["provenance"]
+    assert (origin["git_revision"], origin["command"]) == ("0123456", "m2-train +experiment=smoke")
+    assert origin["versions"] == "torch 2.0"
