@@ -19,6 +19,7 @@ class FileServer(ThreadingHTTPServer):
         status: answer with this error instead, if set.
         stop_after: end the connection after so many bytes of an answer.
         ranges: honour `Range` headers.
+        wrong_ranges: say of a range that it begins one byte later.
         with_length: send `Content-Length`.
         requested_ranges: the `Range` header of every request, None where there was none.
         tagged: send an `ETag` that follows the content.
@@ -40,6 +41,7 @@ class FileServer(ThreadingHTTPServer):
         self.status: int | None = None
         self.stop_after: int | None = None
         self.ranges = True
+        self.wrong_ranges = False
         self.with_length = True
         self.requested_ranges: list[str | None] = []
         self.tagged = True
@@ -81,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start + self.server.wrong_ranges}-{len(content) - 1}/{len(content)}")
         if self.server.with_length:
             self.send_header("Content-Length", str(len(content) - start))
         for name, value in (("ETag", tag), ("Last-Modified", self.server.modified)):

@@ -94,6 +94,13 @@ def test_what_begins_anew_is_continued_by_its_own_mark(server: FileServer, tmp_p
     assert server.requested_ranges == [None, "bytes=1000000-", "bytes=1000000-"]
 
 
+def test_a_server_that_sends_another_range_is_asked_for_all(server: FileServer, tmp_path: Path) -> None:
+    server.wrong_ranges = True
+    _break_off(server, tmp_path)
+    assert download(server.url(), folder=tmp_path).read_bytes() == CONTENT
+    assert server.requested_ranges == [None, "bytes=1000000-", None]
+
+
 def test_a_date_is_enough_to_continue(server: FileServer, tmp_path: Path) -> None:
     server.tagged, server.modified = False, "Wed, 21 Oct 2026 07:28:00 GMT"
     _break_off(server, tmp_path)
