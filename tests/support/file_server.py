@@ -83,7 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start + self.server.wrong_ranges}-{len(content) - 1}/{len(content)}")
+            said = start + self.server.wrong_ranges
+            self.send_header("Content-Range", f"bytes {said}-{len(content) - 1}/{len(content)}")
         if self.server.with_length:
             self.send_header("Content-Length", str(len(content) - start))
         for name, value in (("ETag", tag), ("Last-Modified", self.server.modified)):
