@@ -66,8 +66,10 @@ def _search(tab: Tab, text: str) -> None:
 
 
 def _expected(page: WebPage, query: str) -> Results:
-    feature = encode_query(parse_query(query), page.model.encoder, picture=lambda name: read_picture(page.index, name))
-    return find_results(page.index, feature, NUMBER, query=query)
+    terms = parse_query(query, is_picture=page.index.rows.__contains__)
+    feature = encode_query(terms, page.model.encoder, picture=lambda name: read_picture(page.index, name))
+    own = [page.index.rows[term.content] for term in terms if term.kind == "picture"]
+    return find_results(page.index, feature, NUMBER, query=query, without=own)
 
 
 @pytest.mark.parametrize("query", ["红色的水果", "a dog on the beach", '2*"狗" + town/004.png - "fruit"'])

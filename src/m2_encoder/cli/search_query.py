@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from m2_encoder.picture_search.results import (
     cut_tail,
     find_results,
     find_row,
+    is_picture,
     json_of,
     read_picture,
     table_of,
@@ -79,8 +81,9 @@ def check_query(cfg: dict[str, Any]) -> list[Problem]:
     """Problems of a configuration of m2-search query, before the model is loaded."""
     problems = [*check_settings(QuerySettings, cfg), *_ranked_problems(cfg)]
     if isinstance(cfg["query"], str):
+        knows_index = all(problem.key != "index" for problem in problems)
         try:
-            parse_query(cfg["query"])
+            _read_query(cfg["query"], open_index(find_path(cfg["index"])) if knows_index else None)
         except UserError as error:
             problems += find_problems(error)
     return problems
@@ -92,8 +95,12 @@ def run_query(cfg: dict[str, Any]) -> int:
     Raises:
         UserError: for a picture that cannot be used, and another model than that of the index.
     """
-    terms = parse_query(cfg["query"])
-    return _show(cfg, open_index(find_path(cfg["index"])), terms)
+    index = open_index(find_path(cfg["index"]))
+    return _show(cfg, index, _read_query(cfg["query"], index))
+
+
+def _read_query(query: str, index: PictureIndex | None) -> list[Term]:
+    return parse_query(query) if index is None else parse_query(query, is_picture=partial(is_picture, index))
 
 
 def check_similar(cfg: dict[str, Any]) -> list[Problem]:

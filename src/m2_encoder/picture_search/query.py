@@ -5,7 +5,8 @@
     2*"狗" + pool.jpg - "水果"          a weighted sum
 
 In a combination words stand in quotes (straight, curly, or 「」), and what ends like a picture is a picture. What does
-not read like a combination is words as they are: `New York - skyline` takes nothing away.
+not read like a combination is words as they are: `New York - skyline` takes nothing away. A picture that is there is
+found by its own name, whatever that reads like.
 
 Letters: D feature dim.
 """
@@ -33,11 +34,18 @@ MAX_CHARACTERS: Final = 4096
 
 _QUOTED: Final = r'"[^"]*"|“[^”]*”|「[^」]*」'
 _SUFFIX: Final = "|".join(re.escape(suffix) for suffix in PICTURE_SUFFIXES)
-_WEIGHT: Final = r"(?:(?P<weight>\d+(?:\.\d+)?|\.\d+)\s*[*×]\s*)?"
+_NUMBER: Final = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+_TIMES: Final = r"\s*[*×＊]\s*"
+_SIGN: Final = "[+＋－-]"
+_WEIGHT: Final = rf"(?:(?P<weight>{_NUMBER}){_TIMES})?"
 _CONTENT: Final = rf"(?P<content>{_QUOTED}|[^\s\"“”「」]+?(?:{_SUFFIX}))"
-_TERM: Final = re.compile(rf"\s*(?P<sign>[+-]?)\s*{_WEIGHT}{_CONTENT}(?=\s|[+-]|$)", re.IGNORECASE)
+_TERM: Final = re.compile(rf"\s*(?P<sign>{_SIGN}?)\s*{_WEIGHT}{_CONTENT}(?=\s|{_SIGN}|$)", re.IGNORECASE)
 _PICTURE: Final = re.compile(rf".*(?:{_SUFFIX})", re.IGNORECASE | re.DOTALL)
-_JOINED: Final = re.compile(rf"(?:{_QUOTED})\s*[+-]|(?:^|\s)[+-]\s*{_WEIGHT}(?:{_QUOTED})|\d\s*[*×]\s*(?:{_QUOTED})")
+_JOINED: Final = re.compile(
+    rf"^{_SIGN}?\s*(?:{_NUMBER}){_TIMES}|^{_SIGN}?\s*(?:{_QUOTED})|(?:{_QUOTED})\s*{_SIGN}"
+    rf"|(?:^|\s){_SIGN}\s*{_WEIGHT}[\"“「]|[0-9]{_TIMES}[\"“「]"
+)
+"""What only a combination has; of one that cannot be read, a part is enough."""
 
 
 class Term(NamedTuple):
@@ -52,8 +60,12 @@ class Term(NamedTuple):
         return shown if self.weight == 1 else f"{self.weight:g}*{shown}"
 
 
-def parse_query(text: str) -> list[Term]:
+def parse_query(text: str, *, is_picture: Callable[[str], bool] = lambda _: False) -> list[Term]:
     """The terms of a query; nothing is opened or read.
+
+    Args:
+        text: of the query.
+        is_picture: whether a picture has this name; a query that is such a name is that picture.
 
     >>> [str(term) for term in parse_query('2*"狗" + pool.jpg - "水果"')]
     ['2*"狗"', 'pool.jpg', '-1*"水果"']
@@ -67,14 +79,16 @@ def parse_query(text: str) -> list[Term]:
         raise UserError("is empty; give words, or the name of a picture", key="query", value=repr(text))
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read", key="query")
-    shown = abridge(text, 120)
-    terms, end = _read_terms(text.strip())
-    if end < len(text.strip()) or not terms:
-        if _JOINED.search(text):
-            rest = abridge(text.strip()[end:].strip(), 60)
+    for name in (text, text.strip()):
+        if is_picture(name):
+            return [Term(1.0, "picture", name)]
+    shown, content = abridge(text, 120), text.strip()
+    terms, end = _read_terms(content)
+    if end < len(content) or not terms:
+        if _JOINED.search(content):
+            rest = abridge(content[end:].strip(), 60)
             rule = f'cannot be read from {rest} on; a combination is such as 2*"dog" + pool.jpg - "fruit"'
             raise UserError(rule, key="query", value=shown)
-        content = text.strip()
         return [Term(1.0, "picture" if _PICTURE.fullmatch(content) else "words", content)]
     if len(terms) > MAX_TERMS:
         raise UserError(f"has {len(terms)} terms, at most {MAX_TERMS} are read", key="query", value=shown)
@@ -94,7 +108,7 @@ def _read_terms(text: str) -> tuple[list[Term], int]:
     while found := _TERM.match(text, end):
         if terms and not found["sign"]:
             break
-        weight = float(found["weight"] or 1) * (-1 if found["sign"] == "-" else 1)
+        weight = float(found["weight"] or 1) * (-1 if found["sign"] in ("-", "－") else 1)
         content = found["content"]
         is_quoted = content[0] in '"“「'
         content = content[1:-1] if is_quoted else content

@@ -6,17 +6,22 @@ Letters: D feature dim · k results.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from m2_encoder.data.images.opening import read_picture_file
+from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES
 from m2_encoder.errors import ImageError, UserError, abridge
 from m2_encoder.picture_search.ending import find_end
 from m2_encoder.picture_search.index import PictureIndex
+
+SEEN_FOR_END: Final = 1000
+"""Results among which the probable end is looked for, however many are shown."""
 
 
 class Result(NamedTuple):
@@ -33,7 +38,7 @@ class Results(NamedTuple):
 
     query: str  # as it was read
     rows: list[Result]  # best first
-    end: int  # how many of the first ones probably belong to the query; all of `rows` may
+    end: int  # results that probably belong to the query; `rows` may be fewer
 
 
 def find_results(
@@ -48,18 +53,40 @@ def find_results(
         query: what is searched for, in words.
         without: rows that are no results, such as the query's own.
     """
-    scores, rows = index.search(feature[None], top + len(without))
-    kept = ~np.isin(rows[0], list(without))
-    found, found_rows = scores[0][kept][:top], rows[0][kept][:top]
-    end = count_likely(index, found, feature)
+    found, rows = index.search(feature[None], max(top, SEEN_FOR_END) + len(without))
+    scores, names, end = judge(index, feature, found[0], rows[0], without)
     return Results(
         query,
         [
-            Result(number + 1, index.names[row], float(score), number < end)
-            for number, (score, row) in enumerate(zip(found.tolist(), found_rows.tolist(), strict=True))
+            Result(number + 1, name, score, number < end)
+            for number, (name, score) in enumerate(zip(names[:top], scores[:top].tolist(), strict=True))
         ],
         end,
     )
+
+
+def judge(
+    index: PictureIndex,
+    feature: npt.NDArray[np.float32],
+    scores: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    without: Collection[int] = (),
+) -> tuple[npt.NDArray[np.float32], list[str], int]:
+    """What a search found, without the query's own pictures, and how many of that probably belong to the query.
+
+    Args:
+        index: open.
+        feature: of the query, L2-normalised, (D,).
+        scores: of the best pictures, (k,).
+        rows: of the best pictures, (k,).
+        without: rows that are no results.
+
+    Returns:
+        Cosines, -1 to 1, (n,); n names; and how many of the first ones probably belong to the query.
+    """
+    kept = ~np.isin(rows, list(without))
+    scores = scores[kept].clip(-1, 1)  # features are rounded, so that copies may have more
+    return scores, [index.names[row] for row in rows[kept]], count_likely(index, scores, feature)
 
 
 def count_likely(index: PictureIndex, scores: npt.NDArray[np.float32], feature: npt.NDArray[np.float32]) -> int:
@@ -77,6 +104,12 @@ def count_likely(index: PictureIndex, scores: npt.NDArray[np.float32], feature: 
 def cut_tail(results: Results) -> Results:
     """The results before the probable end."""
     return results._replace(rows=results.rows[: results.end])
+
+
+def is_picture(index: PictureIndex, name: str) -> bool:
+    """Whether a picture of the index, or a picture file, has this name."""
+    place = os.path.expanduser(name)
+    return name in index.rows or (place.lower().endswith(tuple(PICTURE_SUFFIXES)) and os.path.isfile(place))
 
 
 def find_row(index: PictureIndex, name: str) -> int | None:

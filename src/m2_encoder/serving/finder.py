@@ -6,7 +6,7 @@ Letters: N pictures · D feature dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from m2_encoder.errors import UserError
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.picture_search.query import Term, parse_query
-from m2_encoder.picture_search.results import count_likely
+from m2_encoder.picture_search.results import SEEN_FOR_END, judge
 from m2_encoder.serving.batches import Batches, Features
 from m2_encoder.serving.encoder import Encoder
 from m2_encoder.serving.gallery import row_of
@@ -25,7 +25,6 @@ from m2_encoder.serving.refusals import invalid
 _MAX_WAITING: Final = 64
 _BATCH: Final = 16
 _SHORTEST: Final = 1e-3
-_SEEN_FOR_END: Final = 1000  # results among which the probable end is looked for, whatever part is asked for
 
 
 class Found(NamedTuple):
@@ -45,7 +44,7 @@ class _Search:
     feature: Features  # (D,)
     start: int
     count: int
-    without: int | None  # a row that is no result
+    without: frozenset[int]  # rows that are no results
 
 
 class Finder:
@@ -75,11 +74,14 @@ class Finder:
     async def search(self, query: str | None, picture: bytes | None, start: int, count: int) -> Found:
         """Results for a query as `parse_query` reads it, for the content of a picture's file, or for their sum.
 
+        Pictures of the index that the query names are not among them.
+
         Raises:
             Refusal: for a query that cannot be read, or names a picture that the index has not; as `Encoder`.
         """
-        index, terms = self._index, [] if query is None else _parse(query)
-        return await self._find(index, await self._encode(index, terms, picture), start, count)
+        index, terms = self._index, [] if query is None else _parse(query, self._index)
+        own = [row_of(index, term.content) for term in terms if term.kind == "picture"]
+        return await self._find(index, await self._encode(index, terms, picture), start, count, own)
 
     async def similar(self, name: str, start: int, count: int) -> Found:
         """The pictures that are most like one of the index, without itself.
@@ -88,7 +90,7 @@ class Finder:
             Refusal: 404 for a name that it has not.
         """
         index, row = self._index, row_of(self._index, name)
-        return await self._find(index, np.asarray(index.features[row], dtype=np.float32), start, count, without=row)
+        return await self._find(index, np.asarray(index.features[row], dtype=np.float32), start, count, [row])
 
     def close(self) -> None:
         """Ends the thread."""
@@ -110,16 +112,16 @@ class Finder:
         return (total / length).astype(np.float32)
 
     async def _find(
-        self, index: PictureIndex, feature: Features, start: int, count: int, without: int | None = None
+        self, index: PictureIndex, feature: Features, start: int, count: int, without: Collection[int]
     ) -> Found:
-        return (await self._searches.run([_Search(index, feature, start, count, without)]))[0]
+        return (await self._searches.run([_Search(index, feature, start, count, frozenset(without))]))[0]
 
 
 def _find_all(searches: list[_Search]) -> list[Found]:
     """Searches that met: those of one index read it once, which for few queries is most of the time."""
     together: dict[tuple[int, int], list[int]] = {}
     for number, each in enumerate(searches):
-        top = max(each.start + each.count, _SEEN_FOR_END) + 1  # one may be left out
+        top = max(each.start + each.count, SEEN_FOR_END) + len(each.without)
         together.setdefault((id(each.index), top), []).append(number)
     found: dict[int, Found] = {}
     for (_, top), numbers in together.items():
@@ -129,18 +131,14 @@ def _find_all(searches: list[_Search]) -> list[Found]:
     return [found[number] for number in range(len(searches))]
 
 
-def _take_part(search: _Search, scores: Features, rows: npt.NDArray[np.int64]) -> Found:
-    index, total = search.index, len(search.index)
-    if search.without is not None:
-        total -= 1
-        scores, rows = scores[rows != search.without], rows[rows != search.without]
-    end = count_likely(index, scores, search.feature)
+def _take_part(search: _Search, found: Features, rows: npt.NDArray[np.int64]) -> Found:
+    scores, names, end = judge(search.index, search.feature, found, rows, search.without)
     part = slice(search.start, search.start + search.count)
-    return Found([index.names[row] for row in rows[part]], scores[part].tolist(), end, total)
+    return Found(names[part], scores[part].tolist(), end, len(search.index) - len(search.without))
 
 
-def _parse(query: str) -> list[Term]:
+def _parse(query: str, index: PictureIndex) -> list[Term]:
     try:
-        return parse_query(query)
+        return parse_query(query, is_picture=index.rows.__contains__)
     except UserError as error:
         raise invalid(f"the query {error.text}") from error

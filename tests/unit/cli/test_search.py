@@ -98,6 +98,21 @@ def test_query_finds_what_the_model_says(run: Run, exported: Path, indexed: Path
         assert [row["is_likely"] for row in found["results"]] == [number < found["end"] for number in range(3)]
 
 
+@pytest.mark.parametrize("name", ["holiday.jpg-1.png", "2*x.png", '中文/红 苹果 - "引号".png'])
+def test_a_picture_is_found_by_its_own_name(run: Run, exported: Path, tmp_path: Path, name: str) -> None:
+    for number, each in enumerate((name, "copy.png", "other.png")):
+        write_picture(tmp_path / "photos" / each, max(number, 1))
+    assert run("index", "photos", f"model={exported}", "num_workers=0")[0] == 0
+    code, out, err = run("query", "photos.index", name, "format=json", "top=1")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["query"], [row["name"] for row in found["results"]]) == (name, ["copy.png"])
+    assert found["results"][0]["score"] <= 1
+    write_picture(tmp_path / "1*mine.png", 2)
+    code, out, _ = run("query", "photos.index", "1*mine.png", "format=paths", "top=1")
+    assert (code, out.rstrip().rpartition("/")[2]) == (0, "other.png")
+
+
 def test_graphs_in_place_of_weights(
     run: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,19 +90,26 @@ def test_queries_are_read_alike(tmp_path: Path) -> None:
         '"a" + "b"', "“甲” - 「乙」",
         '-"a" + .5 × b.png', '"pool.jpg"', "a.jpg b.png", '"a', ' "a" ', "1.5*a.webp", '"a" - dog', '0*"a"', '101*"a"',
         '"" + "a"', "+".join(['"a"'] * 17), "a\nb.jpg", "-a.jpg", "x*y", '3*"a"-b.gif+"c"',
+        '2*"狗', "2*狗 + 水果", '2＊"狗" － "水果"＋a.jpg', '"红色" "水果"', '0.0001*"a', "C++", "T-shirt",
+        '"a" b', 'a.jpg + "b',
+        "２*\"a\"", "2*x.png", "holiday.jpg-1.png", ' 中文/红 苹果 - "引号".png',
     ]  # fmt: skip
+
+    names = ["2*x.png", "holiday.jpg-1.png", '中文/红 苹果 - "引号".png']
 
     def read(query: str) -> list[list[Any]] | str:
         try:
-            return [[term.weight, term.kind, term.content] for term in parse_query(query)]
+            terms = parse_query(query, is_picture=names.__contains__)
+            return [[term.weight, term.kind, term.content] for term in terms]
         except UserError:
             return "invalid"
 
     expression = (
-        "values.queries.map(query => { try { return parseQuery(query, values.suffixes)"
+        "values.queries.map(query => { try { return parseQuery(query, values.suffixes,"
+        " name => values.names.includes(name))"
         ".map(term => [term.weight, term.kind, term.content]); } catch (error) { return error.code; } })"
     )
-    values = {"queries": queries, "suffixes": PICTURE_SUFFIXES}
+    values = {"queries": queries, "suffixes": PICTURE_SUFFIXES, "names": names}
     found = run_scripts(["query.js"], expression, values, tmp_path)
     assert dict(zip(queries, found, strict=True)) == {query: read(query) for query in queries}
 

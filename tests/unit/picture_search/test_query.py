@@ -34,7 +34,7 @@ def picture(content: str, weight: float = 1.0) -> Term:
         ("black-and-white", [words("black-and-white")]),
         ("E=mc2 ${x} 100% {a,b} [c]", [words("E=mc2 ${x} 100% {a,b} [c]")]),
         ('a sign that says "stop"', [words('a sign that says "stop"')]),
-        ('"stop" sign', [words('"stop" sign')]),
+        ("C++ or T-shirt + 红＋蓝", [words("C++ or T-shirt + 红＋蓝")]),
         ("-", [words("-")]),
         ("pool.jpg", [picture("pool.jpg")]),
         ("beach/my pool.JPEG", [picture("beach/my pool.JPEG")]),
@@ -44,6 +44,7 @@ def picture(content: str, weight: float = 1.0) -> Term:
         ('- "fruit"', [words("fruit", -1)]),
         ('"my pool.jpg" + "a - b"', [picture("my pool.jpg"), words("a - b")]),
         ("a.heic + b.heic", [picture("a.heic"), picture("b.heic")]),
+        ('2＊"狗" － "水果"＋pool.jpg', [words("狗", 2), words("水果", -1), picture("pool.jpg")]),
     ],
 )
 def test_reading(text: str, terms: list[Term]) -> None:
@@ -61,6 +62,12 @@ def test_reading(text: str, terms: list[Term]) -> None:
         ('0*"狗"', "has the weight 0"),
         ('1000*"狗"', "has the weight 1000; weights are above 0, at most 100"),
         ('"" + "a"', "a term without words"),
+        ('2*"狗', 'cannot be read from 2\\*"狗 on'),
+        ("2*狗 + 水果", r"cannot be read from 2\*狗 \+ 水果 on"),
+        ('0.0001*"a', "cannot be read from 0.0001"),
+        ('"红色" "水果"', 'cannot be read from "水果" on'),
+        ('"stop" sign', "cannot be read from sign on"),
+        ('pool.jpg － "水果', "cannot be read from － .水果 on"),
         (" + ".join(['"a"'] * 17), "has 17 terms"),
         ("长" * 5000, "has 5,000 characters"),
     ],
@@ -69,6 +76,12 @@ def test_refusals(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         parse_query(text)
     assert caught.value.key == "query"
+
+
+@pytest.mark.parametrize("name", ["holiday.jpg-1.png", "2*x.png", '中文/红 苹果 - "引号".png', " a.png"])
+def test_a_picture_s_own_name_wins(name: str) -> None:
+    assert parse_query(name, is_picture=[name].__contains__) == [picture(name)]
+    assert parse_query(f"\n{name} ", is_picture=[name.strip()].__contains__) == [picture(name.strip())]
 
 
 @given(st.text(max_size=60))

@@ -13,6 +13,7 @@ import torch
 from m2_encoder.evaluation.models.base import EvaluatedModel
 from m2_encoder.picture_search.ending import find_end
 from m2_encoder.picture_search.index import PictureIndex
+from m2_encoder.picture_search.results import find_results
 from m2_encoder.serving.app import build_app
 from tests.support.serving import Client, index_in_memory, running, small_encoder, small_tokenizer
 from tests.unit.serving.conftest import LIMITS
@@ -67,7 +68,33 @@ def test_fifty_thousand_pictures_and_eight_clients(model: EvaluatedModel, tmp_pa
 def test_a_sum_of_words_and_pictures(server: Client, index: PictureIndex) -> None:
     dog, fruit = _text_features("狗", "水果")
     feature = _normal(2 * dog + index.features[3] - fruit)
-    _expect(server.post("/api/search", {"query": '2*"狗" + beach/3.png - "水果"'}).json, index, feature, 30)
+    answer = server.post("/api/search", {"query": '2*"狗" + beach/3.png - "水果"'}).json
+    _expect(answer, index, feature, 30, without="beach/3.png")
+    assert answer["total"] == 29
+
+
+def test_a_picture_by_its_own_name_as_the_command_finds_it(model: EvaluatedModel, tmp_path: Path) -> None:
+    names = ["2*x.png", "holiday.jpg-1.png", '中文/红 苹果 - "引号".png', *(f"{number}.png" for number in range(300))]
+    features = np.random.default_rng(2).normal(size=(len(names), 16)).astype(np.float32)
+    features[3:6] = features[0]
+    features /= np.linalg.norm(features, axis=1, keepdims=True) * (1 - 1e-5)  # rounded up, as halves may be
+    index = index_in_memory(tmp_path, names, features)
+    app = build_app(model, index=index, api_key=None, only_loopback=True, limits=LIMITS)
+    with running(app) as client:
+        for row, name in enumerate(names[:3]):
+            answer = client.post("/api/search", {"query": name, "count": 2}).json
+            expected = find_results(index, _normal(features[row]), 2, query=name, without=[row])
+            assert name not in {each["name"] for each in answer["results"]}
+            assert answer["total"] == len(names) - 1
+            assert answer["end"] == expected.end
+            found = [(each.name, pytest.approx(each.score, abs=1e-6)) for each in expected.rows]
+            assert [(each["name"], each["score"]) for each in answer["results"]] == found
+            assert expected.rows[0].score <= 1
+            assert answer["results"][0]["score"] <= 1
+            assert find_results(index, _normal(features[row]), 200, query=name, without=[row]).end == expected.end
+        alike = client.post("/api/similar", {"name": names[0], "count": 2}).json
+    assert alike["end"] >= 3, "more than are shown"
+    assert [each["score"] for each in alike["results"]] == [1, 1]
 
 
 def test_a_picture_alone_and_with_words(server: Client, index: PictureIndex, photo: Path) -> None:

@@ -67,9 +67,9 @@ async function encodePicture(file) {
   return run(session, "pixel_values", "float32", pixels, [1, 3, side, side]);
 }
 
-async function encodeQuery({ text, picture }, { names, rows, features, suffixes }) {
+async function encodeQuery(terms, picture, { names, rows, features }) {
   const parts = [], size = features.length / names.length;
-  for (const { weight, kind, content } of text ? parseQuery(text, suffixes) : []) {
+  for (const { weight, kind, content } of terms) {
     if (kind === "picture" && !rows.has(content)) throw new Refused("no_picture_of_this_name", content);
     parts.push([weight, kind === "words" ? await encodeText(content) : features.subarray(rows.get(content) * size, (rows.get(content) + 1) * size)]);
   }
@@ -83,8 +83,8 @@ async function encodeQuery({ text, picture }, { names, rows, features, suffixes 
 /* All pictures, best first, and where the likely ones end, as `picture_search.ending.find_end` finds it. */
 function rank(query, { names, features, ending }, without) {
   const size = query.length, scores = new Float32Array(names.length);
-  for (let row = 0; row < names.length; row++) { let sum = 0; for (let at = 0; at < size; at++) sum += features[row * size + at] * query[at]; scores[row] = sum; }
-  const order = [...scores.keys()].filter(row => row !== without).sort((a, b) => scores[b] - scores[a] || a - b);
+  for (let row = 0; row < names.length; row++) { let sum = 0; for (let at = 0; at < size; at++) sum += features[row * size + at] * query[at]; scores[row] = Math.min(1, Math.max(-1, sum)); }
+  const order = [...scores.keys()].filter(row => !without.includes(row)).sort((a, b) => scores[b] - scores[a] || a - b);
   const sample = scores.filter((_, row) => row % ending.step === 0), mean = sample.reduce((sum, each) => sum + each, 0) / sample.length;
   const spread = Math.sqrt(sample.reduce((sum, each) => sum + (each - mean) ** 2, 0) / sample.length);
   const copies = order.findIndex(row => scores[row] < ending.copy), rest = copies < 0 ? [] : order.slice(copies, 1000);
@@ -114,10 +114,9 @@ const backend = {
     const from = performance.now(), found = await gallery();
     if (!what.text && !what.picture && !what.like) return { total: found.names.length, results: found.names.slice(start, start + count).map(name => ({ name })) };
     if (!start || !last || last.text !== what.text || last.picture !== what.picture || last.like !== what.like) {
-      const own = what.like ? found.rows.get(what.like) : undefined, size = found.features.length / found.names.length;
-      if (what.like && own === undefined) throw new Refused("no_picture_of_this_name", what.like);
-      const query = what.like ? Float64Array.from(found.features.subarray(own * size, (own + 1) * size)) : await encodeQuery(what, found);
-      last = { text: what.text, picture: what.picture, like: what.like, ...rank(query, found, own) };
+      const terms = what.like ? [{ weight: 1, kind: "picture", content: what.like }] : what.text ? parseQuery(what.text, found.suffixes, name => found.rows.has(name)) : [];
+      const own = terms.filter(term => term.kind === "picture").map(term => found.rows.get(term.content));
+      last = { text: what.text, picture: what.picture, like: what.like, ...rank(await encodeQuery(terms, what.like ? null : what.picture, found), found, own) };
     }
     const results = last.order.slice(start, start + count).map(row => ({ name: found.names[row], score: last.scores[row] }));
     return { total: last.order.length, end: last.end, took_ms: performance.now() - from, results };

@@ -1,22 +1,24 @@
 "use strict";
 /* The terms of a query, as `picture_search.query.parse_query` reads them: [{weight, kind, content}]. */
-function parseQuery(text, suffixes) {
-  const quoted = '"[^"]*"|“[^”]*”|「[^」]*」', suffix = suffixes.map(each => each.replace(".", "\\.")).join("|"), weight = "(?:(?<weight>\\d+(?:\\.\\d+)?|\\.\\d+)\\s*[*×]\\s*)?";
-  const term = new RegExp(`\\s*(?<sign>[+-]?)\\s*${weight}(?<content>${quoted}|[^\\s"“”「」]+?(?:${suffix}))(?=\\s|[+-]|$)`, "iuy");
-  const joined = new RegExp(`(?:${quoted})\\s*[+-]|(?:^|\\s)[+-]\\s*${weight}(?:${quoted})|\\d\\s*[*×]\\s*(?:${quoted})`, "u");
+function parseQuery(text, suffixes, isPicture = () => false) {
+  const quoted = '"[^"]*"|“[^”]*”|「[^」]*」', suffix = suffixes.map(each => each.replace(".", "\\.")).join("|");
+  const number = "[0-9]+(?:\\.[0-9]+)?|\\.[0-9]+", times = "\\s*[*×＊]\\s*", sign = "[+＋－\\-]", weight = `(?:(?<weight>${number})${times})?`;
+  const term = new RegExp(`\\s*(?<sign>${sign}?)\\s*${weight}(?<content>${quoted}|[^\\s"“”「」]+?(?:${suffix}))(?=\\s|${sign}|$)`, "iuy");
+  const joined = new RegExp(`^${sign}?\\s*(?:${number})${times}|^${sign}?\\s*(?:${quoted})|(?:${quoted})\\s*${sign}|(?:^|\\s)${sign}\\s*${weight}["“「]|[0-9]${times}["“「]`, "u");
   const kindOf = content => new RegExp(`^.*(?:${suffix})$`, "isu").test(content) ? "picture" : "words";
   const whole = text.trim(), terms = [];
+  for (const name of [text, whole]) if (isPicture(name)) return [{ weight: 1, kind: "picture", content: name }];
   let end = 0;
   for (;;) {
     term.lastIndex = end;
     const found = term.exec(whole);
     if (!found || (terms.length && !found.groups.sign)) break;
     const content = found.groups.content.replace(/^["“「](.*)["”」]$/su, "$1");
-    terms.push({ weight: (found.groups.sign === "-" ? -1 : 1) * Number(found.groups.weight || 1), kind: kindOf(content), content });
+    terms.push({ weight: (["-", "－"].includes(found.groups.sign) ? -1 : 1) * Number(found.groups.weight || 1), kind: kindOf(content), content });
     end = term.lastIndex;
   }
   if (end < whole.length || !terms.length) {
-    if (joined.test(text)) throw new Refused("invalid", `the query cannot be read from ${whole.slice(end).trim().slice(0, 60)} on`);
+    if (joined.test(whole)) throw new Refused("invalid", `the query cannot be read from ${whole.slice(end).trim().slice(0, 60)} on`);
     return [{ weight: 1, kind: kindOf(whole), content: whole }];
   }
   if (terms.length > 16) throw new Refused("invalid", `the query has ${terms.length} terms, at most 16 are read`);
