@@ -18,7 +18,7 @@ from m2_encoder.config.validate import check_late, validate_train
 from m2_encoder.errors import MAX_LINE, Problem
 
 _COMBINATIONS: Final = 60
-_OF_ALL: Final = 0.5  # chance of a group to be chosen otherwise than by default
+_OF_ALL: Final = 0.35  # chance of a group to be chosen otherwise than by default
 _OPTIONAL: Final = 0.25  # chance of a group that is not chosen by default
 
 
@@ -49,12 +49,14 @@ def draw_lines(composer: Composer, dice: random.Random) -> list[str]:
 
 
 def check(composer: Composer, lines: list[str], folder: Path) -> Combination:
-    """As the command checks them, with two values that the user alone can say: Hydra would compose twice for them."""
+    """As the command checks them, with values that the user alone can say: Hydra would compose twice for them."""
     found = composer.compose(lines)
     found.cfg["run"]["folder"] = str(folder)
     problems = [problem for problem in found.problems if problem.key != "model.tokenizer"]
     if len(problems) < len(found.problems):
         found.cfg["model"]["tokenizer"] = "emoji"
+    if {"keep", "forgetting"} & {*(found.cfg.get("objective") or ()), *(found.cfg.get("evaluation") or ())}:
+        found.cfg["model"]["weights"] = "https://localhost/weights.ckpt"
     problems += validate_train(found.cfg)
     if not problems:
         problems = check_late(found.cfg, changed=None)
