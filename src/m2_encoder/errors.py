@@ -150,6 +150,10 @@ class CheckpointError(UserError):
     """A checkpoint of another format, truncated, unsafe, or of another model."""
 
 
+class DamagedError(CheckpointError):
+    """A file that is cut, changed, empty or no checkpoint at all: another copy of it could be whole."""
+
+
 class NotGivenError(UserError):
     """An object that code must pass, such as a teacher, is missing."""
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from m2_encoder.checkpoints.download import download, is_url
+from m2_encoder.checkpoints.download import download, is_url, removing_damaged
 from m2_encoder.checkpoints.exported import CONFIG_FILE, ExportedFolder, find_pictures, read_exported
 from m2_encoder.checkpoints.io import build_model, read_state
 from m2_encoder.checkpoints.peft_files import merge_adapter_of
@@ -133,7 +133,9 @@ def load(
     if map_tokenizer and tokenizer is None:
         raise UserError("map_tokenizer: there is no tokenizer to map the weights to; add tokenizer=FILE")
     text, path = _find_files(config, tokenizer, weights, exported)
-    state = read_state(path) if adapter is None else merge_adapter_of(read_state(path), adapter)
+    with removing_damaged(path):
+        state = read_state(path)
+    state = state if adapter is None else merge_adapter_of(state, adapter)
     if exported is None or weights is not None or tokenizer is not None:
         config = _fit_text(config, state, text, path, map_tokenizer)
     encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)

@@ -154,6 +154,51 @@ def test_url(
         assert_close_in_ulps(each.model.encode_image(images), model.encode_image(images))
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "zeros"])
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+def test_a_url_whose_copy_is_damaged(
+    model: M2Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path, kind: str, damage: str
+) -> None:
+    monkeypatch.setenv("M2_ENCODER_CACHE", str(tmp_path / "cache"))
+    save_safetensors(model, tmp_path / "w.safetensors")
+    content = (weights if kind == "ckpt" else tmp_path / "w.safetensors").read_bytes()
+    half = len(content) // 2
+    damaged = {
+        "cut": content[:half],
+        "flipped": content[:half] + bytes(byte ^ 1 for byte in content[half : half + 64]) + content[half + 64 :],
+        "empty": b"",
+        "zeros": bytes(len(content)),
+    }[damage]
+    with serve(content) as server:
+        url = server.url(f"w.{kind}")
+        load(model.config, weights=url)
+        (copy,) = (tmp_path / "cache").glob(f"*.{kind}")
+        copy.write_bytes(damaged)
+        with pytest.raises(
+            CheckpointError, match=r"it was removed from the cache of downloads, run it again"
+        ) as caught:
+            load(model.config, weights=url)
+        assert str(caught.value).startswith(f"{copy}: ")
+        load(model.config, weights=url)
+        assert copy.read_bytes() == content
+        assert len(server.paths) == 2
+    own = tmp_path / f"own.{kind}"
+    own.write_bytes(damaged)
+    with pytest.raises(CheckpointError) as caught:
+        load(model.config, weights=own)
+    assert "removed" not in str(caught.value)
+    assert own.read_bytes() == damaged
+
+
+def test_a_url_of_another_model_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
+    monkeypatch.setenv("M2_ENCODER_CACHE", str(tmp_path / "cache"))
+    with serve(weights.read_bytes()) as server:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="does not fit model 'tiny'"):
+                load("tiny", weights=server.url())
+        assert len(server.paths) == 1
+
+
 def test_missing_tokenizer_speaks_up_when_used(model: M2Encoder, weights: Path) -> None:
     _, _, tokenizer = load(model.config, weights=weights)
     with pytest.raises(UserError, match="no tokenizer was given"):

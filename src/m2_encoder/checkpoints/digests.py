@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from m2_encoder.errors import CheckpointError
+from m2_encoder.errors import CheckpointError, DamagedError
 
 DIGEST_KEY: Final = "tensors_sha256"
 """Entry of a safetensors file's metadata."""
@@ -43,11 +43,11 @@ def check_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     """Compare the tensors of a file with the digest in its metadata; files of others have none.
 
     Raises:
-        CheckpointError: naming file and digests.
+        DamagedError: naming file and digests.
     """
     expected = metadata.get(DIGEST_KEY)
     if expected is not None and (found := digest_tensors(tensors)) != expected:
-        raise CheckpointError(
+        raise DamagedError(
             f"{os.fspath(path)}: damaged: its tensors have the SHA-256 {found}, {expected} when they were written; "
             "copy, download or export it again"
         )
@@ -57,7 +57,8 @@ def check_zip(path: str | os.PathLike[str]) -> None:
     """Read a file of `torch.save` once and compare every record with its CRC-32; one of 0 was not computed.
 
     Raises:
-        CheckpointError: naming file and record.
+        DamagedError: naming file and record.
+        CheckpointError: if the disk does not give the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -68,7 +69,8 @@ def check_zip(path: str | os.PathLike[str]) -> None:
                             pass
     except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
+        kind = CheckpointError if isinstance(error, OSError) else DamagedError
+        raise kind(
             f"{os.fspath(path)}: damaged ({reason or type(error).__name__}): its bytes are not those that were "
             "written; copy or download it again"
         ) from error

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from m2_encoder.checkpoints.digests import check_tensors
-from m2_encoder.errors import CheckpointError
+from m2_encoder.errors import CheckpointError, DamagedError
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_PROTOCOL = b"\x80"
 _MAX_JSON_BYTES = 64 << 20
+_DAMAGED = "damaged or not a checkpoint (torch cannot read it); copy or download it again"
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,7 +46,8 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     """What kind of file: "zip" or "pickle" (both written by `torch.save`), "safetensors" or "json"; by its first bytes.
 
     Raises:
-        CheckpointError: for a missing, empty or foreign file, or a folder.
+        DamagedError: for an empty or a foreign file.
+        CheckpointError: for a missing file, or a folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -61,7 +63,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
     if not head:
-        raise CheckpointError(f"{path}: the file is empty; copy or download it again")
+        raise DamagedError(f"{path}: the file is empty; copy or download it again")
     if head.startswith(_ZIP_MAGIC):
         return "zip"
     if head.lstrip().startswith(b"{") and b"\0" not in head:
@@ -71,7 +73,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
         return "safetensors"
     if head.startswith(_PICKLE_PROTOCOL):
         return "pickle"
-    raise CheckpointError(
+    raise DamagedError(
         f"{path}: not a checkpoint; expected a file written by torch.save (.ckpt, .pt, .pth, .bin) or .safetensors"
     )
 
@@ -82,7 +84,8 @@ def read_torch(path: str | os.PathLike[str], *, mapped: bool = False) -> object:
     With `mapped`, tensors point into the file, so that only what is touched is read; only zips can be mapped.
 
     Raises:
-        CheckpointError: if the file is truncated or holds anything but tensors and plain containers.
+        DamagedError: if the file is truncated.
+        CheckpointError: if it holds anything but tensors and plain containers, or cannot be read.
     """
     try:
         with warnings.catch_warnings(), Path(path).open("rb") as file:
@@ -91,7 +94,10 @@ def read_torch(path: str | os.PathLike[str], *, mapped: bool = False) -> object:
             source: Any = os.fspath(path) if mapped else file
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises a dozen unrelated types for broken and hostile input
-        raise CheckpointError(f"{os.fspath(path)}: {_torch_reason(error)}") from error
+        reason = _torch_reason(error)
+        is_short = isinstance(error, OSError | MemoryError) or "allocate" in str(error)  # of memory, or the disk fails
+        kind = DamagedError if reason is _DAMAGED and not is_short else CheckpointError
+        raise kind(f"{os.fspath(path)}: {reason}") from error
 
 
 def _torch_reason(error: Exception) -> str:
@@ -105,7 +111,7 @@ def _torch_reason(error: Exception) -> str:
             f"refused, it holds more than tensors and plain containers{what and f' ({what})'}, and reading that "
             "could execute code; if you trust its source, save its state dict alone"
         )
-    return "damaged or not a checkpoint (torch cannot read it); copy or download it again"
+    return _DAMAGED
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -115,8 +121,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     overwritten later would change or crash the model.
 
     Raises:
-        CheckpointError: if the file is truncated, inconsistent, has a dtype that no checkpoint uses, or carries a
-            digest and has other bytes.
+        DamagedError: if the file is truncated, inconsistent, or carries a digest and has other bytes.
+        CheckpointError: if it has a dtype that no checkpoint uses, or cannot be read.
     """
     name = os.fspath(path)
     try:
@@ -135,7 +141,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except KeyError as error:
         raise CheckpointError(f"{name}: unsupported safetensors dtype {error}; save the weights as F32") from error
     except (safetensors.SafetensorError, OSError, ValueError, struct.error) as error:
-        raise CheckpointError(
+        kind = CheckpointError if isinstance(error, OSError) else DamagedError
+        raise kind(
             f"{name}: damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
         ) from error
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from m2_encoder.checkpoints.download import cache_folder, download, find_downloaded, has_part
+from m2_encoder.checkpoints.download import cache_folder, download, drop_part, find_downloaded
 from m2_encoder.checkpoints.weight_files import check_download
 from m2_encoder.errors import CheckpointError, UserError
 
@@ -57,8 +57,8 @@ def find_release(name: str) -> Path:
     Hugging Face. `HF_HUB_OFFLINE=1` fetches nothing. Proxies are those of the environment.
 
     Raises:
-        CheckpointError: if no place has it, naming each and what it said. A download that broke off is not begun anew
-            at another place: the same call continues it.
+        CheckpointError: if no place has it, naming each and what it said. After a download that broke off the others
+            are asked, too; if none has it, the same call continues it.
         UserError: if `M2_ENCODER_WEIGHTS` is no folder.
     """
     release = RELEASES[name]
@@ -67,9 +67,17 @@ def find_release(name: str) -> Path:
         return found
     urls = [f"{hub}/{release.file}" for hub in _hubs(release)]
     fetch = functools.partial(download, check=check_download)
-    fix = f"set {FOLDER_VARIABLE} to its folder, HF_ENDPOINT to a mirror, or pass weights={release.file!r}"
+    fix = f"{_advise_folder()} HF_ENDPOINT to a mirror, or pass weights={release.file!r}"
     random = "A model with random weights is M2Encoder(config)"
     return _fetch(f"{name}: {release.file}", urls, fetch, fix=f"{fix}. {random}")
+
+
+def _advise_folder() -> str:
+    """What to do with the folder of released files that is set, or is not."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        return f"put it into {FOLDER_VARIABLE}={named}, set"
+    return f"set {FOLDER_VARIABLE}{'' if named is None else ', which is empty,'} to its folder,"
 
 
 def find_release_tokenizer(name: str, weights: Path) -> Path:
@@ -101,7 +109,7 @@ def _fetch(what: str, urls: Sequence[str], fetch: Callable[[str], Path], *, fix:
     """A file from the first address that has it, of which an earlier download counts.
 
     Raises:
-        CheckpointError: naming all of them; for a download that broke off.
+        CheckpointError: naming all of them.
     """
     for url in urls:
         if (found := find_downloaded(url)) is not None:
@@ -109,12 +117,13 @@ def _fetch(what: str, urls: Sequence[str], fetch: Callable[[str], Path], *, fix:
     failed = []
     for url in () if is_offline() else urls:
         try:
-            return fetch(url)
-        except CheckpointError as error:  # noqa: PERF203 - once per hub
-            if has_part(url):
-                raise
-            address = url.partition("#")[0]
-            failed.append(f"{address}: {str(error).removeprefix(f'cannot download {address}: ')}")
+            fetched = fetch(url)
+        except CheckpointError as error:
+            failed.append(error.text.removeprefix("cannot download ").removeprefix("cannot use "))
+            continue
+        for other in urls:
+            drop_part(other)
+        return fetched
     tried = "; ".join(failed) if failed else "no hub is asked, as HF_HUB_OFFLINE is set"
     raise CheckpointError(f"{what} is not on this machine, and could not be fetched ({tried}); {fix}")
 

@@ -267,7 +267,7 @@ def _start_from(place: Place, url: str) -> Told:
         ended = place.train(f'model.weights="{url}"')
     left = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
     kept = "nothing stays in the cache" if not left else f"{left}"
-    if [path.suffix for path in left] == [".part"]:
+    if {path.suffix for path in left} == {".part", ".tag"}:
         kept = "what came is kept"
     return Told(ended.code, f"{ended.out}\n{ended.err}", kept)
 

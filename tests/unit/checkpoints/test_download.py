@@ -59,6 +59,71 @@ def test_interrupted_download_is_continued(server: FileServer, tmp_path: Path) -
     assert server.requested_ranges == [None, "bytes=1000000-", "bytes=2000000-"]
 
 
+def _break_off(server: FileServer, folder: Path, said: str = "run it again to continue") -> None:
+    server.stop_after = 1_000_000
+    with pytest.raises(CheckpointError, match=f"ended after 1,000,000 .*{said}$"):
+        download(server.url(), folder=folder)
+    server.stop_after = None
+
+
+OTHER = bytes(len(CONTENT))
+"""A file of the same length."""
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+@pytest.mark.parametrize("modified", [None, "Wed, 21 Oct 2026 07:28:00 GMT"])
+def test_a_file_that_was_replaced_meanwhile_is_fetched_from_its_start(
+    server: FileServer, tmp_path: Path, heeds: bool, modified: str | None
+) -> None:
+    server.heeds_conditions, server.tagged, server.modified = heeds, modified is None, modified
+    _break_off(server, tmp_path)
+    server.content = OTHER
+    server.modified = modified and "Wed, 21 Oct 2026 07:28:02 GMT"
+    assert download(server.url(), folder=tmp_path).read_bytes() == OTHER
+    assert server.requested_ranges == [None, "bytes=1000000-", None][: 2 if heeds else 3]
+    assert server.requested_conditions[0] is None
+    assert server.requested_conditions[1] == (modified or f'"{SHA256[:8]}"')
+    assert {path.suffix for path in tmp_path.iterdir()} == {".ckpt", ".lock"}
+
+
+def test_what_begins_anew_is_continued_by_its_own_mark(server: FileServer, tmp_path: Path) -> None:
+    _break_off(server, tmp_path)
+    server.content = OTHER
+    _break_off(server, tmp_path)
+    assert download(server.url(), folder=tmp_path).read_bytes() == OTHER
+    assert server.requested_ranges == [None, "bytes=1000000-", "bytes=1000000-"]
+
+
+def test_a_server_that_sends_another_range_is_asked_for_all(server: FileServer, tmp_path: Path) -> None:
+    server.wrong_ranges = True
+    _break_off(server, tmp_path)
+    assert download(server.url(), folder=tmp_path).read_bytes() == CONTENT
+    assert server.requested_ranges == [None, "bytes=1000000-", None]
+
+
+def test_a_date_is_enough_to_continue(server: FileServer, tmp_path: Path) -> None:
+    server.tagged, server.modified = False, "Wed, 21 Oct 2026 07:28:00 GMT"
+    _break_off(server, tmp_path)
+    assert download(server.url(), folder=tmp_path).read_bytes() == CONTENT
+    assert server.requested_ranges == [None, "bytes=1000000-"]
+
+
+def test_without_a_mark_of_the_file_it_starts_again(server: FileServer, tmp_path: Path) -> None:
+    server.tagged = False
+    _break_off(server, tmp_path, "run it again, from the start: the server sends neither ETag nor Last-Modified")
+    assert download(server.url(), folder=tmp_path).read_bytes() == CONTENT
+    assert server.requested_ranges == [None, None]
+
+
+@pytest.mark.parametrize("mark", [None, b"", b"\xff\x00\n"])
+def test_a_part_whose_mark_is_lost_starts_again(server: FileServer, tmp_path: Path, mark: bytes | None) -> None:
+    _break_off(server, tmp_path)
+    (tag,) = tmp_path.glob("*.tag")
+    tag.unlink() if mark is None else tag.write_bytes(mark)
+    assert download(server.url(), folder=tmp_path).read_bytes() == CONTENT
+    assert server.requested_ranges == [None, None]
+
+
 def test_server_that_cannot_continue_starts_again(server: FileServer, tmp_path: Path) -> None:
     server.stop_after, server.ranges = 1_000_000, False
     with pytest.raises(CheckpointError, match="ended after 1,000,000"):
@@ -126,6 +191,23 @@ def test_server_refuses(server: FileServer, tmp_path: Path, status: int) -> None
     with pytest.raises(CheckpointError, match=f"the server says {status}") as caught:
         download(server.url(), folder=tmp_path)
     assert server.url() in str(caught.value)
+
+
+def test_a_loop_of_redirections_is_one_line(server: FileServer, tmp_path: Path) -> None:
+    server.loops = True
+    with pytest.raises(CheckpointError) as caught:
+        download(server.url(), folder=tmp_path)
+    assert str(caught.value) == f"cannot download {server.url()}: the server says 302 in a loop of redirections: Found"
+
+
+@pytest.mark.parametrize("by_store", [True, False])
+def test_the_hash_that_a_hub_sends_is_verified(server: FileServer, tmp_path: Path, by_store: bool) -> None:
+    server.linked, server.linked_by_store = "0" * 64, by_store
+    with pytest.raises(CheckpointError, match=f"its sha256 is {SHA256}, expected {'0' * 64}; the file was deleted"):
+        download(server.url(), folder=tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    server.linked = SHA256
+    assert download(server.url(), folder=tmp_path).read_bytes() == CONTENT
 
 
 def test_empty_answer(server: FileServer, tmp_path: Path) -> None:

@@ -137,13 +137,99 @@ def test_every_place_and_its_answer_is_named(mirror: FileServer) -> None:
     assert "set M2_ENCODER_WEIGHTS to its folder, HF_ENDPOINT to a mirror, or pass weights='m2_encoder_1B.ckpt'" in said
 
 
-def test_a_broken_download_is_continued_at_the_same_place(mirror: FileServer, content: bytes) -> None:
+def test_a_broken_download_is_continued(mirror: FileServer, content: bytes) -> None:
     mirror.stop_after = 1_000_000
     with pytest.raises(CheckpointError, match=r"ended after 1,000,000 of .*; run it again to continue"):
         find_release(NAME)
     mirror.stop_after = None
     assert find_release(NAME).read_bytes() == content
     assert mirror.requested_ranges == [None, "bytes=1000000-"]
+
+
+def test_a_broken_download_keeps_no_other_place_from_being_asked(
+    mirror: FileServer, content: bytes, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror.stop_after = 1_000_000
+    with pytest.raises(CheckpointError, match=rf"ended after .*127\.0\.0\.1:1/models/{REPOSITORY}/.*refused.*set M2_"):
+        find_release(NAME)
+    mirror.status = 404
+    with pytest.raises(CheckpointError, match=rf"says 404.*127\.0\.0\.1:1/models/{REPOSITORY}/.*refused.*set M2_ENC"):
+        find_release(NAME)
+    with serve(content) as other:
+        monkeypatch.setattr(released, "_hubs", lambda _: [mirror.url("mirror"), other.url("other")])
+        monkeypatch.setenv("M2_ENCODER_CACHE", str(home / "cache"))
+        mirror.status = None
+        assert find_release(NAME).read_bytes() == content
+        assert [len(server.paths) for server in (mirror, other)] == [3, 1]
+    assert not list((home / "cache").glob("*.part*")), "what another place sent in part is of no use any more"
+
+
+def test_an_address_is_said_once(mirror: FileServer) -> None:
+    mirror.content = b"<html>please log in</html>"
+    with pytest.raises(CheckpointError) as caught:
+        find_release(NAME)
+    address = f"{mirror.url('mirror')}/{REPOSITORY}/resolve/main/{FILE}"
+    assert f"({address}: what the server sent is not a checkpoint" in str(caught.value)
+    assert str(caught.value).count(address) == 1
+    mirror.loops = True
+    with pytest.raises(CheckpointError) as caught:
+        find_release(NAME)
+    assert f"({address}: the server says 302 in a loop of redirections: Found; https" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        (None, "; set M2_ENCODER_WEIGHTS to its folder, HF_ENDPOINT to a mirror, or pass"),
+        ("", "; set M2_ENCODER_WEIGHTS, which is empty, to its folder, HF_ENDPOINT to a mirror, or pass"),
+        (".", "; put it into M2_ENCODER_WEIGHTS=., set HF_ENDPOINT to a mirror, or pass"),
+    ],
+)
+def test_the_advice_follows_the_folder_that_is_set(
+    value: str | None, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if value is not None:
+        monkeypatch.setenv("M2_ENCODER_WEIGHTS", value)
+    with pytest.raises(CheckpointError) as caught:
+        find_release(NAME)
+    assert f"{advice} weights='{FILE}'" in str(caught.value)
+
+
+def test_a_fetched_tokenizer_that_lost_its_bytes_is_fetched_again(
+    mirror: FileServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = load_emoji_tokenizer_model()
+    monkeypatch.setattr(released, "TOKENIZER_SHA256", hashlib.sha256(right).hexdigest())
+    mirror.content = right
+    path = find_release_tokenizer(NAME, tmp_path / FILE)
+    path.write_bytes(right[:1000])
+    assert find_release_tokenizer(NAME, tmp_path / FILE).read_bytes() == right
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_fetched_weights_that_are_damaged_are_removed_and_ones_own_are_not(
+    mirror: FileServer, home: Path, monkeypatch: pytest.MonkeyPatch, fetched: bool
+) -> None:
+    monkeypatch.setitem(RELEASES, "tiny", Release("M2Cognition/Tiny", "tiny.ckpt"))  # type: ignore[arg-type]
+    home.mkdir()
+    model = M2Encoder(M2EncoderConfig.from_name("tiny"))
+    torch.save({"state_dict": model.state_dict()}, home / "whole.ckpt")
+    mirror.content = (home / "whole.ckpt").read_bytes()
+    tokenizer = load_emoji_tokenizer_model()
+    if not fetched:
+        put(home / ".cache" / "m2_encoder" / "tiny.ckpt", mirror.content)
+    path = find_release("tiny")
+    path.write_bytes(mirror.content[:-100] + bytes(100))
+    removed = "; it was removed from the cache of downloads, run it again to fetch it"
+    with pytest.raises(CheckpointError) as caught:
+        load("tiny", tokenizer=tokenizer)
+    assert str(caught.value).startswith(f"{path}: damaged")
+    assert str(caught.value).endswith(removed) is fetched
+    assert path.exists() is not fetched
+    if fetched:
+        load("tiny", tokenizer=tokenizer)
 
 
 def test_a_proxy_of_the_environment_is_used(
