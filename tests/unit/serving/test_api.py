@@ -228,7 +228,7 @@ def test_answers_are_as_the_document_says(server: Client) -> None:
 
 
 def test_nobody_is_told_where_the_model_lies(index: PictureIndex) -> None:
-    model = dataclasses.replace(small_model(), name="/home/somebody/models/export")
+    model = dataclasses.replace(small_model(), name="/srv/models/export")
     app = build_app(model, index=index, api_key=None, only_loopback=True, limits=LIMITS)
     with running(app) as client:
         for answer in (client.get("/api/status"), client.post("/api/embed", {"texts": ["cat"]})):
