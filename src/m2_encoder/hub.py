@@ -119,8 +119,7 @@ def load(
         adapter: folder of a low-rank adapter of ours or of peft's, to merge; ours are refused by other weights.
 
     Raises:
-        UserError: for an unknown name, a missing or unusable file, or an impossible option. Weights are never
-            random: `M2Encoder(config)` has random ones.
+        UserError: for an unknown name, a missing or unusable file, or an impossible option. None gets random weights.
     """
     if checkpoint is not None:
         _refuse_beside(checkpoint, weights, tokenizer, image_size, adapter, map_tokenizer or None)

@@ -185,6 +185,24 @@ def test_what_is_no_picture_is_said_and_left_out(tab: Tab, index: PictureIndex) 
     tab.wait("document.getElementById('banner').hidden")
 
 
+def test_a_broken_sum_is_explained_in_the_language_of_the_page(tab: Tab) -> None:
+    said = "document.getElementById('banner').textContent"
+    _search(tab, '2*"狗" "猫"')
+    tab.wait(f"{said}.includes('cannot be read from')")
+    tab.run("document.getElementById('language').click()")
+    tab.wait(f'{said}.includes(\'组合查询的写法如 2*"狗" + pool.jpg - "水果"\')')
+    assert "cannot" not in tab.run(said)
+    tab.run("document.getElementById('language').click()")
+
+
+def test_a_picture_that_the_browser_cannot_show_leaves_no_broken_icon(tab: Tab) -> None:
+    tab.run("usePicture(new File(['none'], 'x.heic', {type: 'image/heic'}))")
+    tab.wait("document.querySelector('#chip img').hidden")
+    tab.run("change({picture: null, like: '00003.png'})")
+    tab.wait("!document.querySelector('#chip img').hidden")
+    assert tab.run("document.querySelector('#chip img').hidden") is False
+
+
 def test_similar_pictures_by_keyboard_and_back(tab: Tab, server: Client) -> None:
     _search(tab, "cat")
     tab.wait(f"{SHOWN} > 3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m2_encoder.data.images.transforms import MAX_PIXELS
 from m2_encoder.exports.samples import TEXTS, make_pictures
 from m2_encoder.exports.web_format import Web
 from m2_encoder.exports.writing import write_export
@@ -120,6 +122,23 @@ def test_similar_pictures_and_back(tab: Tab, page: WebPage) -> None:
     assert not any("runtime" in each for each in tab.requested), "no model is needed for that"
     tab.run("history.back()")
     tab.wait(f"{NAMES}[0] === {json.dumps(page.index.names[0])}")
+
+
+def test_pictures_that_are_too_large_are_refused(tab: Tab) -> None:
+    code = "encodePicture({}).then(() => 'read', error => error.code)"
+    assert tab.run(code.format("new File([new Uint8Array(32 * 2 ** 20 + 1)], 'x')")) == "too_large"
+    assert tab.run(code.format("new File(['none'], 'x')")) == "no_picture"
+    side = math.isqrt(MAX_PIXELS) + 1
+    tab.run(f"window.createImageBitmap = async () => ({{ width: {side}, height: {side} }})")
+    assert tab.run(code.format("new File(['none'], 'x')")) == "too_large"
+
+
+def test_a_picture_is_found_by_its_name(tab: Tab, page: WebPage) -> None:
+    name = page.index.names[3]
+    found = tab.run(f"backend.find({{text: {json.dumps(name)}}}, 0, 3)")
+    expected = _expected(page, name)
+    assert [each["name"] for each in found["results"]] == [each.name for each in expected.rows[:3]]
+    assert (found["total"], found["end"]) == (NUMBER - 1, expected.end)
 
 
 def _file_of(content: bytes) -> str:

@@ -137,7 +137,8 @@ def run_serve(cfg: dict[str, Any]) -> int:
             pictures = "no index: immich and MT-Photos alone" if index is None else f"{len(index):,} pictures"
             say(f"{pictures}, {model.name} on {_CALLED[cfg['runtime']]}: {url}  (Ctrl-C ends it)")
             if not only_loopback:
-                say(f"m2-serve: whoever reaches port {cfg['port']} of this machine can see the pictures", error=True)
+                can = "use the model" if index is None else "see the pictures"
+                say(f"m2-serve: whoever reaches port {cfg['port']} of this machine can {can}", error=True)
             if cfg["open"]:
                 _open_browser(url)
 

@@ -150,6 +150,18 @@ class PictureIndex:
         return scores, rows
 
 
+def find_file(root: Path, name: str | os.PathLike[str]) -> Path | None:
+    """The file of a picture, with all links followed; None if that lies outside of the folder of the pictures.
+
+    Raises:
+        OSError: for links that go round.
+        ValueError: for a name with a NUL.
+    """
+    whole = Path(os.path.realpath(root))
+    path = Path(os.path.realpath(whole / name))
+    return path if path.is_relative_to(whole) else None
+
+
 def open_index(path: str | os.PathLike[str]) -> PictureIndex:
     """Opens an index that `m2-search index` wrote.
 
@@ -188,9 +200,10 @@ def read_content(folder: Path) -> Mapping[str, Any]:
         raise UserError(f"{folder}: is a file; give the folder that m2-search index wrote") from error
     except FileNotFoundError as error:
         if not folder.is_dir():
-            raise UserError(f"no such index: {folder}; write one with m2-search index PHOTOS") from error
+            raise UserError(f"no such index: {folder}; write it with m2-search index PHOTOS output={folder}") from error
         unfinished = (folder / ENCODING_FOLDER).is_dir()
-        none = f"holds no {INDEX_FILE}, so it is no index; write an index of it with m2-search index {folder}"
+        what = f"PHOTOS output={folder}" if folder.suffix == ".index" or not any(folder.iterdir()) else str(folder)
+        none = f"holds no {INDEX_FILE}, so it is no index; write an index with m2-search index {what}"
         raise UserError(
             f"{folder} {'is not finished; m2-search index goes on with it' if unfinished else none}"
         ) from error

@@ -36,6 +36,7 @@ from m2_encoder.picture_search.index import (
     LOCK_FILE,
     VERSION,
     PictureIndex,
+    find_file,
     open_index,
     read_content,
 )
@@ -47,6 +48,7 @@ LARGE: Final = 200_000
 _FEATURES: Final = "features-"
 _NEIGHBOURS: Final = "neighbours-"
 _NOT_UTF8: Final = "its name is not UTF-8; rename it, for example with: convmv -f gb18030 -t utf-8 --notest"
+_OUTSIDE: Final = "is a link to a file outside of the folder; copy that here, or index its own folder"
 _BATCHES_AT_ONCE: Final = 8  # between two reports
 _ROWS_AT_ONCE: Final = 65536  # that are written
 
@@ -206,7 +208,7 @@ def _list(root: Path, index: Path) -> _Listed:
     for item in list_images(root):
         if Path(item.content).is_relative_to(index):
             continue
-        found = _stat(item)
+        found = _stat(item, root)
         if isinstance(found, str):
             listed.skipped.append(Skipped(item.name, found))
             if os.path.isdir(item.content):
@@ -220,12 +222,14 @@ def _list(root: Path, index: Path) -> _Listed:
     return listed
 
 
-def _stat(item: Item) -> _File | str:
+def _stat(item: Item, root: Path) -> _File | str:
     """Size and time of a picture's file, before it is read; or why it cannot be used."""
     if item.problem:
         return item.problem
     try:
         os.fspath(item.content).encode()
+        if os.path.islink(item.content) and find_file(root, item.content) is None:
+            return _OUTSIDE
         found = os.stat(item.content)
     except UnicodeEncodeError:
         return _NOT_UTF8

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -31,6 +32,7 @@ MAX_TEXTS: Final = 64
 
 _COUNT: Final = 60
 _FAR: Final = 10**9
+_RANGE: Final = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})|bytes=-0*[1-9][0-9]{0,17}")
 
 
 class _Names(Convertor[str]):
@@ -145,7 +147,7 @@ class Api:
         size = read_number(values, "size", SIZES[0], least=1, most=max(SIZES))
         tag, content = await gallery.thumbnail(name, size)
         headers = {"ETag": tag, "Cache-Control": "private, no-cache"}  # asked for again, and answered by 304
-        if request.headers.get("if-none-match") == tag:
+        if _has(request, tag):
             return Response(status_code=304, headers=headers)
         return Response(content, media_type="image/jpeg", headers=headers)
 
@@ -153,7 +155,11 @@ class Api:
         """A picture itself."""
         check_keys(request.query_params, ())
         found = await asyncio.to_thread(self._need(self._gallery).find, request.path_params["name"])
-        return FileResponse(found.path, media_type=found.media_type, headers={"ETag": found.tag})
+        headers = {"ETag": found.tag, "Cache-Control": "private, no-cache"}
+        if _has(request, found.tag):
+            return Response(status_code=304, headers=headers)
+        _check_range(request, found.size)
+        return FileResponse(found.path, media_type=found.media_type, headers=headers)
 
     async def _current(self) -> Finder:
         """What searches the index as it is now.
@@ -177,6 +183,25 @@ def _read_part(values: Mapping[str, Any]) -> tuple[int, int]:
     """Where a part of a list starts, and how many results it has."""
     start = read_number(values, "start", 0, least=0, most=_FAR)
     return start, read_number(values, "count", _COUNT, least=1, most=MAX_COUNT)
+
+
+def _has(request: Request, tag: str) -> bool:
+    """Whether a client has what a tag stands for, by its If-None-Match."""
+    given = request.headers.get("if-none-match", "").split(",")
+    return any(each.strip().removeprefix("W/") in (tag, "*") for each in given)
+
+
+def _check_range(request: Request, size: int) -> None:
+    """Takes away a Range that is not one well-formed part: the whole file is the answer then (RFC 9110, 14.2).
+
+    Raises:
+        Refusal: 416 for one that begins after the end.
+    """
+    part = _RANGE.fullmatch(request.headers.get("range", ""))
+    if part is None or (part[2] and int(part[1]) > int(part[2])):
+        request.scope["headers"] = [each for each in request.scope["headers"] if each[0] != b"range"]
+    elif part[1] and int(part[1]) >= size:
+        raise Refusal(416, "no_such_part", f"the file has {size:,} bytes", {"Content-Range": f"bytes */{size}"})
 
 
 def _answer(found: Found, started: float) -> Response:

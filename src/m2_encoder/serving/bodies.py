@@ -24,6 +24,9 @@ MAX_PARTS: Final = 16
 TIMEOUT_S: Final = 60.0
 """A body must have arrived by then."""
 
+IDLE_S: Final = 10.0
+"""No longer than that may nothing of a body arrive."""
+
 _DRAINED_S: Final = 5.0
 
 
@@ -43,7 +46,7 @@ class BodyLimits:
         self._requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers 413 or 503; `receive` raises 413 for a body that turns out too large."""
+        """Passes a request on, or answers 413 or 503; `receive` raises 413 for a large body, 408 for an idle one."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return
@@ -57,11 +60,15 @@ class BodyLimits:
             full = busy(f"{self._requests} requests are being answered, {self._max_requests} may")
             await full.response(scope["path"])(scope, receive, send)
             return
-        received = 0
+        received, is_whole = 0, False
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            try:
+                message = await (receive() if is_whole else asyncio.wait_for(receive(), IDLE_S))
+            except asyncio.TimeoutError:
+                raise Refusal(408, "slow", f"nothing of the body arrived for {IDLE_S:g} seconds") from None
+            is_whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self._max_bytes:
                 await _drain(receive, 4 * self._max_bytes)

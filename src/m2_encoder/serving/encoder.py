@@ -6,6 +6,7 @@ Letters: n items · D feature dim · S side of the model's pictures in pixels.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
@@ -58,7 +59,7 @@ class Encoder:
         bounds = {"batch_size": batch_size, "max_waiting": max_waiting}
         self._texts: Batches[str, Features] = Batches(self._encode_texts, self._model_thread, **bounds)
         self._pictures: Batches[Tensor, Features] = Batches(self._encode_pictures, self._model_thread, **bounds)
-        self.name = model.name
+        self.name = os.path.basename(model.name)  # not the path: others than the owner of the machine read it
         self.feature_dim = model.facts.embed_dim
         self.runtime = "onnx" if isinstance(model.model, GraphTowers) else "torch"
 

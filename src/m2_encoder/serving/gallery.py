@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 from m2_encoder.data.images.opening import FORMATS, name_format, read_picture_file
 from m2_encoder.errors import ImageError
-from m2_encoder.picture_search.index import PictureIndex
+from m2_encoder.picture_search.index import PictureIndex, find_file
 from m2_encoder.picture_search.thumbnails import make_thumbnail
 from m2_encoder.serving.refusals import Refusal, busy, invalid
 
@@ -35,6 +35,7 @@ class PictureFile(NamedTuple):
 
     path: Path
     media_type: str
+    size: int  # bytes
     tag: str  # changes with the content
 
 
@@ -65,10 +66,9 @@ class Gallery:
         """
         index = self._index
         row_of(index, name)
-        root = Path(os.path.realpath(index.root))
         try:
-            path = Path(os.path.realpath(root / name))
-            if not path.is_relative_to(root):
+            path = find_file(index.root, name)
+            if path is None:
                 raise Refusal(404, "elsewhere", f"{name} is a link to a file outside of the indexed folder")
             with open(path, "rb", opener=_open_now) as file:
                 status = os.fstat(file.fileno())
@@ -78,7 +78,7 @@ class Gallery:
         if (kind := name_format(head)) not in FORMATS:
             raise Refusal(415, "no_picture", f"{name} is no picture any more: index the folder again")
         media_type = _MEDIA_TYPES.get(kind, f"image/{kind.lower()}")
-        return PictureFile(path, media_type, f'"{status.st_mtime_ns:x}-{status.st_size:x}"')
+        return PictureFile(path, media_type, status.st_size, f'"{status.st_mtime_ns:x}-{status.st_size:x}"')
 
     async def thumbnail(self, name: str, size: int) -> tuple[str, bytes]:
         """The tag of a picture, and a JPEG of it whose longer side has at most `size` pixels, one of `SIZES`.

@@ -26,12 +26,17 @@ _NAME: Final = {
 }
 _ERRORS: Final = {
     "400": "the body cannot be read",
+    "403": "the server listens on loopback alone, and was called by another name",
     "404": "no such picture, or no index is served",
+    "408": "the body did not arrive in time",
     "413": "too large",
     "415": "no picture that can be used",
     "422": "a value that makes no sense; the detail names it",
+    "500": "a fault of the server",
     "503": "too much waits; try again",
 }
+_UNCHANGED: Final = {"304": {"description": "the client has it, by If-None-Match"}}
+_ERROR: Final = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 
 
 def describe_api(max_body_bytes: int) -> dict[str, Any]:
@@ -40,16 +45,21 @@ def describe_api(max_body_bytes: int) -> dict[str, Any]:
     Args:
         max_body_bytes: of a body.
     """
-    list_schema = _object(
-        {
-            "total": {"type": "integer", "description": "results of the whole list"},
-            "end": {"type": "integer", "description": "how many of them probably belong to the query"},
-            "took_ms": {"type": "number"},
-            "results": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}},
-        }
-    )
-    error = _object({"code": {"type": "string"}, "detail": {"type": "string"}})
-    result = _object({"name": {"type": "string"}, "score": {"type": "number", "description": "cosine, -1 to 1"}})
+    total = {"type": "integer", "description": "results of the whole list"}
+    name = {"type": "string", "description": "below the indexed folder"}
+    score = {"type": "number", "minimum": -1, "maximum": 1, "description": "cosine"}
+    schemas = {
+        "Results": _answer(
+            {
+                "total": total,
+                "end": {"type": "integer", "description": "how many of the first ones probably belong to the query"},
+                "took_ms": {"type": "number"},
+                "results": {"type": "array", "items": _answer({"name": name, "score": score})},
+            }
+        ),
+        "Pictures": _answer({"total": total, "results": {"type": "array", "items": _answer({"name": name})}}),
+        "Error": _answer({"code": {"type": "string"}, "detail": {"type": "string"}}),
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -60,7 +70,7 @@ def describe_api(max_body_bytes: int) -> dict[str, Any]:
             "characters.",
         },
         "paths": {**_searching(), **_encoding(), **_files()},
-        "components": {"schemas": {"Results": list_schema, "Result": result, "Error": error}},
+        "components": {"schemas": schemas},
     }
 
 
@@ -76,13 +86,15 @@ def _searching() -> dict[str, Any]:
     return {
         "/api/search": {
             "post": {
-                "summary": "Pictures for words, for a picture, or for both",
+                "operationId": "search",
+                "summary": "Pictures for words, for a picture, or for both, without those that the query names",
                 "requestBody": _body(json_body, form),
                 "responses": _responses("Results"),
             }
         },
         "/api/similar": {
             "post": {
+                "operationId": "findSimilar",
                 "summary": "Pictures like one of the index, without itself",
                 "requestBody": _body(_object({"name": name, **_PART}, required=["name"])),
                 "responses": _responses("Results"),
@@ -90,9 +102,10 @@ def _searching() -> dict[str, Any]:
         },
         "/api/pictures": {
             "get": {
+                "operationId": "listPictures",
                 "summary": "All pictures by name",
                 "parameters": [{"name": key, "in": "query", "schema": schema} for key, schema in _PART.items()],
-                "responses": _responses("Results"),
+                "responses": _responses("Pictures"),
             }
         },
     }
@@ -104,18 +117,20 @@ def _encoding() -> dict[str, Any]:
     return {
         "/api/embed": {
             "post": {
+                "operationId": "embed",
                 "summary": "Features of texts, or of a picture: lists of numbers of length 1 together",
                 "requestBody": _body(
                     _object({"texts": texts}, required=["texts"]), _object({"image": _FILE}, required=["image"])
                 ),
-                "responses": _responses(_object({"model": {"type": "string"}, "features": features})),
+                "responses": _responses(_answer({"model": {"type": "string"}, "features": features})),
             }
         },
         "/api/status": {
             "get": {
+                "operationId": "getStatus",
                 "summary": "What is served",
                 "responses": _responses(
-                    _object(
+                    _answer(
                         {
                             "model": {"type": "string"},
                             "runtime": {"type": "string", "enum": ["torch", "onnx"]},
@@ -134,16 +149,23 @@ def _files() -> dict[str, Any]:
     return {
         "/api/thumbnails/{name}": {
             "get": {
+                "operationId": "getThumbnail",
                 "summary": "A JPEG of a picture, upright, whose longer side has at most `size` pixels",
                 "parameters": [_NAME, size],
-                "responses": _responses("", media_type="image/jpeg"),
+                "responses": {**_responses("", media_type="image/jpeg"), **_UNCHANGED},
             }
         },
         "/api/files/{name}": {
             "get": {
+                "operationId": "getFile",
                 "summary": "The file of a picture",
                 "parameters": [_NAME],
-                "responses": _responses("", media_type="image/*"),
+                "responses": {
+                    **_responses("", media_type="image/*"),
+                    **_UNCHANGED,
+                    "206": {"description": "the part that Range asks for", "content": {"image/*": {"schema": {}}}},
+                    "416": {"description": "the part that Range asks for begins after the end", "content": _ERROR},
+                },
             }
         },
     }
@@ -151,6 +173,11 @@ def _files() -> dict[str, Any]:
 
 def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
     return {"type": "object", "properties": properties, **({"required": required} if required else {})}
+
+
+def _answer(properties: dict[str, Any]) -> dict[str, Any]:
+    """An object that has all of its properties."""
+    return _object(properties, required=list(properties))
 
 
 def _body(json_schema: dict[str, Any], form: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -163,8 +190,7 @@ def _body(json_schema: dict[str, Any], form: dict[str, Any] | None = None) -> di
 def _responses(schema: str | dict[str, Any], media_type: str = "application/json") -> dict[str, Any]:
     """200 with a schema, by its name or itself, and what else may be answered."""
     shown = {"$ref": f"#/components/schemas/{schema}"} if isinstance(schema, str) and schema else schema or {}
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     return {
         "200": {"description": "done", "content": {media_type: {"schema": shown}}},
-        **{status: {"description": text, "content": error} for status, text in _ERRORS.items()},
+        **{status: {"description": text, "content": _ERROR} for status, text in _ERRORS.items()},
     }

@@ -202,6 +202,7 @@ def test_duplicates_are_copies_and_nothing_else(run: Run, indexed: Path, tmp_pat
     [
         (("query", "photos.index"), "query=???: must be given"),
         (("query", "nowhere", "狗"), "index=nowhere: no such index"),
+        (("query", "e.index", "狗"), "write an index with m2-search index PHOTOS output="),
         (("query", "photos", "狗"), "holds no index.json, so it is no index"),
         (("query", "photos.index", '"狗" + 水果'), "cannot be read from + 水果 on"),
         (("query", "photos.index", "none.jpg"), "none.jpg: no such file, and no picture of the index"),
@@ -217,6 +218,7 @@ def test_duplicates_are_copies_and_nothing_else(run: Run, indexed: Path, tmp_pat
 )
 def test_queries_that_cannot_be_answered(run: Run, indexed: Path, arguments: tuple[str, ...], message: str) -> None:
     indexed.with_name("old.png").touch()
+    indexed.with_name("e.index").mkdir(exist_ok=True)
     indexed.with_name("bad.png").write_text("none")
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")

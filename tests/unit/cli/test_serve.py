@@ -62,7 +62,7 @@ def index(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["model=nowhere"], "model=nowhere: no such folder"),
         (["model=m2-encoder-0.4b"], "m2_encoder_0.4B.ckpt is not on this machine"),
         (["model=tiny"], "a named model needs its checkpoint"),
-        (["index=nowhere.index"], "nowhere.index; write one with m2-search index"),
+        (["index=nowhere.index"], "nowhere.index; write it with m2-search index PHOTOS output="),
         (["index=INDEX", "tokenizer=x"], "tokenizer=x: belongs to a model; add model="),
         (["index=INDEX", "device=tpu"], "device=tpu"),
         (["index=INDEX", "runtime=tensorrt"], "runtime=tensorrt"),
@@ -97,6 +97,14 @@ def test_a_port_that_is_taken(run: Run, index: Path) -> None:
         code, _, err = run(f"index={index}", f"port={port}")
     assert code == 2
     assert f"port={port}: another program listens there; choose another" in err
+
+
+def test_others_are_told_of_what_there_is(
+    run: Run, index: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m2_encoder.serving.server.serve", lambda _app, _opened, *, on_start: on_start())
+    assert run(f"index={index}", "host=0.0.0.0", "port=0")[2].endswith("of this machine can see the pictures\n")
+    assert run(f"model={exported}", "host=0.0.0.0", "port=0")[2].endswith("of this machine can use the model\n")
 
 
 def test_pictures_that_were_moved(run: Run, index: Path) -> None:

@@ -91,7 +91,7 @@ def test_queries_are_read_alike(tmp_path: Path) -> None:
         '-"a" + .5 × b.png', '"pool.jpg"', "a.jpg b.png", '"a', ' "a" ', "1.5*a.webp", '"a" - dog', '0*"a"', '101*"a"',
         '"" + "a"', "+".join(['"a"'] * 17), "a\nb.jpg", "-a.jpg", "x*y", '3*"a"-b.gif+"c"',
         '2*"狗', "2*狗 + 水果", '2＊"狗" － "水果"＋a.jpg', '"红色" "水果"', '0.0001*"a', "C++", "T-shirt",
-        '"a" b', 'a.jpg + "b',
+        '"a" b', 'a.jpg + "b', "长" * 4096, "😀" * 4097,
         "２*\"a\"", "2*x.png", "holiday.jpg-1.png", ' 中文/红 苹果 - "引号".png',
     ]  # fmt: skip
 

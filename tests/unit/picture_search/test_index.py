@@ -107,6 +107,9 @@ def test_bad_files_are_listed_and_tried_again(update: Update, tmp_path: Path, ph
     (photos / "cut.png").write_bytes(good[:50])
     (photos / "empty.jpg").touch()
     (photos / "gone.png").symlink_to("nowhere")
+    (photos.parent / "secret.png").write_bytes(good)
+    (photos / "out.png").symlink_to("../secret.png")
+    (photos / "in.png").symlink_to("e.png")
     (photos / "film.mov").write_bytes(b"\0\0\0\x14ftypqt  \0\0\0\0qt  ")
     (photos / "notes.txt").write_text("no picture by name")
     (photos / os.fsdecode(b"\xb9\xb7.png")).write_bytes(good)
@@ -115,16 +118,17 @@ def test_bad_files_are_listed_and_tried_again(update: Update, tmp_path: Path, ph
     pillow_heif.from_pillow(picture).save(photos / "g.heic")
     changes = update()
     said = {item.name: item.reason for item in changes.skipped}
-    assert sorted(said) == sorted([r"\udcb9\udcb7.png", "cut.png", "empty.jpg", "film.mov", "gone.png"])
+    assert sorted(said) == sorted([r"\udcb9\udcb7.png", "cut.png", "empty.jpg", "film.mov", "gone.png", "out.png"])
+    assert said["out.png"].startswith("is a link to a file outside of the folder")
     assert "rename it" in said[r"\udcb9\udcb7.png"]
     assert said["empty.jpg"] == "empty"
     assert said["cut.png"] == "cannot be decoded: image file is truncated"
-    assert changes.new == 7
+    assert changes.new == 8
     index = open_index(tmp_path / "i")
     assert {"f.avif", "g.heic"} < set(index.names)
     assert {item.name: item.reason for item in index.skipped} == said
     (photos / "cut.png").write_bytes(good)
-    assert update() == Changes(1, 0, 0, 7, [item for item in changes.skipped if item.name != "cut.png"])
+    assert update() == Changes(1, 0, 0, 8, [item for item in changes.skipped if item.name != "cut.png"])
     (photos / "cut.png").write_bytes(good[:50])
     assert update().deleted == 1
     assert "cut.png" not in open_index(tmp_path / "i").names
@@ -246,7 +250,7 @@ def test_full_disk_leaves_the_old_index(
 
 def test_damaged_indexes_are_one_line(update: Update, tmp_path: Path) -> None:
     folder = tmp_path / "i"
-    with pytest.raises(UserError, match="no such index"):
+    with pytest.raises(UserError, match=r"no such index: .*; write it with m2-search index PHOTOS output="):
         open_index(folder)
     update()
     content = json.loads((folder / INDEX_FILE).read_text())
@@ -265,7 +269,7 @@ def test_damaged_indexes_are_one_line(update: Update, tmp_path: Path) -> None:
     (folder / INDEX_FILE).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"index\.json: is a file; give the folder that m2-search index wrote"):
         open_index(folder / INDEX_FILE)
-    with pytest.raises(UserError, match=r"holds no index\.json.*; write an index of it with m2-search index"):
+    with pytest.raises(UserError, match=r"holds no index\.json.*; write an index with m2-search index"):
         open_index(tmp_path)
     features.write_bytes(whole[:-5])
     with pytest.raises(UserError, match="damaged"):

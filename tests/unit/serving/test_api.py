@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from m2_encoder.picture_search.ending import find_end
 from m2_encoder.picture_search.index import PictureIndex
 from m2_encoder.picture_search.results import find_results
 from m2_encoder.serving.app import build_app
-from tests.support.serving import Client, index_in_memory, running, small_encoder, small_tokenizer
+from tests.support.serving import Client, index_in_memory, running, small_encoder, small_model, small_tokenizer
 from tests.unit.serving.conftest import LIMITS
 
 
@@ -200,6 +201,38 @@ def test_without_an_index(model: EvaluatedModel, photo: Path) -> None:
         assert client.post("/api/embed", {"texts": ["猫"]}).status == 200
         entries = json.dumps({"clip": {"visual": {"modelName": "ViT-B-32__openai"}}})
         assert client.send_form("/predict", {"entries": entries, "image": photo.read_bytes()}).status == 200
+
+
+def test_answers_are_as_the_document_says(server: Client) -> None:
+    document = server.get("/api/openapi.json").json
+    schemas = document["components"]["schemas"]
+    answers = {
+        "search": server.post("/api/search", {"query": "cat", "count": 2}),
+        "findSimilar": server.post("/api/similar", {"name": "beach/3.png", "count": 2}),
+        "listPictures": server.get("/api/pictures?count=2"),
+        "embed": server.post("/api/embed", {"texts": ["cat"]}),
+        "getStatus": server.get("/api/status"),
+    }
+    operations = [each for methods in document["paths"].values() for each in methods.values()]
+    assert len({each["operationId"] for each in operations}) == len(operations)
+    for each in operations:
+        assert {"400", "403", "404", "408", "500", "503"} <= set(each["responses"])
+        if (answer := answers.get(each["operationId"])) is None:
+            continue
+        shown = each["responses"]["200"]["content"]["application/json"]["schema"]
+        schema = schemas[shown["$ref"].rpartition("/")[2]] if "$ref" in shown else shown
+        assert answer.status == 200
+        assert set(answer.json) == set(schema["required"]) == set(schema["properties"]), each["operationId"]
+        for row in answer.json.get("results", ()):
+            assert set(row) == set(schema["properties"]["results"]["items"]["required"])
+
+
+def test_nobody_is_told_where_the_model_lies(index: PictureIndex) -> None:
+    model = dataclasses.replace(small_model(), name="/srv/models/export")
+    app = build_app(model, index=index, api_key=None, only_loopback=True, limits=LIMITS)
+    with running(app) as client:
+        for answer in (client.get("/api/status"), client.post("/api/embed", {"texts": ["cat"]})):
+            assert answer.json["model"] == "export"
 
 
 def test_the_document_names_every_address(server: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import io
 import json
@@ -73,6 +74,24 @@ def test_a_body_that_never_arrives(server: Client, monkeypatch: pytest.MonkeyPat
         answer = _exchange(server, f"{head}Content-Type: {kind}\r\n\r\n--x".encode())
         assert answer.split()[1] == b"408", answer
         assert b"did not arrive" in answer
+
+
+def test_bodies_that_stop_arriving_make_room(
+    model: EvaluatedModel, index: PictureIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "IDLE_S", 0.3)
+    limits = dataclasses.replace(LIMITS, max_waiting=2)
+    app = build_app(model, index=index, api_key=None, only_loopback=True, limits=limits)
+    head = (
+        "POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
+    )
+    with running(app) as client, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection((client.host, client.port), 20)) for _ in range(2)]
+        for each in idle:
+            each.sendall(head.encode())
+        for each in idle:
+            assert each.recv(65536).split()[1] == b"408"
+        assert client.post("/api/search", {"query": "cat"}).status == 200
 
 
 def _bomb() -> bytes:

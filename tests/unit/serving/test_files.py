@@ -167,3 +167,25 @@ def test_a_phone_s_heic_is_shown_and_found(model: EvaluatedModel, index: Picture
 def test_a_file_may_be_read_in_parts(server: Client, photo: Path) -> None:
     answer = server.get("/api/files/beach/3.png", Range="bytes=10-19")
     assert (answer.status, answer.body) == (206, photo.read_bytes()[10:20])
+    assert server.get("/api/files/beach/3.png", Range="bytes=-10").body == photo.read_bytes()[-10:]
+
+
+@pytest.mark.parametrize("part", ["bytes=x", "bytes=9-3", "bytes=-0", "bytes=0-1,4-5", "lines=1-2", "bytes=1-x", "x"])
+def test_a_part_that_makes_no_sense_is_the_whole_file(server: Client, photo: Path, part: str) -> None:
+    answer = server.get("/api/files/beach/3.png", Range=part)
+    assert (answer.status, answer.body) == (200, photo.read_bytes())
+
+
+def test_a_part_after_the_end(server: Client, photo: Path) -> None:
+    answer = server.get("/api/files/beach/3.png", Range="bytes=99999999-")
+    assert (answer.status, answer.json["code"]) == (416, "no_such_part")
+    assert answer.headers["content-range"] == f"bytes */{photo.stat().st_size}"
+
+
+@pytest.mark.parametrize("path", ["/api/files/beach/3.png", "/api/thumbnails/beach/3.png"])
+def test_what_the_client_has_is_not_sent_again(server: Client, path: str) -> None:
+    tag = server.get(path).headers["etag"]
+    for given in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        again = server.get(path, If_None_Match=given)
+        assert (again.status, again.body, again.headers["etag"]) == (304, b"", tag)
+    assert server.get(path, If_None_Match='"other"').status == 200

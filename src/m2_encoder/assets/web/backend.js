@@ -63,7 +63,7 @@ async function encodeText(text) {
 async function encodePicture(file) {
   const { session, side, policy } = await imageModel();
   let pixels;
-  try { pixels = await readPixels(file, side, policy); } catch { throw new Refused("no_picture", file.name); }
+  try { pixels = await readPixels(file, side, policy); } catch (error) { throw error instanceof Refused ? error : new Refused("no_picture", file.name); }
   return run(session, "pixel_values", "float32", pixels, [1, 3, side, side]);
 }
 

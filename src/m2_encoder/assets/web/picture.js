@@ -1,8 +1,11 @@
 "use strict";
 /* A picture file as the model wants it: RGB on the background of its policy, squashed to a square by a bicubic resize
-   with antialias in whole numbers of 8 bits, as Pillow does it, over 255. */
+   with antialias in whole numbers of 8 bits, as Pillow does it, over 255. Limits are those of m2-serve. */
+const MAX_BYTES = 32 * 2 ** 20, MAX_PIXELS = 89478485;
 async function readPixels(file, side, policy) {
+  if (file.size > MAX_BYTES) throw new Refused("too_large", file.name);
   const bitmap = await createImageBitmap(file, { imageOrientation: policy.orientation === "ignored" ? "none" : "from-image", colorSpaceConversion: "none" });
+  if (bitmap.width * bitmap.height > MAX_PIXELS) throw new Refused("too_large", file.name);
   const canvas = document.createElement("canvas");
   canvas.width = bitmap.width; canvas.height = bitmap.height;
   const context = canvas.getContext("2d", { willReadFrequently: true });

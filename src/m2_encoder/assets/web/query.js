@@ -7,6 +7,7 @@ function parseQuery(text, suffixes, isPicture = () => false) {
   const joined = new RegExp(`^${sign}?\\s*(?:${number})${times}|^${sign}?\\s*(?:${quoted})|(?:${quoted})\\s*${sign}|(?:^|\\s)${sign}\\s*${weight}["“「]|[0-9]${times}["“「]`, "u");
   const kindOf = content => new RegExp(`^.*(?:${suffix})$`, "isu").test(content) ? "picture" : "words";
   const whole = text.trim(), terms = [];
+  if ([...text].length > 4096) throw new Refused("invalid", `the query has ${[...text].length} characters, at most 4096 are read`);
   for (const name of [text, whole]) if (isPicture(name)) return [{ weight: 1, kind: "picture", content: name }];
   let end = 0;
   for (;;) {
