@@ -18,6 +18,7 @@ import contextlib
 import http.client
 import importlib.util
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -49,6 +50,7 @@ WIDTH = 512
 DIRECTIONS = 64
 CLIENTS = 8
 K = 60
+KEPT_S = 2.0  # seconds without a request after which a client opens another connection
 SERVE = "import sys; from m2_encoder.cli import commands; sys.exit(commands.SERVE())"
 
 
@@ -106,8 +108,10 @@ class Client:
 
     def post(self, path: str, values: object) -> Any:
         """The answer to JSON."""
-        if not hasattr(self.local, "connection"):
+        idle = time.monotonic() - getattr(self.local, "used", -math.inf)
+        if idle > KEPT_S:  # the server closes what is idle
             self.local.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        self.local.used = time.monotonic()
         self.local.connection.request("POST", path, json.dumps(values), {"Content-Type": "application/json"})
         answer = self.local.connection.getresponse()
         content = json.loads(answer.read())
