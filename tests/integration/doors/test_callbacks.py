@@ -91,7 +91,7 @@ def test_the_best_weights_are_exported(m2_train: Train) -> None:
     assert saved["global_step"] == 1
     exported = m2_encoder.load(run / "export").model.state_dict()
     assert all(torch.equal(value, saved["state_dict"][f"model.{name}"]) for name, value in exported.items())
-    assert "- steps: 3; the weights are those of step 1, the best" in (run / "export" / "README.md").read_text()
+    assert "- steps · 步数: 3; the weights are those of step 1, the best" in (run / "export" / "README.md").read_text()
     assert m2_encoder.load(run, checkpoint="best").model is not None
 
 
