@@ -118,7 +118,7 @@ def test_the_folder_is_whole_in_itself(page: WebPage) -> None:
     (result,) = page.parity.results
     assert result.measured.smallest_cosine >= 0.99999
     assert f"{NUMBER} pictures; a browser loads" in result.measured.notes[0].en
-    assert result.measured.notes[1].en == "left out, because it cannot be read: broken.png"
+    assert result.measured.notes[1].en == "left out, because they cannot be read: broken.png"
     html = (page.home / "index.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in html
     assert "/api/" not in html
