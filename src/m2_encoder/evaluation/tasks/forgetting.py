@@ -78,11 +78,8 @@ class Forgetting(Suite):
         has_line = _shapes(start) == _shapes(context.encoder)
         shares = self._shares if has_line else (0.0, 1.0)
         records = [each for share in shares for each in self._measure_share(context, start, share)]
-        notes = [
-            f"{number(100 * share, 0)} %: so much of the trained weights, the rest of those before (WiSE-FT)"
-            for share in shares[1:2]
-            if share < 1
-        ]
+        line = "a percentage: so much of the trained weights, the rest of those before (WiSE-FT)"
+        notes = [line] if len(shares) > 2 else []
         if not has_line:
             notes.append("training gave the model other parameters: there is no line between before and after")
         table, changes = _table(records, [_label(share) for share in shares], {each.name for each in _own(context)})
