@@ -1,4 +1,4 @@
-"""Prompts and adapters on two ranks: objectives as in one process, in pieces, and sharded in real Lightning runs."""
+"""Added parts on two ranks: objectives as in one process, in pieces, and sharded in real Lightning runs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.matching import Matching
+from m2_encoder.objectives.routing import BalancedRouting
 from m2_encoder.objectives.sigmoid import SigmoidContrastive
 from m2_encoder.objectives.text_contrast import TextContrast
 from m2_encoder.training.adaptation import Adaptation, merge_adaptation
 from m2_encoder.training.adaptations.adapters import PerLanguage
+from m2_encoder.training.adaptations.mixture import Upcycling
 from m2_encoder.training.adaptations.prompts import DeepPrompts
 from m2_encoder.types import ImageTextBatch
 from tests.distributed.test_objective_ranks import PIECES, RANKS, ROWS, BlockMatching
@@ -45,7 +47,11 @@ def make_adapters() -> Adaptation:
     return adaptation
 
 
-ADAPTATIONS: dict[str, Callable[[], Adaptation]] = {"prompts": lambda: DeepPrompts(3), "adapters": make_adapters}
+ADAPTATIONS: dict[str, Callable[[], Adaptation]] = {
+    "prompts": lambda: DeepPrompts(3),
+    "adapters": make_adapters,
+    "mixture": lambda: Upcycling(copies=3),
+}
 OBJECTIVES: dict[str, Callable[[], Any]] = {
     "itc": lambda: {"itc": ImageTextContrastive()},
     "all": lambda: {
@@ -72,7 +78,8 @@ def run_cases(rank: int, group: dist.ProcessGroup | None) -> dict[str, Numbers]:
             batch = part_of(make_batch(ROWS, 2), rank, ranks)
             for pieces, recompute in PIECES if ranks > 1 else PIECES[:1]:
                 options: dict[str, Any] = {"micro_batches": pieces, "recompute": recompute, "contrastive_group": group}
-                module = build_bench(build(), adaptation=adapt(), **options)
+                routing = {"routing": BalancedRouting()} if adaptation == "mixture" else {}
+                module = build_bench(build() | routing, adaptation=adapt(), **options)
                 key = f"{adaptation} {objectives}"
                 found[f"{key} {pieces}" if ranks > 1 else key] = take_numbers(module, batch)
     return found
@@ -100,8 +107,10 @@ def test_ranks_and_pieces_equal_one_process(
 ) -> None:
     expected = alone[f"{adaptation} {objectives}"]
     trained = {name for name in expected if "backbone" in name}
-    assert len(trained) == (3 if adaptation == "prompts" else 8)
-    assert all(np.abs(expected[name]).max() > 1e-6 for name in trained), "gradients near 0 would prove nothing"
+    assert len(trained) == {"prompts": 3, "adapters": 8, "mixture": 2 * (3 * 6 + 1)}[adaptation]
+    moved = [name for name in trained if np.abs(expected[name]).max() > 1e-6]
+    assert len(moved) >= len(trained) - 6 * ("mixture" in adaptation), "gradients near 0 would prove nothing"
+    assert adaptation != "mixture" or sum("router" in name for name in moved) == 2
     for result in together:
         found = result[f"{adaptation} {objectives} {pieces}"]
         assert found.keys() == expected.keys()
@@ -125,6 +134,7 @@ def train(run: Run, adaptation: Adaptation, rank: int, folder: str) -> dict[str,
             max_steps=STEPS,
             objectives={
                 **OBJECTIVES["all"](),
+                **({"routing": BalancedRouting()} if isinstance(adaptation, Upcycling) else {}),
                 "cmim": MaskedImage(masking="attentive", mask_ratio=0.5),
                 "matching": Matching(schedule={0: 0, 1: 1}),
             },
@@ -156,7 +166,11 @@ def train(run: Run, adaptation: Adaptation, rank: int, folder: str) -> dict[str,
 def train_all(rank: int, folder: str) -> dict[str, dict[str, Any]]:
     found = {}
     for name, run in RUNS.items():
-        adaptations: dict[str, Any] = {"prompts": DeepPrompts(3), "adapters": PerLanguage(width=3)}
+        adaptations: dict[str, Any] = {
+            "prompts": DeepPrompts(3),
+            "adapters": PerLanguage(width=3),
+            "mixture": Upcycling(copies=3),
+        }
         adaptations["adapters"].prepare(FewPieces(3500))
         for adaptation, each in adaptations.items():
             found[f"{adaptation} {name}"] = train(run, each, rank, f"{folder}/{adaptation}/{name}")

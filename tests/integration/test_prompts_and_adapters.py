@@ -1,4 +1,4 @@
-"""`adaptation=prompts` and `adaptation=adapters` from the command line: train, go on, export, start again from it."""
+"""`adaptation=prompts`, `adapters` and `mixture` from the command line: train, go on, export, start again from it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,23 @@ from m2_encoder.cli.commands import EXPORT
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.runs.export import read_trained
 from m2_encoder.runs.folder import read_config
+from tests.support.added_parts import MIXTURE_FIELDS
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
 
 Train = Callable[..., Path]
+
+CHOSEN = {
+    "prompts": ["adaptation=prompts"],
+    "adapters": ["adaptation=adapters"],
+    "mixture": ["adaptation=mixture", "objective=[itc,routing]"],
+}
+MOVED = {
+    "prompts": ["logit_scale"],
+    "adapters": ["logit_scale"],
+    "mixture": ["logit_scale", "expert.fc1", "expert.ffn_inner_norm", "expert.fc2"],
+}
 
 
 def arguments(emoji_folder: Path, outputs: Path, name: str) -> list[str]:
@@ -57,12 +69,12 @@ def features(run: Path) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adaptation", ["prompts", "adapters"])
+@pytest.mark.parametrize("adaptation", list(CHOSEN))
 def test_a_run_and_what_follows_it(
     adaptation: str, m2_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = m2_train("base")
-    start = [f"model.weights={base / 'export'}", f"adaptation={adaptation}"]
+    start = [f"model.weights={base / 'export'}", *CHOSEN[adaptation]]
     whole = m2_train("whole", *start, "trainer.max_steps=4")
     m2_train("parted", *start)
     parted = m2_train("parted", *start, "trainer.max_steps=4", "run.resume=must")
@@ -71,7 +83,9 @@ def test_a_run_and_what_follows_it(
     assert features(whole).equal(features(parted))
     assert (features(whole) - features(base)).abs().max() > 1e-4
     plain = read(base)
-    assert all(torch.equal(plain[name], ended[name]) for name in plain.keys() - {"model.logit_scale"})
+    frozen = {name for name in plain if not any(part in name for part in MOVED[adaptation])}
+    assert frozen
+    assert all(torch.equal(plain[name], ended[name]) for name in frozen)
 
     command = ["m2-export", f"run.folder={tmp_path}", "run.name=whole", f"output={whole / 'again'}"]
     monkeypatch.setattr(sys, "argv", command)
@@ -80,8 +94,9 @@ def test_a_run_and_what_follows_it(
     assert first.config == second.config
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
 
-    parts = {name: getattr(first.config, name) for name in ("num_prompts", "prompt_layers", "adapter_width")}
-    assert sum(value > 0 for value in parts.values()) == (2 if adaptation == "prompts" else 1)
+    fields = ("num_prompts", "prompt_layers", "adapter_width", *MIXTURE_FIELDS)
+    parts = {name: getattr(first.config, name) for name in fields}
+    assert sum(value > 0 for value in parts.values()) == {"prompts": 2, "adapters": 1, "mixture": 4}[adaptation]
     onward = [f"model.weights={whole / 'export'}", *(f"model.{name}={value}" for name, value in parts.items())]
     further = m2_train("further", *onward)
     assert load(further / "export").model.config == first.config, "the parts are trained with everything else"
@@ -101,6 +116,17 @@ def test_a_run_and_what_follows_it(
         (["adaptation=adapters", "adaptation.width=0"], "adaptation.width=0: must be"),
         (["adaptation=adapters", "adaptation.languages=[fr]"], "adaptation.languages=[fr]: must be"),
         (["adaptation=adapters", "adaptation.languages=[]"], "adaptation.languages=[]: must"),
+        (
+            ["adaptation=mixture", "adaptation.text_layers=3"],
+            "adaptation.text_layers=3: must not exceed 2, the layers of",
+        ),
+        (["adaptation=mixture", "adaptation.top_k=5"], "adaptation.top_k=5: must be at most copies=4"),
+        (["adaptation=mixture", "adaptation.copies=1"], "adaptation.copies=1: must be"),
+        (
+            ["objective=[itc,routing]"],
+            "needs a model with mixtures; use adaptation=mixture, or leave it out of objective",
+        ),
+        (["model.mixture_copies=4"], "model.mixture_copies=4: is of weights that were adapted, and there are none"),
         (["model.adapter_width=4"], "model.adapter_width=4: is of weights that were adapted, and there are none"),
     ],
 )
@@ -113,10 +139,10 @@ def test_what_cannot_be_is_one_line_before_work_starts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adaptation", ["prompts", "adapters"])
+@pytest.mark.parametrize("adaptation", list(CHOSEN))
 def test_two_ranks_with_split_weights_export_a_plain_model(adaptation: str, emoji_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "m2_encoder.cli.train", *arguments(emoji_folder, tmp_path, "two")]
-    more = [f"adaptation={adaptation}", "strategy=grouped_fsdp", "trainer.devices=2", "strategy.micro_batches=2"]
+    more = [*CHOSEN[adaptation], "strategy=grouped_fsdp", "trainer.devices=2", "strategy.micro_batches=2"]
     done = subprocess.run(
         [*command, *more], capture_output=True, text=True, timeout=300, env=dict(os.environ), check=False
     )

@@ -1,8 +1,9 @@
-"""Models with prompts and adapters, and their yardstick."""
+"""Models with prompts, adapters and mixtures, and their yardstick."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -14,19 +15,23 @@ from m2_encoder import M2Encoder, M2EncoderConfig
 from m2_encoder.checkpoints.adapters import to_official_state
 from tests.support.models import random_model, small_config
 
+MIXTURE_FIELDS = ("mixture_copies", "mixture_top_k", "mixture_vision_layers", "mixture_text_layers")
+COPIED = [f"{part}.{kind}" for part in ("fc1", "ffn_inner_norm", "fc2") for kind in ("weight", "bias")]
+
 
 class PlainAdaptedEncoder(PlainEncoder):
-    """The plain formulas with prompts as tokens behind the sequence, whose outputs every layer drops, and adapters.
+    """The plain formulas with added parts; prompts are tokens behind the sequence, whose outputs every layer drops.
 
     Args:
-        model: with prompts, adapters, both or none.
+        model: with any of them, or none.
     """
 
     def __init__(self, model: M2Encoder) -> None:
         state = {name: value.detach() for name, value in model.state_dict().items()}
-        own = ("prompts", "adapters", "han_pieces")
+        own = ("prompts", "adapters", "han_pieces", "mixture")
         official = to_official_state({n: v for n, v in state.items() if not any(part in n for part in own)})
         super().__init__(official, num_heads=model.config.num_heads, eps=model.config.layer_norm_eps)
+        self.copies, self.top_k = model.config.mixture_copies, model.config.mixture_top_k
         self.added = {name: value for name, value in state.items() if any(part in name for part in own)}
         self.is_chinese: list[bool] = []
 
@@ -74,6 +79,27 @@ class PlainAdaptedEncoder(PlainEncoder):
                 x = torch.cat([x[:, :first], torch.stack(adapted)], dim=1)
         return self._route(x, is_image, self._norm, f"{encoder}.layer_norm")
 
+    def _feed_forward(self, x: Tensor, expert: str) -> Tensor:
+        layer, letter = expert.replace("backbone.encoder", "backbone").split(".ffn.")
+        mixture = f"{layer}.{'vision' if letter == 'A' else 'text'}_expert.mixture"
+        if f"{mixture}.router.weight" not in self.added:
+            return super()._feed_forward(x, expert)
+        mixed = torch.zeros_like(x)
+        for place in itertools.product(*map(range, x.shape[:-1])):  # token by token
+            chances = torch.softmax(self.added[f"{mixture}.router.weight"] @ x[place], dim=0)
+            chosen = sorted(range(self.copies), key=lambda copy: -float(chances[copy]))[: self.top_k]
+            for each in chosen:
+                share = chances[each] / sum(chances[other] for other in chosen)
+                if each == 0:
+                    mixed[place] += share * super()._feed_forward(x[place], expert)
+                    continue
+                w = {name: self.added[f"{mixture}.copies.{each - 1}.{name}"] for name in COPIED}
+                hidden = functional.gelu(w["fc1.weight"] @ x[place] + w["fc1.bias"])
+                hidden = (hidden - hidden.mean()) / (hidden.var(correction=0) + self.eps).sqrt()
+                hidden = hidden * w["ffn_inner_norm.weight"] + w["ffn_inner_norm.bias"]
+                mixed[place] += share * (w["fc2.weight"] @ hidden + w["fc2.bias"])
+        return mixed
+
     def _adapt(self, x: Tensor, layer: int, is_chinese: bool) -> Tensor:
         w, name = self.added, f"backbone.layers.{layer}.adapters.{'zh' if is_chinese else 'en'}"
         hidden = functional.gelu(x @ w[f"{name}.down.weight"].t() + w[f"{name}.down.bias"])
@@ -81,8 +107,9 @@ class PlainAdaptedEncoder(PlainEncoder):
 
 
 def adapted_config(**overrides: Any) -> M2EncoderConfig:
-    """Prompts in one of two layers, adapters in both."""
-    return small_config(**{"num_prompts": 3, "prompt_layers": 1, "adapter_width": 5, **overrides})
+    """Prompts in one of two layers, adapters in both, mixtures in one for pictures and in both for texts."""
+    mixtures = dict(zip(MIXTURE_FIELDS, (3, 2, 1, 2), strict=True))
+    return small_config(**{"num_prompts": 3, "prompt_layers": 1, "adapter_width": 5, **mixtures, **overrides})
 
 
 def random_adapted_model(config: M2EncoderConfig, *, dtype: torch.dtype = torch.float32) -> M2Encoder:
@@ -95,7 +122,8 @@ def random_adapted_model(config: M2EncoderConfig, *, dtype: torch.dtype = torch.
 
 def without_parts(model: M2Encoder) -> M2Encoder:
     """The plain model inside."""
-    bare = dataclasses.replace(model.config, num_prompts=0, prompt_layers=0, adapter_width=0)
+    none = dict.fromkeys(MIXTURE_FIELDS, 0)
+    bare = dataclasses.replace(model.config, num_prompts=0, prompt_layers=0, adapter_width=0, **none)
     plain = M2Encoder(bare).to(model.logit_scale.dtype).eval()
     plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
     return plain

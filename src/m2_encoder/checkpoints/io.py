@@ -206,10 +206,11 @@ def save_official(model: M2Encoder, path: str | os.PathLike[str]) -> None:
     The file appears whole or not at all. Tensors keep their dtype.
 
     Raises:
-        CheckpointError: if the file cannot be written, or the model has prompts or adapters, which that format has not.
+        CheckpointError: if the file cannot be written, or the model has added parts, which that format has not.
     """
-    if model.config.num_prompts or model.config.adapter_width:
-        raise CheckpointError("the official format has no prompts or adapters; use save_safetensors or export_model")
+    if model.config.num_prompts or model.config.adapter_width or model.config.mixture_copies:
+        rule = "the official format has no prompts or adapters, and no mixtures"
+        raise CheckpointError(f"{rule}; use save_safetensors or export_model")
     state = to_official_state(_portable_state(model))
     with atomic_file(path, error=CheckpointError) as temporary:
         torch.save({"state_dict": state}, temporary)

@@ -103,6 +103,15 @@ def check_captions(known: Known) -> Iterator[Problem]:
             yield Problem("data.captions.every_language", False, rule, "use data.captions.every_language=true")
 
 
+def check_routing(known: Known) -> Iterator[Problem]:
+    """Routers belong to mixtures."""
+    mixes = known("model.mixture_copies", None) or str(known("adaptation._target_", "")).endswith(".Upcycling")
+    for name in _active(known):
+        if str(target := known(f"objective.{name}._target_", "")).endswith(".BalancedRouting") and not mixes:
+            fix = "use adaptation=mixture, or leave it out of objective"
+            yield Problem(f"objective.{name}._target_", target, "needs a model with mixtures", fix)
+
+
 def build_objectives(known: Known) -> Iterator[Problem]:
     """Each is built once on `meta`, so that its constructor's errors are reported before anything starts."""
     foreign = str(known("model._target_")) if known.has("model._target_") else None

@@ -73,9 +73,9 @@ def _check_weights(known: Known) -> Iterator[Problem]:
     if weights is not None and not weights.startswith(("http://", "https://")) and not anchor(weights).exists():
         fix = "give the path of a checkpoint, or null to train from scratch"
         yield Problem("model.weights", weights, "no such file", fix)
-    for name in ("num_prompts", "adapter_width"):
+    for name in ("num_prompts", "adapter_width", "mixture_copies"):
         if weights is None and (value := known(f"model.{name}", None)):
-            fix = "use adaptation=prompts or adaptation=adapters, or add model.weights=FILE"
+            fix = "use adaptation=prompts, adapters or mixture, or add model.weights=FILE"
             yield Problem(f"model.{name}", value, "is of weights that were adapted, and there are none", fix)
     for name, node in (known("evaluation", None) or {}).items():
         if weights is None and isinstance(node, Mapping) and node.get("_target_") == _FORGETTING_TARGET:
@@ -309,6 +309,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     objective_relations.check_schedules,
     objective_relations.check_shared_passes,
     objective_relations.check_captions,
+    objective_relations.check_routing,
     check_files,
     objective_relations.build_objectives,
     _check_devices,

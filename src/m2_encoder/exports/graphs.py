@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ from m2_encoder.exports.base import Features
 from m2_encoder.exports.rounding import RoundedTable, round_matrices
 from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
+from m2_encoder.models.multiway import EXPERTS
 
 OPSET: Final = 20
 MAX_BYTES: Final = 2**31 - 1
@@ -100,12 +102,16 @@ def graph_bytes(config: M2EncoderConfig, *, bytes_per_value: int) -> dict[Litera
     """What the weights of both graphs take, from the architecture alone."""
     with torch.device("meta"):
         model = M2Encoder(config)
-    layers = [*model.backbone.layers, *model.vl_encoder.layers]
-    common = sum(p.numel() for layer in layers for p in layer.vision_expert.parameters())
-    adapters = sum(p.numel() for name, p in model.named_parameters() if ".adapters." in name)
+    numbers = {name: p.numel() for name, p in model.named_parameters()}
+
+    def count(pattern: str) -> int:
+        return sum(number for name, number in numbers.items() if fnmatchcase(name, pattern))
+
+    common, adapters = count("vl_encoder.layers.*.vision_expert.*"), count("backbone.layers.*.adapters.*")
+    image, text = (common + count(f"backbone.layers.*.{expert}.*") for expert in EXPERTS)
     return {
-        "image": bytes_per_value * (common + sum(p.numel() for p in model.image_embed.parameters())),
-        "text": bytes_per_value * (common + adapters + model.text_embed.tokens.weight.numel()),
+        "image": bytes_per_value * (image + count("image_embed.*")),
+        "text": bytes_per_value * (text + adapters + model.text_embed.tokens.weight.numel()),
     }
 
 

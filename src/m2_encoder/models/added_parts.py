@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from m2_encoder.models.config import M2EncoderConfig
-from m2_encoder.models.multiway import MultiwayEncoder
+from m2_encoder.models.mixture import Mixture
+from m2_encoder.models.multiway import MultiwayEncoder, TransformerExpert
 
 PROMPT_STD = 0.02
 """Of prompts at the start; keys and values are made of their norm, so it decides only how far a step turns them."""
@@ -96,10 +97,22 @@ def add_adapters(backbone: MultiwayEncoder, config: M2EncoderConfig) -> None:
         layer.adapters = LanguageAdapters(config)
 
 
+def add_mixtures(backbone: MultiwayEncoder, config: M2EncoderConfig) -> list[TransformerExpert]:
+    """Make mixtures of the feed-forward networks of the last layers of a backbone; the experts that have them now."""
+    counts = {"vision_expert": config.mixture_vision_layers, "text_expert": config.mixture_text_layers}
+    layers = backbone.layers
+    experts = [getattr(layer, name) for name, count in counts.items() for layer in layers[len(layers) - count :]]
+    for expert in experts:
+        expert.mixture = Mixture(expert, config)
+    return experts
+
+
 def reset_added_parts(model: nn.Module) -> None:
-    """Initialise all of them anew; no piece is Chinese then."""
+    """Initialise all of them anew, after everything else; no piece is Chinese then."""
     for module in model.modules():
         if isinstance(module, Prompts | Adapter):
             module.reset_parameters()
+        if isinstance(module, TransformerExpert) and module.mixture is not None:
+            module.mixture.reset(module)
     for table in model.buffers():
         table.zero_()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,10 @@ from m2_encoder.errors import Problem, UserError
 NUM_RESERVED_POSITIONS = 2
 """Rows 0 and 1 of both position tables are never read: token t uses row t + 2."""
 
-_ADDED_PARTS = ("num_prompts", "prompt_layers", "adapter_width")
+_ADDED_PARTS = (
+    *("num_prompts", "prompt_layers", "adapter_width"),
+    *("mixture_copies", "mixture_top_k", "mixture_vision_layers", "mixture_text_layers"),
+)
 """Fields of parts that adaptations add; 0 where there is none."""
 
 
@@ -54,6 +57,11 @@ class M2EncoderConfig:
         prompt_layers: see there.
         adapter_width: hidden width of a small module per language behind each layer of the backbone, which
             `adaptation=adapters` adds; see `added_parts.LanguageAdapters`. 0 for none.
+        mixture_copies: feed-forward networks of a mixture, which `adaptation=mixture` makes; see `mixture.Mixture`. 0
+            for none, as in the next three.
+        mixture_top_k: how many of them a token passes, 2 at least: with one, no loss of features trains the router.
+        mixture_vision_layers: the last so many layers of the backbone have a mixture for pictures.
+        mixture_text_layers: and for texts.
 
     Raises:
         UserError: if a value is impossible; all of them are listed at once.
@@ -78,6 +86,10 @@ class M2EncoderConfig:
     num_prompts: Annotated[Index, Le(2**12)] = 0
     prompt_layers: Annotated[Index, Le(2**10)] = 0
     adapter_width: Annotated[Index, Le(2**16)] = 0
+    mixture_copies: Annotated[Index, Le(2**10)] = 0
+    mixture_top_k: Annotated[Index, Le(2**10)] = 0
+    mixture_vision_layers: Annotated[Index, Le(2**10)] = 0
+    mixture_text_layers: Annotated[Index, Le(2**10)] = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -101,7 +113,25 @@ class M2EncoderConfig:
         if self.prompt_layers > self.num_layers:
             rule = f"must not exceed num_layers={self.num_layers}, the layers of the backbone"
             problems.append(Problem("prompt_layers", self.prompt_layers, rule))
-        refuse(problems)
+        refuse([*problems, *self._mixture_problems()])
+
+    def _mixture_problems(self) -> Iterator[Problem]:
+        copies, layers = self.mixture_copies, ("mixture_vision_layers", "mixture_text_layers")
+        if copies == 0:
+            for name in ("mixture_top_k", *layers):
+                if value := getattr(self, name):
+                    yield Problem(name, value, "needs mixture_copies above 1")
+            return
+        if copies == 1:
+            yield Problem("mixture_copies", copies, "must be 0, or 2 and more")
+        elif not 2 <= self.mixture_top_k <= copies:
+            yield Problem("mixture_top_k", self.mixture_top_k, f"must be in 2..{copies}, with mixture_copies={copies}")
+        if not any(getattr(self, name) for name in layers):
+            yield Problem("mixture_copies", copies, "needs mixture_vision_layers or mixture_text_layers above 0")
+        for name in layers:
+            if (value := getattr(self, name)) > self.num_layers:
+                rule = f"must not exceed num_layers={self.num_layers}, the layers of the backbone"
+                yield Problem(name, value, rule)
 
     @property
     def grid_size(self) -> int:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from m2_encoder.errors import UserError
-from m2_encoder.models.added_parts import add_adapters, add_prompts, reset_added_parts
+from m2_encoder.models.added_parts import add_adapters, add_mixtures, add_prompts, reset_added_parts
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.models.embeddings import ImageEmbedding, TextEmbedding, check_pixels
 from m2_encoder.models.init import init_embedding_tables, init_encoder, init_heads
+from m2_encoder.models.mixture import Routing
 from m2_encoder.models.multiway import MultiwayEncoder
 from m2_encoder.models.selected_tokens import SelectedTokens
 from m2_encoder.models.token_prediction import token_cross_entropy
@@ -54,6 +55,7 @@ class M2Encoder(nn.Module):
         self.vl_encoder = MultiwayEncoder(config, num_layers=config.num_vl_layers)
         add_prompts(self.backbone, config)
         add_adapters(self.backbone, config)
+        add_mixtures(self.backbone, config)
         self.norm = nn.LayerNorm(width, eps=_UNUSED_NORM_EPS)
         self.pooler = nn.Linear(width, width)
         self.text_proj = nn.Linear(width, features, bias=False)
@@ -252,22 +254,33 @@ class M2Encoder(nn.Module):
         """Check texts and cut padding beyond the longest of the batch; see `trimming.trim_text`."""
         return trim_text(text, mask, vocab_size=self.config.vocab_size, max_tokens=self.config.num_text_positions - 2)
 
-    def encode_image_backbone(self, images: Tensor, *, patch_mask: Tensor | None = None) -> Tensor:
-        """Hidden states of images after the backbone, (B, N, D); arguments as in `forward_image`."""
-        tokens = self.image_embed(images, patch_mask=patch_mask)
-        return self.backbone(tokens, num_image_tokens=tokens.shape[1])
+    def encode_image_backbone(
+        self, images: Tensor, *, patch_mask: Tensor | None = None, routing: Routing | None = None
+    ) -> Tensor:
+        """Hidden states of images after the backbone, (B, N, D).
 
-    def encode_text_backbone(self, tokens: TextTokens, *, attention_mask: Tensor | None = None) -> Tensor:
+        Args:
+            images: as in `forward_image`.
+            patch_mask: as in `forward_image`.
+            routing: takes what routers say of the tokens; None for nobody.
+        """
+        tokens = self.image_embed(images, patch_mask=patch_mask)
+        return self.backbone(tokens, num_image_tokens=tokens.shape[1], routing=routing)
+
+    def encode_text_backbone(
+        self, tokens: TextTokens, *, attention_mask: Tensor | None = None, routing: Routing | None = None
+    ) -> Tensor:
         """Hidden states of trimmed texts after the backbone, (B, T, D); meaningless on padding.
 
         Args:
             tokens: of `trim_text`.
             attention_mask: as in `forward_text`.
+            routing: takes what routers say of the tokens, (B, T, …) and meaningless on padding; None for nobody.
         """
         if attention_mask is not None or not has_padding(tokens.mask):
-            return self._text_backbone(tokens, attention_mask=attention_mask)
+            return self._text_backbone(tokens, attention_mask=attention_mask, routing=routing)
         unpadded = UnpaddedText(tokens.mask)
-        return unpadded.pad(self._text_backbone(tokens, unpadded=unpadded))
+        return unpadded.pad(self._text_backbone(tokens, unpadded=unpadded, routing=routing))
 
     def finish_image(self, backbone_hidden: Tensor) -> HeadFeatures:
         """Features of both heads of what `encode_image_backbone` gave."""
@@ -378,7 +391,12 @@ class M2Encoder(nn.Module):
         )
 
     def _text_backbone(
-        self, tokens: TextTokens, *, attention_mask: Tensor | None = None, unpadded: UnpaddedText | None = None
+        self,
+        tokens: TextTokens,
+        *,
+        attention_mask: Tensor | None = None,
+        unpadded: UnpaddedText | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """(B, T, D), or with `unpadded`, which replaces all masks, (1, M, D)."""
         x = self.text_embed(tokens.ids)
@@ -389,6 +407,7 @@ class M2Encoder(nn.Module):
             attention_mask=attention_mask,
             unpadded=unpadded,
             is_chinese=self.text_embed.find_chinese(*tokens),
+            routing=routing,
         )
 
 

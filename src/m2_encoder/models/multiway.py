@@ -11,6 +11,7 @@ stochastic depth: arXiv:1603.09382.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.models.mixture import Mixture, Routing, feed_forward
 from m2_encoder.models.selected_tokens import SelectedTokens
 from m2_encoder.models.unpadded_text import UnpaddedText, append_keys, has_padding
 
@@ -27,7 +29,13 @@ EXPERTS = ("vision_expert", "text_expert")
 
 
 class TransformerExpert(nn.Module):
-    """All parameters of one pre-norm, sub-LN transformer layer for one kind of token."""
+    """All parameters of one pre-norm, sub-LN transformer layer for one kind of token.
+
+    Attributes:
+        mixture: copies of the feed-forward network, of which a token passes some; None for the network alone.
+    """
+
+    mixture: Mixture | None
 
     def __init__(self, config: M2EncoderConfig) -> None:
         super().__init__()
@@ -43,6 +51,7 @@ class TransformerExpert(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.ffn_inner_norm = nn.LayerNorm(hidden, eps=eps)
         self.fc2 = nn.Linear(hidden, width)
+        self.mixture = None
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -77,10 +86,13 @@ class TransformerExpert(nn.Module):
         """Merge heads, normalise (sub-LN) and project: (B, H, N, D/H) -> (B, N, D)."""
         return self.out_proj(self.attention_inner_norm(attended.transpose(1, 2).flatten(2)))
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Feed-forward branch without its residual: (B, N, D) -> (B, N, D). GELU is the exact (erf) one."""
-        x = functional.gelu(self.fc1(self.ffn_norm(x)))
-        return self.fc2(self.ffn_inner_norm(x))
+    def feed_forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """Feed-forward branch without its residual: (B, N, D) -> (B, N, D)."""
+        x = self.ffn_norm(x)
+        if self.mixture is None:
+            return feed_forward(self, x)
+        mixed: Tensor = self.mixture(x, partial(feed_forward, self), routing)
+        return mixed
 
 
 class MultiwayLayer(nn.Module):
@@ -110,6 +122,7 @@ class MultiwayLayer(nn.Module):
         unpadded: UnpaddedText | None = None,
         is_chinese: Tensor | None = None,
         first_token_only: bool = False,
+        routing: Routing | None = None,
     ) -> Tensor:
         """Run the layer.
 
@@ -121,6 +134,7 @@ class MultiwayLayer(nn.Module):
             is_chinese: of each token's text, (B, 1, 1) or (1, M, 1) bool; needed by `adapters` where there is text.
             first_token_only: compute the output of token 0 alone, with all tokens as keys: much cheaper for the last
                 layer before a head that reads only token 0.
+            routing: takes what routers say of the tokens of each expert; None for nobody.
 
         Returns:
             (B, N, D), or (B, 1, D) with `first_token_only`.
@@ -145,7 +159,7 @@ class MultiwayLayer(nn.Module):
         x = x[:, :num_outputs]
         routes = [(expert, start, min(stop, num_outputs)) for expert, start, stop in routes if start < num_outputs]
         x = x + self._drop(_join([e.attention_output(attended[:, :, a:b]) for e, a, b in routes], dim=1), unpadded)
-        x = x + self._drop(_join([e.feed_forward(x[:, a:b]) for e, a, b in routes], dim=1), unpadded)
+        x = x + self._drop(_join([e.feed_forward(x[:, a:b], routing) for e, a, b in routes], dim=1), unpadded)
         return self._adapt(x, num_image_tokens, is_chinese)
 
     def read(
@@ -161,8 +175,8 @@ class MultiwayLayer(nn.Module):
     ) -> Tensor:
         """`forward` on the sequence image + text, with the output of selected tokens only, (M, D).
 
-        Keys and values of an image are computed once for all of its texts. Only for layers without prompts and
-        adapters, such as those of the vision-language encoder.
+        Keys and values of an image are computed once for all of its texts. Only for layers without added parts, such
+        as those of the vision-language encoder.
 
         Args:
             image: (R / k, N, D); image i stands before texts k * i … k * i + k - 1.
@@ -278,6 +292,7 @@ class MultiwayEncoder(nn.Module):
         unpadded: UnpaddedText | None = None,
         is_chinese: Tensor | None = None,
         first_token_only: bool = False,
+        routing: Routing | None = None,
     ) -> Tensor:
         """Encode a sequence.
 
@@ -291,6 +306,7 @@ class MultiwayEncoder(nn.Module):
             unpadded: given if x holds texts without their padding, (1, M, D); replaces both masks, one expert sees all.
             is_chinese: of each text, (B,) bool, as `TextEmbedding.find_chinese` says it.
             first_token_only: return token 0 alone, at a lower cost; of every text if `unpadded`.
+            routing: takes what the routers say of (B, N) tokens, if one expert sees all; None for nobody.
 
         Returns:
             Normalised hidden states, (B, N, D) or (B, 1, D).
@@ -308,6 +324,7 @@ class MultiwayEncoder(nn.Module):
             per_token = is_chinese[:, None] if unpadded is None else is_chinese[unpadded.texts][None]
             is_chinese = per_token.unsqueeze(-1)
         for i, layer in enumerate(self.layers):
+            own = None if routing is None else Routing()  # all layers look alike to a compiler
             x = self._run(
                 layer,
                 x,
@@ -316,7 +333,10 @@ class MultiwayEncoder(nn.Module):
                 unpadded=unpadded,
                 is_chinese=is_chinese,
                 first_token_only=first_token_only and i == len(self.layers) - 1,
+                routing=own,
             )
+            if routing is not None and own is not None:
+                routing.extend(own, unpadded)
         return self.norm(x, num_image_tokens=num_image_tokens)
 
     def read(

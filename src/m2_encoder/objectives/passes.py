@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from m2_encoder.errors import UserError
+from m2_encoder.models.mixture import RouterOutput, Routing
 from m2_encoder.types import HeadFeatures, ImageTextBatch, TextTokens
 
 if TYPE_CHECKING:  # objectives load no model
@@ -44,13 +45,15 @@ class HardPairs(NamedTuple):
 class PiecePasses:
     """The passes of the model over one piece of a batch; each runs once, when it is first read.
 
-    `masked_text`, `masked_image` and `caption` return states after the vision-language layers, where image and text see
-    each other: those of the tokens to be predicted, row by row. The last layer computes no others.
+    `image_routing` and `text_routing` are what the routers of mixtures said in those of the images and of the clean
+    captions. `masked_text`, `masked_image` and `caption` return states after the vision-language layers, where image
+    and text see each other: those of the tokens to be predicted, row by row. The last layer computes no others.
 
     Args:
         model: whole or sharded.
         batch: the rows of the piece.
-        allowed: which of these three passes the objectives of the run declare in `LocalObjective.passes`.
+        allowed: which of these three passes, and "routing", the objectives of the run declare in
+            `LocalObjective.passes`.
         text_expert: see `TermObjective`.
     """
 
@@ -61,6 +64,7 @@ class PiecePasses:
         self._allowed = allowed
         self._text_expert = text_expert
         self._masked_images: list[tuple[Tensor, Tensor]] = []  # masks, and states for them
+        self._routing = {kind: Routing() for kind in ("image", "text") if "routing" in allowed}
         self.batch = batch
 
     @cached_property
@@ -71,12 +75,26 @@ class PiecePasses:
     @cached_property
     def image_hidden(self) -> Tensor:
         """Of the backbone, (b, N, D)."""
-        return self._model.encode_image_backbone(self.batch.images)
+        return self._model.encode_image_backbone(self.batch.images, routing=self._routing.get("image"))
 
     @cached_property
     def text_hidden(self) -> Tensor:
         """Of the backbone, (k * b, T, D)."""
-        return self._model.encode_text_backbone(self.text)
+        return self._model.encode_text_backbone(self.text, routing=self._routing.get("text"))
+
+    @cached_property
+    def image_routing(self) -> list[RouterOutput]:
+        """Of the images' tokens, by layer with a mixture; (b, N, …)."""
+        self._check("routing")
+        assert self.image_hidden is not None, "the pass itself"
+        return self._routing["image"].take()
+
+    @cached_property
+    def text_routing(self) -> list[RouterOutput]:
+        """Of the clean captions' tokens, by layer with a mixture; (k * b, T, …), meaningless on padding."""
+        self._check("routing")
+        assert self.text_hidden is not None, "the pass itself"
+        return self._routing["text"].take()
 
     @cached_property
     def image_heads(self) -> HeadFeatures:

@@ -62,6 +62,12 @@ class _Layer(NamedTuple):
     norm_is_trained: bool  # whether its first norm is
     read: frozenset[str]  # matrices whose input is kept, as they or what stands beside them are trained
     rank: float  # sum of the ranks of low-rank updates, whose inputs are kept, too
+    networks: int  # feed-forward networks that a token passes: 1, and more in a mixture
+    networks_trained: bool  # whether those beyond the first one are
+
+    def more(self, ratio: int) -> float:
+        """Matrices of the networks beyond the first one."""
+        return (self.networks - 1) * 2 * ratio / (4 + 2 * ratio)
 
 
 class _Tower(NamedTuple):
@@ -193,7 +199,11 @@ def _read_layer(expert: nn.Module, plain: int, *, adds: bool) -> _Layer:
         read |= {name} if own else set()
     is_trained = adds or any(each.requires_grad for each in expert.parameters())
     norm_is_trained = any(each.requires_grad for each in expert.get_submodule("attention_norm").parameters())
-    return _Layer(total / plain, trained / plain, is_trained, norm_is_trained, frozenset(read), rank)
+    mixture: Any = expert.mixture  # of whose router the few numbers are left out
+    networks = 1 if mixture is None else mixture.top_k
+    networks_trained = mixture is not None and mixture.router.weight.requires_grad
+    own = is_trained, norm_is_trained, frozenset(read), rank, networks, networks_trained
+    return _Layer(total / plain, trained / plain, *own)
 
 
 def _add_up(config: M2EncoderConfig, tower: _Tower, *, mixed: bool) -> _Sums:
@@ -203,13 +213,20 @@ def _add_up(config: M2EncoderConfig, tower: _Tower, *, mixed: bool) -> _Sums:
     for number, layer in enumerate(tower.layers):
         is_last = number == len(tower.layers) - 1
         matrices, attention = _layer_flops(config, tokens, is_last=is_last)
-        forward += matrices * layer.matrices + attention
-        if layer.is_trained and not (passes or layer.norm_is_trained):  # the lowest: q, k and v end it
-            backward -= matrices * layer.matrices * 3 / (4 + 2 * config.ffn_ratio)
+        more = layer.more(config.ffn_ratio)
+        forward += matrices * (layer.matrices + more) + attention
+        if layer.is_trained and not (passes or layer.norm_is_trained):
+            # The lowest: q, k and v end it; or fc1, where attention is frozen, which then keeps nothing either.
+            if ends_early := not is_last and bool(layer.read) and layer.read <= {"fc1", "fc2"}:
+                kept -= (20 if mixed else 24) * tokens * width
+                backward -= 2 * attention
+            ends = 4 + layer.networks * config.ffn_ratio if ends_early else 3
+            backward -= matrices * layer.matrices * ends / (4 + 2 * config.ffn_ratio)
         passes = passes or layer.is_trained
         if passes:
             passed += 1
             backward += matrices * (layer.matrices + layer.trained) + 2 * attention
+            backward += matrices * more * (1 + layer.networks_trained)
             whole = _layer_bytes(config, tokens, layer, mixed=mixed)
             kept += _last_bytes(config, tokens, layer, mixed=mixed) if is_last else whole
             largest = max(largest, whole)
@@ -239,7 +256,8 @@ def _layer_bytes(config: M2EncoderConfig, tokens: int, layer: _Layer, *, mixed: 
     In fp32: input, its norm, q, k, v, attention, its norm, the second residual and its norm, each (N, D); the first
     matrix's output, its activation and the norm of that, each (N, fD). Autocast runs norms in fp32, so it keeps their
     inputs in 4 bytes and a copy of their outputs in 2, once per matrix that reads it: three for q, k and v. Outputs of
-    norms are kept for the gradients of the matrices that read them, so not where those are frozen.
+    norms are kept for the gradients of the matrices that read them, so not where those are frozen. In a mixture each
+    network that a token passes keeps its own, beside the token, and what its output differs by from the first one's.
     """
     wide = config.ffn_ratio
     sizes = {name: wide if name == "fc2" else 1 for name in layer.read}
@@ -250,6 +268,11 @@ def _layer_bytes(config: M2EncoderConfig, tokens: int, layer: _Layer, *, mixed: 
         per_token = 4 * (6 + 2 * wide + sum(sizes.values()) - shared)
     statistics = 4 * config.num_heads + 4 * 2 * 4  # logsumexp of the attention; mean and deviation of four norms
     low = layer.rank * (2 if mixed else 4)
+    if (more := layer.networks - 1) > 0:
+        trained = layer.networks_trained
+        half = 2 if mixed else 4
+        inside = (6 if mixed else 8) * wide + half * wide * trained
+        per_token += more * (inside + half) + (more + 1) * half * trained + 4 * mixed * trained
     return round(tokens * (per_token * config.embed_dim + statistics + low))
 
 

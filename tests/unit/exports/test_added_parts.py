@@ -1,4 +1,4 @@
-"""Every format of a model with prompts and adapters gives its features."""
+"""Every format of a model with prompts, adapters and mixtures gives its features."""
 
 from __future__ import annotations
 

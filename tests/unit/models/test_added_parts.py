@@ -1,4 +1,4 @@
-"""Prompts and adapters as parts of the architecture, against plain formulas; a plain model is described as ever."""
+"""Prompts, adapters and mixtures in the architecture, against plain formulas; a plain model is described as ever."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ from m2_encoder.checkpoints.exported import config_text
 from m2_encoder.checkpoints.io import save_official
 from m2_encoder.errors import CheckpointError, UserError
 from m2_encoder.models.parallelize import checkpoint_layers, compile_layers
-from tests.support.added_parts import PlainAdaptedEncoder, adapted_config, random_adapted_model, without_parts
+from tests.support.added_parts import (
+    MIXTURE_FIELDS,
+    PlainAdaptedEncoder,
+    adapted_config,
+    random_adapted_model,
+    without_parts,
+)
 from tests.support.models import random_images, random_text, small_config
 from tests.support.training import make_tokenizer
 
+NO_MIXTURES = dict.fromkeys(MIXTURE_FIELDS, 0)
 KINDS: dict[str, dict[str, Any]] = {
-    "both": {},
-    "prompts": {"adapter_width": 0, "prompt_layers": 2},
-    "adapters": {"num_prompts": 0, "prompt_layers": 0},
+    "all": {},
+    "prompts": {"adapter_width": 0, "prompt_layers": 2, **NO_MIXTURES},
+    "adapters": {"num_prompts": 0, "prompt_layers": 0, **NO_MIXTURES},
+    "mixtures": {"num_prompts": 0, "prompt_layers": 0, "adapter_width": 0},
 }
 close = torch.testing.assert_close
 
@@ -92,9 +100,11 @@ def test_checkpointed_layers_have_the_same_gradients(model: M2Encoder) -> None:
         (model.encode_image(images) * model.encode_text(text)).sum().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
-    added = [name for name in found[0] if "prompts" in name or "adapters" in name]
+    added = [name for name in found[0] if any(part in name for part in ("prompts", "adapters", "mixture"))]
     assert added
-    assert all(found[0][name].abs().max() > 0 for name in added)
+    assert all(found[0][name].abs().max() > 0 for name in added if "copies" not in name)
+    every = {name for name, _ in model.named_parameters() if "copies" in name}
+    assert every <= found[0].keys(), "those that no token passes have a gradient of 0"
     close(found[0], found[1])
 
 
@@ -109,7 +119,8 @@ def test_memory_from_nothing_and_exports(kind: str, tmp_path: Path) -> None:
     text = random_text(config, [7, 4])
     if kind == "adapters":
         assert empty.text_embed.han_pieces.abs().max() == 0
-        assert empty.eval().encode_text(text).equal(without_parts(empty).encode_text(text)), "they change nothing yet"
+    if kind in ("adapters", "mixtures"):
+        close(empty.eval().encode_text(text), without_parts(empty).encode_text(text), atol=1e-6, rtol=0)
 
     model = random_adapted_model(config)
     export_model(tmp_path / "out", model=model, tokenizer=tokenizer)
@@ -118,7 +129,7 @@ def test_memory_from_nothing_and_exports(kind: str, tmp_path: Path) -> None:
     assert loaded.encode_text(text).equal(model.encode_text(text))
     half = load(tmp_path / "out", dtype=torch.bfloat16).model
     assert half.encode_text(text).isfinite().all()
-    with pytest.raises(CheckpointError, match="official format has no prompts or adapters"):
+    with pytest.raises(CheckpointError, match="official format has no prompts or adapters, and no mixtures"):
         save_official(model, tmp_path / "official.pt")
 
 
@@ -132,7 +143,7 @@ PLAIN_TEXT = (
 def test_a_plain_model_is_described_as_before_there_were_parts() -> None:
     assert config_text(small_config()) == PLAIN_TEXT, "exports from before stay readable, and new ones by old versions"
     assert M2EncoderConfig.from_dict(json.loads(PLAIN_TEXT)) == small_config()
-    assert {"num_prompts", "prompt_layers", "adapter_width"} <= adapted_config().to_dict().keys()
+    assert {"num_prompts", "prompt_layers", "adapter_width", *MIXTURE_FIELDS} <= adapted_config().to_dict().keys()
     assert M2EncoderConfig.from_dict(adapted_config().to_dict()) == adapted_config()
 
 
@@ -143,6 +154,14 @@ def test_a_plain_model_is_described_as_before_there_were_parts() -> None:
         ({"prompt_layers": 1}, r"num_prompts=0: and prompt_layers=1 must both"),
         ({"num_prompts": 2, "prompt_layers": 3}, r"prompt_layers=3: must not exceed num_layers=2"),
         ({"adapter_width": -1}, r"adapter_width=-1: must be"),
+        ({"mixture_top_k": 2}, r"mixture_top_k=2: needs mixture_copies above 1"),
+        ({"mixture_copies": 1, "mixture_text_layers": 1}, r"mixture_copies=1: must be 0, or 2 and more"),
+        ({"mixture_copies": 3, "mixture_text_layers": 1}, r"mixture_top_k=0: must be in 2\.\.3"),
+        ({"mixture_copies": 3, "mixture_top_k": 2}, r"mixture_copies=3: needs mixture_vision_layers or"),
+        (
+            {"mixture_copies": 3, "mixture_top_k": 2, "mixture_text_layers": 3},
+            r"mixture_text_layers=3: must not exceed num_layers=2",
+        ),
     ],
 )
 def test_impossible_parts(values: dict[str, int], message: str) -> None:

@@ -21,6 +21,7 @@ from m2_encoder.training.adaptation import Adaptation
 from m2_encoder.training.adaptations.last import Last
 from m2_encoder.training.adaptations.locked import Locked
 from m2_encoder.training.adaptations.lora import Lora
+from m2_encoder.training.adaptations.mixture import Upcycling
 
 TINY = NAME_TO_CONFIG["tiny"]
 BASE = NAME_TO_CONFIG["m2-encoder-0.4b"]
@@ -146,6 +147,8 @@ ADAPTATIONS: dict[str, Adaptation] = {
     "image tower": Locked(towers=["image"]),
     "first layers": Locked(layers=2, embeddings=["image", "text"]),
     "last": Last(),
+    "mixture": Upcycling(),
+    "mixture for texts": Upcycling(copies=3, vision_layers=0, text_layers=2, whole=True),
 }
 
 

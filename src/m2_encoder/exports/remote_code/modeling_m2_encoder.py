@@ -11,6 +11,7 @@ Reference: M2-Encoder (arXiv:2401.15896); multiway transformers: BEiT-3 (arXiv:2
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,46 @@ class M2EncoderOutput(ModelOutput):
     image_embeds: Tensor | None = None  # (B, E), L2-normalised
 
 
+class FeedForwardCopy(nn.Module):
+    """A further feed-forward network of a mixture."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        width, hidden = model["embed_dim"], model["ffn_ratio"] * model["embed_dim"]
+        self.fc1 = nn.Linear(width, hidden)
+        self.ffn_inner_norm = nn.LayerNorm(hidden, eps=model["layer_norm_eps"])
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, D) to (M, D)."""
+        return self.fc2(self.ffn_inner_norm(functional.gelu(self.fc1(x))))
+
+
+class Mixture(nn.Module):
+    """Copies of a layer's feed-forward network, of which each token passes those that a router chooses."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        super().__init__()
+        self.top_k = model["mixture_top_k"]
+        self.router = nn.Linear(model["embed_dim"], model["mixture_copies"], bias=False)
+        self.copies = nn.ModuleList(FeedForwardCopy(model) for _ in range(model["mixture_copies"] - 1))
+
+    def forward(self, x: Tensor, first: Callable[[Tensor], Tensor]) -> Tensor:
+        """(B, N, D) to (B, N, D); `first` is the layer's own network."""
+        tokens = x.flatten(0, 1)
+        best, chosen = functional.linear(tokens.float(), self.router.weight.float()).topk(self.top_k)
+        shares = best.softmax(dim=-1).to(x.dtype)
+        mixed = torch.zeros_like(tokens)
+        for number, net in enumerate([first, *self.copies]):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            mixed = mixed.index_add(0, rows, net(tokens[rows]) * shares[rows, places, None])
+        return mixed.view_as(x)
+
+
 class TransformerExpert(nn.Module):
     """All parameters of one layer for one kind of token."""
 
-    def __init__(self, model: dict[str, Any]) -> None:
+    def __init__(self, model: dict[str, Any], *, has_mixture: bool = False) -> None:
         super().__init__()
         width, hidden, eps = model["embed_dim"], model["ffn_ratio"] * model["embed_dim"], model["layer_norm_eps"]
         self.num_heads = model["num_heads"]
@@ -53,6 +90,10 @@ class TransformerExpert(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.ffn_inner_norm = nn.LayerNorm(hidden, eps=eps)
         self.fc2 = nn.Linear(hidden, width)
+        self.mixture = Mixture(model) if has_mixture else None
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.ffn_inner_norm(functional.gelu(self.fc1(x))))
 
     def forward(self, x: Tensor, mask: Tensor | None, prompts: Tensor | None = None) -> Tensor:
         """One layer over (B, N, D); `mask` is True on tokens, (B, N) bool; all look at prompts, too, (P, D)."""
@@ -66,7 +107,8 @@ class TransformerExpert(nn.Module):
         keys = None if mask is None else functional.pad(mask, (0, more), value=True)[:, None, None, :]
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
         x = x + self.out_proj(self.attention_inner_norm(attended))
-        return x + self.fc2(self.ffn_inner_norm(functional.gelu(self.fc1(self.ffn_norm(x)))))
+        normed = self.ffn_norm(x)
+        return x + (self._feed_forward(normed) if self.mixture is None else self.mixture(normed, self._feed_forward))
 
 
 class Prompts(nn.Module):
@@ -106,10 +148,12 @@ class LanguageAdapters(nn.Module):
 class MultiwayLayer(nn.Module):
     """Two experts, of which one sees the whole sequence here, and what an adaptation has added."""
 
-    def __init__(self, model: dict[str, Any], *, has_prompts: bool, has_adapters: bool) -> None:
+    def __init__(
+        self, model: dict[str, Any], *, has_prompts: bool, has_adapters: bool, mixtures: Sequence[bool]
+    ) -> None:
         super().__init__()
-        self.vision_expert = TransformerExpert(model)
-        self.text_expert = TransformerExpert(model)
+        self.vision_expert = TransformerExpert(model, has_mixture=mixtures[0])
+        self.text_expert = TransformerExpert(model, has_mixture=mixtures[1])
         self.prompts = Prompts(model) if has_prompts else None
         self.adapters = LanguageAdapters(model) if has_adapters else None
 
@@ -130,12 +174,34 @@ class MultiwayNorm(nn.Module):
 
 
 class MultiwayEncoder(nn.Module):
-    """A stack of layers and a norm."""
+    """A stack of layers and a norm.
 
-    def __init__(self, model: dict[str, Any], num_layers: int, *, prompts: int = 0, adapters: bool = False) -> None:
+    Args:
+        model: sizes.
+        num_layers: of the stack.
+        prompts: how many of the first layers have prompts.
+        adapters: whether all have adapters.
+        mixtures: how many of the last layers have mixtures, for pictures and for texts.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        num_layers: int,
+        *,
+        prompts: int = 0,
+        adapters: bool = False,
+        mixtures: Sequence[int] = (0, 0),
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            MultiwayLayer(model, has_prompts=i < prompts, has_adapters=adapters) for i in range(num_layers)
+            MultiwayLayer(
+                model,
+                has_prompts=i < prompts,
+                has_adapters=adapters,
+                mixtures=[i >= num_layers - count for count in mixtures],
+            )
+            for i in range(num_layers)
         )
         self.norm = MultiwayNorm(model)
 
@@ -212,6 +278,7 @@ class M2EncoderModel(PreTrainedModel):
             model["num_layers"],
             prompts=model.get("prompt_layers", 0),
             adapters=model.get("adapter_width", 0) > 0,
+            mixtures=[model.get(f"mixture_{kind}_layers", 0) for kind in ("vision", "text")],
         )
         self.vl_encoder = MultiwayEncoder(model, model["num_vl_layers"])
         self.norm = nn.LayerNorm(width, eps=1e-6)
