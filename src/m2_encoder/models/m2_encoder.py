@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -257,13 +257,7 @@ class M2Encoder(nn.Module):
     def encode_image_backbone(
         self, images: Tensor, *, patch_mask: Tensor | None = None, routing: Routing | None = None
     ) -> Tensor:
-        """Hidden states of images after the backbone, (B, N, D).
-
-        Args:
-            images: as in `forward_image`.
-            patch_mask: as in `forward_image`.
-            routing: takes what routers say of the tokens; None for nobody.
-        """
+        """Hidden states of images, (B, N, D); arguments as in `forward_image`, `routing` as in the next method."""
         tokens = self.image_embed(images, patch_mask=patch_mask)
         return self.backbone(tokens, num_image_tokens=tokens.shape[1], routing=routing)
 
@@ -275,7 +269,7 @@ class M2Encoder(nn.Module):
         Args:
             tokens: of `trim_text`.
             attention_mask: as in `forward_text`.
-            routing: takes what routers say of the tokens, (B, T, …) and meaningless on padding; None for nobody.
+            routing: takes what routers say of the tokens; None for nobody.
         """
         if attention_mask is not None or not has_padding(tokens.mask):
             return self._text_backbone(tokens, attention_mask=attention_mask, routing=routing)
@@ -381,33 +375,23 @@ class M2Encoder(nn.Module):
         else:
             unpadded = UnpaddedText(tokens.mask)
             lower = self._text_backbone(tokens, unpadded=unpadded)
-            hidden = self.vl_encoder(lower, num_image_tokens=lower.shape[1], unpadded=unpadded, first_token_only=True)[
-                0
-            ]
-            first = lower[0, : unpadded.batch_size]
+            hidden = self.vl_encoder(lower, num_image_tokens=lower.shape[1], unpadded=unpadded, first_token_only=True)
+            hidden, first = hidden[0], lower[0, : unpadded.batch_size]
         return HeadFeatures(
             features=_normalize(self.vl_text_proj(hidden)),
             backbone_features=_normalize(self.text_proj(first)) if backbone else None,
         )
 
-    def _text_backbone(
-        self,
-        tokens: TextTokens,
-        *,
-        attention_mask: Tensor | None = None,
-        unpadded: UnpaddedText | None = None,
-        routing: Routing | None = None,
-    ) -> Tensor:
-        """(B, T, D), or with `unpadded`, which replaces all masks, (1, M, D)."""
+    def _text_backbone(self, tokens: TextTokens, *, unpadded: UnpaddedText | None = None, **options: Any) -> Tensor:
+        """(B, T, D), or with `unpadded`, which replaces all masks, (1, M, D); options as of `MultiwayEncoder`."""
         x = self.text_embed(tokens.ids)
         return self.backbone(
             x if unpadded is None else unpadded.strip(x),
             num_image_tokens=0,
             token_mask=tokens.mask if unpadded is None else None,
-            attention_mask=attention_mask,
             unpadded=unpadded,
             is_chinese=self.text_embed.find_chinese(*tokens),
-            routing=routing,
+            **options,
         )
 
 
