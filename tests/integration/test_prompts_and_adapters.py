@@ -126,7 +126,10 @@ def test_a_run_and_what_follows_it(
             ["objective=[itc,routing]"],
             "needs a model with mixtures; use adaptation=mixture, or leave it out of objective",
         ),
-        (["model.mixture_copies=4"], "model.mixture_copies=4: is of weights that were adapted, and there are none"),
+        (
+            ["model.mixture_copies=4", "model.mixture_top_k=2", "model.mixture_text_layers=1"],
+            "model.mixture_copies=4: is of weights that were adapted, and there are none",
+        ),
         (["model.adapter_width=4"], "model.adapter_width=4: is of weights that were adapted, and there are none"),
     ],
 )

@@ -202,8 +202,8 @@ def _read_layer(expert: nn.Module, plain: int, *, adds: bool) -> _Layer:
     mixture: Any = expert.mixture  # of whose router the few numbers are left out
     networks = 1 if mixture is None else mixture.top_k
     networks_trained = mixture is not None and mixture.router.weight.requires_grad
-    own = is_trained, norm_is_trained, frozenset(read), rank, networks, networks_trained
-    return _Layer(total / plain, trained / plain, *own)
+    parts = is_trained, norm_is_trained, frozenset(read), rank, networks, networks_trained
+    return _Layer(total / plain, trained / plain, *parts)
 
 
 def _add_up(config: M2EncoderConfig, tower: _Tower, *, mixed: bool) -> _Sums:
