@@ -71,13 +71,11 @@ def feed_forward(net: FeedForwardParts, x: Tensor) -> Tensor:
 class FeedForwardCopy(nn.Module):
     """A copy of an expert's feed-forward network, of its dtype and on its device."""
 
-    fc1: nn.Linear
-    ffn_inner_norm: nn.LayerNorm
-    fc2: nn.Linear
-
     def __init__(self, expert: FeedForwardParts) -> None:
         super().__init__()
-        self.fc1, self.ffn_inner_norm, self.fc2 = map(copy.deepcopy, (expert.fc1, expert.ffn_inner_norm, expert.fc2))
+        self.fc1 = copy.deepcopy(expert.fc1)
+        self.ffn_inner_norm = copy.deepcopy(expert.ffn_inner_norm)
+        self.fc2 = copy.deepcopy(expert.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         """As `feed_forward`."""
