@@ -160,6 +160,24 @@ class TextTower(nn.Module):
         return self.encoder.encode_text(ids, mask)
 
 
+class ImageTower(nn.Module):
+    """The image tower of a model of ours, as a part of `models.composed.ComposedTowers`.
+
+    Args:
+        model: as `load` takes it, such as a folder written by `m2-export`.
+        weights: as `load` takes it.
+    """
+
+    def __init__(self, model: str, weights: str | None = None) -> None:
+        super().__init__()
+        loaded = load(model, weights=weights, trainable=True)
+        self.encoder = loaded.model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """L2-normalised features, (B, E), of images, (B, 3, S, S), in 0..1."""
+        return self.encoder.encode_image(images)
+
+
 def _refuse_beside(checkpoint: object, *given: object) -> None:
     if any(each is not None for each in given):
         raise UserError(f"checkpoint={checkpoint!r} has weights and a tokenizer of its own; give no others")

@@ -28,7 +28,7 @@ from tests.support.suites import captioned
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "base")
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem not in ("base", "sentence"))
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
 
@@ -63,16 +63,23 @@ def test_experiment_builds(composer: Composer, outputs: str, spm: str, experimen
         assert validate.validate_train(composition.cfg, on_this_machine=False) == []
         assert composition.cfg["trainer"]["num_nodes"] == 32
         lines += [spm, "strategy=single", "~strategy.group_nodes", "trainer.devices=1", "trainer.num_nodes=1"]
-    if experiment == "adapt":  # what a user gives
+    is_adapted = experiment in ("adapt", "text_encoder")
+    if is_adapted:  # what a user gives
         tokenizer = SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=24)
         start = export_model(tmp_path / "start", model=M2Encoder(NAME_TO_CONFIG["tiny"]), tokenizer=tokenizer)
         (tmp_path / "tars").mkdir()
         (shard,) = write_numbers(tmp_path / "tars", [3])
         mine = captioned(tmp_path / "mine", 3)
-        lines += [f"model.weights={start}", f"data.sources.main.shards={shard}", f"data.validation.mine={mine}"]
+        lines += [f"data.sources.main.shards={shard}", f"data.validation.mine={mine}"]
+        lines += [f"model.weights={start}"] if experiment == "adapt" else [f"model.image.model={start}"]
+    if experiment == "text_encoder":
+        pytest.importorskip("sentence_transformers")
+        from tests.support.sentences import write_sentence_encoder
+
+        lines += [f"model.text.folder={write_sentence_encoder(tmp_path / 'sentences')}", "model.image_size=32"]
     cfg = _compose(composer, *lines)
     run = build_run(cfg, tmp_path / "run")
-    with torch.device("cpu" if experiment == "adapt" else "meta"):  # weights are no values on meta
+    with torch.device("cpu" if is_adapted else "meta"):  # weights are no values on meta
         run.module.configure_model()
     optimizers = run.module.configure_optimizers()
     assert sum(parameter.numel() for group in optimizers["optimizer"].param_groups for parameter in group["params"]) > 0

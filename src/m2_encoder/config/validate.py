@@ -19,6 +19,7 @@ from m2_encoder.config.problems import format_problem
 from m2_encoder.config.relations import check_relations
 from m2_encoder.config.schema import Trainer, check_shape
 from m2_encoder.errors import Problem, UserError
+from m2_encoder.objectives.files import START
 
 GIVEN_ARGUMENTS: Final[Mapping[str, Sequence[str]]] = {
     "data": ("tokenizer", "image_size", "seed", "max_steps", "pictures"),
@@ -104,6 +105,9 @@ _OF_USERS: Final = {
     "model.weights": "https://localhost/weights.ckpt",
     "data.sources.main.shards": "tars",
     "data.validation.mine": "tars",
+    "model.image.model": START,  # no other teacher is there
+    "model.image_size": "32",
+    "model.text.folder": "sentences",
 }
 """Values that an experiment leaves to the user alone, and what stands for them where experiments are checked."""
 
@@ -121,7 +125,7 @@ def validate_experiments() -> dict[str, list[str]]:
             lines = ["run.resume=auto", *([f"+experiment={name}"] if name else [])]
             composition = composer.compose(lines)
             missing = {problem.key for problem in composition.problems} & _OF_USERS.keys()
-            if "forgetting" in (composition.cfg.get("evaluation") or {}):
+            if "forgetting" in (composition.cfg.get("evaluation") or {}) or "model.image.model" in missing:
                 missing.add("model.weights")
             if missing:
                 composition = composer.compose([*lines, *(f"{key}={_OF_USERS[key]}" for key in sorted(missing))])

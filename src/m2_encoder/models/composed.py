@@ -1,9 +1,10 @@
 """Two towers put together from modules that exist: one for pictures, one for texts, each locked or trained.
 
 With a locked, pretrained image tower this is LiT (arXiv:2111.07991); with a locked sentence encoder as the text tower
-it is the way of LLM2CLIP (arXiv:2411.04997). It is trained as somebody else's model is (`TwoTowers`).
+(`models.sentence`) it is the way of LLM2CLIP (arXiv:2411.04997) and ProCLIP (arXiv:2510.18795). It is trained as
+somebody else's model is (`TwoTowers`).
 
-Letters: B batch · S side of a picture · T tokens · E feature dim.
+Letters: B batch · S side of a picture · T tokens · D width of a module · E feature dim.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from m2_encoder.bounds import Count, Index, check_bounds
+from m2_encoder.bounds import Count, Index, Temperature, check_bounds
 from m2_encoder.errors import UserError
 
-_TEMPERATURE = 0.07  # CLIP's at the start
+_TEMPERATURE: Final = 0.07  # CLIP's at the start
+
+Layers: TypeAlias = Literal[0, 1, 2]
+"""Linear layers of a projection."""
 
 
 class ComposedTowers(nn.Module):
@@ -35,10 +39,14 @@ class ComposedTowers(nn.Module):
         text: module of ids, (B, T), and of their mask, (B, T) bool, if its `forward` takes two arguments; gives (B, D).
         image_size: S.
         vocab_size: of the tokenizer; ids below it are tried.
-        feature_dim: E.
+        feature_dim: E; None for the width of the module that has a projection of 0 layers.
         locked: `image`, `text`, both or none.
         cached_rows: outputs of each locked module that are kept by their input, the oldest dropped first; pays where
-            inputs come again, as captions do, and pictures without augmentation.
+            inputs come again, as captions do, however they are padded, and pictures without augmentation.
+        image_layers: of the projection on the image module: 0 takes its outputs as features, which must be E wide then;
+            1 is a matrix; 2 have a GELU between them, D wide.
+        text_layers: of that on the text module.
+        temperature: at the start; that of the model whose tower is taken on, where there is one.
 
     Raises:
         UserError: for a module that gives something else.
@@ -52,9 +60,12 @@ class ComposedTowers(nn.Module):
         text: nn.Module,
         image_size: Count,
         vocab_size: Count,
-        feature_dim: Count = 256,
+        feature_dim: Count | None = None,
         locked: Sequence[Literal["image", "text"]] = ("image",),
         cached_rows: Index = 0,
+        image_layers: Layers = 1,
+        text_layers: Layers = 1,
+        temperature: Temperature = _TEMPERATURE,
     ) -> None:
         super().__init__()
         self.image, self.text = image, text
@@ -65,9 +76,18 @@ class ComposedTowers(nn.Module):
             getattr(self, name).requires_grad_(False)
         self.train(self.training)
         ids = torch.arange(2).remainder(vocab_size)[None]
-        self.image_proj = nn.Linear(self._try("image", torch.zeros(1, 3, image_size, image_size)), feature_dim)
-        self.text_proj = nn.Linear(self._try("text", ids, torch.ones_like(ids, dtype=torch.bool)), feature_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(_TEMPERATURE)))
+        widths = {
+            "image": self._try("image", torch.zeros(1, 3, image_size, image_size)),
+            "text": self._try("text", ids, torch.ones_like(ids, dtype=torch.bool)),
+        }
+        layers = {"image": image_layers, "text": text_layers}
+        if feature_dim is None:
+            feature_dim = next((widths[name] for name, count in layers.items() if count == 0), None)
+        if feature_dim is None:
+            raise UserError("must be a number where both modules have a projection", key="feature_dim")
+        self.image_proj = _project(widths["image"], feature_dim, image_layers, key="image_layers")
+        self.text_proj = _project(widths["text"], feature_dim, text_layers, key="text_layers")
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     def train(self, mode: bool = True) -> ComposedTowers:
         """Locked modules stay in evaluation mode."""
@@ -98,15 +118,19 @@ class ComposedTowers(nn.Module):
         if name not in self._locked:
             return encode(*inputs)
         with torch.no_grad():
-            return self._look_up(self._kept[name], encode, inputs) if self._cached_rows else encode(*inputs)
+            return self._look_up(name, encode, inputs) if self._cached_rows else encode(*inputs)
 
-    def _look_up(self, kept: dict[bytes, Tensor], encode: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    def _look_up(self, name: str, encode: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """Rows that were seen before are looked up, the others are computed together."""
-        keys = [_digest([each[row] for each in inputs]) for row in range(len(inputs[0]))]
+        kept = self._kept[name]
+        # Padding depends on the other texts of a batch; who takes the mask does not see it.
+        unpadded = name == "text" and self._takes_mask
+        rows = list(zip(*inputs, strict=True))
+        keys = [_digest([row[0][row[1]]] if unpadded else row) for row in rows]
         new = {key: row for row, key in enumerate(keys) if key not in kept}
         if new:
-            rows = torch.tensor([*new.values()], device=inputs[0].device)
-            computed = encode(*(each[rows] for each in inputs))
+            chosen = torch.tensor([*new.values()], device=inputs[0].device)
+            computed = encode(*(each[chosen] for each in inputs))
             kept |= dict(zip(new, computed.unbind(), strict=True))
         found = torch.stack([kept[key] for key in keys])
         for key in [*kept][: max(0, len(kept) - self._cached_rows)]:
@@ -126,6 +150,17 @@ class ComposedTowers(nn.Module):
             what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise UserError(f"gives {what} for one item; it must give (1, D)", key=name, value=type(module).__name__)
         return found.shape[1]
+
+
+def _project(width: int, feature_dim: int, layers: int, *, key: str) -> nn.Module:
+    if layers == 0:
+        if width != feature_dim:
+            rule = f"leaves features of {width} numbers as they are, where feature_dim={feature_dim}; use 1"
+            raise UserError(rule, key=key, value=0)
+        return nn.Identity()
+    if layers == 1:
+        return nn.Linear(width, feature_dim)
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, feature_dim))
 
 
 def _takes_mask(text: nn.Module) -> bool:

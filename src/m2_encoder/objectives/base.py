@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from m2_encoder.objectives.files import FileKind, Resources
 from m2_encoder.objectives.passes import HardPairs, PiecePairs, PiecePasses
 from m2_encoder.objectives.schedule import Schedule, check_schedule, interpolate_schedule
 from m2_encoder.types import ImageTextBatch
+
+if TYPE_CHECKING:
+    from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 Each = TypeVar("Each")
 
@@ -82,6 +85,8 @@ class Objective(nn.Module, ABC):
             all of its kind train. Parts that no objective of a run trains are frozen: DDP hangs if a trainable
             parameter gets no gradient.
         files: kinds of the files or folders that arguments name, by argument.
+        readers: further tokenizers by which the captions are read, known after `prepare`: what each makes of a batch
+            is in its `extra` under the same name, (k * B, 2, T), ids and mask.
     """
 
     optional_parts: frozenset[str] = frozenset()
@@ -92,6 +97,7 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.weight = weight
         self.schedule = None if schedule is None else check_schedule(schedule)
+        self.readers: dict[str, SentencePieceTokenizer] = {}
 
     def prepare(self, resources: Resources) -> None:
         """Load the files that `files` declares; called once, before `build`.

@@ -7,9 +7,9 @@
 x, y: the student's features and s = exp(logit_scale); u, v: the teacher's and s' (or 1 / temperature). W: a projection
 of the student's features to the teacher's width, one for both modalities; left out if the widths are equal.
 
-The teacher reads the same batch: ids of the same tokenizer, images resized to its size if that differs. It is no
-sub-module: not in checkpoints, not in the optimizer, not replicated or sharded, but whole on every rank. It runs once
-per step, without a graph, on `chunk_size` rows at a time.
+The teacher reads the same batch: the same captions, by its own tokenizer if that is not the model's, and images resized
+to its size if that differs. It is no sub-module: not in checkpoints, not in the optimizer, not replicated or sharded,
+but whole on every rank. It runs once per step, without a graph, on `chunk_size` rows at a time.
 
 Letters: n local images · k captions per image · g ranks of the group · E, E' feature dims of student and teacher.
 
@@ -18,7 +18,8 @@ elements sent and 6 matrix products of n x k M x (E or E'); no (n x k M) matrix 
 
 Reference: DC-CLIP (arXiv:2404.11249), DCLIP (arXiv:2505.21549) and AltCLIP (arXiv:2211.06679) for features of a frozen
 teacher, AltCLIP also for a teacher of one language (`teacher_language`); CLIP-KD (arXiv:2307.12732) for similarities
-over a batch. The momentum teacher of R2D2 and ALBEF, a running mean of the student, is another method.
+over a batch; ProCLIP (arXiv:2510.18795) for a text tower of another kind, which first learns the features of the text
+tower that it replaces. The momentum teacher of R2D2 and ALBEF, a running mean of the student, is another method.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from m2_encoder.types import LANGUAGES, ImageTextBatch, TextTokens
 
 if TYPE_CHECKING:  # objectives load no model
     from m2_encoder.models.m2_encoder import M2Encoder
+    from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 _INIT_STD = 0.02
 
@@ -101,14 +103,18 @@ class Distillation(Objective):
         self._language = None if teacher_language is None else LANGUAGES.index(teacher_language)
         self._chunk_size = chunk_size
         self._teacher: tuple[M2Encoder, ...] = ()  # a tuple hides it from nn.Module
+        self._reader: str | None = None  # a key of `readers`; None: it reads the model's ids
         self.projection: nn.Linear | None = None
 
     def prepare(self, resources: Resources) -> None:
         """Load the teacher, onto the CPU until the first step."""
-        self.teach_with(resources.load_encoder("teacher", self.teacher_name, self.teacher_weights))
+        self.teach_with(*resources.load_encoder("teacher", self.teacher_name, self.teacher_weights))
 
-    def teach_with(self, teacher: M2Encoder) -> None:
-        """Take a teacher and freeze it; before `build`."""
+    def teach_with(self, teacher: M2Encoder, tokenizer: SentencePieceTokenizer | None = None) -> None:
+        """Take a teacher and freeze it; before `build`. It reads the model's ids, or captions by its own tokenizer."""
+        if tokenizer is not None:
+            self._reader = f"ids_{tokenizer.digest[:12]}_{tokenizer.context_length}"
+            self.readers = {self._reader: tokenizer}
         teacher.eval()
         teacher.requires_grad_(False)
         self._teacher = (teacher,)
@@ -124,7 +130,8 @@ class Distillation(Objective):
         """Loss of the local rows; similarities are those with all rows of the group.
 
         Raises:
-            UserError: without a teacher or a batch, or if an image has no caption in the teacher's language.
+            UserError: without a teacher, a batch or the ids that the teacher reads, or if an image has no caption in
+                the teacher's language.
         """
         if inputs.batch is None:
             raise UserError("a teacher reads images and captions; ObjectiveInputs needs the batch")
@@ -192,7 +199,7 @@ class Distillation(Objective):
             ).features
             for part in batch.images.split(self._chunk_size)
         ]
-        ids, mask = batch.text.ids, batch.text.mask
+        ids, mask = self._find_ids(batch)
         if self._language is not None:
             rows = _captions_in(self._language, batch)
             ids, mask = ids[rows], mask[rows]
@@ -205,6 +212,15 @@ class Distillation(Objective):
         if self._temperature is not None:
             scale = torch.full_like(scale, 1 / self._temperature)
         return _Taught(torch.cat(images).to(dtype), torch.cat(texts).to(dtype), scale)
+
+    def _find_ids(self, batch: ImageTextBatch) -> TextTokens:
+        """The captions as the teacher reads them."""
+        if self._reader is None:
+            return batch.text
+        if self._reader not in batch.extra:
+            raise UserError(f"the teacher has a tokenizer of its own; the batch lacks its ids, extra[{self._reader!r}]")
+        ids, mask = batch.extra[self._reader].unbind(dim=1)
+        return TextTokens(ids, mask.bool())
 
     def _get_teacher(self) -> M2Encoder:
         if not self._teacher:

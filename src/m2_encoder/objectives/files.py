@@ -42,11 +42,18 @@ ENCODER: Final = FileKind("encoder")
 VISUAL_TOKENIZER: Final = FileKind("visual tokenizer")
 
 
+class LoadedEncoder(NamedTuple):
+    """An encoder, and what it reads captions by."""
+
+    model: M2Encoder
+    tokenizer: SentencePieceTokenizer | None  # None: it reads the ids that the run's own tokenizer makes
+
+
 class Resources(NamedTuple):
     """Input of `Objective.prepare`; its functions raise UserError for a file that cannot be used."""
 
     tokenizer: SentencePieceTokenizer
     config: M2EncoderConfig
     find_path: Callable[[str], Path]  # relative to the working directory or, if nothing is there, the checkout's root
-    load_encoder: Callable[[str, str, str | None], M2Encoder]  # of (argument, value, checkpoint if the value is a name)
+    load_encoder: Callable[[str, str, str | None], LoadedEncoder]  # of (argument, value, checkpoint of a named one)
     load_visual_tokenizer: Callable[[str, str], VisualTokenizer]  # of (argument, value)

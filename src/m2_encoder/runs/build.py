@@ -31,6 +31,7 @@ from m2_encoder.config.model_choice import (
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.data.masking.batch_masking import build_masking
+from m2_encoder.data.samples.caption_ids import CaptionIds
 from m2_encoder.errors import UserError, under
 from m2_encoder.evaluation.tasks.base import EvaluationTask
 from m2_encoder.evaluation.tasks.masked import Masked
@@ -44,7 +45,7 @@ from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.two_towers import TowersConfig, TwoTowers
 from m2_encoder.models.visual_tokenizer import VisualTokenizer
 from m2_encoder.objectives.base import Objective, active
-from m2_encoder.objectives.files import START, Resources
+from m2_encoder.objectives.files import START, LoadedEncoder, Resources
 from m2_encoder.pictures import STANDARD, read_policy
 from m2_encoder.runs.callbacks import build_callbacks
 from m2_encoder.runs.folder import UNSAID
@@ -108,26 +109,23 @@ def _prepare(name: str, objective: Objective, resources: Resources) -> None:
         raise error.under(f"objective.{name}") from error
 
 
-def _load_encoder(model: Mapping[str, Any], tokenizer: Any, argument: str, name: str, weights: str | None) -> M2Encoder:
+def _load_encoder(
+    model: Mapping[str, Any], tokenizer: Any, argument: str, name: str, weights: str | None
+) -> LoadedEncoder:
     if name == START and (start := load_start(model)) is not None:
-        return start
+        return LoadedEncoder(start, None)
     named = is_model_name(name)
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        rule = "reads other ids than model.tokenizer makes, which is no SentencePiece model"
-        raise UserError(rule, key=argument, value=name)
+    own = tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else None
     try:
         loaded = load(
             name if named else find_path(name),
             weights=None if weights is None else find_path(weights),
-            tokenizer=tokenizer if named else None,
+            tokenizer=own if named else None,
         )
+        read = loaded.require_tokenizer()
     except UserError as error:
         raise UserError(str(error), key=argument, value=name) from error
-    read = loaded.tokenizer
-    if not isinstance(read, SentencePieceTokenizer) or read.model_bytes != tokenizer.model_bytes:
-        rule = "must read the ids of model.tokenizer; give model.tokenizer its tokenizer, or name another model"
-        raise UserError(rule, key=argument, value=name)
-    return loaded.model
+    return LoadedEncoder(loaded.model, None if own is not None and own.model_bytes == read.model_bytes else read)
 
 
 def _load_visual_tokenizer(argument: str, name: str) -> VisualTokenizer:
@@ -145,6 +143,7 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> l
         data["folder"] = str(anchor(data["folder"]))
     elif data["_target_"] == EMOJI_TARGET:
         data["folder"] = str(find_emoji_folder(None, {"heldout_style": data["heldout_style"]}))
+    _add_readers(data, objectives)
     tokenizer = build_any_tokenizer(cfg["model"])
     pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
     if "pictures" in read_parameters(find_target(data["_target_"])):
@@ -164,6 +163,17 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> l
         rule = f"makes {type(made).__name__}, which is no LightningDataModule"
         raise UserError(rule, key="data._target_", value=data["_target_"])
     return made
+
+
+def _add_readers(data: dict[str, Any], objectives: Mapping[str, Objective]) -> None:
+    """Let batches have the ids that objectives read by tokenizers of their own."""
+    readers = {name: reader for each in objectives.values() for name, reader in each.readers.items()}
+    if readers and "columns" not in read_parameters(find_target(data["_target_"])):
+        rule = "does not take `columns`, and a teacher reads captions by a tokenizer of its own; let it take that"
+        raise UserError(rule, key="data._target_", value=data["_target_"])
+    if readers:
+        made = {name: CaptionIds(reader) for name, reader in readers.items()}
+        data["columns"] = {**(data.get("columns") or {}), **made}
 
 
 def validation_name_of(datamodule: lightning.LightningDataModule) -> str:

@@ -93,6 +93,34 @@ def test_cached_rows_are_computed_once_and_the_same() -> None:
     assert cached.encode_image(images).requires_grad, "the projection is trained"
 
 
+def test_captions_are_found_again_however_they_are_padded() -> None:
+    plain, cached = _towers(locked=["text"]), _towers(locked=["text"], cached_rows=9)
+    _, ids, mask = _batch()
+    wide = torch.nn.functional.pad(ids, (0, 3), value=7), torch.nn.functional.pad(mask, (0, 3))
+    for given in ((ids, mask), wide):
+        torch.testing.assert_close(cached.encode_text(*given), plain.encode_text(*given))
+    assert len(cached._kept["text"]) == len(ids)
+
+
+def test_layers_of_the_projections() -> None:
+    images, ids, mask = _batch()
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {"image": Eyes(), "text": Words(), "image_size": 8, "vocab_size": 20}
+    towers = ComposedTowers(**parts, image_layers=0, text_layers=2, temperature=0.02).eval()
+    torch.testing.assert_close(towers.encode_image(images), towers.image(images).mean(dim=(2, 3)))
+    first, second = towers.text_proj[0], towers.text_proj[2]  # type: ignore[index]
+    hidden = torch.nn.functional.gelu(first(towers.text(ids, mask)))
+    torch.testing.assert_close(towers.encode_text(ids, mask), second(hidden))
+    assert towers.encode_text(ids, mask).shape == (4, 6)
+    torch.testing.assert_close(towers.logit_scale.exp(), torch.tensor(50.0))
+    with pytest.raises(UserError, match="image_layers=0: leaves features of 6 numbers as they are, where feature_dim=7"):
+        ComposedTowers(**parts, feature_dim=7, image_layers=0)
+    with pytest.raises(UserError, match="feature_dim: must be a number where both modules have a projection"):
+        ComposedTowers(**parts)
+    with pytest.raises(UserError, match="text_layers=3: must be one of 0, 1, 2"):
+        ComposedTowers(**parts, feature_dim=7, text_layers=3)
+
+
 def test_a_module_that_gives_no_rows_is_refused() -> None:
     class Odd(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:

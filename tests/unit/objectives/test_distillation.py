@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from m2_encoder.data.samples.caption_ids import CaptionIds
 from m2_encoder.errors import UserError
 from m2_encoder.objectives import alignment
 from m2_encoder.objectives.base import ObjectiveInputs
 from m2_encoder.objectives.distillation import Distillation
 from tests.support.models import random_model, small_config
 from tests.support.objectives import CONFIG, build_bench, draw_inputs, leaves, make_batch
+from tests.support.training import make_tokenizer
 
 WIDTH = 6
 
@@ -133,6 +135,32 @@ def test_a_teacher_of_one_language_and_another_size() -> None:
     assert larger(inputs).loss.isfinite()
     pixels = inputs.batch._replace(images=(inputs.batch.images * 255).round().to(torch.uint8))
     torch.testing.assert_close(larger(inputs._replace(batch=pixels)).loss, larger(inputs).loss, rtol=1e-2, atol=0)
+
+
+def test_a_teacher_with_a_tokenizer_of_its_own() -> None:
+    """It reads the ids that its tokenizer made of the captions, in any piece of the batch."""
+    inputs = draw_inputs(6, 2)
+    assert inputs.batch is not None
+    tokenizer = make_tokenizer()
+    texts = [f"a red apple {'in a tree ' * (number % 3)}" for number in range(12)]
+    teacher = random_model(small_config(feature_dim=WIDTH, vocab_size=tokenizer.vocab_size), dtype=torch.float64)
+    objective = Distillation(teacher="exported")
+    objective.teach_with(teacher, tokenizer)
+    ((name, reader),) = objective.readers.items()
+    assert reader is tokenizer
+    with pytest.raises(UserError, match=f"lacks its ids, extra\\['{name}'\\]"):
+        objective(inputs)
+    read = inputs.batch._replace(extra={name: CaptionIds(tokenizer).collate(texts)})
+    plain = make_objective(teacher)
+    for rows in (slice(0, 6), slice(2, 4)):
+        part = read.rows(rows)
+        pair = inputs.heads["features"]
+        features = pair._replace(
+            image_features=pair.image_features[rows], text_features=pair.text_features[2 * rows.start : 2 * rows.stop]
+        )
+        given = inputs._replace(heads={"features": features}, identity=inputs.identity[rows])
+        own = given._replace(batch=part._replace(text=tokenizer(texts[2 * rows.start : 2 * rows.stop])))
+        torch.testing.assert_close(objective(given._replace(batch=part)).loss, plain(own).loss, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize(
