@@ -36,7 +36,13 @@ def test_ranks_pieces_and_kept_outputs_change_nothing(
     start = export_small(tmp_path / "start")
     (tmp_path / "tars").mkdir()
     write_numbers(tmp_path / "tars", [24])
-    data = ("data.check=null", "data.num_workers=0", "data.lanes=8", "data.global_batch_size=8", "data.transform.flip=0")
+    data = (
+        "data.check=null",
+        "data.num_workers=0",
+        "data.lanes=8",
+        "data.global_batch_size=8",
+        "data.transform.flip=0",
+    )
     data += (f"data.sources.main.shards={tmp_path / 'tars'}", f"data.validation.mine={tmp_path / 'tars'}")
     given = (f"model.text.folder={folder}", f"model.image.model={start}", "model.image_size=32", "evaluation=[]")
     steps = ("trainer.max_steps=4", "trainer.val_check_interval=4", "scheduler.warmup_steps=1")
@@ -57,11 +63,16 @@ def test_ranks_pieces_and_kept_outputs_change_nothing(
             loss: [each[f"train/loss/{loss}"] for each in records if f"train/loss/{loss}" in each]
             for loss in ("distillation", "itc")
         }
-    assert [len(losses) for losses in found["single"].values()] == [4, 2], "the first steps learn from the teacher alone"
+    assert [len(losses) for losses in found["single"].values()] == [4, 2], (
+        "the first steps learn from the teacher alone"
+    )
     for name, losses in found.items():
         for loss, values in losses.items():
             assert values == pytest.approx(found["single"][loss], rel=1e-4), (name, loss)
-    weights, locked = load_file(tmp_path / "single" / "export" / "model.safetensors"), load_file(start / "model.safetensors")
+    weights, locked = (
+        load_file(tmp_path / "single" / "export" / "model.safetensors"),
+        load_file(start / "model.safetensors"),
+    )
     for name, value in locked.items():
         assert torch.equal(weights[f"image.encoder.{name}"], value), name
     other = load_file(tmp_path / "grouped_ddp" / "export" / "model.safetensors")

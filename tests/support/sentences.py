@@ -11,7 +11,23 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "cat", "dog", "number", "in", "猫", "狗", "数", "字", "的", *"0123456789")
+WORDS = (
+    "[PAD]",
+    "[CLS]",
+    "[SEP]",
+    "[UNK]",
+    "a",
+    "cat",
+    "dog",
+    "number",
+    "in",
+    "猫",
+    "狗",
+    "数",
+    "字",
+    "的",
+    *"0123456789",
+)
 
 
 def write_sentence_encoder(folder: Path, *, width: int = 16, length: int = 12) -> Path:

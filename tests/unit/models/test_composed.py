@@ -113,7 +113,9 @@ def test_layers_of_the_projections() -> None:
     torch.testing.assert_close(towers.encode_text(ids, mask), second(hidden))
     assert towers.encode_text(ids, mask).shape == (4, 6)
     torch.testing.assert_close(towers.logit_scale.exp(), torch.tensor(50.0))
-    with pytest.raises(UserError, match="image_layers=0: leaves features of 6 numbers as they are, where feature_dim=7"):
+    with pytest.raises(
+        UserError, match="image_layers=0: leaves features of 6 numbers as they are, where feature_dim=7"
+    ):
         ComposedTowers(**parts, feature_dim=7, image_layers=0)
     with pytest.raises(UserError, match="feature_dim: must be a number where both modules have a projection"):
         ComposedTowers(**parts)
