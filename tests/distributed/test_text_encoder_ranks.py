@@ -17,7 +17,7 @@ from tests.support.shards import write_numbers
 
 pytest.importorskip("sentence_transformers")
 
-from tests.support.sentences import write_sentence_encoder
+from tests.support.sentence_folder import write_sentence_encoder
 
 pytestmark = pytest.mark.slow
 

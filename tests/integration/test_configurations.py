@@ -74,7 +74,7 @@ def test_experiment_builds(composer: Composer, outputs: str, spm: str, experimen
         lines += [f"model.weights={start}"] if experiment == "adapt" else [f"model.image.model={start}"]
     if experiment == "text_encoder":
         pytest.importorskip("sentence_transformers")
-        from tests.support.sentences import write_sentence_encoder
+        from tests.support.sentence_folder import write_sentence_encoder
 
         lines += [f"model.text.folder={write_sentence_encoder(tmp_path / 'sentences')}", "model.image_size=32"]
     cfg = _compose(composer, *lines)

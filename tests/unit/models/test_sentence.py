@@ -15,7 +15,7 @@ from m2_encoder.tokenizers.foreign import ForeignTokenizer
 
 pytest.importorskip("sentence_transformers")
 
-from tests.support.sentences import WORDS, write_sentence_encoder
+from tests.support.sentence_folder import WORDS, write_sentence_encoder
 
 TEXTS = ["a cat", "数 字 7", "a dog in a cat in a dog in a cat in a dog"]
 
