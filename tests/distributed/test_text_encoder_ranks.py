@@ -54,7 +54,7 @@ def test_ranks_pieces_and_kept_outputs_change_nothing(
         command = [sys.executable, "-m", "m2_encoder.cli.train", "+experiment=text_encoder"]
         done = subprocess.run(
             [*command, *data, *given, *steps, *place, *lines],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         run = tmp_path / name.replace(" ", "_")
