@@ -164,3 +164,6 @@ def test_a_teacher_must_exist_and_reads_by_its_own_tokenizer(teacher: Path, pari
     assert reader.vocab_size == load(teacher).require_tokenizer().vocab_size
     with pytest.raises(UserError, match="no such folder"):
         build(emoji, "outputs/nowhere")
+    towers = {"_target_": "m2_encoder.models.composed.ComposedTowers", "tokenizer": "emoji", "image_size": 16}
+    with pytest.raises(UserError, match="teacher=start: is somebody else's model, which cannot teach"):
+        build({**towers, "weights": "a.pt"}, "start")

@@ -29,6 +29,7 @@ from m2_encoder.config.model_choice import (
     model_shape,
 )
 from m2_encoder.config.paths import anchor
+from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.data.masking.batch_masking import build_masking
 from m2_encoder.data.samples.caption_ids import CaptionIds
@@ -112,6 +113,9 @@ def _prepare(name: str, objective: Objective, resources: Resources) -> None:
 def _load_encoder(
     model: Mapping[str, Any], tokenizer: Any, argument: str, name: str, weights: str | None
 ) -> LoadedEncoder:
+    if name == START and is_foreign(model):
+        rule = "is somebody else's model, which cannot teach; give a folder that m2-export wrote"
+        raise UserError(rule, key=argument, value=name)
     if name == START and (start := load_start(model)) is not None:
         return LoadedEncoder(start, None)
     named = is_model_name(name)
