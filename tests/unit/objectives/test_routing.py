@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from m2_encoder.models.mixture import RouterOutput
+from m2_encoder.models.parallelize import checkpoint_layers
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.routing import BalancedRouting, _measure
 from m2_encoder.training.adaptations.mixture import Upcycling
-from tests.support.objectives import build_bench, make_batch
+from tests.support.objectives import build_bench, make_batch, take_numbers
 
 close = torch.testing.assert_close
 
@@ -61,6 +63,20 @@ def test_an_even_router_has_balance_one() -> None:
     assert float(found.balance) == 1
     assert math.isclose(float(found.z), math.log(4) ** 2, rel_tol=1e-6)
     assert found.shares.tolist() == [[0.25] * 4]
+
+
+def test_layers_and_pieces_that_run_again_have_the_same_gradients() -> None:
+    batch, found = make_batch(4, 2), []
+    for pieces, again in ((1, False), (1, True), (2, True)):
+        objectives = {"itc": ImageTextContrastive(), "routing": BalancedRouting()}
+        module = build_bench(objectives, adaptation=Upcycling(copies=3), micro_batches=pieces)
+        if again:
+            checkpoint_layers(module.model.train())
+        found.append(take_numbers(module, batch))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, value in found[0].items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_loss_is_the_mean_over_captions_and_layers_and_padding_is_no_token() -> None:

@@ -69,7 +69,8 @@ class Mixture(nn.Module):
         mixed = torch.zeros_like(tokens)
         for number, net in enumerate([first, *self.copies]):
             rows, places = (chosen == number).nonzero(as_tuple=True)
-            mixed = mixed.index_add(0, rows, net(tokens[rows]) * shares[rows, places, None])
+            output = net(tokens[rows]) * shares[rows, places, None]
+            mixed = mixed.index_add(0, rows, output.to(mixed.dtype))
         return mixed.view_as(x)
 
 
