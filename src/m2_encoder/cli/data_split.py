@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 from rich.console import Console
@@ -16,7 +16,7 @@ from m2_encoder.config.check import check_settings
 from m2_encoder.config.output import say
 from m2_encoder.config.paths import anchor
 from m2_encoder.config.problems import Unset
-from m2_encoder.curation.split import FAILURES_FILE, SplitOptions, describe_largest, split
+from m2_encoder.curation.split import FAILURES_FILE, GIANT, SplitOptions, describe_largest, split
 from m2_encoder.curation.split_groups import By, GlueOptions
 from m2_encoder.data.samples.language import LanguageName, describe_languages, list_languages, read_language
 from m2_encoder.data.shards.paths import list_shards
@@ -24,7 +24,6 @@ from m2_encoder.data.worker_pool import default_workers
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.types import LANGUAGES
 
-_GIANT: Final = 0.2  # of all samples: a group of more is worth a warning
 _FolderName = Annotated[
     str, Rule(lambda name: bool(re.fullmatch(r"[^\s./\\][^/\\]*", name)), "a folder's name, without a slash", "val")
 ]
@@ -118,7 +117,7 @@ def _print_record(record: dict[str, Any], output: Path) -> None:
         say(f"    captions: {captions or 'none'}{f'; others: {describe_languages(others)}' if others else ''}")
     say(f"  {total:,} samples are {record['groups']:,} groups that stay together")
     for kind, count in record["glued"].items():
-        say(f"    {count:>9,} samples share a {kind} with another one")
+        say(f"    {count:>9,} samples share {'an' if kind == 'identity' else 'a'} {kind} with another one")
     shared = record["on_both_sides"]
     is_frequent = shared["captions"] and record["max_repeats"] is not None
     why = f" (those of more than {record['max_repeats']:,} samples)" if is_frequent else ""
@@ -130,9 +129,9 @@ def _print_record(record: dict[str, Any], output: Path) -> None:
     if missing := [language for language in record["sides"][train]["captions"] if language not in spoken]:
         missing.sort(key=lambda language: language not in LANGUAGES)
         _warn(f"{val} has no caption in {list_languages(missing)}")
-    if record["largest_group"] > max(1, _GIANT * total):
+    if record["largest_group"] > max(1, GIANT * total):
         _warn(describe_largest(record["largest_group"], total, record["largest_group_shares"]))
-    say(f"  use: data.sources.main.shards={output / train} +data.validation.{val}={output / val}")
+    say(f"  use: data.sources.main.shards={output / train} +data.validation.mine={output / val}")
 
 
 def _warn(text: str) -> None:

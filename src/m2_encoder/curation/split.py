@@ -43,6 +43,9 @@ RECORD_FILE: Final = "split.json"
 FAILURES_FILE: Final = "failures.jsonl"
 """One line for what cannot be used and is on neither side: shard, key, reason, detail."""
 
+GIANT: Final = 0.2
+"""Share of all samples, above which a group is worth a warning."""
+
 _LAYOUT_VERSION: Final = 1  # raise it when the same tars give other bytes
 _DIGEST_BYTES: Final = 16
 
@@ -179,10 +182,15 @@ def _refuse_empty(samples: Sequence[SplitSample], groups: Groups, held: Sequence
         return
     if not samples:
         raise UserError("there is no usable sample in these tars; m2-data check says why", key="source")
+    if len(samples) == 1:
+        raise UserError("one usable sample cannot be split; pack more pictures", key="source")
+    largest = describe_largest(groups.largest, len(samples), None if groups.cause is None else groups.cause._asdict())
+    if len(groups.members) == 1:
+        raise UserError(f"no share splits one group: {largest}", key="val", value=options.share)
     side = options.names[int(not any(held))]
     text = f"{side} would be empty: {len(samples):,} samples are {len(groups.members):,} groups that stay together"
-    if groups.cause is not None and groups.largest > 1:
-        text += f"; {describe_largest(groups.largest, len(samples), groups.cause._asdict())}"
+    if groups.largest > GIANT * len(samples):
+        text += f"; {largest}"
     raise UserError(f"{text}; give another share", key="val", value=options.share)
 
 
@@ -198,6 +206,8 @@ def describe_largest(largest: int, samples: int, cause: dict[str, Any] | None) -
             f"; with max_repeats={max(1, count // 10)}, captions of more samples than that keep nothing together: they "
             "are then on both sides"
         )
+    if kind == "identity":
+        text += "; with by=picture, as for classes, pictures of one identity are on both sides"
     return text
 
 

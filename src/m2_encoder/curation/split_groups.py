@@ -68,8 +68,8 @@ def group_samples(samples: Sequence[SplitSample], options: GlueOptions) -> Group
     captions = _classes(each.captions for each in samples)
     limit = len(samples) if options.max_repeats is None else options.max_repeats
     if not options.by_picture:
+        causes["identity"] = _classes((each.identity,) for each in samples)  # first: max_repeats does not undo it
         causes["caption"] = {text: places for text, places in captions.items() if len(places) <= limit}
-        causes["identity"] = _classes((each.identity,) for each in samples)
     if options.by_folder:
         causes["folder"] = _classes((each.folder,) for each in samples)
     parents = list(range(len(samples)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from m2_encoder.data.images.transforms import EvalTransform
+from m2_encoder.data.inspect.inspection import hash_bytes
 from m2_encoder.data.retrieval_contents import (
     ROLES_WITHOUT_QUERY,
     SetContents,
@@ -24,10 +25,11 @@ from m2_encoder.data.retrieval_contents import (
     check_sample,
     hash_picture,
 )
-from m2_encoder.data.retrieval_source import read_samples
+from m2_encoder.data.retrieval_source import read_place, read_samples
 from m2_encoder.errors import ImageError, UserError
 
 _FIRST_LANGUAGE = "zh"
+_MOST_COMPARED = 2000  # images of a validation set, with those of training
 
 
 class RetrievalSet(NamedTuple):
@@ -115,22 +117,29 @@ def read_retrieval_set(
     )
 
 
-def check_retrieval_set(folder: str | os.PathLike[str], *, name: str) -> None:
+def check_retrieval_set(folder: str | os.PathLike[str], *, name: str) -> frozenset[int]:
     """Check everything but the images of the validation set `name`, which are not decoded.
+
+    Returns:
+        `hash_bytes` of the first images of tars, at most `_MOST_COMPARED`: what training should not have seen.
 
     Raises:
         UserError: as `read_retrieval_set`.
     """
     queries = 0
+    images: set[int] = set()
     try:
         for sample in read_samples(folder, images=False):
             check_sample(sample)
+            if sample.place.size is not None and len(images) < _MOST_COMPARED:
+                images.add(hash_bytes(read_place(sample.place)))
             queries += sum(caption.role not in ROLES_WITHOUT_QUERY for caption in sample.text.captions)
         check_queries(queries, str(folder))
     except UserError as error:
         raise UserError(
             f"data.validation.{name}={os.fspath(folder)}: {error}, or leave it out: ~data.validation.{name}"
         ) from error
+    return frozenset(images)
 
 
 class _Pixels:

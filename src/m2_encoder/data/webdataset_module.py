@@ -196,10 +196,10 @@ class WebDatasetModule(lightning.LightningDataModule):
             return {}
         if not self._is_fresh:
             self.__dict__.pop("manifest", None)
-        for name, folder in self._validation.items():
-            check_retrieval_set(folder, name=name)
+        held_out = {name: check_retrieval_set(folder, name=name) for name, folder in self._validation.items()}
+        needs = self._needs._replace(held_out=held_out)
         reports = check_manifest(
-            self.manifest, check, self._needs, remote=self._remote, stall_timeout_s=self._stall_timeout_s
+            self.manifest, check, needs, remote=self._remote, stall_timeout_s=self._stall_timeout_s
         )
         self._is_fresh = True
         return reports

@@ -141,6 +141,24 @@ def test_one_group_is_refused_with_its_cause(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_no_share_helps_one_sample_or_one_class(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^source: one usable sample cannot be split; pack more pictures$"):
+        run([write_tar(tmp_path / "one.tar", plain(1))], tmp_path / "out")
+    cats = [member for n in range(5) for member in sample(f"{n}", n, "a cat", identity="cat")]
+    tar = write_tar(tmp_path / "cats.tar", cats)
+    with pytest.raises(UserError, match="no share splits one group.*the identity 'cat'; with by=picture") as caught:
+        run([tar], tmp_path / "out")
+    assert "max_repeats" not in str(caught.value), "captions are not all that keeps them together"
+    assert "give another share" not in str(caught.value)
+    run([tar], tmp_path / "out", by="picture")
+
+
+def test_small_groups_are_not_named_where_the_share_is_at_fault(tmp_path: Path) -> None:
+    pair = sample("a", 90, "photo") + sample("b", 91, "photo")
+    with pytest.raises(UserError, match="22 samples are 21 groups that stay together; give another share"):
+        run([write_tar(tmp_path / "t.tar", plain(20) + pair)], tmp_path / "out", share=0.999)
+
+
 def test_names_of_tars_and_keys_that_begin_anew(tmp_path: Path) -> None:
     tars = [
         write_tar(tmp_path / name / "0.tar", [m for n in range(4) for m in sample(f"{n}", 10 * k + n, f"{name} {n}")])

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from m2_encoder.data.images.limits import ImageFacts, ImageLimits, read_image_facts
 from m2_encoder.data.images.rgb import FLAT
 from m2_encoder.data.samples.captions import check_roles
+from m2_encoder.data.samples.language import doubt_english
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText, name_content, parse_sample_text
 from m2_encoder.data.shards.grouping import group_members, has_dotted_name
 from m2_encoder.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
@@ -105,6 +106,7 @@ class ShardInspection(NamedTuple):
         rows: usable inspected samples, `SAMPLE_ROW`.
         captions: theirs, `CAPTION_ROW`.
         left_out: captions of inspected samples that are neither Chinese nor English, by language.
+        doubts: captions that count as English, by why they may not be.
         dotted: inspected samples that are named up to the last dot.
     """
 
@@ -127,6 +129,7 @@ class ShardInspection(NamedTuple):
     rows: npt.NDArray[np.void]
     captions: npt.NDArray[np.void]
     left_out: Counter[str]
+    doubts: Counter[str]
     dotted: int = 0
 
 
@@ -182,6 +185,7 @@ def inspect_shard(task: ShardTask) -> ShardInspection:
         rows=np.array(seen.rows, SAMPLE_ROW),
         captions=np.array(seen.captions, CAPTION_ROW),
         left_out=seen.left_out,
+        doubts=seen.doubts,
         dotted=dotted,
     )
 
@@ -246,6 +250,7 @@ class _Seen:
         self.beside: Counter[tuple[str, str]] = Counter()
         self.extensions: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
+        self.doubts: Counter[str] = Counter()
         self.decoded = self.damaged = 0
 
     def leave_out(self, captions: Iterable[CaptionText]) -> None:
@@ -260,6 +265,8 @@ class _Seen:
         for caption in said.captions:
             words, (tokens, foreign) = counter.words(caption.text, caption.language), counter.tokens(caption.text)
             language = LANGUAGES.index(caption.language)
+            if caption.language == "en" and (doubt := doubt_english(caption.text)):
+                self.doubts[doubt] += 1
             text = hash_bytes(caption.text.encode())
             self.captions.append((len(self.rows), language, text, len(caption.text), words, tokens, foreign))
         self.rows.append(

@@ -31,6 +31,7 @@ _SIGMAS = 3.0  # by which a share in a part of a source must exceed its limit
 _ROUNDING = 1e-9  # 4 of 80 are not more than 5 %
 _LEAST_READ = 50  # samples, below which a share says nothing
 _MANY_FALSE_NEGATIVES = 0.05  # share of rows
+_MANY_DOUBTS = 0.1  # share of captions; English ones name a café or a Pokémon now and then
 
 
 class CaptionSummary(NamedTuple):
@@ -184,8 +185,8 @@ def check_source(
         warnings=(),
     )
     return report._replace(
-        problems=tuple(_problems(report)),
-        warnings=(*_warnings(report, languages), *_dotted(survey), *advise_pictures(survey)),
+        problems=(*_problems(report), *_one_identity(survey)),
+        warnings=(*_warnings(report, languages), *_doubted(survey), *_dotted(survey), *advise_pictures(survey)),
     )
 
 
@@ -267,6 +268,22 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
     if any(name not in report.languages for name in languages) and report.languages:
         found.append(f"all captions are in {', '.join(report.languages)}: weigh languages accordingly")
     return found
+
+
+def _one_identity(survey: Survey) -> list[str]:
+    if survey.is_whole and len(survey.rows) > 1 and len(np.unique(survey.rows["identity"])) == 1:
+        return ["all samples have one identity, as pictures of one class do: nothing to tell apart; give more classes"]
+    return []
+
+
+def _doubted(survey: Survey) -> list[str]:
+    english = np.count_nonzero(survey.captions["language"] == LANGUAGES.index("en"))
+    return [
+        f"{count:,} of {english:,} captions that count as English have {doubt}: where a caption is in another "
+        "language, a column `language` that says so leaves it out"
+        for doubt, count in _merge(item.doubts for item in survey.shards).items()
+        if count > _MANY_DOUBTS * english
+    ]
 
 
 def _dotted(survey: Survey) -> list[str]:

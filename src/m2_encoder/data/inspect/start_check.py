@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +55,7 @@ class TrainingNeeds(NamedTuple):
     max_bad_share: float  # of unusable samples, above which the run ends
     tokenizer: Any = None  # of the model; tokens are counted by a SentencePiece one
     pictures: PicturePolicy = STANDARD  # what the pixels of its images are
+    held_out: Mapping[str, frozenset[int]] = {}  # by validation set, hashes of images that no source should have
 
 
 def check_manifest(
@@ -93,6 +94,7 @@ def check_manifest(
         rows = max(2, round(share * needs.global_batch_size))
         report = check_source(survey, batch_size=rows, num_frequent=1, languages=source.spec.languages)
         report = _judge_languages(report, survey, needs.languages)
+        report = _with(report, warnings=list(_find_held_out(survey, needs.held_out)))
         reports[source.name] = report
         if not report.problems and report.inspected >= _LEAST_READ:
             # Of the samples that the plan knows: what headers exclude is never drawn.
@@ -153,6 +155,16 @@ def _judge_languages(report: SourceReport, survey: Survey, languages: Sequence[s
     if missing:
         return _with(report, warnings=[f"{missing:.1%} of the samples have no caption in {wanted}, and are replaced"])
     return report
+
+
+def _find_held_out(survey: Survey, held_out: Mapping[str, frozenset[int]]) -> Iterator[str]:
+    seen = set(survey.rows["image"].tolist())
+    for name, images in held_out.items():
+        if shared := len(images & seen):
+            yield (
+                f"{shared:,} of the {len(images):,} pictures of data.validation.{name} are also here: its numbers say "
+                "little about new pictures; m2-data split keeps both apart"
+            )
 
 
 def _share_in(survey: Survey, languages: Sequence[str]) -> float:

@@ -129,6 +129,18 @@ def detect_script(text: str) -> str:
     return "zh" if han else _main_script(text)
 
 
+def doubt_english(text: str) -> str | None:
+    """Why a text that counts as English may be in no language, or in another one; None where nothing says so.
+
+    >>> [doubt_english(text) for text in ("a cat", "un chat a mangé", "12 + 3")]
+    [None, 'letters such as é, ß or ñ', 'no letters']
+    """
+    letters = [character for character in text if character.isalpha()]
+    if not letters:
+        return "no letters"
+    return None if all(map(str.isascii, letters)) else "letters such as é, ß or ñ"
+
+
 def describe_languages(counts: Mapping[str, int]) -> str:
     """How many captions are in which language, the most frequent first.
 

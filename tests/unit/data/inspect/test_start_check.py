@@ -63,6 +63,10 @@ def test_nothing_speaks_against_a_sound_source(tmp_path: Path) -> None:
         ),
         (lambda i: make_sample(f"{i}", i, metadata={"caption": "photo"}), "all captions are the same ('photo')"),
         (lambda i: [(f"{i}.png", make_image(0)), (f"{i}.txt", f"a {i}".encode())], "all images are the same file"),
+        (
+            lambda i: make_sample(f"{i}", i, metadata={"caption": f"a cat, {i}", "identity": "cat"}),
+            "all samples have one identity, as pictures of one class do: nothing to tell apart",
+        ),
         (lambda i: [(f"{i}.png", make_image(i, side=3)), (f"{i}.txt", b"a")], "no usable sample (200 too_small"),
         (lambda i: _cut(i, every=3), "of the samples that the run would draw cannot be used"),
     ],
@@ -135,6 +139,33 @@ def test_validation_sets_are_looked_at(tmp_path: Path) -> None:
     _write(tmp_path / "val" / "0.tar", lambda i: make_sample(f"{i}", i, metadata=words), 3)
     with pytest.raises(UserError, match=r"data\.validation\.own=.*which are no queries.*~data\.validation\.own"):
         _check(tmp_path, {"main": f"{tmp_path}/tars"}, validation={"own": str(tmp_path / "val")})
+
+
+def test_validation_sets_that_share_pictures_with_training_are_named(tmp_path: Path) -> None:
+    tars = write_numbers(tmp_path / "tars", [60])
+    _write(tmp_path / "own" / "0.tar", lambda i: make_sample(f"{i}", 50 + i), 20)  # 50 to 59 are trained on
+    _write(tmp_path / "new" / "0.tar", lambda i: make_sample(f"{i}", 100 + i), 20)
+    sets = {"own": str(tmp_path / "own"), "new": str(tmp_path / "new"), "same": str(tars[0].parent)}
+    warnings = _check(tmp_path, {"main": f"{tmp_path}/tars"}, validation=sets)["main"].warnings
+    assert [text.partition(":")[0] for text in warnings] == [
+        "10 of the 20 pictures of data.validation.own are also here",
+        "60 of the 60 pictures of data.validation.same are also here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("caption", "named"),
+    [
+        ("un chat bien élevé, {}", "60 of 60 captions that count as English have letters such as é, ß or ñ"),
+        ("🐱 🐶 {}", "60 of 60 captions that count as English have no letters"),
+        ("a café, number {}", None),
+    ],
+)
+def test_captions_that_may_not_be_english_are_a_warning(tmp_path: Path, caption: str, named: str | None) -> None:
+    texts = [caption.format(i) if named or i % 20 == 0 else f"number {i}" for i in range(60)]
+    shard = _write(tmp_path / "0.tar", lambda i: make_sample(f"{i}", i, metadata={"captions": {"en": [texts[i]]}}), 60)
+    warnings = _check(tmp_path, {"main": {"shards": shard, "languages": ["en"]}})["main"].warnings
+    assert [text.partition(":")[0] for text in warnings if "count as English" in text] == ([named] if named else [])
 
 
 def test_prepare_data_refuses_and_looks_once(tmp_path: Path) -> None:
