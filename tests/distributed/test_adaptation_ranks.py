@@ -5,7 +5,7 @@ As `test_objective_ranks`: real gloo processes and the real training module, in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from m2_encoder.training.adaptations.lora import Lora
 from tests.distributed.test_objective_ranks import BlockMatching
 from tests.support.objectives import Numbers, build_bench, make_batch, part_of, take_numbers
 from tests.support.ranks import run_ranks
+from tests.support.slow_parts import choose_parts, mark_parts
 
 RANKS, ROWS = 2, 8  # of all ranks
 RUNS = {"contrast": ((1, True), (4, True)), "mixture": ((2, False), (4, True))}
@@ -35,11 +36,15 @@ CASES: dict[str, Callable[[], Adaptation]] = {
 }
 
 
-def run_cases(rank: int, group: dist.ProcessGroup | None) -> dict[str, Numbers]:
+FEW = ("image tower", "lora of the last layer", "last")
+"""One of each kind. The others are slow."""
+
+
+def run_cases(rank: int, group: dist.ProcessGroup | None, names: Iterable[str]) -> dict[str, Numbers]:
     found = {}
     ranks = 1 if group is None else RANKS
     batch = part_of(make_batch(ROWS, 2), rank, ranks)
-    for name, build in CASES.items():
+    for name in names:
         for kind, ways in RUNS.items():
             for pieces, recompute in ways if ranks > 1 else ((1, True),):
                 objectives = {"itc": ImageTextContrastive()}
@@ -47,28 +52,28 @@ def run_cases(rank: int, group: dist.ProcessGroup | None) -> dict[str, Numbers]:
                     objectives |= {"cmlm": MaskedLanguage(weight=0.5), "matching": BlockMatching()}
                     objectives |= {"captioning": Captioning(weight=0.5)}
                 topology = {"contrastive_group": group, "micro_batches": pieces, "recompute": recompute}
-                module = build_bench(objectives, adaptation=build(), **topology)
+                module = build_bench(objectives, adaptation=CASES[name](), **topology)
                 key = f"{name}, {kind}"
                 found[f"{key} {pieces}" if ranks > 1 else key] = take_numbers(module, batch)
     return found
 
 
-def work(rank: int) -> dict[str, Numbers]:
-    return run_cases(rank, dist.group.WORLD)
+def work(rank: int, names: list[str]) -> dict[str, Numbers]:
+    return run_cases(rank, dist.group.WORLD, names)
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Numbers]:
-    return run_cases(0, None)
+def alone(request: pytest.FixtureRequest) -> dict[str, Numbers]:
+    return run_cases(0, None, choose_parts(request, CASES, FEW))
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Numbers]]:
-    return run_ranks(work, RANKS, folder=tmp_path_factory.mktemp("ranks"))
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Numbers]]:
+    return run_ranks(work, RANKS, list(choose_parts(request, CASES, FEW)), folder=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(("kind", "pieces"), [(kind, pieces) for kind, ways in RUNS.items() for pieces, _ in ways])
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", mark_parts(CASES, FEW))
 def test_ranks_and_pieces_equal_one_process(
     name: str, kind: str, pieces: int, alone: dict[str, Numbers], together: list[dict[str, Numbers]]
 ) -> None:

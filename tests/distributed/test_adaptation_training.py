@@ -33,6 +33,7 @@ from m2_encoder.training.optim import build_muon, build_optimizer
 from tests.distributed.test_objective_training import make_rows
 from tests.support.models import random_model
 from tests.support.ranks import run_lightning_ranks
+from tests.support.slow_parts import choose_parts, mark_parts
 from tests.support.training import LIGHTNING_WARNINGS, make_module, make_trainer, tiny_config
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
@@ -73,6 +74,8 @@ RUNS = {
     "last, ddp": Run("last", DDP),
     "last, fsdp": Run("last", FSDP, ADAMW, {"micro_batches": 2, "recompute": True}),
 }
+FEW = ("locked, ddp", "locked, fsdp", "lora, ddp", "lora, fsdp, pieces", "last, ddp", "last, fsdp")
+"""Both strategies for each adaptation. The others are slow."""
 
 
 def start() -> M2Encoder:
@@ -109,16 +112,19 @@ def train(rank: int, run: Run, folder: str) -> dict[str, Any]:
     }
 
 
-def train_all(rank: int, folder: str) -> dict[str, dict[str, Any]]:
-    return {name: train(rank, run, f"{folder}/{name}") for name, run in RUNS.items()}
+def train_all(rank: int, names: list[str], folder: str) -> dict[str, dict[str, Any]]:
+    return {name: train(rank, RUNS[name], f"{folder}/{name}") for name in names}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    return run_lightning_ranks(train_all, RANKS, str(tmp_path_factory.mktemp("runs")))
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, dict[str, Any]]]:
+    names = list(choose_parts(request, RUNS, FEW))
+    return run_lightning_ranks(train_all, RANKS, names, str(tmp_path_factory.mktemp("runs")))
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", mark_parts(RUNS, FEW))
 def test_frozen_parameters_do_not_move_and_trained_ones_do(name: str, results: list[dict[str, dict[str, Any]]]) -> None:
     begun = {key: value.numpy() for key, value in start().state_dict().items()}
     for result in results:
@@ -135,7 +141,7 @@ def test_frozen_parameters_do_not_move_and_trained_ones_do(name: str, results: l
     ("name", "reference"),
     [
         ("locked, fsdp", "locked, ddp"),
-        ("lora, fsdp", "lora, ddp"),
+        pytest.param("lora, fsdp", "lora, ddp", marks=pytest.mark.slow),
         ("lora, fsdp, pieces", "lora, ddp"),
         ("last, fsdp", "last, ddp"),
     ],

@@ -62,11 +62,11 @@ def train(rank: int, data: str, folder: str) -> dict[str, Any]:
         return GroupedFSDPStrategy(group_size=1, reshard_after_forward=False)  # weights stay gathered after validation
 
     return {
-        "ddp": fit(f"{folder}/ddp", data, strategy=GroupedDDPStrategy(micro_batches=2)),
+        "ddp": fit(f"{folder}/ddp", data, strategy=GroupedDDPStrategy(micro_batches=2), limit_val_batches=0),
         "split": fit(f"{folder}/split", data, strategy=split()),
         "seen": fit(f"{folder}/seen", data, strategy=split(), every=STEPS),  # saving would let go of what is gathered
         "unseen": fit(f"{folder}/unseen", data, strategy=split(), limit_val_batches=0),
-        "half": fit(f"{folder}/parts", data, strategy=split(), steps=3),
+        "half": fit(f"{folder}/parts", data, strategy=split(), steps=3, limit_val_batches=0),
         "rest": fit(f"{folder}/parts", data, strategy=split(), resume=True),
     }
 

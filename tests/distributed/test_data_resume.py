@@ -17,6 +17,7 @@ from tests.support.mixtures import make_mixture, write_mixture
 from tests.support.ranks import run_lightning_ranks, run_ranks
 from tests.support.resuming import fit, furthest, read_rows
 from tests.support.shards import write_numbers
+from tests.support.slow_parts import choose_parts, mark_parts
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
@@ -46,6 +47,11 @@ PARTS: dict[str, tuple[int, dict[str, Any]]] = {
     "two split to one": (1, {"resume": "late split", "workers": 2}),
     "one to four": (4, {"strategy": "ddp", "resume": "early one", "stop": 7}),
 }
+FEW = (
+    *("whole one", "early one", "whole two", "one to two split", "terminated two", "two to two", "late split"),
+    "two split to one",
+)
+"""More ranks, fewer, as many; stopped and terminated; each with workers. The others are slow."""
 
 
 def train(rank: int, world_size: int, parts: dict[str, dict[str, Any]], folder: str) -> dict[str, Any]:
@@ -74,13 +80,13 @@ def train(rank: int, world_size: int, parts: dict[str, dict[str, Any]], folder: 
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What the first rank of every part ends with, and their folder."""
     folder = tmp_path_factory.mktemp("resume")
     write_mixture(folder / "shards")
     write_numbers(folder / "shards" / "more", [20, 30], first=700)
     found: dict[str, Any] = {}
-    waiting = dict(PARTS)
+    waiting = choose_parts(request, PARTS, FEW)
     while waiting:
         world_size = next(iter(waiting.values()))[0]
         now = {}
@@ -115,7 +121,7 @@ def test_the_uninterrupted_run_meets_everything(results: tuple[dict[str, Any], P
     assert found["whole one"]["skipped"]["undecodable_image"] > 5
 
 
-@pytest.mark.parametrize("part", [name for name, (_, given) in PARTS.items() if "mixture" not in given])
+@pytest.mark.parametrize("part", mark_parts([name for name in PARTS if "mixture" not in PARTS[name][1]], FEW))
 def test_every_global_batch_is_the_uninterrupted_runs(results: tuple[dict[str, Any], Path], part: str) -> None:
     found, folder = results
     whole, own = rows_of(folder, "whole one"), rows_of(folder, part)
@@ -127,7 +133,10 @@ def test_every_global_batch_is_the_uninterrupted_runs(results: tuple[dict[str, A
     assert own == {step: rows for step, rows in whole.items() if first <= step < last}
 
 
-@pytest.mark.parametrize(("part", "whole"), [("one, more workers", "whole noisy"), ("two to two", "whole two")])
+@pytest.mark.parametrize(
+    ("part", "whole"),
+    [pytest.param("one, more workers", "whole noisy", marks=pytest.mark.slow), ("two to two", "whole two")],
+)
 def test_with_as_many_ranks_the_weights_are_the_same_bits(
     results: tuple[dict[str, Any], Path], part: str, whole: str
 ) -> None:
@@ -135,7 +144,7 @@ def test_with_as_many_ranks_the_weights_are_the_same_bits(
     assert furthest(results[0]["whole one"]["weights"], results[0][whole]["weights"]) > 1e-4, "nothing was drawn"
 
 
-@pytest.mark.parametrize("part", ["one to two", "one to two split", "two to one", "two split to one"])
+@pytest.mark.parametrize("part", mark_parts(["one to two", "one to two split", "two to one", "two split to one"], FEW))
 def test_with_other_ranks_the_weights_are_as_near_as_sums_in_another_order(
     results: tuple[dict[str, Any], Path], part: str
 ) -> None:
@@ -143,6 +152,7 @@ def test_with_other_ranks_the_weights_are_as_near_as_sums_in_another_order(
     assert furthest(results[0]["early one"]["weights"], results[0]["whole one"]["weights"]) > 10 * CLOSE
 
 
+@pytest.mark.slow
 def test_a_segment_goes_on_on_other_ranks(results: tuple[dict[str, Any], Path]) -> None:
     """A source more, and other weights, from the early stop on; the rest of it with as many ranks, and with more."""
     _, folder = results
@@ -162,7 +172,9 @@ def test_a_segment_goes_on_on_other_ranks(results: tuple[dict[str, Any], Path]) 
 
 def test_unusable_samples_are_counted_as_if_nothing_had_happened(results: tuple[dict[str, Any], Path]) -> None:
     whole = results[0]["whole one"]["skipped"]
-    for part in ("one, more workers", "two to two", "one to two split", "two to one"):
+    ended = {"one, more workers", "two to two", "one to two split", "two to one", "two split to one"} & set(results[0])
+    assert len(ended) >= 3
+    for part in ended:
         assert results[0][part]["skipped"] == whole, part
 
 

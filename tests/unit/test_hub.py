@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from m2_encoder import CheckpointError, M2Encoder, M2EncoderConfig, UserError, list_models, load
 from m2_encoder.checkpoints.io import save_official, save_safetensors
 from m2_encoder.hub import MissingTokenizer, TextTower
+from m2_encoder.models.config import NAME_TO_CONFIG
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.closeness import assert_close_in_ulps
 from tests.support.file_server import serve
@@ -216,6 +218,14 @@ def test_tokenizer_of_another_model(tmp_path: Path, tokenizer_file: Path) -> Non
 def test_weights_of_another_model(weights: Path) -> None:
     with pytest.raises(CheckpointError, match=r"does not fit model 'tiny' of \d+ parameters: .* of another shape"):
         load("tiny", weights=weights)
+
+
+def test_weights_of_another_size_name_theirs(tmp_path: Path) -> None:
+    tiny = NAME_TO_CONFIG["tiny"]
+    save_official(random_model(tiny), tmp_path / "w")
+    larger = dataclasses.replace(tiny, name="larger", embed_dim=2 * tiny.embed_dim)
+    with pytest.raises(CheckpointError, match=r"'larger'.*; the weights are of the size of 'tiny': choose that model$"):
+        load(larger, weights=tmp_path / "w")
 
 
 # ---------------------------------------------------------------------------------------------------- wrong input

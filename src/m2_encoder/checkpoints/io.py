@@ -22,7 +22,7 @@ from m2_encoder.checkpoints.tensors import find_non_finite, write_tensors
 from m2_encoder.checkpoints.weight_files import describe_shard, find_weights, read_index
 from m2_encoder.errors import CheckpointError
 from m2_encoder.files import atomic_file
-from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.models.config import NAME_TO_CONFIG, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 
 IMAGE_POSITIONS = "image_embed.positions.weight"
@@ -173,8 +173,17 @@ def _check_match(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *,
     if problems:
         raise CheckpointError(
             f"{source}: does not fit model {model_name!r} of {len(expected)} parameters: {', '.join(problems)}"
-            f"{describe_shard(Path(source)) if missing else ''}"
+            f"{describe_shard(Path(source)) if missing else ''}{_name_size(state) if shapes else ''}"
         )
+
+
+def _name_size(state: Mapping[str, Tensor]) -> str:
+    """Which of our models a state dict has the size of."""
+    table = state.get("text_embed.tokens.weight")
+    layers = {name.split(".")[2] for name in state if name.startswith("backbone.layers.")}
+    size = (None if table is None else table.shape[-1], len(layers))
+    fitting = [name for name, config in NAME_TO_CONFIG.items() if (config.embed_dim, config.num_layers) == size]
+    return f"; the weights are of the size of {fitting[0]!r}: choose that model" if fitting else ""
 
 
 def _unusable_kind(tensor: Tensor) -> str:

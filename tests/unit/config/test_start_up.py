@@ -47,8 +47,12 @@ def load(entry: str, *arguments: str) -> tuple[str, set[str]]:
     ("entry", "arguments"),
     [
         *((f"commands:{name}", ("--help",)) for name in ("TRAIN", "EVALUATE", "EXPORT", "EMBED", "PLAN", "SERVE")),
-        *(("data:main", (name, "--help")) for name in ("emoji", "pack", "check", "stats", "curate")),
+        ("data:main", ("pack", "--help")),
         ("data:main", ("--help",)),
+        *(
+            pytest.param("data:main", (name, "--help"), marks=pytest.mark.slow)  # sub-commands as pack is
+            for name in ("emoji", "check", "stats", "curate")
+        ),
     ],
 )
 def test_help_needs_no_torch(entry: str, arguments: tuple[str, ...]) -> None:
@@ -61,10 +65,10 @@ def test_help_needs_no_torch(entry: str, arguments: tuple[str, ...]) -> None:
     "line",
     [
         "optimizer.lr=-1",
-        "optimzer.lr=1",
-        "model=huge",
+        pytest.param("optimzer.lr=1", marks=pytest.mark.slow),
+        pytest.param("model=huge", marks=pytest.mark.slow),
         "model.image_size=65",
-        "trainer.max_steps=0",
+        pytest.param("trainer.max_steps=0", marks=pytest.mark.slow),
         "+experiment=emoji trainer.accelerator=cpu seed=-1",
     ],
 )

@@ -146,7 +146,7 @@ def test_no_share_helps_one_sample_or_one_class(tmp_path: Path) -> None:
         run([write_tar(tmp_path / "one.tar", plain(1))], tmp_path / "out")
     cats = [member for n in range(5) for member in sample(f"{n}", n, "a cat", identity="cat")]
     tar = write_tar(tmp_path / "cats.tar", cats)
-    with pytest.raises(UserError, match="no share splits one group.*the identity 'cat'; with by=picture") as caught:
+    with pytest.raises(UserError, match=r"no share splits one group.*the identity 'cat'; with by=picture") as caught:
         run([tar], tmp_path / "out")
     assert "max_repeats" not in str(caught.value), "captions are not all that keeps them together"
     assert "give another share" not in str(caught.value)
