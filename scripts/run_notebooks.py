@@ -85,15 +85,16 @@ def execute(path: Path, values: Mapping[str, Any], output: Path) -> Path:
     return written
 
 
-def prepare_small(folder: Path) -> dict[str, Any]:
+def prepare_small(folder: Path, *, sweep: bool = True) -> dict[str, Any]:
     """Trains small runs for all notebooks, where they are not there yet; half a minute of one core.
 
-    They have learned nothing: they show that everything works. Returns the values of parameters, by name.
+    They have learned nothing: they show that everything works. Without `sweep` it is a single run, for notebooks that
+    read one. Returns the values of parameters, by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         _train_run(folder)
-        for lr, k, seed in _SWEPT:
+        for lr, k, seed in _SWEPT if sweep else ():
             _train_variant(folder, f"sweep-lr={lr}-micro_batches={k}-seed={seed}", lr, k, seed)
     return {**{name: str(folder / place) for name, place in SMALL.items()}, **SMALL_VALUES}
 

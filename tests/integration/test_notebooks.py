@@ -17,21 +17,26 @@ from scripts.run_notebooks import SMALL, SMALL_VALUES, execute, list_notebooks, 
 
 from m2_encoder.errors import UserError
 from tests.support.once import build_once
+from tests.support.slow_parts import choose_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = list_notebooks()
 EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+FEW = ("run", "search")
+"""They read one run, not a sweep. The others are slow."""
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # ipykernel's own use of Python; nothing that a notebook can mend.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Values of all parameters: small runs, trained once for all tests."""
+    sweep = len(choose_parts(request, {path.stem: path for path in NOTEBOOKS}, FEW)) > len(FEW)
 
     def train(folder: Path) -> None:
-        program = f"from pathlib import Path; from scripts.run_notebooks import *; prepare_small(Path({str(folder)!r}))"
+        program = "from pathlib import Path; from scripts.run_notebooks import prepare_small; "
+        program += f"prepare_small(Path({str(folder)!r}), sweep={sweep})"
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
 
@@ -67,7 +72,11 @@ def test_parameters_stand_alone_in_the_first_code_cell(path: Path) -> None:
     assert set(parameters_of(notebook)) & set(SMALL), "without a small run it would read the user's own"
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path.stem in FEW else pytest.mark.slow) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs_to_its_end(path: Path, small: dict[str, Any], tmp_path: Path) -> None:
     notebook = nbformat.read(execute(path, small, tmp_path), as_version=4)
     outputs = [output for cell in _code(notebook) for output in cell.outputs]
