@@ -6,6 +6,7 @@ Which samples show the same, `retrieval_contents` decides.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,10 @@ from m2_encoder.data.retrieval_contents import (
 from m2_encoder.data.retrieval_source import read_place, read_samples
 from m2_encoder.errors import ImageError, UserError
 
+logger = logging.getLogger(__name__)
+
 _FIRST_LANGUAGE = "zh"
+_LARGEST_K = 10  # of recall at k
 _MOST_COMPARED = 2000  # images of a validation set, with those of training
 
 
@@ -126,11 +130,12 @@ def check_retrieval_set(folder: str | os.PathLike[str], *, name: str) -> frozens
     Raises:
         UserError: as `read_retrieval_set`.
     """
-    queries = 0
+    samples = queries = 0
     images: set[int] = set()
     try:
         for sample in read_samples(folder, images=False):
             check_sample(sample)
+            samples += 1
             if sample.place.size is not None and len(images) < _MOST_COMPARED:
                 images.add(hash_bytes(read_place(sample.place)))
             queries += sum(caption.role not in ROLES_WITHOUT_QUERY for caption in sample.text.captions)
@@ -139,6 +144,9 @@ def check_retrieval_set(folder: str | os.PathLike[str], *, name: str) -> frozens
         raise UserError(
             f"data.validation.{name}={os.fspath(folder)}: {error}, or leave it out: ~data.validation.{name}"
         ) from error
+    if samples <= _LARGEST_K:
+        text = "data.validation.%s: %d samples: recall at 10 is always 100 %%, and mean recall says little"
+        logger.warning(text, name, samples)
     return frozenset(images)
 
 

@@ -58,7 +58,8 @@ class TokenReport(NamedTuple):
             if own.foreign > _MANY_FOREIGN * own.tokens:
                 yield (
                     f"{own.foreign / own.tokens:.1%} of the tokens of {language} captions are bytes or unknown to the "
-                    f"tokenizer, in {own.with_foreign:,} of {own.captions:,} captions"
+                    f"tokenizer, in {own.with_foreign:,} of {own.captions:,} captions; m2-data tokenizer trains "
+                    "another one, to which model.map_tokenizer=true carries weights over"
                 )
 
 

@@ -153,6 +153,15 @@ def test_validation_sets_that_share_pictures_with_training_are_named(tmp_path: P
     ]
 
 
+def test_a_validation_set_smaller_than_k_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_numbers(tmp_path / "tars", [60])
+    sets = {f"of{count}": str(write_numbers(tmp_path / f"of{count}", [count], first=100)[0]) for count in (10, 11)}
+    _check(tmp_path, {"main": f"{tmp_path}/tars"}, validation=sets)
+    assert caplog.messages == [
+        "data.validation.of10: 10 samples: recall at 10 is always 100 %, and mean recall says little"
+    ]
+
+
 @pytest.mark.parametrize(
     ("caption", "named"),
     [
