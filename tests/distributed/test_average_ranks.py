@@ -66,7 +66,7 @@ def train(rank: int, data: str, folder: str) -> dict[str, Any]:
         "split": fit(f"{folder}/split", data, strategy=split()),
         "seen": fit(f"{folder}/seen", data, strategy=split(), every=STEPS),  # saving would let go of what is gathered
         "unseen": fit(f"{folder}/unseen", data, strategy=split(), limit_val_batches=0),
-        "half": fit(f"{folder}/parts", data, strategy=split(), steps=3, limit_val_batches=0),
+        "half": fit(f"{folder}/parts", data, strategy=split(), steps=3),
         "rest": fit(f"{folder}/parts", data, strategy=split(), resume=True),
     }
 
