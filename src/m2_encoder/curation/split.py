@@ -189,8 +189,7 @@ def _refuse_empty(samples: Sequence[SplitSample], groups: Groups, held: Sequence
         raise UserError(f"no share splits one group: {largest}", key="val", value=options.share)
     side = options.names[int(not any(held))]
     text = f"{side} would be empty: {len(samples):,} samples are {len(groups.members):,} groups that stay together"
-    if groups.largest > GIANT * len(samples):
-        text += f"; {largest}"
+    text += f"; {largest}" if groups.largest > GIANT * len(samples) else ""
     raise UserError(f"{text}; give another share", key="val", value=options.share)
 
 
