@@ -17,6 +17,7 @@ from m2_encoder.checkpoints.download import download, is_url, removing_damaged
 from m2_encoder.checkpoints.exported import CONFIG_FILE, ExportedFolder, find_pictures, read_exported
 from m2_encoder.checkpoints.io import build_model, read_state
 from m2_encoder.checkpoints.peft_files import merge_adapter_of
+from m2_encoder.checkpoints.positions import stretch_text_positions
 from m2_encoder.checkpoints.released import RELEASES, find_release, find_release_tokenizer
 from m2_encoder.checkpoints.vocabulary import fit_vocabulary
 from m2_encoder.checkpoints.weight_files import check_download, find_weights
@@ -92,6 +93,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     trainable: bool = False,
     map_tokenizer: bool | str | os.PathLike[str] = False,
+    stretch_positions: int | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Load a model with everything needed to use it.
@@ -113,9 +115,9 @@ def load(
         device: of the model.
         dtype: of all parameters.
         trainable: whether parameters require gradients.
-        map_tokenizer: what to do with a tokenizer that is not the weights' own. False refuses it; True gives each of
-            its pieces the row of the same piece, and new ones the mean of the pieces they split into; a SentencePiece
-            file is the tokenizer of weights that do not hold it, as the official ones. Such a model wants training.
+        map_tokenizer: False refuses a tokenizer that is not the weights' own; True gives its pieces their rows (new
+            ones: the mean of what they split into); a file is that of weights that do not hold it, as official ones.
+        stretch_positions: how many positions of the weights stay, where those of longer texts are stretched.
         adapter: folder of a low-rank adapter of ours or of peft's, to merge; ours are refused by other weights.
 
     Raises:
@@ -135,11 +137,10 @@ def load(
     with removing_damaged(path):
         state = read_state(path)
     state = state if adapter is None else merge_adapter_of(state, adapter)
-    if exported is None or weights is not None or tokenizer is not None:
-        config = _fit_text(config, state, text, path, map_tokenizer)
+    if exported is None or weights is not None or tokenizer is not None or stretch_positions is not None:
+        config = _fit_text(config, state, text, path, map_tokenizer, stretch_positions)
     encoder = build_model(config, state, source=os.fspath(path), device=device, dtype=dtype)
-    encoder.requires_grad_(trainable)
-    return LoadedModel(encoder, EvalTransform(config.image_size, pictures=policy), text)
+    return LoadedModel(encoder.requires_grad_(trainable), EvalTransform(config.image_size, pictures=policy), text)
 
 
 class TextTower(nn.Module):
@@ -184,9 +185,16 @@ def _refuse_beside(checkpoint: object, *given: object) -> None:
 
 
 def _fit_text(
-    config: M2EncoderConfig, state: dict[str, Tensor], text: object, path: Path, mapped: bool | str | os.PathLike[str]
+    config: M2EncoderConfig,
+    state: dict[str, Tensor],
+    text: object,
+    path: Path,
+    mapped: bool | str | os.PathLike[str],
+    stretched: int | None,
 ) -> M2EncoderConfig:
-    """Hold the token table against a tokenizer, or make it follow it."""
+    """Hold the token table against a tokenizer, or make it follow it; stretch positions if that is asked for."""
+    if stretched is not None:
+        stretch_text_positions(state, config, keep=stretched, weights=path)
     if not isinstance(text, SentencePieceTokenizer):
         return config
     fit_vocabulary(state, text, weights=path, mapped=mapped)

@@ -16,6 +16,7 @@ from m2_encoder.objectives.base import Objective, ObjectiveInputs
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.distillation import Distillation
+from m2_encoder.objectives.long_captions import LongCaptions
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.matching import Matching
@@ -84,6 +85,7 @@ CASES: dict[str, tuple[Callable[[], Objectives], int]] = {
     "sigmoid": (lambda: {"sigmoid": SigmoidContrastive(initial_bias=-2.0)}, 2),
     "soft targets": (lambda: {"soft_targets": SoftTargetContrastive(softness=0.3)}, 2),
     "text contrast": (lambda: {"text_contrast": TextContrast(hard_negatives=5, max_similarity=0.9)}, 2),
+    "long": (lambda: {"long": LongCaptions(components=3, short_share=0.4)}, 4),
     "matching": (lambda: {"matching": BlockMatching()}, 2),
     "distillation": (distillation, 2),
     "mixture": (mixture, 1),

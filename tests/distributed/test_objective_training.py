@@ -22,6 +22,7 @@ from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.distillation import Distillation
+from m2_encoder.objectives.long_captions import LongCaptions
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.matching import Matching
@@ -71,6 +72,7 @@ def build_objectives() -> dict[str, Objective]:
         "sigmoid": SigmoidContrastive(weight=0.1),
         "soft_targets": SoftTargetContrastive(),
         "text_contrast": TextContrast(weight=0.3),
+        "long": LongCaptions(weight=0.3, components=2),
         "captioning": Captioning(weight=0.5),
         "cmlm": MaskedLanguage(weight=0.5),
         "cmim": MaskedImage(masking="attentive", mask_ratio=0.5),

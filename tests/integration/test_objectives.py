@@ -61,6 +61,7 @@ def test_every_objective_composes_and_its_values_are_those_of_the_code(
     lines = [f"objective=[{name}]"]
     lines += [f"objective.distillation.teacher={teacher}"] if name == "distillation" else []
     lines += [f"model.weights={teacher}"] if name == "keep" else []
+    lines += ["data.captions.short=name", "objective.long.components=2"] if name == "long" else []
     lines += ["objective.cmim.targets.tokenizer=outputs/visual_tokenizer/export"] if name == "cmim_codes" else []
     cfg, problems = compose(composer, *lines, folder=tmp_path)
     assert problems == []
@@ -131,6 +132,11 @@ def test_all_of_them_train_together(
                 "data.captions.every_language=false",
             ],
             "objective.distillation.teacher_language=en: needs captions in every language",
+        ),
+        (["objective=[long]", "objective.long.components=2"], "data.captions.short=null: must be given"),
+        (
+            ["objective=[long]", "data.captions.short=name", "data.global_batch_size=9", "objective.long.components=8"],
+            "objective.long.components=8: must be below 8: the 9 images of a contrastive group",
         ),
         (
             ["objective=[soft_targets]", "objective.soft_targets.softness=1"],

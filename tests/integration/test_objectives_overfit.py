@@ -13,6 +13,7 @@ from m2_encoder.models.visual_tokenizer import VisualTokenizer, VisualTokenizerC
 from m2_encoder.objectives.base import Objective
 from m2_encoder.objectives.captioning import Captioning
 from m2_encoder.objectives.contrastive import ImageTextContrastive
+from m2_encoder.objectives.long_captions import LongCaptions
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.matching import Matching
@@ -70,6 +71,7 @@ CASES: dict[str, tuple[Callable[[], Objective], int, str, float]] = {
     "sigmoid": (partial(SigmoidContrastive, initial_bias=-4.0), 1, "loss", 0.15),
     "soft_targets": (partial(SoftTargetContrastive, softness=0.1), 1, "fall", 0.5),
     "text_contrast": (TextContrast, 2, "loss", 0.5),
+    "long": (partial(LongCaptions, components=8), 2, "fall", 0.5),
     "matching": (Matching, 1, "accuracy", 0.95),
     "cmlm": (MaskedLanguage, 1, "accuracy", 0.95),
     "captioning": (Captioning, 1, "accuracy", 0.95),

@@ -61,9 +61,10 @@ def check_towers(known: Known) -> Iterator[Problem]:
     if known("strategy.activation_checkpointing", False):
         rule = f"must be false: the layers of {known('model._target_')} are not known"
         yield Problem("strategy.activation_checkpointing", True, rule, "use checkpoints inside of the model")
-    if known("model.map_tokenizer", None) is not None:
-        rule = f"must be null: the token table of {known('model._target_')} is not known"
-        yield Problem("model.map_tokenizer", known("model.map_tokenizer"), rule, "use model.map_tokenizer=null")
+    for key, part in (("map_tokenizer", "token table"), ("stretch_positions", "position table")):
+        if known(f"model.{key}", None) is not None:
+            rule = f"must be null: the {part} of {known('model._target_')} is not known"
+            yield Problem(f"model.{key}", known(f"model.{key}"), rule, f"use model.{key}=null")
     if str(adaptation := known("adaptation._target_", _FULL_TARGET)).startswith(_OWN_ADAPTATIONS):
         rule = f"needs the layers of an M2-Encoder; those of {known('model._target_')} are not known"
         yield Problem("adaptation._target_", adaptation, rule, "use adaptation=full, or one of your own")

@@ -33,7 +33,7 @@ from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.evaluation.models.onnx_model import find_graphs
 from m2_encoder.hub import LoadedModel, find_name, list_models, load, read_tokenizer
-from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.models.config import NAME_TO_CONFIG, NUM_RESERVED_POSITIONS, M2EncoderConfig
 from m2_encoder.models.two_towers import TowersConfig, TwoTowers
 from m2_encoder.tokenizers.foreign import ForeignTokenizer
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -104,11 +104,16 @@ def needs_tokenizer(cfg: Mapping[str, Any]) -> bool:
 def build_model_config(model: Mapping[str, Any]) -> M2EncoderConfig:
     """The architecture that `model` names, with the fields that are not null on top.
 
+    Where positions are stretched, their table grows with the context length.
+
     Raises:
         UserError: for an unknown name or an impossible combination.
     """
     fields = [field.name for field in dataclasses.fields(M2EncoderConfig) if field.name != "name"]
     overrides = {field: model[field] for field in fields if model.get(field) is not None}
+    if model.get("stretch_positions") is not None and model["name"] in NAME_TO_CONFIG:
+        least = (overrides.get("context_length") or 0) + NUM_RESERVED_POSITIONS
+        overrides.setdefault("num_text_positions", max(least, NAME_TO_CONFIG[model["name"]].num_text_positions))
     return M2EncoderConfig.from_name(model["name"], **overrides)
 
 

@@ -14,14 +14,16 @@ from hydra.utils import instantiate
 
 from m2_encoder.config.foreign_model import towers_config
 from m2_encoder.config.foreign_relations import needs_more
-from m2_encoder.config.known import Known
+from m2_encoder.config.known import Known, count_ranks
 from m2_encoder.config.model_choice import build_model_config
 from m2_encoder.config.problems import find_problems, show
 from m2_encoder.config.schema import MODEL_FIELDS
 from m2_encoder.config.targets import find_target
+from m2_encoder.distributed.topology import resolve_group_size
 from m2_encoder.errors import NotGivenError, Problem, UserError
 from m2_encoder.models.config import M2EncoderConfig
 from m2_encoder.objectives.base import Objective, active
+from m2_encoder.objectives.long_captions import LongCaptions
 from m2_encoder.objectives.patch_targets import PatchTargets
 from m2_encoder.objectives.schedule import check_schedule, find_pause
 
@@ -89,11 +91,16 @@ def check_shared_passes(known: Known) -> Iterator[Problem]:
 
 
 def check_captions(known: Known) -> Iterator[Problem]:
-    """Objectives that compare the captions of an image need several of them."""
+    """Objectives that compare the captions of an image need several of them, or a short one beside each."""
+    targets = {name: str(known(f"objective.{name}._target_", "")) for name in _active(known)}
+    pairs = [name for name, target in targets.items() if target.endswith(".LongCaptions")]
+    if pairs and known.has("data.captions") and known("data.captions.short", None) is None:
+        rule = f"must be given: objective.{pairs[0]} compares an image with a long and a short caption"
+        fix = "use data.captions.short=first_sentence, or the role of the short ones, such as name"
+        yield Problem("data.captions.short", None, rule, fix)
     if known("data.captions.every_language", True):
         return
-    for name in _active(known):
-        target = str(known(f"objective.{name}._target_", ""))
+    for name, target in targets.items():
         key = f"objective.{name}.teacher_language"
         if known(key, None) is not None:
             rule = "needs captions in every language (data.captions.every_language=false)"
@@ -112,6 +119,25 @@ def check_routing(known: Known) -> Iterator[Problem]:
             yield Problem(f"objective.{name}._target_", target, "needs a model with mixtures", fix)
 
 
+def check_components(known: Known) -> Iterator[Problem]:
+    """Principal directions are fewer than those that the images of a group have."""
+    for name in _active(known):
+        if not str(known(f"objective.{name}._target_", "")).endswith(".LongCaptions"):
+            continue
+        components, ranks = known(f"objective.{name}.components", LongCaptions().components), count_ranks(known)
+        group = resolve_group_size(
+            world_size=ranks,
+            ranks_per_node=ranks // known("trainer.num_nodes"),
+            group_size=known("strategy.group_size", None),
+            group_nodes=known("strategy.group_nodes", None),
+        )
+        rows = known("data.global_batch_size") * group // ranks
+        if components >= rows - 1:
+            rule = f"must be below {rows - 1}: the {rows} images of a contrastive group have no more directions"
+            fix = f"for example objective.{name}.components={max(1, rows // 4)}, or more images"
+            yield Problem(f"objective.{name}.components", components, rule, fix)
+
+
 def build_objectives(known: Known) -> Iterator[Problem]:
     """Each is built once on `meta`, so that its constructor's errors are reported before anything starts."""
     foreign = str(known("model._target_")) if known.has("model._target_") else None
@@ -120,7 +146,8 @@ def build_objectives(known: Known) -> Iterator[Problem]:
         model = {**known("model"), "image_size": known("model.image_size")}
         shape = dataclasses.replace(towers_config(model), feature_dim=_ANY_WIDTH)
     else:
-        fields = {field: known(f"model.{field}") for field in MODEL_FIELDS if known.has(f"model.{field}")}
+        names = [*MODEL_FIELDS, "stretch_positions"]
+        fields = {name: known(f"model.{name}") for name in names if known.has(f"model.{name}")}
         shape = build_model_config({"name": known("model.name"), **fields})
     for key in (key for name in _active(known) if known.is_complete(key := f"objective.{name}")):
         node = known(key)

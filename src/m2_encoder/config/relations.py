@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from m2_encoder.checkpoints.download import is_url
+from m2_encoder.checkpoints.positions import check_stretch, find_context_length
 from m2_encoder.config import callback_relations, data_relations, foreign_relations, objective_relations
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, emoji_folder_problems
 from m2_encoder.config.known import Known, count_devices, count_gpus, count_ranks, run_check
@@ -61,7 +63,8 @@ def _check_model(known: Known) -> Iterator[Problem]:
     wrong = [field for field in _SIZES if known(f"model.{field}", UNSET) is UNSET and known.has(f"model.{field}")]
     sizes = {field: None if field in wrong else known(f"model.{field}", None) for field in _SIZES}
     try:
-        build_model_config({"name": known("model.name"), **sizes})
+        stretched = known("model.stretch_positions", None)
+        build_model_config({"name": known("model.name"), "stretch_positions": stretched, **sizes})
     except UserError as error:
         for problem in find_problems(error.under("model")):
             if not any(problem.key == f"model.{field}" or f"{field}=" in problem.rule for field in wrong):
@@ -81,6 +84,22 @@ def _check_weights(known: Known) -> Iterator[Problem]:
         if weights is None and isinstance(node, Mapping) and node.get("_target_") == _FORGETTING_TARGET:
             fix = "add model.weights=FOLDER of m2-export or FILE, or leave it out of evaluation"
             yield Problem(f"evaluation.{name}", NOTHING, "compares with what a run starts from, model.weights", fix)
+
+
+def _check_stretch(known: Known) -> Iterator[Problem]:
+    """Whether positions of the weights are stretched to something longer; weights at a url are not known yet."""
+    keep, weights = known("model.stretch_positions"), known("model.weights")
+    if keep is None or known.has("model._target_"):
+        return
+    if weights is None:
+        yield Problem("model.stretch_positions", keep, "there are no weights to stretch", "add model.weights=FILE")
+    elif not is_url(weights):
+        name = known("model.name")
+        new = known("model.context_length") or NAME_TO_CONFIG[name].context_length
+        try:
+            check_stretch(keep, old=find_context_length(anchor(weights), model=name), new=new)
+        except UserError as error:
+            yield from find_problems(error.under("model"))
 
 
 def _check_tokenizer(known: Known) -> Iterator[Problem]:
@@ -301,6 +320,7 @@ def _check_emoji_folder(known: Known) -> Iterator[Problem]:
 _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_model,
     _check_weights,
+    _check_stretch,
     _check_tokenizer,
     _check_length,
     check_steps,
@@ -316,6 +336,7 @@ _CHECKS: Final[tuple[Callable[[Known], Iterator[Problem]], ...]] = (
     _check_compiled,
     _check_ranks,
     _check_groups,
+    objective_relations.check_components,
     _check_micro_batches,
     _check_sharding,
     _check_cluster,

@@ -81,6 +81,8 @@ class Model:
     weights: Text | None = None  # a checkpoint to start from
     # true: the weights' rows go to the same pieces of another tokenizer; or the file of the weights' own
     map_tokenizer: bool | Text | None = None
+    # with a longer context_length than the weights': how many of their positions stay, where the others are stretched
+    stretch_positions: Count | None = None
     # what the pixels of its pictures are; None: as the weights were trained, `standard` from scratch
     pictures: Pictures = None
     num_parameters: Many | None = None  # of the encoder; every run fills it in
@@ -99,6 +101,7 @@ class ForeignModel:
     name: Text | None = None  # in pictures and tables
     weights: Text | None = None  # a file of its state dict to start from
     map_tokenizer: None = None  # its token table is not known
+    stretch_positions: None = None  # nor its positions
     pictures: Pictures = None
     pixel_mean: Annotated[list[Fraction], _CHANNELS] | None = None  # taken from pixels in 0..1
     pixel_std: Annotated[list[Positive], _CHANNELS] | None = None  # divides them then

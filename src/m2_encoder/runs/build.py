@@ -238,7 +238,14 @@ def load_start(model: Mapping[str, Any], *, trainable: bool = False) -> M2Encode
     config, tokenizer = build_model_config(model), build_any_tokenizer(model)
     source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
     mapped = mapped if isinstance(mapped, bool) else anchor(mapped)
-    loaded = load(config, weights=source, tokenizer=cast("Any", tokenizer), trainable=trainable, map_tokenizer=mapped)
+    loaded = load(
+        config,
+        weights=source,
+        tokenizer=cast("Any", tokenizer),
+        trainable=trainable,
+        map_tokenizer=mapped,
+        stretch_positions=model.get("stretch_positions"),
+    )
     return loaded.model
 
 

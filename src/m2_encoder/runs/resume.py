@@ -56,7 +56,8 @@ _FREE_OF_OBJECTIVES: Final = ("weight", "schedule")
 _REPORTING: Final = (*_FREE, "data.validation", "callbacks")
 """What may differ where all steps are done, and only the evaluation and the export are made again."""
 
-_INITIAL: Final = ("model.weights", "model.map_tokenizer", "model.position_init_std", "model.initial_temperature")
+_STARTS: Final = ("weights", "map_tokenizer", "stretch_positions")
+_INITIAL: Final = (*(f"model.{key}" for key in _STARTS), "model.position_init_std", "model.initial_temperature")
 """Settings that decide on values which the checkpoint holds: a run that goes on never reads them."""
 
 _EXACT_SCHEDULES: Final = ("m2_encoder.training.optim.warmup_cosine", "m2_encoder.training.optim.warmup_constant")
@@ -252,8 +253,7 @@ def _held_by_checkpoint(before: Mapping[str, Any], cfg: Mapping[str, Any]) -> It
     if "model" not in before:
         return
     configs = [
-        dataclasses.asdict(model_shape(each["model"]))
-        | {"weights": each["model"].get("weights"), "map_tokenizer": each["model"].get("map_tokenizer")}
+        dataclasses.asdict(model_shape(each["model"])) | {key: each["model"].get(key) for key in _STARTS}
         for each in (before, cfg)
     ]
     for key in _INITIAL:

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from m2_encoder.checkpoints.export import export_model
+from m2_encoder.checkpoints.positions import TEXT_POSITIONS
 from m2_encoder.checkpoints.vocabulary import TOKEN_TABLE
 from m2_encoder.config.compose import Composer, open_composer
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer
 from m2_encoder.config.problems import format_problem
 from m2_encoder.config.validate import validate_train
 from m2_encoder.errors import UserError
+from m2_encoder.hub import load
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.runs.build import build_module, build_objectives
 from m2_encoder.runs.export import read_trained
@@ -121,3 +123,57 @@ def test_without_weights_there_is_no_such_teacher(composer: Composer) -> None:
         "objective.keep.teacher=start: is the model of model.weights, and there is none; add model.weights=FOLDER, or "
         "give a folder of m2-export"
     ]
+
+
+def test_positions_are_stretched(composer: Composer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Short texts keep their features to the bit; the table grows, the tokenizer cuts later, an export says it."""
+    cfg = composer.compose([*SMALL]).cfg
+    config = build_model_config(cfg["model"])
+    torch.manual_seed(0)
+    before = M2Encoder(config).eval()
+    export_model(tmp_path / "own", model=before, tokenizer=build_tokenizer(cfg["model"], config))
+    lines = (f"model.weights={tmp_path / 'own'}", "model.context_length=200", "model.stretch_positions=8")
+    assert validate_train(composer.compose([*SMALL, *lines]).cfg) == []
+    cfg, module = _build(composer, *lines)
+    assert "of 24 text positions the first 8 are kept, the other 16 are stretched to 192" in caplog.text
+    module.configure_model()
+    after = module.model.eval()
+    assert after.config.num_text_positions == 202
+    tokenizer = build_tokenizer(cfg["model"], after.config)
+    long = tokenizer(["a red cat on a blue mountain " * 20])
+    assert long.ids.shape[1] > 100
+    export_model(tmp_path / "long", model=after, tokenizer=tokenizer)
+    loaded = load(tmp_path / "long")
+    with torch.no_grad():
+        assert torch.isfinite(after.encode_text(long)).all()
+        torch.testing.assert_close(
+            loaded.model.encode_text(loaded.require_tokenizer()(["a cat " * 50])),
+            after.encode_text(tokenizer(["a cat " * 50])),
+        )
+        short = tokenizer(TEXTS)
+        assert short.ids.shape[1] <= 8
+        assert torch.equal(before.encode_text(short), after.encode_text(short))
+        between = tokenizer(["a red cat and a green fish on a blue mountain"])
+        assert 8 < between.ids.shape[1] < 24
+        assert not torch.allclose(before.encode_text(between), after.encode_text(between), atol=1e-4)
+    assert not torch.equal(before.state_dict()[TEXT_POSITIONS][10:26], after.state_dict()[TEXT_POSITIONS][10:26])
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (("model.stretch_positions=24",), "model.stretch_positions=24: must be below 24"),
+        (("model.context_length=24",), "model.context_length=24: must be above 24"),
+        (("model.weights=null",), "model.stretch_positions=8: there are no weights to stretch"),
+        (("model.stretch_positions=0",), "model.stretch_positions=0: must be"),
+        (("model.weights=nowhere",), "model.weights=nowhere: no such file"),
+    ],
+)
+def test_what_cannot_be_stretched(composer: Composer, tmp_path: Path, lines: tuple[str, ...], said: str) -> None:
+    config = build_model_config(composer.compose([*SMALL]).cfg["model"])
+    tokenizer = build_tokenizer(composer.compose([*SMALL]).cfg["model"], config)
+    export_model(tmp_path / "own", model=M2Encoder(config), tokenizer=tokenizer)
+    given = (f"model.weights={tmp_path / 'own'}", "model.context_length=100", "model.stretch_positions=8")
+    composition = composer.compose([*SMALL, *given, *lines])
+    (problem,) = [*composition.problems, *validate_train(composition.cfg)]
+    assert format_problem(problem).startswith(said)

@@ -4,12 +4,14 @@ Captions are of several languages and roles: a name, an alias, a keyword; or the
 that a model has rewritten, a translation. The role "mixed" is a list of keywords, as people type into a search box.
 
 Reference: sampling among several captions per image, LaCLIP (arXiv:2305.20088); original and rewritten ones in turn,
-VeCLIP (arXiv:2310.07699); sentences and keywords, HQ-CLIP (arXiv:2507.22431).
+VeCLIP (arXiv:2310.07699); sentences and keywords, HQ-CLIP (arXiv:2507.22431); a long and a short one together,
+Long-CLIP (arXiv:2403.15378).
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import typing
 import unicodedata
 from bisect import bisect_right
@@ -23,16 +25,18 @@ from m2_encoder.bounds import Count, NotNegative, Rule, check_bounds
 from m2_encoder.data.samples.parse import CaptionText, SampleProblem, SampleText
 from m2_encoder.types import LANGUAGES
 
-Role: TypeAlias = Literal["name", "alias", "keyword", "original", "rewritten", "translated", "mixed"]
-CAPTION_ROLES = typing.get_args(Role)
-"""One caption of a role; or, for "mixed", several keywords as a list, sometimes with the name among them."""
-
-STORED_ROLES = CAPTION_ROLES[:-1]
+StoredRole: TypeAlias = Literal["name", "alias", "keyword", "original", "rewritten", "translated"]
+Role: TypeAlias = StoredRole | Literal["mixed"]
+STORED_ROLES = typing.get_args(StoredRole)
 """What a stored caption can be: what something is called, or a sentence about an image and where that comes from."""
+
+CAPTION_ROLES = (*STORED_ROLES, "mixed")
+"""One caption of a role; or, for "mixed", several keywords as a list, sometimes with the name among them."""
 
 _SHOWN_CHARACTERS = 64  # of a caption's form
 _PLAIN_ROLE = "original"  # of a caption without a role
 _SEPARATOR = {"en": ", ", "zh": "，"}
+_SENTENCE_END = re.compile(r"[。！？\n]+|[.!?]+(?=\s|$)")  # "3.5 m" is none
 
 
 LanguageWeights: TypeAlias = Annotated[
@@ -69,6 +73,9 @@ class CaptionSampler:
         max_keywords: longest list of keywords.
         every_language: one caption in each language, in the order of `LANGUAGES`, instead of one in all; a language
             that the image lacks is replaced by another. The image is encoded once for all its captions.
+        short: what follows each of these captions as a short one in the same language: its first sentence, without the
+            mark that ends it; or a caption of a role, which then is no long one where there are others, and the first
+            sentence where the image has none of that role. None for no short ones.
 
     Attributes:
         captions_per_image: number of sampled captions.
@@ -83,13 +90,15 @@ class CaptionSampler:
         role_weights: RoleWeights,
         max_keywords: Count = 4,
         every_language: bool = False,
+        short: Literal["first_sentence"] | StoredRole | None = None,
     ) -> None:
         self.language_weights = _in_order(language_weights, LANGUAGES)
         self.role_weights = _in_order(role_weights, CAPTION_ROLES)
         self.max_keywords = max_keywords
         self.every_language = every_language
         self.languages = tuple(language for language, weight in self.language_weights.items() if weight > 0)
-        self.captions_per_image = len(self.languages) if every_language else 1
+        self.short = short
+        self.captions_per_image = (len(self.languages) if every_language else 1) * (1 if short is None else 2)
 
     def __call__(self, text: SampleText, *, rng: np.random.Generator) -> tuple[Caption, ...]:
         """Sample `captions_per_image` captions.
@@ -105,15 +114,20 @@ class CaptionSampler:
             languages = [name if name in available else _draw(available, rng) for name in self.languages]
         else:
             languages = [_draw(available, rng)]
-        return tuple(
-            Caption(self._speak(_group_by_role(text, language), language, rng), language) for language in languages
-        )
+        said: list[Caption] = []
+        for language in languages:
+            by_role = _group_by_role(text, language)
+            said.append(Caption(self._speak(by_role, language, rng), language))
+            if self.short is not None:
+                short = by_role.get(self.short) or [first_sentence(said[-1].text)]
+                said.append(Caption(short[int(rng.integers(len(short)))], language))
+        return tuple(said)
 
     def _speak(self, by_role: Mapping[str, Sequence[str]], language: str, rng: np.random.Generator) -> str:
         choices = {
             role: weight
             for role, weight in self.role_weights.items()
-            if weight > 0 and by_role.get("keyword" if role == "mixed" else role)
+            if weight > 0 and role != self.short and by_role.get("keyword" if role == "mixed" else role)
         }
         if not choices:
             every = [text for texts in by_role.values() for text in texts]
@@ -127,6 +141,16 @@ class CaptionSampler:
         if by_role.get("name") and rng.random() < 0.5:
             chosen.insert(int(rng.integers(len(chosen) + 1)), by_role["name"][0])
         return _SEPARATOR[language].join(chosen)
+
+
+def first_sentence(text: str) -> str:
+    """A text up to the first mark that ends a sentence, Chinese or English, or the end of the line.
+
+    >>> first_sentence("A 3.5 m boat. It is red.")
+    'A 3.5 m boat'
+    """
+    parts = (part.strip() for part in _SENTENCE_END.split(text))
+    return next(filter(None, parts), text)
 
 
 def check_roles(captions: Iterable[CaptionText]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2_encoder.data.emoji.dataset import load_emoji_concepts
-from m2_encoder.data.samples.captions import CAPTION_ROLES, Caption, CaptionSampler
+from m2_encoder.data.samples.captions import CAPTION_ROLES, Caption, CaptionSampler, first_sentence
 from m2_encoder.data.samples.parse import SampleProblem, SampleText, parse_sample_text
 from m2_encoder.errors import UserError
 from m2_encoder.types import LANGUAGES
@@ -167,3 +167,41 @@ def test_every_language_speaks_once_per_image() -> None:
     assert [caption.language for caption in sampler(said(lone), rng=rng)] == ["zh", "zh"]
     one = CaptionSampler(language_weights={"zh": 1, "en": 0}, role_weights=ROLES, every_language=True)
     assert one.captions_per_image == 1
+
+
+LONG = {
+    "captions": {
+        "en": [
+            {"text": "A 3.5 m boat on a lake. It is red! Two people row.", "role": "rewritten"},
+            {"text": "boat", "role": "name"},
+        ],
+        "zh": [{"text": "湖上有一只船。船是红色的。", "role": "rewritten"}],
+    }
+}
+
+
+def test_a_short_caption_follows_each_long_one() -> None:
+    every = CaptionSampler(language_weights=EVEN, role_weights={"rewritten": 1}, every_language=True, short="name")
+    assert every.captions_per_image == 4
+    flat = draws(every, LONG)
+    assert flat[:4] == [
+        (LONG["captions"]["en"][0]["text"], "en"),
+        ("boat", "en"),
+        ("湖上有一只船。船是红色的。", "zh"),
+        ("湖上有一只船", "zh"),
+    ]
+    first = CaptionSampler(language_weights={"en": 1}, role_weights={"rewritten": 1}, short="first_sentence")
+    assert first.captions_per_image == 2
+    assert {text for text, _ in draws(first, LONG)[1::2]} == {"A 3.5 m boat on a lake"}
+
+
+def test_what_is_short_is_no_long_caption_where_there_are_others() -> None:
+    sampler = CaptionSampler(language_weights={"en": 1}, role_weights={"rewritten": 1, "name": 9}, short="name")
+    assert {text for text, _ in draws(sampler, LONG)[0::2]} == {LONG["captions"]["en"][0]["text"]}
+    alone = {"captions": {"en": [{"text": "boat", "role": "name"}]}}
+    assert {text for text, _ in draws(sampler, alone)} == {"boat"}
+
+
+@pytest.mark.parametrize("text", ["no mark", "。", "...", "v1.2 is here"])
+def test_a_text_without_a_first_sentence_is_its_own(text: str) -> None:
+    assert first_sentence(text) == text
