@@ -120,7 +120,7 @@ def train(start: Path, name: str, lines: Sequence[str], seed: int, *, quick: boo
     called = f"{name.replace(', ', '-').replace(' ', '_')}-{seed}" + ("-quick" if quick else "")
     summary = ROOT / PLACE / "runs" / called / "summary.json"
     if not summary.is_file():
-        data = (
+        data: tuple[str, ...] = (
             f"data.sources.main.shards={PLACE / 'tars'}",
             f"data.validation.mine={PLACE / 'val_long.jsonl'}",
             f"+data.validation.short={PLACE / 'val_short.jsonl'}",
@@ -129,7 +129,12 @@ def train(start: Path, name: str, lines: Sequence[str], seed: int, *, quick: boo
             "data.transform.flip=0",  # left and right are
         )
         steps = 2 if quick else STEPS
-        fixed = (f"run.folder={PLACE / 'runs'}", f"run.name={called}", f"seed={seed}", "run.resume=auto")
+        fixed: tuple[str, ...] = (
+            f"run.folder={PLACE / 'runs'}",
+            f"run.name={called}",
+            f"seed={seed}",
+            "run.resume=auto",
+        )
         fixed += (
             f"data.global_batch_size={BATCH}",
             "data.num_workers=0",
@@ -181,9 +186,9 @@ def main() -> None:
     table = [["", *SETS.values(), "minutes"], ["---", *["--:"] * (len(SETS) + 1)]]
     first, last = next(iter(ways)), list(ways)[-1]
     for label, name in (("before, cut at 24 tokens", first), ("before, stretched to 96", last)):
-        means = read_means(found[name, seeds[0]], "before")
-        table.append([label, *(f"{value:.1f}" for value in means.values()), ""])
-        report.add(label, **{key: round(value, 3) for key, value in means.items()})
+        before = read_means(found[name, seeds[0]], "before")
+        table.append([label, *(f"{value:.1f}" for value in before.values()), ""])
+        report.add(label, **{key: round(value, 3) for key, value in before.items()})
     for name in ways:
         runs = [found[name, seed] for seed in seeds]
         means = [read_means(each, "after") for each in runs]
