@@ -3,7 +3,7 @@
 A page has one large drawing and two small ones. Its long caption names all three with their keywords, the large one
 first; its short caption is the name of the large one. Training pages show known concepts in three styles; pages that
 are kept apart show known concepts in the style that the model never saw, each large drawing on four pages, which are
-all right for its name. The emoji model reads 24 tokens: about the name and the keywords of the large drawing.
+all right for its name. The emoji model reads 24 tokens, and of a longer text the last ones.
 
     python benchmarks/long_captions.py --threads 1 --json RESULT.json --document docs/adaptation.md
 
