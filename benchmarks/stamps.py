@@ -14,13 +14,15 @@ over seeds; `--quick` trains two ways for a few steps.
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from _common import Report, parse_arguments
 
@@ -34,24 +36,42 @@ LANGUAGES = {"zh_CN": "zh", "en": "en"}
 SEEDS = (0, 1, 2)
 
 WAYS: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "full, lr 1e-4": ("optimizer.lr=1.0e-4",),
-    "full, lr 1e-3": ("optimizer.lr=1.0e-3",),
-    "full, keep": ("objective=[itc,keep]",),
-    "full, layer decay 0.7": ("optimizer.layer_decay=0.7",),
+    "full": ("adaptation=full",),
+    "full, keep": ("adaptation=full", "objective=[itc,keep]"),
+    "full, layer decay 0.7": ("adaptation=full", "optimizer.layer_decay=0.7"),
     "locked image tower": ("adaptation=locked",),
     "lora": ("adaptation=lora", "optimizer.lr=1.0e-3"),
     "last": ("adaptation=last", "optimizer.lr=1.0e-3"),
     "prompts": ("adaptation=prompts", "optimizer.lr=1.0e-3"),
-    "adapters": ("adaptation=adapters", "optimizer.lr=1.0e-3"),
+    "adapters": ("adaptation=adapters", "optimizer.lr=3.0e-3"),
 }
+SHARES = {
+    "after": "",
+    "75 %": None,
+    "50 %": ", half (WiSE-FT)",
+    "25 %": None,
+    "before": None,
+}  # those of a name are shown
+LINES = ("full", "lora", "locked image tower")  # of which the weights between start and end are reported
 SETS = {"mine": "stamps", "emoji_heldout_style": "known drawings", "emoji_heldout_families": "unseen drawings"}
 
 
-def run(command: str, *lines: str) -> None:
+class Cost(NamedTuple):
+    """What a command took."""
+
+    core_minutes: float  # of all threads together: other work on the machine hardly changes it
+    peak_gb: float  # of the process, imports included
+
+
+def run(command: str, *lines: str) -> Cost:
     """One command of the project, from the root of the checkout."""
     print(f"+ {shlex.join([command, *lines])}", flush=True)
-    subprocess.run([Path(sys.executable).with_name(command), *lines], cwd=ROOT, check=True)
+    started = subprocess.Popen([Path(sys.executable).with_name(command), *lines], cwd=ROOT)
+    _, status, used = os.wait4(started.pid, 0)
+    started.returncode = os.waitstatus_to_exitcode(status)
+    if started.returncode:
+        raise SystemExit(f"{command} ended with {started.returncode}")
+    return Cost((used.ru_utime + used.ru_stime) / 60, used.ru_maxrss * 1024 / 1e9)
 
 
 def write_table(path: Path) -> int:
@@ -82,20 +102,24 @@ def prepare() -> None:
         run("m2-data", "split", f"source={PLACE / 'tars'}", f"output={PLACE / 'sides'}", "val=0.2")
 
 
-def train(name: str, lines: Sequence[str], seed: int, *, quick: bool) -> dict[str, Any]:
-    """`summary.json` of a run, which is trained if it is not there yet."""
+def train(name: str, lines: Sequence[str], seed: int, *, quick: bool) -> tuple[dict[str, Any], Cost]:
+    """`summary.json` of a run, which is trained if it is not there yet, and what that took."""
     called = f"{name.replace(', ', '-').replace(' ', '_')}-{seed}" + ("-quick" if quick else "")
-    summary = ROOT / PLACE / "runs" / called / "summary.json"
-    if not summary.is_file():
+    folder = ROOT / PLACE / "runs" / called
+    paid = folder / "cost.json"
+    if not paid.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
         data = (
             f"data.sources.main.shards={PLACE / 'sides' / 'train'}",
             f"data.validation.mine={PLACE / 'sides' / 'val'}",
         )
         short = ("trainer.max_steps=4", "trainer.val_check_interval=2", "scheduler.warmup_steps=1") if quick else ()
         fixed = (f"run.folder={PLACE / 'runs'}", f"run.name={called}", f"seed={seed}")
-        fixed += ("run.resume=auto", "run.final=last", "logger=[]")  # to choose a step by the numbers would flatter
-        run("m2-train", "+experiment=adapt", f"model.weights={START}", *data, *fixed, *lines, *short)
-    return dict(json.loads(summary.read_text(encoding="utf-8")))
+        fixed += ("run.final=last", "logger=[]")  # to choose a step by these numbers would flatter
+        cost = run("m2-train", "+experiment=adapt", f"model.weights={START}", *data, *fixed, *lines, *short)
+        paid.write_text(json.dumps(cost._asdict()), encoding="utf-8")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return dict(summary), Cost(**json.loads(paid.read_text(encoding="utf-8")))
 
 
 def read_means(summary: Mapping[str, Any]) -> dict[tuple[str, str], float]:
@@ -113,6 +137,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.1f} ± {max(abs(value - mean) for value in values):.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
+def write_section(document: Path, name: str, table: Sequence[Sequence[str]]) -> None:
+    """Replace a table in a document."""
+    text = document.read_text(encoding="utf-8")
+    document.write_text(replace_section(text, name, to_markdown(table)), encoding="utf-8")
+
+
 def main() -> None:
     def configure(parser: Any) -> None:
         parser.add_argument("--document", type=Path, metavar="FILE", help="a document whose tables are replaced")
@@ -120,30 +150,30 @@ def main() -> None:
     arguments = parse_arguments(__doc__, configure=configure)
     report = Report("The emoji model on Tux Paint's stamps", distributions=("lightning", "pillow"))
     prepare()
-    ways = {name: WAYS[name] for name in ("full", "full, keep")} if arguments.quick else WAYS
+    ways = {name: WAYS[name] for name in ("full", "last")} if arguments.quick else WAYS
     seeds = SEEDS[:1] if arguments.quick else SEEDS
-    table = [["", *(f"{title}" for title in SETS.values()), "minutes"], ["---", *["--:"] * (len(SETS) + 1)]]
+    table = [["", *SETS.values(), "core-minutes", "peak GB"], ["---", *["--:"] * (len(SETS) + 2)]]
     for name, lines in ways.items():
-        summaries = [train(name, lines, seed, quick=arguments.quick) for seed in seeds]
-        means = [read_means(summary) for summary in summaries]
-        minutes = statistics.mean(summary["wall_time_s"] for summary in summaries) / 60
+        runs = [train(name, lines, seed, quick=arguments.quick) for seed in seeds]
+        means = [read_means(summary) for summary, _ in runs]
+        minutes = statistics.mean(cost.core_minutes for _, cost in runs)
+        memory = statistics.mean(cost.peak_gb for _, cost in runs)
         if len(table) == 2:
-            table.append(["before", *(f"{means[0][dataset, 'before']:.1f}" for dataset in SETS), ""])
-        shares = [share for share in ("50 %", "after") if (next(iter(SETS)), share) in means[0]]
-        for share in shares:
+            table.append(["before", *(f"{means[0][dataset, 'before']:.1f}" for dataset in SETS), "", ""])
+        for share, label in SHARES.items() if name in LINES else [("after", "")]:
             values = {dataset: [each[dataset, share] for each in means] for dataset in SETS}
-            label = f"`{name}`" if share == "after" else f"`{name}`, half (WiSE-FT)"
-            table.append([label, *map(spread, values.values()), f"{minutes:.1f}" if share == "after" else ""])
+            if label is not None:
+                costs = [f"{minutes:.1f}", f"{memory:.2f}"] if share == "after" else ["", ""]
+                table.append([f"`{name}`{label}", *map(spread, values.values()), *costs])
             numbers = {
                 f"{dataset} {seed}": round(value, 3)
                 for dataset, own in values.items()
                 for seed, value in zip(seeds, own, strict=True)
             }
-            report.add(name, share=share, minutes=round(minutes, 2), **numbers)
+            report.add(name, share=share, core_minutes=round(minutes, 2), peak_gb=round(memory, 3), **numbers)
     print(to_markdown(table))
     if arguments.document is not None:
-        text = arguments.document.read_text(encoding="utf-8")
-        arguments.document.write_text(replace_section(text, "stamps", to_markdown(table)), encoding="utf-8")
+        write_section(arguments.document, "stamps", table)
     report.finish(json_path=arguments.json)
 
 
