@@ -31,6 +31,7 @@ from m2_encoder.evaluation.tables import replace_section, to_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = Path("outputs") / "stamps"
+TRAIN, VAL = PLACE / "sides" / "train", PLACE / "sides" / "val"
 START = Path("outputs") / "emoji" / "export"
 LANGUAGES = {"zh_CN": "zh", "en": "en"}
 SEEDS = (0, 1, 2)
@@ -102,17 +103,16 @@ def prepare() -> None:
         run("m2-data", "split", f"source={PLACE / 'tars'}", f"output={PLACE / 'sides'}", "val=0.2")
 
 
-def train(name: str, lines: Sequence[str], seed: int, *, quick: bool) -> tuple[dict[str, Any], Cost]:
+def train(
+    name: str, lines: Sequence[str], seed: int, *, quick: bool, sides: tuple[Path, Path] = (TRAIN, VAL)
+) -> tuple[dict[str, Any], Cost]:
     """`summary.json` of a run, which is trained if it is not there yet, and what that took."""
     called = f"{name.replace(', ', '-').replace(' ', '_')}-{seed}" + ("-quick" if quick else "")
     folder = ROOT / PLACE / "runs" / called
     paid = folder / "cost.json"
     if not paid.is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        data = (
-            f"data.sources.main.shards={PLACE / 'sides' / 'train'}",
-            f"data.validation.mine={PLACE / 'sides' / 'val'}",
-        )
+        data = (f"data.sources.main.shards={sides[0]}", f"data.validation.mine={sides[1]}")
         short = ("trainer.max_steps=4", "trainer.val_check_interval=2", "scheduler.warmup_steps=1") if quick else ()
         fixed = (f"run.folder={PLACE / 'runs'}", f"run.name={called}", f"seed={seed}")
         fixed += ("run.final=last", "logger=[]")  # to choose a step by these numbers would flatter

@@ -1,0 +1,79 @@
+"""How many steps an adaptation wants, by the number of pictures: recall on others after short and long runs.
+
+Sets are a quarter of Tux Paint's stamps, most of them, and clip art with English captions (Debian's
+`tuxpaint-stamps-default`, `openclipart-png` and `openclipart-svg`). All are parts of the training sides of
+`benchmarks/stamps.py` and of such a split of the clip art, so that nothing is chosen by the pictures kept apart there.
+One seed; `benchmarks/stamps.py` says how far seeds differ.
+
+    python benchmarks/adaptation_length.py --json benchmarks/results/length-MACHINE.json --document docs/adaptation.md
+
+Recalls are mean recalls in percent, of the last step; `--quick` makes two short runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import _clipart
+import stamps
+from _common import Report, parse_arguments
+
+from m2_encoder.evaluation.tables import to_markdown
+
+CLIPART = Path("outputs") / "clipart"
+TUNING, FEW = Path("tuning") / "sides", Path("tuning") / "few"
+SETS = {
+    "stamps, a quarter": (stamps.PLACE / FEW / "train", stamps.PLACE / TUNING / "val", (50, 100, 300)),
+    "stamps": (stamps.PLACE / TUNING / "train", stamps.PLACE / TUNING / "val", (50, 100, 300)),
+    "clip art": (CLIPART / TUNING / "train", CLIPART / TUNING / "val", (100, 300, 900)),
+}
+
+
+def prepare() -> None:
+    """The sides of all sets, as far as they are not there."""
+    stamps.prepare()
+    if not (stamps.ROOT / CLIPART / "sides").is_dir():
+        _clipart.write_table(stamps.ROOT / CLIPART / "clipart.jsonl")
+        stamps.run("m2-data", "pack", f"source={CLIPART / 'clipart.jsonl'}", f"output={CLIPART / 'tars'}")
+    for source, output, share in (
+        (CLIPART / "tars", CLIPART / "sides", 0.1),
+        (CLIPART / "sides" / "train", CLIPART / TUNING, 0.1),
+        (stamps.PLACE / "sides" / "train", stamps.PLACE / TUNING, 0.2),
+        (stamps.PLACE / TUNING / "train", stamps.PLACE / FEW, 0.75),
+    ):
+        if not (stamps.ROOT / output / "split.json").is_file():
+            stamps.run("m2-data", "split", f"source={source}", f"output={output}", f"val={share}")
+
+
+def main() -> None:
+    def configure(parser: Any) -> None:
+        parser.add_argument("--document", type=Path, metavar="FILE", help="a document whose table is replaced")
+
+    arguments = parse_arguments(__doc__, configure=configure)
+    report = Report("Steps of an adaptation by the size of the set", distributions=("lightning", "pillow"))
+    prepare()
+    table = [["pictures", "steps", "passes", "these", "known drawings"], ["---", *["--:"] * 4]]
+    for name, (train, val, lengths) in list(SETS.items())[: 1 if arguments.quick else None]:
+        split = json.loads((stamps.ROOT / train.parent / "split.json").read_text(encoding="utf-8"))
+        pictures = split["sides"]["train"]["samples"]
+        for steps in lengths[:2] if arguments.quick else lengths:
+            length = (f"trainer.max_steps={steps}", "trainer.val_check_interval=50")
+            called = f"{name.replace(', ', '-')} {steps}"
+            summary, cost = stamps.train(called, length, 0, quick=arguments.quick, sides=(train, val))
+            found = stamps.read_means(summary)
+            values = [found[dataset, "after"] for dataset in ("mine", "emoji_heldout_style")]
+            passes = steps * 128 / pictures
+            table.append([f"{pictures:,}, {name}", str(steps), f"{passes:.0f}", *(f"{value:.1f}" for value in values)])
+            before = found["mine", "before"]
+            numbers = {"before": round(before, 2), "these": round(values[0], 2), "known": round(values[1], 2)}
+            report.add(name, pictures=pictures, steps=steps, core_minutes=round(cost.core_minutes, 2), **numbers)
+    print(to_markdown(table))
+    if arguments.document is not None:
+        stamps.write_section(arguments.document, "adaptation-length", table)
+    report.finish(json_path=arguments.json)
+
+
+if __name__ == "__main__":
+    main()
