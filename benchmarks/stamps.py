@@ -45,6 +45,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "last": ("adaptation=last", "optimizer.lr=1.0e-3"),
     "prompts": ("adaptation=prompts", "optimizer.lr=1.0e-3"),
     "adapters": ("adaptation=adapters", "optimizer.lr=3.0e-3"),
+    "mixture": ("adaptation=mixture", "objective=[itc,routing]", "optimizer.lr=1.0e-3"),
 }
 SHARES = {
     "after": "",
