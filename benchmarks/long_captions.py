@@ -134,6 +134,7 @@ def train(start: Path, name: str, lines: Sequence[str], seed: int, *, quick: boo
             f"run.name={called}",
             f"seed={seed}",
             "run.resume=auto",
+            "adaptation=full",
         )
         fixed += (
             f"data.global_batch_size={BATCH}",

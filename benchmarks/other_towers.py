@@ -41,7 +41,15 @@ LOCKED = ("data.transform.scale=[1,1]", "+data.transform.ratio=[1,1]", "data.tra
 """Pictures without augmentation, cut to a square, whose outputs are kept."""
 
 PLAIN = ("objective=[itc]", "objective.itc.schedule=null")
-EYES = ("eyes", "+experiment=adapt", "evaluation=[retrieval]", *LOCKED, "model.cached_rows=8192", "optimizer=adamw")
+EYES = (
+    "eyes",
+    "+experiment=adapt",
+    "adaptation=full",
+    "evaluation=[retrieval]",
+    *LOCKED,
+    "model.cached_rows=8192",
+    "optimizer=adamw",
+)
 READER = ("sentences", "+experiment=text_encoder", "model=universal", "data.transform.scale=[1,1]")
 WAYS: dict[str, tuple[str, ...]] = {
     "eyes, the start's text tower": (*EYES, "model=eyes", "optimizer.lr=1.0e-3"),
