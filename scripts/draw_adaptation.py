@@ -25,6 +25,7 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 INK, MUTED, PALE = "#1f2933", "#616e7c", "#d9dee5"
 COLOURS = {"full": "#0b5394", "lora": "#c05621", "locked image tower": "#6b8e23"}
 OTHERS = "#4aa3df"
+OFFSETS = {"full": (-4, -17), "lora": (-4, -17), "locked image tower": (-4, -17), "full, layer decay 0.7": (-130, -3)}
 KEPT, GAINED = "emoji_heldout_style", "mine"
 
 Point = tuple[float, float]
@@ -47,7 +48,7 @@ def draw_line(axes: Axes, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
             note(axes, share, found[share], MUTED, (5, 5))
 
 
-def note(axes: Axes, text: str, point: Point, colour: str, offset: tuple[float, float] = (7, -3)) -> None:
+def note(axes: Axes, text: str, point: Point, colour: str, offset: tuple[float, float]) -> None:
     """A label beside a point."""
     axes.annotate(text, point, offset, textcoords="offset points", color=colour, fontsize=9, zorder=4)
 
@@ -69,7 +70,8 @@ def main() -> None:
         mean, each = read_point(row)
         axes.plot(*zip(*each, strict=True), ".", color=colour, alpha=0.5, markersize=5, zorder=1)
         axes.plot(*mean, "o", color=colour, markersize=8, zorder=3)
-        note(axes, row["what"], mean, colour if row["what"] in COLOURS else INK)
+        name = row["what"]
+        note(axes, name, mean, colour if name in COLOURS else INK, OFFSETS.get(name, (8, -3)))
     start = next(read_point(row)[0] for row in rows if row["share"] == "before")
     axes.plot(*start, "s", color=INK, markersize=8, zorder=3)
     note(axes, "before", start, INK, (-12, -16))

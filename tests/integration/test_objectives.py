@@ -62,6 +62,7 @@ def test_every_objective_composes_and_its_values_are_those_of_the_code(
     lines += [f"objective.distillation.teacher={teacher}"] if name == "distillation" else []
     lines += [f"model.weights={teacher}"] if name == "keep" else []
     lines += ["data.captions.short=name", "objective.long.components=2"] if name == "long" else []
+    lines += ["adaptation=mixture"] if name == "routing" else []
     lines += ["objective.cmim.targets.tokenizer=outputs/visual_tokenizer/export"] if name == "cmim_codes" else []
     cfg, problems = compose(composer, *lines, folder=tmp_path)
     assert problems == []
