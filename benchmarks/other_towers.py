@@ -123,7 +123,9 @@ def main() -> None:
         shrink(ROOT / PLACE / "sides" / side, ROOT / SMALL / side)
     emoji = default_emoji_folder(emoji_settings(heldout_style=HELD_OUT))
     write_emoji_shards(emoji, heldout_style=HELD_OUT)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "eyes"), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE / "eyes"), str(HERE / "sentences"), os.environ.get("PYTHONPATH", "")]
+    )
     ways = {name: WAYS[name] for name in list(WAYS)[1:4:2]} if arguments.quick else WAYS
     seeds = SEEDS[:1] if arguments.quick else SEEDS
     table = [["", *SETS.values()], ["---", *["--:"] * len(SETS)]]
