@@ -5,6 +5,7 @@ Letters: G patches along one side · D width.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from m2_encoder.checkpoints.exported import CONFIG_FILE
-from m2_encoder.checkpoints.formats import read_small_json
+from m2_encoder.checkpoints.exported import CONFIG_FILE, CONFIG_METADATA_KEY
+from m2_encoder.checkpoints.formats import read_safetensors_metadata, read_small_json
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.errors import CheckpointError, UserError
@@ -71,14 +72,17 @@ def find_context_length(weights: str | os.PathLike[str], *, model: str) -> int:
     """Most tokens of the texts that weights were trained with; later rows of their position table never were.
 
     Args:
-        weights: a file or folder that is there. An export says its length in `config.json`; a checkpoint of a run has
-            that of the run's export; others, such as the official ones, that of their name.
+        weights: a file or folder that is there. An export says its length in its weights, wherever these are moved,
+            and in `config.json`; a checkpoint of a run has that of the run's export; others, such as the official
+            ones, that of their name.
         model: name of the architecture.
 
     Raises:
-        CheckpointError: for a checkpoint of a run without an export.
+        CheckpointError: for a checkpoint of a run without an export, or a damaged file.
     """
     path = find_weights(weights)
+    if path.suffix == ".safetensors" and CONFIG_METADATA_KEY in (metadata := read_safetensors_metadata(path)):
+        return M2EncoderConfig.from_dict(json.loads(metadata[CONFIG_METADATA_KEY])).context_length
     is_of_run = path.parent.name == CHECKPOINT_FOLDER
     said = (path.parent.parent / "export" if is_of_run else path.parent) / CONFIG_FILE
     if said.is_file():

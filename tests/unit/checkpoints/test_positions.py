@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from m2_encoder import CheckpointError
+from m2_encoder.checkpoints.exported import CONFIG_METADATA_KEY, config_text
 from m2_encoder.checkpoints.positions import (
     TEXT_POSITIONS,
     check_stretch,
@@ -61,7 +63,7 @@ def test_no_square_grid(rows: int, new: int) -> None:
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps({"model": {"context_length": 10}}), encoding="utf-8")
-    (tmp_path / "model.safetensors").touch()
+    save_file({"some": torch.zeros(1)}, tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -92,6 +94,13 @@ def test_the_length_of_weights(weights: Path) -> None:
     checkpoint = weights / "run" / "checkpoints" / "last.ckpt"
     with pytest.raises(CheckpointError, match="is of a run without an export"):
         find_context_length(checkpoint, model="tiny")
+
+
+def test_weights_say_their_length_wherever_they_are(weights: Path) -> None:
+    moved = weights / "moved.safetensors"
+    said = {CONFIG_METADATA_KEY: config_text(M2EncoderConfig(context_length=60))}
+    save_file({"some": torch.zeros(1)}, moved, metadata=said)
+    assert find_context_length(moved, model="tiny") == 60, "not that of the configuration beside it, or of its name"
 
 
 @pytest.mark.parametrize(
