@@ -166,7 +166,11 @@ def test_a_teacher_must_exist_and_reads_by_its_own_tokenizer(teacher: Path, pari
         node = {"_target_": "m2_encoder.objectives.distillation.Distillation", "teacher": name}
         return build_objectives({"model": model, "objective": {"d": node}})["d"]
 
+    most = load(teacher).require_tokenizer().context_length
     assert not build(emoji, str(teacher)).readers
+    assert not build({**emoji, "context_length": most - 1}, str(teacher)).readers
+    (cut,) = build({**emoji, "context_length": most + 1}, str(teacher)).readers.values()
+    assert cut.context_length == most, "a teacher reads no more than it was trained with"
     (reader,) = build(official, str(teacher)).readers.values()
     assert reader.vocab_size == load(teacher).require_tokenizer().vocab_size
     with pytest.raises(UserError, match="no such folder"):

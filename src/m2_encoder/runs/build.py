@@ -124,12 +124,14 @@ def _load_encoder(
         loaded = load(
             name if named else find_path(name),
             weights=None if weights is None else find_path(weights),
-            tokenizer=own if named else None,
+            tokenizer=own.model_bytes if named and own is not None else None,
         )
         read = loaded.require_tokenizer()
     except UserError as error:
         raise UserError(str(error), key=argument, value=name) from error
-    return LoadedEncoder(loaded.model, None if own is not None and own.model_bytes == read.model_bytes else read)
+    # One of shorter texts would read positions that it was never trained with, or has not.
+    alike = own is not None and own.model_bytes == read.model_bytes and own.context_length <= read.context_length
+    return LoadedEncoder(loaded.model, None if alike else read)
 
 
 def _load_visual_tokenizer(argument: str, name: str) -> VisualTokenizer:
