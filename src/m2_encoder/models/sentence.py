@@ -61,7 +61,8 @@ class SentenceTokenizer:
         prompt: put before every text, such as "query: " for E5.
 
     Raises:
-        UserError: if the folder is none, has no tokenizer, or does not say a length and none is given.
+        UserError: if the folder is none, has no tokenizer, or one that cannot pad; if it does not say a length and none
+            is given; or if a length leaves no place for a text.
     """
 
     @check_bounds
@@ -76,6 +77,11 @@ class SentenceTokenizer:
         if length >= _NO_LENGTH:
             raise UserError("must be a number: the folder does not say it", key="context_length")
         self._context_length, self._prompt = length, prompt
+        if self._tokenizer.pad_token is None:
+            raise UserError("has a tokenizer without a token for padding", key="folder", value=folder)
+        if (taken := len(self._tokenizer(prompt)["input_ids"])) >= length:
+            rule = f"must be above {taken}, the tokens of every text and of the prompt"
+            raise UserError(rule, key="context_length", value=length)
 
     @property
     def vocab_size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,19 @@ def test_what_is_no_such_folder(folder: Path, tmp_path: Path) -> None:
     for build in (SentenceEncoder, SentenceTokenizer):
         with pytest.raises(UserError, match=r"cannot be loaded|has no tokenizer"):
             build(str(tmp_path))
+
+
+def test_texts_must_have_a_place_and_padding(folder: Path, tmp_path: Path) -> None:
+    """Else every text would be the same one, or batches would fail."""
+    with pytest.raises(
+        UserError, match="context_length=5: must be above 6, the tokens of every text and of the prompt"
+    ):
+        SentenceTokenizer(str(folder), context_length=5, prompt="a cat in a ")
+    with pytest.raises(UserError, match="context_length=2: must be above 2"):
+        SentenceTokenizer(str(folder), context_length=2)
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    facts = json.loads((bare / "tokenizer_config.json").read_text())
+    del facts["pad_token"]
+    (bare / "tokenizer_config.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="has a tokenizer without a token for padding"):
+        SentenceTokenizer(str(bare))
