@@ -21,6 +21,7 @@ from m2_encoder.errors import UserError, in_one_line
 from m2_encoder.types import TextTokens
 
 _MODULES_FILE: Final = "modules.json"
+_CONFIG_FILE: Final = "config.json"
 _LENGTH_FILE: Final = "sentence_bert_config.json"  # of older folders; others leave it to the tokenizer
 _NO_LENGTH: Final = 10**6  # tokenizers without a length of their own say something above
 
@@ -62,7 +63,7 @@ class SentenceTokenizer:
 
     Raises:
         UserError: if the folder is none, has no tokenizer, or one that cannot pad; if it does not say a length and none
-            is given; or if a length leaves no place for a text.
+            is given; or if a length leaves no place for a text, or exceeds the positions of the encoder.
     """
 
     @check_bounds
@@ -73,10 +74,14 @@ class SentenceTokenizer:
             self._tokenizer: Any = library.AutoTokenizer.from_pretrained(str(first), local_files_only=True)
         except Exception as error:  # as above
             raise UserError(f"has no tokenizer: {in_one_line(error)}", key="folder", value=folder) from error
-        length = context_length or _read_length(first) or self._tokenizer.model_max_length
+        said = _read_number(first / _LENGTH_FILE, "max_seq_length")
+        length = context_length or said or self._tokenizer.model_max_length
         if length >= _NO_LENGTH:
             raise UserError("must be a number: the folder does not say it", key="context_length")
         self._context_length, self._prompt = length, prompt
+        if (most := _read_number(first / _CONFIG_FILE, "max_position_embeddings")) and length > most:
+            rule = f"must be at most {most}, the positions of the encoder"
+            raise UserError(rule, key="context_length", value=length)
         if self._tokenizer.pad_token is None:
             raise UserError("has a tokenizer without a token for padding", key="folder", value=folder)
         if (taken := len(self._tokenizer(prompt)["input_ids"])) >= length:
@@ -113,10 +118,10 @@ def _find_first(folder: str) -> tuple[Path, Path]:
         raise UserError(f"{rule}; give one that its save_pretrained wrote", key="folder", value=folder) from error
 
 
-def _read_length(folder: Path) -> int | None:
-    """Most tokens of a text, as the folder says it."""
+def _read_number(path: Path, key: str) -> int | None:
+    """A whole number in a JSON file; None where there is none."""
     try:
-        found = json.loads((folder / _LENGTH_FILE).read_bytes()).get("max_seq_length")
+        found = json.loads(path.read_bytes()).get(key)
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, int) else None

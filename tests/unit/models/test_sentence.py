@@ -94,3 +94,11 @@ def test_texts_must_have_a_place_and_padding(folder: Path, tmp_path: Path) -> No
     (bare / "tokenizer_config.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="has a tokenizer without a token for padding"):
         SentenceTokenizer(str(bare))
+
+
+def test_texts_are_no_longer_than_the_positions(folder: Path) -> None:
+    """Else a run would fail at the first long caption."""
+    longest = SentenceTokenizer(str(folder), context_length=32)(["a cat " * 60])
+    assert SentenceEncoder(str(folder))(*longest).shape == (1, 16)
+    with pytest.raises(UserError, match="context_length=33: must be at most 32, the positions of the encoder"):
+        SentenceTokenizer(str(folder), context_length=33)
