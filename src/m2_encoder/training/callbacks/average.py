@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import lightning
 import torch
@@ -24,6 +24,8 @@ from m2_encoder.distributed.gradients import whole_tensor
 from m2_encoder.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_LARGE_SHARE: Final = 0.5  # of the start in the average of the last step
 
 
 class WeightAverage(lightning.Callback):
@@ -71,6 +73,8 @@ class WeightAverage(lightning.Callback):
         """Start the average, from the weights or from a checkpoint."""
         self._begin()
         self._step = trainer.global_step
+        if trainer.is_global_zero and (warning := self._describe_slowness(trainer.max_steps)):
+            logger.warning(warning)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -123,6 +127,14 @@ class WeightAverage(lightning.Callback):
         self._begin()
         _split_again(module)
         _write(self._parameters, self._average)
+
+    def _describe_slowness(self, max_steps: int) -> str | None:
+        """What to say where the average of a run's last step is still mostly what it started from."""
+        updates = (max_steps - self.start_step) // self.every_n_steps
+        if updates < 1 or (share := self.decay**updates) <= _LARGE_SHARE:
+            return None
+        said = f"after {max_steps:,} steps {share:.0%} of the average would still be the weights it starts from"
+        return f"{said}; use callbacks.ema.decay={max(0, 1 - 10 / updates):.2g}, or train longer"
 
     @torch.no_grad()
     def _begin(self) -> None:

@@ -196,3 +196,24 @@ def test_an_average_of_other_parameters_is_refused(emoji_folder: Path, tmp_path:
     torch.save(content, run.keeper.last)
     with pytest.raises(UserError, match=r"its average lacks model\.logit_scale"):
         Fitted(emoji_folder, tmp_path, WeightAverage(decay=0.5), steps=4, planned=4, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("decay", "start", "steps", "said"),
+    [
+        (0.999, 0, 100, "after 100 steps 90% of the average would still be the weights it starts from"),
+        (0.999, 0, 100, "use callbacks.ema.decay=0.9, or"),
+        (0.999, 96, 100, "use callbacks.ema.decay=0, or"),
+        (0.98, 0, 100, None),
+        (0.9, 0, 100, None),
+        (0.999, 0, 10_000, None),
+        (0.999, 100, 100, None),
+        (0.999, 0, -1, None),
+    ],
+)
+def test_an_average_that_hardly_leaves_its_start_is_named(
+    decay: float, start: int, steps: int, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, max_steps=steps)
+    WeightAverage(decay=decay, start_step=start).on_train_start(trainer, make_module())
+    assert ((said or "would still be") in caplog.text) is (said is not None)
