@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -101,9 +102,9 @@ def test_hidden_states_serve_again_where_they_are_kept(monkeypatch: pytest.Monke
     images: list[int] = []
     encode = M2Encoder.encode_image_backbone
 
-    def counted(self: M2Encoder, given: Tensor) -> Tensor:
+    def counted(self: M2Encoder, given: Tensor, **others: Any) -> Tensor:
         images.append(len(given))
-        return encode(self, given)
+        return encode(self, given, **others)
 
     monkeypatch.setattr(M2Encoder, "encode_image_backbone", counted)
     build_bench({"matching": Matching()}).evaluate(make_batch(4, 2))
