@@ -69,7 +69,7 @@ def draw_page(drawings: Sequence[bytes]) -> Image.Image:
     middle, below = (SIDE - LARGE_SIDE) // 2, SIDE - SMALL_SIDE
     places = ((middle, 0, LARGE_SIDE), (0, below, SMALL_SIDE), (below, below, SMALL_SIDE))
     for content, (left, top, side) in zip(drawings, places, strict=True):
-        drawing = Image.open(io.BytesIO(content)).convert("RGB")
+        drawing = Image.open(io.BytesIO(content), formats=("PNG", "WEBP")).convert("RGB")
         page.paste(drawing.resize((side, side), Image.Resampling.BICUBIC), (left, top))
     return page
 

@@ -72,7 +72,7 @@ def shrink(source: Path, target: Path, side: int = 224) -> None:
             for member in tar:
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]
                 if not member.name.endswith(".json"):
-                    picture = Image.open(io.BytesIO(content))
+                    picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
                     picture.thumbnail((side, side))
                     buffer = io.BytesIO()
                     picture.save(buffer, "PNG")

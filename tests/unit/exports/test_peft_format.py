@@ -19,6 +19,7 @@ from m2_encoder.exports.writing import write_export
 from m2_encoder.training.adaptation import merge_adaptation
 from m2_encoder.training.adaptations.lora import Lora
 from tests.support.models import random_images, random_text
+from tests.support.remote_code import code_apart
 
 ALSO = ["logit_scale", "projections", "norms"]
 
@@ -75,9 +76,8 @@ def test_peft_gives_the_features_of_the_merged_model(folders: tuple[Path, Path],
     transformers = pytest.importorskip("transformers", minversion="5.0", reason="opens the base")
     peft = pytest.importorskip("peft", reason="opens the adapter")
     base, run = folders
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
+    with code_apart(tmp_path / "modules"), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
         opened = transformers.AutoModel.from_pretrained(base, trust_remote_code=True)
         model = peft.PeftModel.from_pretrained(opened, run / "adapter").eval()
     assert not [each for each in said if "adapter" in str(each.message).lower() or "Unexpected" in str(each.message)]

@@ -23,6 +23,7 @@ from m2_encoder.hub import LoadedModel
 from m2_encoder.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.support.models import random_model, small_config
 from tests.support.pictures import write_picture
+from tests.support.remote_code import code_apart
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="opens what is written")
 
@@ -51,19 +52,9 @@ def _apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     def refuse(_socket: Any, address: Any) -> NoReturn:
         raise AssertionError(f"asks {address}")
 
-    with pytest.MonkeyPatch.context() as patch:
+    with code_apart(tmp_path_factory.mktemp("modules")) as patch:
         patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        _forget_code()  # of another folder, where Python would look for that of this one
         yield
-    _forget_code()
-
-
-def _forget_code() -> None:
-    """Of models that other tests opened: Python would look for ours among it."""
-    for name in [each for each in sys.modules if each.partition(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
-    sys.path[:] = [place for place in sys.path if not (Path(place) / "transformers_modules").is_dir()]
 
 
 def write(folder: Path, config: M2EncoderConfig) -> Path:

@@ -28,6 +28,7 @@ from tests.support.models import random_model, small_config
 from tests.support.once import build_once
 from tests.support.peer_models import TEXTS, picture, png, save_open_clip, save_transformers
 from tests.support.ranks import run_ranks
+from tests.support.remote_code import code_apart
 
 KINDS = ("clip", "metaclip_2", "siglip", "siglip2", "chinese_clip")
 
@@ -228,10 +229,7 @@ class OwnModel(PreTrainedModel):
 """
 
 
-def test_code_of_a_model_runs_only_if_trusted(
-    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+def test_code_of_a_model_runs_only_if_trusted(folders: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "own"
     shutil.copytree(folders("clip"), folder)
     (folder / "code.py").write_text(CODE)
@@ -242,7 +240,8 @@ def test_code_of_a_model_runs_only_if_trusted(
     )
     with pytest.raises(UserError, match=r"brings code of its own.*trust=true"):
         open_model(folder)
-    opened = open_model(folder, trust=True)
+    with code_apart(tmp_path / "cache"):
+        opened = open_model(folder, trust=True)
     assert (opened.facts.embed_dim, opened.facts.context_length) == (5, 0)
     with pytest.raises(UserError, match=r"^own: OwnModel has no get_text_features, so no text tower"):
         opened.require_texts()
