@@ -1,4 +1,4 @@
-"""What a fixture makes for the tests of its file that run in this session."""
+"""What a fixture makes for the tests of its file that run."""
 
 from __future__ import annotations
 
