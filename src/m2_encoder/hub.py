@@ -143,8 +143,8 @@ def load(
     return LoadedModel(encoder.requires_grad_(trainable), EvalTransform(config.image_size, pictures=policy), text)
 
 
-class TextTower(nn.Module):
-    """The text tower of a model of ours, as a part of `models.composed.ComposedTowers`.
+class _Tower(nn.Module):
+    """A tower of a model of ours, as a part of `models.composed.ComposedTowers`.
 
     Args:
         model: as `load` takes it, such as a folder written by `m2-export`.
@@ -153,26 +153,19 @@ class TextTower(nn.Module):
 
     def __init__(self, model: str, weights: str | None = None) -> None:
         super().__init__()
-        loaded = load(model, weights=weights, trainable=True)
-        self.encoder = loaded.model
+        self.encoder = load(model, weights=weights, trainable=True).model
+
+
+class TextTower(_Tower):
+    """The text tower; arguments as of `_Tower`."""
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """L2-normalised features, (B, E), of ids, (B, T), with True on tokens in the mask, (B, T)."""
         return self.encoder.encode_text(ids, mask)
 
 
-class ImageTower(nn.Module):
-    """The image tower of a model of ours, as a part of `models.composed.ComposedTowers`.
-
-    Args:
-        model: as `load` takes it, such as a folder written by `m2-export`.
-        weights: as `load` takes it.
-    """
-
-    def __init__(self, model: str, weights: str | None = None) -> None:
-        super().__init__()
-        loaded = load(model, weights=weights, trainable=True)
-        self.encoder = loaded.model
+class ImageTower(_Tower):
+    """The image tower; arguments as of `_Tower`."""
 
     def forward(self, images: Tensor) -> Tensor:
         """L2-normalised features, (B, E), of images, (B, 3, S, S), in 0..1."""
