@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from m2_encoder.analysis.sets import read_run_set
 from m2_encoder.analysis.table import Table
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
-from m2_encoder.config.model_choice import find_path
+from m2_encoder.config.paths import find_path
 from m2_encoder.data.retrieval_set import RetrievalSet
 from m2_encoder.errors import UserError, abridge
 from m2_encoder.evaluation.suite import SUMMARY_FILE

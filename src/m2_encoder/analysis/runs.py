@@ -16,8 +16,7 @@ from typing import Any, overload
 from m2_encoder.analysis.effects import SEED, Difference, Scored, compare_all, compare_levels
 from m2_encoder.analysis.recorded import RecordedRun, read_run
 from m2_encoder.analysis.table import Table, show_value
-from m2_encoder.config.model_choice import find_path
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import anchor, find_path
 from m2_encoder.config.sweep_jobs import read_jobs
 from m2_encoder.config.sweeps import swept_values
 from m2_encoder.errors import UserError

@@ -7,7 +7,8 @@ from typing import Any
 
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, find_emoji_folder
 from m2_encoder.config.metric_names import EMOJI_SETS
-from m2_encoder.config.model_choice import find_path, model_shape
+from m2_encoder.config.model_choice import model_shape
+from m2_encoder.config.paths import find_path
 from m2_encoder.data.emoji.dataset import write_emoji_shards
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.data.retrieval_set import RetrievalSet, read_retrieval_set

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import find_path
 from m2_encoder.data.packing.listed import ClassTexts
 from m2_encoder.data.packing.sources import Source
 from m2_encoder.data.samples.language import read_language
@@ -30,7 +30,7 @@ def read_classes(cfg: Mapping[str, Any], source: Source) -> dict[str, ClassTexts
     if source.format != "folder":
         raise UserError("belongs to a folder of pictures; leave it out", key="classes", value=cfg["classes"])
     root = source.paths[0]
-    labels = None if cfg["classes"] == _FOLDERS else str(anchor(cfg["classes"]))
+    labels = None if cfg["classes"] == _FOLDERS else str(find_path(cfg["classes"]))
     try:
         found = read_image_folder(root, labels=labels).classes
     except UserError as error:
@@ -60,6 +60,6 @@ def _source_of(templates: str | Mapping[str, str], language: str) -> str:
             raise UserError(f"must have those of {language}, which classes are named in", value=dict(templates))
         if source in FAMILIES:
             return source
-        if not (path := anchor(source)).is_file():
+        if not (path := find_path(source)).is_file():
             raise UserError(f"no such family or file; choose {', '.join(FAMILIES)}, or a file", value=source)
         return str(path)

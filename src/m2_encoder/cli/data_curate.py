@@ -6,9 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import os
-import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from annotated_types import Ge, Le
@@ -18,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from m2_encoder.bounds import Fraction, Paths, Text, Workers
 from m2_encoder.config.check import check_settings, check_values, make_settings, read_parameters
 from m2_encoder.config.job import EXIT_USER_ERROR
-from m2_encoder.config.model_choice import device_of, find_path, model_problems
+from m2_encoder.config.model_choice import device_of, model_problems
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import anchor, find_path, find_pattern
 from m2_encoder.config.problems import Unset, find_problems
 from m2_encoder.curation.settings import CurationSettings, LengthLimit, ScoreSettings
 from m2_encoder.data.samples.language import LanguageName, read_language
@@ -260,7 +258,7 @@ def _list_shards(cfg: Mapping[str, Any]) -> list[Any]:
         name = path.resolve().name if path is not None and path.is_dir() else ""
         shards = {name if is_source_name(name) else "main": shards}
     found = {
-        str(name): [_place(part) for part in (parts if isinstance(parts, list) else [parts])]
+        str(name): [_absolute(find_pattern(part)) for part in (parts if isinstance(parts, list) else [parts])]
         for name, parts in shards.items()
     }
     languages = language if isinstance(language, Mapping) else dict.fromkeys(found, language)
@@ -268,13 +266,8 @@ def _list_shards(cfg: Mapping[str, Any]) -> list[Any]:
     return list_shards(found, named)
 
 
-def _place(part: str) -> str:
-    """A path, or a pattern of paths, from the working directory or else from the checkout's root."""
-    if "://" in part:
-        return part
-    fixed = re.split(r"[*?\[{]", part, maxsplit=1)[0]  # a pattern is where its folder is
-    folder = Path(part if fixed == part else os.path.dirname(fixed) or ".").expanduser()
-    return os.path.abspath(os.path.expanduser(part)) if folder.exists() else str(anchor(part))
+def _absolute(part: str) -> str:
+    return part if "://" in part else os.path.abspath(os.path.expanduser(part))
 
 
 def _settings(cfg: Mapping[str, Any]) -> CurationSettings:

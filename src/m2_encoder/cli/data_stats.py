@@ -12,8 +12,9 @@ from m2_encoder.bounds import Text
 from m2_encoder.cli.data_check import SurveySettings, source_problems, survey, title_of, tokenizer_problems
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.job import EXIT_USER_ERROR
-from m2_encoder.config.model_choice import find_path, output_problems
+from m2_encoder.config.model_choice import output_problems
 from m2_encoder.config.output import say
+from m2_encoder.config.paths import find_path
 from m2_encoder.config.problems import find_problems
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
 from m2_encoder.data.inspect.inspection import InspectionOptions

@@ -18,8 +18,9 @@ from m2_encoder.checkpoints.matching_head import has_head, read_head
 from m2_encoder.cli.evaluate_suites import Measured, check_models, measure_suites, refuse_failed
 from m2_encoder.config.check import check_settings, check_targets
 from m2_encoder.config.emoji_folder import emoji_folder_problems, find_emoji_folder
-from m2_encoder.config.model_choice import device_of, find_path, is_model_name, load_from, output_problems
+from m2_encoder.config.model_choice import device_of, is_model_name, load_from, output_problems
 from m2_encoder.config.output import say
+from m2_encoder.config.paths import find_path
 from m2_encoder.config.problems import find_problems
 from m2_encoder.config.schema import Pictures, check_tasks
 from m2_encoder.data.emoji.dataset import EMOJI_SPLITS, EmojiStyle, Split, write_emoji_shards

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from m2_encoder.config.model_choice import arguments_of_load, find_path, is_model_name, model_problems
+from m2_encoder.config.model_choice import arguments_of_load, is_model_name, model_problems
 from m2_encoder.config.output import say
+from m2_encoder.config.paths import find_path
 from m2_encoder.config.problems import Unset, find_problems, refuse_all
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.distributed.ranks import is_first_rank

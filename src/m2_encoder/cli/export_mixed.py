@@ -11,8 +11,9 @@ from m2_encoder.checkpoints.card import CardInfo, model_card
 from m2_encoder.checkpoints.card_words import MIXED, OF_ITS_WEIGHTS
 from m2_encoder.checkpoints.export import export_model
 from m2_encoder.checkpoints.mixing import check_shares, mix_models
-from m2_encoder.config.model_choice import find_path, load_from, model_problems
+from m2_encoder.config.model_choice import load_from, model_problems
 from m2_encoder.config.output import say
+from m2_encoder.config.paths import find_path
 from m2_encoder.config.trusted import refuse_foreign
 from m2_encoder.errors import Problem, UserError
 from m2_encoder.exports.base import ExportSource

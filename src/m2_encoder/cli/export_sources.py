@@ -26,14 +26,13 @@ from m2_encoder.cli.export_mixed import is_mixed, mixed_problems
 from m2_encoder.config.model_choice import (
     build_model_config,
     build_tokenizer,
-    find_path,
     is_model_name,
     load_from,
     model_problems,
     needs_tokenizer,
     weights_of,
 )
-from m2_encoder.config.paths import anchor, default_run_folder
+from m2_encoder.config.paths import anchor, default_run_folder, find_path
 from m2_encoder.config.problems import UNSET
 from m2_encoder.data.images.transforms import EvalTransform
 from m2_encoder.errors import CheckpointError, Problem
@@ -61,7 +60,7 @@ def named_checkpoint(cfg: Mapping[str, Any]) -> Path:
         CheckpointError: if `last` is asked for and none is whole.
     """
     named, folder = str(cfg["checkpoint"]), default_run_folder(dict(cfg))
-    return find_checkpoint(folder, named) or (folder / LAST_CHECKPOINT if named == "last" else anchor(named))
+    return find_checkpoint(folder, named) or (folder / LAST_CHECKPOINT if named == "last" else find_path(named))
 
 
 def run_problems(cfg: Mapping[str, Any]) -> list[Problem]:
@@ -151,7 +150,7 @@ def model_source(cfg: dict[str, Any]) -> ExportSource:
     Raises:
         UserError: as `m2_encoder.load`.
     """
-    loaded = load_from({**cfg, **_CPU}, adapter=None if cfg["adapter"] is None else anchor(cfg["adapter"]))
+    loaded = load_from({**cfg, **_CPU}, adapter=None if cfg["adapter"] is None else find_path(cfg["adapter"]))
     tokenizer = loaded.require_tokenizer()
     folder = find_path(cfg["model"])
     if _is_whole(cfg) and (folder / CARD_FILE).is_file():

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from m2_encoder.cli.search_query import ShownSettings, shown_problems
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import find_path
 from m2_encoder.config.output import say
+from m2_encoder.config.paths import find_path
 from m2_encoder.errors import Problem, abridge
 from m2_encoder.picture_search.contact_sheet import Cell, Section, draw_sheet
 from m2_encoder.picture_search.duplicates import Group, find_duplicates

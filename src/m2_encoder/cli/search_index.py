@@ -13,7 +13,6 @@ from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import (
     arguments_of_load,
     device_of,
-    find_path,
     is_model_name,
     model_problems,
     needs_tokenizer,
@@ -21,6 +20,7 @@ from m2_encoder.config.model_choice import (
     takes_files,
 )
 from m2_encoder.config.output import say
+from m2_encoder.config.paths import find_path
 from m2_encoder.config.problems import UNSET, Unset, find_problems
 from m2_encoder.config.schema import Pictures
 from m2_encoder.errors import NOTHING, Problem, UserError

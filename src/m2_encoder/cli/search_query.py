@@ -12,15 +12,9 @@ import numpy as np
 
 from m2_encoder.bounds import Count, Text
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import (
-    device_of,
-    find_path,
-    is_model_name,
-    model_problems,
-    runtime_problems,
-    takes_files,
-)
+from m2_encoder.config.model_choice import device_of, is_model_name, model_problems, runtime_problems, takes_files
 from m2_encoder.config.output import say
+from m2_encoder.config.paths import find_path
 from m2_encoder.config.problems import UNSET, find_problems
 from m2_encoder.errors import Problem, UserError, abridge
 from m2_encoder.evaluation.models.base import EvaluatedModel

@@ -18,16 +18,9 @@ from rich.progress import Progress
 from m2_encoder.bounds import Text
 from m2_encoder.checkpoints.download import is_url
 from m2_encoder.config.check import check_settings
-from m2_encoder.config.model_choice import (
-    device_of,
-    find_path,
-    is_model_name,
-    model_problems,
-    needs_tokenizer,
-    runtime_problems,
-)
+from m2_encoder.config.model_choice import device_of, is_model_name, model_problems, needs_tokenizer, runtime_problems
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import anchor, find_path
 from m2_encoder.config.problems import UNSET, find_problems
 from m2_encoder.data.emoji.drawings import write_drawings
 from m2_encoder.errors import NOTHING, Problem, UserError

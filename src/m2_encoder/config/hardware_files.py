@@ -9,8 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from m2_encoder.config.model_choice import find_path
-from m2_encoder.config.paths import find_conf
+from m2_encoder.config.paths import find_conf, find_path
 from m2_encoder.config.problems import flatten, nearest, show
 from m2_encoder.errors import UserError
 

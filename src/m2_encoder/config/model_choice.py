@@ -26,7 +26,7 @@ from m2_encoder.checkpoints.exported import (
 from m2_encoder.checkpoints.released import RELEASES, find_release, is_offline
 from m2_encoder.checkpoints.weight_files import find_weights
 from m2_encoder.config.foreign_model import constructor_node, towers_config
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import find_path
 from m2_encoder.config.problems import Unset
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.data.emoji.dataset import load_emoji_tokenizer_model
@@ -42,12 +42,6 @@ _FIGURE_SUFFIXES: Final = (".png", ".svg", ".pdf")
 _OUTPUTS: Final = ("output", "plot", "page")
 EMBEDDED_TOKENIZER: Final = "emoji"
 NO_ENCODER: Final = "is a visual tokenizer, not an encoder; give a folder that m2-export wrote"
-
-
-def find_path(value: str) -> Path:
-    """A path from the working directory or, if nothing is there, from the checkout's root."""
-    here = Path(value).expanduser()
-    return here if here.exists() else anchor(value)
 
 
 def format_of(value: str) -> str | None:
@@ -163,7 +157,7 @@ def build_towers(model: Mapping[str, Any], tokenizer: SentencePieceTokenizer | F
 
 
 def _load_weights(towers: TwoTowers, name: str) -> None:
-    path = anchor(name)
+    path = find_path(name)
     try:
         state: Any = (
             load_file(path)
@@ -190,7 +184,7 @@ def build_tokenizer(model: Mapping[str, Any], config: M2EncoderConfig | TowersCo
     name = str(model["tokenizer"])
     if name == EMBEDDED_TOKENIZER:
         return SentencePieceTokenizer(load_emoji_tokenizer_model(), context_length=config.context_length)
-    path = anchor(name)
+    path = find_path(name)
     if not path.is_file():
         fix = f"give `{EMBEDDED_TOKENIZER}` or the path of a SentencePiece model, such as the official sp.model"
         raise UserError(f"no such file; {fix}", key="model.tokenizer", value=name)
@@ -229,7 +223,7 @@ def tokenizer_of(cfg: Mapping[str, Any]) -> SentencePieceTokenizer | None:
         config = dataclasses.replace(config, context_length=length or config.context_length)
         return build_tokenizer({"tokenizer": path}, config)
     except UserError as error:
-        raise UserError(str(error).removeprefix(f"{anchor(path)}: "), key="tokenizer", value=tokenizer) from error
+        raise UserError(str(error).removeprefix(f"{find_path(path)}: "), key="tokenizer", value=tokenizer) from error
 
 
 def load_from(cfg: dict[str, Any], *, adapter: Path | None = None) -> LoadedModel:

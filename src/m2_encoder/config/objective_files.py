@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from m2_encoder.checkpoints.exported import CONFIG_FILE, FORMAT, VISUAL_TOKENIZER_FORMAT, WEIGHTS_FILE
 from m2_encoder.config.known import Known
-from m2_encoder.config.model_choice import NO_ENCODER, find_path, format_of, is_model_name
+from m2_encoder.config.model_choice import NO_ENCODER, format_of, is_model_name
+from m2_encoder.config.paths import find_path
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.errors import Problem
 from m2_encoder.objectives.base import active

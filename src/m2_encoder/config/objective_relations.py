@@ -94,10 +94,11 @@ def check_captions(known: Known) -> Iterator[Problem]:
     """Objectives that compare the captions of an image need several of them, or a short one beside each."""
     targets = {name: str(known(f"objective.{name}._target_", "")) for name in _active(known)}
     pairs = [name for name, target in targets.items() if target.endswith(".LongCaptions")]
-    if pairs and known.has("data.captions") and known("data.captions.short", None) is None:
+    key = "data.captions.short"
+    if pairs and known.has("data.captions") and known(key, "wrong, as reported" if known.has(key) else None) is None:
         rule = f"must be given: objective.{pairs[0]} compares an image with a long and a short caption"
         fix = "use data.captions.short=first_sentence, or the role of the short ones, such as name"
-        yield Problem("data.captions.short", None, rule, fix)
+        yield Problem(key, None, rule, fix)
     if known("data.captions.every_language", True):
         return
     for name, target in targets.items():

@@ -6,6 +6,8 @@ They work from any folder of a checkout, from elsewhere with an editable install
 from __future__ import annotations
 
 import filecmp
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -86,6 +88,21 @@ def anchor(path: str | Path, start: Path | None = None) -> Path:
     if path.is_absolute():
         return path
     return (find_checkout(start) or (start or Path.cwd()).resolve()) / path
+
+
+def find_path(path: str | Path) -> Path:
+    """A path that is read: from the working directory or, if nothing is there, from the checkout's root."""
+    here = Path(path).expanduser()
+    return here if here.exists() else anchor(path)
+
+
+def find_pattern(pattern: str) -> str:
+    """The same for a path with braces or wildcards, which is where its folder is; urls stay as they are."""
+    fixed = re.split(r"[*?\[{]", pattern, maxsplit=1)[0]
+    folder = pattern if fixed == pattern else os.path.dirname(fixed)
+    if "://" in pattern or Path(folder).expanduser().exists() or not anchor(folder).exists():
+        return pattern
+    return str(anchor(pattern))
 
 
 def has_checkpoint(run_folder: Path) -> bool:

@@ -20,7 +20,15 @@ from m2_encoder.config.known import Known, count_devices, count_gpus, count_rank
 from m2_encoder.config.loggers import check_loggers
 from m2_encoder.config.model_choice import build_model_config, build_tokenizer, takes_files
 from m2_encoder.config.objective_files import check_files
-from m2_encoder.config.paths import LAST_CHECKPOINT, RUN_LOCK, anchor, default_run_folder, has_checkpoint, is_debug
+from m2_encoder.config.paths import (
+    LAST_CHECKPOINT,
+    RUN_LOCK,
+    anchor,
+    default_run_folder,
+    find_path,
+    has_checkpoint,
+    is_debug,
+)
 from m2_encoder.config.problems import UNSET, find_problems, show
 from m2_encoder.config.run_folder import holds_run, is_at_work, is_there
 from m2_encoder.config.schema import MODEL_FIELDS, REAL_MODEL_FIELDS, is_foreign
@@ -73,7 +81,7 @@ def _check_model(known: Known) -> Iterator[Problem]:
 
 def _check_weights(known: Known) -> Iterator[Problem]:
     weights = known("model.weights", None)
-    if weights is not None and not weights.startswith(("http://", "https://")) and not anchor(weights).exists():
+    if weights is not None and not weights.startswith(("http://", "https://")) and not find_path(weights).exists():
         fix = "give the path of a checkpoint, or null to train from scratch"
         yield Problem("model.weights", weights, "no such file", fix)
     for name in ("num_prompts", "adapter_width", "mixture_copies"):
@@ -97,7 +105,7 @@ def _check_stretch(known: Known) -> Iterator[Problem]:
         name = known("model.name")
         new = known("model.context_length") or NAME_TO_CONFIG[name].context_length
         try:
-            check_stretch(keep, old=find_context_length(anchor(weights), model=name), new=new)
+            check_stretch(keep, old=find_context_length(find_path(weights), model=name), new=new)
         except UserError as error:
             yield from find_problems(error.under("model"))
 
@@ -124,7 +132,7 @@ def _check_tokenizer(known: Known) -> Iterator[Problem]:
     if mapped := known("model.map_tokenizer", None):
         if known("model.weights", None) is None:
             yield Problem("model.map_tokenizer", mapped, "there are no weights to map", "add model.weights=FILE")
-        if isinstance(mapped, str) and not anchor(mapped).is_file():
+        if isinstance(mapped, str) and not find_path(mapped).is_file():
             yield Problem("model.map_tokenizer", mapped, "no such file", "give true, or the tokenizer of the weights")
         if tokenizer.vocab_size != vocab_size:
             rule = f"must be {tokenizer.vocab_size}, the pieces of model.tokenizer={name}, where pieces are mapped"

@@ -30,7 +30,7 @@ import torch
 
 from m2_encoder.bounds import Text, check_bounds
 from m2_encoder.checkpoints.card_words import Words
-from m2_encoder.config.model_choice import find_path
+from m2_encoder.config.paths import find_path
 from m2_encoder.data.emoji.drawings import write_drawings
 from m2_encoder.data.images.opening import name_format, open_picture, read_picture_file
 from m2_encoder.data.images.suffixes import PICTURE_SUFFIXES

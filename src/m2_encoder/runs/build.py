@@ -24,11 +24,10 @@ from m2_encoder.config.model_choice import (
     build_any_tokenizer,
     build_model_config,
     build_towers,
-    find_path,
     is_model_name,
     model_shape,
 )
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import anchor, find_path, find_pattern
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.data.masking.batch_masking import build_masking
@@ -149,6 +148,7 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> l
         data["folder"] = str(anchor(data["folder"]))
     elif data["_target_"] == EMOJI_TARGET:
         data["folder"] = str(find_emoji_folder(None, {"heldout_style": data["heldout_style"]}))
+    _find_shards(data)
     _add_readers(data, objectives)
     tokenizer = build_any_tokenizer(cfg["model"])
     pictures = read_policy(cfg["model"].get("pictures") or STANDARD)
@@ -169,6 +169,16 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> l
         rule = f"makes {type(made).__name__}, which is no LightningDataModule"
         raise UserError(rule, key="data._target_", value=data["_target_"])
     return made
+
+
+def _find_shards(data: dict[str, Any]) -> None:
+    """Let shards and validation sets be where the other commands read and write them: see `find_pattern`."""
+    for name, source in (data.get("sources") or {}).items():
+        shards = source["shards"]
+        found = [find_pattern(each) for each in shards] if isinstance(shards, list) else find_pattern(shards)
+        data["sources"] = {**data["sources"], name: {**source, "shards": found}}
+    if data.get("validation"):
+        data["validation"] = {name: find_pattern(path) for name, path in data["validation"].items()}
 
 
 def _add_readers(data: dict[str, Any], objectives: Mapping[str, Objective]) -> None:
@@ -238,8 +248,8 @@ def load_start(model: Mapping[str, Any], *, trainable: bool = False) -> M2Encode
     if weights is None:
         return None
     config, tokenizer = build_model_config(model), build_any_tokenizer(model)
-    source = weights if str(weights).startswith(("http://", "https://")) else anchor(weights)
-    mapped = mapped if isinstance(mapped, bool) else anchor(mapped)
+    source = weights if str(weights).startswith(("http://", "https://")) else find_path(weights)
+    mapped = mapped if isinstance(mapped, bool) else find_path(mapped)
     loaded = load(
         config,
         weights=source,
@@ -263,7 +273,7 @@ def build_adaptation(cfg: Mapping[str, Any], model: M2EncoderConfig | None) -> A
     except TargetError as error:  # of a run that was trained elsewhere
         raise UserError(error.text, key="adaptation._target_", value=node["_target_"]) from error
     if isinstance(start := node.get("start"), str):
-        node = {**node, "start": str(anchor(start))}
+        node = {**node, "start": str(find_path(start))}
     try:
         adaptation = instantiate(node)
     except InstantiationException as error:

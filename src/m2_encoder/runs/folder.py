@@ -26,7 +26,7 @@ from m2_encoder.config.model_choice import EMBEDDED_TOKENIZER, build_model_confi
 from m2_encoder.config.objective_files import find_files
 from m2_encoder.config.old_names import update_names
 from m2_encoder.config.paths import LAST_CHECKPOINT as LAST_CHECKPOINT
-from m2_encoder.config.paths import RUN_LOCK, anchor, is_debug
+from m2_encoder.config.paths import RUN_LOCK, find_path, is_debug
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.trusted import check_values_only, find_targets
 from m2_encoder.distributed.ranks import is_first_rank
@@ -233,12 +233,12 @@ def find_frozen(cfg: Mapping[str, Any], *, trusted: Collection[str] | None = Non
     found: dict[str, Frozen] = {}
     tokenizer = cfg["model"].get("tokenizer")
     if cfg.get("task") is None and isinstance(tokenizer, str) and tokenizer != EMBEDDED_TOKENIZER:
-        found["model.tokenizer"] = Frozen("model.tokenizer", tokenizer, anchor(tokenizer))
+        found["model.tokenizer"] = Frozen("model.tokenizer", tokenizer, find_path(tokenizer))
     files = find_files(cfg.get("objective") or {}, trusted=trusted)
     found |= {file.key: Frozen(*file.locate()) for file in files if not file.is_start}
     weights = cfg["model"].get("weights")
     if isinstance(weights, str) and not is_url(weights) and any(file.is_start for file in files):
-        found["model.weights"] = Frozen("model.weights", weights, find_weights(anchor(weights)))
+        found["model.weights"] = Frozen("model.weights", weights, find_weights(find_path(weights)))
     return {what: each for what, each in found.items() if each.path.is_file()}
 
 

@@ -10,9 +10,9 @@ from m2_encoder.checkpoints.download import is_url
 from m2_encoder.checkpoints.exported import find_pictures
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER
 from m2_encoder.checkpoints.weight_files import find_weights
-from m2_encoder.config.model_choice import build_model_config, find_path, is_model_name
+from m2_encoder.config.model_choice import build_model_config, is_model_name
 from m2_encoder.config.objective_files import find_files
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import find_path
 from m2_encoder.config.problems import show
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.errors import Problem, UserError
@@ -59,10 +59,10 @@ def pictures_of_weights(model: Mapping[str, Any]) -> PicturePolicy:
     """
     weights = model["weights"]
     if is_foreign(model):
-        return find_pictures(anchor(weights)) or STANDARD
+        return find_pictures(find_path(weights)) or STANDARD
     if is_url(weights):
         return choose_pictures(build_model_config(model), weights)
-    path = find_weights(anchor(weights))
+    path = find_weights(find_path(weights))
     run = path.parent.parent / CONFIG_FILE
     if path.parent.name == CHECKPOINT_FOLDER and run.is_file():
         return read_policy(read_run(run, needed=("model",))["model"].get("pictures") or STANDARD)

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from m2_encoder.checkpoints.training_state import CHECKPOINT_FOLDER, Newest, find_newest
-from m2_encoder.config.model_choice import build_any_tokenizer, find_path
+from m2_encoder.config.model_choice import build_any_tokenizer
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import default_run_folder, is_debug
+from m2_encoder.config.paths import default_run_folder, find_path, is_debug
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.sweep_jobs import EXIT_PRUNED
 from m2_encoder.errors import abridge

@@ -6,15 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from m2_encoder.config.model_choice import find_path, model_problems, output_problems
+from m2_encoder.config.model_choice import model_problems, output_problems
 from m2_encoder.config.problems import format_problem
-
-
-def test_paths_count_from_the_working_directory_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert find_path("here").samefile(tmp_path / "here")
-    assert find_path("outputs/nowhere").is_absolute()
 
 
 def config(**changes: object) -> dict[str, object]:

@@ -77,3 +77,19 @@ def test_relative_paths_count_from_the_checkout_or_the_working_directory(checkou
     assert paths.anchor("outputs", tmp_path) == tmp_path / "outputs"
     assert paths.anchor("/elsewhere/outputs", checkout) == Path("/elsewhere/outputs")
     assert paths.anchor("~/outputs", checkout) == Path.home() / "outputs"
+
+
+def test_what_is_read_counts_from_the_working_directory_first(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = checkout / "notebooks"
+    for folder in (checkout / "sides", checkout / "tars", inside / "tars"):
+        folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(inside)
+    assert paths.find_path("tars").samefile(inside / "tars")
+    assert paths.find_path("sides") == checkout / "sides"
+    assert paths.find_path("nowhere") == checkout / "nowhere"
+    assert paths.find_pattern("tars/{000..009}.tar") == "tars/{000..009}.tar"
+    assert paths.find_pattern("sides/*.tar") == str(checkout / "sides" / "*.tar")
+    assert paths.find_pattern("sides") == str(checkout / "sides")
+    assert paths.find_pattern("[a-z].tar") == "[a-z].tar"
+    for as_it_is in ("nowhere/*.tar", "https://host/{000..009}.tar", str(checkout / "sides")):
+        assert paths.find_pattern(as_it_is) == as_it_is

@@ -260,7 +260,8 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
         )
     if report.is_whole and 0 < report.usable < report.batch_size:
         found.append(
-            f"{report.usable:,} usable samples are fewer than a batch of {report.batch_size:,}: they repeat in it"
+            f"{report.usable:,} usable samples are fewer than a batch of {report.batch_size:,}: they repeat in it; "
+            f"for example data.global_batch_size={2 ** (report.usable.bit_length() - 1)}"
         )
     found += [] if report.tokens is None else report.tokens.warnings()
     if report.left_out:

@@ -122,7 +122,7 @@ def test_warnings(tmp_path: Path) -> None:
         "1 shard(s) are no tars",
             "75.0% of the rows of a batch of 4 have a false negative (equal captions: m2-data curate ",
             "duplicates.captions=N", "identity in the .json",
-        "4 usable samples are fewer than a batch of 16", "all captions are in en",
+        "4 usable samples are fewer than a batch of 16", "data.global_batch_size=4", "all captions are in en",
     ):  # fmt: skip
         assert part in text
     assert not report.problems
