@@ -31,7 +31,7 @@ from m2_encoder.types import ImageTextBatch, MaskedText, TextTokens
 from tests.support.ranks import run_lightning_ranks
 from tests.support.training import LIGHTNING_WARNINGS, make_module, make_trainer, tiny_config
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
+pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS)]
 
 RANKS, ROWS, STEPS, CUT = 2, 4, 5, 2
 STRATEGIES = {"ddp": GroupedDDPStrategy, "fsdp": GroupedFSDPStrategy}

@@ -63,7 +63,7 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     ],
     ids=["at-validation", "dropped", "sanity", "every-step"],
 )
-@pytest.mark.parametrize("ends", ["stop", "terminate"])
+@pytest.mark.parametrize("ends", ["stop", pytest.param("terminate", marks=pytest.mark.slow)])
 def test_validation_moves_nothing(
     whole: tuple[dict[str, Any], dict[int, list[str]]],
     shards: Path,

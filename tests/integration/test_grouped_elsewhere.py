@@ -57,12 +57,10 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, float]:
     return _run(FOUR_RANKS, 4, tmp_path_factory.mktemp("four"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "case"),
-    [
-        *(("two_ranks", case) for case in TWO_RANKS),
-        *(pytest.param("four_ranks", case, marks=pytest.mark.slow) for case in FOUR_RANKS),
-    ],
+    [*(("two_ranks", case) for case in TWO_RANKS), *(("four_ranks", case) for case in FOUR_RANKS)],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, Case) else value,
 )
 def test_gradients_are_those_of_one_process(ranks: str, case: Case, request: pytest.FixtureRequest) -> None:

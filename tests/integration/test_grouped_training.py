@@ -81,10 +81,11 @@ def train_alone(folder: Path, emoji_folder: Path, *, groups: int) -> dict[str, l
     return losses_of(folder / "alone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "overrides"),
     [
-        pytest.param(1, ("strategy.micro_batches=4",), marks=pytest.mark.slow),
+        (1, ("strategy.micro_batches=4",)),
         (2, ("strategy=grouped_ddp", "trainer.devices=2", "strategy.group_size=1", "strategy.micro_batches=2")),
     ],
     ids=["one-rank-four-pieces", "two-groups-two-pieces"],

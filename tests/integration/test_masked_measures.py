@@ -34,7 +34,7 @@ WORDS = {"accuracy", "other_accuracy", "commonest_accuracy", "loss", "other_loss
 PATCHES = {"loss", "other_loss", "mean_loss"}
 
 
-@pytest.mark.parametrize("objectives", ["itc,cmlm,cmim", "itc"])
+@pytest.mark.parametrize("objectives", [pytest.param("itc,cmlm,cmim", marks=pytest.mark.slow), "itc"])
 def test_end_of_a_run(
     composer: Composer, emoji_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], objectives: str
 ) -> None:

@@ -22,8 +22,8 @@ from tests.support.slow_parts import choose_parts
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = list_notebooks()
 EVERY = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-FEW = ("run", "search")
-"""They read one run, not a sweep. The others are slow."""
+FEW = ("run",)
+"""It reads one run, not a sweep. The others are slow."""
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # ipykernel's own use of Python; nothing that a notebook can mend.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -92,7 +92,7 @@ def _save_teacher(folder: Path, *, width: int) -> Path:
     return export_model(folder, model=M2Encoder(config), tokenizer=tokenizer, overwrite=True)
 
 
-@pytest.mark.parametrize("num_codes", [8, 12])
+@pytest.mark.parametrize("num_codes", [8, pytest.param(12, marks=pytest.mark.slow)])
 def test_another_visual_tokenizer_at_the_same_place(start: Start, refuse: Any, tmp_path: Path, num_codes: int) -> None:
     folder = _save_tokenizer(tmp_path / "codes")
     key = "objective.cmim.targets.tokenizer"
@@ -206,6 +206,7 @@ def test_a_sweep_goes_on_with_no_run_that_has_other_settings(
     assert not (tmp_path / "r-seed=0").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_starts_again_where_jobs_are_finished(start: Start, tmp_path: Path) -> None:
     assert start("run.name=r-seed=1", "seed=1") == 0
     assert start("-m", "seed=0,1", "run.resume=auto", "evaluation=[]") == 0

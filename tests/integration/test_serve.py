@@ -133,7 +133,7 @@ def _ask_all(client: Client, folder: Path, number: int) -> Answer:
 GOOD = (0, 1, 2, 3, 4, 5, 9)
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_process_answers_all_doors_at_once_and_ends_by_ctrl_c(folder: Path, repo_root: Path, runtime: str) -> None:
     given = ("index=photos.index", f"runtime={runtime}")
     with _start(folder, repo_root, name=f"offline-{runtime}", first=NO_NETWORK, given=given) as started:

@@ -145,7 +145,7 @@ def test_another_seed_is_another_run(whole: Outcome, emoji_folder: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("stop", "workers"),
-    [(MIDDLE, 0), (MIDDLE, 2), (5, 0), (4, 0)],
+    [(MIDDLE, 0), (MIDDLE, 2), pytest.param(5, 0, marks=pytest.mark.slow), (4, 0)],
     ids=["middle", "workers", "between-logs", "at-validation"],
 )
 def test_interrupted_and_continued_is_bit_identical(

@@ -132,7 +132,7 @@ def read(
     return [[row for group in zip(*parts_, strict=True) for row in group] for parts_ in zip(*parts, strict=True)], last
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(sources=sources_of(), order=ORDERS, layouts=st.lists(LAYOUTS, min_size=2, max_size=3), data=st.data())
 def test_states_hold_what_was_handed_over_on_any_layout(
     sources: dict[str, Source], order: Order, layouts: list[tuple[int, int]], data: st.DataObject
@@ -153,7 +153,7 @@ def test_states_hold_what_was_handed_over_on_any_layout(
     assert found == whole
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     mixtures=mixtures_of(),
     order=ORDERS,

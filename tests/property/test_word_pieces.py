@@ -56,7 +56,7 @@ texts = st.one_of(
     st.lists(st.sampled_from(_CHUNKS), max_size=10).map(" ".join),
     st.text(max_size=20),
 )
-examples = settings(max_examples=200)
+examples = settings(max_examples=100)
 
 
 @lru_cache(maxsize=1)

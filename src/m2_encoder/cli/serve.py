@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -135,10 +136,9 @@ def run_serve(cfg: dict[str, Any]) -> int:
             if cfg["open"]:
                 _open_browser(url)
 
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             serve(app, opened, on_start=tell)
-        except KeyboardInterrupt:
-            say("m2-serve: ended", error=True)
+        say("m2-serve: ended", error=True)
     return 0
 
 

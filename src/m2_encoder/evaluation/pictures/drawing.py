@@ -62,27 +62,24 @@ class Canvas:
         radius: float = 0.0,
     ) -> None:
         """A rectangle with round corners, its outline inside."""
-        factor = SCALE * _SMOOTHING
-        size = (round(width * factor), round(height * factor))
-        sprite = Image.new("RGBA", size, (*(outline or fill), 0))
-        ImageDraw.Draw(sprite).rounded_rectangle(
-            (0, 0, size[0] - 1, size[1] - 1),
-            radius=radius * factor,
-            fill=(*fill, 255),
-            outline=None if outline is None else (*outline, 255),
-            width=round(line * factor),
-        )
-        self._paste_smooth(sprite, x, y)
+        if outline is not None:
+            self.box(x, y, width, height, fill=outline, radius=radius)
+            x, y, width, height, radius = x + line, y + line, width - 2 * line, height - 2 * line, radius - line
+        shape, pen = _shape(width, height)
+        edge = (0, 0, shape.width - 1, shape.height - 1)
+        pen.rounded_rectangle(edge, radius=max(radius, 0) * SCALE * _SMOOTHING, fill=255)
+        self._paste_smooth(shape, x, y, fill)
 
     def badge(self, x: float, y: float, diameter: float, *, fill: Color) -> None:
         """A disc with a white tick."""
-        side = round(diameter * SCALE * _SMOOTHING)
-        sprite = Image.new("RGBA", (side, side), (*fill, 0))
-        pen = ImageDraw.Draw(sprite)
-        pen.ellipse((0, 0, side - 1, side - 1), fill=(*fill, 255))
-        tick = [(0.27 * side, 0.52 * side), (0.44 * side, 0.68 * side), (0.74 * side, 0.35 * side)]
-        pen.line(tick, fill=(255, 255, 255, 255), width=round(0.12 * side), joint="curve")
-        self._paste_smooth(sprite, x, y)
+        disc, pen = _shape(diameter, diameter)
+        side = disc.width
+        pen.ellipse((0, 0, side - 1, side - 1), fill=255)
+        self._paste_smooth(disc, x, y, fill)
+        tick, pen = _shape(diameter, diameter)
+        corners = [(0.27 * side, 0.52 * side), (0.44 * side, 0.68 * side), (0.74 * side, 0.35 * side)]
+        pen.line(corners, fill=255, width=round(0.12 * side), joint="curve")
+        self._paste_smooth(tick, x, y, (255, 255, 255))
 
     def picture(self, pixels: Tensor, x: float, y: float, side: float) -> None:
         """A square picture, (3, S, S) uint8; x and y are of its upper left corner."""
@@ -113,11 +110,18 @@ class Canvas:
     def save(self, path: Path) -> None:
         """Write a PNG, whole or not at all."""
         with atomic_file(path) as temporary:
-            self._image.save(temporary, format="PNG", optimize=True)
+            self._image.save(temporary, format="PNG")
 
-    def _paste_smooth(self, sprite: Image.Image, x: float, y: float) -> None:
-        reduced = sprite.reduce(_SMOOTHING)
-        self._image.paste(reduced, (round(x * SCALE), round(y * SCALE)), reduced)
+    def _paste_smooth(self, shape: Image.Image, x: float, y: float, color: Color) -> None:
+        place = (round(x * SCALE), round(y * SCALE))
+        reduced = shape.reduce(_SMOOTHING)
+        self._image.paste(color, (*place, place[0] + reduced.width, place[1] + reduced.height), reduced)
+
+
+def _shape(width: float, height: float) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """An empty mask of so many points, larger by `_SMOOTHING`, and its pen."""
+    mask = Image.new("L", (round(width * SCALE * _SMOOTHING), round(height * SCALE * _SMOOTHING)))
+    return mask, ImageDraw.Draw(mask)
 
 
 def text_width(content: str, size: float) -> float:
