@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -68,10 +69,19 @@ def check_data(datamodule: lightning.LightningDataModule, folder: Path, *, resum
     reports = datamodule.check_sources()
     console = open_console()
     console.print(_table(reports))
+    samples = sum(report.samples for report in reports.values())
+    print(describe_passes(samples, steps=datamodule.max_steps, batch_size=datamodule.global_batch_size))
     _print_warnings(console, reports)
     refuse_all([Problem("", NOTHING, problem) for problem in describe_problems(reports)])
     datamodule.check_order(resumes=resumes)
     return {"manifest": datamodule.manifest.fingerprint(), "sources": to_plain(reports)}
+
+
+def describe_passes(samples: int, *, steps: int, batch_size: int) -> str:
+    """How often a run meets its samples, and the steps that would meet all of them once, if it does not."""
+    drawn = steps * batch_size
+    line = f"{steps:,} steps of {batch_size:,} pass {drawn / max(samples, 1):,.1f} times over {samples:,} samples"
+    return line if drawn >= samples else f"{line}; once takes trainer.max_steps={math.ceil(samples / batch_size)}"
 
 
 def write_check(folder: Path, check: Mapping[str, Any] | None) -> None:

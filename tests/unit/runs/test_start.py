@@ -11,7 +11,7 @@ from m2_encoder.objectives.contrastive import ImageTextContrastive
 from m2_encoder.objectives.masked_image import MaskedImage
 from m2_encoder.objectives.masked_language import MaskedLanguage
 from m2_encoder.objectives.matching import Matching
-from m2_encoder.runs.start import describe_batch, describe_start
+from m2_encoder.runs.start import describe_batch, describe_passes, describe_start
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,13 @@ from m2_encoder.runs.start import describe_batch, describe_start
 def test_batch_in_words(strategy: dict[str, Any], ranks: int, per_node: int, expected: str) -> None:
     cfg = {"strategy": strategy, "data": {"global_batch_size": 128}}
     assert describe_batch(cfg, world_size=ranks, ranks_per_node=per_node) == f"contrastive batch: {expected}"
+
+
+def test_passes_over_the_samples() -> None:
+    assert describe_passes(570, steps=100, batch_size=128) == "100 steps of 128 pass 22.5 times over 570 samples"
+    assert describe_passes(12_800, steps=100, batch_size=128).endswith("1.0 times over 12,800 samples")
+    few = describe_passes(19_000, steps=100, batch_size=128)
+    assert few == "100 steps of 128 pass 0.7 times over 19,000 samples; once takes trainer.max_steps=149"
 
 
 def say(weights: str | None = None, max_steps: int = 10, **objectives: Objective) -> list[str]:
