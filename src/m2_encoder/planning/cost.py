@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from m2_encoder.errors import UserError
-from m2_encoder.models.config import M2EncoderConfig
+from m2_encoder.models.config import NUM_RESERVED_POSITIONS, M2EncoderConfig
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.models.multiway import MultiwayLayer
 from m2_encoder.models.trainable_parts import OPTIONAL_PARTS
@@ -103,15 +103,16 @@ def estimate_cost(
     Args:
         config: the architecture.
         precision: one of `PRECISIONS`.
-        text_tokens: mean tokens of a text (padding costs nothing); None: the context length, the most there can be.
+        text_tokens: mean tokens of a text (padding costs nothing); None: the context length. More are for a longer one.
         heads: contrastive heads: 1 for the features of the vision-language encoder, 2 for those of the backbone, too.
         adapt: freezes or adds parameters, of a model on `meta`, as `Adaptation.apply`; None trains everything.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")
     tokens = config.context_length if text_tokens is None else text_tokens
-    if not 2 <= tokens <= config.context_length:
-        raise UserError(f"text_tokens={tokens} must be in 2..{config.context_length}, the context length of the model")
+    longest = config.num_text_positions - NUM_RESERVED_POSITIONS
+    if not 2 <= tokens <= longest:
+        raise UserError(f"text_tokens={tokens} must be in 2..{longest}, the positions of the model")
     if heads not in _LOGIT_HEADS:
         raise UserError(f"heads={heads} must be 1 or 2")
     mixed = precision != "32-true"

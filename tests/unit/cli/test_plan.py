@@ -153,7 +153,7 @@ def test_picture(run: Callable[..., int], tmp_path: Path) -> None:
         (["memory_gb=1"], ["memory_gb=1: no setting fits; the smallest needs"]),
         (["hardware.mfu=2"], ["hardware.mfu=2: must be a number, above 0 and at most 1"]),
         (["image_size=100"], ["image_size=100: must be a multiple of patch_size=16"]),
-        (["text_tokens=60"], ["text_tokens=60 must be in 2..52"]),
+        (["text_tokens=1023"], ["text_tokens=1023 must be in 2..1022"]),
         (["feature_bytes=3"], ["feature_bytes=3: must be one of 2, 4"]),
         (["plot=plan.txt"], ["plot=plan.txt: must end in .png, .svg, .pdf"]),
         (["hardware=null"], ["hardware=null: must be a mapping"]),

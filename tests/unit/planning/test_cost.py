@@ -196,7 +196,7 @@ def test_a_second_head_trains_the_backbone_features() -> None:
     ("values", "message"),
     [
         ({"precision": "8-bit"}, "precision=8-bit must be one of bf16-mixed"),
-        ({"text_tokens": 25}, "text_tokens=25 must be in 2..24"),
+        ({"text_tokens": 127}, "text_tokens=127 must be in 2..126"),
         ({"heads": 3}, "heads=3 must be 1 or 2"),
     ],
 )
