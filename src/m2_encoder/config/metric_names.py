@@ -16,7 +16,7 @@ from m2_encoder.types import LANGUAGES
 EMOJI_SETS: Final = ("emoji_val", "emoji_heldout_style", "emoji_heldout_families")
 """The sets of the built-in data; the first one is validated while training, as of all data."""
 
-_TARS_TARGET: Final = "m2_encoder.data.webdataset_module.WebDatasetModule"
+WEBDATASET_TARGET: Final = "m2_encoder.data.webdataset_module.WebDatasetModule"
 _RECALLS: Final = ("mean_recall", *(f"{way}_r@{k}" for way in ("i2t", "t2i") for k in RECALL_KS))
 _LOGS: Final = ("callbacks", "evaluation", "objective", "task")
 """Nodes whose classes may log what they like, if they are somebody's own."""
@@ -47,7 +47,7 @@ def _find_sets(data: Mapping[str, Any]) -> tuple[str, ...] | None:
     if data.get("_target_") == EMOJI_TARGET:
         return EMOJI_SETS
     validation = data.get("validation")
-    return tuple(validation) if data.get("_target_") == _TARS_TARGET and isinstance(validation, Mapping) else None
+    return tuple(validation) if data.get("_target_") == WEBDATASET_TARGET and isinstance(validation, Mapping) else None
 
 
 def _is_possible(name: str, columns: list[str], cfg: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from m2_encoder.checkpoints.visual_tokenizer import load_visual_tokenizer
 from m2_encoder.checkpoints.vocabulary import pack_tokenizer
 from m2_encoder.config.check import read_parameters
 from m2_encoder.config.emoji_folder import EMOJI_TARGET, find_emoji_folder
+from m2_encoder.config.metric_names import WEBDATASET_TARGET
 from m2_encoder.config.model_choice import (
     build_any_tokenizer,
     build_model_config,
@@ -173,12 +174,14 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> l
 
 def _find_shards(data: dict[str, Any]) -> None:
     """Let shards and validation sets be where the other commands read and write them: see `find_pattern`."""
-    for name, source in (data.get("sources") or {}).items():
-        shards = source["shards"]
-        found = [find_pattern(each) for each in shards] if isinstance(shards, list) else find_pattern(shards)
-        data["sources"] = {**data["sources"], name: {**source, "shards": found}}
-    if data.get("validation"):
-        data["validation"] = {name: find_pattern(path) for name, path in data["validation"].items()}
+
+    def find(value: Any) -> Any:
+        return [find(each) for each in value] if isinstance(value, list) else find_pattern(value)
+
+    if data["_target_"] == WEBDATASET_TARGET:  # others say themselves what a path is
+        sources = {name: {**each, "shards": find(each["shards"])} for name, each in data["sources"].items()}
+        held_out = {name: find(path) for name, path in (data.get("validation") or {}).items()}
+        data |= {"sources": sources, "validation": held_out}
 
 
 def _add_readers(data: dict[str, Any], objectives: Mapping[str, Objective]) -> None:

@@ -103,8 +103,8 @@ def test_others_are_told_of_what_there_is(
     run: Run, index: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("m2_encoder.serving.server.serve", lambda _app, _opened, *, on_start: on_start())
-    assert run(f"index={index}", "host=0.0.0.0", "port=0")[2].endswith("of this machine can see the pictures\n")
-    assert run(f"model={exported}", "host=0.0.0.0", "port=0")[2].endswith("of this machine can use the model\n")
+    for given, can in ((f"index={index}", "see the pictures"), (f"model={exported}", "use the model")):
+        assert run(given, "host=0.0.0.0", "port=0")[2].endswith(f"of this machine can {can}\nm2-serve: ended\n")
 
 
 def test_pictures_that_were_moved(run: Run, index: Path) -> None:
