@@ -166,7 +166,7 @@ def compare_split(rank: int, world_size: int) -> list[float]:
     return differences
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_of_split_weights_equal_one_process(world_size: int, tmp_path: Path) -> None:
     cases = [case for case in SPLIT if case[0] == world_size]
     for differences in run_ranks(compare_split, world_size, world_size, folder=tmp_path):

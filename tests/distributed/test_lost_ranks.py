@@ -105,9 +105,9 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "act", "where", "who"),
     [
-        ("step", "SIGSTOP", "step 5", WHO),
+        ("step", "SIGKILL", "step 5", WHO),
+        pytest.param("step", "SIGSTOP", "step 5", WHO, marks=SLOW),
         pytest.param("start", "SIGKILL", "the start", r"rank 1 \(not there yet\)", marks=SLOW),
-        pytest.param("step", "SIGKILL", "step 5", WHO, marks=SLOW),
         pytest.param("backward", "SIGSTOP", "step 5", WHO, marks=SLOW),
         pytest.param("validation", "SIGSTOP", "validation, after step 4", WHO, marks=SLOW),
         pytest.param("validation", "SIGKILL", "validation, after step 4", WHO, marks=SLOW),

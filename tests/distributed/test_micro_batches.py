@@ -223,7 +223,8 @@ FOUR = [
 RTOL = {"64-true": 1e-11, "32-true": 1e-4}  # of the farthest that a weight went; fp32 weights of 1 are rounded to 1e-7
 
 
-@pytest.mark.parametrize("settings", [TWO, pytest.param(FOUR, marks=pytest.mark.slow)], ids=["two-ranks", "four-ranks"])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [TWO, FOUR], ids=["two-ranks", "four-ranks"])
 def test_runs_over_ranks_end_where_the_formula_ends(settings: list[Setting], tmp_path: Path) -> None:
     world_size = settings[0].world_size
     results = run_lightning_ranks(train_many, world_size, settings, str(tmp_path))

@@ -14,6 +14,7 @@ import pytest
 from m2_encoder.cli import train as train_command
 from m2_encoder.data.emoji import dataset as emoji
 from m2_encoder.data.emoji import emoji_module as datamodule
+from tests.support.slow_parts import mark_most
 
 
 class Outcome(NamedTuple):
@@ -202,7 +203,7 @@ ONE_FAULT = [
 ]
 
 
-@pytest.mark.parametrize(("override", "named"), ONE_FAULT, ids=[override for override, _ in ONE_FAULT])
+@pytest.mark.parametrize(("override", "named"), mark_most(ONE_FAULT))
 def test_one_fault_gives_one_line(m2_train: Command, override: str, named: str) -> None:
     machine = [] if "accelerator" in override else ["trainer.accelerator=cpu"]
     outcome = m2_train(*machine, override)
@@ -236,7 +237,7 @@ SEVERAL_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "count"), SEVERAL_FAULTS, ids=[" ".join(x) for x, _ in SEVERAL_FAULTS])
+@pytest.mark.parametrize(("overrides", "count"), mark_most(SEVERAL_FAULTS))
 def test_every_fault_has_its_line(
     m2_train: Command, overrides: list[str], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +276,7 @@ RANKS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "named"), RANKS, ids=[" ".join(x) for x, _ in RANKS])
+@pytest.mark.parametrize(("overrides", "named"), mark_most(RANKS))
 def test_what_ranks_cannot_do_takes_one_line(
     m2_train: Command, overrides: list[str], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from m2_encoder.cli import train as train_command
 from m2_encoder.data.shards import index as shard_index
 from tests.support.shards import write_numbers
+from tests.support.slow_parts import mark_most
 
 Problems = Callable[..., list[str]]
 URL = "data.sources.main.shards=http://127.0.0.1:1/a.tar"
@@ -124,7 +125,7 @@ ONE_FAULT = [
 ]
 
 
-@pytest.mark.parametrize(("override", "named"), ONE_FAULT, ids=[override for override, _ in ONE_FAULT])
+@pytest.mark.parametrize(("override", "named"), mark_most(ONE_FAULT))
 def test_one_fault_gives_one_line(problems: Problems, tmp_path: Path, override: str, named: str) -> None:
     shards = [] if override.startswith("data.sources.main.shards") else ["data.sources.main.shards=TMP/tars"]
     if override == "data.sources.main.weight=0":

@@ -17,7 +17,7 @@ from m2_encoder.config.problems import format_problem
 from m2_encoder.config.validate import check_late, validate_train
 from m2_encoder.errors import MAX_LINE, Problem
 
-_COMBINATIONS: Final = 60
+_COMBINATIONS: Final = 40
 _OF_ALL: Final = 0.35  # chance of a group to be chosen otherwise than by default
 _OPTIONAL: Final = 0.25  # chance of a group that is not chosen by default
 
@@ -63,7 +63,7 @@ def check(composer: Composer, lines: list[str], folder: Path) -> Combination:
     return Combination(tuple(lines), problems)
 
 
-def test_sixty_combinations(composer: Composer, tmp_path: Path) -> None:
+def test_forty_combinations(composer: Composer, tmp_path: Path) -> None:
     dice = random.Random(13)
     found = [check(composer, draw_lines(composer, dice), tmp_path) for _ in range(_COMBINATIONS)]
     for lines, problems in found:

@@ -27,6 +27,7 @@ from tests.support.fault_runs import (
 )
 from tests.support.fault_table import COMMAND, Row, read_rows
 from tests.support.faults import Fault, faults, write_set
+from tests.support.slow_parts import mark_most
 from tests.support.training import LIGHTNING_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in LIGHTNING_WARNINGS]
@@ -46,7 +47,7 @@ def _in_the_checkout(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo_root)
 
 
-@pytest.mark.parametrize("fault", faults(), ids=lambda fault: fault.name.replace(" ", "-"))
+@pytest.mark.parametrize("fault", mark_most((each,) for each in faults()))
 def test_batches_stay_full_and_the_same_and_counts_are_exact(
     tmp_path: Path, fault: Fault, documented: dict[str, Row]
 ) -> None:
@@ -74,17 +75,7 @@ def test_batches_stay_full_and_the_same_and_counts_are_exact(
     assert documented[fault.name].rest == row.rest, f"write {DOCUMENT.path} anew: {COMMAND}"
 
 
-@pytest.mark.parametrize(
-    "fatal",
-    [
-        pytest.param(
-            fatal,
-            marks=pytest.mark.slow if "never ends, in the check" in fatal.name else (),
-            id=fatal.name.replace(" ", "-"),
-        )
-        for fatal in fatals()
-    ],
-)
+@pytest.mark.parametrize("fatal", mark_most((each,) for each in fatals()))
 def test_what_ends_a_run_is_one_clear_line(tmp_path: Path, fatal: Fatal, documented: dict[str, Row]) -> None:
     ended = end(fatal, tmp_path)
     assert ended.code == 2, ended.err

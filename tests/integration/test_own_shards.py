@@ -105,6 +105,7 @@ def test_from_photographs_to_a_model(start: Start, tmp_path: Path, monkeypatch: 
     assert "own: continuing at step 3 of 4" in continued.out
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_things_as_they_were(start: Start, tmp_path: Path) -> None:
     """A source too small for its lanes or epochs leaves no folder; a run that may not go on so keeps its settings."""
     _draw(tmp_path / "photos", 100)

@@ -1,9 +1,9 @@
-"""What a fixture makes for the tests of its file that run."""
+"""Which cases of a test are fast, and what a fixture makes for the tests of its file that run."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 import pytest
 
@@ -20,3 +20,20 @@ def choose_parts(request: pytest.FixtureRequest, every: Mapping[str, T], few: Co
 def mark_parts(names: Collection[str], few: Collection[str]) -> list[object]:
     """Parameters of a test: those of parts that are not among the few are slow."""
     return [name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def mark_most(cases: Iterable[tuple[Any, ...]], *, every: int = 2) -> list[object]:
+    """Parameters of a test with many cases that are alike: the first of every so many is fast, the others are slow.
+
+    The first value names the case: a text, words, or what has a `name`.
+    """
+    return [
+        pytest.param(*case, id=_name(case[0]), marks=() if number % every == 0 else pytest.mark.slow)
+        for number, case in enumerate(cases)
+    ]
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return " ".join(value) if isinstance(value, list) else str(value.name).replace(" ", "-")
