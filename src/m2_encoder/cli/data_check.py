@@ -28,6 +28,7 @@ from m2_encoder.bounds import (
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.job import EXIT_USER_ERROR
 from m2_encoder.config.model_choice import output_problems, tokenizer_of
+from m2_encoder.config.paths import find_patterns
 from m2_encoder.config.problems import UNSET, find_problems
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.inspect.inspection import InspectionOptions
@@ -109,7 +110,7 @@ def source_problems(cfg: Mapping[str, Any], problems: Sequence[Problem]) -> list
 
 def _list_shards(cfg: Mapping[str, Any]) -> list[str]:
     how = "say where copies of its shards are kept with cache=FOLDER"
-    return list_shards(cfg["source"], refuse_urls=how if cfg["cache"] is None else None)
+    return list_shards(find_patterns(cfg["source"]), refuse_urls=how if cfg["cache"] is None else None)
 
 
 def run_check(cfg: dict[str, Any]) -> int:

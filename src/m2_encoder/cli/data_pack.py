@@ -16,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from m2_encoder.bounds import Aspect, Count, Fraction, Paths, Pixels, Seconds, Text, Workers
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import anchor, find_patterns
 from m2_encoder.config.problems import Unset, find_problems, show
 from m2_encoder.data.images.limits import ImageLimits
 from m2_encoder.data.packing.download import DownloadOptions
@@ -148,7 +148,7 @@ def _find(cfg: dict[str, Any]) -> Source:
     columns = columns._replace(extra=tuple(columns.extra))
     root = cfg["image_root"] and os.path.expanduser(cfg["image_root"])
     return find_source(
-        cfg["source"],
+        find_patterns(cfg["source"]),
         columns=columns,
         format=cfg["format"],
         texts=cfg["texts"],

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from m2_encoder.bounds import Count, Paths, Rule, Seed, Text, Workers
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import anchor, find_patterns
 from m2_encoder.config.problems import Unset
 from m2_encoder.curation.split import FAILURES_FILE, GIANT, SplitOptions, describe_largest, split
 from m2_encoder.curation.split_groups import By, GlueOptions
@@ -99,7 +99,7 @@ def run_split(cfg: dict[str, Any]) -> int:
 
 
 def _list_shards(cfg: dict[str, Any]) -> list[str]:
-    return list_shards(cfg["source"], refuse_urls="a split reads local files; download the shards first")
+    return list_shards(find_patterns(cfg["source"]), refuse_urls="a split reads local files; download the shards first")
 
 
 def _print_record(record: dict[str, Any], output: Path) -> None:

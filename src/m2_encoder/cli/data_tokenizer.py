@@ -14,7 +14,7 @@ from m2_encoder.bounds import Count, Paths, Text, Tokens
 from m2_encoder.config.check import check_settings
 from m2_encoder.config.model_choice import output_problems
 from m2_encoder.config.output import say
-from m2_encoder.config.paths import anchor
+from m2_encoder.config.paths import anchor, find_patterns
 from m2_encoder.config.problems import Unset, find_problems
 from m2_encoder.data.caption_source import CaptionSource
 from m2_encoder.data.inspect.tables import make_table, print_titled
@@ -52,7 +52,7 @@ def check_tokenizer(cfg: dict[str, Any]) -> list[Problem]:
     if problems or isinstance(cfg["source"], Unset):
         return problems
     try:
-        CaptionSource(cfg["source"]).check()
+        CaptionSource(find_patterns(cfg["source"])).check()
     except UserError as error:
         return [problem._replace(key="source", value=cfg["source"]) for problem in find_problems(error)]
     return []
@@ -64,7 +64,7 @@ def run_tokenizer(cfg: dict[str, Any]) -> int:
     Raises:
         UserError: if the source has no captions, or the wrong number for so many pieces.
     """
-    source = CaptionSource(cfg["source"], language=cfg["language"] and read_language(cfg["language"]))
+    source = CaptionSource(find_patterns(cfg["source"]), language=cfg["language"] and read_language(cfg["language"]))
     captions = list(islice(source.read(), cfg["max_captions"] + 1))
     is_cut = len(captions) > cfg["max_captions"]
     captions = captions[: cfg["max_captions"]]

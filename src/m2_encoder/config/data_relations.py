@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from m2_encoder.config.known import Known, UnknownValueError, count_ranks
+from m2_encoder.config.paths import find_pattern
 from m2_encoder.data.retrieval_source import describe_source
 from m2_encoder.data.shards.paths import is_remote, list_shards, what_is_there
 from m2_encoder.errors import Problem, UserError
@@ -56,7 +57,7 @@ def check_shards(known: Known) -> Iterator[Problem]:
         patterns = [shards] if isinstance(shards, str) else shards
         if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
             continue
-        if problem := _problem_of(patterns, known("data.cache", {})):
+        if problem := _problem_of([find_pattern(each) for each in patterns], known("data.cache", {})):
             yield Problem(key, shards, problem)
 
 
@@ -84,5 +85,5 @@ def check_validation(known: Known) -> Iterator[Problem]:
     """Validation sets are tars, or what m2-data pack reads."""
     found = known("data.validation")
     for name, source in found.items() if isinstance(found, Mapping) else ():
-        if isinstance(source, str) and (problem := describe_source(source)):
+        if isinstance(source, str) and (problem := describe_source(find_pattern(source))):
             yield Problem(f"data.validation.{name}", source, problem)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import filecmp
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,6 +103,11 @@ def find_pattern(pattern: str) -> str:
     if "://" in pattern or Path(folder).expanduser().exists() or not anchor(folder).exists():
         return pattern
     return str(anchor(pattern))
+
+
+def find_patterns(patterns: str | Sequence[str]) -> str | list[str]:
+    """The same for one, or for each of a list."""
+    return find_pattern(patterns) if isinstance(patterns, str) else [find_pattern(each) for each in patterns]
 
 
 def has_checkpoint(run_folder: Path) -> bool:

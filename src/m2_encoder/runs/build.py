@@ -28,7 +28,7 @@ from m2_encoder.config.model_choice import (
     is_model_name,
     model_shape,
 )
-from m2_encoder.config.paths import anchor, find_path, find_pattern
+from m2_encoder.config.paths import anchor, find_path, find_pattern, find_patterns
 from m2_encoder.config.schema import is_foreign
 from m2_encoder.config.targets import TargetError, find_target
 from m2_encoder.data.masking.batch_masking import build_masking
@@ -174,13 +174,9 @@ def build_data(cfg: Mapping[str, Any], objectives: Mapping[str, Objective]) -> l
 
 def _find_shards(data: dict[str, Any]) -> None:
     """Let shards and validation sets be where the other commands read and write them: see `find_pattern`."""
-
-    def find(value: Any) -> Any:
-        return [find(each) for each in value] if isinstance(value, list) else find_pattern(value)
-
     if data["_target_"] == WEBDATASET_TARGET:  # others say themselves what a path is
-        sources = {name: {**each, "shards": find(each["shards"])} for name, each in data["sources"].items()}
-        held_out = {name: find(path) for name, path in (data.get("validation") or {}).items()}
+        sources = {name: {**each, "shards": find_patterns(each["shards"])} for name, each in data["sources"].items()}
+        held_out = {name: find_pattern(path) for name, path in (data.get("validation") or {}).items()}
         data |= {"sources": sources, "validation": held_out}
 
 
