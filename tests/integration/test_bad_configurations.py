@@ -387,8 +387,7 @@ def test_console_script(tmp_path: Path, repo_root: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert done.returncode == 2
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert "2 problems" in done.stderr
     assert "did you mean max_steps" in done.stderr

@@ -95,6 +95,7 @@ def test_a_notebook_without_its_runs_says_what_makes_them(path: Path, tmp_path: 
         exec(program, {})
 
 
+@pytest.mark.slow
 def test_a_user_error_is_one_line_in_a_notebook(tmp_path: Path) -> None:
     with pytest.raises(CellExecutionError) as failed:
         execute(NOTEBOOKS[0], dict.fromkeys(SMALL, str(tmp_path / "nothing")), tmp_path)

@@ -93,14 +93,14 @@ def anchor(path: str | Path, start: Path | None = None) -> Path:
 def find_path(path: str | Path) -> Path:
     """A path that is read: from the working directory or, if nothing is there, from the checkout's root."""
     here = Path(path).expanduser()
-    return here if here.exists() else anchor(path)
+    return here if os.path.exists(here) else anchor(path)
 
 
 def find_pattern(pattern: str) -> str:
     """The same for a path with braces or wildcards, which is where its folder is; urls stay as they are."""
     fixed = re.split(r"[*?\[{]", pattern, maxsplit=1)[0]
     folder = pattern if fixed == pattern else os.path.dirname(fixed)
-    if "://" in pattern or Path(folder).expanduser().exists() or not anchor(folder).exists():
+    if "://" in pattern or os.path.exists(Path(folder).expanduser()) or not os.path.exists(anchor(folder)):
         return pattern
     return str(anchor(pattern))
 

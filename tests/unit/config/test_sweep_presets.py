@@ -65,6 +65,7 @@ def _jobs(seen: list[dict[str, Any]]) -> dict[str, tuple[float, int]]:
     return {cfg["run"]["name"]: (cfg["optimizer"]["lr"], cfg["seed"]) for cfg in seen}
 
 
+@pytest.mark.slow
 def test_a_preset_of_ones_own_is_changed_and_goes_on(
     start: Start, seen: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
