@@ -147,6 +147,7 @@ def test_a_pointless_run_leaves_nothing_behind(start: Start, tmp_path: Path, mon
         "m2-train: data.sources.main: all captions are the same ('IMG'): nothing to learn from; check which column was "
         "packed as caption"
     ]
+    assert "false neg." not in ended.out, "a table beside the one line"
     assert not list((tmp_path / "outputs").rglob("*.json*"))
     assert start("m2-train", *SMALL, "data.sources.main.shards=tars", "run.name=vain").code == 2, "no run is there"
 

@@ -114,3 +114,4 @@ def _print_report(
     held = f"a context of {report.context_length} holds {report.limit}, longer ones lose their {report.lost}"
     print_titled(open_console(), f"Tokens of a caption; {held}", table)
     say(f"use it: m2-train model.tokenizer={cfg['output']} model.vocab_size={tokenizer.vocab_size}")
+    say("  with weights of another tokenizer also model.map_tokenizer=true")

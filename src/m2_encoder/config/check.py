@@ -277,6 +277,9 @@ def lacks(node: Any) -> bool:
 def _example(key: str, parameter: inspect.Parameter) -> str:
     if parameter.default is parameter.empty or _metadata(parameter.annotation, Rule):
         return f"for example {key}={_sample(parameter.annotation)}"
+    options = _options(parameter.annotation)
+    if options and parameter.default in ((), []):  # a shipped file may choose some
+        return f"for example {key}=[{options[0]}]"
     return f"its default is {key}={show(parameter.default)}"
 
 

@@ -67,12 +67,12 @@ def check_data(datamodule: lightning.LightningDataModule, folder: Path, *, resum
         datamodule.skip_check()
         return None
     reports = datamodule.check_sources()
+    refuse_all([Problem("", NOTHING, problem) for problem in describe_problems(reports)])
     console = open_console()
     console.print(_table(reports))
     samples = sum(report.samples for report in reports.values())
     print(describe_passes(samples, steps=datamodule.max_steps, batch_size=datamodule.global_batch_size))
     _print_warnings(console, reports)
-    refuse_all([Problem("", NOTHING, problem) for problem in describe_problems(reports)])
     datamodule.check_order(resumes=resumes)
     return {"manifest": datamodule.manifest.fingerprint(), "sources": to_plain(reports)}
 

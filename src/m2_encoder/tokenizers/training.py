@@ -95,7 +95,7 @@ def _explain(said: str, vocab_size: int) -> UserError:
     if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", said):
         rule = f"the captions give at most {found[1]} pieces; give that or fewer, or more captions"
     elif found := re.search(r"required_chars\. \d+ vs (\d+)", said):
-        rule = f"the captions have too many characters: give {found[1]} or more, or a lower coverage"
+        rule = f"the captions have too many characters: give {found[1]} or more, or a coverage such as 0.99"
     elif "sentences_.empty" in said or "no sentence" in said.lower():
         return UserError("no caption to train a tokenizer on; give a source with captions in Chinese or English")
     else:

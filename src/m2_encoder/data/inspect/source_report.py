@@ -267,7 +267,10 @@ def _warnings(report: SourceReport, languages: Sequence[str]) -> list[str]:
     if report.left_out:
         found.append(f"left out: {describe_languages(report.left_out)}, which are neither Chinese nor English")
     if any(name not in report.languages for name in languages) and report.languages:
-        found.append(f"all captions are in {', '.join(report.languages)}: weigh languages accordingly")
+        found.append(
+            f"all captions are in {', '.join(report.languages)}: the weight of the other language in "
+            "data.captions.language_weights changes nothing"
+        )
     return found
 
 

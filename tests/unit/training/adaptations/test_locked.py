@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from m2_encoder.config.check import check_settings
 from m2_encoder.errors import UserError
 from m2_encoder.models.m2_encoder import M2Encoder
 from m2_encoder.training.adaptation import check_adaptation
@@ -81,3 +82,8 @@ def test_parts_by_their_words() -> None:
 def test_what_cannot_be_locked(arguments: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         check_adaptation(Locked(**arguments), CONFIG)  # type: ignore[arg-type]
+
+
+def test_an_empty_default_is_not_proposed() -> None:
+    (problem,) = check_settings(Locked, {"towers": ["picture"]})
+    assert problem.fix == "for example towers=[image]", "the shipped file locks the image tower, the class nothing"
